@@ -1,0 +1,1 @@
+"""Adapter methods; each is one small file over the same backbone hook."""

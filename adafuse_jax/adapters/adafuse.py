@@ -1,0 +1,74 @@
+"""AdaFuse: one router at the first expanded linear decides, once per token, which experts every layer uses.
+
+    y^l = f^l(x^l) + Σ_i G^1(x^1)_i · E_i^l(x^l)        (arXiv 2603.11873, Eq. 2)
+
+x^1 is the input of the first adapted linear of layer 0 in execution order. With q, k or v among the targets that is the
+normed embedding, a function of the token id alone; with o_proj or FFN targets only, it depends on the context.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int
+
+from adafuse_jax.adapters.lora import LoRAExperts
+from adafuse_jax.adapters.router import Router, Routing
+from adafuse_jax.configs import AdapterConfig, ModelConfig
+
+
+class AdaFuse(nnx.Module):
+    """Router and stacked experts for a backbone of `model` shapes. Outputs equal the backbone's while every B is 0.
+
+    Attributes:
+      router: the one router, [E, in of the first target].
+      experts: target name → `LoRAExperts`, A [L, E, R, in] and B [L, E, out, R].
+    """
+
+    def __init__(self, config: AdapterConfig, model: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.num_layers = model.num_layers
+        shapes = {name: model.linear_shape(name) for name in config.targets}
+        self.router = Router(
+            shapes[self.first_target][1], config.num_experts, config.top_k, renormalize=config.renormalize, rngs=rngs
+        )
+        self.experts = nnx.Dict(
+            {
+                name: LoRAExperts(
+                    model.num_layers, out_dim, in_dim,
+                    num_experts=config.num_experts, rank=config.rank, scale=config.scale, rngs=rngs,
+                )
+                for name, (out_dim, in_dim) in shapes.items()
+            }
+        )  # fmt: skip
+
+    @property
+    def first_target(self) -> str:
+        """The first adapted linear in execution order: its input is x^1."""
+        return self.config.targets[0]
+
+    def initial_routing(self, shape: tuple[int, int]) -> Routing:
+        k, num_experts = self.config.top_k, self.config.num_experts
+        return Routing(
+            jnp.zeros((*shape, k), jnp.int32), jnp.zeros((*shape, k), jnp.float32), jnp.zeros((*shape, num_experts))
+        )
+
+    def hook(self, experts: nnx.Dict, layer: Int[Array, ""], routing: Routing) -> AdaFuseLayer:
+        return AdaFuseLayer(self, experts, layer, routing)
+
+
+class AdaFuseLayer:
+    """The hook of one layer: layer 0 routes at the first target, every layer adds its chosen experts."""
+
+    def __init__(self, adapter: AdaFuse, experts: nnx.Dict, layer: Int[Array, ""], routing: Routing):
+        self.adapter, self.experts, self.layer, self.routing = adapter, experts, layer, routing
+
+    def __call__(self, name: str, x: Array, y: Array) -> Array:
+        if name not in self.experts:
+            return y
+        if name == self.adapter.first_target:
+            self.routing = jax.lax.cond(
+                self.layer == 0, lambda x, _: self.adapter.router(x), lambda _, routing: routing, x, self.routing
+            )
+        return y + self.experts[name](x, self.routing)

@@ -1,0 +1,27 @@
+"""What the backbone asks of an adapter: a hook for each layer, and a routing that travels from layer to layer."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from jaxtyping import Array, Int
+
+
+class LayerHook(Protocol):
+    """One layer's view of an adapter, alive while that layer is traced."""
+
+    routing: Any
+
+    def __call__(self, name: str, x: Array, y: Array) -> Array:
+        """The adapted output of linear `name`, whose input is x [B, T, in] and whose own output is y [B, T, out]."""
+
+
+class Adapter(Protocol):
+    experts: Any
+    """Per-layer parameters, every leaf stacked as [L, …]."""
+
+    def initial_routing(self, shape: tuple[int, int]) -> Any:
+        """The routing before layer 0, for tokens of `shape` [B, T]."""
+
+    def hook(self, experts: Any, layer: Int[Array, ""], routing: Any) -> LayerHook:
+        """The hook of one layer: `experts` is that layer's slice, `routing` what the layer before left."""

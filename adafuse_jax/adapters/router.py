@@ -1,0 +1,90 @@
+"""The router: which k of E experts a token uses, how much of each, and the loss that keeps the experts in use.
+
+    z = W_g x;   G = softmax(TopK(z))        (arXiv 2603.11873, Eq. 1), fp32
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from adafuse_jax.adapters.lora import LoRAParam
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """`experts[…, j]` is used with `gates[…, j]`; `probabilities` is the softmax over all E logits."""
+
+    experts: Int[Array, "B T k"]
+    gates: Float[Array, "B T k"]
+    probabilities: Float[Array, "B T E"]
+
+    def dense_gates(self) -> Float[Array, "B T E"]:
+        """Gates of all experts: exactly k nonzero per token."""
+        chosen = jax.nn.one_hot(self.experts, self.probabilities.shape[-1], dtype=self.gates.dtype)  # [B, T, k, E]
+        return jnp.einsum("btk,btke->bte", self.gates, chosen)
+
+
+class Router(nnx.Module):
+    """A bias-free linear W_g [E, in] in fp32, followed by top-k.
+
+    `renormalize` takes the softmax over the k selected logits, so that the gates of a token sum to 1. Without it the
+    gates are the selected entries of the softmax over all E logits.
+    """
+
+    def __init__(self, in_dim: int, num_experts: int, top_k: int, *, renormalize: bool, rngs: nnx.Rngs):
+        bound = in_dim**-0.5
+        self.weight = LoRAParam(jax.random.uniform(rngs.params(), (num_experts, in_dim), jnp.float32, -bound, bound))
+        self.top_k = top_k
+        self.renormalize = renormalize
+
+    def __call__(self, x: Float[Array, "B T in"]) -> Routing:
+        logits = jnp.einsum(
+            "bti,ei->bte", x.astype(jnp.float32), self.weight[...], precision=jax.lax.Precision.HIGHEST
+        )
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        selected, experts = jax.lax.top_k(logits, self.top_k)  # [B, T, k]
+        if self.renormalize:
+            gates = jax.nn.softmax(selected, axis=-1)
+        else:
+            gates = jnp.take_along_axis(probabilities, experts, axis=-1)
+        return Routing(experts, gates, probabilities)
+
+
+def balance_loss(routing: Routing, mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """Switch-style load balance E · Σ_e f_e · P_e over the tokens of `mask`: 1 when balanced, up to E when collapsed.
+
+    f_e is expert e's share of the top-k assignments, P_e its mean probability over all E logits.
+    """
+    load, probability = expert_load(routing, mask)
+    return routing.probabilities.shape[-1] * jnp.sum(load * probability)
+
+
+def expert_load(routing: Routing, mask: Bool[Array, "B T"]) -> tuple[Float[Array, "E"], Float[Array, "E"]]:
+    """(f, P): share of the assignments, and mean probability, of every expert over the tokens of `mask`."""
+    num_experts, top_k = routing.probabilities.shape[-1], routing.experts.shape[-1]
+    weight = mask.astype(jnp.float32) / jnp.maximum(mask.sum(), 1)
+    chosen = jax.nn.one_hot(routing.experts, num_experts).sum(axis=-2)  # [B, T, E]
+    load = jnp.einsum("bt,bte->e", weight, chosen) / top_k
+    return load, jnp.einsum("bt,bte->e", weight, routing.probabilities)
+
+
+def router_statistics(routing: Routing, mask: Bool[Array, "B T"]) -> dict[str, Array]:
+    """Load per expert [E], entropy of the mean router distribution per token in nats, and share of tokens per pair [E, E].
+
+    `pair[a, b]` is the share of tokens that use both a and b (a ≠ b); its diagonal is the share that use a at all.
+    """
+    load, _ = expert_load(routing, mask)
+    weight = mask.astype(jnp.float32) / jnp.maximum(mask.sum(), 1)
+    chosen = jax.nn.one_hot(routing.experts, routing.probabilities.shape[-1]).sum(axis=-2)
+    entropy = -jnp.sum(routing.probabilities * jnp.log(routing.probabilities + 1e-20), axis=-1)  # [B, T]
+    return {
+        "load": load,
+        "entropy": jnp.sum(weight * entropy),
+        "pair": jnp.einsum("bt,bte,btf->ef", weight, chosen, chosen),
+    }

@@ -1,0 +1,204 @@
+"""Every setting of the project as a frozen dataclass; the flags of `train.py` and `decode.py` are made from these fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from adafuse_jax.errors import UserError
+
+DType = Literal["float32", "bfloat16"]
+
+ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+FFN_LINEARS = ("gate_proj", "up_proj", "down_proj")
+LINEARS = ATTENTION_LINEARS + FFN_LINEARS
+"""The seven linear layers of a block, in execution order."""
+
+
+def flag(help: str, default: Any = ..., metavar: str | None = None) -> Any:
+    """A dataclass field with the help text its command-line flag shows; without a default the flag is required."""
+    metadata = {"help": help, "metavar": metavar}
+    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def require_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        flag_name = "--" + name.replace("_", "-")
+        require(value is None or value > 0, f"{flag_name} is {value}: it must be greater than 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding. `kind` is `default`, `linear` (positions divided by `factor`) or `llama3`."""
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Shapes of a Llama-family decoder. `sliding_windows[l]` is layer l's attention window in tokens, None for all."""
+
+    model_type: str
+    vocab_size: int
+    embed_dim: int
+    hidden_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    norm_eps: float
+    rope: RopeConfig = RopeConfig()
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_windows: tuple[int | None, ...] = ()
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def linear_shape(self, name: str) -> tuple[int, int]:
+        """(out, in) of one of the seven linears."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        d, f = self.embed_dim, self.hidden_dim
+        shapes = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)}
+        return (shapes | {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)})[name]
+
+    def has_bias(self, name: str) -> bool:
+        if name == "o_proj":
+            return self.o_bias
+        return self.qkv_bias if name in ATTENTION_LINEARS else self.mlp_bias
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """Which linears get experts, how many, how large, and how the router chooses among them."""
+
+    adapter: Literal["adafuse"] = flag("adapter method", "adafuse")
+    targets: tuple[str, ...] = flag(f"linears that get experts: any of {' '.join(LINEARS)}, or 'all'", LINEARS)
+    num_experts: int = flag("experts per linear, E", 8)
+    rank: int = flag("LoRA rank of each expert, R", 64)
+    top_k: int = flag("experts active per token, k", 2)
+    alpha: float = flag("LoRA scale: each expert's output is multiplied by alpha / rank", 128.0)
+    renormalize: bool = flag("gates are a softmax over the k selected logits; off: over all E logits, then top-k", True)
+    balance_coefficient: float = flag("weight of the load-balance loss E·Σ f_e·P_e", 0.01)
+
+    def __post_init__(self) -> None:
+        targets = LINEARS if tuple(self.targets) == ("all",) else tuple(self.targets)
+        unknown = [name for name in targets if name not in LINEARS]
+        require(not unknown, f"--targets: unknown linear {unknown!r}; choose from {' '.join(LINEARS)}, or 'all'")
+        require(bool(targets), f"--targets is empty; name at least one of {' '.join(LINEARS)}")
+        object.__setattr__(self, "targets", tuple(name for name in LINEARS if name in targets))
+        require_positive(self, "num_experts", "rank", "top_k", "alpha")
+        require(
+            self.top_k <= self.num_experts,
+            f"--top-k {self.top_k} is larger than --num-experts {self.num_experts}; choose at most as many as there are",
+        )
+        require(self.balance_coefficient >= 0, f"--balance-coefficient is {self.balance_coefficient}: it must be ≥ 0")
+
+    @property
+    def scale(self) -> float:
+        """s = α / R."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """What `python train.py` does: data, schedule, optimiser, checkpoints."""
+
+    model: str = flag("Hugging Face model directory or hub id", metavar="DIR|ID")
+    dataset: tuple[str, ...] = flag(
+        "data sets: SOURCE[:SUBSET][@FORMAT][=WEIGHT], SOURCE a preset, hub id, file or directory", metavar="SPEC"
+    )
+    output: str = flag("directory for checkpoints, metrics, plots and the final adapter", metavar="DIR")
+    eval_dataset: tuple[str, ...] = flag("held-out data sets; default: the sets' own validation or test split", (), "SPEC")
+    eval_fraction: float = flag("share of the training data held out when there is no other held-out split", 0.02)
+    eval_examples: int = flag("held-out examples scored at each evaluation, at most (0: no evaluation)", 200)
+    eval_every: int = flag("steps between evaluations; the last step is always evaluated", 200)
+    steps: int | None = flag("optimiser steps; default: from --epochs", None)
+    epochs: float = flag("passes over the data, when --steps is not given", 1.0)
+    batch_size: int = flag("sequences per micro-batch", 8)
+    grad_accum: int = flag("micro-batches per optimiser step", 1)
+    max_length: int = flag("tokens per sequence; longer examples are cut", 1024)
+    packing: bool = flag("pack several examples into a sequence, masked from each other", True)
+    learning_rate: float = flag("peak learning rate of AdamW", 2e-4)
+    min_lr_ratio: float = flag("final learning rate of the cosine, as a share of the peak", 0.1)
+    warmup_ratio: float = flag("share of the steps spent warming up", 0.03)
+    weight_decay: float = flag("AdamW weight decay on the experts' matrices", 0.0)
+    clip_norm: float = flag("global gradient norm above which gradients are scaled down", 1.0)
+    beta1: float = flag("AdamW first-moment decay", 0.9)
+    beta2: float = flag("AdamW second-moment decay", 0.999)
+    dtype: DType = flag("type of the backbone and of the activations; adapters train in float32", "bfloat16")
+    remat: bool = flag("recompute each layer in the backward pass to save memory", True)
+    seed: int = flag("seed of the adapters' initial values and of the data order", 0)
+    checkpoint_every: int = flag("steps between checkpoints", 100)
+    keep_checkpoints: int = flag("checkpoints kept", 2)
+    log_every: int = flag("steps between lines of metrics.jsonl", 1)
+    resume: bool = flag("continue the run in --output from its last checkpoint", False)
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "steps", "epochs", "batch_size", "grad_accum", "max_length", "learning_rate", "clip_norm",
+            "checkpoint_every", "keep_checkpoints", "log_every", "eval_every",
+        )  # fmt: skip
+        require(self.max_length >= 8, f"--max-length is {self.max_length}: it must be at least 8 tokens")
+        for name in ("min_lr_ratio", "warmup_ratio", "eval_fraction"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"--{name.replace('_', '-')} is {value}: it must be in [0, 1)")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"--{name} is {getattr(self, name)}: it must be in [0, 1)")
+        for name in ("weight_decay", "eval_examples", "seed"):
+            value = getattr(self, name)
+            require(value >= 0, f"--{name.replace('_', '-')} is {value}: it must be ≥ 0")
+        require(len(self.dataset) > 0, "--dataset is empty; name at least one data set")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeConfig:
+    """What `python decode.py` does: model, prompts, sampling, output."""
+
+    model: str = flag("Hugging Face model directory or hub id", metavar="DIR|ID")
+    adapter: str | None = flag("adapter directory written by train.py; default: the bare backbone", None, "DIR")
+    prompt: str | None = flag("one prompt; without a prompt, prompts are read from stdin, one a line", None, "TEXT")
+    prompts_file: str | None = flag(
+        "prompts, one a line: text, or JSON with a 'prompt' or 'messages' (.jsonl)", None, "FILE"
+    )
+    chat: bool = flag("talk to the model; the conversation and its cache are kept", False)
+    system: str | None = flag("system message put before the prompt", None, "TEXT")
+    raw: bool = flag("give the prompt to the model as it is, without the chat template", False)
+    max_new_tokens: int = flag("tokens to generate, at most", 256)
+    context_length: int | None = flag("tokens a --chat can hold; default: the model's, at most 4096", None)
+    temperature: float = flag("0 decodes greedily; higher is more random", 0.0)
+    top_k: int = flag("sample among the k likeliest tokens (0: all)", 0)
+    top_p: float = flag("sample among the likeliest tokens that hold this probability", 1.0)
+    repetition_penalty: float = flag("divide positive (multiply negative) logits of tokens seen before", 1.0)
+    stop: tuple[str, ...] = flag("stop before any of these strings appears", (), "TEXT")
+    seed: int = flag("seed of the sampling", 0)
+    stats: bool = flag("print ms/token, tokens/s and the experts used", False)
+    json: bool = flag("print one JSON object a line per prompt instead of streaming text", False)
+    dtype: DType | None = flag("type of weights and activations; default: the model's own", None)
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_new_tokens", "context_length", "repetition_penalty")
+        require(self.temperature >= 0, f"--temperature is {self.temperature}: it must be ≥ 0")
+        require(self.top_k >= 0, f"--top-k is {self.top_k}: it must be ≥ 0")
+        require(0 < self.top_p <= 1, f"--top-p is {self.top_p}: it must be in (0, 1]")
+        require(self.seed >= 0, f"--seed is {self.seed}: it must be ≥ 0")
+        require(all(self.stop), "--stop: a stop string is empty; leave it out or give it text")
+        given = [f"--{n.replace('_', '-')}" for n in ("prompt", "prompts_file", "chat") if getattr(self, n) not in (None, False)]
+        require(len(given) <= 1, f"{' and '.join(given)} exclude each other; give one of them")
+        require(not (self.json and self.chat), "--json and --chat exclude each other; give one of them")

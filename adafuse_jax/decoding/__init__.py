@@ -1,0 +1,1 @@
+"""Prefill, decode step, sampling and streaming generation."""

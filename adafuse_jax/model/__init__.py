@@ -1,0 +1,1 @@
+"""The backbone: a Llama-family decoder with stacked per-layer weights."""

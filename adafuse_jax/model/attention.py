@@ -1,0 +1,52 @@
+"""Which keys a query may see, and grouped-query attention over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Visibility:
+    """Index of every query and key on a common axis, and whether they may meet at all (same segment, or in the cache).
+
+    A query at index q sees a key at index s iff `allowed`, s ≤ q, and q − s < window.
+    """
+
+    query_index: Int[Array, "B T"]
+    key_index: Int[Array, "S"]
+    allowed: Bool[Array, "B T S"] | None
+
+    @classmethod
+    def of_sequence(cls, length: int, segment_ids: Int[Array, "B T"] | None) -> Visibility:
+        """A forward pass without a cache: causal, within equal `segment_ids` (all of them, if None)."""
+        index = jnp.arange(length)
+        allowed = None if segment_ids is None else segment_ids[:, :, None] == segment_ids[:, None, :]
+        return cls(index[None], index, allowed)
+
+    @classmethod
+    def of_cache(cls, positions: Int[Array, "B T"], slots: int) -> Visibility:
+        """Queries at `positions` over a cache in which slot s holds position s."""
+        return cls(positions, jnp.arange(slots), None)
+
+    def mask(self, window: Int[Array, ""] | None) -> Bool[Array, "B T S"]:
+        distance = self.query_index[:, :, None] - self.key_index
+        seen = distance >= 0
+        if window is not None:
+            seen &= distance < window
+        return seen if self.allowed is None else seen & self.allowed
+
+
+def attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "B T S"]
+) -> Float[Array, "B T N H"]:
+    """softmax(q kᵀ / √H) v, each group of N/K query heads sharing one key/value head; softmax in fp32.
+
+    A query that sees no key (padding) gets some finite average, never NaN.
+    """
+    mask = jnp.broadcast_to(mask[:, None], (q.shape[0], 1, q.shape[1], k.shape[1]))
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)

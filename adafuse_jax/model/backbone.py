@@ -1,0 +1,164 @@
+"""The Llama-family decoder: one scan over stacked layers, with one hook through which every adapter acts.
+
+    h = attention_norm(x);  x ← x + o_proj(attention(q_proj h, k_proj h, v_proj h))
+    h = ffn_norm(x);        x ← x + down_proj(silu(gate_proj h) · up_proj h)
+
+The hook is called as `adapt(name, x, y)` after every linear (its input x and output y) and returns the adapted output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from adafuse_jax.adapters.base import Adapter
+from adafuse_jax.configs import ATTENTION_LINEARS, LINEARS, ModelConfig
+from adafuse_jax.model.attention import Visibility, attention
+from adafuse_jax.model.cache import KVCache
+from adafuse_jax.model.layers import Linear, RMSNorm, apply_rope, rope_frequencies, rope_tables
+
+Adapt = Callable[[str, Array, Array], Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Output:
+    """`logits` fp32 [B, T, V]; `routing` is whatever the adapter says of its choices; `cache` the cache, extended."""
+
+    logits: Float[Array, "B T V"]
+    routing: Any
+    cache: KVCache | None
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        layers, eps = config.num_layers, config.norm_eps
+        for name in LINEARS:
+            out_dim, in_dim = config.linear_shape(name)
+            setattr(self, name, Linear(layers, out_dim, in_dim, bias=config.has_bias(name), dtype=dtype, rngs=rngs))
+        self.input_layernorm = RMSNorm((layers, config.embed_dim), eps=eps, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm((layers, config.embed_dim), eps=eps, dtype=dtype)
+        self.q_norm = RMSNorm((layers, config.head_dim), eps=eps, dtype=dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm((layers, config.head_dim), eps=eps, dtype=dtype) if config.qk_norm else None
+        self.head_dim = config.head_dim
+
+    def __call__(
+        self, x: Float[Array, "B T D"], attend: Callable[[Array, Array, Array], Array], adapt: Adapt
+    ) -> Float[Array, "B T D"]:
+        def linear(name: str, h: Array) -> Array:
+            return adapt(name, h, getattr(self, name)(h))
+
+        def heads(h: Array) -> Array:
+            return h.reshape(*h.shape[:2], -1, self.head_dim)  # [B, T, heads, H]
+
+        h = self.input_layernorm(x)
+        q, k, v = (heads(linear(name, h)) for name in ATTENTION_LINEARS[:3])
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        context = attend(q, k, v)
+        x = x + linear("o_proj", context.reshape(*h.shape[:2], -1))
+
+        h = self.post_attention_layernorm(x)
+        hidden = jax.nn.silu(linear("gate_proj", h)) * linear("up_proj", h)
+        return x + linear("down_proj", hidden)
+
+
+class Backbone(nnx.Module):
+    """A decoder-only language model; the leaves of `layers` are stacked, [L, …].
+
+    Args:
+      config: shapes.
+      dtype: of weights and activations.
+      rngs: source of the random initial weights.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        init = jax.nn.initializers.normal(0.02)
+        shape = (config.vocab_size, config.embed_dim)
+        self.config = config
+        self.embed_tokens = nnx.Param(init(rngs.params(), shape, dtype))
+        self.layers = DecoderLayer(config, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm((config.embed_dim,), eps=config.norm_eps, dtype=dtype)
+        self.lm_head = None if config.tie_word_embeddings else nnx.Param(init(rngs.params(), shape, dtype))
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.embed_tokens[...].dtype
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        adapter: Adapter | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+        logits_at: Int[Array, "B"] | None = None,
+        remat: bool = False,
+        unroll: bool = False,
+    ) -> Output:
+        """Logits of every position.
+
+        Args:
+          tokens: token ids.
+          adapter: None runs the bare backbone.
+          positions: default 0…T−1. With a cache: the slot of each token, ≥ S for padding.
+          segment_ids: attention stays within equal ids, 0 is padding; None is one segment. Not with a cache, where
+            every row is one sequence.
+          cache: keys and values of the positions before; the returned cache holds these tokens too.
+          logits_at: compute the logits of this index of every row only, [B, 1, V].
+          remat: recompute each layer in the backward pass.
+          unroll: unroll the layers instead of scanning (XLA then reads the stacked weights without copying slices).
+        """
+        config = self.config
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])[None]
+        if cache is None:
+            visibility = Visibility.of_sequence(tokens.shape[1], segment_ids)
+        else:
+            visibility = Visibility.of_cache(positions, cache.slots)
+        cos, sin = rope_tables(positions, rope_frequencies(config.rope, config.head_dim))
+        windows = None
+        if any(config.sliding_windows):
+            windows = jnp.array([w or jnp.iinfo(jnp.int32).max for w in config.sliding_windows])
+
+        def run_layer(carry: tuple, layer_inputs: tuple) -> tuple[tuple, None]:
+            x, cache, routing = carry
+            layer, experts, index, window = layer_inputs
+
+            def attend(q: Array, k: Array, v: Array) -> Array:
+                nonlocal cache
+                q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+                if cache is not None:
+                    cache = cache.write(index, positions, k, v)
+                    k, v = cache.k[index], cache.v[index]
+                return attention(q, k, v, visibility.mask(window))
+
+            if adapter is None:
+                x = layer(x, attend, lambda name, x, y: y)
+            else:
+                hook = adapter.hook(experts, index, routing)
+                x = layer(x, attend, hook)
+                routing = hook.routing
+            return (x, cache, routing), None
+
+        x = self.embed_tokens[...][tokens]  # [B, T, D]
+        routing = None if adapter is None else adapter.initial_routing(tokens.shape)
+        experts = None if adapter is None else adapter.experts
+        (x, cache, routing), _ = jax.lax.scan(
+            jax.checkpoint(run_layer, prevent_cse=False) if remat else run_layer,
+            (x, cache, routing),
+            (self.layers, experts, jnp.arange(config.num_layers), windows),
+            unroll=config.num_layers if unroll else 1,
+        )
+        if logits_at is not None:
+            x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)  # [B, 1, D]
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        logits = jnp.einsum("btd,vd->btv", self.norm(x), head[...], preferred_element_type=jnp.float32)
+        return Output(logits, routing, cache)

@@ -1,0 +1,40 @@
+"""The KV cache: keys and values of every layer at their absolute positions.
+
+A row's token at position p lives in slot p, so padding never enters the cache and a query at position p sees slots ≤ p.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from adafuse_jax.configs import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
+        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[2]
+
+    def write(
+        self, layer: Int[Array, ""], positions: Int[Array, "B T"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+    ) -> KVCache:
+        """Store one layer's keys and values; a position ≥ S (padding) is dropped."""
+        rows = jnp.arange(positions.shape[0])[:, None]
+        at = (layer, rows, positions)
+        return KVCache(
+            self.k.at[at].set(k.astype(self.k.dtype), mode="drop"), self.v.at[at].set(v.astype(self.v.dtype), mode="drop")
+        )

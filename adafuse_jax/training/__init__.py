@@ -1,0 +1,1 @@
+"""Loss, optimiser, checkpoints and the training loop."""
