@@ -104,9 +104,7 @@ CASES: dict[str, Case] = {
             rms_norm_eps=1e-6,
             rope_theta=1000000.0,
         ),
-        _case(
-            "qwen2_window", num_hidden_layers=4, use_sliding_window=True, sliding_window=6, max_window_layers=2
-        ),
+        _case("qwen2_window", num_hidden_layers=4, use_sliding_window=True, sliding_window=6, max_window_layers=2),
         _case(
             "qwen2_layer_types",
             num_hidden_layers=4,
