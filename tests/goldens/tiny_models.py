@@ -93,7 +93,7 @@ CASES: dict[str, Case] = {
         _case("llama_llama3_old", rope_theta=500000.0, rope_scaling=LLAMA3),
         _case("llama_llama3_new", rope_parameters={"rope_theta": 500000.0, **LLAMA3}, without=_NEW_ROPE),
         _case("llama_default_new", rope_parameters={"rope_type": "default", "rope_theta": 300.0}, without=_NEW_ROPE),
-        _case("mistral_window", sliding_window=8, rope_theta=1000.0),
+        _case("mistral_window", sliding_window=8, rope_theta=1000.0, rms_norm_eps=1e-3),
         _case("mistral_head_dim", sliding_window=None, hidden_size=48, head_dim=20, num_key_value_heads=4),
         _case(
             "qwen2_tied",  # a window that `use_sliding_window` turns off
@@ -116,7 +116,7 @@ CASES: dict[str, Case] = {
             without=_NEW_ROPE,
         ),
         _case("qwen3_tied", head_dim=24, tie_word_embeddings=True, rms_norm_eps=1e-6, attention_bias=False),
-        _case("qwen3_bias", head_dim=20, attention_bias=True, num_hidden_layers=3),
+        _case("qwen3_bias", head_dim=20, attention_bias=True, num_hidden_layers=3, rms_norm_eps=1e-3),
         _case(
             "qwen3_window",
             hidden_size=48,
