@@ -1,1 +1,1 @@
-"""Data sets to packed batches."""
+"""From datasets to batches: sources → examples → tokens with loss masks → packed rows → batches by step."""

@@ -1,0 +1,244 @@
+"""Prefill and single-token decoding as two jitted programs over one donated state.
+
+    prefill   writes a prompt into the cache, in chunks whose lengths come from a few buckets, every prompt token with its
+              own gates; then samples the first token
+    step      token → gates → adapted backbone → next token; cache, position and gates are updated in place
+
+No program depends on the prompt's length: a new length never recompiles.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Key
+
+from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.decoding.sampling import Sampling, sample
+from adafuse_jax.errors import UserError
+from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.model.cache import KVCache
+
+CHUNKS = (16, 64, 256, 1024)
+"""Prompt tokens per prefill program; a prompt runs through the largest and then the smallest that holds the rest."""
+MIN_SLOTS = 128
+LOOKAHEAD = 2
+"""Steps queued on the device before the host waits for a token, so that reading tokens never stalls the device."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeState:
+    """Everything a step reads and replaces. `token` is sampled but not yet in the cache; it will take slot `position`."""
+
+    cache: KVCache
+    token: Int[Array, "B"]
+    position: Int[Array, "B"]
+    done: Bool[Array, "B"]
+    seen: Bool[Array, "B V"] | None
+    key: Key[Array, ""]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """One generated token of every row: ids [B], whether each row has ended, and the experts [B, k] that *read* the
+    token before it (None for the bare backbone, and for the token that prefill sampled)."""
+
+    ids: np.ndarray
+    done: np.ndarray
+    experts: np.ndarray | None
+    seconds: float
+    """Host time since the generation of this token's predecessor (of the first token: since the call)."""
+
+
+def _bucket(length: int, smallest: int) -> int:
+    return max(smallest, 1 << (length - 1).bit_length())
+
+
+@partial(jax.jit, static_argnames="pad_id", donate_argnames=("state", "logits"))
+def _prefill_chunk(
+    model: Backbone, adapter: AdaFuse | None, state: DecodeState, logits: Array, tokens: Array, lengths: Array, pad_id: int
+) -> tuple[DecodeState, Array]:
+    """Put tokens[b, :lengths[b]] into the cache; `logits` [B, V] of rows that have tokens here are replaced."""
+    offset = jnp.arange(tokens.shape[1])
+    inside = offset < lengths[:, None]  # [B, T]
+    slots = jnp.where(inside, state.position[:, None] + offset, state.cache.slots)
+    out = model(
+        jnp.where(inside, tokens, pad_id), adapter=adapter, positions=slots, cache=state.cache,
+        logits_at=jnp.maximum(lengths - 1, 0),
+    )  # fmt: skip
+    seen = state.seen
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(lengths))[:, None], jnp.where(inside, tokens, seen.shape[1])].set(True, mode="drop")
+    logits = jnp.where((lengths > 0)[:, None], out.logits[:, 0], logits)
+    return replace(state, cache=out.cache, position=state.position + lengths, seen=seen), logits
+
+
+def _choose(state: DecodeState, logits: Array, sampling: Sampling, eos_ids: tuple[int, ...], pad_id: int) -> DecodeState:
+    key, draw = jax.random.split(state.key)
+    token = jnp.where(state.done, pad_id, sample(logits, sampling, draw, state.seen))
+    done = state.done | jnp.isin(token, jnp.array(eos_ids, jnp.int32))
+    seen = None if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True)
+    return replace(state, token=token, done=done, seen=seen, key=key)
+
+
+@partial(jax.jit, static_argnames=("eos_ids", "pad_id"), donate_argnames="state")
+def _first_token(
+    state: DecodeState, logits: Array, sampling: Sampling, eos_ids: tuple[int, ...], pad_id: int
+) -> tuple[Any, DecodeState]:
+    state = _choose(state, logits, sampling, eos_ids, pad_id)
+    return (state.token, state.done, None), state
+
+
+@partial(jax.jit, static_argnames=("eos_ids", "pad_id"), donate_argnames="state")
+def decode_step(
+    model: Backbone, adapter: AdaFuse | None, state: DecodeState, sampling: Sampling, eos_ids: tuple[int, ...], pad_id: int
+) -> tuple[Any, DecodeState]:
+    """Read `state.token`, sample the one after it. Returns ((token, done, experts), state); the old state is donated."""
+    out = model(
+        state.token[:, None], adapter=adapter, positions=state.position[:, None], cache=state.cache, unroll=True
+    )
+    experts = None if adapter is None else out.routing.experts[:, 0]
+    state = replace(state, cache=out.cache, position=state.position + 1)
+    state = _choose(state, out.logits[:, 0], sampling, eos_ids, pad_id)
+    return (state.token, state.done, experts), state
+
+
+class Engine:
+    """Generation with one backbone and, if given, one adapter.
+
+    The engine keeps the cache of its last generation: when a new prompt begins with tokens that are already in it (the next
+    turn of a conversation), only the rest is prefilled.
+    """
+
+    def __init__(self, model: Backbone, adapter: AdaFuse | None = None, *, context_length: int | None = None):
+        self.model, self.adapter = model, adapter
+        config = model.config
+        self.context_length = min(context_length or config.max_position_embeddings, config.max_position_embeddings)
+        self.eos_ids = config.eos_token_ids
+        self.pad_id = config.pad_token_id or 0
+        self._kept: tuple[DecodeState, list[list[int]]] | None = None
+        self._warm: set = set()
+
+    def max_new_tokens(self, prompt_tokens: int, asked: int) -> int:
+        """`asked`, or what the context has left after the prompt. Raises `UserError` if the prompt alone fills it."""
+        left = self.context_length - prompt_tokens
+        if left < 1:
+            raise UserError(
+                f"the prompt has {prompt_tokens} tokens and the context holds {self.context_length}, the answer included; "
+                "shorten the prompt"
+            )
+        return min(asked, left)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        keep_cache: bool = False,
+    ) -> Iterator[Token]:
+        """Yield one `Token` a step until every row has ended or has `max_new_tokens`.
+
+        Args:
+          prompts: token ids of every row; lengths may differ, none may be empty.
+          max_new_tokens: per row; see the method of that name for what fits.
+          keep_cache: use the cache of the last such call for a common beginning, and keep this one for the next.
+
+        Raises:
+          UserError: an empty prompt, or one that leaves no room for an answer.
+        """
+        if not all(len(p) for p in prompts):
+            raise UserError("a prompt is empty; give it at least one token")
+        sampling = sampling or Sampling.of()
+        longest = max(map(len, prompts))
+        budget = self.max_new_tokens(longest, max_new_tokens)
+        slots = _bucket(self.context_length if keep_cache else longest + budget, MIN_SLOTS)
+        state, cached = self._take_kept(prompts, slots, sampling) if keep_cache else (None, [0] * len(prompts))
+        if state is None:
+            state = self._empty_state(len(prompts), slots, sampling)
+        state = replace(
+            state, key=jax.random.key(seed), done=jnp.zeros(len(prompts), bool), position=jnp.array(cached, jnp.int32)
+        )
+        self._warm_up(len(prompts), slots, sampling)
+
+        emitted: list[list[int]] = [[] for _ in prompts]
+        before = time.perf_counter()
+        output, state = self._prefill(state, [p[c:] for p, c in zip(prompts, cached, strict=True)], sampling)
+        pending, issued = deque([output]), 1
+        try:
+            while pending:
+                while issued < budget and len(pending) <= LOOKAHEAD:
+                    output, state = self._step(state, sampling)
+                    pending.append(output)
+                    issued += 1
+                ids, done, experts = jax.device_get(pending.popleft())
+                now = time.perf_counter()
+                for row, token in zip(emitted, ids, strict=True):
+                    row.append(int(token))
+                yield Token(ids=ids, done=done, experts=experts, seconds=now - before)
+                before = now
+                if done.all():
+                    return
+        finally:
+            if keep_cache:
+                # The last emitted token may not be in the cache yet, so it does not count as kept.
+                self._kept = state, [[*map(int, p), *e[:-1]] for p, e in zip(prompts, emitted, strict=True)]
+
+    def _empty_state(self, batch: int, slots: int, sampling: Sampling) -> DecodeState:
+        config = self.model.config
+        return DecodeState(
+            cache=KVCache.empty(config, batch, slots, self.model.dtype),
+            token=jnp.zeros(batch, jnp.int32),
+            position=jnp.zeros(batch, jnp.int32),
+            done=jnp.zeros(batch, bool),
+            seen=jnp.zeros((batch, config.vocab_size), bool) if sampling.penalize else None,
+            key=jax.random.key(0),
+        )
+
+    def _take_kept(
+        self, prompts: Sequence[Sequence[int]], slots: int, sampling: Sampling
+    ) -> tuple[DecodeState | None, list[int]]:
+        kept, self._kept = self._kept, None
+        # `seen` would have to forget the tokens after the common beginning, so a penalty starts from an empty cache.
+        if kept is None or sampling.penalize or len(kept[1]) != len(prompts) or kept[0].cache.slots != slots:
+            return None, [0] * len(prompts)
+        common = []
+        for prompt, tokens in zip(prompts, kept[1], strict=True):
+            same = 0
+            while same < min(len(prompt) - 1, len(tokens)) and prompt[same] == tokens[same]:
+                same += 1
+            common.append(same)
+        return replace(kept[0], seen=None), common
+
+    def _warm_up(self, batch: int, slots: int, sampling: Sampling) -> None:
+        """Compile the step for these shapes, so that the time of the tokens holds no compilation."""
+        shapes = (batch, slots, sampling.greedy, sampling.penalize)
+        if shapes not in self._warm:
+            jax.block_until_ready(self._step(self._empty_state(batch, slots, sampling), sampling))
+            self._warm.add(shapes)
+
+    def _step(self, state: DecodeState, sampling: Sampling) -> tuple[Any, DecodeState]:
+        return decode_step(self.model, self.adapter, state, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id)
+
+    def _prefill(self, state: DecodeState, prompts: list[Sequence[int]], sampling: Sampling) -> tuple[Any, DecodeState]:
+        logits = jnp.zeros((len(prompts), self.model.config.vocab_size), jnp.float32)
+        start, longest = 0, max(map(len, prompts))
+        while start < longest:
+            size = next((c for c in CHUNKS if c >= longest - start), CHUNKS[-1])
+            tokens = np.zeros((len(prompts), size), np.int32)
+            lengths = np.array([min(max(len(p) - start, 0), size) for p in prompts], np.int32)
+            for row, prompt, n in zip(tokens, prompts, lengths, strict=True):
+                row[:n] = prompt[start : start + n]
+            state, logits = _prefill_chunk(self.model, self.adapter, state, logits, tokens, lengths, pad_id=self.pad_id)
+            start += size
+        return _first_token(state, logits, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id)
