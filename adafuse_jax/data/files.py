@@ -1,4 +1,4 @@
-"""Local data: which files and splits a path holds, and reading them with `datasets` without leaving anything beside them.
+"""Local data: which files and splits a path holds, and reading them with `datasets`, leaving nothing beside them.
 
 `datasets` reports a bad file in many ways (wrapped, delayed until a row is read, or as StopIteration); a failed read is
 therefore diagnosed here, line by line, and told as one UserError.
@@ -64,14 +64,18 @@ def is_data_file(path: Path) -> bool:
 
 def is_saved_dataset(path: Path) -> bool:
     """True for a directory written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
-    return (path / "dataset_dict.json").is_file() or ((path / "state.json").is_file() and (path / "dataset_info.json").is_file())
+    return (path / "dataset_dict.json").is_file() or (
+        (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    )
 
 
 def split_files(path: Path) -> dict[str, list[Path]]:
     """The data files of a directory (or of its `data/`) by the split in their names; files whose names say nothing are
     "train", unless other names do say something. Raises UserError when there are none."""
     for folder in (path, path / "data"):
-        files = sorted(f for f in folder.glob("*") if f.is_file() and is_data_file(f) and f.name.lower() not in METADATA_FILES)
+        files = sorted(
+            f for f in folder.glob("*") if f.is_file() and is_data_file(f) and f.name.lower() not in METADATA_FILES
+        )
         if not files:
             continue
         splits: dict[str, list[Path]] = {}
@@ -102,37 +106,44 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"not a gzip file: {path}: {error}: rename it without .gz or compress it") from None
 
 
-def _is_empty(path: Path) -> bool:
-    if path.stat().st_size == 0:
-        return True
-    return not path.name.endswith(".parquet") and not any(line.strip() for _, line in _lines(path))
+def _check_text(path: Path) -> None:
+    """Raises UserError for a file without rows, bytes that are not UTF-8 (`datasets` would fail at that row, much
+    later) and broken gzip files."""
+    if path.stat().st_size == 0 or not sum(line.strip() != "" for _, line in _lines(path)):
+        raise UserError(f"empty file: {path}: it has no rows: give a file with at least one")
 
 
 def _diagnose(paths: Sequence[Path], error: BaseException) -> UserError:
-    """The reason for a failed read: encoding and compression first, then the first JSON mistake, then what `datasets` said."""
+    """The reason for a failed read: the first JSON mistake, else what `datasets` said."""
     for path in paths:
         if path.name.endswith(".parquet"):
             continue
         text = "".join(line for _, line in _lines(path))
         if ".jsonl" in path.name:
-            kind = None
             for number, line in enumerate(text.split("\n"), 1):
                 if not line.strip():
                     continue
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as bad:
-                    return UserError(f"malformed JSON: {path}: line {number}, column {bad.colno}: {bad.msg}: fix that line")
+                    return UserError(
+                        f"malformed JSON: {path}: line {number}, column {bad.colno}: {bad.msg}: fix that line"
+                    )
                 if not isinstance(row, dict):
-                    kind = UserError(f"malformed row: {path}: line {number}: not a JSON object: write one object a line")
-                    return kind
+                    return UserError(
+                        f"malformed row: {path}: line {number}: not a JSON object: write one object a line"
+                    )
         elif ".json" in path.name:
             try:
                 rows = json.loads(text)
             except json.JSONDecodeError as bad:
-                return UserError(f"malformed JSON: {path}: line {bad.lineno}, column {bad.colno}: {bad.msg}: fix it there")
+                return UserError(
+                    f"malformed JSON: {path}: line {bad.lineno}, column {bad.colno}: {bad.msg}: fix it there"
+                )
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                return UserError(f"malformed rows: {path}: write a JSON list of objects, or one object a line as .jsonl")
+                return UserError(
+                    f"malformed rows: {path}: write a JSON list of objects, or one object a line as .jsonl"
+                )
     cause = error.__cause__ or error
     reason = str(cause).split("\n")[0][:300] or type(cause).__name__
     return UserError(f"cannot read: {', '.join(map(str, paths))}: {reason}: check that the file is what its name says")
@@ -144,22 +155,24 @@ def _csv_options(paths: Sequence[Path]) -> dict[str, Any]:
 
     header = next(csv.reader(line for _, line in _lines(paths[0])))
     if len(set(header)) != len(header):
-        raise UserError(f"repeated column: {paths[0]}: line 1: the columns are {', '.join(header)}: give each its own name")
+        raise UserError(
+            f"repeated column: {paths[0]}: line 1: the columns are {', '.join(header)}: give each its own name"
+        )
     features = datasets.Features({name: datasets.Value("string") for name in header})
     return {"features": features, "keep_default_na": False, "na_filter": False}
 
 
 def read_files(paths: Sequence[Path]) -> Any:
-    """The rows of the files as one `datasets.Dataset` in memory. Raises UserError naming the file (and line) at fault."""
+    """The rows of the files as one `datasets.Dataset` in memory. Raises UserError naming the file (and line)."""
     import datasets
 
     kinds = {LOADERS[p.with_suffix("").suffix if p.suffix == ".gz" else p.suffix] for p in paths}
     if len(kinds) != 1:
         raise UserError(f"mixed file types: {', '.join(map(str, paths))}: keep one type a split")
-    for path in paths:
-        if _is_empty(path):
-            raise UserError(f"empty file: {path}: it has no rows: give a file with at least one")
     kind = kinds.pop()
+    for path in paths:
+        if kind != "parquet" or path.stat().st_size == 0:
+            _check_text(path)
     options = _csv_options(paths) if kind == "csv" else {}
     with tempfile.TemporaryDirectory(prefix="adafuse-data-") as cache, quiet():
         try:
@@ -171,11 +184,8 @@ def read_files(paths: Sequence[Path]) -> Any:
                 keep_in_memory=True,  # the cache goes with this block
                 **options,
             )
-            data.to_list() if len(data) < 2 else (data[0], data[len(data) - 1])
-        except UserError:
-            raise
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | MemoryError):
-                raise
+        except Exception as error:
             raise _diagnose(paths, error) from None
+    if not len(data):
+        raise UserError(f"no rows: {', '.join(map(str, paths))}: give a file with at least one")
     return data

@@ -1,15 +1,15 @@
 """Rows to examples: which columns make which format, and what each row of it becomes.
 
-    alpaca                instruction[, input], output                          -> Chat
-    chat                  messages: [{role, content}, ...]                      -> Chat
-    sharegpt              conversations: [{from, value}, ...]                   -> Chat
-    instruction_response  (problem, solution) | (query, response) | (question, answer as free text)  -> Chat
-    llm_adapters          alpaca + answer; the instruction ends in "Answer format: answer1/answer2/..."  -> MultipleChoice
-    multiple_choice       question | question_stem, choices, answer | answerKey[, hint | context]    -> MultipleChoice
-    text                  text                                                  -> Text
+    chat                  messages: [{role, content}, ...]                                        -> Chat
+    sharegpt              conversations: [{from, value}, ...]                                     -> Chat
+    multiple_choice       question | question_stem, choices, answer | answerKey[, hint | context] -> MultipleChoice
+    llm_adapters          alpaca + answer; instruction "... Answer format: answer1/answer2/..."   -> MultipleChoice
+    alpaca                instruction[, input], output                                            -> Chat
+    instruction_response  (problem, solution) | (query, response) | (question, free-text answer)  -> Chat
+    text                  text                                                                    -> Text
 
-`choices` is a list of texts, {label: [...], text: [...]}, a list of {label, text}, or {letter: text}. Prompts always show
-the letters A, B, ... whatever labels a dataset has (some ARC rows say 1-4), and the candidate responses are these letters.
+`choices` is a list of texts, {label: [...], text: [...]}, a list of {label, text}, or {letter: text}. Prompts show the
+letters A, B, ... whatever labels a dataset has (some ARC rows say 1-4), and the candidate responses are these letters.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def _plain_text(row: Row) -> Text:
 
 
 def _conversation(column: str, role_key: str, content_key: str) -> Callable[[Row], Chat]:
-    """Turns from the first user turn on (system turns before it stay), up to the last assistant turn; a conversation ends
-    before its first empty reply, which would teach the model to say nothing."""
+    """Turns from the first user turn on (system turns before it stay), up to the last assistant turn; a conversation
+    ends before its first empty reply, which would teach the model to say nothing."""
 
     def convert_row(row: Row) -> Chat:
         turns = row.get(column)
@@ -104,7 +104,11 @@ def _conversation(column: str, role_key: str, content_key: str) -> Callable[[Row
             raise RowError(f"column {column!r} must hold a list of {{{role_key}, {content_key}}} objects")
         messages: list[Message] = []
         for n, turn in enumerate(turns, 1):
-            if not isinstance(turn, Mapping) or turn.get(role_key) is None or not isinstance(turn.get(content_key), str):
+            if (
+                not isinstance(turn, Mapping)
+                or turn.get(role_key) is None
+                or not isinstance(turn.get(content_key), str)
+            ):
                 raise RowError(f"column {column!r}, turn {n}: needs the text fields {role_key!r} and {content_key!r}")
             role = ROLES.get(str(turn[role_key]).lower())
             if role is None:
@@ -174,7 +178,9 @@ def _multiple_choice(row: Row) -> MultipleChoice:
 def _llm_adapters(row: Row) -> MultipleChoice:
     found = ANSWER_FORMAT.search(_text(row, "instruction"))
     if found is None:
-        raise RowError("column 'instruction' must end in 'Answer format: answer1/answer2/...' for the format llm_adapters")
+        raise RowError(
+            "column 'instruction' must end in 'Answer format: answer1/answer2/...' for the format llm_adapters"
+        )
     names, answer = found.group(1).split("/"), _text(row, "answer").strip()
     if answer not in names:
         raise RowError(f"column 'answer' is {answer!r}: it must be one of {', '.join(names)}")

@@ -58,8 +58,8 @@ PRESETS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSpec:
-    """One dataset of a mixture. `split` is the one that `load_examples` reads when not told otherwise; a `weight` of None
-    means in proportion to its size."""
+    """One dataset of a mixture. `split` is the one that `load_examples` reads when not told otherwise; a `weight` of
+    None means in proportion to its size."""
 
     source: str
     subset: str | None = None
@@ -120,7 +120,11 @@ def _local(spec: DatasetSpec) -> Path | None:
     looks_local = spec.source.startswith((".", "/", "~")) or spec.source.lower().endswith(DATA_SUFFIXES)
     if looks_local or not HUB_ID.fullmatch(spec.source):
         near = difflib.get_close_matches(spec.source.lower(), PRESETS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f": give a file, a directory, org/name or one of {', '.join(PRESETS)}"
+        hint = (
+            f"; did you mean {near[0]}?"
+            if near
+            else f": give a file, a directory, org/name or one of {', '.join(PRESETS)}"
+        )
         raise UserError(f"no such dataset: {spec.source}: not a path, a preset or a hub id{hint}")
     return None
 
@@ -164,8 +168,8 @@ def _select(data: Any, split: str | None) -> tuple[Any, list[str]]:
 
 
 def _read(spec: DatasetSpec, split: str | None) -> tuple[Any, list[str]]:
-    """(table of `split`, names of all splits). The table is to be used only if `split` is among the names; with a split of
-    None only the names count."""
+    """(table of `split`, names of all splits). The table is to be used only if `split` is among the names; with a split
+    of None only the names count."""
     path = _local(spec)
     if path is None:
         import datasets
@@ -209,8 +213,8 @@ def available_splits(spec: DatasetSpec) -> tuple[str, ...]:
 def load(spec: DatasetSpec, split: str | None = None) -> Loaded:
     """All examples of a split (default: `spec.split`) and the counts of rows without one.
 
-    Raises UserError for a source that does not exist or cannot be read, a split that does not exist, columns that are not
-    recognised, a row that does not fit its format, and a split without a usable row."""
+    Raises UserError for a source that does not exist or cannot be read, a split that does not exist, columns that are
+    not recognised, a row that does not fit its format, and a split without a usable row."""
     wanted = canonical_split(split or spec.split)
     data, names = _read(spec, wanted)
     if wanted not in names:
@@ -233,9 +237,13 @@ def load(spec: DatasetSpec, split: str | None = None) -> Loaded:
             examples.append(convert(row, format_name, f"{where}, row {number}"))
         except SkipRow as reason:
             skipped[str(reason)] = skipped.get(str(reason), 0) + 1
-    counts = ", ".join(f"{n} with {reason}" if not reason.startswith("it") else f"{n}: {reason}" for reason, n in skipped.items())
+    counts = ", ".join(
+        f"{n} with {reason}" if not reason.startswith("it") else f"{n}: {reason}" for reason, n in skipped.items()
+    )
     if not examples:
-        raise UserError(f"no usable rows: {where}: skipped {counts} ({format_name}): give rows with a text prompt and a reply")
+        raise UserError(
+            f"no usable rows: {where}: skipped {counts} ({format_name}): give rows with a text prompt and a reply"
+        )
     if skipped:
         log.info("%s: %d examples; skipped %s", where, len(examples), counts)
     return Loaded(examples, skipped)
@@ -255,13 +263,17 @@ def _without_image_decoding(data: Any) -> Any:
 
 
 def held_out_split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples: a random `fraction` (at least one) is held out, the same for the same seed; both keep
-    the order of `examples`. Raises UserError for a fraction outside (0, 1) and for fewer than two examples."""
+    """(training, held-out) examples: a random `fraction` (at least one) is held out, the same for the same seed; both
+    keep the order of `examples`. Raises UserError for a fraction outside (0, 1) and for fewer than two examples."""
     if not 0 < fraction < 1:
         raise UserError(f"bad held-out fraction: {fraction}: give a number between 0 and 1")
     if len(examples) < 2:
-        raise UserError(f"cannot hold out: {len(examples)} example(s): give at least two, or a dataset with a validation split")
+        raise UserError(
+            f"cannot hold out: {len(examples)} example(s): give at least two, or a dataset with a validation split"
+        )
     count = min(max(1, round(len(examples) * fraction)), len(examples) - 1)
-    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, len(examples)]))).permutation(len(examples))
+    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, len(examples)]))).permutation(
+        len(examples)
+    )
     held = set(order[:count].tolist())
     return [e for i, e in enumerate(examples) if i not in held], [e for i, e in enumerate(examples) if i in held]

@@ -1,0 +1,146 @@
+"""Batches as a pure function of (seed, step), so that a resumed run sees the rows of an uninterrupted one.
+
+One pool:  global row index i -> epoch i // n, row permutation(seed, epoch)[i % n].
+Mixture:   blocks of 1000 indices hold weight_s / Σ weight of source s (largest remainder), shuffled by (seed, block);
+           the c-th index of source s -> epoch c // n_s, row permutation(seed, epoch, s)[c % n_s].
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int, Int32
+
+from adafuse_jax.data.packing import Rows
+from adafuse_jax.errors import UserError
+
+BLOCK = 1000
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["tokens", "loss_mask", "segment_ids", "positions"], meta_fields=[]
+)
+@dataclass(frozen=True)
+class Batch:
+    """`Rows` of one optimiser step, A micro-batches of B rows; a pytree."""
+
+    tokens: Int32[np.ndarray, "A B T"]
+    loss_mask: Bool[np.ndarray, "A B T"]
+    segment_ids: Int32[np.ndarray, "A B T"]
+    positions: Int32[np.ndarray, "A B T"]
+
+
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+@functools.lru_cache(maxsize=16)
+def _permutation(seed: int, epoch: int, source: int, size: int) -> Int[np.ndarray, " n"]:
+    return _generator(0, seed, epoch, source).permutation(size)
+
+
+@functools.lru_cache(maxsize=16)
+def _block(seed: int, block: int, shares: tuple[int, ...]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """The source of each index of a block, and how many of that source come before it in the block."""
+    source = _generator(1, seed, block).permutation(np.repeat(np.arange(len(shares)), shares))
+    before = np.empty(len(source), np.int64)
+    for s, share in enumerate(shares):
+        before[source == s] = np.arange(share)
+    return source, before
+
+
+def shares_of(weights: Sequence[float]) -> tuple[int, ...]:
+    """How many of a block's 1000 rows each weight gets; they add up to 1000. Raises UserError for a share of 0."""
+    exact = np.asarray(weights, np.float64) / np.sum(weights) * BLOCK
+    shares = np.floor(exact).astype(int)
+    for s in np.argsort(-(exact - shares), kind="stable")[: BLOCK - shares.sum()]:
+        shares[s] += 1
+    if (shares == 0).any():
+        s = int(np.argmin(shares))
+        raise UserError(
+            f"weight too small: dataset {s + 1}: {weights[s]} is less than 1 in {BLOCK} rows: raise it or leave it out"
+        )
+    return tuple(int(n) for n in shares)
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """The batches of a run over the rows of one or several sources, all padded to the same T.
+
+    `weights` of None: one pool, every row once an epoch. Otherwise one weight a source, and each source walks its own
+    epochs. A set smaller than a batch goes on with its next epoch.
+    Raises UserError for weights given to some sources only; ValueError for sizes below 1."""
+
+    rows: tuple[Rows, ...]
+    seed: int
+    batch_size: int
+    grad_accum: int = 1
+    weights: tuple[float | None, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.rows or self.batch_size < 1 or self.grad_accum < 1 or self.seed < 0:
+            raise ValueError(
+                f"{len(self.rows)=}, {self.batch_size=}, {self.grad_accum=} must be positive, {self.seed=} not negative"
+            )
+        weights = self.weights if self.weights and any(w is not None for w in self.weights) else None
+        if weights is not None and (len(weights) != len(self.rows) or any(w is None or not w > 0 for w in weights)):
+            raise UserError(
+                f"weights: {list(weights)} for {len(self.rows)} dataset(s): give each a weight above 0, or none"
+            )
+        width = max(rows.length for rows in self.rows)
+        same = tuple(rows.widen(width) for rows in self.rows)
+        if weights is None and len(same) > 1:
+            same = (Rows(*(np.concatenate([getattr(r, f.name) for r in same]) for f in fields(Rows))),)
+        object.__setattr__(self, "rows", same)
+        object.__setattr__(self, "weights", weights)
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.grad_accum
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.rows[0].length
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The least number of steps that draws as many rows as there are."""
+        return -(-sum(len(rows) for rows in self.rows) // self.rows_per_step)
+
+    def locate(self, index: Int[np.ndarray, " i"]) -> tuple[Int[np.ndarray, " i"], Int[np.ndarray, " i"]]:
+        """(source, row within the source) of global row indices."""
+        if self.weights is None:
+            source, count = np.zeros_like(index), index
+        else:
+            shares = shares_of([w for w in self.weights if w is not None])
+            found = [
+                (_block(self.seed, b, shares), b, r)
+                for b, r in zip(*(a.tolist() for a in divmod(index, BLOCK)), strict=True)
+            ]
+            source = np.asarray([order[r] for (order, _), _, r in found])
+            count = np.asarray([b * shares[order[r]] + before[r] for (order, before), b, r in found])
+        row = np.empty_like(index)
+        for s, rows in enumerate(self.rows):
+            epochs, within = divmod(count, len(rows))
+            for epoch in np.unique(epochs[source == s]).tolist():
+                here = (source == s) & (epochs == epoch)
+                row[here] = _permutation(self.seed, epoch, s, len(rows))[within[here]]
+        return source, row
+
+    def at(self, step: int) -> Batch:
+        """The batch of optimiser step `step` (from 0): numpy arrays [grad_accum, batch_size, T]."""
+        first = step * self.rows_per_step
+        source, row = self.locate(np.arange(first, first + self.rows_per_step))
+        shape = (self.grad_accum, self.batch_size, self.length)  # [A, B, T]
+
+        def gather(name: str) -> np.ndarray:
+            return np.stack(
+                [getattr(self.rows[s], name)[r] for s, r in zip(source.tolist(), row.tolist(), strict=True)]
+            ).reshape(shape)
+
+        return Batch(**{f.name: gather(f.name) for f in fields(Batch)})

@@ -1,0 +1,218 @@
+"""Examples to tokens: the chat template (or the Alpaca text) rendered and tokenised once, the loss on the responses.
+
+    text      = template(messages)                                         one string
+    prefix_i  = template(messages[:i], add_generation_prompt=True)         what decoding is given before reply i
+    reply_i   = text[len(prefix_i) : end of the end-of-turn token]         where the loss is
+    target t <=> token t starts inside a reply (a token that straddles the boundary belongs to the prompt)
+
+loss_mask[t] is True iff token t is itself a target, predicted from t-1; token 0 never is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from adafuse_jax.data.examples import Chat, Example, Message, MultipleChoice, Text
+from adafuse_jax.data.files import quiet
+from adafuse_jax.errors import UserError
+
+ENCODE_CHUNK = 1024
+SPACE_MARKERS = ("Ġ", "Ċ", "▁")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example: tokens int32 [T] and loss_mask bool [T]."""
+
+    tokens: Int32[np.ndarray, " T"]
+    loss_mask: Bool[np.ndarray, " T"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """Text, the character spans that are targets, and whether an EOS token, also a target, follows the text."""
+
+    text: str
+    targets: tuple[tuple[int, int], ...]
+    append_eos: bool
+
+
+def load_tokenizer(path_or_hub_id: str | Path) -> Any:
+    """The fast tokenizer of a local model directory or a hub id.
+
+    Raises UserError when it cannot be loaded, has no offsets (a slow tokenizer) or has no EOS token."""
+    name = str(path_or_hub_id)
+    local = Path(name).is_dir()
+    if not local and (Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(
+            f"no tokenizer: {name}: not a directory: give a Hugging Face model directory or a hub id org/name"
+        )
+    try:
+        # transformers warns on import when torch is missing, which is no fault here
+        with mock.patch.dict(os.environ, {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}), quiet():
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+    except Exception as error:  # the library raises anything
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        advice = "it needs tokenizer.json and tokenizer_config.json" if local else "check the name and the connection"
+        raise UserError(f"cannot load the tokenizer: {name}: {reason}: {advice}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"slow tokenizer: {name}: offsets are needed: provide a tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"no EOS token: {name}: set eos_token in tokenizer_config.json")
+    return tokenizer
+
+
+def render(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool) -> str:
+    """The conversation as text: by the tokenizer's chat template, or else as Alpaca text.
+
+    Raises UserError when the template refuses the conversation (roles that do not alternate, a system turn, ...)."""
+    if tokenizer.chat_template:
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # a template raises what it likes
+            roles = ", ".join(m.role for m in messages)
+            raise UserError(
+                f"chat template: turns {roles}: {error}: change the data or the tokenizer's template"
+            ) from None
+    blocks = []
+    for m in messages:
+        if m.role == "assistant":
+            blocks.append(f"### Response:\n{m.content}{tokenizer.eos_token}")
+        else:
+            blocks.append(f"### Instruction:\n{m.content}" if m.role == "user" else m.content)
+    if add_generation_prompt:
+        blocks.append("### Response:\n")
+    return "\n\n".join(blocks)
+
+
+def _end_of_turn(turn: str, content: str, tokenizer: Any) -> tuple[int, int]:
+    """(start, end) of the end-of-turn token in an assistant turn's text: its first special token behind the content.
+    Without one, both are the end of the turn's text."""
+    found_at = turn.find(content.strip())
+    behind = found_at + len(content.strip()) if found_at >= 0 else 0
+    hits = [(turn.find(token, behind), len(token)) for token in tokenizer.all_special_tokens]
+    hits = [(at, -size) for at, size in hits if at >= 0]
+    if not hits:
+        return len(turn.rstrip()), len(turn.rstrip())
+    at, size = min(hits)
+    return at, at - size
+
+
+def _render_example(example: Example, tokenizer: Any, *, with_end: bool) -> _Rendered:
+    if isinstance(example, Text):
+        return _Rendered(example.text, ((0, len(example.text)),), append_eos=True)
+    messages = example.chat().messages if isinstance(example, MultipleChoice) else example.messages
+    spans: list[tuple[int, int]] = []
+    text, closed = "", True
+    for i, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        prefix = render(messages[:i], tokenizer, add_generation_prompt=True)
+        longer = render(messages[: i + 1], tokenizer, add_generation_prompt=False)
+        if not longer.startswith(prefix) or not longer.startswith(text):
+            raise UserError(
+                f"chat template: assistant turn {len(spans) + 1}: the conversation does not continue the text of its "
+                "prompt, so no token-by-token loss exists: use a template that only appends"
+            )
+        start, end = _end_of_turn(longer[len(prefix) :], message.content, tokenizer)
+        closed = end > start
+        spans.append((len(prefix), len(prefix) + (end if with_end else start)))
+        text = longer
+    stop = spans[-1][1] if spans else 0
+    return _Rendered(text[:stop], tuple(spans), append_eos=with_end and bool(spans) and not closed)
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def _starts(ids: Sequence[int], offsets: Sequence[tuple[int, int]], tokenizer: Any) -> list[int]:
+    """Where each token starts in the text; a space that a byte-level tokenizer trims from its offsets counts as part of
+    the token that holds it, for it may straddle a boundary."""
+    starts, end = [], 0
+    for token, (start, stop) in zip(ids, offsets, strict=True):
+        if start > end and (tokenizer.convert_ids_to_tokens(token) or "").startswith(SPACE_MARKERS):
+            start = end
+        starts.append(start)
+        end = max(end, stop)
+    return starts
+
+
+def _encode_texts(rendered: Sequence[_Rendered], tokenizer: Any) -> Iterator[Encoded]:
+    batch = tokenizer([r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    adds_bos = _adds_bos(tokenizer)
+    for r, ids, offsets in zip(rendered, batch["input_ids"], batch["offset_mapping"], strict=True):
+        starts = np.asarray(_starts(ids, offsets, tokenizer), np.int64)
+        mask = np.zeros(len(ids), bool)
+        for start, stop in r.targets:
+            mask |= (starts >= start) & (starts < stop)
+        tokens = np.asarray(ids, np.int32)
+        if adds_bos and tokens[:1].tolist() != [tokenizer.bos_token_id]:
+            tokens, mask = np.insert(tokens, 0, tokenizer.bos_token_id), np.insert(mask, 0, False)
+        if r.append_eos:
+            tokens, mask = np.append(tokens, np.int32(tokenizer.eos_token_id)), np.append(mask, True)
+        mask[:1] = False
+        yield Encoded(tokens.astype(np.int32), mask)
+
+
+def _truncate(encoded: Encoded, max_length: int) -> Encoded | None:
+    cut = Encoded(encoded.tokens[:max_length], encoded.loss_mask[:max_length])
+    return cut if cut.loss_mask.any() else None
+
+
+def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded | None:
+    """Tokens and loss mask of an example, cut at `max_length` tokens; None when no target is left.
+
+    Chats and the right answer of a multiple choice: targets are every assistant turn with its end-of-turn token; what a
+    template writes after the last one is left out. A template without a special token at the end of a turn gets an EOS
+    after the last one. Text: all tokens, then EOS. BOS comes first, once, if the tokenizer or the template adds it.
+    Raises UserError when the chat template refuses the turns or rewrites earlier ones."""
+    return _truncate(next(_encode_texts([_render_example(example, tokenizer, with_end=True)], tokenizer)), max_length)
+
+
+def encode_all(examples: Sequence[Example], tokenizer: Any, max_length: int) -> tuple[list[Encoded], int]:
+    """`encode` of many examples (faster than one by one), and how many were left out as None."""
+    kept: list[Encoded] = []
+    for at in range(0, len(examples), ENCODE_CHUNK):
+        rendered = [_render_example(e, tokenizer, with_end=True) for e in examples[at : at + ENCODE_CHUNK]]
+        cut = (_truncate(encoded, max_length) for encoded in _encode_texts(rendered, tokenizer))
+        kept += [encoded for encoded in cut if encoded is not None]
+    return kept, len(examples) - len(kept)
+
+
+def encode_prompt(messages: Sequence[Message], tokenizer: Any) -> Int32[np.ndarray, " T"]:
+    """The tokens that decoding starts from: the conversation so far and the start of an assistant turn; int32 [T]."""
+    text = render(messages, tokenizer, add_generation_prompt=True)
+    return next(_encode_texts([_Rendered(text, (), append_eos=False)], tokenizer)).tokens
+
+
+def encode_choices(example: MultipleChoice, tokenizer: Any, max_length: int) -> list[Encoded] | None:
+    """One `Encoded` a candidate, its mask on the candidate's own tokens (no end-of-turn token: its probability says
+    nothing about the choice). None when a candidate does not fit `max_length`: cut candidates cannot be compared."""
+    chats = [example.chat(i) for i in range(len(example.choices))]
+    encoded = list(_encode_texts([_render_example(chat, tokenizer, with_end=False) for chat in chats], tokenizer))
+    return encoded if all(len(e.tokens) <= max_length for e in encoded) else None
+
+
+__all__ = [
+    "Chat",
+    "Encoded",
+    "Message",
+    "encode",
+    "encode_all",
+    "encode_choices",
+    "encode_prompt",
+    "load_tokenizer",
+    "render",
+]
