@@ -94,6 +94,7 @@ class AdapterConfig:
     rank: int = flag("LoRA rank of each expert, R", 64)
     top_k: int = flag("experts active per token, k", 2)
     alpha: float = flag("LoRA scale: each expert's output is multiplied by alpha / rank", 128.0)
+    dropout: float = flag("share of each expert's inputs dropped while training", 0.0)
     renormalize: bool = flag("gates are a softmax over the k selected logits; off: over all E logits, then top-k", True)
     balance_coefficient: float = flag("weight of the load-balance loss E·Σ f_e·P_e", 0.01)
 
@@ -108,6 +109,7 @@ class AdapterConfig:
             self.top_k <= self.num_experts,
             f"--top-k {self.top_k} is larger than --num-experts {self.num_experts}; choose at most as many as there are",
         )
+        require(0 <= self.dropout < 1, f"--dropout is {self.dropout}: it must be in [0, 1)")
         require(self.balance_coefficient >= 0, f"--balance-coefficient is {self.balance_coefficient}: it must be ≥ 0")
 
     @property

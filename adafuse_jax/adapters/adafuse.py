@@ -11,11 +11,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Key
 
 from adafuse_jax.adapters.lora import LoRAExperts
 from adafuse_jax.adapters.router import Router, Routing
-from adafuse_jax.configs import AdapterConfig, ModelConfig
+from adafuse_jax.configs import LINEARS, AdapterConfig, ModelConfig
 
 
 class AdaFuse(nnx.Module):
@@ -54,15 +54,19 @@ class AdaFuse(nnx.Module):
             jnp.zeros((*shape, k), jnp.int32), jnp.zeros((*shape, k), jnp.float32), jnp.zeros((*shape, num_experts))
         )
 
-    def hook(self, experts: nnx.Dict, layer: Int[Array, ""], routing: Routing) -> AdaFuseLayer:
-        return AdaFuseLayer(self, experts, layer, routing)
+    def hook(
+        self, experts: nnx.Dict, layer: Int[Array, ""], routing: Routing, key: Key[Array, ""] | None
+    ) -> AdaFuseLayer:
+        return AdaFuseLayer(self, experts, layer, routing, key)
 
 
 class AdaFuseLayer:
     """The hook of one layer: layer 0 routes at the first target, every layer adds its chosen experts."""
 
-    def __init__(self, adapter: AdaFuse, experts: nnx.Dict, layer: Int[Array, ""], routing: Routing):
-        self.adapter, self.experts, self.layer, self.routing = adapter, experts, layer, routing
+    def __init__(
+        self, adapter: AdaFuse, experts: nnx.Dict, layer: Int[Array, ""], routing: Routing, key: Key[Array, ""] | None
+    ):
+        self.adapter, self.experts, self.layer, self.routing, self.key = adapter, experts, layer, routing, key
 
     def __call__(self, name: str, x: Array, y: Array) -> Array:
         if name not in self.experts:
@@ -71,4 +75,8 @@ class AdaFuseLayer:
             self.routing = jax.lax.cond(
                 self.layer == 0, lambda x, _: self.adapter.router(x), lambda _, routing: routing, x, self.routing
             )
+        dropout = self.adapter.config.dropout
+        if self.key is not None and dropout > 0:
+            keep = jax.random.bernoulli(jax.random.fold_in(self.key, LINEARS.index(name)), 1 - dropout, x.shape)
+            x = jnp.where(keep, x / (1 - dropout), 0).astype(x.dtype)
         return y + self.experts[name](x, self.routing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Key
 
 
 class LayerHook(Protocol):
@@ -23,5 +23,6 @@ class Adapter(Protocol):
     def initial_routing(self, shape: tuple[int, int]) -> Any:
         """The routing before layer 0, for tokens of `shape` [B, T]."""
 
-    def hook(self, experts: Any, layer: Int[Array, ""], routing: Any) -> LayerHook:
-        """The hook of one layer: `experts` is that layer's slice, `routing` what the layer before left."""
+    def hook(self, experts: Any, layer: Int[Array, ""], routing: Any, key: Key[Array, ""] | None) -> LayerHook:
+        """The hook of one layer: `experts` is that layer's slice, `routing` what the layer before left, `key` the
+        randomness of its dropout (None: no dropout)."""

@@ -71,14 +71,12 @@ def _prefill_chunk(
     offset = jnp.arange(tokens.shape[1])
     inside = offset < lengths[:, None]  # [B, T]
     slots = jnp.where(inside, state.position[:, None] + offset, state.cache.slots)
-    out = model(
-        jnp.where(inside, tokens, pad_id), adapter=adapter, positions=slots, cache=state.cache,
-        logits_at=jnp.maximum(lengths - 1, 0),
-    )  # fmt: skip
+    out = model.run(jnp.where(inside, tokens, pad_id), adapter=adapter, positions=slots, cache=state.cache)
+    last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]  # [B, D]
     seen = state.seen
     if seen is not None:
         seen = seen.at[jnp.arange(len(lengths))[:, None], jnp.where(inside, tokens, seen.shape[1])].set(True, mode="drop")
-    logits = jnp.where((lengths > 0)[:, None], out.logits[:, 0], logits)
+    logits = jnp.where((lengths > 0)[:, None], model.logits(last), logits)
     return replace(state, cache=out.cache, position=state.position + lengths, seen=seen), logits
 
 

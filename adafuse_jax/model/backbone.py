@@ -9,13 +9,13 @@ The hook is called as `adapt(name, x, y)` after every linear (its input x and ou
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from adafuse_jax.adapters.base import Adapter
 from adafuse_jax.configs import ATTENTION_LINEARS, LINEARS, ModelConfig
@@ -29,11 +29,12 @@ Adapt = Callable[[str, Array, Array], Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class Output:
-    """`logits` fp32 [B, T, V]; `routing` is whatever the adapter says of its choices; `cache` the cache, extended."""
+    """Hidden states after the final norm, what the adapter says of its choices, and the cache with these tokens added."""
 
-    logits: Float[Array, "B T V"]
+    hidden: Float[Array, "B T D"]
     routing: Any
     cache: KVCache | None
+    logits: Float[Array, "B T V"] | None = None
 
 
 class DecoderLayer(nnx.Module):
@@ -91,7 +92,17 @@ class Backbone(nnx.Module):
     def dtype(self) -> jnp.dtype:
         return self.embed_tokens[...].dtype
 
-    def __call__(
+    def __call__(self, tokens: Int[Array, "B T"], **options: Any) -> Output:
+        """`run`, with the logits of every position."""
+        out = self.run(tokens, **options)
+        return replace(out, logits=self.logits(out.hidden))
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """The head, or the tied embedding, applied to hidden states; fp32."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return jnp.einsum("...d,vd->...v", hidden, head[...], preferred_element_type=jnp.float32)
+
+    def run(
         self,
         tokens: Int[Array, "B T"],
         *,
@@ -99,11 +110,11 @@ class Backbone(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
-        logits_at: Int[Array, "B"] | None = None,
+        dropout_key: Key[Array, ""] | None = None,
         remat: bool = False,
         unroll: bool = False,
     ) -> Output:
-        """Logits of every position.
+        """Run the layers.
 
         Args:
           tokens: token ids.
@@ -112,7 +123,7 @@ class Backbone(nnx.Module):
           segment_ids: attention stays within equal ids, 0 is padding; None is one segment. Not with a cache, where
             every row is one sequence.
           cache: keys and values of the positions before; the returned cache holds these tokens too.
-          logits_at: compute the logits of this index of every row only, [B, 1, V].
+          dropout_key: randomness of the adapter's dropout; None means none.
           remat: recompute each layer in the backward pass.
           unroll: unroll the layers instead of scanning (XLA then reads the stacked weights without copying slices).
         """
@@ -143,7 +154,8 @@ class Backbone(nnx.Module):
             if adapter is None:
                 x = layer(x, attend, lambda name, x, y: y)
             else:
-                hook = adapter.hook(experts, index, routing)
+                key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+                hook = adapter.hook(experts, index, routing, key)
                 x = layer(x, attend, hook)
                 routing = hook.routing
             return (x, cache, routing), None
@@ -157,8 +169,4 @@ class Backbone(nnx.Module):
             (self.layers, experts, jnp.arange(config.num_layers), windows),
             unroll=config.num_layers if unroll else 1,
         )
-        if logits_at is not None:
-            x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)  # [B, 1, D]
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        logits = jnp.einsum("btd,vd->btv", self.norm(x), head[...], preferred_element_type=jnp.float32)
-        return Output(logits, routing, cache)
+        return Output(self.norm(x), routing, cache)

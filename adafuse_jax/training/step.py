@@ -1,0 +1,136 @@
+"""One optimiser step: token cross-entropy + balance loss over A micro-batches, then AdamW. The backbone is frozen.
+
+    loss = Σ_t −log p(x_t | x_<t) / #targets + c · E·Σ_e f_e·P_e
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.adapters.router import balance_loss, router_statistics
+from adafuse_jax.configs import TrainConfig
+from adafuse_jax.data.batches import Batch
+from adafuse_jax.model.backbone import Backbone
+
+LOSS_CHUNK = 256
+"""Positions whose logits exist at the same time; the whole [B, T, V] never does."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainState:
+    """All that changes while training; the backbone is not in it. The adapter and its two moments are fp32."""
+
+    step: Int[Array, ""]
+    adapter: AdaFuse
+    moments: optax.OptState
+    key: Key[Array, ""]
+
+
+def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up over the first share of the steps, then a cosine to `min_lr_ratio` of the peak."""
+    warmup = math.ceil(config.warmup_ratio * steps)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=config.learning_rate / (warmup + 1),
+        peak_value=config.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=max(steps, warmup + 1),
+        end_value=config.min_lr_ratio * config.learning_rate,
+    )
+
+
+def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW; weight decay acts on the experts and spares the router."""
+
+    def experts_only(adapter: AdaFuse) -> AdaFuse:
+        return jax.tree_util.tree_map_with_path(lambda path, _: "experts" in jax.tree_util.keystr(path), adapter)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config, steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            weight_decay=config.weight_decay,
+            mask=experts_only,
+        ),
+    )
+
+
+def token_losses(
+    model: Backbone, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"], loss_mask: Bool[Array, "B T"]
+) -> Float[Array, "B"]:
+    """Σ_t −log p(x_t | x_<t) over the targets of every row, in nats; the logits are made LOSS_CHUNK positions at a time.
+
+    Position t − 1 predicts token t, so the first token of a row is never a target.
+    """
+    batch, length = tokens.shape
+    pad = -(length - 1) % LOSS_CHUNK
+    chunks = (length - 1 + pad) // LOSS_CHUNK
+
+    def chunked(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(batch, chunks, -1, *x.shape[2:]).swapaxes(0, 1)  # [chunks, B, T/chunks, …]
+
+    @jax.checkpoint
+    def add_chunk(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        hidden, targets, mask = chunk
+        losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), targets)
+        return total + jnp.sum(losses * mask, axis=-1), None
+
+    inputs = chunked(hidden[:, :-1]), chunked(tokens[:, 1:]), chunked(loss_mask[:, 1:])
+    return jax.lax.scan(add_chunk, jnp.zeros(batch), inputs)[0]
+
+
+@partial(jax.jit, static_argnames=("optimizer", "remat"), donate_argnames="state")
+def train_step(
+    state: TrainState, model: Backbone, batch: Batch, *, optimizer: optax.GradientTransformation, remat: bool
+) -> tuple[TrainState, dict[str, Array]]:
+    """One step over a batch of [A, B, T] arrays: gradients of all A micro-batches, normalised by all their targets.
+
+    Returns the new state (the old one is donated) and the metrics of the step: `loss` (nats per target), `balance`,
+    `grad_norm`, and the router's `load` [E], `entropy` and `pair` [E, E].
+    """
+    targets = jnp.maximum(batch.loss_mask[..., 1:].sum(), 1)
+    micro_batches = batch.tokens.shape[0]
+    key, dropout_key = jax.random.split(state.key)
+    config = state.adapter.config
+
+    def micro_loss(adapter: AdaFuse, micro: Batch, index: Array) -> tuple[Array, dict[str, Array]]:
+        out = model.run(
+            micro.tokens,
+            adapter=adapter,
+            positions=micro.positions,
+            segment_ids=micro.segment_ids,
+            dropout_key=jax.random.fold_in(dropout_key, index) if config.dropout > 0 else None,
+            remat=remat,
+        )
+        real = micro.segment_ids > 0
+        loss = token_losses(model, out.hidden, micro.tokens, micro.loss_mask).sum() / targets
+        balance = balance_loss(out.routing, real) / micro_batches
+        statistics = jax.tree.map(lambda x: x / micro_batches, router_statistics(out.routing, real))
+        return loss + config.balance_coefficient * balance, {"loss": loss, "balance": balance, **statistics}
+
+    def add_micro(total: tuple, inputs: tuple[Batch, Array]) -> tuple[tuple, None]:
+        grads, metrics = jax.grad(micro_loss, has_aux=True)(state.adapter, *inputs)
+        return jax.tree.map(jnp.add, total, (grads, metrics)), None
+
+    one = jax.tree.map(lambda x: x[0], batch)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(jax.grad(micro_loss, has_aux=True), state.adapter, one, jnp.int32(0)),
+    )
+    (grads, metrics), _ = jax.lax.scan(add_micro, zeros, (batch, jnp.arange(micro_batches)))
+
+    updates, moments = optimizer.update(grads, state.moments, state.adapter)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    adapter = optax.apply_updates(state.adapter, updates)
+    return TrainState(step=state.step + 1, adapter=adapter, moments=moments, key=key), metrics
