@@ -10,6 +10,7 @@ loss_mask[t] is True iff token t is itself a target, predicted from t-1; token 0
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -96,12 +97,27 @@ def render(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt
     return "\n\n".join(blocks)
 
 
+@functools.lru_cache(maxsize=8)
+def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """All special tokens, of which `all_special_tokens` has only those with a role (BOS, EOS, ...)."""
+    added = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+    return tuple({*tokenizer.all_special_tokens, *added})
+
+
+def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end a reply in training, so that decoding stops at them: EOS and the template's end-of-turn token."""
+    ids = {tokenizer.eos_token_id}
+    chat = Chat((Message("user", "?"), Message("assistant", "!")))
+    row = next(_encode_texts([_render_example(chat, tokenizer, with_end=True)], tokenizer))
+    return tuple(sorted(ids | {int(row.tokens[-1])}))
+
+
 def _end_of_turn(turn: str, content: str, tokenizer: Any) -> tuple[int, int]:
     """(start, end) of the end-of-turn token in an assistant turn's text: its first special token behind the content.
     Without one, both are the end of the turn's text."""
     found_at = turn.find(content.strip())
     behind = found_at + len(content.strip()) if found_at >= 0 else 0
-    hits = [(turn.find(token, behind), len(token)) for token in tokenizer.all_special_tokens]
+    hits = [(turn.find(token, behind), len(token)) for token in _special_tokens(tokenizer)]
     hits = [(at, -size) for at, size in hits if at >= 0]
     if not hits:
         return len(turn.rstrip()), len(turn.rstrip())
@@ -203,16 +219,3 @@ def encode_choices(example: MultipleChoice, tokenizer: Any, max_length: int) -> 
     chats = [example.chat(i) for i in range(len(example.choices))]
     encoded = list(_encode_texts([_render_example(chat, tokenizer, with_end=False) for chat in chats], tokenizer))
     return encoded if all(len(e.tokens) <= max_length for e in encoded) else None
-
-
-__all__ = [
-    "Chat",
-    "Encoded",
-    "Message",
-    "encode",
-    "encode_all",
-    "encode_choices",
-    "encode_prompt",
-    "load_tokenizer",
-    "render",
-]

@@ -1,0 +1,53 @@
+"""Fixtures that several test files share: the folder of real data and the two real models built from it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+CACHE = Path.home() / ".cache" / "adafuse-jax-tests"
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The `shared` folder beside the repository, with real data, models and tools."""
+    path = Path(__file__).resolve().parents[2] / "shared"
+    if not (path / "assets").is_dir():
+        pytest.skip("no ../shared folder")
+    return path
+
+
+def built_model(shared: Path, name: str, tool: str) -> Path:
+    """CACHE/name, made once per machine by `tool`; the rename makes a half-built directory impossible."""
+    out = CACHE / name
+    if out.is_dir():
+        return out
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix=f".{name}-") as scratch:
+        built = Path(scratch) / name
+        done = subprocess.run([sys.executable, shared / "tools" / tool, built], capture_output=True, text=True)
+        if done.returncode:
+            pytest.fail(f"{tool} failed: {done.stderr[-500:]}")
+        try:
+            os.rename(built, out)
+        except OSError:
+            if not out.is_dir():  # another session may have been first
+                raise
+    return out
+
+
+@pytest.fixture(scope="session")
+def stories260k_dir(shared_dir: Path) -> Path:
+    """A Hugging Face directory of stories260K (float32, no chat template, BOS added by the tokenizer)."""
+    return built_model(shared_dir, "stories260k", "stories260k_hf.py")
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(shared_dir: Path) -> Path:
+    """A Hugging Face directory of SmolLM2-135M-Instruct (bfloat16, ChatML, no BOS of its own)."""
+    return built_model(shared_dir, "smollm2", "smollm2_hf.py")

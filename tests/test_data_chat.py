@@ -1,0 +1,283 @@
+"""Tokens and loss masks, token by token, against expectations written by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_fixtures import BOS_CHATML, CHATML, write_tokenizer
+
+from adafuse_jax.data.chat import encode, encode_all, encode_choices, encode_prompt, load_tokenizer, stop_tokens
+from adafuse_jax.data.examples import Chat, Message, MultipleChoice, Text
+from adafuse_jax.data.sources import DatasetSpec, load_examples
+from adafuse_jax.errors import UserError
+
+S, U, A = (lambda text, role=role: Message(role, text) for role in ("system", "user", "assistant"))
+LONG = 10_000
+
+
+def pieces(text: str) -> list[str]:
+    """Byte tokens of ASCII text as ByteLevel spells them."""
+    return ["Ċ" if c == "\n" else "Ġ" if c == " " else c for c in text]
+
+
+def marked(*parts: tuple[str, bool]) -> tuple[list[str], list[bool]]:
+    """Expected (tokens, mask) from (special token or text, is target) parts."""
+    tokens: list[str] = []
+    mask: list[bool] = []
+    for part, target in parts:
+        names = [part] if part in ("<s>", "</s>", "<|im_start|>", "<|im_end|>") else pieces(part)
+        tokens += names
+        mask += [target] * len(names)
+    return tokens, mask
+
+
+def told(encoded, tokenizer) -> tuple[list[str], list[bool]]:
+    assert encoded.tokens.dtype == np.int32
+    assert encoded.loss_mask.dtype == np.bool_
+    return tokenizer.convert_ids_to_tokens(encoded.tokens.tolist()), encoded.loss_mask.tolist()
+
+
+@pytest.fixture
+def chatml(tmp_path):
+    return load_tokenizer(write_tokenizer(tmp_path / "tok", template=CHATML, eos="<|im_end|>"))
+
+
+@pytest.fixture
+def plain(tmp_path):
+    return load_tokenizer(write_tokenizer(tmp_path / "tok", adds_bos=True))
+
+
+class TestChatTemplate:
+    def test_multi_turn(self, chatml):
+        chat = Chat((S("be kind"), U("hi"), A("yo"), U("2+2?"), A("4 \n")))
+        expected = marked(
+            ("<|im_start|>", False), ("system\nbe kind", False), ("<|im_end|>", False), ("\n", False),
+            ("<|im_start|>", False), ("user\nhi", False), ("<|im_end|>", False), ("\n", False),
+            ("<|im_start|>", False), ("assistant\n", False), ("yo", True), ("<|im_end|>", True), ("\n", False),
+            ("<|im_start|>", False), ("user\n2+2?", False), ("<|im_end|>", False), ("\n", False),
+            ("<|im_start|>", False), ("assistant\n", False), ("4 \n", True), ("<|im_end|>", True),
+        )  # fmt: skip
+        assert told(encode(chat, chatml, LONG), chatml) == expected
+
+    def test_decoding_stops_at_the_template_s_end_and_at_eos(self, tmp_path, chatml):
+        other = load_tokenizer(write_tokenizer(tmp_path / "other", template=CHATML, eos="</s>"))
+        names = {name: other.convert_tokens_to_ids(name) for name in ("</s>", "<|im_end|>")}
+        assert stop_tokens(other) == tuple(sorted(names.values()))
+        assert stop_tokens(chatml) == (names["<|im_end|>"],)
+
+    def test_special_token_inside_an_answer_does_not_end_the_turn(self, chatml):
+        encoded = encode(Chat((U("tag?"), A("a<|im_end|>b"))), chatml, LONG)
+        tokens, mask = told(encoded, chatml)
+        assert tokens[-4:] == ["a", "<|im_end|>", "b", "<|im_end|>"]
+        assert mask[-4:] == [True] * 4
+
+    def test_bos_of_the_template_is_not_doubled(self, tmp_path):
+        tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", template=BOS_CHATML, adds_bos=True))
+        tokens, mask = told(encode(Chat((U("x"), A("y"))), tokenizer, LONG), tokenizer)
+        assert tokens[:2] == ["<s>", "<|im_start|>"]
+        assert tokens.count("<s>") == 1
+        assert (tokens[-2:], mask[-2:], sum(mask)) == (["y", "<|im_end|>"], [True, True], 2)
+
+    def test_bos_of_the_tokenizer_is_added_to_a_template_without(self, tmp_path):
+        tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", template=CHATML, adds_bos=True))
+        tokens, _ = told(encode(Chat((U("x"), A("y"))), tokenizer, LONG), tokenizer)
+        assert tokens[:2] == ["<s>", "<|im_start|>"]
+        assert tokens.count("<s>") == 1
+
+    def test_template_that_strips_content(self, tmp_path):
+        template = CHATML.replace("m['content']", "m['content'] | trim")
+        tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", template=template))
+        tokens, mask = told(encode(Chat((U("x"), A("  y\n"))), tokenizer, LONG), tokenizer)
+        assert (tokens[-2:], mask[-2:], sum(mask)) == (["y", "<|im_end|>"], [True, True], 2)
+
+    def test_turns_closed_by_plain_text_get_an_eos(self, tmp_path):
+        template = (
+            "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+        )
+        tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", template=template))
+        expected = marked(
+            ("user: q\nassistant: ", False), ("a", True), ("\nuser: r\nassistant: ", False), ("b", True), ("</s>", True)
+        )
+        assert told(encode(Chat((U("q"), A("a"), U("r"), A("b"))), tokenizer, LONG), tokenizer) == expected
+
+    def test_template_that_rewrites_the_prompt_is_refused(self, tmp_path):
+        template = CHATML + "{% if add_generation_prompt %}<think>{% endif %}"
+        tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", template=template))
+        with pytest.raises(UserError, match="does not continue the text of its prompt"):
+            encode(Chat((U("x"), A("y"))), tokenizer, LONG)
+
+    def test_template_that_rewrites_history_is_refused(self, tmp_path):
+        template = "{{ messages | length }}" + CHATML
+        tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", template=template))
+        with pytest.raises(UserError, match="only appends"):
+            encode(Chat((U("x"), A("y"), U("x"), A("y"))), tokenizer, LONG)
+
+    def test_template_that_raises_is_told(self, tmp_path):
+        template = "{{ raise_exception('System role not supported') }}"
+        tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", template=template))
+        with pytest.raises(UserError, match="turns system, user: System role not supported"):
+            encode(Chat((S("s"), U("x"), A("y"))), tokenizer, LONG)
+
+
+class TestAlpacaText:
+    def test_single_turn(self, plain):
+        expected = marked(
+            ("<s>", False), ("### Instruction:\nadd 1\n\n### Response:\n", False), ("2", True), ("</s>", True)
+        )
+        assert told(encode(Chat((U("add 1"), A("2"))), plain, LONG), plain) == expected
+
+    def test_system_and_two_turns(self, plain):
+        expected = marked(
+            ("<s>", False), ("Be brief.\n\n### Instruction:\na\n\n### Response:\n", False), ("b", True), ("</s>", True),
+            ("\n\n### Instruction:\nc\n\n### Response:\n", False), ("d", True), ("</s>", True),
+        )  # fmt: skip
+        assert told(encode(Chat((S("Be brief."), U("a"), A("b"), U("c"), A("d"))), plain, LONG), plain) == expected
+
+    def test_text(self, plain):
+        expected = marked(("<s>", False), ("once", True), ("</s>", True))
+        assert told(encode(Text("once"), plain, LONG), plain) == expected
+
+    def test_text_without_bos_predicts_from_the_second_token_on(self, chatml):
+        expected = marked(("o", False), ("nce", True), ("<|im_end|>", True))
+        assert told(encode(Text("once"), chatml, LONG), chatml) == expected
+
+
+class TestLength:
+    def test_cut_at_the_end(self, chatml):
+        chat = Chat((U("hi"), A("abcdef")))
+        full = encode(chat, chatml, LONG)
+        cut = encode(chat, chatml, len(full.tokens) - 3)
+        np.testing.assert_array_equal(cut.tokens, full.tokens[:-3])
+        np.testing.assert_array_equal(cut.loss_mask, full.loss_mask[:-3])
+
+    def test_no_response_token_left(self, chatml):
+        chat = Chat((U("hi"), A("abcdef")))
+        prompt = encode_prompt(chat.messages[:1], chatml)
+        assert encode(chat, chatml, len(prompt)) is None
+        assert encode(chat, chatml, len(prompt) + 1).loss_mask.tolist() == [False] * len(prompt) + [True]
+
+    def test_all_counts_what_it_leaves_out(self, chatml):
+        chats = [Chat((U("x" * n), A("y" * 30))) for n in range(60)]
+        kept, dropped = encode_all(chats, chatml, 60)
+        single = [encode(chat, chatml, 60) for chat in chats]
+        assert dropped == sum(e is None for e in single)
+        assert dropped not in (0, len(chats))
+        for one, other in zip(kept, [e for e in single if e is not None], strict=True):
+            np.testing.assert_array_equal(one.tokens, other.tokens)
+            np.testing.assert_array_equal(one.loss_mask, other.loss_mask)
+
+
+class TestBoundary:
+    SPACED = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' + ' ' }}{% endif %}"
+    )
+
+    @pytest.mark.parametrize("trim_offsets", [False, True])
+    def test_a_straddling_token_belongs_to_the_prompt(self, tmp_path, trim_offsets):
+        directory = write_tokenizer(
+            tmp_path / "tok", template=self.SPACED, merges_from=" yes", trim_offsets=trim_offsets
+        )
+        tokenizer = load_tokenizer(directory)
+        tokens, mask = told(encode(Chat((U("q"), A("yes no"))), tokenizer, LONG), tokenizer)
+        assert "Ġyes" in tokens, "the test needs a token over the boundary"
+        at = tokens.index("Ġyes")
+        assert mask[: at + 1] == [False] * (at + 1)
+        assert mask[at + 1 :] == [True] * len(mask[at + 1 :])
+
+    def test_characters_of_several_tokens(self, chatml):
+        encoded = encode(Chat((U("é"), A("ü🙂"))), chatml, LONG)
+        assert encoded.loss_mask.sum() == len("ü🙂".encode()) + 1
+        assert encoded.loss_mask[-7:].all()
+
+
+class TestChoices:
+    EXAMPLE = MultipleChoice("Q?\nA. x\nB. y", ("A", "BC"), 1)
+
+    def test_masks_are_on_the_candidates(self, chatml):
+        first, second = encode_choices(self.EXAMPLE, chatml, LONG)
+        prompt = encode_prompt((U(self.EXAMPLE.question),), chatml)
+        for encoded, letters in ((first, ["A"]), (second, ["B", "C"])):
+            tokens, mask = told(encoded, chatml)
+            np.testing.assert_array_equal(encoded.tokens[: len(prompt)], prompt)
+            assert tokens[len(prompt) :] == letters
+            assert mask == [False] * len(prompt) + [True] * len(letters)
+
+    def test_training_is_on_the_right_answer(self, chatml):
+        tokens, mask = told(encode(self.EXAMPLE, chatml, LONG), chatml)
+        assert [t for t, m in zip(tokens, mask, strict=True) if m] == ["B", "C", "<|im_end|>"]
+
+    def test_cut_candidates_are_not_compared(self, chatml):
+        second = encode_choices(self.EXAMPLE, chatml, LONG)[1]
+        assert encode_choices(self.EXAMPLE, chatml, len(second.tokens)) is not None
+        assert encode_choices(self.EXAMPLE, chatml, len(second.tokens) - 1) is None
+
+
+class TestLoadTokenizer:
+    def test_errors_name_the_place(self, tmp_path):
+        (tmp_path / "empty").mkdir()
+        broken = write_tokenizer(tmp_path / "broken")
+        (broken / "tokenizer.json").write_text("{")
+        no_eos = write_tokenizer(tmp_path / "no_eos")
+        config = json.loads((no_eos / "tokenizer_config.json").read_text())
+        (no_eos / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "eos_token"}))
+        for name in ("empty", "broken", "no_eos", "missing"):
+            with pytest.raises(UserError, match=name) as caught:
+                load_tokenizer(tmp_path / name)
+            assert "\n" not in str(caught.value)
+
+    def test_nothing_on_stderr(self, tmp_path):
+        directory = write_tokenizer(tmp_path / "tok")
+        code = f"from adafuse_jax.data.chat import load_tokenizer; load_tokenizer({str(directory)!r})"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parents[1],
+            env={k: v for k, v in os.environ.items() if not k.startswith("TRANSFORMERS_")},
+        )
+        assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("model", ["stories260k_dir", "smollm2_dir"])
+def test_decoding_starts_from_what_training_saw(model, request, shared_dir):
+    """Every prompt of real conversations is, token for token, what precedes its reply in training."""
+    tokenizer = load_tokenizer(request.getfixturevalue(model))
+    files = (
+        "sharegpt_500.jsonl.gz",
+        "gsm8k_test.jsonl.gz",
+        "code_alpaca_2k.json.gz",
+        "scienceqa_think_textonly.jsonl.gz",
+    )
+    replies = 0
+    for file in files:
+        examples = load_examples(DatasetSpec(source=str(shared_dir / "assets" / "data" / file)))[:100]
+        encoded, dropped = encode_all(examples, tokenizer, 10**6)
+        assert dropped == 0
+        for example, row in zip(examples, encoded, strict=True):
+            messages = (example.chat() if isinstance(example, MultipleChoice) else example).messages
+            for i in [i for i, m in enumerate(messages) if m.role == "assistant"]:
+                prompt = encode_prompt(messages[:i], tokenizer)
+                np.testing.assert_array_equal(prompt, row.tokens[: len(prompt)])
+                assert not row.loss_mask[len(prompt) - 1]
+                assert row.loss_mask[len(prompt)]
+                replies += 1
+            assert row.tokens[-1] == tokenizer.eos_token_id
+    assert replies > 600
+
+
+def test_smollm2_spans_decode_to_the_replies(smollm2_dir, shared_dir):
+    tokenizer = load_tokenizer(smollm2_dir)
+    source = str(shared_dir / "assets" / "data" / "sharegpt_500.jsonl.gz")
+    for chat in load_examples(DatasetSpec(source=source))[:50]:
+        row = encode(chat, tokenizer, 10**6)
+        wanted = "".join(m.content + "<|im_end|>" for m in chat.messages if m.role == "assistant")
+        assert tokenizer.decode(row.tokens[row.loss_mask]) == wanted
