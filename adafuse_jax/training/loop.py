@@ -1,0 +1,239 @@
+"""Fine-tuning from start to finish: data → backbone → adapter → steps, with evaluation and checkpoints → adapter directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.adapters.directory import save_adapter
+from adafuse_jax.configs import AdapterConfig, TrainConfig
+from adafuse_jax.data.batches import Batch
+from adafuse_jax.data.chat import load_tokenizer
+from adafuse_jax.errors import UserError
+from adafuse_jax.interop.hf_config import read_model_config
+from adafuse_jax.interop.huggingface import backbone_identity, load_backbone, model_directory
+from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.training.checkpoint import Checkpoints
+from adafuse_jax.training.prepare import Data, prepare_data
+from adafuse_jax.training.report import Report, plot_training
+from adafuse_jax.training.step import TrainState, learning_rate, make_optimizer, train_step
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE, METRICS_FILE, PLOT_FILE, SUMMARY_FILE = "train_config.json", "metrics.jsonl", "training.png", "summary.json"
+ADAPTER_DIR, CHECKPOINT_DIR = "adapter", "checkpoints"
+
+NOT_IDENTITY = (
+    "output", "model", "dataset", "eval_dataset", "eval_examples", "eval_every", "checkpoint_every", "keep_checkpoints",
+    "log_every", "resume", "steps", "epochs", "remat",
+)  # fmt: skip
+"""Settings that a resumed run may change, or that `backbone`, `data` and `total_steps` of the identity stand for."""
+
+
+class Stopped(Exception):
+    """SIGTERM: the state is saved."""
+
+
+def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
+    """Fine-tune an adapter as `config` says and leave in `config.output`:
+
+    `adapter/` (for decode.py), `checkpoints/`, `metrics.jsonl`, `training.png`, `summary.json` and `train_config.json`.
+    Returns the summary.
+
+    Raises:
+      UserError: bad input (nothing is written), a full disk, or a loss that is not finite.
+      Stopped: SIGTERM arrived; a checkpoint has been written.
+    """
+    output = Path(config.output)
+    _check_output(output, resume=config.resume)
+    directory = model_directory(config.model)
+    model_config = read_model_config(directory)
+    if config.max_length > model_config.max_position_embeddings:
+        raise UserError(
+            f"--max-length {config.max_length} exceeds the {model_config.max_position_embeddings} positions of "
+            f"{config.model}; lower it"
+        )
+    data = prepare_data(config, load_tokenizer(directory))
+    steps = config.steps or max(1, math.ceil(config.epochs * data.batches.steps_per_epoch))
+    backbone = backbone_identity(directory)
+    model = load_backbone(directory, config.dtype)
+    identity = _identity(config, adapter_config, backbone=backbone, data=data.fingerprint, total_steps=steps)
+
+    init_key, state_key = jax.random.split(jax.random.key(config.seed))
+    adapter = jax.jit(lambda key: AdaFuse(adapter_config, model_config, rngs=nnx.Rngs(params=key)))(init_key)
+    optimizer = make_optimizer(config, steps)
+    state = TrainState(step=jnp.int32(0), adapter=adapter, moments=jax.jit(optimizer.init)(adapter), key=state_key)
+    _check_space(output, state, keep=config.keep_checkpoints)
+
+    if not config.resume:
+        _create_output(output, config, adapter_config)
+    checkpoints = Checkpoints(output / CHECKPOINT_DIR, keep=config.keep_checkpoints, identity=identity)
+    try:
+        if config.resume and checkpoints.latest_step() is not None:
+            state = checkpoints.restore(state)
+        report = Report(output / METRICS_FILE, start=int(state.step), steps=steps, log_every=config.log_every)
+        if config.resume:
+            report.say(f"resuming {output} at step {int(state.step)}")
+        try:
+            state, seconds = _run(config, state, model, data, optimizer, steps, checkpoints, report)
+        finally:
+            report.close()
+    finally:
+        checkpoints.close()
+
+    save_adapter(state.adapter, output / ADAPTER_DIR, backbone_name=config.model, backbone_identity=backbone)
+    plot_training(output / METRICS_FILE, output / PLOT_FILE)
+    summary = _summary(output, state, seconds)
+    (output / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def _run(
+    config: TrainConfig,
+    state: TrainState,
+    model: Backbone,
+    data: Data,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    checkpoints: Checkpoints,
+    report: Report,
+) -> tuple[TrainState, float]:
+    """All remaining steps. Returns the last state and the seconds spent in steps (evaluation and saving excluded)."""
+    schedule = learning_rate(config, steps)
+    step, seconds = int(state.step), 0.0
+
+    def evaluate() -> None:
+        result = data.held_out.evaluate(model, state.adapter, batch_size=config.batch_size)
+        if result:
+            report.evaluation(step, result)
+
+    if step == 0:
+        evaluate()  # B = 0, so this is the bare backbone
+    with _sigterm() as stop_asked:
+        while step < steps:
+            begun = time.perf_counter()
+            batch = data.batches.at(step)
+            state, device_metrics = train_step(state, model, batch, optimizer=optimizer, remat=config.remat)
+            metrics = jax.device_get(device_metrics)
+            step += 1
+            elapsed = time.perf_counter() - begun
+            seconds += elapsed
+            if not all(np.isfinite(metrics[name]).all() for name in ("loss", "balance", "grad_norm")):
+                checkpoints.wait()
+                raise UserError(_diverged(step, metrics, checkpoints))
+            report.step(step, _as_line(metrics, float(schedule(step - 1)), batch, elapsed))
+            last = step == steps
+            if step % config.eval_every == 0 or last:
+                evaluate()
+            if step % config.checkpoint_every == 0 or last or stop_asked():
+                checkpoints.save(state)
+            if stop_asked() and not last:
+                checkpoints.wait()
+                raise Stopped(f"stopped at step {step} of {steps}, which is saved; continue with --resume")
+    checkpoints.wait()
+    return state, seconds
+
+
+def _as_line(metrics: dict[str, Any], lr: float, batch: Batch, seconds: float) -> dict[str, Any]:
+    tokens = int((batch.segment_ids > 0).sum())
+    rounded = {name: np.round(np.asarray(value, np.float64), 6).tolist() for name, value in metrics.items()}
+    return {**rounded, "lr": lr, "tokens": tokens, "tokens_per_second": round(tokens / seconds, 1)}
+
+
+def _diverged(step: int, metrics: dict[str, Any], checkpoints: Checkpoints) -> str:
+    bad = next(name for name in ("loss", "balance", "grad_norm") if not np.isfinite(metrics[name]).all())
+    last = checkpoints.latest_step()
+    good = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {checkpoints.directory / str(last)}"
+    return f"step {step}: {bad} is not finite; {good}: lower --learning-rate or look at the data of that step"
+
+
+@contextmanager
+def _sigterm() -> Iterator[Any]:
+    """Within, SIGTERM only sets what the yielded function returns."""
+    asked = False
+
+    def handler(signum: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+
+    previous = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _identity(config: TrainConfig, adapter: AdapterConfig, **more: Any) -> dict[str, Any]:
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IDENTITY}
+    return json.loads(json.dumps({**settings, **dataclasses.asdict(adapter), **more}))
+
+
+def _check_output(output: Path, *, resume: bool) -> None:
+    if resume and not (output / CONFIG_FILE).exists():
+        raise UserError(f"--output {output}: holds no run to resume; leave out --resume to start one")
+    if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        hint = "continue that run with --resume, or " if (output / CONFIG_FILE).exists() else ""
+        raise UserError(f"--output {output}: is in use; {hint}give another directory")
+    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"--output {output}: {existing} is not a writable directory; give another one")
+
+
+def _check_space(output: Path, state: TrainState, *, keep: int) -> None:
+    """The checkpoints (one more than are kept exists while one is written) and the final adapter must fit."""
+    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+    need = (keep + 1) * size((state.adapter, state.moments)) + size(state.adapter)
+    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < need:
+        raise UserError(
+            f"--output {output}: {keep} checkpoints and the adapter need {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            "free space, lower --keep-checkpoints or give another disk"
+        )
+
+
+def _create_output(output: Path, config: TrainConfig, adapter: AdapterConfig) -> None:
+    table = {**dataclasses.asdict(config), **dataclasses.asdict(adapter)}
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / CONFIG_FILE).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror}); give another directory") from error
+
+
+def _summary(output: Path, state: TrainState, seconds: float) -> dict[str, Any]:
+    from adafuse_jax.training.report import read_metrics
+
+    lines = read_metrics(output / METRICS_FILE)
+    held_out = [line for line in lines if "eval_loss" in line]
+    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    device = jax.local_devices()[0]
+    memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    return {
+        "steps": int(state.step),
+        "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.adapter)),
+        "before": held_out[0] if held_out else None,
+        "after": held_out[-1] if held_out else None,
+        "median_tokens_per_second": float(np.median(speeds)),
+        "seconds_in_steps": round(seconds, 2),
+        "peak_device_gib": None if memory is None else round(memory / 2**30, 3),
+        "device": device.device_kind,
+        "jax": jax.__version__,
+    }

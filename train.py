@@ -1,0 +1,33 @@
+#!/usr/bin/env python3
+"""Fine-tune adapters of a Hugging Face model: `python train.py --model DIR --dataset FILE --output RUN`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from adafuse_jax import runtime
+from adafuse_jax.cli import parse_flags
+from adafuse_jax.configs import AdapterConfig, TrainConfig
+from adafuse_jax.errors import run_cli
+
+SIGTERM_EXIT_CODE = 143
+
+
+def main(argv: Sequence[str]) -> int:
+    config, adapter_config = parse_flags(__doc__, (TrainConfig, AdapterConfig), argv)
+    runtime.set_up()
+    from adafuse_jax.training.loop import Stopped, train
+
+    try:
+        summary = train(config, adapter_config)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return SIGTERM_EXIT_CODE
+    print(json.dumps(summary, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
