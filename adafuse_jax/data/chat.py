@@ -105,7 +105,7 @@ def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
 
 
 def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end a reply in training, so that decoding stops at them: EOS and the template's end-of-turn token."""
+    """The ids that end a reply in training, at which decoding stops: EOS and the template's end-of-turn token."""
     ids = {tokenizer.eos_token_id}
     chat = Chat((Message("user", "?"), Message("assistant", "!")))
     row = next(_encode_texts([_render_example(chat, tokenizer, with_end=True)], tokenizer))
