@@ -54,7 +54,7 @@ def _flag_name(field_name: str) -> str:
 
 def _plain_type(hint: Any) -> tuple[Any, bool, tuple | None]:
     """(element type, is a tuple, choices) of a field's type hint; `X | None` counts as X."""
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
     origin = typing.get_origin(hint)
     if origin is tuple:
@@ -79,8 +79,15 @@ def _add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field, hint: Any) 
     parser.add_argument(_flag_name(f.name), type=kind, choices=choices, metavar=metavar, help=text, **extra)
 
 
-def _read_config_file(path: Path, parser: argparse.ArgumentParser, fields: dict[str, dataclasses.Field]) -> dict[str, Any]:
-    readers: dict[str, Any] = {".json": json.loads, ".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
+def _read_config_file(
+    path: Path, parser: argparse.ArgumentParser, fields: dict[str, dataclasses.Field]
+) -> dict[str, Any]:
+    readers: dict[str, Any] = {
+        ".json": json.loads,
+        ".toml": tomllib.loads,
+        ".yaml": yaml.safe_load,
+        ".yml": yaml.safe_load,
+    }
     if path.suffix not in readers:
         raise UserError(f"--config {path}: unknown kind of file; use one of {' '.join(readers)}")
     try:

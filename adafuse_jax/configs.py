@@ -127,7 +127,9 @@ class TrainConfig:
         "data sets: SOURCE[:SUBSET][@FORMAT][=WEIGHT], SOURCE a preset, hub id, file or directory", metavar="SPEC"
     )
     output: str = flag("directory for checkpoints, metrics, plots and the final adapter", metavar="DIR")
-    eval_dataset: tuple[str, ...] = flag("held-out data sets; default: the sets' own validation or test split", (), "SPEC")
+    eval_dataset: tuple[str, ...] = flag(
+        "held-out data sets; default: the sets' own validation or test split", (), "SPEC"
+    )
     eval_fraction: float = flag("share of the training data held out when there is no other held-out split", 0.02)
     eval_examples: int = flag("held-out examples scored at each evaluation, at most (0: no evaluation)", 200)
     eval_every: int = flag("steps between evaluations; the last step is always evaluated", 200)
@@ -183,7 +185,6 @@ class DecodeConfig:
     system: str | None = flag("system message put before the prompt", None, "TEXT")
     raw: bool = flag("give the prompt to the model as it is, without the chat template", False)
     max_new_tokens: int = flag("tokens to generate, at most", 256)
-    context_length: int | None = flag("tokens a --chat can hold; default: the model's, at most 4096", None)
     temperature: float = flag("0 decodes greedily; higher is more random", 0.0)
     top_k: int = flag("sample among the k likeliest tokens (0: all)", 0)
     top_p: float = flag("sample among the likeliest tokens that hold this probability", 1.0)
@@ -195,12 +196,16 @@ class DecodeConfig:
     dtype: DType | None = flag("type of weights and activations; default: the model's own", None)
 
     def __post_init__(self) -> None:
-        require_positive(self, "max_new_tokens", "context_length", "repetition_penalty")
+        require_positive(self, "max_new_tokens", "repetition_penalty")
         require(self.temperature >= 0, f"--temperature is {self.temperature}: it must be ≥ 0")
         require(self.top_k >= 0, f"--top-k is {self.top_k}: it must be ≥ 0")
         require(0 < self.top_p <= 1, f"--top-p is {self.top_p}: it must be in (0, 1]")
         require(self.seed >= 0, f"--seed is {self.seed}: it must be ≥ 0")
         require(all(self.stop), "--stop: a stop string is empty; leave it out or give it text")
-        given = [f"--{n.replace('_', '-')}" for n in ("prompt", "prompts_file", "chat") if getattr(self, n) not in (None, False)]
+        given = [
+            f"--{n.replace('_', '-')}"
+            for n in ("prompt", "prompts_file", "chat")
+            if getattr(self, n) not in (None, False)
+        ]
         require(len(given) <= 1, f"{' and '.join(given)} exclude each other; give one of them")
         require(not (self.json and self.chat), "--json and --chat exclude each other; give one of them")

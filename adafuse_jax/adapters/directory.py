@@ -1,7 +1,7 @@
 """The adapter directory: what training leaves behind and decoding takes up. Two files,
 
-    adapter_config.json          the `AdapterConfig`, and the identity of the backbone it belongs to
-    adapter_model.safetensors    router.weight [E, in]; experts.<target>.A [L, E, R, in], experts.<target>.B [L, E, out, R]
+adapter_config.json          the `AdapterConfig`, and the identity of the backbone it belongs to
+adapter_model.safetensors    router.weight [E, in]; experts.<target>.A [L, E, R, in], experts.<target>.B [L, E, out, R]
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def load_adapter(directory: str | Path, model: ModelConfig, *, backbone_identity
     except FileNotFoundError as error:
         raise UserError(f"{path}: the file is missing; complete the directory") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); it may be truncated, restore it") from error
+        raise UserError(
+            f"{path}: not a readable safetensors file ({error}); it may be truncated, restore it"
+        ) from error
     graphdef, abstract = nnx.split(jax.eval_shape(lambda: AdaFuse(config, model, rngs=nnx.Rngs(0))))
     leaves = {".".join(key): (key, leaf) for key, leaf in nnx.to_flat_state(abstract)}
     if tensors.keys() != leaves.keys():

@@ -1,6 +1,6 @@
 """The router: which k of E experts a token uses, how much of each, and the loss that keeps the experts in use.
 
-    z = W_g x;   G = softmax(TopK(z))        (arXiv 2603.11873, Eq. 1), fp32
+z = W_g x;   G = softmax(TopK(z))        (arXiv 2603.11873, Eq. 1), fp32
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ class Router(nnx.Module):
         self.renormalize = renormalize
 
     def __call__(self, x: Float[Array, "B T in"]) -> Routing:
-        logits = jnp.einsum(
-            "bti,ei->bte", x.astype(jnp.float32), self.weight[...], precision=jax.lax.Precision.HIGHEST
-        )
+        logits = jnp.einsum("bti,ei->bte", x.astype(jnp.float32), self.weight[...], precision=jax.lax.Precision.HIGHEST)
         probabilities = jax.nn.softmax(logits, axis=-1)
         selected, experts = jax.lax.top_k(logits, self.top_k)  # [B, T, k]
         if self.renormalize:

@@ -65,7 +65,13 @@ def _bucket(length: int, smallest: int) -> int:
 
 @partial(jax.jit, static_argnames="pad_id", donate_argnames=("state", "logits"))
 def _prefill_chunk(
-    model: Backbone, adapter: AdaFuse | None, state: DecodeState, logits: Array, tokens: Array, lengths: Array, pad_id: int
+    model: Backbone,
+    adapter: AdaFuse | None,
+    state: DecodeState,
+    logits: Array,
+    tokens: Array,
+    lengths: Array,
+    pad_id: int,
 ) -> tuple[DecodeState, Array]:
     """Put tokens[b, :lengths[b]] into the cache; `logits` [B, V] of rows that have tokens here are replaced."""
     offset = jnp.arange(tokens.shape[1])
@@ -75,12 +81,16 @@ def _prefill_chunk(
     last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]  # [B, D]
     seen = state.seen
     if seen is not None:
-        seen = seen.at[jnp.arange(len(lengths))[:, None], jnp.where(inside, tokens, seen.shape[1])].set(True, mode="drop")
+        seen = seen.at[jnp.arange(len(lengths))[:, None], jnp.where(inside, tokens, seen.shape[1])].set(
+            True, mode="drop"
+        )
     logits = jnp.where((lengths > 0)[:, None], model.logits(last), logits)
     return replace(state, cache=out.cache, position=state.position + lengths, seen=seen), logits
 
 
-def _choose(state: DecodeState, logits: Array, sampling: Sampling, eos_ids: tuple[int, ...], pad_id: int) -> DecodeState:
+def _choose(
+    state: DecodeState, logits: Array, sampling: Sampling, eos_ids: tuple[int, ...], pad_id: int
+) -> DecodeState:
     key, draw = jax.random.split(state.key)
     token = jnp.where(state.done, pad_id, sample(logits, sampling, draw, state.seen))
     done = state.done | jnp.isin(token, jnp.array(eos_ids, jnp.int32))
@@ -98,7 +108,12 @@ def _first_token(
 
 @partial(jax.jit, static_argnames=("eos_ids", "pad_id"), donate_argnames="state")
 def decode_step(
-    model: Backbone, adapter: AdaFuse | None, state: DecodeState, sampling: Sampling, eos_ids: tuple[int, ...], pad_id: int
+    model: Backbone,
+    adapter: AdaFuse | None,
+    state: DecodeState,
+    sampling: Sampling,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
 ) -> tuple[Any, DecodeState]:
     """Read `state.token`, sample the one after it. Returns ((token, done, experts), state); the old state is donated."""
     out = model(
@@ -117,11 +132,12 @@ class Engine:
     turn of a conversation), only the rest is prefilled.
     """
 
-    def __init__(self, model: Backbone, adapter: AdaFuse | None = None, *, context_length: int | None = None):
+    def __init__(self, model: Backbone, adapter: AdaFuse | None = None, *, eos_ids: Sequence[int] | None = None):
+        """`eos_ids` end a row; default: the model's own."""
         self.model, self.adapter = model, adapter
         config = model.config
-        self.context_length = min(context_length or config.max_position_embeddings, config.max_position_embeddings)
-        self.eos_ids = config.eos_token_ids
+        self.context_length = config.max_position_embeddings
+        self.eos_ids = tuple(config.eos_token_ids if eos_ids is None else eos_ids)
         self.pad_id = config.pad_token_id or 0
         self._kept: tuple[DecodeState, list[list[int]]] | None = None
         self._warm: set = set()
@@ -160,10 +176,11 @@ class Engine:
         sampling = sampling or Sampling.of()
         longest = max(map(len, prompts))
         budget = self.max_new_tokens(longest, max_new_tokens)
-        slots = _bucket(self.context_length if keep_cache else longest + budget, MIN_SLOTS)
+        slots = _bucket(longest + budget, MIN_SLOTS)
         state, cached = self._take_kept(prompts, slots, sampling) if keep_cache else (None, [0] * len(prompts))
         if state is None:
             state = self._empty_state(len(prompts), slots, sampling)
+        slots = state.cache.slots
         state = replace(
             state, key=jax.random.key(seed), done=jnp.zeros(len(prompts), bool), position=jnp.array(cached, jnp.int32)
         )
@@ -208,7 +225,7 @@ class Engine:
     ) -> tuple[DecodeState | None, list[int]]:
         kept, self._kept = self._kept, None
         # `seen` would have to forget the tokens after the common beginning, so a penalty starts from an empty cache.
-        if kept is None or sampling.penalize or len(kept[1]) != len(prompts) or kept[0].cache.slots != slots:
+        if kept is None or sampling.penalize or len(kept[1]) != len(prompts):
             return None, [0] * len(prompts)
         common = []
         for prompt, tokens in zip(prompts, kept[1], strict=True):
@@ -216,7 +233,7 @@ class Engine:
             while same < min(len(prompt) - 1, len(tokens)) and prompt[same] == tokens[same]:
                 same += 1
             common.append(same)
-        return replace(kept[0], seen=None), common
+        return replace(kept[0], seen=None, cache=kept[0].cache.grown(slots)), common
 
     def _warm_up(self, batch: int, slots: int, sampling: Sampling) -> None:
         """Compile the step for these shapes, so that the time of the tokens holds no compilation."""

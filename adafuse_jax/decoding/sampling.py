@@ -38,9 +38,7 @@ class Sampling:
         )
 
 
-def penalize(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, ""]
-) -> Float[Array, "B V"]:
+def penalize(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, ""]) -> Float[Array, "B V"]:
     """Divide the positive and multiply the negative logits of tokens seen before (arXiv 1909.05858)."""
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 

@@ -1,6 +1,6 @@
 """Held-out loss of any data, and accuracy of multiple choice by log-likelihood.
 
-    answer = argmax_c Σ_t log p(c_t | question, c_<t)
+answer = argmax_c Σ_t log p(c_t | question, c_<t)
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ LENGTH_BUCKET = 64
 
 @jax.jit
 def row_losses(
-    model: Backbone, adapter: AdaFuse | None, tokens: Int[Array, "B T"], loss_mask: Bool[Array, "B T"], lengths: Int[Array, "B"]
+    model: Backbone,
+    adapter: AdaFuse | None,
+    tokens: Int[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+    lengths: Int[Array, "B"],
 ) -> Float[Array, "B"]:
     """−log-likelihood of the targets of every row, in nats."""
     real = jnp.arange(tokens.shape[1]) < lengths[:, None]

@@ -59,7 +59,9 @@ def read_model_config(directory: Path) -> ModelConfig:
     num_heads, num_layers, embed_dim = size("num_attention_heads"), size("num_hidden_layers"), size("hidden_size")
     num_kv_heads = size("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
-        raise UserError(f"{path}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
+        raise UserError(
+            f"{path}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+        )
     biased = bool(table.get("attention_bias", False))
     eos = special.get("eos_token_id")
     return ModelConfig(

@@ -83,7 +83,9 @@ class Tensors:
         elif single.exists():
             files = [single.name]
         else:
-            hint = "convert the .bin file to safetensors first" if list(directory.glob("*.bin")) else "check the directory"
+            hint = (
+                "convert the .bin file to safetensors first" if list(directory.glob("*.bin")) else "check the directory"
+            )
             raise UserError(f"{directory}: has no model.safetensors and no model.safetensors.index.json; {hint}")
         self._open, self.shapes = {}, {}
         for name in files:
@@ -118,7 +120,9 @@ def _readable(path: Path, tensor: str = "") -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"{where}: the file is missing; complete the directory") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{where}: not a readable safetensors file ({error}); it may be truncated, restore it") from error
+        raise UserError(
+            f"{where}: not a readable safetensors file ({error}); it may be truncated, restore it"
+        ) from error
 
 
 def backbone_identity(path_or_id: str | Path) -> str:
@@ -212,7 +216,9 @@ def export_backbone(model: Backbone, out: str | Path, *, source: str | Path | No
     size = 0
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
         name, value = hf_name(path), leaf[...]
-        parts = [(name.format(i), (value, i)) for i in range(value.shape[0])] if "{}" in name else [(name, (value, None))]
+        parts = (
+            [(name.format(i), (value, i)) for i in range(value.shape[0])] if "{}" in name else [(name, (value, None))]
+        )
         for part in parts:
             part_bytes = value.nbytes // len(parts)
             if shards[-1] and size + part_bytes > SHARD_BYTES:

@@ -29,12 +29,22 @@ class KVCache:
     def slots(self) -> int:
         return self.k.shape[2]
 
+    def grown(self, slots: int) -> KVCache:
+        """The same cache with room for at least `slots` positions."""
+        more = max(0, slots - self.slots)
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))) if more else x, self)
+
     def write(
-        self, layer: Int[Array, ""], positions: Int[Array, "B T"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+        self,
+        layer: Int[Array, ""],
+        positions: Int[Array, "B T"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
     ) -> KVCache:
         """Store one layer's keys and values; a position ≥ S (padding) is dropped."""
         rows = jnp.arange(positions.shape[0])[:, None]
         at = (layer, rows, positions)
         return KVCache(
-            self.k.at[at].set(k.astype(self.k.dtype), mode="drop"), self.v.at[at].set(v.astype(self.v.dtype), mode="drop")
+            self.k.at[at].set(k.astype(self.k.dtype), mode="drop"),
+            self.v.at[at].set(v.astype(self.v.dtype), mode="drop"),
         )

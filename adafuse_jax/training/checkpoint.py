@@ -40,7 +40,8 @@ class Checkpoints:
         arrays = _named(jax.tree.map(jnp.copy, state))
         with self._told(step):
             self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), identity=ocp.args.JsonSave(self.identity))
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), identity=ocp.args.JsonSave(self.identity)),
             )
 
     def wait(self) -> None:
@@ -61,7 +62,9 @@ class Checkpoints:
         try:
             saved = self._manager.restore(step, args=ocp.args.Composite(identity=ocp.args.JsonRestore()))["identity"]
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{where}: the checkpoint cannot be read ({error}); delete it to use the one before") from error
+            raise UserError(
+                f"{where}: the checkpoint cannot be read ({error}); delete it to use the one before"
+            ) from error
         for key, value in self.identity.items():
             if saved.get(key) != value:
                 raise UserError(
@@ -71,9 +74,13 @@ class Checkpoints:
         wanted = _named(like)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))[
+                "state"
+            ]
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{where}: the checkpoint cannot be read ({error}); delete it to use the one before") from error
+            raise UserError(
+                f"{where}: the checkpoint cannot be read ({error}); delete it to use the one before"
+            ) from error
         leaves = [restored[name] for name in wanted]
         return _with_key(jax.tree.unflatten(jax.tree.structure(_without_key(like)), leaves))
 

@@ -37,7 +37,12 @@ from adafuse_jax.training.step import TrainState, learning_rate, make_optimizer,
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE, METRICS_FILE, PLOT_FILE, SUMMARY_FILE = "train_config.json", "metrics.jsonl", "training.png", "summary.json"
+CONFIG_FILE, METRICS_FILE, PLOT_FILE, SUMMARY_FILE = (
+    "train_config.json",
+    "metrics.jsonl",
+    "training.png",
+    "summary.json",
+)
 ADAPTER_DIR, CHECKPOINT_DIR = "adapter", "checkpoints"
 
 NOT_IDENTITY = (
@@ -160,7 +165,11 @@ def _as_line(metrics: dict[str, Any], lr: float, batch: Batch, seconds: float) -
 def _diverged(step: int, metrics: dict[str, Any], checkpoints: Checkpoints) -> str:
     bad = next(name for name in ("loss", "balance", "grad_norm") if not np.isfinite(metrics[name]).all())
     last = checkpoints.latest_step()
-    good = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {checkpoints.directory / str(last)}"
+    good = (
+        "there is no checkpoint yet"
+        if last is None
+        else f"the last good checkpoint is {checkpoints.directory / str(last)}"
+    )
     return f"step {step}: {bad} is not finite; {good}: lower --learning-rate or look at the data of that step"
 
 

@@ -86,7 +86,9 @@ def plot_training(metrics: Path, picture: Path) -> None:
         top.plot(at, [line["eval_loss"] for line in held_out], "o-", color="tab:orange", label="held-out loss")
         if "accuracy" in held_out[0]:
             right = top.twinx()
-            right.plot(at, [100 * line["accuracy"] for line in held_out], "s--", color="tab:green", label="held-out accuracy")
+            right.plot(
+                at, [100 * line["accuracy"] for line in held_out], "s--", color="tab:green", label="held-out accuracy"
+            )
             right.set_ylabel("accuracy (%)", color="tab:green")
             right.set_ylim(0, 100)
             right.legend(loc="lower right")

@@ -1,6 +1,6 @@
 """One optimiser step: token cross-entropy + balance loss over A micro-batches, then AdamW. The backbone is frozen.
 
-    loss = Σ_t −log p(x_t | x_<t) / #targets + c · E·Σ_e f_e·P_e
+loss = Σ_t −log p(x_t | x_<t) / #targets + c · E·Σ_e f_e·P_e
 """
 
 from __future__ import annotations

@@ -1,0 +1,231 @@
+"""What `python decode.py` does with an engine: prompts in, streamed text or JSON lines out, and conversations."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adafuse_jax.adapters.directory import load_adapter
+from adafuse_jax.configs import DecodeConfig
+from adafuse_jax.data.chat import encode_prompt, load_tokenizer
+from adafuse_jax.data.examples import Message
+from adafuse_jax.decoding.engine import Engine
+from adafuse_jax.decoding.sampling import Sampling
+from adafuse_jax.decoding.stream import TextStream
+from adafuse_jax.errors import UserError
+from adafuse_jax.interop.huggingface import backbone_identity, load_backbone, model_directory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """The answer to one prompt. `finish_reason` is `stop` (end token or stop string) or `length`.
+
+    `token_ids` leaves out the end token; `experts_used` counts, per expert, the tokens read with it, or is None without
+    an adapter; `ms_per_token` is the mean over the tokens after the first, which prefill makes in `prefill_ms`.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    prefill_ms: float
+    ms_per_token: float
+    experts_used: list[int] | None
+
+
+class Session:
+    """A loaded model, its adapter and its tokenizer, ready to answer."""
+
+    def __init__(self, config: DecodeConfig):
+        directory = model_directory(config.model)
+        self.config = config
+        self.tokenizer = load_tokenizer(directory)
+        # The adapter's files are checked before the large ones are read.
+        identity = backbone_identity(directory) if config.adapter else ""
+        model = load_backbone(directory, config.dtype)
+        adapter = None
+        if config.adapter:
+            adapter = load_adapter(config.adapter, model.config, backbone_identity=identity, dtype=model.dtype)
+        eos_ids = {*model.config.eos_token_ids, self.tokenizer.eos_token_id} - {None}
+        self.engine = Engine(model, adapter, eos_ids=sorted(eos_ids))
+        self.num_experts = adapter.config.num_experts if adapter else 0
+        self.sampling = Sampling.of(
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            repetition_penalty=config.repetition_penalty,
+        )
+
+    def tokens_of(self, prompt: str | list[Message]) -> list[int]:
+        """Token ids of a prompt.
+
+        A conversation, or a text with a chat template or an adapter (which was trained on one), becomes the beginning of
+        an assistant's turn; a text for a bare model without a chat template, or with `--raw`, is continued as it is.
+        """
+        if isinstance(prompt, str):
+            templated = self.tokenizer.chat_template is not None or self.engine.adapter is not None
+            if self.config.raw or not templated:
+                return list(self.tokenizer(prompt)["input_ids"]) or self._begin()
+            prompt = [Message("user", prompt)]
+        if self.config.system is not None and prompt[0].role != "system":
+            prompt = [Message("system", self.config.system), *prompt]
+        return encode_prompt(prompt, self.tokenizer).tolist()
+
+    def _begin(self) -> list[int]:
+        bos = self.tokenizer.bos_token_id
+        return [] if bos is None else [bos]
+
+    def answer(
+        self,
+        prompt: str | list[Message],
+        *,
+        emit: Callable[[str], object] = lambda text: None,
+        keep_cache: bool = False,
+    ) -> Completion:
+        """Generate, calling `emit` with each piece of text as it becomes certain."""
+        ids = self.tokens_of(prompt)
+        config, stream = self.config, TextStream(self.tokenizer, self.config.stop)
+        experts_used = np.zeros(self.num_experts, int)
+        token_ids, seconds, finish_reason = [], [], "length"
+        for token in self.engine.generate(
+            [ids], max_new_tokens=config.max_new_tokens, sampling=self.sampling, seed=config.seed, keep_cache=keep_cache
+        ):
+            seconds.append(token.seconds)
+            if token.experts is not None:
+                experts_used += np.bincount(token.experts[0], minlength=self.num_experts)
+            if token.done[0]:
+                finish_reason = "stop"
+                break
+            token_ids.append(int(token.ids[0]))
+            emit(stream.push(token_ids[-1]))
+            if stream.stopped:
+                finish_reason = "stop"
+                break
+        emit(stream.flush())
+        return Completion(
+            text=stream.text,
+            token_ids=token_ids,
+            finish_reason=finish_reason,
+            prompt_tokens=len(ids),
+            prefill_ms=round(1e3 * seconds[0], 3),
+            ms_per_token=round(1e3 * float(np.mean(seconds[1:] or seconds)), 3),
+            experts_used=experts_used.tolist() if self.num_experts else None,
+        )
+
+
+def read_prompts(path: Path) -> list[str | list[Message]]:
+    """Prompts of a file, one a line: text, or in a .jsonl file an object with `prompt` or `messages`.
+
+    Raises `UserError` for a file that cannot be read, is not UTF-8, or has no prompt; and for a bad line, by number.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts-file {path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"--prompts-file {path}: cannot be read ({error.strerror}); give an existing file") from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            prompts.append(
+                _json_prompt(line, f"--prompts-file {path}, line {number}") if path.suffix == ".jsonl" else line
+            )
+    if not prompts:
+        raise UserError(f"--prompts-file {path}: has no prompt; write one a line")
+    return prompts
+
+
+def _json_prompt(line: str, where: str) -> str | list[Message]:
+    try:
+        table: Any = json.loads(line)
+        if isinstance(table["prompt"] if "prompt" in table else None, str):
+            return table["prompt"]
+        messages = [Message(m["role"], m["content"]) for m in table["messages"]]
+        if messages and all(isinstance(m.content, str) for m in messages):
+            return messages
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f'{where}: give {{"prompt": TEXT}} or {{"messages": [{{"role", "content"}}, …]}}')
+
+
+def decode(config: DecodeConfig) -> None:
+    """Answer what `config` asks: one prompt, a file of them, those of stdin, or a conversation."""
+    prompts: list[str | list[Message]] | None = None
+    if config.prompts_file is not None:
+        prompts = read_prompts(Path(config.prompts_file))
+    elif config.prompt is not None:
+        prompts = [config.prompt]
+    session = Session(config)
+    if config.chat:
+        _chat(session)
+        return
+    several = prompts is None or len(prompts) > 1
+    for prompt in prompts if prompts is not None else _stdin_lines():
+        shown = prompt if isinstance(prompt, str) else prompt[-1].content
+        if config.json:
+            completion = session.answer(prompt)
+            print(json.dumps({"prompt": shown, **_as_json(completion)}, ensure_ascii=False), flush=True)
+            continue
+        if several:
+            print(f"> {shown}")
+        completion = session.answer(prompt, emit=_print_piece)
+        print(flush=True)
+        if config.stats:
+            print(_stats_line(completion), file=sys.stderr)
+
+
+def _chat(session: Session) -> None:
+    """Read the user's turns from stdin until its end; every answer continues the conversation and its cache."""
+    messages: list[Message] = []
+    for line in _stdin_lines("you> "):
+        messages.append(Message("user", line))
+        try:
+            completion = session.answer(messages, emit=_print_piece, keep_cache=True)
+        except UserError as error:
+            messages.pop()
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        print(flush=True)
+        if session.config.stats:
+            print(_stats_line(completion), file=sys.stderr)
+        messages.append(Message("assistant", completion.text))
+
+
+def _stdin_lines(ask: str = "") -> Iterator[str]:
+    interactive = sys.stdin.isatty()
+    while True:
+        if interactive and ask:
+            print(ask, end="", flush=True)
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise UserError(f"stdin: not UTF-8 (byte {error.start}); give UTF-8 text") from error
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _print_piece(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _as_json(completion: Completion) -> dict[str, Any]:
+    return {name: getattr(completion, name) for name in Completion.__dataclass_fields__}
+
+
+def _stats_line(completion: Completion) -> str:
+    line = (
+        f"[{completion.prompt_tokens} prompt tokens in {completion.prefill_ms:.1f} ms, {len(completion.token_ids)} tokens, "
+        f"{completion.ms_per_token:.2f} ms/token, {1e3 / completion.ms_per_token:.1f} tokens/s, {completion.finish_reason}]"
+    )
+    used = completion.experts_used
+    if used and sum(used):
+        line += " experts: " + " ".join(f"{e}:{n / sum(used):.0%}" for e, n in enumerate(used))
+    return line

@@ -1,0 +1,24 @@
+#!/usr/bin/env python3
+"""Decode with a Hugging Face model and, if given, an adapter: `python decode.py --model DIR --adapter DIR --prompt TEXT`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from adafuse_jax import runtime
+from adafuse_jax.cli import parse_flags
+from adafuse_jax.configs import DecodeConfig
+from adafuse_jax.errors import run_cli
+
+
+def main(argv: Sequence[str]) -> int:
+    (config,) = parse_flags(__doc__, (DecodeConfig,), argv)
+    runtime.set_up()
+    from adafuse_jax.decoding.session import decode
+
+    decode(config)
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
