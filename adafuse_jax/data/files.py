@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         ) from None
     except EOFError:
         raise UserError(f"truncated gzip file: {path}: it ends early: copy or download it again") from None
-    except gzip.BadGzipFile as error:
-        raise UserError(f"not a gzip file: {path}: {error}: rename it without .gz or compress it") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        advice = "download it again, or drop .gz from its name if it is not compressed"
+        raise UserError(f"broken gzip file: {path}: {error}: {advice}") from None
+    except OSError as error:
+        raise UserError(f"cannot read: {path}: {error.strerror or error}: check the file and its permissions") from None
 
 
 def _check_text(path: Path) -> None:
@@ -145,6 +149,8 @@ def _diagnose(paths: Sequence[Path], error: BaseException) -> UserError:
                     f"malformed rows: {path}: write a JSON list of objects, or one object a line as .jsonl"
                 )
     cause = error.__cause__ or error
+    if "corresponds to no data" in str(cause):
+        return UserError(f"no rows: {', '.join(map(str, paths))}: give a file with at least one")
     reason = str(cause).split("\n")[0][:300] or type(cause).__name__
     return UserError(f"cannot read: {', '.join(map(str, paths))}: {reason}: check that the file is what its name says")
 
@@ -186,6 +192,4 @@ def read_files(paths: Sequence[Path]) -> Any:
             )
         except Exception as error:
             raise _diagnose(paths, error) from None
-    if not len(data):
-        raise UserError(f"no rows: {', '.join(map(str, paths))}: give a file with at least one")
     return data

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,15 +79,15 @@ class DatasetSpec:
 
         Raises UserError for an empty source, an unknown format and a weight that is not above 0."""
         rest, weight, fmt, subset = text.strip(), None, "auto", None
-        if "=" in rest and not Path(rest).exists():
+        if "=" in rest and not os.path.exists(rest):
             rest, _, number = rest.rpartition("=")
             try:
                 weight = float(number)
             except ValueError:
                 raise UserError(f"bad weight: {text}: {number!r} must be a number above 0") from None
-        if "@" in rest and not Path(rest).exists():
+        if "@" in rest and not os.path.exists(rest):
             rest, _, fmt = rest.rpartition("@")
-        if ":" in rest and not Path(rest).exists():
+        if ":" in rest and not os.path.exists(rest):
             rest, _, subset = rest.rpartition(":")
         if not rest or subset == "":
             raise UserError(f"bad dataset: {text!r}: write SOURCE[:SUBSET][@FORMAT][=WEIGHT]")
@@ -104,7 +105,7 @@ class Loaded:
 def _local(spec: DatasetSpec) -> Path | None:
     """The file or directory of a local source; None for a preset or a hub id. Raises UserError for neither."""
     path = Path(spec.source)
-    if path.exists():
+    if os.path.exists(path):  # False, not an error, for names too long to be paths
         if path.is_file() and spec.subset is not None:
             raise UserError(f"no subset {spec.subset!r}: {path}: a file has no subsets: leave out :{spec.subset}")
         if path.is_file() and not is_data_file(path):
@@ -142,8 +143,8 @@ def _hub_call(spec: DatasetSpec, call: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         with quiet():
             return call(hub_id, subset, *args, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # the libraries below raise errors of their own kinds
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         advice = "check the name, the subset (SOURCE:SUBSET) and the connection, or give a local copy"
         raise UserError(f"cannot load from the hub: {hub_id}: {reason}: {advice}") from None
 
