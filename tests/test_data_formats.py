@@ -85,6 +85,7 @@ def test_preset_rows(tmp_path, name):
     assert recognise(list(row), row, "auto", name) == PRESETS[name].format
 
 
+PARTED = [{"label": "1", "text": "one"}, {"label": "2", "text": "two"}]
 SECOND = MultipleChoice(QUESTION, ("A", "B"), 1)
 SPOKEN = [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "yo"}]
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -111,7 +112,7 @@ FORMAT_ROWS = [
     ("multiple_choice", {"question": "Which?", "choices": ["one", "two"], "answer": "b"}, SECOND),
     (
         "multiple_choice",
-        {"question": "Which?", "choices": [{"label": "1", "text": "one"}, {"label": "2", "text": "two"}], "answer": "2"},
+        {"question": "Which?", "choices": PARTED, "answer": "2"},
         SECOND,
     ),
     (

@@ -176,6 +176,8 @@ class TestMixture:
         for block in range(3):
             sources = [t > 1000 for t in drawn(batches, range(block * 100, block * 100 + 100))]
             assert sum(sources) == 700
+        orders = [[t > 1000 for t in drawn(batches, range(b * 100, b * 100 + 100))] for b in range(2)]
+        assert orders[0] != orders[1], "every block has an order of its own"
         early = sum(t > 1000 for t in drawn(batches, range(10)))
         assert 50 < early < 90, "the sources are mixed within a block"
 
