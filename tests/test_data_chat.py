@@ -114,8 +114,8 @@ class TestChatTemplate:
             encode(Chat((U("x"), A("y"))), tokenizer, LONG)
 
     def test_template_that_rewrites_history_is_refused(self, tmp_path):
-        old = "{{ '' if loop.last or m['role'] == 'user' else '(old)' }}"
-        template = CHATML.replace("{% endfor %}", old + "{% endfor %}")
+        old = "('' if loop.last or m['role'] == 'user' else '(old)')"
+        template = CHATML.replace("m['content']", f"m['content'] + {old}")
         tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", template=template))
         with pytest.raises(UserError, match="only appends"):
             encode(Chat((U("x"), A("y"), U("x"), A("y"))), tokenizer, LONG)
