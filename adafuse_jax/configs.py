@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from adafuse_jax.errors import UserError
@@ -27,11 +28,22 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_finite(config: Any) -> None:
+    for f in fields(config):
+        value = getattr(config, f.name)
+        finite = not isinstance(value, float) or math.isfinite(value)
+        require(finite, f"--{f.name.replace('_', '-')} is {value}: it must be a finite number")
+
+
 def require_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         flag_name = "--" + name.replace("_", "-")
         require(value is None or value > 0, f"{flag_name} is {value}: it must be greater than 0")
+
+
+def require_seed(seed: int) -> None:
+    require(0 <= seed < 2**63, f"--seed is {seed}: it must be ≥ 0 and below 2**63")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +116,7 @@ class AdapterConfig:
         require(not unknown, f"--targets: unknown linear {unknown!r}; choose from {' '.join(LINEARS)}, or 'all'")
         require(bool(targets), f"--targets is empty; name at least one of {' '.join(LINEARS)}")
         object.__setattr__(self, "targets", tuple(name for name in LINEARS if name in targets))
+        require_finite(self)
         require_positive(self, "num_experts", "rank", "top_k", "alpha")
         require(
             self.top_k <= self.num_experts,
@@ -155,6 +168,7 @@ class TrainConfig:
     resume: bool = flag("continue the run in --output from its last checkpoint", False)
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_positive(
             self, "steps", "epochs", "batch_size", "grad_accum", "max_length", "learning_rate", "clip_norm",
             "checkpoint_every", "keep_checkpoints", "log_every", "eval_every",
@@ -165,9 +179,10 @@ class TrainConfig:
             require(0 <= value < 1, f"--{name.replace('_', '-')} is {value}: it must be in [0, 1)")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"--{name} is {getattr(self, name)}: it must be in [0, 1)")
-        for name in ("weight_decay", "eval_examples", "seed"):
+        for name in ("weight_decay", "eval_examples"):
             value = getattr(self, name)
             require(value >= 0, f"--{name.replace('_', '-')} is {value}: it must be ≥ 0")
+        require_seed(self.seed)
         require(len(self.dataset) > 0, "--dataset is empty; name at least one data set")
 
 
@@ -196,11 +211,12 @@ class DecodeConfig:
     dtype: DType | None = flag("type of weights and activations; default: the model's own", None)
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_positive(self, "max_new_tokens", "repetition_penalty")
         require(self.temperature >= 0, f"--temperature is {self.temperature}: it must be ≥ 0")
         require(self.top_k >= 0, f"--top-k is {self.top_k}: it must be ≥ 0")
         require(0 < self.top_p <= 1, f"--top-p is {self.top_p}: it must be in (0, 1]")
-        require(self.seed >= 0, f"--seed is {self.seed}: it must be ≥ 0")
+        require_seed(self.seed)
         require(all(self.stop), "--stop: a stop string is empty; leave it out or give it text")
         given = [
             f"--{n.replace('_', '-')}"
