@@ -225,6 +225,33 @@ class TestMistakes:
     def test_unsupported_rope_type(self, tmp_path: Path, changes: dict, request: pytest.FixtureRequest):
         refuse(model_dir(tmp_path, **changes), "config.json", request.node.callspec.id, "llama3")
 
+    @pytest.mark.parametrize(
+        ("case", "changes", "said"),
+        [
+            ("llama_mha", {"rms_norm_eps": None}, "rms_norm_eps"),
+            ("llama_mha", {"rope_theta": None, "rope_parameters": None}, "rope_theta"),
+            ("llama_mha", {"rope_parameters": [1]}, "rope parameters"),
+            ("llama_mha", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope parameters"),
+            ("llama_mha", {"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "factor"),
+            ("llama_mha", {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
+            ("qwen2_layer_types", {"layer_types": ["chunked_attention"] * 3}, "layer_types"),
+            ("qwen2_layer_types", {"layer_types": ["full_attention"]}, "layer_types"),
+            ("qwen2_layer_types", {"layer_types": ["sliding_attention"] * 3, "use_sliding_window": False}, "layer_types"),
+        ],
+    )
+    def test_config_value_that_cannot_be_meant(self, tmp_path: Path, case: str, changes: dict, said: str):
+        refuse(model_dir(tmp_path, case, **changes), "config.json", said)
+
+    def test_older_rope_spelling_wins(self, tmp_path: Path):
+        both = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}}
+        assert load_backbone(model_dir(tmp_path, **both)).config.rope.factor == 2.0
+
+    def test_tied_head_that_differs_from_the_embedding(self, tmp_path: Path):
+        tensors = read_tensors(model_dir(tmp_path, tie_word_embeddings=True))
+        refuse(tmp_path, "lm_head.weight", "embed")
+        write_tensors(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, tmp_path)
+        assert load_backbone(tmp_path).lm_head is None
+
     def test_unsupported_activation(self, tmp_path: Path):
         refuse(model_dir(tmp_path, hidden_act="gelu"), "config.json", "gelu")
 

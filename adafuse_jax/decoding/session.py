@@ -13,7 +13,7 @@ import numpy as np
 
 from adafuse_jax.adapters.directory import load_adapter
 from adafuse_jax.configs import DecodeConfig
-from adafuse_jax.data.chat import encode_prompt, load_tokenizer
+from adafuse_jax.data.chat import encode_prompt, load_tokenizer, stop_tokens
 from adafuse_jax.data.examples import Message
 from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.sampling import Sampling
@@ -52,7 +52,7 @@ class Session:
         adapter = None
         if config.adapter:
             adapter = load_adapter(config.adapter, model.config, backbone_identity=identity, dtype=model.dtype)
-        eos_ids = {*model.config.eos_token_ids, self.tokenizer.eos_token_id} - {None}
+        eos_ids = {*model.config.eos_token_ids, *stop_tokens(self.tokenizer)}
         self.engine = Engine(model, adapter, eos_ids=sorted(eos_ids))
         self.num_experts = adapter.config.num_experts if adapter else 0
         self.sampling = Sampling.of(

@@ -75,13 +75,13 @@ class Tensors:
     def __init__(self, directory: Path):
         self.directory = directory
         index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise UserError(f"{index}: has no weight_map; restore the file")
-            files = sorted(set(weight_map.values()))
-        elif single.exists():
+        if single.exists():
             files = [single.name]
+        elif index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise UserError(f"{index}: its weight_map does not name the shards; restore the file")
+            files = sorted(set(weight_map.values()))
         else:
             hint = (
                 "convert the .bin file to safetensors first" if list(directory.glob("*.bin")) else "check the directory"
@@ -167,8 +167,12 @@ def _check_tensors(tensors: Tensors, shapes: dict[str, tuple[int, ...]], config:
         if tensors.shapes[name] != shape:
             found = list(tensors.shapes[name])
             raise UserError(f"{where} {name} has shape {found}, config.json says {list(shape)}; one of them is wrong")
-    ignored = ("rotary_emb.inv_freq", "lm_head.weight" if config.tie_word_embeddings else "rotary_emb.inv_freq")
-    extra = [name for name in tensors.shapes if name not in expected and not name.endswith(ignored)]
+    extra = [n for n in tensors.shapes if n not in expected and not n.endswith("rotary_emb.inv_freq")]
+    if config.tie_word_embeddings and "lm_head.weight" in extra:
+        head, embedding = tensors.read("lm_head.weight"), tensors.read("model.embed_tokens.weight")
+        if not np.array_equal(head, embedding):
+            raise UserError(f"{where} lm_head.weight differs from the embedding config.json ties it to; correct config.json")
+        extra.remove("lm_head.weight")
     if extra:
         raise UserError(
             f"{where} {extra[0]} is no part of the {config.model_type} model that config.json describes "

@@ -1,0 +1,1 @@
+"""Measurements; every number of the README and of results/ is made by a module in here."""

@@ -1,0 +1,80 @@
+"""Fine-tune SmolLM2-135M-Instruct on OpenBookQA: test accuracy of the bare backbone and after AdaFuse.
+
+    python -m benchmarks.openbookqa --model SMOLLM2_DIR --train TRAIN_FILE --test TEST_FILE --work /tmp/obqa \
+        --out benchmarks/results/nvidia_h200
+
+The learning rate is the best of a small grid on a tenth of the training set, held out; the test set is scored twice in the
+final run, before the first step (B = 0, so the adapted model is the backbone) and after the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def train(arguments: list[str]) -> dict[str, Any]:
+    """Run train.py; its summary."""
+    print("$ python train.py", " ".join(arguments), flush=True)
+    begun = time.perf_counter()
+    result = subprocess.run([sys.executable, "train.py", *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    summary = json.loads(result.stdout)
+    print(f"  {time.perf_counter() - begun:.0f} s, before {summary['before']}, after {summary['after']}", flush=True)
+    return summary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory of SmolLM2-135M-Instruct")
+    parser.add_argument("--train", required=True, help="training questions, 4957 rows")
+    parser.add_argument("--test", required=True, help="test questions, 500 rows")
+    parser.add_argument("--work", type=Path, required=True, help="new directory for the runs")
+    parser.add_argument("--out", type=Path, required=True, help="directory for openbookqa.json and the picture")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3, 2e-3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--train-flags", default="", help="more flags of train.py, as one string")
+    arguments = parser.parse_args()
+
+    common = [
+        "--model", arguments.model, "--dataset", arguments.train, "--targets", "all", "--num-experts", "8", "--rank", "16",
+        "--alpha", "32", "--top-k", "2", "--epochs", "4", "--batch-size", "16", "--max-length", "512", "--dtype", "bfloat16",
+        "--no-remat", "--eval-examples", "500", "--eval-every", "1000000", "--checkpoint-every", "1000000",
+        "--keep-checkpoints", "1", *arguments.train_flags.split(),
+    ]  # fmt: skip
+    grid = {}
+    for lr in arguments.learning_rates:
+        output = arguments.work / f"grid-{lr}"
+        summary = train([*common, "--eval-fraction", "0.1", "--learning-rate", str(lr), "--output", str(output)])
+        grid[lr] = summary["after"]
+    best = max(grid, key=lambda lr: grid[lr]["accuracy"])
+    print(f"learning rate {best}")
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    runs = []
+    for seed in arguments.seeds:
+        output = arguments.work / f"final-{seed}"
+        command = [*common, "--eval-dataset", arguments.test, "--learning-rate", str(best), "--seed", str(seed)]
+        runs.append({"seed": seed, **train([*command, "--output", str(output)])})
+        if seed == arguments.seeds[0]:
+            shutil.copyfile(output / "training.png", arguments.out / "openbookqa.png")
+            shutil.copyfile(output / "metrics.jsonl", arguments.out / "openbookqa_metrics.jsonl")
+    result = {
+        "train_flags": " ".join(common[2:]),
+        "grid_on_held_out_training_questions": {str(lr): value for lr, value in grid.items()},
+        "learning_rate": best,
+        "test_accuracy_backbone": runs[0]["before"]["accuracy"],
+        "test_accuracy_adafuse": [run["after"]["accuracy"] for run in runs],
+        "runs": runs,
+    }
+    (arguments.out / "openbookqa.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
