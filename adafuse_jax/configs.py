@@ -43,7 +43,7 @@ def require_positive(config: object, *names: str) -> None:
 
 
 def require_seed(seed: int) -> None:
-    require(0 <= seed < 2**63, f"--seed is {seed}: it must be ≥ 0 and below 2**63")
+    require(0 <= seed < 2**32, f"--seed is {seed}: it must be ≥ 0 and below 2**32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
