@@ -77,15 +77,18 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
         )
     data = prepare_data(config, load_tokenizer(directory))
     steps = config.steps or max(1, math.ceil(config.epochs * data.batches.steps_per_epoch))
+    optimizer = make_optimizer(config, steps)
+
+    def initial_state() -> TrainState:
+        init_key, state_key = jax.random.split(jax.random.key(config.seed))
+        adapter = AdaFuse(adapter_config, model_config, rngs=nnx.Rngs(params=init_key))
+        return TrainState(step=jnp.int32(0), adapter=adapter, moments=optimizer.init(adapter), key=state_key)
+
+    _check_space(output, jax.eval_shape(initial_state), keep=config.keep_checkpoints)
     backbone = backbone_identity(directory)
     model = load_backbone(directory, config.dtype)
     identity = _identity(config, adapter_config, backbone=backbone, data=data.fingerprint, total_steps=steps)
-
-    init_key, state_key = jax.random.split(jax.random.key(config.seed))
-    adapter = jax.jit(lambda key: AdaFuse(adapter_config, model_config, rngs=nnx.Rngs(params=key)))(init_key)
-    optimizer = make_optimizer(config, steps)
-    state = TrainState(step=jnp.int32(0), adapter=adapter, moments=jax.jit(optimizer.init)(adapter), key=state_key)
-    _check_space(output, state, keep=config.keep_checkpoints)
+    state = jax.jit(initial_state)()
 
     if not config.resume:
         _create_output(output, config, adapter_config)
@@ -195,22 +198,31 @@ def _identity(config: TrainConfig, adapter: AdapterConfig, **more: Any) -> dict[
 
 
 def _check_output(output: Path, *, resume: bool) -> None:
+    try:
+        output.exists()
+    except OSError as error:  # a name that no file can have
+        raise UserError(f"--output {str(output)[:60]}…: {error.strerror}; give another directory") from error
     if resume and not (output / CONFIG_FILE).exists():
         raise UserError(f"--output {output}: holds no run to resume; leave out --resume to start one")
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
         hint = "continue that run with --resume, or " if (output / CONFIG_FILE).exists() else ""
         raise UserError(f"--output {output}: is in use; {hint}give another directory")
-    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    existing = _nearest_existing(output)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"--output {output}: {existing} is not a writable directory; give another one")
 
 
+def _nearest_existing(path: Path) -> Path:
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
 def _check_space(output: Path, state: TrainState, *, keep: int) -> None:
-    """The checkpoints (one more than are kept exists while one is written) and the final adapter must fit."""
-    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+    """The checkpoints (one more than are kept exists while one is written) and the final adapter must fit in the free
+    space and that of the checkpoints which are there already. `state` may be abstract."""
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
     need = (keep + 1) * size((state.adapter, state.moments)) + size(state.adapter)
-    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
+    present = sum(f.stat().st_size for f in (output / CHECKPOINT_DIR).rglob("*") if f.is_file())
+    free = shutil.disk_usage(_nearest_existing(output)).free + present
     if free < need:
         raise UserError(
             f"--output {output}: {keep} checkpoints and the adapter need {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
