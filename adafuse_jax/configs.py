@@ -42,6 +42,12 @@ def require_positive(config: object, *names: str) -> None:
         require(value is None or value > 0, f"{flag_name} is {value}: it must be greater than 0")
 
 
+def require_text(what: str, text: str | None) -> None:
+    """Refuse lone surrogates: what Python makes of bytes that are not UTF-8, and no tokenizer takes."""
+    broken = next((i for i, c in enumerate(text or "") if "\ud800" <= c <= "\udfff"), None)
+    require(broken is None, f"{what}: not UTF-8 text (character {broken}); give UTF-8 text")
+
+
 def require_seed(seed: int) -> None:
     require(0 <= seed < 2**32, f"--seed is {seed}: it must be ≥ 0 and below 2**32")
 
@@ -217,6 +223,9 @@ class DecodeConfig:
         require(self.top_k >= 0, f"--top-k is {self.top_k}: it must be ≥ 0")
         require(0 < self.top_p <= 1, f"--top-p is {self.top_p}: it must be in (0, 1]")
         require_seed(self.seed)
+        require_text("--prompt", self.prompt)
+        require_text("--system", self.system)
+        require_text("--stop", "".join(self.stop))
         require(all(self.stop), "--stop: a stop string is empty; leave it out or give it text")
         given = [
             f"--{n.replace('_', '-')}"

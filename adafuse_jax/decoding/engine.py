@@ -30,6 +30,7 @@ from adafuse_jax.model.cache import KVCache
 CHUNKS = (16, 64, 256, 1024)
 """Prompt tokens per prefill program; a prompt runs through the largest and then the smallest that holds the rest."""
 MIN_SLOTS = 128
+NOT_FINITE = -1
 LOOKAHEAD = 2
 """Steps queued on the device before the host waits for a token, so that reading tokens never stalls the device."""
 
@@ -102,8 +103,10 @@ def _choose(
 def _first_token(
     state: DecodeState, logits: Array, sampling: Sampling, eos_ids: tuple[int, ...], pad_id: int
 ) -> tuple[Any, DecodeState]:
+    """Sample after the prompt. A row whose logits are not all finite gives the token NOT_FINITE."""
     state = _choose(state, logits, sampling, eos_ids, pad_id)
-    return (state.token, state.done, None), state
+    token = jnp.where(jnp.isfinite(logits).all(axis=-1), state.token, NOT_FINITE)
+    return (token, state.done, None), state
 
 
 @partial(jax.jit, static_argnames=("eos_ids", "pad_id"), donate_argnames="state")
@@ -169,10 +172,17 @@ class Engine:
           keep_cache: use the cache of the last such call for a common beginning, and keep this one for the next.
 
         Raises:
-          UserError: an empty prompt, or one that leaves no room for an answer.
+          UserError: an empty prompt, one that leaves no room for an answer or has tokens that the model lacks; logits that
+            are not finite.
         """
         if not all(len(p) for p in prompts):
             raise UserError("a prompt is empty; give it at least one token")
+        vocab_size, largest = self.model.config.vocab_size, max(int(max(p)) for p in prompts)
+        if largest >= vocab_size:
+            raise UserError(
+                f"the prompt has token {largest} and the model {vocab_size} tokens: its tokenizer is of another model; "
+                "restore the files in --model"
+            )
         sampling = sampling or Sampling.of()
         longest = max(map(len, prompts))
         budget = self.max_new_tokens(longest, max_new_tokens)
@@ -197,6 +207,11 @@ class Engine:
                     pending.append(output)
                     issued += 1
                 ids, done, experts = jax.device_get(pending.popleft())
+                if (ids == NOT_FINITE).any():
+                    raise UserError(
+                        "the logits after the prompt are not finite: the weights of --model or --adapter hold NaN or "
+                        "overflow; restore them, or try --dtype float32"
+                    )
                 now = time.perf_counter()
                 for row, token in zip(emitted, ids, strict=True):
                     row.append(int(token))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from adafuse_jax.adapters.directory import load_adapter
-from adafuse_jax.configs import DecodeConfig
+from adafuse_jax.configs import DecodeConfig, require_text
 from adafuse_jax.data.chat import encode_prompt, load_tokenizer, stop_tokens
-from adafuse_jax.data.examples import Message
+from adafuse_jax.data.examples import Message, Role
 from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.sampling import Sampling
 from adafuse_jax.decoding.stream import TextStream
@@ -145,13 +146,18 @@ def _json_prompt(line: str, where: str) -> str | list[Message]:
     try:
         table: Any = json.loads(line)
         if isinstance(table["prompt"] if "prompt" in table else None, str):
+            require_text(where, table["prompt"])
             return table["prompt"]
         messages = [Message(m["role"], m["content"]) for m in table["messages"]]
-        if messages and all(isinstance(m.content, str) for m in messages):
+        if messages and all(m.role in get_args(Role) and isinstance(m.content, str) for m in messages):
+            require_text(where, "".join(m.content for m in messages))
             return messages
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError):
         pass
-    raise UserError(f'{where}: give {{"prompt": TEXT}} or {{"messages": [{{"role", "content"}}, …]}}')
+    roles = ", ".join(get_args(Role))
+    raise UserError(f'{where}: give {{"prompt": TEXT}} or {{"messages": [{{"role", "content"}}, …]}} of roles {roles}')
 
 
 def decode(config: DecodeConfig) -> None:
@@ -199,6 +205,8 @@ def _chat(session: Session) -> None:
 
 def _stdin_lines(ask: str = "") -> Iterator[str]:
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # a C locale lets broken bytes through
     while True:
         if interactive and ask:
             print(ask, end="", flush=True)
