@@ -64,6 +64,9 @@ def read_model_config(directory: Path) -> ModelConfig:
         )
     biased = bool(table.get("attention_bias", False))
     eos = special.get("eos_token_id")
+    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    if not all(isinstance(token, int) for token in eos_ids):
+        raise UserError(f"{path}: eos_token_id is {eos!r}; it must be an integer or a list of them")
     return ModelConfig(
         model_type=model_type,
         vocab_size=size("vocab_size"),
@@ -83,7 +86,7 @@ def read_model_config(directory: Path) -> ModelConfig:
         qk_norm=model_type == "qwen3",
         sliding_windows=_sliding_windows(table, num_layers, path),
         bos_token_id=special.get("bos_token_id"),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        eos_token_ids=eos_ids,
         pad_token_id=special.get("pad_token_id"),
     )
 
@@ -133,7 +136,9 @@ def _sliding_windows(table: dict[str, Any], num_layers: int, path: Path) -> tupl
         return tuple(window if layer >= first else None for layer in range(num_layers))
     kinds = ("full_attention", "sliding_attention")
     if len(layer_types) != num_layers or any(kind not in kinds for kind in layer_types):
-        raise UserError(f"{path}: layer_types must name {num_layers} layers, each {' or '.join(kinds)}; restore the file")
+        raise UserError(
+            f"{path}: layer_types must name {num_layers} layers, each {' or '.join(kinds)}; restore the file"
+        )
     if "sliding_attention" in layer_types and window is None:
         raise UserError(f"{path}: layer_types has sliding_attention but no sliding_window is in use; restore the file")
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from adafuse_jax.interop.hf_config import hf_config, read_json, read_model_confi
 from adafuse_jax.model.backbone import Backbone
 
 SHARD_BYTES = 5_000_000_000
+WEIGHT_DTYPES = ("F32", "BF16", "F16", "F64")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
@@ -37,9 +39,9 @@ TOKENIZER_FILES = (
 def model_directory(path_or_id: str | Path) -> Path:
     """`path_or_id` itself if it is a directory, else the local snapshot of that hub id (downloaded if need be)."""
     path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's, no error for names that no file can have
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise UserError(f"{path}: is a file; give the model's directory or a hub id")
     if path.is_absolute() or str(path_or_id).count("/") > 1 or str(path_or_id).startswith("."):
         raise UserError(f"{path}: no such model directory; give an existing one or a hub id like org/name")
@@ -87,13 +89,14 @@ class Tensors:
                 "convert the .bin file to safetensors first" if list(directory.glob("*.bin")) else "check the directory"
             )
             raise UserError(f"{directory}: has no model.safetensors and no model.safetensors.index.json; {hint}")
-        self._open, self.shapes = {}, {}
+        self._open, self.shapes, self.dtypes = {}, {}, {}
         for name in files:
             with _readable(directory / name):
                 file = safe_open(directory / name, framework="numpy")
                 for tensor in file.keys():  # noqa: SIM118 - not a dict
                     self._open[tensor] = file
-                    self.shapes[tensor] = tuple(file.get_slice(tensor).get_shape())
+                    entry = file.get_slice(tensor)
+                    self.shapes[tensor], self.dtypes[tensor] = tuple(entry.get_shape()), entry.get_dtype()
 
     def read(self, name: str) -> np.ndarray:
         with _readable(self.directory, name):
@@ -164,6 +167,10 @@ def _check_tensors(tensors: Tensors, shapes: dict[str, tuple[int, ...]], config:
     for name, shape in expected.items():
         if name not in tensors.shapes:
             raise UserError(f"{where} {name} is missing; it must have shape {list(shape)}, restore the weights")
+        if tensors.dtypes[name] not in WEIGHT_DTYPES:
+            raise UserError(
+                f"{where} {name} is of type {tensors.dtypes[name]}; give weights of type {', '.join(WEIGHT_DTYPES)}"
+            )
         if tensors.shapes[name] != shape:
             found = list(tensors.shapes[name])
             raise UserError(f"{where} {name} has shape {found}, config.json says {list(shape)}; one of them is wrong")
@@ -171,7 +178,9 @@ def _check_tensors(tensors: Tensors, shapes: dict[str, tuple[int, ...]], config:
     if config.tie_word_embeddings and "lm_head.weight" in extra:
         head, embedding = tensors.read("lm_head.weight"), tensors.read("model.embed_tokens.weight")
         if not np.array_equal(head, embedding):
-            raise UserError(f"{where} lm_head.weight differs from the embedding config.json ties it to; correct config.json")
+            raise UserError(
+                f"{where} lm_head.weight differs from the embedding config.json ties it to; correct config.json"
+            )
         extra.remove("lm_head.weight")
     if extra:
         raise UserError(
