@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,32 @@ def read_adapter_config(directory: Path) -> tuple[AdapterConfig, dict[str, Any]]
     path = directory / CONFIG_FILE
     table = read_json(path)
     backbone = table.pop("backbone", None)
-    if not isinstance(backbone, dict) or not {"name", "identity"} <= backbone.keys():
+    if not isinstance(backbone, dict) or not all(isinstance(backbone.get(k), str) for k in ("name", "identity")):
         raise UserError(f"{path}: does not name its backbone; give an adapter that train.py wrote")
     known = {f.name for f in dataclasses.fields(AdapterConfig)}
     unknown, missing = sorted(table.keys() - known), sorted(known - table.keys())
     if unknown or missing:
         raise UserError(f"{path}: unknown keys {unknown}, missing keys {missing}; give an adapter that train.py wrote")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+    for name, hint in typing.get_type_hints(AdapterConfig).items():
+        if not _fits(values[name], hint):
+            raise UserError(f"{path}: {name} is {table[name]!r}; give an adapter that train.py wrote")
     try:
-        return AdapterConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}), backbone
-    except (UserError, TypeError) as error:
+        return AdapterConfig(**values), backbone
+    except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a JSON file is of a field's type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, arguments[0]) for v in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is hint
 
 
 def load_adapter(directory: str | Path, model: ModelConfig, *, backbone_identity: str, dtype: jnp.dtype) -> AdaFuse:
