@@ -73,7 +73,7 @@ class Batches:
 
     `weights` of None: one pool, every row once an epoch. Otherwise one weight a source, and each source walks its own
     epochs. A set smaller than a batch goes on with its next epoch.
-    Raises UserError for weights given to some sources only; ValueError for sizes below 1."""
+    Raises UserError for weights given to some sources only or below a thousandth; ValueError for sizes below 1."""
 
     rows: tuple[Rows, ...]
     seed: int
@@ -91,6 +91,8 @@ class Batches:
             raise UserError(
                 f"weights: {list(weights)} for {len(self.rows)} dataset(s): give each a weight above 0, or none"
             )
+        if weights is not None:
+            shares_of([w for w in weights if w is not None])
         width = max(rows.length for rows in self.rows)
         same = tuple(rows.widen(width) for rows in self.rows)
         if weights is None and len(same) > 1:
