@@ -76,6 +76,11 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
             f"{config.model}; lower it"
         )
     data = prepare_data(config, load_tokenizer(directory))
+    if data.largest_token >= model_config.vocab_size:
+        raise UserError(
+            f"{directory}: the data has token {data.largest_token} and the model {model_config.vocab_size} tokens: the "
+            "tokenizer is of another model; restore the files of one"
+        )
     steps = config.steps or max(1, math.ceil(config.epochs * data.batches.steps_per_epoch))
     optimizer = make_optimizer(config, steps)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from adafuse_jax.configs import TrainConfig
 from adafuse_jax.data.batches import Batches
-from adafuse_jax.data.chat import encode_all, encode_choices
+from adafuse_jax.data.chat import Encoded, encode_all, encode_choices
 from adafuse_jax.data.examples import Example, MultipleChoice
 from adafuse_jax.data.packing import Rows, pack
 from adafuse_jax.data.sources import DatasetSpec, available_splits, held_out_split, load_examples
@@ -28,6 +28,7 @@ class Data:
     held_out: HeldOut
     fingerprint: str
     """SHA-256 of the packed rows: a resumed run must see the same."""
+    largest_token: int
 
 
 def prepare_data(config: TrainConfig, tokenizer: Any) -> Data:
@@ -50,7 +51,10 @@ def prepare_data(config: TrainConfig, tokenizer: Any) -> Data:
             if split:
                 held_out += load_examples(spec, split)
             elif config.eval_fraction > 0:
-                examples, held = held_out_split(examples, config.eval_fraction, config.seed)
+                try:
+                    examples, held = held_out_split(examples, config.eval_fraction, config.seed)
+                except UserError as error:
+                    raise UserError(f"{spec.source}: {error}, or --eval-examples 0") from error
                 held_out += held
         rows.append(_pack(examples, spec, tokenizer, config))
     batches = Batches(
@@ -60,7 +64,14 @@ def prepare_data(config: TrainConfig, tokenizer: Any) -> Data:
         grad_accum=config.grad_accum,
         weights=tuple(spec.weight for spec in specs),
     )
-    return Data(batches=batches, held_out=_held_out(held_out, tokenizer, config), fingerprint=_fingerprint(rows))
+    evaluation = _held_out(held_out, tokenizer, config)
+    parts: list[Rows | Encoded] = [*rows, *evaluation.rows, *(row for rows in evaluation.choices for row in rows)]
+    return Data(
+        batches=batches,
+        held_out=evaluation,
+        fingerprint=_fingerprint(rows),
+        largest_token=int(max(part.tokens.max() for part in parts)),
+    )
 
 
 def _first_of(wanted: Sequence[str], present: Sequence[str]) -> str | None:
