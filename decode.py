@@ -16,7 +16,8 @@ def main(argv: Sequence[str]) -> int:
     runtime.set_up()
     from adafuse_jax.decoding.session import decode
 
-    decode(config)
+    with runtime.memory_errors_told("shorten the prompt, lower --max-new-tokens or give --dtype bfloat16"):
+        decode(config)
     return 0
 
 

@@ -21,7 +21,8 @@ def main(argv: Sequence[str]) -> int:
     from adafuse_jax.training.loop import Stopped, train
 
     try:
-        summary = train(config, adapter_config)
+        with runtime.memory_errors_told("lower --batch-size, --max-length, --rank or --num-experts"):
+            summary = train(config, adapter_config)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return SIGTERM_EXIT_CODE

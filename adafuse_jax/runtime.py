@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from adafuse_jax.errors import UserError
 
 
 def set_up() -> None:
@@ -16,8 +22,39 @@ def set_up() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.ERROR)
     logging.getLogger("adafuse_jax").setLevel(logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a locale may lack the characters of an answer
+    _silence_background_errors()
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "adafuse-jax" / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _silence_background_errors() -> None:
+    """The threads that write a checkpoint print tracebacks of errors that `Checkpoints` tells in one line."""
+    import absl.logging  # its import sets the level changed here
+
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = hook
+
+
+@contextmanager
+def memory_errors_told(advice: str) -> Iterator[None]:
+    """Within, a device that runs out of memory is a `UserError` that ends with `advice`."""
+    import jax
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"the device has too little memory ({reason}); {advice}") from error

@@ -118,7 +118,9 @@ def _named(state: TrainState) -> dict[str, jax.Array]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    """The first line of the message; of a long one its end, where the cause stands."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 200 else "…" + line[-200:]
 
 
 def _short(value: Any) -> str:
