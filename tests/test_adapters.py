@@ -1,0 +1,299 @@
+"""AdaFuse against an independent per-token float64 loop, and the identities that define it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from goldens.tiny_models import CASES, write_model_dir
+
+from adafuse_jax import AdaFuse, AdapterConfig, load_backbone
+from adafuse_jax.adapters.directory import load_adapter, save_adapter
+from adafuse_jax.adapters.router import Router, Routing, balance_loss, router_statistics
+from adafuse_jax.configs import LINEARS, ModelConfig
+
+POSITIONS = {
+    "attention": ("q_proj", "v_proj"),
+    "after_attention": ("o_proj", "down_proj"),
+    "ffn": ("gate_proj", "up_proj", "down_proj"),
+    "down": ("down_proj",),
+    "all": LINEARS,
+}
+"""Target sets whose first linear has each of the four possible inputs x^1."""
+
+FAMILIES = ("llama_gqa", "llama_bias", "mistral_window", "qwen2_window", "qwen3")
+
+
+def family_case(name: str) -> str:
+    """The case called `name`, or the first one that begins so."""
+    return name if name in CASES else next(case for case in CASES if case.startswith(name))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory):
+    loaded = {}
+
+    def get(name: str):
+        if name not in loaded:
+            case = family_case(name)
+            out = tmp_path_factory.mktemp(case)
+            write_model_dir(CASES[case], out)
+            loaded[name] = load_backbone(out, "float32")
+        return loaded[name]
+
+    return get
+
+
+def random_adapter(model: ModelConfig, seed: int = 0, **settings) -> AdaFuse:
+    """An adapter with B ≠ 0 and a router that is not balanced."""
+    config = AdapterConfig(**({"num_experts": 4, "rank": 3, "top_k": 2, "alpha": 6.0} | settings))
+    adapter = AdaFuse(config, model, rngs=nnx.Rngs(seed))
+    key = jax.random.key(seed + 100)
+    for name in config.targets:
+        key, draw = jax.random.split(key)
+        b = adapter.experts[name].B
+        b[...] = 0.1 * jax.random.normal(draw, b.shape)
+    adapter.router.weight[...] = adapter.router.weight[...] * 5
+    return adapter
+
+
+def tokens_of(model, shape=(2, 12), seed=0):
+    return jax.random.randint(jax.random.key(seed), shape, 0, model.config.vocab_size)
+
+
+def reference_hidden(model, adapter: AdaFuse, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Final hidden states and dense gates of one row, token by token and expert by expert in float64 (Eq. 2)."""
+    c, a = model.config, adapter.config
+    f64 = lambda x: np.asarray(x, np.float64)  # noqa: E731
+    half = c.head_dim // 2
+    frequency = c.rope.theta ** (-np.arange(half) * 2 / c.head_dim)
+    keys = [[] for _ in range(c.num_layers)]
+    values = [[] for _ in range(c.num_layers)]
+    hidden, all_gates = [], []
+
+    def norm(x, module, layer=None):
+        weight = f64(module.weight[...] if layer is None else module.weight[layer])
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps) * weight
+
+    def rope(heads, position):
+        cos, sin = np.cos(position * frequency), np.sin(position * frequency)
+        first, second = heads[:, :half], heads[:, half:]
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+    for position, token in enumerate(tokens):
+        x, gates = f64(model.embed_tokens[token]), None
+        for layer in range(c.num_layers):
+
+            def linear(name, h, layer=layer):
+                nonlocal gates
+                module = getattr(model.layers, name)
+                y = f64(module.weight[layer]) @ h
+                if module.bias is not None:
+                    y = y + f64(module.bias[layer])
+                if name not in a.targets:
+                    return y
+                if layer == 0 and name == a.targets[0]:
+                    logits = f64(adapter.router.weight[...]) @ h
+                    chosen = np.argsort(-logits)[: a.top_k]
+                    gates = np.zeros(a.num_experts)
+                    gates[chosen] = np.exp(logits[chosen]) / np.exp(logits[chosen]).sum()
+                for e in range(a.num_experts):
+                    low_rank = f64(adapter.experts[name].B[layer, e]) @ (f64(adapter.experts[name].A[layer, e]) @ h)
+                    y = y + gates[e] * a.alpha / a.rank * low_rank
+                return y
+
+            h = norm(x, model.layers.input_layernorm, layer)
+            q, k, v = (linear(n, h).reshape(-1, c.head_dim) for n in ("q_proj", "k_proj", "v_proj"))
+            if c.qk_norm:
+                q, k = norm(q, model.layers.q_norm, layer), norm(k, model.layers.k_norm, layer)
+            keys[layer].append(rope(k, position))
+            values[layer].append(v)
+            window = c.sliding_windows[layer] or len(tokens)
+            context = []
+            for head, row in enumerate(rope(q, position)):
+                group = head // (c.num_heads // c.num_kv_heads)
+                scores = np.array([row @ key[group] for key in keys[layer][-window:]]) / np.sqrt(c.head_dim)
+                p = np.exp(scores - scores.max())
+                context.append((p / p.sum()) @ np.array([value[group] for value in values[layer][-window:]]))
+            x = x + linear("o_proj", np.concatenate(context))
+            h = norm(x, model.layers.post_attention_layernorm, layer)
+            gate = linear("gate_proj", h)
+            x = x + linear("down_proj", gate / (1 + np.exp(-gate)) * linear("up_proj", h))
+        hidden.append(norm(x, model.norm))
+        all_gates.append(gates)
+    return np.array(hidden), np.array(all_gates)
+
+
+class TestEquation:
+    @pytest.mark.parametrize("targets", POSITIONS.values(), ids=POSITIONS)
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_equals_a_float64_loop(self, models, family, targets):
+        model = models(family)
+        adapter = random_adapter(model.config, targets=targets)
+        tokens = tokens_of(model)
+        out = model(tokens, adapter=adapter)
+        for row in range(len(tokens)):
+            hidden, gates = reference_hidden(model, adapter, np.asarray(tokens[row]))
+            np.testing.assert_allclose(out.hidden[row], hidden, atol=2e-5 * np.abs(hidden).max())
+            np.testing.assert_allclose(out.routing.dense_gates()[row], gates, atol=1e-5)
+
+    @pytest.mark.parametrize("targets", POSITIONS.values(), ids=POSITIONS)
+    def test_adapter_changes_the_output(self, models, targets):
+        model = models("llama_gqa")
+        tokens = tokens_of(model)
+        difference = model(tokens, adapter=random_adapter(model.config, targets=targets)).logits - model(tokens).logits
+        assert jnp.abs(difference).max() > 1e-2
+
+    @pytest.mark.parametrize("targets", POSITIONS.values(), ids=POSITIONS)
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_equals_the_backbone_exactly_while_b_is_zero(self, models, family, targets):
+        model = models(family)
+        adapter = AdaFuse(AdapterConfig(targets=targets, num_experts=4, rank=3), model.config, rngs=nnx.Rngs(0))
+        tokens = tokens_of(model)
+        np.testing.assert_array_equal(model(tokens, adapter=adapter).logits, model(tokens).logits)
+
+    def test_permuting_the_experts_changes_nothing(self, models):
+        model = models("llama_gqa")
+        adapter, order = random_adapter(model.config), jnp.array([2, 0, 3, 1])
+        tokens = tokens_of(model)
+        before = model(tokens, adapter=adapter).logits
+        adapter.router.weight[...] = adapter.router.weight[order]
+        for experts in adapter.experts.values():
+            experts.A[...], experts.B[...] = experts.A[:, order], experts.B[:, order]
+        np.testing.assert_allclose(model(tokens, adapter=adapter).logits, before, atol=1e-5)
+
+    def test_few_and_many_tokens_take_the_same_sum(self, models):
+        """One token gathers its experts, many run all of them densely."""
+        model = models("llama_gqa")
+        experts = jax.tree.map(lambda x: x[0], random_adapter(model.config).experts["q_proj"])
+        x = jax.random.normal(jax.random.key(0), (3, 5, model.config.embed_dim))
+        router = Router(model.config.embed_dim, 4, 2, renormalize=True, rngs=nnx.Rngs(1))
+        routing = router(x)
+        np.testing.assert_allclose(experts._gathered(x, routing), experts._dense(x, routing), atol=1e-5)
+
+    def test_dropout_acts_only_with_a_key(self, models):
+        model = models("llama_gqa")
+        adapter = random_adapter(model.config)
+        dropped = random_adapter(model.config, dropout=0.5)
+        tokens = tokens_of(model)
+        plain = model(tokens, adapter=adapter).logits
+        np.testing.assert_array_equal(model(tokens, adapter=dropped).logits, plain)
+        first, second = (model(tokens, adapter=dropped, dropout_key=jax.random.key(i)).logits for i in (0, 1))
+        assert not np.array_equal(first, plain)
+        assert not np.array_equal(first, second)
+
+
+class TestRouter:
+    @pytest.mark.parametrize(("num_experts", "top_k"), [(4, 1), (8, 2), (16, 4), (3, 3)])
+    def test_gates_sum_to_one_with_exactly_k_nonzero(self, num_experts, top_k):
+        router = Router(10, num_experts, top_k, renormalize=True, rngs=nnx.Rngs(0))
+        gates = router(jax.random.normal(jax.random.key(1), (5, 7, 10))).dense_gates()
+        np.testing.assert_allclose(gates.sum(-1), 1, atol=1e-6)
+        np.testing.assert_array_equal((gates > 0).sum(-1), top_k)
+
+    def test_softmax_then_top_k_then_renormalise_is_the_same(self):
+        x = jax.random.normal(jax.random.key(1), (5, 7, 10))
+        inside = Router(10, 8, 2, renormalize=True, rngs=nnx.Rngs(0))(x)
+        outside = Router(10, 8, 2, renormalize=False, rngs=nnx.Rngs(0))(x)
+        np.testing.assert_array_equal(inside.experts, outside.experts)
+        np.testing.assert_allclose(inside.gates, outside.gates / outside.gates.sum(-1, keepdims=True), rtol=1e-5)
+        assert (outside.gates.sum(-1) < 1).all()
+
+    def test_router_is_fp32_whatever_the_activations(self):
+        router = Router(10, 8, 2, renormalize=True, rngs=nnx.Rngs(0))
+        routing = router(jnp.ones((1, 1, 10), jnp.bfloat16))
+        assert router.weight[...].dtype == routing.gates.dtype == routing.probabilities.dtype == jnp.float32
+
+    def test_balance_loss_by_hand(self):
+        """Two real tokens and one of padding, E = 2, k = 1: f = (1, 0), P = (0.8, 0.2) → 2 · 0.8."""
+        probabilities = jnp.array([[[0.9, 0.1], [0.7, 0.3], [0.0, 1.0]]])
+        routing = Routing(jnp.array([[[0], [0], [1]]]), jnp.ones((1, 3, 1)), probabilities)
+        assert balance_loss(routing, jnp.array([[True, True, False]])) == pytest.approx(1.6)
+
+    def test_balance_loss_is_one_when_balanced_and_e_when_collapsed(self):
+        mask = jnp.ones((1, 4), bool)
+        balanced = Routing(jnp.arange(4)[None, :, None], jnp.ones((1, 4, 1)), jnp.full((1, 4, 4), 0.25))
+        collapsed = Routing(jnp.zeros((1, 4, 1), int), jnp.ones((1, 4, 1)), jnp.tile(jnp.array([1.0, 0, 0, 0]), (1, 4, 1)))
+        assert balance_loss(balanced, mask) == pytest.approx(1)
+        assert balance_loss(collapsed, mask) == pytest.approx(4)
+
+    def test_balance_loss_trains_the_router(self):
+        x = jax.random.normal(jax.random.key(0), (1, 64, 6))
+        router = Router(6, 4, 1, renormalize=True, rngs=nnx.Rngs(0))
+        router.weight[...] = router.weight[...].at[0].add(jnp.full(6, 0.5))
+        x = x + 1.0
+
+        def loss(router):
+            return balance_loss(router(x), jnp.ones((1, 64), bool))
+
+        start = loss(router)
+        for _ in range(50):
+            router = jax.tree.map(lambda w, g: w - 0.5 * g, router, jax.grad(loss)(router))
+        assert loss(router) < 0.7 * start
+
+    def test_statistics_by_hand(self):
+        experts = jnp.array([[[0, 1], [0, 2], [1, 2]]])
+        routing = Routing(experts, jnp.full((1, 3, 2), 0.5), jnp.full((1, 3, 3), 1 / 3))
+        stats = router_statistics(routing, jnp.array([[True, True, False]]))
+        np.testing.assert_allclose(stats["load"], [0.5, 0.25, 0.25])
+        np.testing.assert_allclose(stats["pair"], [[1, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0, 0.5]])
+        assert stats["entropy"] == pytest.approx(np.log(3))
+
+
+class TestGatesAreSharedByAllLayers:
+    @pytest.mark.parametrize("targets", POSITIONS.values(), ids=POSITIONS)
+    def test_one_routing_for_the_token(self, models, targets):
+        """With q, k or v among the targets the gates depend on the token alone, otherwise on what came before."""
+        model = models("llama_gqa")
+        adapter = random_adapter(model.config, targets=targets)
+        adapter.router.weight[...] = adapter.router.weight[...] * 5
+        one = jnp.array([[5, 7, 9, 11, 13, 15, 9]])
+        gates = model(one, adapter=adapter).routing.dense_gates()[0]
+        same = np.allclose(gates[2], gates[6], atol=1e-6)
+        assert same == (targets[0] == "q_proj")
+
+
+class TestDirectory:
+    def test_round_trip(self, models, tmp_path):
+        model = models("llama_gqa")
+        adapter = random_adapter(model.config, targets=("q_proj", "down_proj"), dropout=0.1, balance_coefficient=0.3)
+        save_adapter(adapter, tmp_path / "a", backbone_name="tiny", backbone_identity="id")
+        assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+        again = load_adapter(tmp_path / "a", model.config, backbone_identity="id", dtype=jnp.float32)
+        assert again.config == adapter.config
+        jax.tree.map(np.testing.assert_array_equal, again, adapter)
+
+    def test_experts_are_cast_and_the_router_is_not(self, models, tmp_path):
+        model = models("llama_gqa")
+        save_adapter(random_adapter(model.config), tmp_path / "a", backbone_name="tiny", backbone_identity="id")
+        again = load_adapter(tmp_path / "a", model.config, backbone_identity="id", dtype=jnp.bfloat16)
+        assert again.experts["q_proj"].A[...].dtype == jnp.bfloat16
+        assert again.router.weight[...].dtype == jnp.float32
+
+
+class TestEverySettingIsRead:
+    CHANGES = {
+        "targets": ("q_proj",), "num_experts": 5, "rank": 5, "top_k": 1, "alpha": 1.0, "dropout": 0.5,
+        "renormalize": False, "balance_coefficient": 0.5,
+    }  # fmt: skip
+
+    def test_the_table_is_complete(self):
+        names = {f.name for f in dataclasses.fields(AdapterConfig)} - {"adapter"}
+        assert names == self.CHANGES.keys()
+
+    @pytest.mark.parametrize("name", CHANGES)
+    def test_a_change_changes_the_training_loss(self, models, name):
+        model = models("llama_gqa")
+        tokens = tokens_of(model)
+
+        def loss(**settings):
+            adapter = random_adapter(model.config, **settings)
+            out = model(tokens, adapter=adapter, dropout_key=jax.random.key(0))
+            mask = jnp.ones(tokens.shape, bool)
+            return float(out.logits.std() + adapter.config.balance_coefficient * balance_loss(out.routing, mask))
+
+        assert loss() != loss(**{name: self.CHANGES[name]})
