@@ -74,13 +74,14 @@ def plot_training(metrics: Path, picture: Path) -> None:
     lines = read_metrics(metrics)
     train = [line for line in lines if "loss" in line]
     held_out = [line for line in lines if "eval_loss" in line]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
     steps = [line["step"] for line in train]
     losses = np.array([line["loss"] for line in train])
     top.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=0.8)
     window = max(1, len(losses) // 50)
     smooth = np.convolve(np.pad(losses, (window - 1, 0), mode="edge"), np.ones(window) / window, mode="valid")
     top.plot(steps, smooth, color="tab:blue", label=f"training loss (mean of {window})")
+    right_handles, right_labels = [], []
     if held_out:
         at = [line["step"] for line in held_out]
         top.plot(at, [line["eval_loss"] for line in held_out], "o-", color="tab:orange", label="held-out loss")
@@ -91,10 +92,11 @@ def plot_training(metrics: Path, picture: Path) -> None:
             )
             right.set_ylabel("accuracy (%)", color="tab:green")
             right.set_ylim(0, 100)
-            right.legend(loc="lower right")
+            right_handles, right_labels = right.get_legend_handles_labels()
     top.set_ylabel("loss (nats per target token)")
-    top.set_ylim(bottom=0)
-    top.legend(loc="upper right")
+    top.set_yscale("log")
+    handles, labels = top.get_legend_handles_labels()
+    top.legend(handles + right_handles, labels + right_labels, loc="upper left", bbox_to_anchor=(1.08, 1), fontsize="small")
     load = np.array([line["load"] for line in train]).T
     bottom.stackplot(steps, 100 * load, labels=[f"expert {e}" for e in range(len(load))], colors=plt.cm.tab20.colors)
     bottom.set_ylabel("share of assignments (%)")

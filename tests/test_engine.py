@@ -1,0 +1,215 @@
+"""The engine against the full forward pass, transformers' tokens, and itself on other prompt lengths."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from goldens.tiny_models import CASES, write_model_dir
+from test_adapters import FAMILIES, POSITIONS, models, random_adapter  # noqa: F401 - a fixture
+
+from adafuse_jax import UserError, load_backbone
+from adafuse_jax.data.chat import encode_prompt, load_tokenizer
+from adafuse_jax.data.examples import Message
+from adafuse_jax.decoding import engine as engine_module
+from adafuse_jax.decoding.engine import Engine
+from adafuse_jax.decoding.sampling import Sampling
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def generate(engine: Engine, *prompts, n: int = 16, **options) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in prompts]
+    for token in engine.generate(prompts, max_new_tokens=n, **options):
+        for row, value in zip(rows, token.ids, strict=True):
+            row.append(int(value))
+    return rows
+
+
+def greedy_by_full_forward(model, adapter, prompt: list[int], n: int) -> list[int]:
+    """Every token from a full forward pass over all tokens before it, without a cache."""
+    forward = jax.jit(lambda tokens: model(tokens, adapter=adapter).logits[0])
+    tokens = np.zeros((1, len(prompt) + n), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for at in range(len(prompt), len(prompt) + n):
+        tokens[0, at] = int(forward(tokens)[at - 1].argmax())
+    return tokens[0, len(prompt) :].tolist()
+
+
+def prompt_of(model, length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(3, model.config.vocab_size, length).tolist()
+
+
+class TestCachedDecodingEqualsTheFullForward:
+    @pytest.mark.parametrize("targets", POSITIONS.values(), ids=POSITIONS)
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_greedy_tokens(self, models, family, targets):  # noqa: F811
+        model = models(family)
+        adapter = random_adapter(model.config, targets=targets)
+        prompt = prompt_of(model, 21)
+        wanted = greedy_by_full_forward(model, adapter, prompt, 12)
+        assert generate(Engine(model, adapter, eos_ids=()), prompt, n=12) == [wanted]
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_backbone_gives_the_tokens_of_transformers(self, name, tmp_path):
+        write_model_dir(CASES[name], tmp_path)
+        golden = np.load(GOLDENS / "tiny" / f"{name}.npz")
+        model = load_backbone(tmp_path, "float32")
+        prompt, wanted = golden["prompt"].ravel().tolist(), golden["greedy"].ravel().tolist()
+        assert generate(Engine(model, eos_ids=()), prompt, n=len(wanted)) == [wanted]
+
+    def test_stories_word_for_word(self, stories260k_dir, shared_dir):
+        model, tokenizer = load_backbone(stories260k_dir), load_tokenizer(stories260k_dir)
+        (tokens,) = generate(Engine(model, eos_ids=()), [tokenizer.bos_token_id], n=256)
+        story = (shared_dir / "assets" / "models" / "stories260K.md").read_text().split("```")[3]
+        story = story.split("-t 0.0\n")[1]
+        assert tokenizer.decode(tokens).split() == story.split()
+
+    def test_chat_answers_of_a_real_model(self, smollm2_dir):
+        model, tokenizer = load_backbone(smollm2_dir, "float32"), load_tokenizer(smollm2_dir)
+        engine = Engine(model)
+        for golden in json.loads((GOLDENS / "real.json").read_text())["smollm2"]:
+            prompt = encode_prompt((Message("user", golden["question"]),), tokenizer).tolist()
+            assert prompt == golden["prompt"]
+            assert generate(engine, prompt, n=len(golden["answer"])) == [golden["answer"]]
+
+
+class TestPrefill:
+    @pytest.mark.parametrize("length", [1, 15, 16, 17, 64, 65, 100])
+    def test_every_bucket_gives_the_same_tokens(self, models, length):  # noqa: F811
+        model = models("mistral_window")
+        adapter = random_adapter(model.config)
+        prompt = prompt_of(model, length)
+        wanted = greedy_by_full_forward(model, adapter, prompt, 6)
+        assert generate(Engine(model, adapter, eos_ids=()), prompt, n=6) == [wanted]
+
+    def test_several_chunks(self, models, monkeypatch):  # noqa: F811
+        monkeypatch.setattr(engine_module, "CHUNKS", (4, 16))
+        model = models("qwen2_window")
+        prompt = prompt_of(model, 55)
+        assert generate(Engine(model, eos_ids=()), prompt, n=6) == [greedy_by_full_forward(model, None, prompt, 6)]
+
+    def test_a_new_prompt_length_compiles_nothing(self, models):  # noqa: F811
+        model = models("llama_gqa")
+        engine = Engine(model, random_adapter(model.config))
+        generate(engine, prompt_of(model, 20), n=4)
+        programs = engine_module._prefill_chunk._cache_size(), engine_module.decode_step._cache_size()
+        for length in range(17, 60, 5):
+            generate(engine, prompt_of(model, length), n=4)
+        assert (engine_module._prefill_chunk._cache_size(), engine_module.decode_step._cache_size()) == programs
+
+
+class TestRows:
+    def test_rows_of_different_lengths_equal_each_alone(self, models):  # noqa: F811
+        model = models("llama_gqa")
+        engine = Engine(model, random_adapter(model.config), eos_ids=())
+        prompts = [prompt_of(model, n, seed=n) for n in (3, 30, 17)]
+        assert generate(engine, *prompts, n=10) == [generate(engine, p, n=10)[0] for p in prompts]
+
+    def test_a_row_that_ended_is_padded_and_does_not_disturb_the_others(self, models):  # noqa: F811
+        model = models("llama_gqa")
+        prompts = [prompt_of(model, n, seed=n) for n in (5, 9)]
+        free = [generate(Engine(model, eos_ids=()), p, n=12)[0] for p in prompts]
+        eos = next(t for t in free[0][2:] if t not in free[1])
+        at = free[0].index(eos)
+        rows = generate(Engine(model, eos_ids=(eos,)), *prompts, n=12)
+        assert rows[0] == free[0][: at + 1] + [model.config.pad_token_id or 0] * (11 - at)
+        assert rows[1] == free[1]
+
+    def test_stops_when_every_row_has_ended(self, models):  # noqa: F811
+        model = models("llama_gqa")
+        prompt = prompt_of(model, 5)
+        free = generate(Engine(model, eos_ids=()), prompt, n=12)[0]
+        assert generate(Engine(model, eos_ids=(free[3],)), prompt, n=12)[0] == free[: free.index(free[3]) + 1]
+
+
+class TestConversation:
+    def test_next_turn_prefills_only_what_is_new(self, models, monkeypatch):  # noqa: F811
+        model = models("llama_gqa")
+        adapter = random_adapter(model.config)
+        engine, fresh = Engine(model, adapter, eos_ids=()), Engine(model, adapter, eos_ids=())
+        first = prompt_of(model, 20)
+        answer = generate(engine, first, n=8, keep_cache=True)[0]
+        second = [*first, *answer, *prompt_of(model, 7, seed=1)]
+        seen = []
+        prefill = Engine._prefill
+        monkeypatch.setattr(Engine, "_prefill", lambda self, s, p, *a: seen.extend(map(len, p)) or prefill(self, s, p, *a))
+        kept = generate(engine, second, n=8, keep_cache=True)
+        assert seen == [len(second) - len(first) - 7]  # the last token of the answer was never read
+        assert kept == generate(fresh, second, n=8)
+
+    def test_another_conversation_begins_anew(self, models):  # noqa: F811
+        model = models("llama_gqa")
+        engine = Engine(model, eos_ids=())
+        generate(engine, prompt_of(model, 20), n=8, keep_cache=True)
+        other = prompt_of(model, 12, seed=9)
+        assert generate(engine, other, n=8, keep_cache=True) == generate(Engine(model, eos_ids=()), other, n=8)
+
+    def test_cache_grows_with_the_conversation(self, models, monkeypatch):  # noqa: F811
+        monkeypatch.setattr(engine_module, "MIN_SLOTS", 16)
+        model = models("llama_gqa")
+        engine = Engine(model, eos_ids=())
+        tokens = prompt_of(model, 10)
+        for turn in range(4):
+            answer = generate(engine, tokens, n=6, keep_cache=True)
+            assert answer == generate(Engine(model, eos_ids=()), tokens, n=6)
+            tokens = [*tokens, *answer[0], *prompt_of(model, 5, seed=turn)]
+
+    def test_abandoned_stream_keeps_a_usable_cache(self, models):  # noqa: F811
+        model = models("llama_gqa")
+        engine = Engine(model, eos_ids=())
+        prompt = prompt_of(model, 10)
+        stream = engine.generate([prompt], max_new_tokens=20, keep_cache=True)
+        got = [int(next(stream).ids[0]) for _ in range(4)]
+        stream.close()
+        second = [*prompt, *got, 5, 6]
+        assert generate(engine, second, n=6, keep_cache=True) == generate(Engine(model, eos_ids=()), second, n=6)
+
+
+class TestLimits:
+    def test_answer_is_cut_at_the_context(self, models):  # noqa: F811
+        model = models("llama_gqa")
+        context = model.config.max_position_embeddings
+        assert len(generate(Engine(model, eos_ids=()), prompt_of(model, context - 5), n=50)[0]) == 5
+
+    def test_prompt_that_fills_the_context(self, models):  # noqa: F811
+        model = models("llama_gqa")
+        with pytest.raises(UserError, match="shorten the prompt"):
+            generate(Engine(model), prompt_of(model, model.config.max_position_embeddings))
+
+    def test_empty_prompt(self, models):  # noqa: F811
+        with pytest.raises(UserError, match="empty"):
+            generate(Engine(models("llama_gqa")), [])
+
+
+class TestExperts:
+    def test_reported_experts_are_those_of_the_router(self, models):  # noqa: F811
+        model = models("llama_gqa")
+        adapter = random_adapter(model.config, targets=("gate_proj",))
+        prompt = prompt_of(model, 9)
+        tokens = list(Engine(model, adapter, eos_ids=()).generate([prompt], max_new_tokens=6))
+        whole = np.array([[*prompt, *(int(t.ids[0]) for t in tokens)]])
+        routed = np.asarray(model(whole, adapter=adapter).routing.experts[0])
+        assert tokens[0].experts is None
+        for i, token in enumerate(tokens[1:]):
+            assert set(token.experts[0]) == set(routed[len(prompt) + i])
+
+
+class TestSampledDecoding:
+    def test_same_seed_same_tokens(self, models):  # noqa: F811
+        model = models("llama_gqa")
+        engine, prompt = Engine(model, eos_ids=()), prompt_of(model, 5)
+        sampling = Sampling.of(temperature=1.0)
+        first, again, other = (generate(engine, prompt, n=20, sampling=sampling, seed=s) for s in (1, 1, 2))
+        assert first == again != other
+
+    def test_repetition_penalty_sees_prompt_and_output(self, models):  # noqa: F811
+        """A penalty that forbids what was seen makes every token new."""
+        model = models("llama_gqa")
+        prompt = prompt_of(model, 20)
+        sampling = Sampling.of(temperature=0.0, repetition_penalty=1e6)
+        (tokens,) = generate(Engine(model, eos_ids=()), prompt, n=20, sampling=sampling)
+        assert len({*prompt, *tokens}) == len(set(prompt)) + 20
