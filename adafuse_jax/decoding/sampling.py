@@ -51,7 +51,8 @@ def keep_likely(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float
     ordered = jnp.where(ordered >= kth[:, None], ordered, -jnp.inf)
     probability = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    threshold = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    kept = jnp.isfinite(ordered) & ((before < top_p) | (top_p >= 1))
+    threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= threshold, logits, -jnp.inf)
 
 

@@ -131,6 +131,6 @@ def train_step(
     (grads, metrics), _ = jax.lax.scan(add_micro, zeros, (batch, jnp.arange(micro_batches)))
 
     updates, moments = optimizer.update(grads, state.moments, state.adapter)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     adapter = optax.apply_updates(state.adapter, updates)
     return TrainState(step=state.step + 1, adapter=adapter, moments=moments, key=key), metrics

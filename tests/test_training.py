@@ -1,0 +1,222 @@
+"""The training step: loss, packing, accumulation, schedule, and what it must leave alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from goldens.tiny_models import CASES, write_model_dir
+from test_adapters import random_adapter, tokens_of
+
+from adafuse_jax import load_backbone
+from adafuse_jax.configs import TrainConfig
+from adafuse_jax.data.batches import Batch
+from adafuse_jax.data.chat import Encoded
+from adafuse_jax.data.packing import pack
+from adafuse_jax.evaluation.heldout import HeldOut, score
+from adafuse_jax.training.step import TrainState, learning_rate, make_optimizer, token_losses, train_step
+
+
+@pytest.fixture(scope="module", params=["llama_mqa_sharded", "qwen2_window"])
+def model(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp(request.param)
+    write_model_dir(CASES[request.param], out)
+    return load_backbone(out, "float32")
+
+
+def config(**changes) -> TrainConfig:
+    return TrainConfig(**({"model": "m", "dataset": ("d",), "output": "o", "learning_rate": 1e-2} | changes))
+
+
+def state_of(adapter, optimizer) -> TrainState:
+    return TrainState(step=jnp.int32(0), adapter=adapter, moments=optimizer.init(adapter), key=jax.random.key(0))
+
+
+def examples(model, lengths, seed=0) -> list[Encoded]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for n in lengths:
+        mask = np.arange(n) >= n // 2
+        made.append(Encoded(rng.integers(3, model.config.vocab_size, n).astype(np.int32), mask))
+    return made
+
+
+def as_batch(rows, accum: int) -> Batch:
+    fold = lambda x: x.reshape(accum, -1, x.shape[-1])  # noqa: E731
+    return Batch(*(fold(getattr(rows, f.name)) for f in dataclasses.fields(Batch)))
+
+
+class TestLoss:
+    @pytest.mark.parametrize("length", [2, 100, 257, 300])
+    def test_equals_float64(self, model, length):
+        """Chunks that fit the sequence and chunks that do not."""
+        tokens = tokens_of(model, (2, min(length, 120)))
+        tokens = jnp.pad(tokens, ((0, 0), (0, length - tokens.shape[1])), constant_values=5)
+        mask = jax.random.bernoulli(jax.random.key(1), 0.5, tokens.shape)
+        hidden = jax.random.normal(jax.random.key(2), (*tokens.shape, model.config.embed_dim))
+        logits = np.asarray(model.logits(hidden), np.float64)
+        log_z = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+        wanted = np.zeros(2)
+        for b in range(2):
+            for t in range(1, length):
+                wanted[b] += mask[b, t] * (log_z[b, t - 1] - logits[b, t - 1, tokens[b, t]])
+        np.testing.assert_allclose(token_losses(model, hidden, tokens, mask), wanted, rtol=1e-5)
+
+
+class TestPacking:
+    def test_packed_loss_equals_the_examples_alone(self, model):
+        adapter = random_adapter(model.config)
+        alone = examples(model, (9, 14, 5, 20, 11))
+        rows = pack(alone, 32)
+        assert len(rows) < len(alone)
+        out = model.run(
+            rows.tokens, adapter=adapter, positions=jnp.array(rows.positions), segment_ids=jnp.array(rows.segment_ids)
+        )
+        packed = float(token_losses(model, out.hidden, rows.tokens, rows.loss_mask).sum())
+        assert packed == pytest.approx(score(model, adapter, alone, batch_size=2).sum(), rel=1e-4)
+
+    def test_no_gradient_crosses_examples(self, model):
+        """The loss of the second segment does not move with the embeddings of the first."""
+        adapter = random_adapter(model.config)
+        first, second = examples(model, (10, 12))
+        rows = pack([first, second], 32)
+        only_second = jnp.array(rows.loss_mask & (rows.segment_ids == 2))
+
+        def loss(embeddings):
+            moved = jax.tree.map(lambda x: x, model)
+            moved.embed_tokens[...] = embeddings
+            out = moved.run(
+                tokens, adapter=adapter, positions=jnp.array(rows.positions), segment_ids=jnp.array(rows.segment_ids)
+            )
+            return token_losses(model, out.hidden, tokens, only_second).sum()
+
+        tokens = jnp.array(rows.tokens)
+        gradient = jnp.abs(jax.grad(loss)(model.embed_tokens[...])).sum(-1)
+        only_first = sorted(set(first.tokens.tolist()) - set(second.tokens.tolist()))
+        assert gradient[jnp.array(only_first)].max() == 0
+        assert gradient[jnp.array(sorted(set(second.tokens[:-1].tolist())))].min() > 0
+
+
+class TestStep:
+    def test_accumulation_equals_one_large_batch(self, model):
+        rows = pack(examples(model, (30, 20, 8, 25, 31, 12, 28, 17), seed=3), 32, packing=False)
+        optimizer = make_optimizer(config(), 10)
+        results = []
+        for accum in (1, 2, 4):
+            adapter = random_adapter(model.config, balance_coefficient=0.0)
+            state, metrics = train_step(
+                state_of(adapter, optimizer), model, as_batch(rows, accum), optimizer=optimizer, remat=accum == 2
+            )
+            results.append((state.adapter, metrics["loss"], metrics["grad_norm"]))
+        for adapter, loss, norm in results[1:]:
+            assert loss == pytest.approx(float(results[0][1]), rel=1e-5)
+            assert norm == pytest.approx(float(results[0][2]), rel=1e-4)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), adapter, results[0][0])
+
+    def test_loss_falls_and_the_backbone_stays(self, model):
+        rows = pack(examples(model, (30, 20, 25, 31)), 32, packing=False)
+        before = jax.tree.map(np.array, model)
+        optimizer = make_optimizer(config(), 60)
+        state, losses = state_of(random_adapter(model.config), optimizer), []
+        for _ in range(60):
+            state, metrics = train_step(state, model, as_batch(rows, 1), optimizer=optimizer, remat=False)
+            losses.append(float(metrics["loss"]))
+        assert losses[-1] < 0.5 * losses[0]
+        jax.tree.map(np.testing.assert_array_equal, before, model)
+
+    def test_every_adapter_parameter_gets_a_gradient_once_b_is_not_zero(self, model):
+        rows = pack(examples(model, [32] * 16), 32)
+        optimizer = make_optimizer(config(learning_rate=1e-3), 10)
+        adapter = random_adapter(model.config)
+        before = jax.tree.map(np.array, adapter)
+        state, metrics = train_step(state_of(adapter, optimizer), model, as_batch(rows, 1), optimizer=optimizer, remat=False)
+        moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), state.adapter, before)
+        assert all(jax.tree.leaves(moved))
+        assert metrics["load"].sum() == pytest.approx(1, abs=1e-5)
+
+    def test_optimiser_state_is_the_adapters_only(self, model):
+        adapter = random_adapter(model.config)
+        moments = make_optimizer(config(), 10).init(adapter)
+        arrays = [x.shape for x in jax.tree.leaves(moments) if x.ndim]
+        assert sorted(arrays) == sorted(2 * [x.shape for x in jax.tree.leaves(adapter)])
+
+    def test_clipping_bounds_the_update_direction(self, model):
+        rows = pack(examples(model, (30, 20)), 32, packing=False)
+        free, clipped = make_optimizer(config(clip_norm=1e9), 10), make_optimizer(config(clip_norm=1e-6), 10)
+        moments = []
+        for optimizer in (free, clipped):
+            state, _ = train_step(
+                state_of(random_adapter(model.config), optimizer), model, as_batch(rows, 1), optimizer=optimizer, remat=False
+            )
+            moments.append(max(float(jnp.abs(x).max()) for x in jax.tree.leaves(state.moments) if x.ndim))
+        assert moments[1] < 1e-6 < moments[0]
+
+
+class TestSchedule:
+    def test_warm_up_then_cosine(self):
+        rate = learning_rate(config(learning_rate=1.0, warmup_ratio=0.1, min_lr_ratio=0.2), 100)
+        values = [float(rate(step)) for step in range(101)]
+        assert values[0] > 0
+        assert values[10] == pytest.approx(1.0)
+        assert all(a < b for a, b in zip(values[:10], values[1:11], strict=True))
+        assert all(a > b for a, b in zip(values[10:100], values[11:101], strict=True))
+        assert values[100] == pytest.approx(0.2)
+
+    def test_weight_decay_spares_the_router(self, model):
+        adapter = random_adapter(model.config)
+        optimizer = make_optimizer(config(weight_decay=0.5, warmup_ratio=0.0), 10)
+        zero = jax.tree.map(jnp.zeros_like, adapter)
+        updates, _ = optimizer.update(zero, optimizer.init(adapter), adapter)
+        assert jnp.abs(updates.router.weight[...]).max() == 0
+        assert jnp.abs(updates.experts["q_proj"].A[...]).max() > 0
+
+
+class TestHeldOut:
+    def test_accuracy_picks_the_likelier_candidate(self, model):
+        """Candidates are whole continuations; the right one is planted by its likelihood under a full forward."""
+        adapter = random_adapter(model.config)
+        rng = np.random.default_rng(0)
+        choices, answers = [], []
+        for _ in range(6):
+            prompt = rng.integers(3, model.config.vocab_size, 8)
+            candidates = [np.concatenate([prompt, rng.integers(3, model.config.vocab_size, n)]) for n in (2, 2, 2)]
+            mask = np.arange(10) >= 8
+            choices.append([Encoded(c.astype(np.int32), mask) for c in candidates])
+            likelihoods = []
+            for candidate in candidates:
+                logp = jax.nn.log_softmax(model(candidate[None], adapter=adapter).logits[0])
+                likelihoods.append(float(logp[7, candidate[8]] + logp[8, candidate[9]]))
+            answers.append(int(np.argmax(likelihoods)))
+        held_out = HeldOut(rows=[], choices=choices, answers=answers)
+        assert held_out.evaluate(model, adapter, batch_size=4) == {"accuracy": 1.0}
+        wrong = HeldOut(rows=[], choices=choices, answers=[(a + 1) % 3 for a in answers])
+        assert wrong.evaluate(model, adapter, batch_size=4) == {"accuracy": 0.0}
+
+
+class TestTrainingImprovesRouting:
+    def test_balance_coefficient_flattens_the_load(self, model):
+        rows = pack(examples(model, [32] * 8), 32)
+        loads = []
+        for coefficient in (0.0, 1.0):
+            optimizer = make_optimizer(config(learning_rate=3e-2), 40)
+            state = state_of(random_adapter(model.config, balance_coefficient=coefficient), optimizer)
+            for _ in range(40):
+                state, metrics = train_step(state, model, as_batch(rows, 1), optimizer=optimizer, remat=False)
+            loads.append(float(jnp.std(metrics["load"])))
+        assert loads[1] < loads[0]
+
+
+def test_nnx_state_of_an_adapter_is_all_trainable():
+    from adafuse_jax import AdaFuse, AdapterConfig, ModelConfig
+    from adafuse_jax.adapters.lora import LoRAParam
+
+    shapes = ModelConfig(
+        model_type="llama", vocab_size=8, embed_dim=8, hidden_dim=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8,
+        max_position_embeddings=8, norm_eps=1e-5,
+    )  # fmt: skip
+    state = nnx.state(AdaFuse(AdapterConfig(num_experts=2, rank=1), shapes, rngs=nnx.Rngs(0)))
+    assert all(isinstance(leaf, LoRAParam) for _, leaf in nnx.to_flat_state(state))
