@@ -99,6 +99,7 @@ def _read_config_file(
     if not isinstance(table, dict):
         raise UserError(f"--config {path}: holds a {type(table).__name__}; write a table of flag names and values")
     arguments: list[str] = []
+    empty: dict[str, Any] = {}
     for key, value in table.items():
         name = str(key).replace("-", "_")
         if name not in fields:
@@ -107,11 +108,13 @@ def _read_config_file(
             continue
         if isinstance(value, bool):
             arguments.append(_flag_name(name) if value else "--no-" + _flag_name(name)[2:])
+        elif value == [] and isinstance(fields[name].default, tuple):
+            empty[name] = []
         elif isinstance(value, list):
             arguments += [_flag_name(name), *map(str, value)]
         else:
             arguments.append(f"{_flag_name(name)}={value}")
     try:
-        return vars(parser.parse_args(arguments))
+        return vars(parser.parse_args(arguments)) | empty
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from error
