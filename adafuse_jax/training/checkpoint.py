@@ -61,6 +61,8 @@ class Checkpoints:
         where = self.directory / str(step)
         try:
             saved = self._manager.restore(step, args=ocp.args.Composite(identity=ocp.args.JsonRestore()))["identity"]
+            if not isinstance(saved, dict):
+                raise ValueError(f"its identity is {_short(saved)}")
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{where}: the checkpoint cannot be read ({error}); delete it to use the one before"
@@ -85,7 +87,8 @@ class Checkpoints:
         return _with_key(jax.tree.unflatten(jax.tree.structure(_without_key(like)), leaves))
 
     def close(self) -> None:
-        self._manager.close()
+        with self._told(None):
+            self._manager.close()
 
     @contextmanager
     def _told(self, step: int | None) -> Iterator[None]:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from safetensors import SafetensorError
 
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.directory import save_adapter
@@ -93,28 +94,31 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
     backbone = backbone_identity(directory)
     model = load_backbone(directory, config.dtype)
     identity = _identity(config, adapter_config, backbone=backbone, data=data.fingerprint, total_steps=steps)
-    state = jax.jit(initial_state)()
+    state = jax.block_until_ready(jax.jit(initial_state)())  # too little memory shows before anything is written
 
     if not config.resume:
         _create_output(output, config, adapter_config)
-    checkpoints = Checkpoints(output / CHECKPOINT_DIR, keep=config.keep_checkpoints, identity=identity)
-    try:
-        if config.resume and checkpoints.latest_step() is not None:
-            state = checkpoints.restore(state)
-        report = Report(output / METRICS_FILE, start=int(state.step), steps=steps, log_every=config.log_every)
-        if config.resume:
-            report.say(f"resuming {output} at step {int(state.step)}")
+    with _disk_errors_told(output):
+        checkpoints = Checkpoints(output / CHECKPOINT_DIR, keep=config.keep_checkpoints, identity=identity)
         try:
-            state, seconds = _run(config, state, model, data, optimizer, steps, checkpoints, report)
+            if checkpoints.latest_step() is not None:
+                state = checkpoints.restore(state)
+            elif config.resume:  # killed before its first checkpoint
+                _create_output(output, config, adapter_config)
+            report = Report(output / METRICS_FILE, start=int(state.step), steps=steps, log_every=config.log_every)
+            if config.resume:
+                report.say(f"resuming {output} at step {int(state.step)}")
+            try:
+                state, seconds = _run(config, state, model, data, optimizer, steps, checkpoints, report)
+            finally:
+                report.close()
         finally:
-            report.close()
-    finally:
-        checkpoints.close()
+            checkpoints.close()
 
-    save_adapter(state.adapter, output / ADAPTER_DIR, backbone_name=config.model, backbone_identity=backbone)
-    plot_training(output / METRICS_FILE, output / PLOT_FILE)
-    summary = _summary(output, state, seconds)
-    (output / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        save_adapter(state.adapter, output / ADAPTER_DIR, backbone_name=config.model, backbone_identity=backbone)
+        plot_training(output / METRICS_FILE, output / PLOT_FILE)
+        summary = _summary(output, state, seconds)
+        (output / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 
 
@@ -235,8 +239,19 @@ def _check_space(output: Path, state: TrainState, *, keep: int) -> None:
         )
 
 
+@contextmanager
+def _disk_errors_told(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"--output {output}: cannot be written ({reason}); free space, then continue with --resume"
+        ) from error
+
+
 def _create_output(output: Path, config: TrainConfig, adapter: AdapterConfig) -> None:
-    table = {**dataclasses.asdict(config), **dataclasses.asdict(adapter)}
+    table = {**dataclasses.asdict(config), **dataclasses.asdict(adapter), "resume": False}
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / CONFIG_FILE).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
