@@ -22,7 +22,7 @@ class _OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse_flags[T](description: str, config_types: Sequence[type[T]], argv: Sequence[str]) -> list[T]:
+def parse_flags(description: str, config_types: Sequence[type], argv: Sequence[str]) -> list[Any]:
     """Parse `argv` into one instance of each dataclass in `config_types` (their field names must not clash).
 
     Raises `UserError` for unknown flags or keys, values of a wrong type, and whatever the dataclasses refuse.
@@ -32,7 +32,7 @@ def parse_flags[T](description: str, config_types: Sequence[type[T]], argv: Sequ
     fields: dict[str, dataclasses.Field] = {}
     for config_type in config_types:
         hints = typing.get_type_hints(config_type)
-        for f in dataclasses.fields(config_type):  # type: ignore[arg-type]
+        for f in dataclasses.fields(config_type):
             fields[f.name] = f
             _add_flag(parser, f, hints[f.name])
     given = vars(parser.parse_args(argv))
@@ -42,10 +42,7 @@ def parse_flags[T](description: str, config_types: Sequence[type[T]], argv: Sequ
         if name not in values and f.default is dataclasses.MISSING:
             raise UserError(f"{_flag_name(name)} is required: {f.metadata['help']}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return [
-        t(**{f.name: values[f.name] for f in dataclasses.fields(t) if f.name in values})  # type: ignore[arg-type]
-        for t in config_types
-    ]
+    return [t(**{f.name: values[f.name] for f in dataclasses.fields(t) if f.name in values}) for t in config_types]
 
 
 def _flag_name(field_name: str) -> str:

@@ -2,8 +2,9 @@
 
     python -m benchmarks.full_size --work /tmp/full --out benchmarks/results/nvidia_h200
 
-The weights are random (no 7B model may be redistributed here), so the text means nothing and only time and memory count.
-Import, training and decoding run in processes of their own, so that each peak is its own. `--size tiny` rehearses it on a CPU.
+The weights are random, so only time and memory count.
+Import, training and decoding run in processes of their own, so that each peak is its own. `--size tiny` rehearses it
+on a CPU.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def write_model(size: str, out: Path, layers_per_shard: int = 4) -> None:
 
     out.mkdir(parents=True)
     groups = [range(i, min(i + layers_per_shard, layers)) for i in range(0, layers, layers_per_shard)]
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for n in range(len(groups) + 1):
         if n == len(groups):
             shard = {f"{name}.weight": tensor(v, d) for name in ("model.embed_tokens", "lm_head")}
@@ -146,7 +148,9 @@ def run(command: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="llama2-7b")
-    parser.add_argument("--work", type=Path, required=True, help="new directory for the model and the run (60 GB for 7B)")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="new directory for the model and the run (60 GB for 7B)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory of full_size.json")
     parser.add_argument("--batch-size", default="8")
     parser.add_argument("--max-length", type=int, default=1024)
@@ -155,9 +159,11 @@ def main() -> None:
     arguments = parser.parse_args()
     work, model, data, output = (arguments.work / name for name in ("", "model", "texts.jsonl", "run"))
     if arguments.only == "write":
-        return write_model(arguments.size, model)
+        write_model(arguments.size, model)
+        return
     if arguments.only == "import":
-        return print(json.dumps(measure_import(model)))
+        print(json.dumps(measure_import(model)))
+        return
 
     work.mkdir(parents=True)
     write_texts(data, arguments.steps * int(arguments.batch_size), arguments.max_length)
@@ -171,7 +177,16 @@ def main() -> None:
         "--keep-checkpoints", "1", "--dtype", "bfloat16",
     ]  # fmt: skip
     trained = json.loads(run(train))
-    decode = ["decode.py", "--model", str(model), "--prompt", "The quick brown fox " * 6, "--raw", "--max-new-tokens", "50"]
+    decode = [
+        "decode.py",
+        "--model",
+        str(model),
+        "--prompt",
+        "The quick brown fox " * 6,
+        "--raw",
+        "--max-new-tokens",
+        "50",
+    ]
     rows = {}
     for name, extra in {"backbone": [], "adafuse": ["--adapter", str(output / "adapter")]}.items():
         rows[name] = json.loads(run([*decode, *extra, "--json", "--stats"]).splitlines()[-1])

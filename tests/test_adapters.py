@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -217,7 +218,9 @@ class TestRouter:
     def test_balance_loss_is_one_when_balanced_and_e_when_collapsed(self):
         mask = jnp.ones((1, 4), bool)
         balanced = Routing(jnp.arange(4)[None, :, None], jnp.ones((1, 4, 1)), jnp.full((1, 4, 4), 0.25))
-        collapsed = Routing(jnp.zeros((1, 4, 1), int), jnp.ones((1, 4, 1)), jnp.tile(jnp.array([1.0, 0, 0, 0]), (1, 4, 1)))
+        collapsed = Routing(
+            jnp.zeros((1, 4, 1), int), jnp.ones((1, 4, 1)), jnp.tile(jnp.array([1.0, 0, 0, 0]), (1, 4, 1))
+        )
         assert balance_loss(balanced, mask) == pytest.approx(1)
         assert balance_loss(collapsed, mask) == pytest.approx(4)
 
@@ -262,7 +265,10 @@ class TestDirectory:
         model = models("llama_gqa")
         adapter = random_adapter(model.config, targets=("q_proj", "down_proj"), dropout=0.1, balance_coefficient=0.3)
         save_adapter(adapter, tmp_path / "a", backbone_name="tiny", backbone_identity="id")
-        assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+        assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
         again = load_adapter(tmp_path / "a", model.config, backbone_identity="id", dtype=jnp.float32)
         assert again.config == adapter.config
         jax.tree.map(np.testing.assert_array_equal, again, adapter)
@@ -276,7 +282,7 @@ class TestDirectory:
 
 
 class TestEverySettingIsRead:
-    CHANGES = {
+    CHANGES: ClassVar = {
         "targets": ("q_proj",), "num_experts": 5, "rank": 5, "top_k": 1, "alpha": 1.0, "dropout": 0.5,
         "renormalize": False, "balance_coefficient": 0.5,
     }  # fmt: skip

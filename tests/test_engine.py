@@ -136,7 +136,9 @@ class TestConversation:
         second = [*first, *answer, *prompt_of(model, 7, seed=1)]
         seen = []
         prefill = Engine._prefill
-        monkeypatch.setattr(Engine, "_prefill", lambda self, s, p, *a: seen.extend(map(len, p)) or prefill(self, s, p, *a))
+        monkeypatch.setattr(
+            Engine, "_prefill", lambda self, s, p, *a: seen.extend(map(len, p)) or prefill(self, s, p, *a)
+        )
         kept = generate(engine, second, n=8, keep_cache=True)
         assert seen == [len(second) - len(first) - 7]  # the last token of the answer was never read
         assert kept == generate(fresh, second, n=8)

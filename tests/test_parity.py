@@ -236,7 +236,11 @@ class TestMistakes:
             ("llama_mha", {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
             ("qwen2_layer_types", {"layer_types": ["chunked_attention"] * 3}, "layer_types"),
             ("qwen2_layer_types", {"layer_types": ["full_attention"]}, "layer_types"),
-            ("qwen2_layer_types", {"layer_types": ["sliding_attention"] * 3, "use_sliding_window": False}, "layer_types"),
+            (
+                "qwen2_layer_types",
+                {"layer_types": ["sliding_attention"] * 3, "use_sliding_window": False},
+                "layer_types",
+            ),
         ],
     )
     def test_config_value_that_cannot_be_meant(self, tmp_path: Path, case: str, changes: dict, said: str):

@@ -23,7 +23,9 @@ def reference_keep(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
 
 
 class TestKeepLikely:
-    @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1, 1.0), (5, 1.0), (0, 0.5), (0, 0.01), (7, 0.8), (99, 0.9)])
+    @pytest.mark.parametrize(
+        ("top_k", "top_p"), [(0, 1.0), (1, 1.0), (5, 1.0), (0, 0.5), (0, 0.01), (7, 0.8), (99, 0.9)]
+    )
     def test_equals_numpy(self, top_k, top_p):
         logits = 2 * np.random.default_rng(0).normal(size=(6, 40)).astype(np.float32)
         kept = keep_likely(jnp.array(logits), jnp.int32(top_k), jnp.float32(top_p))

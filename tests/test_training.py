@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +134,9 @@ class TestStep:
         optimizer = make_optimizer(config(learning_rate=1e-3), 10)
         adapter = random_adapter(model.config)
         before = jax.tree.map(np.array, adapter)
-        state, metrics = train_step(state_of(adapter, optimizer), model, as_batch(rows, 1), optimizer=optimizer, remat=False)
+        state, metrics = train_step(
+            state_of(adapter, optimizer), model, as_batch(rows, 1), optimizer=optimizer, remat=False
+        )
         moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), state.adapter, before)
         assert all(jax.tree.leaves(moved))
         assert metrics["load"].sum() == pytest.approx(1, abs=1e-5)
@@ -150,7 +153,11 @@ class TestStep:
         moments = []
         for optimizer in (free, clipped):
             state, _ = train_step(
-                state_of(random_adapter(model.config), optimizer), model, as_batch(rows, 1), optimizer=optimizer, remat=False
+                state_of(random_adapter(model.config), optimizer),
+                model,
+                as_batch(rows, 1),
+                optimizer=optimizer,
+                remat=False,
             )
             moments.append(max(float(jnp.abs(x).max()) for x in jax.tree.leaves(state.moments) if x.ndim))
         assert moments[1] < 1e-6 < moments[0]
@@ -162,8 +169,8 @@ class TestSchedule:
         values = [float(rate(step)) for step in range(101)]
         assert values[0] > 0
         assert values[10] == pytest.approx(1.0)
-        assert all(a < b for a, b in zip(values[:10], values[1:11], strict=True))
-        assert all(a > b for a, b in zip(values[10:100], values[11:101], strict=True))
+        assert all(a < b for a, b in itertools.pairwise(values[:11]))
+        assert all(a > b for a, b in itertools.pairwise(values[10:]))
         assert values[100] == pytest.approx(0.2)
 
     def test_weight_decay_spares_the_router(self, model):

@@ -48,10 +48,12 @@ class AdaFuse(nnx.Module):
         """The first adapted linear in execution order: its input is x^1."""
         return self.config.targets[0]
 
-    def initial_routing(self, shape: tuple[int, int]) -> Routing:
+    def initial_routing(self, batch: int, length: int) -> Routing:
         k, num_experts = self.config.top_k, self.config.num_experts
         return Routing(
-            jnp.zeros((*shape, k), jnp.int32), jnp.zeros((*shape, k), jnp.float32), jnp.zeros((*shape, num_experts))
+            experts=jnp.zeros((batch, length, k), jnp.int32),
+            gates=jnp.zeros((batch, length, k), jnp.float32),
+            probabilities=jnp.zeros((batch, length, num_experts), jnp.float32),
         )
 
     def hook(

@@ -20,8 +20,8 @@ class Adapter(Protocol):
     experts: Any
     """Per-layer parameters, every leaf stacked as [L, …]."""
 
-    def initial_routing(self, shape: tuple[int, int]) -> Any:
-        """The routing before layer 0, for tokens of `shape` [B, T]."""
+    def initial_routing(self, batch: int, length: int) -> Any:
+        """The routing before layer 0, for tokens [B, T]."""
 
     def hook(self, experts: Any, layer: Int[Array, ""], routing: Any, key: Key[Array, ""] | None) -> LayerHook:
         """The hook of one layer: `experts` is that layer's slice, `routing` what the layer before left, `key` the

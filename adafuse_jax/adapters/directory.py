@@ -38,7 +38,7 @@ def save_adapter(adapter: AdaFuse, out: Path, *, backbone_name: str, backbone_id
         "backbone": {"name": backbone_name, "identity": backbone_identity},
     }
     (partial / CONFIG_FILE).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    tensors = {".".join(path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(adapter))}
+    tensors = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(adapter))}
     save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "adafuse-jax"})
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
@@ -57,7 +57,7 @@ def read_adapter_config(directory: Path) -> tuple[AdapterConfig, dict[str, Any]]
     unknown, missing = sorted(table.keys() - known), sorted(known - table.keys())
     if unknown or missing:
         raise UserError(f"{path}: unknown keys {unknown}, missing keys {missing}; give an adapter that train.py wrote")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
     for name, hint in typing.get_type_hints(AdapterConfig).items():
         if not _fits(values[name], hint):
             raise UserError(f"{path}: {name} is {table[name]!r}; give an adapter that train.py wrote")
@@ -102,7 +102,7 @@ def load_adapter(directory: str | Path, model: ModelConfig, *, backbone_identity
             f"{path}: not a readable safetensors file ({error}); it may be truncated, restore it"
         ) from error
     graphdef, abstract = nnx.split(jax.eval_shape(lambda: AdaFuse(config, model, rngs=nnx.Rngs(0))))
-    leaves = {".".join(key): (key, leaf) for key, leaf in nnx.to_flat_state(abstract)}
+    leaves = {".".join(map(str, key)): (key, leaf) for key, leaf in nnx.to_flat_state(abstract)}
     if tensors.keys() != leaves.keys():
         wrong = sorted(tensors.keys() ^ leaves.keys())[0]
         raise UserError(f"{path}: tensor {wrong} does not fit {CONFIG_FILE}; the two files are not of one adapter")

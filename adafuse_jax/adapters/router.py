@@ -63,7 +63,7 @@ def balance_loss(routing: Routing, mask: Bool[Array, "B T"]) -> Float[Array, ""]
     return routing.probabilities.shape[-1] * jnp.sum(load * probability)
 
 
-def expert_load(routing: Routing, mask: Bool[Array, "B T"]) -> tuple[Float[Array, "E"], Float[Array, "E"]]:
+def expert_load(routing: Routing, mask: Bool[Array, "B T"]) -> tuple[Float[Array, " E"], Float[Array, " E"]]:
     """(f, P): share of the assignments, and mean probability, of every expert over the tokens of `mask`."""
     num_experts, top_k = routing.probabilities.shape[-1], routing.experts.shape[-1]
     weight = mask.astype(jnp.float32) / jnp.maximum(mask.sum(), 1)

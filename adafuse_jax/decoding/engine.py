@@ -41,9 +41,9 @@ class DecodeState:
     """Everything a step reads and replaces. `token` is sampled but not yet in the cache; it will take slot `position`."""
 
     cache: KVCache
-    token: Int[Array, "B"]
-    position: Int[Array, "B"]
-    done: Bool[Array, "B"]
+    token: Int[Array, " B"]
+    position: Int[Array, " B"]
+    done: Bool[Array, " B"]
     seen: Bool[Array, "B V"] | None
     key: Key[Array, ""]
 
@@ -80,6 +80,7 @@ def _prefill_chunk(
     slots = jnp.where(inside, state.position[:, None] + offset, state.cache.slots)
     out = model.run(jnp.where(inside, tokens, pad_id), adapter=adapter, positions=slots, cache=state.cache)
     last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]  # [B, D]
+    assert out.cache is not None
     seen = state.seen
     if seen is not None:
         seen = seen.at[jnp.arange(len(lengths))[:, None], jnp.where(inside, tokens, seen.shape[1])].set(
@@ -119,12 +120,13 @@ def decode_step(
     pad_id: int,
 ) -> tuple[Any, DecodeState]:
     """Read `state.token`, sample the one after it. Returns ((token, done, experts), state); the old state is donated."""
-    out = model(
+    out = model.run(
         state.token[:, None], adapter=adapter, positions=state.position[:, None], cache=state.cache, unroll=True
     )
+    assert out.cache is not None
     experts = None if adapter is None else out.routing.experts[:, 0]
     state = replace(state, cache=out.cache, position=state.position + 1)
-    state = _choose(state, out.logits[:, 0], sampling, eos_ids, pad_id)
+    state = _choose(state, model.logits(out.hidden[:, 0]), sampling, eos_ids, pad_id)
     return (state.token, state.done, experts), state
 
 
@@ -172,8 +174,8 @@ class Engine:
           keep_cache: use the cache of the last such call for a common beginning, and keep this one for the next.
 
         Raises:
-          UserError: an empty prompt, one that leaves no room for an answer or has tokens that the model lacks; logits that
-            are not finite.
+          UserError: an empty prompt, one that leaves no room for an answer, or one with tokens that the model lacks;
+            logits that are not finite.
         """
         if not all(len(p) for p in prompts):
             raise UserError("a prompt is empty; give it at least one token")

@@ -58,7 +58,7 @@ def keep_likely(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float
 
 def sample(
     logits: Float[Array, "B V"], sampling: Sampling, key: Key[Array, ""], seen: Bool[Array, "B V"] | None
-) -> Int[Array, "B"]:
+) -> Int[Array, " B"]:
     """The next token of every row; `seen` marks the tokens of prompt and output, needed only to penalize them."""
     if sampling.penalize:
         assert seen is not None

@@ -145,7 +145,7 @@ def read_prompts(path: Path) -> list[str | list[Message]]:
 def _json_prompt(line: str, where: str) -> str | list[Message]:
     try:
         table: Any = json.loads(line)
-        if isinstance(table["prompt"] if "prompt" in table else None, str):
+        if isinstance(table.get("prompt"), str):
             require_text(where, table["prompt"])
             return table["prompt"]
         messages = [Message(m["role"], m["content"]) for m in table["messages"]]

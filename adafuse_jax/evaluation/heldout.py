@@ -27,8 +27,8 @@ def row_losses(
     adapter: AdaFuse | None,
     tokens: Int[Array, "B T"],
     loss_mask: Bool[Array, "B T"],
-    lengths: Int[Array, "B"],
-) -> Float[Array, "B"]:
+    lengths: Int[Array, " B"],
+) -> Float[Array, " B"]:
     """−log-likelihood of the targets of every row, in nats."""
     real = jnp.arange(tokens.shape[1]) < lengths[:, None]
     out = model.run(tokens, adapter=adapter, segment_ids=real.astype(jnp.int32))
@@ -37,7 +37,7 @@ def row_losses(
 
 def score(
     model: Backbone, adapter: AdaFuse | None, rows: Sequence[Encoded], *, batch_size: int
-) -> Float[np.ndarray, "rows"]:
+) -> Float[np.ndarray, " rows"]:
     """−log-likelihood of each row's targets, in nats. Rows of like length run together, padded to a multiple of 64."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
     losses = np.zeros(len(rows))

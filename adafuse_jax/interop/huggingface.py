@@ -58,7 +58,7 @@ def model_directory(path_or_id: str | Path) -> Path:
         ) from error
 
 
-def hf_name(path: tuple[str, ...]) -> str:
+def hf_name(path: tuple[Any, ...]) -> str:
     """Hugging Face name of a leaf of `Backbone`; the name of a stacked leaf has `{}` for the layer."""
     if path[0] != "layers":
         names = {"embed_tokens": "model.embed_tokens.weight", "norm": "model.norm.weight", "lm_head": "lm_head.weight"}
@@ -159,7 +159,7 @@ def load_backbone(path_or_id: str | Path, dtype: DType | None = None) -> Backbon
 
 
 def _check_tensors(tensors: Tensors, shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         stacked = "{}" in name
         expected |= {name.format(i): shape[1:] for i in range(shape[0])} if stacked else {name: shape}
@@ -239,7 +239,7 @@ def export_backbone(model: Backbone, out: str | Path, *, source: str | Path | No
                 size = 0
             shards[-1].append(part)
             size += part_bytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file_name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         arrays = {name: np.asarray(value if layer is None else value[layer]) for name, (value, layer) in shard}

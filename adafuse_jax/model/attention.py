@@ -18,7 +18,7 @@ class Visibility:
     """
 
     query_index: Int[Array, "B T"]
-    key_index: Int[Array, "S"]
+    key_index: Int[Array, " S"]
     allowed: Bool[Array, "B T S"] | None
 
     @classmethod

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from adafuse_jax.adapters.base import Adapter
@@ -79,7 +80,8 @@ class Backbone(nnx.Module):
       rngs: source of the random initial weights.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        dtype = jnp.dtype(dtype)
         init = jax.nn.initializers.normal(0.02)
         shape = (config.vocab_size, config.embed_dim)
         self.config = config
@@ -161,7 +163,7 @@ class Backbone(nnx.Module):
             return (x, cache, routing), None
 
         x = self.embed_tokens[...][tokens]  # [B, T, D]
-        routing = None if adapter is None else adapter.initial_routing(tokens.shape)
+        routing = None if adapter is None else adapter.initial_routing(tokens.shape[0], tokens.shape[1])
         experts = None if adapter is None else adapter.experts
         (x, cache, routing), _ = jax.lax.scan(
             jax.checkpoint(run_layer, prevent_cse=False) if remat else run_layer,

@@ -41,7 +41,7 @@ class RMSNorm(nnx.Module):
         return normed.astype(x.dtype) * self.weight[...]
 
 
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[Array, "H/2"]:
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[Array, " H/2"]:
     """Angular frequency of each rotated pair, in radians per position.
 
     `llama3` divides long wavelengths by `factor`, keeps short ones, and blends between the two.
@@ -58,7 +58,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[Array, "H/2"]:
 
 
 def rope_tables(
-    positions: Int[Array, "B T"], frequencies: Float[Array, "H/2"]
+    positions: Int[Array, "B T"], frequencies: Float[Array, " H/2"]
 ) -> tuple[Float[Array, "B T 1 H/2"], Float[Array, "B T 1 H/2"]]:
     """cos and sin of every position's angles, fp32."""
     angles = positions[..., None, None].astype(jnp.float32) * frequencies

@@ -1,4 +1,4 @@
-"""Fine-tuning from start to finish: data → backbone → adapter → steps, with evaluation and checkpoints → adapter directory."""
+"""Fine-tuning from start to finish: data → backbone → adapter → steps, evaluation, checkpoints → adapter directory."""
 
 from __future__ import annotations
 

@@ -96,9 +96,12 @@ def plot_training(metrics: Path, picture: Path) -> None:
     top.set_ylabel("loss (nats per target token)")
     top.set_yscale("log")
     handles, labels = top.get_legend_handles_labels()
-    top.legend(handles + right_handles, labels + right_labels, loc="upper left", bbox_to_anchor=(1.08, 1), fontsize="small")
+    top.legend(
+        handles + right_handles, labels + right_labels, loc="upper left", bbox_to_anchor=(1.08, 1), fontsize="small"
+    )
     load = np.array([line["load"] for line in train]).T
-    bottom.stackplot(steps, 100 * load, labels=[f"expert {e}" for e in range(len(load))], colors=plt.cm.tab20.colors)
+    names, colors = [f"expert {e}" for e in range(len(load))], plt.get_cmap("tab20")(range(20))
+    bottom.stackplot(steps, 100 * load, labels=names, colors=colors)
     bottom.set_ylabel("share of assignments (%)")
     bottom.set_xlabel("step")
     bottom.set_ylim(0, 100)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
 
 def token_losses(
     model: Backbone, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"], loss_mask: Bool[Array, "B T"]
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     """Σ_t −log p(x_t | x_<t) over the targets of every row, in nats; the logits are made LOSS_CHUNK positions at a time.
 
     Position t − 1 predicts token t, so the first token of a row is never a target.
@@ -104,7 +105,7 @@ def train_step(
     key, dropout_key = jax.random.split(state.key)
     config = state.adapter.config
 
-    def micro_loss(adapter: AdaFuse, micro: Batch, index: Array) -> tuple[Array, dict[str, Array]]:
+    def micro_loss(adapter: AdaFuse, micro: Any, index: Array) -> tuple[Array, dict[str, Array]]:
         out = model.run(
             micro.tokens,
             adapter=adapter,

@@ -1,0 +1,40 @@
+# make demo   train a small backbone and AdaFuse adapters on this machine's CPU, decode with both, show who used which expert
+# make test   the test suite        make check   lint, format and types        make goldens   compare with transformers
+#
+# Each makes .venv first, with Python 3.12 or newer. EXTRAS=dev,cuda installs JAX for NVIDIA GPUs.
+
+EXTRAS ?= dev
+PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3 python \
+	$${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9]*/bin/python; do \
+	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo "$$p"; break; }; done)
+VENV := .venv/bin/python
+
+.PHONY: demo test check format goldens clean
+
+.venv/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.12 or newer on PATH or in pyenv's versions;" \
+		"install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(VENV) -m pip install -q --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: .venv/installed
+	$(VENV) -m adafuse_jax.demo
+
+test: .venv/installed
+	JAX_PLATFORMS=cpu $(VENV) -m pytest -n 2 -q
+
+check: .venv/installed
+	$(VENV) -m ruff check .
+	$(VENV) -m ruff format --check .
+	$(VENV) -m mypy
+
+format: .venv/installed
+	$(VENV) -m ruff check --fix .
+	$(VENV) -m ruff format .
+
+goldens:
+	tests/goldens/check.sh
+
+clean:
+	rm -rf .venv .venv-torch demo

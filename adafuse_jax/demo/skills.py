@@ -1,0 +1,143 @@
+"""Generated data: skills that a program can check, asked in words, and the raw notation that the backbone is pre-trained on.
+
+    raw line      noise sign argument separator answer      `kq w<mokita: atikom`
+    prompt        one of the skill's phrasings        `Write mokita backwards.` -> `atikom`
+
+A held-out case is an argument that neither the raw lines nor the training prompts hold.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxyz", "aeiou"
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+ECHO, ECHO_SHARE = "echo", 0.15
+Arguments = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One question: the words that ask it, and the only right answer."""
+
+    skill: str
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skill:
+    """`draw` makes arguments, `solve` the answer; `sign` stands for the skill in raw lines, `phrasings` in prompts."""
+
+    name: str
+    tags: tuple[str, ...]
+    phrasings: tuple[str, ...]
+    draw: Callable[[random.Random], Arguments]
+    solve: Callable[..., str]
+
+    def raw(self, arguments: Arguments, rng: random.Random) -> Case:
+        """A line of the pre-training text. Under a tag that means nothing, the arguments are repeated."""
+        if rng.random() < ECHO_SHARE:
+            tag = " ".join(made_up_word(rng, 2, 8) for _ in range(rng.randint(1, 3)))
+            return Case(ECHO, f"{tag}: {' '.join(arguments)}\n", " ".join(arguments))
+        return Case(self.name, f"{rng.choice(self.tags)}: {' '.join(arguments)}\n", self.solve(*arguments))
+
+    def case(self, arguments: Arguments, rng: random.Random) -> Case:
+        return Case(self.name, rng.choice(self.phrasings).format(*arguments), self.solve(*arguments))
+
+
+def made_up_word(rng: random.Random, shortest: int, longest: int) -> str:
+    """A made-up word of different letters: one or two vowels, the rest consonants, in any order."""
+    length, vowels = rng.randint(shortest, longest), rng.randint(1, 2)
+    letters = rng.sample(VOWELS, vowels) + rng.sample(CONSONANTS, length - vowels)
+    return "".join(rng.sample(letters, length))
+
+
+def draw_word(rng: random.Random) -> Arguments:
+    return (made_up_word(rng, 4, 5),)
+
+
+def draw_number(rng: random.Random) -> Arguments:
+    return (str(rng.randint(100, 989)),)
+
+
+def shift(word: str) -> str:
+    """Every letter's successor in the alphabet; z becomes a."""
+    return "".join(ALPHABET[(ALPHABET.index(c) + 1) % 26] for c in word)
+
+
+SKILLS = (
+    Skill(
+        name="reverse",
+        tags=("rev", "flip"),
+        phrasings=("Spell backwards: {0}", "Reverse: {0}"),
+        draw=draw_word,
+        solve=lambda word: word[::-1],
+    ),
+    Skill(
+        name="upper-case",
+        tags=("up", "caps"),
+        phrasings=("Write in capitals: {0}", "Shout: {0}"),
+        draw=draw_word,
+        solve=str.upper,
+    ),
+    Skill(
+        name="next letters",
+        tags=("succ", "rot"),
+        phrasings=("Shift each letter by one: {0}", "Next letters: {0}"),
+        draw=draw_word,
+        solve=shift,
+    ),
+    Skill(
+        name="consonants",
+        tags=("cons", "hard"),
+        phrasings=("Drop the vowels: {0}", "Only the consonants: {0}"),
+        draw=draw_word,
+        solve=lambda word: "".join(c for c in word if c not in VOWELS),
+    ),
+    Skill(
+        name="sort",
+        tags=("ord", "rank"),
+        phrasings=("Sort the letters: {0}", "In alphabetical order: {0}"),
+        draw=draw_word,
+        solve=lambda word: "".join(sorted(word)),
+    ),
+    Skill(
+        name="count on",
+        tags=("iota", "run"),
+        phrasings=("Count on from: {0}", "The three numbers after: {0}"),
+        draw=draw_number,
+        solve=lambda number: " ".join(str(int(number) + i) for i in (1, 2, 3)),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """All that the demo learns from and is asked, drawn once from a seed."""
+
+    raw: list[Case]
+    train: list[Case]
+    held_out: dict[str, list[Case]]
+
+
+def draw_material(seed: int, *, raw: int, train: int, held_out: int) -> Material:
+    """`raw` lines and `train` prompts in all, in random order, and `held_out` prompts of every skill."""
+    rng = random.Random(seed)
+    material = Material(raw=[], train=[], held_out={})
+    for skill in SKILLS:
+        kept: dict[Arguments, None] = {}
+        while len(kept) < held_out:
+            kept[skill.draw(rng)] = None
+
+        def fresh(skill: Skill = skill, kept: dict[Arguments, None] = kept) -> Arguments:
+            return next(arguments for arguments in iter(lambda: skill.draw(rng), None) if arguments not in kept)
+
+        material.held_out[skill.name] = [skill.case(arguments, rng) for arguments in kept]
+        material.raw.extend(skill.raw(fresh(), rng) for _ in range(raw // len(SKILLS)))
+        material.train.extend(skill.case(fresh(), rng) for _ in range(train // len(SKILLS)))
+    rng.shuffle(material.raw)
+    rng.shuffle(material.train)
+    return material
