@@ -19,7 +19,8 @@ class Report:
 
     def __init__(self, path: Path, *, start: int, steps: int, log_every: int):
         self.path, self.steps, self.log_every = path, steps, log_every
-        kept = [line for line in read_metrics(path) if line["step"] <= start] if path.exists() else []
+        # From step 0 on, all of it will be: also the evaluation before the first step.
+        kept = [line for line in read_metrics(path) if line["step"] <= start] if start and path.exists() else []
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         partial.replace(path)
