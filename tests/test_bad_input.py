@@ -1,0 +1,697 @@
+"""Every mistake a user can make with the two scripts: one line that says what, where and what to do; exit code 2;
+nothing on disk changed.
+
+Most cases run the script in this process, with what it prints and its exit code captured; a few run as processes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.adapters.directory import save_adapter
+from adafuse_jax.cli import parse_flags
+from adafuse_jax.configs import AdapterConfig, TrainConfig
+from adafuse_jax.interop.hf_config import read_model_config
+from adafuse_jax.interop.huggingface import backbone_identity
+
+Damage = Callable[[Path], object]
+WEIGHTS = "model/model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter/adapter_config.json", "adapter/adapter_model.safetensors"
+LONG_NAME = "x" * 300
+
+
+def cut_files(folder: Path, pattern: str) -> None:
+    """Leave the first half of each file."""
+    for path in folder.glob(pattern):
+        os.truncate(path, path.stat().st_size // 2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """`flags` change those of a good call, `{}` in a text is the folder; `damage` spoils the folder; `says` is told."""
+
+    name: str
+    says: tuple[str, ...]
+    flags: dict[str, Any] = field(default_factory=dict)
+    damage: Damage = lambda folder: None
+
+
+def edit_json(name: str, **changes: Any) -> Damage:
+    """Change keys of a JSON object; None takes a key out."""
+
+    def damage(folder: Path) -> None:
+        table = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps({k: v for k, v in table.items() if v is not None}))
+
+    return damage
+
+
+def write(name: str, content: str | bytes) -> Damage:
+    data = content.encode() if isinstance(content, str) else content
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def remove(name: str) -> Damage:
+    return lambda folder: (folder / name).unlink()
+
+
+def truncate(name: str) -> Damage:
+    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
+
+
+def edit_tensors(name: str, change: Callable[[dict[str, np.ndarray]], object]) -> Damage:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / name)
+        change(tensors)
+        save_file(tensors, folder / name)
+
+    return damage
+
+
+def shard(*without: str) -> Damage:
+    """The model in two shards and an index; then the files of `without` are removed."""
+
+    def damage(folder: Path) -> None:
+        shutil.rmtree(folder / "model")
+        tiny.write_model(folder / "model", num_shards=2)
+        for name in without:
+            (folder / "model" / name).unlink()
+
+    return damage
+
+
+def both(*damages: Damage) -> Damage:
+    return lambda folder: [damage(folder) for damage in damages]
+
+
+def drop_model_files(pattern: str) -> Damage:
+    return lambda folder: [path.unlink() for path in (folder / "model").glob(pattern)]
+
+
+def other_backbone(folder: Path) -> None:
+    shutil.rmtree(folder / "model")
+    tiny.write_model(folder / "model", name="another")
+
+
+TRAIN = [
+    # flags
+    Case("unknown flag", ("--bogus", "--help"), {"bogus": 1}),
+    Case("not a number", ("--steps", "'ten'", "--help"), {"steps": "ten"}),
+    Case("no steps", ("--steps is 0", "greater than 0"), {"steps": 0}),
+    Case("negative steps", ("--steps is -3", "greater than 0"), {"steps": -3}),
+    Case("no model", ("--model is required",), {"model": None}),
+    Case("no data set", ("--dataset is required",), {"dataset": None}),
+    Case("top_k above experts", ("--top-k 5", "--num-experts 4", "choose at most"), {"top_k": 5}),
+    Case("rank 0", ("--rank is 0", "greater than 0"), {"rank": 0}),
+    Case("rank beyond the disk", ("--output", "GB are free", "free space"), {"rank": 10**9}),
+    Case("unknown target", ("--targets", "'x_proj'", "choose from"), {"targets": ["q_proj", "x_proj"]}),
+    Case("dropout 1", ("--dropout is 1.0", "[0, 1)"), {"dropout": 1.0}),
+    Case("learning rate nan", ("--learning-rate is nan", "finite"), {"learning_rate": "nan"}),
+    Case("learning rate inf", ("--learning-rate is inf", "finite"), {"learning_rate": "inf"}),
+    Case("learning rate negative", ("--learning-rate is -0.1", "greater than 0"), {"learning_rate": -0.1}),
+    Case("epochs inf", ("--epochs is inf", "finite"), {"epochs": "inf", "steps": None}),
+    Case("weight decay nan", ("--weight-decay is nan", "finite"), {"weight_decay": "nan"}),
+    Case("weight decay inf", ("--weight-decay is inf", "finite"), {"weight_decay": "inf"}),
+    Case("alpha inf", ("--alpha is inf", "finite"), {"alpha": "inf"}),
+    Case("beta 1", ("--beta1 is 1.0", "[0, 1)"), {"beta1": 1.0}),
+    Case("negative seed", ("--seed is -1", "≥ 0"), {"seed": -1}),
+    Case("seed too large", ("--seed is", "below 2**32"), {"seed": 2**70}),
+    Case("unknown dtype", ("--dtype", "'float16'", "bfloat16"), {"dtype": "float16"}),
+    Case("max length tiny", ("--max-length is 4", "at least 8"), {"max_length": 4}),
+    Case("max length over context", ("--max-length 300", "256 positions", "lower it"), {"max_length": 300}),
+    # --config
+    Case("config missing", ("--config {}/c.json", "give an existing file"), {"config": "{}/c.json"}),
+    Case("config of unknown kind", ("--config {}/alpha.jsonl", ".toml"), {"config": "{}/alpha.jsonl"}),
+    Case(
+        "config malformed JSON",
+        ("--config {}/c.json", "line 2", "correct the file"),
+        {"config": "{}/c.json"},
+        write("c.json", '{"rank": 2,\n "top_k" 2}'),
+    ),
+    Case(
+        "config malformed YAML",
+        ("--config {}/c.yaml", "line 2", "correct the file"),
+        {"config": "{}/c.yaml"},
+        write("c.yaml", "rank: 2\n top_k: ]"),
+    ),
+    Case(
+        "config malformed TOML",
+        ("--config {}/c.toml", "line 2", "correct the file"),
+        {"config": "{}/c.toml"},
+        write("c.toml", "rank = 2\ntop_k 2"),
+    ),
+    Case(
+        "config is no table",
+        ("--config {}/c.yaml", "holds a list", "table"),
+        {"config": "{}/c.yaml"},
+        write("c.yaml", "- 1"),
+    ),
+    Case(
+        "config unknown key",
+        ("--config {}/c.json", "'ranc'", "--help"),
+        {"config": "{}/c.json"},
+        write("c.json", '{"ranc": 2}'),
+    ),
+    Case(
+        "config bad type",
+        ("--config {}/c.json", "--rank", "'two'"),
+        {"config": "{}/c.json", "rank": None},
+        write("c.json", '{"rank": "two"}'),
+    ),
+    Case(
+        "config not UTF-8",
+        ("--config {}/c.yaml", "utf-8", "correct the file"),
+        {"config": "{}/c.yaml"},
+        write("c.yaml", b"model: \xff"),
+    ),
+    # --output
+    Case("output is a file", ("--output {}/alpha.jsonl", "another directory"), {"output": "{}/alpha.jsonl"}),
+    Case("output below a file", ("--output {}/alpha.jsonl/run", "another"), {"output": "{}/alpha.jsonl/run"}),
+    Case("output holds other files", ("--output {}/model", "in use", "another directory"), {"output": "{}/model"}),
+    Case("output name too long", ("--output", "too long", "another"), {"output": f"{{}}/{LONG_NAME}"}),
+    Case("output read-only", ("--output /proc/run", "another"), {"output": "/proc/run"}),
+    Case("resume without a run", ("--output {}/run", "no run to resume", "--resume"), {"resume": True}),
+    # --model
+    Case("model missing", ("{}/nowhere", "no such model directory", "give"), {"model": "{}/nowhere"}),
+    Case("model is a file", ("{}/alpha.jsonl", "is a file", "give"), {"model": "{}/alpha.jsonl"}),
+    Case("model name too long", ("no such model directory", "give"), {"model": f"/{LONG_NAME}"}),
+    Case("hub id unreachable", ("nobody/nothing", "hub", "check the id"), {"model": "nobody/nothing"}),
+    Case("hub id malformed", ("no body", "hub", "check the id"), {"model": "no body"}),
+    Case("config.json missing", ("{}/model/config.json", "complete"), damage=remove("model/config.json")),
+    Case("config.json corrupt", ("{}/model/config.json", "restore"), damage=truncate("model/config.json")),
+    Case(
+        "config.json lacks a key",
+        ("{}/model/config.json", "hidden_size", "positive integer"),
+        damage=edit_json("model/config.json", hidden_size=None),
+    ),
+    Case(
+        "model type",
+        ("{}/model/config.json", "'mamba'", "supported: llama"),
+        damage=edit_json("model/config.json", model_type="mamba"),
+    ),
+    Case(
+        "activation",
+        ("{}/model/config.json", "'gelu'", "supported: silu"),
+        damage=edit_json("model/config.json", hidden_act="gelu"),
+    ),
+    Case(
+        "quantised",
+        ("{}/model/config.json", "quantised", "give"),
+        damage=edit_json("model/config.json", quantization_config={"bits": 4}),
+    ),
+    Case(
+        "rope type",
+        ("{}/model/config.json", "'yarn'", "supported"),
+        damage=edit_json("model/config.json", rope_scaling={"rope_type": "yarn", "factor": 2}),
+    ),
+    Case(
+        "rope is no table",
+        ("{}/model/config.json", "rope parameters", "give one table"),
+        damage=edit_json("model/config.json", rope_scaling=["linear", 2]),
+    ),
+    Case(
+        "rope factor is text",
+        ("{}/model/config.json", "factor", "number"),
+        damage=edit_json("model/config.json", rope_scaling={"rope_type": "linear", "factor": "two"}),
+    ),
+    Case(
+        "norm eps is text",
+        ("{}/model/config.json", "rms_norm_eps", "number"),
+        damage=edit_json("model/config.json", rms_norm_eps="small"),
+    ),
+    Case(
+        "kv heads do not divide",
+        ("{}/model/config.json", "num_key_value_heads 3", "multiple"),
+        damage=edit_json("model/config.json", num_key_value_heads=3),
+    ),
+    Case(
+        "eos is text",
+        ("{}/model/config.json", "eos_token_id", "integer"),
+        damage=both(remove("model/generation_config.json"), edit_json("model/config.json", eos_token_id="</s>")),
+    ),
+    Case("weights missing", ("{}/model", "no model.safetensors", "check"), damage=remove(WEIGHTS)),
+    Case(
+        "weights as .bin",
+        ("{}/model", "convert the .bin"),
+        damage=both(remove(WEIGHTS), write("model/pytorch_model.bin", b"")),
+    ),
+    Case("weights truncated", ("{}/" + WEIGHTS, "truncated", "restore"), damage=truncate(WEIGHTS)),
+    Case("weights empty", ("{}/" + WEIGHTS, "truncated", "restore"), damage=write(WEIGHTS, b"")),
+    Case(
+        "shard missing",
+        ("{}/model/model-00002-of-00002.safetensors", "missing", "complete"),
+        damage=shard("model-00002-of-00002.safetensors"),
+    ),
+    Case(
+        "index without map",
+        ("{}/model/model.safetensors.index.json", "weight_map", "restore"),
+        damage=both(shard(), edit_json("model/model.safetensors.index.json", weight_map=None)),
+    ),
+    Case(
+        "index malformed",
+        ("{}/model/model.safetensors.index.json", "weight_map", "restore"),
+        damage=both(shard(), edit_json("model/model.safetensors.index.json", weight_map={"a": 1})),
+    ),
+    Case(
+        "tensor missing",
+        ("{}/model", "model.norm.weight", "missing", "restore"),
+        damage=edit_tensors(WEIGHTS, lambda t: t.pop("model.norm.weight")),
+    ),
+    Case(
+        "tensor of wrong shape",
+        ("{}/model", "model.norm.weight", "[31]", "[32]"),
+        damage=edit_tensors(WEIGHTS, lambda t: t.update({"model.norm.weight": np.ones(31, np.float32)})),
+    ),
+    Case(
+        "tensor that is no part",
+        ("{}/model", "model.extra", "check config.json"),
+        damage=edit_tensors(WEIGHTS, lambda t: t.update({"model.extra": np.ones(3, np.float32)})),
+    ),
+    Case(
+        "weights are integers",
+        ("{}/model", "model.norm.weight", "I8", "give"),
+        damage=edit_tensors(WEIGHTS, lambda t: t.update({"model.norm.weight": np.ones(32, np.int8)})),
+    ),
+    # tokenizer
+    Case("tokenizer missing", ("{}/model", "tokenizer", "needs tokenizer.json"), damage=drop_model_files("tokenizer*")),
+    Case("tokenizer corrupt", ("{}/model", "tokenizer", "tokenizer.json"), damage=truncate("model/tokenizer.json")),
+    Case(
+        "tokenizer without EOS",
+        ("{}/model", "no EOS", "set eos_token"),
+        damage=edit_json("model/tokenizer_config.json", eos_token=None),
+    ),
+    Case(
+        "tokenizer of another model",
+        ("{}/model", "200 tokens", "tokenizer", "restore"),
+        damage=both(
+            edit_json("model/config.json", vocab_size=200),
+            edit_tensors(
+                WEIGHTS,
+                lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:200].copy()}),
+            ),
+        ),
+    ),
+    # data
+    Case("data missing", ("{}/none.jsonl", "no such dataset", "give"), {"dataset": "{}/none.jsonl"}),
+    Case("data preset misspelt", ("slimorka", "did you mean slimorca"), {"dataset": "slimorka"}),
+    Case("data on an unreachable hub", ("nobody/nothing", "hub", "check"), {"dataset": "nobody/nothing"}),
+    Case("data format unknown", ("alpha.jsonl", "'tsv'", "alpaca"), {"dataset": "{}/alpha.jsonl@tsv"}),
+    Case("data weight 0", ("alpha.jsonl", "weight", "above 0"), {"dataset": "{}/alpha.jsonl=0"}),
+    Case("data weight nan", ("alpha.jsonl", "weight", "above 0"), {"dataset": "{}/alpha.jsonl=nan"}),
+    Case("data weight of some", ("weight", "each"), {"dataset": ["{}/alpha.jsonl=2", "{}/beta.jsonl"]}),
+    Case("data weight tiny", ("dataset 1", "weight", "raise"), {"dataset": ["{}/alpha.jsonl=1e-9", "{}/beta.jsonl=1"]}),
+    Case(
+        "data of lone surrogates",
+        ("{}/alpha.jsonl", "surrogate", "row 0", "check"),
+        damage=write("alpha.jsonl", '{"instruction": "a", "output": "\\ud83d"}\n'),
+    ),
+    Case("data spec empty", ("dataset", "SOURCE"), {"dataset": ""}),
+    Case("data of unknown type", ("{}/alpha.txt", ".jsonl"), {"dataset": "{}/alpha.txt"}, write("alpha.txt", "x")),
+    Case("data folder empty", ("{}/none", "put"), {"dataset": "{}/none"}, lambda folder: (folder / "none").mkdir()),
+    Case("data empty", ("{}/alpha.jsonl", "empty", "give"), damage=write("alpha.jsonl", "")),
+    Case("data without rows", ("{}/e.json", "no rows", "give"), {"dataset": "{}/e.json"}, write("e.json", "[]")),
+    Case(
+        "data line malformed",
+        ("{}/alpha.jsonl", "line 2", "fix"),
+        damage=write("alpha.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": "a" "output"}\n'),
+    ),
+    Case(
+        "data not UTF-8",
+        ("{}/alpha.jsonl", "line 1", "UTF-8", "convert"),
+        damage=write("alpha.jsonl", b'{"instruction": "caf\xe9", "output": "b"}\n'),
+    ),
+    Case(
+        "data column missing",
+        ("{}/alpha.jsonl", "output", "columns"),
+        damage=write("alpha.jsonl", '{"instruction": "a"}\n'),
+    ),
+    Case(
+        "data value missing",
+        ("{}/alpha.jsonl", "row 2", "'output'"),
+        damage=write("alpha.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": "a", "output": null}\n'),
+    ),
+    Case(
+        "data replies empty",
+        ("{}/alpha.jsonl", "no usable rows", "give"),
+        damage=write("alpha.jsonl", '{"instruction": "a", "output": ""}\n'),
+    ),
+    Case("data parquet corrupt", ("{}/a.parquet", "check"), {"dataset": "{}/a.parquet"}, write("a.parquet", b"PAR1")),
+    Case("data longer than max length", ("{}/alpha.jsonl", "--max-length 8", "raise"), {"max_length": 8}),
+    Case(
+        "nothing to hold out",
+        ("{}/alpha.jsonl", "cannot hold out", "give"),
+        {"eval_examples": 4},
+        write("alpha.jsonl", '{"instruction": "a", "output": "b"}\n'),
+    ),
+    Case(
+        "held-out data missing",
+        ("{}/none.jsonl", "no such dataset", "give"),
+        {"eval_dataset": "{}/none.jsonl", "eval_examples": 4},
+    ),
+]
+
+ADAPTER = {"adapter": "{}/adapter"}
+PROMPTS = {"prompt": None, "prompts_file": "{}/p.jsonl"}
+DECODE = [
+    # flags
+    Case("unknown flag", ("--bogus", "--help"), {"bogus": 1}),
+    Case("no model", ("--model is required",), {"model": None}),
+    Case("no tokens", ("--max-new-tokens is 0", "greater than 0"), {"max_new_tokens": 0}),
+    Case("temperature negative", ("--temperature is -1.0", "≥ 0"), {"temperature": -1}),
+    Case("temperature nan", ("--temperature is nan", "finite"), {"temperature": "nan"}),
+    Case("temperature inf", ("--temperature is inf", "finite"), {"temperature": "inf"}),
+    Case("top_k negative", ("--top-k is -1", "≥ 0"), {"top_k": -1}),
+    Case("top_p 0", ("--top-p is 0.0", "(0, 1]"), {"top_p": 0}),
+    Case("top_p 1.5", ("--top-p is 1.5", "(0, 1]"), {"top_p": 1.5}),
+    Case("penalty 0", ("--repetition-penalty is 0.0", "greater than 0"), {"repetition_penalty": 0}),
+    Case("penalty inf", ("--repetition-penalty is inf", "finite"), {"repetition_penalty": "inf"}),
+    Case("seed too large", ("--seed is", "below 2**32"), {"seed": 2**70}),
+    Case("stop empty", ("--stop", "empty", "leave it out"), {"stop": ""}),
+    Case("prompt twice", ("--prompt and --prompts-file", "give one"), {"prompts_file": "{}/p.txt"}),
+    Case("prompt and chat", ("--prompt and --chat", "give one"), {"chat": True}),
+    Case("chat as JSON", ("--json and --chat", "give one"), {"chat": True, "json": True, "prompt": None}),
+    Case("dtype unknown", ("--dtype", "'int8'", "bfloat16"), {"dtype": "int8"}),
+    # prompts
+    Case("prompt longer than context", ("the prompt has", "context holds 256", "shorten"), {"prompt": "a" * 300}),
+    Case("prompt not UTF-8", ("--prompt", "not UTF-8", "give"), {"prompt": "caf\udce9"}),
+    Case(
+        "prompt without a token",
+        ("prompt is empty", "give"),
+        {"prompt": "", "raw": True},
+        edit_json("model/tokenizer_config.json", bos_token=None),
+    ),
+    Case("prompts missing", ("--prompts-file {}/p.jsonl", "give an existing"), PROMPTS),
+    Case("prompts are a directory", ("--prompts-file {}/model", "give"), PROMPTS | {"prompts_file": "{}/model"}),
+    Case("prompts empty", ("--prompts-file {}/p.jsonl", "no prompt", "write"), PROMPTS, write("p.jsonl", "\n \n")),
+    Case(
+        "prompts not UTF-8",
+        ("--prompts-file {}/p.jsonl", "not UTF-8", "save"),
+        PROMPTS,
+        write("p.jsonl", b'{"prompt": "caf\xe9"}'),
+    ),
+    Case(
+        "prompts line malformed",
+        ("--prompts-file {}/p.jsonl, line 2", "give"),
+        PROMPTS,
+        write("p.jsonl", '{"prompt": "a"}\n{"prompt": }\n'),
+    ),
+    Case(
+        "prompts line is no prompt",
+        ("--prompts-file {}/p.jsonl, line 1", "give"),
+        PROMPTS,
+        write("p.jsonl", '{"promt": "a"}\n'),
+    ),
+    Case(
+        "prompts of lone surrogates",
+        ("--prompts-file {}/p.jsonl, line 1", "not UTF-8", "give"),
+        PROMPTS,
+        write("p.jsonl", '{"prompt": "\\ud83d"}\n'),
+    ),
+    Case(
+        "prompts role unknown",
+        ("--prompts-file {}/p.jsonl, line 1", "roles system, user", "give"),
+        PROMPTS,
+        write("p.jsonl", '{"messages": [{"role": 5, "content": "a"}]}\n'),
+    ),
+    # model
+    Case("model missing", ("{}/nowhere", "no such model directory", "give"), {"model": "{}/nowhere"}),
+    Case("weights truncated", ("{}/" + WEIGHTS, "truncated", "restore"), damage=truncate(WEIGHTS)),
+    Case("tokenizer missing", ("{}/model", "needs tokenizer.json"), damage=drop_model_files("tokenizer*")),
+    Case(
+        "weights hold NaN",
+        ("not finite", "--model", "--dtype float32"),
+        damage=edit_tensors(WEIGHTS, lambda t: t["model.layers.1.mlp.up_proj.weight"].fill(np.nan)),
+    ),
+    # adapter
+    Case("adapter missing", ("{}/none", "no such adapter", "give"), {"adapter": "{}/none"}),
+    Case("adapter is a file", ("{}/alpha.jsonl", "no such adapter", "give"), {"adapter": "{}/alpha.jsonl"}),
+    Case("adapter config missing", ("{}/" + ADAPTER_CONFIG, "complete"), ADAPTER, remove(ADAPTER_CONFIG)),
+    Case("adapter config corrupt", ("{}/" + ADAPTER_CONFIG, "restore"), ADAPTER, truncate(ADAPTER_CONFIG)),
+    Case(
+        "adapter names no backbone",
+        ("{}/" + ADAPTER_CONFIG, "backbone"),
+        ADAPTER,
+        edit_json(ADAPTER_CONFIG, backbone=1),
+    ),
+    Case(
+        "adapter identity is no text",
+        ("{}/" + ADAPTER_CONFIG, "backbone", "give"),
+        ADAPTER,
+        edit_json(ADAPTER_CONFIG, backbone={"name": "a", "identity": 5}),
+    ),
+    Case("adapter key unknown", ("{}/" + ADAPTER_CONFIG, "'rnk'", "give"), ADAPTER, edit_json(ADAPTER_CONFIG, rnk=2)),
+    Case(
+        "adapter key missing", ("{}/" + ADAPTER_CONFIG, "'rank'", "give"), ADAPTER, edit_json(ADAPTER_CONFIG, rank=None)
+    ),
+    Case("adapter rank 0", ("{}/" + ADAPTER_CONFIG, "--rank is 0"), ADAPTER, edit_json(ADAPTER_CONFIG, rank=0)),
+    Case("adapter rank 2.5", ("{}/" + ADAPTER_CONFIG, "rank", "2.5"), ADAPTER, edit_json(ADAPTER_CONFIG, rank=2.5)),
+    Case("adapter rank text", ("{}/" + ADAPTER_CONFIG, "rank", "'2'"), ADAPTER, edit_json(ADAPTER_CONFIG, rank="2")),
+    Case(
+        "adapter method unknown",
+        ("{}/" + ADAPTER_CONFIG, "'mola'", "give"),
+        ADAPTER,
+        edit_json(ADAPTER_CONFIG, adapter="mola"),
+    ),
+    Case(
+        "adapter top_k above experts",
+        ("{}/" + ADAPTER_CONFIG, "--top-k 9", "--num-experts 4"),
+        ADAPTER,
+        edit_json(ADAPTER_CONFIG, top_k=9),
+    ),
+    Case("adapter weights missing", ("{}/" + ADAPTER_WEIGHTS, "complete"), ADAPTER, remove(ADAPTER_WEIGHTS)),
+    Case("adapter weights truncated", ("{}/" + ADAPTER_WEIGHTS, "restore"), ADAPTER, truncate(ADAPTER_WEIGHTS)),
+    Case(
+        "adapter of other shapes",
+        ("{}/" + ADAPTER_WEIGHTS, "shape", "adapter_config.json"),
+        ADAPTER,
+        edit_json(ADAPTER_CONFIG, rank=3),
+    ),
+    Case(
+        "adapter lacks a tensor",
+        ("{}/" + ADAPTER_WEIGHTS, "router.weight", "adapter_config.json"),
+        ADAPTER,
+        edit_tensors(ADAPTER_WEIGHTS, lambda t: t.pop("router.weight")),
+    ),
+    Case(
+        "adapter holds NaN",
+        ("not finite", "--adapter", "--dtype float32"),
+        ADAPTER,
+        edit_tensors(ADAPTER_WEIGHTS, lambda t: t["experts.up_proj.B"].fill(np.nan)),
+    ),
+    Case(
+        "adapter of another backbone",
+        ("{}/adapter", "another backbone", "give --model"),
+        ADAPTER,
+        other_backbone,
+    ),
+]
+
+STEP_2 = "run/checkpoints/2"
+RESUME = [
+    Case("output in use", ("--output {}/run", "in use", "--resume"), {"resume": None}),
+    Case("another rank", ("{}/" + STEP_2, "rank 2", "has 3", "resume with the same"), {"rank": 3}),
+    Case("other targets", ("{}/" + STEP_2, "targets", "resume with the same"), {"targets": ["q_proj"]}),
+    Case("another seed", ("{}/" + STEP_2, "seed 0", "resume with the same"), {"seed": 1}),
+    Case("another length", ("{}/" + STEP_2, "total_steps 2", "resume with the same"), {"steps": 4}),
+    Case("another data set", ("{}/" + STEP_2, "data", "resume with the same"), {"dataset": "{}/beta.jsonl"}),
+    Case(
+        "changed data set",
+        ("{}/" + STEP_2, "data", "resume with the same"),
+        damage=lambda folder: shutil.copy(folder / "beta.jsonl", folder / "alpha.jsonl"),
+    ),
+    Case("another backbone", ("{}/" + STEP_2, "backbone", "resume with the same"), damage=other_backbone),
+    Case("run lost its config", ("{}/run", "no run to resume"), damage=remove("run/train_config.json")),
+    *(
+        Case(f"checkpoint without {name}", ("{}/" + STEP_2, "cannot be read", "delete it"), damage=damage)
+        for name, damage in (
+            ("state", lambda folder: shutil.rmtree(folder / STEP_2 / "state")),
+            ("arrays", lambda folder: shutil.rmtree(folder / STEP_2 / "state/d")),
+            ("identity", lambda folder: shutil.rmtree(folder / STEP_2 / "identity")),
+            ("a whole array", lambda folder: cut_files(folder / STEP_2, "state/**/d/*")),
+            ("a whole identity", lambda folder: cut_files(folder / STEP_2, "identity/metadata")),
+            ("sense in its identity", write(STEP_2 + "/identity/metadata", "null")),
+        )
+    ),
+]
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything good in it: model, data, adapter."""
+    folder = tiny.write_folder(tmp_path_factory.mktemp("template"))
+    config = AdapterConfig(num_experts=4, rank=2)
+    adapter = AdaFuse(config, read_model_config(folder / "model"), rngs=nnx.Rngs(0))
+    save_adapter(
+        adapter,
+        folder / "adapter",
+        backbone_name="tiny",
+        backbone_identity=backbone_identity(folder / "model"),
+    )
+    return folder
+
+
+@pytest.fixture
+def folder(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "work", copy_function=shutil.copy2))
+
+
+@pytest.fixture(scope="session")
+def finished(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That folder, moved, with a run of two steps in `run`."""
+    folder = Path(shutil.copytree(template, tmp_path_factory.mktemp("finished") / "work"))
+    done = tiny.run_script("train", tiny.train_flags(folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def run_here(script: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> int | None:
+    """The script's exit code, run in this process as `python SCRIPT.py FLAGS` would."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(tiny.REPOSITORY / f"{script}.py"), run_name="__main__")
+    return end.value.code
+
+
+def flags_of(case: Case, script: str, folder: Path) -> list[str]:
+    def placed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [placed(v) for v in value]
+        return value.replace("{}", str(folder)) if isinstance(value, str) else value
+
+    build = tiny.train_flags if script == "train" else tiny.decode_flags
+    return build(folder, **{name: placed(value) for name, value in case.flags.items()})
+
+
+def check_told(stderr: str, says: tuple[str, ...], folder: Path) -> None:
+    (line,) = stderr.splitlines()
+    assert line.startswith("error: ")
+    for text in says:
+        assert text.replace("{}", str(folder)) in line, line
+
+
+def parametrize(*tables: tuple[str, list[Case]]) -> pytest.MarkDecorator:
+    cases = [(script, case) for script, table in tables for case in table]
+    ids = [f"{script}-{case.name.replace(' ', '_')}" for script, case in cases]
+    return pytest.mark.parametrize(("script", "case"), cases, ids=ids)
+
+
+def check_refused(
+    script: str, case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One line that says what the case wants, exit code 2, and the folder as it was."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    case.damage(folder)
+    before = tiny.snapshot(folder)
+    code = run_here(script, flags_of(case, script, folder), monkeypatch)
+    out, err = capfd.readouterr()
+    check_told(err, case.says, folder)
+    assert (code, out) == (2, "")
+    assert tiny.snapshot(folder) == before
+
+
+@parametrize(("train", TRAIN), ("decode", DECODE))
+def test_one_line_and_nothing_changed(
+    script: str, case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    check_refused(script, case, folder, monkeypatch, capfd)
+
+
+@parametrize(("train", RESUME))
+def test_resume_told_and_nothing_changed(
+    script: str,
+    case: Case,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    folder = Path(shutil.copytree(finished, tmp_path / "work"))
+    check_refused(script, replace(case, flags={"resume": True} | case.flags), folder, monkeypatch, capfd)
+
+
+@pytest.fixture
+def refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[[str, Case], None]:
+    return lambda script, case: check_refused(script, case, folder, monkeypatch, capfd)
+
+
+def test_read_only_output(refused: Callable, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    refused("train", Case("read-only", ("--output {}/run", "{} is not a writable directory", "give another")))
+
+
+def test_full_disk(refused: Callable, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    refused("train", Case("full disk", ("--output {}/run", "2 checkpoints", "GB are free", "free space")))
+
+
+def test_too_little_memory(refused: Callable, monkeypatch: pytest.MonkeyPatch):
+    def load(*args: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\nAnd more.")
+
+    monkeypatch.setattr("adafuse_jax.training.loop.load_backbone", load)
+    refused("train", Case("memory", ("too little memory", "allocating 5 bytes", "lower --batch-size")))
+
+
+@pytest.mark.parametrize("chat", [True, None])
+def test_stdin_not_utf8(refused: Callable, monkeypatch: pytest.MonkeyPatch, chat: bool | None):
+    # As in a C locale, where Python lets the bytes through.
+    broken = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", broken)
+    refused("decode", Case("stdin", ("stdin: not UTF-8", "give UTF-8"), {"prompt": None, "chat": chat}))
+
+
+def test_a_run_can_be_repeated_from_its_own_config(finished: Path, tmp_path: Path):
+    """Every value that train_config.json holds is accepted by --config."""
+    again = [f"--config={finished}/run/train_config.json", f"--output={tmp_path}/again"]
+    configs = parse_flags("", (TrainConfig, AdapterConfig), again)
+    first = parse_flags("", (TrainConfig, AdapterConfig), tiny.train_flags(finished))
+    assert [replace(configs[0], output=first[0].output), configs[1]] == first
+
+
+PROCESSES = [
+    ("train", Case("flag", ("--top-k 5", "--num-experts 4", "choose at most"), {"top_k": 5})),
+    ("train", Case("data", ("{}/alpha.jsonl", "line 1", "fix"), damage=write("alpha.jsonl", "{"))),
+    ("train", Case("weights", ("{}/" + WEIGHTS, "truncated", "restore"), damage=truncate(WEIGHTS))),
+    ("train", Case("hub", ("nobody/nothing", "hub", "check the id"), {"model": "nobody/nothing"})),
+    ("train", Case("output", ("--output {}/model", "in use", "give another"), {"output": "{}/model"})),
+    ("decode", Case("adapter", ("{}/" + ADAPTER_CONFIG, "restore"), ADAPTER, truncate(ADAPTER_CONFIG))),
+    ("decode", Case("prompt", ("the prompt has", "context holds 256", "shorten"), {"prompt": "a" * 300})),
+    ("decode", Case("stdin", ("stdin: not UTF-8", "give UTF-8"), {"prompt": None})),
+]
+
+
+@pytest.mark.parametrize(("script", "case"), PROCESSES, ids=[f"{s}-{c.name}" for s, c in PROCESSES])
+def test_process(script: str, case: Case, folder: Path):
+    case.damage(folder)
+    before = tiny.snapshot(folder)
+    done = tiny.run_script(script, flags_of(case, script, folder), input=b"caf\xe9\n")
+    check_told(done.stderr, case.says, folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert tiny.snapshot(folder) == before
+
+
+def test_answers_print_in_any_locale(folder: Path):
+    edit_tensors(WEIGHTS, lambda t: t["model.embed_tokens.weight"].__setitem__(slice(0, 140), 0))(folder)
+    done = tiny.run_script("decode", tiny.decode_flags(folder), env=tiny.environment(PYTHONIOENCODING="ascii"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "?" in done.stdout
