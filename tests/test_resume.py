@@ -1,0 +1,319 @@
+"""A run that is killed, stopped or out of disk, and resumed, ends as if nothing had happened: bit for bit on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from adafuse_jax.cli import parse_flags
+from adafuse_jax.configs import AdapterConfig, TrainConfig
+from adafuse_jax.data.chat import load_tokenizer
+from adafuse_jax.errors import UserError
+from adafuse_jax.interop.huggingface import load_backbone
+from adafuse_jax.training import loop
+from adafuse_jax.training.prepare import prepare_data
+
+STEPS, CHECKPOINT_EVERY = 120, 3
+KILLS_STARTING, KILLS_STEPPING, KILLS_ENDING = 4, 17, 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_folder(tmp_path_factory.mktemp("resume"))
+
+
+def flags(folder: Path, output: str, **changes: Any) -> list[str]:
+    """A run in which everything random matters: dropout, two micro-batches, a weighted mixture, a held-out part."""
+    settings = {
+        "steps": STEPS,
+        "checkpoint_every": CHECKPOINT_EVERY,
+        "dropout": 0.1,
+        "grad_accum": 2,
+        "dataset": [f"{folder}/alpha.jsonl=2", f"{folder}/beta.jsonl=1"],
+        "eval_examples": 4,
+        "eval_every": 25,
+        "warmup_ratio": 0.1,
+    }
+    return tiny.train_flags(folder, output, **(settings | changes))
+
+
+def start(folder: Path, output: str, **changes: Any) -> subprocess.Popen[bytes]:
+    """The run as a process of its own group; resumed if there is one. Compiled programs are kept, to start fast."""
+    if (folder / output / "train_config.json").exists():
+        changes["resume"] = True
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        tiny.command("train", flags(folder, output, **changes)),
+        env=tiny.environment(**cache),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[bytes]) -> tuple[int, str]:
+    """(exit code, stderr)."""
+    stderr = process.communicate(timeout=300)[1].decode()
+    return process.returncode, stderr
+
+
+def lines_of(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+    """Return once the condition holds or the process has ended."""
+    while process.poll() is None and not condition():
+        time.sleep(0.002)
+
+
+def wait_for_steps(process: subprocess.Popen[bytes], run: Path, count: int) -> None:
+    """Until the process has begun its loop (it replaces the metrics file) and written `count` lines."""
+    metrics = run / "metrics.jsonl"
+    before = metrics.stat().st_ino if metrics.exists() else None
+    wait_for(process, lambda: metrics.exists() and metrics.stat().st_ino != before)
+    present = lines_of(metrics)
+    wait_for(process, lambda: lines_of(metrics) >= present + count)
+
+
+def kill(process: subprocess.Popen[bytes]) -> bool:
+    """SIGKILL to the whole group; whether it was still running."""
+    running = process.poll() is None
+    if running:
+        os.killpg(process.pid, signal.SIGKILL)
+    code, stderr = finish(process)
+    assert code in (0, -signal.SIGKILL), stderr
+    return running
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of the metrics without the one value that depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def check_same(run: Path, reference: Path) -> None:
+    assert metrics_of(run) == metrics_of(reference)
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        assert (run / name).read_bytes() == (reference / name).read_bytes()
+    summaries = [json.loads((where / "summary.json").read_text()) for where in (run, reference)]
+    assert summaries[0]["after"] == summaries[1]["after"]
+
+
+def checkpoints_of(run: Path) -> list[int]:
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def saved_state(run: Path, step: int) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint by name, read without the package."""
+    with ocp.CheckpointManager(run / "checkpoints") as manager:
+        return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> Path:
+    code, stderr = finish(start(folder, "uninterrupted"))
+    assert code == 0, stderr
+    return folder / "uninterrupted"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_killed_at_random_moments(folder: Path, uninterrupted: Path):
+    rng = random.Random(0)
+    run = folder / "killed"
+    begun = time.perf_counter()
+    moments = ["starting"] * KILLS_STARTING + ["stepping"] * KILLS_STEPPING
+    rng.shuffle(moments)
+    kills = 0
+    for moment in [*moments, *["ending"] * KILLS_ENDING]:
+        process = start(folder, "killed")
+        if moment == "starting":
+            time.sleep(rng.uniform(0, 4))
+        elif moment == "stepping":
+            wait_for_steps(process, run, rng.randint(0, 8))
+            time.sleep(rng.uniform(0, 0.1))
+        else:
+            wait_for(process, lambda: any(line["step"] == STEPS for line in whole_lines(run)))
+            time.sleep(rng.uniform(0, 1))
+        kills += kill(process)
+    assert kills >= 20, f"{kills} kills in {time.perf_counter() - begun:.0f} s"
+    code, stderr = finish(start(folder, "killed"))
+    assert code == 0, stderr
+    steps = [line["step"] for line in metrics_of(run) if "loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+    check_same(run, uninterrupted)
+
+
+def whole_lines(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+@pytest.mark.slow
+def test_sigterm_saves(folder: Path, uninterrupted: Path):
+    run = folder / "stopped"
+    process = start(folder, "stopped")
+    wait_for_steps(process, run, 4)
+    process.send_signal(signal.SIGTERM)
+    code, stderr = finish(process)
+    assert code == 143
+    step = metrics_of(run)[-1]["step"]
+    assert stderr.splitlines()[-1] == f"stopped at step {step} of {STEPS}, which is saved; continue with --resume"
+    assert step < STEPS
+    assert checkpoints_of(run)[-1] == step
+    code, stderr = finish(start(folder, "stopped"))
+    assert code == 0, stderr
+    check_same(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_full_disk_while_training(folder: Path, uninterrupted: Path):
+    """Files cannot grow any more once a checkpoint is there."""
+    run = folder / "full"
+    process = start(folder, "full")
+    wait_for(process, lambda: (run / "checkpoints" / "6").exists())
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
+    code, stderr = finish(process)
+    line = stderr.splitlines()[-1]
+    assert code == 2
+    assert "Traceback" not in stderr
+    assert line.startswith("error: ")
+    assert str(run) in line
+    assert line.endswith("free space, then continue with --resume")
+    last = checkpoints_of(run)[-1]
+    assert all(np.isfinite(array).all() for array in saved_state(run, last).values())
+    code, stderr = finish(start(folder, "full"))
+    assert code == 0, stderr
+    check_same(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_last_checkpoints_are_kept(uninterrupted: Path):
+    assert checkpoints_of(uninterrupted) == [STEPS - CHECKPOINT_EVERY, STEPS]
+    assert sorted(os.listdir(uninterrupted)) == [
+        "adapter", "checkpoints", "metrics.jsonl", "summary.json", "train_config.json", "training.png",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def finished_again(uninterrupted: Path, folder: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to spoil."""
+    return Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+
+
+def train_here(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    config, adapter_config = parse_flags("", (TrainConfig, AdapterConfig), flags(folder, str(output), **changes))
+    return loop.train(config, adapter_config)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_finished_run_writes_its_outputs_again(finished_again: Path, folder: Path, uninterrupted: Path):
+    for name in ("training.png", "summary.json"):
+        (finished_again / name).unlink()
+    shutil.rmtree(finished_again / "adapter")
+    train_here(folder, finished_again, resume=True)
+    check_same(finished_again, uninterrupted)
+    assert (finished_again / "training.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_checkpoint_before_serves_when_the_last_is_corrupt(finished_again: Path, folder: Path, uninterrupted: Path):
+    shutil.rmtree(finished_again / "checkpoints" / str(STEPS) / "state" / "d")
+    with pytest.raises(UserError, match=f"checkpoints/{STEPS}: .* delete it to use the one before"):
+        train_here(folder, finished_again, resume=True)
+    shutil.rmtree(finished_again / "checkpoints" / str(STEPS))
+    train_here(folder, finished_again, resume=True)
+    check_same(finished_again, uninterrupted)
+
+
+def short_run(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    return train_here(folder, output, **({"steps": 4, "checkpoint_every": 1, "eval_examples": 0} | changes))
+
+
+def test_divergence_names_the_step_and_the_last_good_checkpoint(folder: Path, tmp_path: Path):
+    """And that checkpoint can be resumed from: it diverges at the same step."""
+    told = []
+    for resume in (None, True):
+        with pytest.raises(UserError) as error:
+            short_run(folder, tmp_path / "run", learning_rate=1e30, resume=resume)
+        told.append(str(error.value))
+    last = checkpoints_of(tmp_path / "run")[-1]
+    assert told[0].startswith(f"step {last + 1}: ")
+    assert (
+        f"is not finite; the last good checkpoint is {tmp_path}/run/checkpoints/{last}: lower --learning-rate"
+        in told[0]
+    )
+    assert told[1] == told[0]
+    assert all(np.isfinite(array).all() for array in saved_state(tmp_path / "run", last).values())
+
+
+def test_nan_in_the_backbone_stops_the_first_step(folder: Path, tmp_path: Path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
+    save_file(tensors, weights)
+    with pytest.raises(UserError, match=r"^step 1: .* is not finite; there is no checkpoint yet"):
+        short_run(folder, tmp_path / "run", model=tmp_path / "model")
+
+
+def test_only_the_adapter_trains(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The backbone that was trained with is the one in the file, and no array of the optimiser has its shape."""
+    used = []
+    monkeypatch.setattr(loop, "load_backbone", lambda *args: used.append(load_backbone(*args)) or used[0])
+    short_run(folder, tmp_path / "run")
+    before = load_backbone(folder / "model", "float32")
+    for leaf, fresh in zip(jax.tree.leaves(nnx.state(used[0])), jax.tree.leaves(nnx.state(before)), strict=True):
+        assert np.asarray(leaf).tobytes() == np.asarray(fresh).tobytes()
+
+    state = saved_state(tmp_path / "run", 4)
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    saved = {name.removeprefix("adapter."): array for name, array in state.items() if name.startswith("adapter.")}
+    assert {name.removesuffix(".value") for name in saved} == set(adapter)
+    for name, array in saved.items():
+        assert np.asarray(array).tobytes() == adapter[name.removesuffix(".value")].tobytes()
+    moments = [array.shape for name, array in state.items() if name.startswith("moments.") and array.ndim]
+    assert sorted(moments) == sorted([array.shape for array in adapter.values()] * 2)
+
+
+def test_the_adapter_directory_decodes(folder: Path, tmp_path: Path):
+    short_run(folder, tmp_path / "run", learning_rate=0.05)
+    answers = []
+    for adapter in (None, tmp_path / "run" / "adapter"):
+        done = tiny.run_script("decode", tiny.decode_flags(folder, json=True, adapter=adapter, max_new_tokens=8))
+        assert (done.returncode, done.stderr) == (0, "")
+        answers.append(json.loads(done.stdout))
+    assert answers[0]["token_ids"] != answers[1]["token_ids"]
+    assert sum(answers[1]["experts_used"]) > 0
+
+
+def test_data_order_is_a_function_of_seed_and_step(folder: Path):
+    def tokens(seed: int, step: int) -> bytes:
+        config, _ = parse_flags("", (TrainConfig, AdapterConfig), flags(folder, "unused", seed=seed))
+        return prepare_data(config, load_tokenizer(folder / "model")).batches.at(step).tokens.tobytes()  # type: ignore[arg-type]
+
+    assert tokens(0, 7) == tokens(0, 7)
+    assert len({tokens(0, 7), tokens(0, 8), tokens(1, 7)}) == 3
