@@ -58,3 +58,13 @@ def memory_errors_told(advice: str) -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"the device has too little memory ({reason}); {advice}") from error
+
+
+def exact_float32() -> None:
+    """Multiply float32 matrices in float32: by default GPUs round their operands to 10-bit mantissas (TF32).
+
+    For float32 models only: the setting also slows bfloat16 products down.
+    """
+    import jax
+
+    jax.config.update("jax_default_matmul_precision", "highest")

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from adafuse_jax import runtime
 from adafuse_jax.adapters.directory import load_adapter
 from adafuse_jax.configs import DecodeConfig, require_text
 from adafuse_jax.data.chat import encode_prompt, load_tokenizer, stop_tokens
@@ -50,6 +51,8 @@ class Session:
         # The adapter's files are checked before the large ones are read.
         identity = backbone_identity(directory) if config.adapter else ""
         model = load_backbone(directory, config.dtype)
+        if model.dtype == "float32":
+            runtime.exact_float32()
         adapter = None
         if config.adapter:
             adapter = load_adapter(config.adapter, model.config, backbone_identity=identity, dtype=model.dtype)

@@ -41,12 +41,23 @@ class Visibility:
         return seen if self.allowed is None else seen & self.allowed
 
 
+def flash_attention_fits(q: Float[Array, "B T N H"]) -> bool:
+    """Whether cuDNN's fused attention takes these queries: 16-bit, on a CUDA GPU, several of them (a single one is a
+    matrix-vector product, which it does not help), head_dim a multiple of 8 up to 128."""
+    sixteen_bit = q.dtype in (jnp.bfloat16, jnp.float16)
+    return (
+        jax.default_backend() == "gpu" and sixteen_bit and q.shape[1] > 1 and q.shape[3] % 8 == 0 and q.shape[3] <= 128
+    )
+
+
 def attention(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "B T S"]
 ) -> Float[Array, "B T N H"]:
     """softmax(q kᵀ / √H) v, each group of N/K query heads sharing one key/value head; softmax in fp32.
 
-    A query that sees no key (padding) gets some finite average, never NaN.
+    A query that sees no key (padding) gets some finite average, never NaN. Where `flash_attention_fits`, cuDNN computes
+    it without the [B, N, T, S] scores; elsewhere XLA does.
     """
     mask = jnp.broadcast_to(mask[:, None], (q.shape[0], 1, q.shape[1], k.shape[1]))
-    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+    implementation = "cudnn" if flash_attention_fits(q) else "xla"
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)

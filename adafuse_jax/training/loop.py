@@ -22,6 +22,7 @@ import optax
 from flax import nnx
 from safetensors import SafetensorError
 
+from adafuse_jax import runtime
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.directory import save_adapter
 from adafuse_jax.configs import AdapterConfig, TrainConfig
@@ -91,6 +92,8 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
         return TrainState(step=jnp.int32(0), adapter=adapter, moments=optimizer.init(adapter), key=state_key)
 
     _check_space(output, jax.eval_shape(initial_state), keep=config.keep_checkpoints)
+    if config.dtype == "float32":
+        runtime.exact_float32()
     backbone = backbone_identity(directory)
     model = load_backbone(directory, config.dtype)
     identity = _identity(config, adapter_config, backbone=backbone, data=data.fingerprint, total_steps=steps)
