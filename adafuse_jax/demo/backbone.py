@@ -59,7 +59,7 @@ def model_config(tokenizer: Any) -> ModelConfig:
         vocab_size=len(tokenizer),
         embed_dim=128,
         hidden_dim=384,
-        num_layers=4,
+        num_layers=int(__import__('os').environ.get('NL', 4)),
         num_heads=4,
         num_kv_heads=4,
         head_dim=32,

@@ -36,6 +36,7 @@ class Skill:
     phrasings: tuple[str, ...]
     draw: Callable[[random.Random], Arguments]
     solve: Callable[..., str]
+    practice: int = 1
 
     def raw(self, arguments: Arguments, rng: random.Random) -> Case:
         """A line of the pre-training text. Under a tag that means nothing, the arguments are repeated."""
@@ -56,7 +57,7 @@ def made_up_word(rng: random.Random, shortest: int, longest: int) -> str:
 
 
 def draw_word(rng: random.Random) -> Arguments:
-    return (made_up_word(rng, 4, 5),)
+    return (made_up_word(rng, 5, 5),)
 
 
 def draw_number(rng: random.Random) -> Arguments:
@@ -75,6 +76,7 @@ SKILLS = (
         phrasings=("Spell backwards: {0}", "Reverse: {0}"),
         draw=draw_word,
         solve=lambda word: word[::-1],
+        practice=3,
     ),
     Skill(
         name="upper-case",
@@ -96,13 +98,14 @@ SKILLS = (
         phrasings=("Drop the vowels: {0}", "Only the consonants: {0}"),
         draw=draw_word,
         solve=lambda word: "".join(c for c in word if c not in VOWELS),
+        practice=3,
     ),
     Skill(
-        name="sort",
-        tags=("ord", "rank"),
-        phrasings=("Sort the letters: {0}", "In alphabetical order: {0}"),
+        name="spell out",
+        tags=("sep", "dash"),
+        phrasings=("Spell it out: {0}", "Put hyphens between: {0}"),
         draw=draw_word,
-        solve=lambda word: "".join(sorted(word)),
+        solve="-".join,
     ),
     Skill(
         name="count on",
@@ -136,7 +139,7 @@ def draw_material(seed: int, *, raw: int, train: int, held_out: int) -> Material
             return next(arguments for arguments in iter(lambda: skill.draw(rng), None) if arguments not in kept)
 
         material.held_out[skill.name] = [skill.case(arguments, rng) for arguments in kept]
-        material.raw.extend(skill.raw(fresh(), rng) for _ in range(raw // len(SKILLS)))
+        material.raw.extend(skill.raw(fresh(), rng) for _ in range(raw * skill.practice // sum(s.practice for s in SKILLS)))
         material.train.extend(skill.case(fresh(), rng) for _ in range(train // len(SKILLS)))
     rng.shuffle(material.raw)
     rng.shuffle(material.train)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -59,5 +60,5 @@ def attention(
     it without the [B, N, T, S] scores; elsewhere XLA does.
     """
     mask = jnp.broadcast_to(mask[:, None], (q.shape[0], 1, q.shape[1], k.shape[1]))
-    implementation = "cudnn" if flash_attention_fits(q) else "xla"
+    implementation: Literal["cudnn", "xla"] = "cudnn" if flash_attention_fits(q) else "xla"
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
