@@ -1,6 +1,6 @@
 """The demo's backbone, made on the spot: a byte-level tokenizer and a tiny Llama, pre-trained on raw lines.
 
-loss = mean over the answers' bytes of −log p(x_t | x_<t); all weights train.
+loss = mean over the answers' bytes of −log p(x_t | x_<t); all weights train, the matrices by Muon, the rest by Adam.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from adafuse_jax.training.step import token_losses
 
 BOS, EOS = "<s>", "</s>"
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '\n') }}{% endfor %}"
-ROW_LENGTH, BATCH_SIZE, LEARNING_RATE = 64, int(__import__('os').environ.get('PBS', 16)), float(__import__('os').environ.get('PLR', 3e-3))
-STEPS_PER_CALL = 25
+ROW_LENGTH, BATCH_SIZE, LEARNING_RATE, ADAM_SHARE = 64, 24, 0.02, 0.3
+STEPS_PER_CALL = 20
+"""Steps in one compiled loop: a call a step would hand the memory of its activations back and forth, a third of the time."""
 
 
 def write_tokenizer(out: Path) -> Any:
@@ -59,7 +60,7 @@ def model_config(tokenizer: Any) -> ModelConfig:
         vocab_size=len(tokenizer),
         embed_dim=128,
         hidden_dim=384,
-        num_layers=int(__import__('os').environ.get('NL', 4)),
+        num_layers=4,
         num_heads=4,
         num_kv_heads=4,
         head_dim=32,
@@ -77,35 +78,22 @@ def pretrain(
     """Train a backbone on raw lines and leave it in `out`, a Hugging Face directory; `say` hears how the loss falls."""
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = write_tokenizer(Path(scratch))
-        batches = Batches(rows=(_pack_lines(lines, tokenizer),), seed=seed, batch_size=BATCH_SIZE, grad_accum=STEPS_PER_CALL)
-        model = _spread(Backbone(model_config(tokenizer), rngs=nnx.Rngs(seed)))
-        schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, max(1, steps // 20), max(2, steps))
-        optimizer = optax.chain(optax.clip_by_global_norm(1.0), _OPT(schedule))
-        moments = optimizer.init(model)
-        for chunk in range(1, steps // STEPS_PER_CALL + 1):
-            batch = batches.at(chunk - 1)
-            model, moments, losses = _train(model, moments, batch, optimizer=optimizer)
-            if chunk % max(1, steps // STEPS_PER_CALL // 8) == 0:
-                say(f"step {chunk * STEPS_PER_CALL}/{steps}: loss {jnp.mean(losses):.2f} nats per byte of the answers")
+        per_call = min(steps, STEPS_PER_CALL)
+        batches = Batches(rows=(_pack(lines, tokenizer),), seed=seed, batch_size=BATCH_SIZE, grad_accum=per_call)
+        model = Backbone(model_config(tokenizer), rngs=nnx.Rngs(seed))
+        optimizer = _optimizer(steps)
+        moments = jax.jit(optimizer.init)(model)
+        calls = steps // per_call
+        for call in range(calls):
+            model, moments, losses = _train(model, moments, batches.at(call), optimizer=optimizer)
+            if (call + 1) % max(1, calls // 4) == 0:
+                done = (call + 1) * per_call
+                say(f"step {done} of {calls * per_call}: loss {jnp.mean(losses):.2f} nats per byte of the answers")
         export_backbone(model, out, source=scratch)
     return model
 
 
-import os
-def _dims(params):
-    return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(2, 1) if x.ndim == 3 else None, params)
-def _OPT(schedule):
-    if os.environ.get("OPT") == "muon":
-        return optax.contrib.muon(schedule, ns_steps=int(os.environ.get("NS", 5)), adam_b2=0.98, adam_learning_rate=lambda t: schedule(t)*float(os.environ.get("AR", 0.3)), muon_weight_dimension_numbers=_dims)
-    return optax.adamw(schedule, b2=0.98, weight_decay=0.01)
-
-def _spread(model: Backbone) -> Backbone:
-    """`model` with its linears drawn at 1/√in, the scale of so small a model; the default suits larger ones."""
-    factor = lambda path, x: x.shape[-1] ** -0.5 / 0.02 if x.ndim == 3 else 1.0  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, x: x * factor(path, x), model)
-
-
-def _pack_lines(lines: Sequence[Case], tokenizer: Any) -> Rows:
+def _pack(lines: Sequence[Case], tokenizer: Any) -> Rows:
     """One segment a line; only the answers are targets, for the rest is random."""
     encoded, _ = encode_all([Text(line.prompt + line.answer) for line in lines], tokenizer, ROW_LENGTH)
     starts = [1 + len(line.prompt) for line in lines]  # BOS, then bytes
@@ -115,11 +103,28 @@ def _pack_lines(lines: Sequence[Case], tokenizer: Any) -> Rows:
     return pack(masked, ROW_LENGTH)
 
 
+def _optimizer(steps: int) -> optax.GradientTransformation:
+    """Muon for the stacked matrices [L, out, in]; Adam, at a share of the rate, for embeddings and norms."""
+
+    def matrices(params: Any) -> Any:
+        return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(2, 1) if x.ndim == 3 else None, params)
+
+    def slow_adam(updates: Any, _: Any) -> Any:
+        return jax.tree.map(lambda x: x if x.ndim == 3 else ADAM_SHARE * x, updates)
+
+    schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, max(1, steps // 20), max(2, steps))
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.contrib.muon(schedule, ns_steps=4, adam_b2=0.98, muon_weight_dimension_numbers=matrices),
+        optax.stateless(slow_adam),
+    )
+
+
 @partial(jax.jit, static_argnames="optimizer", donate_argnames=("model", "moments"))
 def _train(
     model: Backbone, moments: optax.OptState, batch: Batch, *, optimizer: optax.GradientTransformation
-) -> tuple[Backbone, optax.OptState, Float[Array, "A"]]:
-    """One optimiser step for each micro-batch of `batch`."""
+) -> tuple[Backbone, optax.OptState, Float[Array, " A"]]:
+    """One optimiser step for each of the A micro-batches of `batch`."""
 
     def mean_loss(model: Backbone, rows: Batch) -> Array:
         out = model.run(rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids)

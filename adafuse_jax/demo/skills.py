@@ -1,13 +1,15 @@
-"""Generated data: skills that a program can check, asked in words, and the raw notation that the backbone is pre-trained on.
+"""Generated data: skills whose answers a program knows, and the two ways in which the demo writes them.
 
-    raw line      noise sign argument separator answer      `kq w<mokita: atikom`
-    prompt        one of the skill's phrasings        `Write mokita backwards.` -> `atikom`
+    pre-training      tag: argument \\n answer            `flip: mokit` -> `tikom`;  an unknown tag: the argument again
+    training          phrasing: argument \\n answer       `Spell backwards: mokit` -> `tikom`
 
-A held-out case is an argument that neither the raw lines nor the training prompts hold.
+A held-out prompt asks for an argument that neither of the two has seen. No phrasing occurs in pre-training, so the backbone
+takes it for an unknown tag.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +31,10 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skill:
-    """`draw` makes arguments, `solve` the answer; `sign` stands for the skill in raw lines, `phrasings` in prompts."""
+    """`draw` makes arguments, `solve` the answer; `tags` name the skill in pre-training, `phrasings` in prompts.
+
+    `practice` weighs the skill's lines in pre-training: pointing backwards and leaving out are learned more slowly.
+    """
 
     name: str
     tags: tuple[str, ...]
@@ -39,7 +44,7 @@ class Skill:
     practice: int = 1
 
     def raw(self, arguments: Arguments, rng: random.Random) -> Case:
-        """A line of the pre-training text. Under a tag that means nothing, the arguments are repeated."""
+        """A line of the pre-training text; some have a tag that means nothing, and repeat the arguments."""
         if rng.random() < ECHO_SHARE:
             tag = " ".join(made_up_word(rng, 2, 8) for _ in range(rng.randint(1, 3)))
             return Case(ECHO, f"{tag}: {' '.join(arguments)}\n", " ".join(arguments))
@@ -50,7 +55,7 @@ class Skill:
 
 
 def made_up_word(rng: random.Random, shortest: int, longest: int) -> str:
-    """A made-up word of different letters: one or two vowels, the rest consonants, in any order."""
+    """Different letters in any order: one or two vowels, the rest consonants."""
     length, vowels = rng.randint(shortest, longest), rng.randint(1, 2)
     letters = rng.sample(VOWELS, vowels) + rng.sample(CONSONANTS, length - vowels)
     return "".join(rng.sample(letters, length))
@@ -127,20 +132,22 @@ class Material:
 
 
 def draw_material(seed: int, *, raw: int, train: int, held_out: int) -> Material:
-    """`raw` lines and `train` prompts in all, in random order, and `held_out` prompts of every skill."""
+    """About `raw` lines and `train` prompts in all, in random order, and `held_out` prompts of every skill."""
     rng = random.Random(seed)
     material = Material(raw=[], train=[], held_out={})
+    practice = sum(skill.practice for skill in SKILLS)
     for skill in SKILLS:
         kept: dict[Arguments, None] = {}
         while len(kept) < held_out:
             kept[skill.draw(rng)] = None
-
-        def fresh(skill: Skill = skill, kept: dict[Arguments, None] = kept) -> Arguments:
-            return next(arguments for arguments in iter(lambda: skill.draw(rng), None) if arguments not in kept)
-
         material.held_out[skill.name] = [skill.case(arguments, rng) for arguments in kept]
-        material.raw.extend(skill.raw(fresh(), rng) for _ in range(raw * skill.practice // sum(s.practice for s in SKILLS)))
-        material.train.extend(skill.case(fresh(), rng) for _ in range(train // len(SKILLS)))
+        for cases, make, count in (
+            (material.raw, skill.raw, raw * skill.practice // practice),
+            (material.train, skill.case, train // len(SKILLS)),
+        ):
+            drawn = (skill.draw(rng) for _ in itertools.count())
+            fresh = (arguments for arguments in drawn if arguments not in kept)
+            cases.extend(make(arguments, rng) for arguments in itertools.islice(fresh, count))
     rng.shuffle(material.raw)
     rng.shuffle(material.train)
     return material
