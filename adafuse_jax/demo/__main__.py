@@ -10,7 +10,6 @@ from adafuse_jax.cli import parse_flags
 from adafuse_jax.demo.config import DemoConfig
 from adafuse_jax.errors import run_cli
 
-
 SIGTERM_EXIT_CODE = 143
 
 

@@ -126,12 +126,12 @@ def _train(
 ) -> tuple[Backbone, optax.OptState, Float[Array, " A"]]:
     """One optimiser step for each of the A micro-batches of `batch`."""
 
-    def mean_loss(model: Backbone, rows: Batch) -> Array:
+    def mean_loss(model: Backbone, rows: Any) -> Array:
         out = model.run(rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids)
         total = token_losses(model, out.hidden, rows.tokens, rows.loss_mask).sum()
         return total / jnp.maximum(rows.loss_mask[:, 1:].sum(), 1)
 
-    def step(carry: tuple, rows: Batch) -> tuple[tuple, Array]:
+    def step(carry: tuple, rows: Any) -> tuple[tuple, Array]:
         model, moments = carry
         loss, grads = jax.value_and_grad(mean_loss)(model, rows)
         updates, moments = optimizer.update(grads, moments, model)

@@ -33,7 +33,7 @@ class Case:
 class Skill:
     """`draw` makes arguments, `solve` the answer; `tags` name the skill in pre-training, `phrasings` in prompts.
 
-    `practice` weighs the skill's lines in pre-training: pointing backwards and leaving out are learned more slowly.
+    `practice` weighs the skill's lines in pre-training: some are learned more slowly than others.
     """
 
     name: str
@@ -118,6 +118,7 @@ SKILLS = (
         phrasings=("Count on from: {0}", "The three numbers after: {0}"),
         draw=draw_number,
         solve=lambda number: " ".join(str(int(number) + i) for i in (1, 2, 3)),
+        practice=2,
     ),
 )
 
