@@ -156,7 +156,7 @@ def test_printed_commands_give_the_same_configs():
     words = command("train.py", train_config, adapter_config)
     flags = shlex.split(words)[2:]
     assert parse_flags("", (TrainConfig, AdapterConfig), flags) == [train_config, adapter_config]
-    decode_config = DecodeConfig(model="m", adapter="a", prompt="Spell backwards: world", stats=True)
+    decode_config = DecodeConfig(model="m", adapter="a", prompt="Write backwards: world", stats=True)
     assert parse_flags("", (DecodeConfig,), shlex.split(command("decode.py", decode_config))[2:]) == [decode_config]
 
 
@@ -214,4 +214,4 @@ class TestTinyDemo:
             capture_output=True, text=True, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         assert answered.returncode == 0, answered.stderr
-        assert '"prompt": "Spell backwards: world"' in answered.stdout
+        assert '"prompt": "Write backwards: world"' in answered.stdout

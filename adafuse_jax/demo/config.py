@@ -14,7 +14,7 @@ class DemoConfig:
     output: str = flag("directory of everything the demo writes; an earlier demo there is replaced", "demo", "DIR")
     seed: int = flag("seed of the data, the initial weights and the order of training", 0)
     pretrain_steps: int = flag("optimiser steps of the backbone", 480)
-    train_steps: int = flag("optimiser steps of the adapters", 400)
+    train_steps: int = flag("optimiser steps of the adapters", 500)
     train_prompts: int = flag("prompts the adapters learn from", 9000)
     held_out_prompts: int = flag("prompts asked of every skill afterwards", 40)
 

@@ -33,7 +33,7 @@ class Case:
 class Skill:
     """`draw` makes arguments, `solve` the answer; `tags` name the skill in pre-training, `phrasings` in prompts.
 
-    `practice` weighs the skill's lines in pre-training: some are learned more slowly than others.
+    `practice` is the skill's weight in both: some are learned more slowly than others.
     """
 
     name: str
@@ -78,7 +78,7 @@ SKILLS = (
     Skill(
         name="reverse",
         tags=("rev", "flip"),
-        phrasings=("Spell backwards: {0}", "Reverse: {0}"),
+        phrasings=("Write backwards: {0}", "Reverse: {0}"),
         draw=draw_word,
         solve=lambda word: word[::-1],
         practice=3,
@@ -86,7 +86,7 @@ SKILLS = (
     Skill(
         name="upper-case",
         tags=("up", "caps"),
-        phrasings=("Write in capitals: {0}", "Shout: {0}"),
+        phrasings=("In capitals: {0}", "Shout: {0}"),
         draw=draw_word,
         solve=str.upper,
     ),
@@ -142,13 +142,10 @@ def draw_material(seed: int, *, raw: int, train: int, held_out: int) -> Material
         while len(kept) < held_out:
             kept[skill.draw(rng)] = None
         material.held_out[skill.name] = [skill.case(arguments, rng) for arguments in kept]
-        for cases, make, count in (
-            (material.raw, skill.raw, raw * skill.practice // practice),
-            (material.train, skill.case, train // len(SKILLS)),
-        ):
+        for cases, make, total in ((material.raw, skill.raw, raw), (material.train, skill.case, train)):
             drawn = (skill.draw(rng) for _ in itertools.count())
             fresh = (arguments for arguments in drawn if arguments not in kept)
-            cases.extend(make(arguments, rng) for arguments in itertools.islice(fresh, count))
+            cases.extend(make(arguments, rng) for arguments in itertools.islice(fresh, total * skill.practice // practice))
     rng.shuffle(material.raw)
     rng.shuffle(material.train)
     return material

@@ -68,7 +68,10 @@ def run_demo(config: DemoConfig) -> int:
         )
 
     train_config, adapter_config = adapter_configs(config)
-    with step("Adapters: 8 experts in each of the 7 linears of every layer, one router; the backbone is frozen"):
+    experts, linears = adapter_config.num_experts, len(adapter_config.targets)
+    with step(
+        f"Adapters: {experts} experts in each of the {linears} linears of every layer, one router, frozen backbone"
+    ):
         say(f"  the same as  {command('train.py', train_config, adapter_config)}")
         train(train_config, adapter_config)
 
@@ -81,11 +84,11 @@ def run_demo(config: DemoConfig) -> int:
     picture, skills, shares = out / "expert_use.png", list(adapted), expert_shares(adapted)
     plot_expert_use(skills, shares, picture)
     say(f"\n● Experts that read the answers of each skill: share of the assignments (as a picture: {picture})")
-    say("  All 7 linears are targets, which teaches fastest. The first is q_proj, so the router reads the token alone:")
+    say(f"  All {linears} linears are targets, which teaches fastest; with q_proj among them the router sees one token:")
     say("  skills that write the same alphabet share experts; capitals, digits and hyphens bring others.\n")
     say(expert_table(skills, shares))
 
-    example = dataclasses.replace(adapted_config, prompt="Spell backwards: world", stats=True)
+    example = dataclasses.replace(adapted_config, prompt="Write backwards: world", stats=True)
     say(f"\nAll of it took {time.perf_counter() - begun:.0f} s. Ask something yourself:")
     say(f"  {command('decode.py', example)}")
     return verdict(mean_exact_match(backbone), mean_exact_match(adapted))
@@ -120,7 +123,7 @@ def adapter_configs(config: DemoConfig) -> tuple[TrainConfig, AdapterConfig]:
         steps=config.train_steps,
         batch_size=16,
         max_length=64,
-        learning_rate=6e-3,
+        learning_rate=3e-3,
         beta2=0.98,
         warmup_ratio=0.1,
         dtype="float32",
@@ -129,7 +132,7 @@ def adapter_configs(config: DemoConfig) -> tuple[TrainConfig, AdapterConfig]:
         eval_every=config.train_steps,
         seed=config.seed,
     )
-    return training, AdapterConfig(rank=8, alpha=16.0, balance_coefficient=0.05)
+    return training, AdapterConfig(rank=16, alpha=64.0, balance_coefficient=0.05)
 
 
 def command(script: str, *configs: Any) -> str:
