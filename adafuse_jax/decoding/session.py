@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import jax.numpy as jnp
 import numpy as np
 
 from adafuse_jax import runtime
@@ -21,7 +22,8 @@ from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.sampling import Sampling
 from adafuse_jax.decoding.stream import TextStream
 from adafuse_jax.errors import UserError
-from adafuse_jax.interop.huggingface import backbone_identity, load_backbone, model_directory
+from adafuse_jax.interop.hf_config import read_model_config
+from adafuse_jax.interop.huggingface import backbone_identity, load_backbone, model_directory, storage_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +31,8 @@ class Completion:
     """The answer to one prompt. `finish_reason` is `stop` (end token or stop string) or `length`.
 
     `token_ids` leaves out the end token; `experts_used` counts, per expert, the tokens read with it, or is None without
-    an adapter; `ms_per_token` is the mean over the tokens after the first, which prefill makes in `prefill_ms`.
+    an adapter; `ms_per_token` is the mean over the tokens after the first, which prefill makes in `prefill_ms` (with
+    compilation, where a chunk length is new).
     """
 
     text: str
@@ -48,14 +51,18 @@ class Session:
         directory = model_directory(config.model)
         self.config = config
         self.tokenizer = load_tokenizer(directory)
-        # The adapter's files are checked before the large ones are read.
-        identity = backbone_identity(directory) if config.adapter else ""
-        model = load_backbone(directory, config.dtype)
-        if model.dtype == "float32":
+        dtype = config.dtype or storage_dtype(directory)
+        if dtype == "float32":
             runtime.exact_float32()
         adapter = None
-        if config.adapter:
-            adapter = load_adapter(config.adapter, model.config, backbone_identity=identity, dtype=model.dtype)
+        if config.adapter:  # before the backbone: a mistake here shows before the large files are read
+            adapter = load_adapter(
+                config.adapter,
+                read_model_config(directory),
+                backbone_identity=backbone_identity(directory),
+                dtype=jnp.dtype(dtype),
+            )
+        model = load_backbone(directory, dtype)
         eos_ids = {*model.config.eos_token_ids, *stop_tokens(self.tokenizer)}
         self.engine = Engine(model, adapter, eos_ids=sorted(eos_ids))
         self.num_experts = adapter.config.num_experts if adapter else 0
