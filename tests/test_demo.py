@@ -13,6 +13,7 @@ import pytest
 
 from adafuse_jax.cli import parse_flags
 from adafuse_jax.configs import AdapterConfig, DecodeConfig, TrainConfig
+from adafuse_jax.data.examples import Chat
 from adafuse_jax.data.sources import DatasetSpec, load_examples
 from adafuse_jax.demo.answers import Answers
 from adafuse_jax.demo.config import DemoConfig
@@ -49,7 +50,7 @@ def expected(skill: str, given: str) -> str:
 
 @pytest.fixture(scope="module")
 def material():
-    return draw_material(0, raw=3000, train=600, held_out=40)
+    return draw_material(0, raw=3000, train=550, held_out=40)
 
 
 class TestMaterial:
@@ -62,7 +63,7 @@ class TestMaterial:
         assert list(material.held_out) == [skill.name for skill in SKILLS]
         assert {len(cases) for cases in material.held_out.values()} == {40}
         names = [case.skill for case in material.train]
-        assert {name: names.count(name) for name in set(names)} == {skill.name: 100 for skill in SKILLS}
+        assert {name: names.count(name) for name in set(names)} == {s.name: 50 * s.practice for s in SKILLS}
         assert len(set(names[:60])) == len(SKILLS)
         assert 2900 <= len(material.raw) <= 3000
 
@@ -83,8 +84,8 @@ class TestMaterial:
         assert not tags & phrasings
 
     def test_is_a_function_of_the_seed(self, material):
-        assert draw_material(0, raw=3000, train=600, held_out=40) == material
-        assert draw_material(1, raw=3000, train=600, held_out=40) != material
+        assert draw_material(0, raw=3000, train=550, held_out=40) == material
+        assert draw_material(1, raw=3000, train=550, held_out=40) != material
 
 
 class TestOutputDirectory:
@@ -134,14 +135,8 @@ class TestReport:
         table = answers_table(answers, answers).splitlines()
         assert table[2].split() == ["a", "A:", "x", "1", "1", "50%", "50%"]
         assert len({len(line) for line in table}) == 1
-        assert expert_table(["a"], expert_shares(answers)).splitlines()[1].split() == [
-            "a",
-            "██",
-            "75%",
-            "▓▓",
-            "25%",
-            "0%",
-        ]
+        row = expert_table(["a"], expert_shares(answers)).splitlines()[1]
+        assert row.split() == ["a", "██", "75%", "▓▓", "25%", "0%"]
 
     @pytest.mark.parametrize(
         ("backbone", "adapted", "code"), [(0.1, 0.9, 0), (0.11, 1.0, 1), (0.0, 0.89, 1), (0.5, 0.5, 1)]
@@ -164,7 +159,7 @@ def test_printed_commands_give_the_same_configs():
 def finished(tmp_path_factory):
     """A demo of a few steps, run as its user runs it, and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
-    flags = ["--pretrain-steps", "20", "--train-steps", "3", "--train-prompts", "60", "--held-out-prompts", "2"]
+    flags = ["--pretrain-steps", "20", "--train-steps", "3", "--train-prompts", "66", "--held-out-prompts", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "adafuse_jax.demo", *flags],
@@ -195,8 +190,9 @@ class TestTinyDemo:
     def test_data_is_read_by_the_package(self, finished):
         folder, _ = finished
         examples = load_examples(DatasetSpec.parse(str(folder / "demo/data/train.jsonl")))
-        assert len(examples) == 60
+        assert len(examples) == 66
         for example in examples:
+            assert isinstance(example, Chat)
             question, answer = (message.content for message in example.messages)
             assert any(
                 answer == expected(skill.name, argument(question))

@@ -63,8 +63,8 @@ def expert_shares(adapted: Mapping[str, Answers]) -> Float[np.ndarray, "skills E
 
 
 def expert_table(skills: list[str], shares: Float[np.ndarray, "skills E"]) -> str:
-    width = max(map(len, skills))
-    lines = ["  " + "expert".ljust(width) + "".join(f"{e:>8}" for e in range(shares.shape[1]))]
+    width = max(len(name) for name in (*skills, "expert")) + 1
+    lines = ["  " + "expert".ljust(width) + "".join(f"{e:>7} " for e in range(shares.shape[1]))]
     for skill, row in zip(skills, shares, strict=True):
         cells = (f"{SHADES[min(int(x / SHADE_STEP), len(SHADES) - 1)] * 2} {x:>4.0%} " for x in row)
         lines.append("  " + skill.ljust(width) + "".join(cells))

@@ -145,7 +145,8 @@ def draw_material(seed: int, *, raw: int, train: int, held_out: int) -> Material
         for cases, make, total in ((material.raw, skill.raw, raw), (material.train, skill.case, train)):
             drawn = (skill.draw(rng) for _ in itertools.count())
             fresh = (arguments for arguments in drawn if arguments not in kept)
-            cases.extend(make(arguments, rng) for arguments in itertools.islice(fresh, total * skill.practice // practice))
+            share = itertools.islice(fresh, total * skill.practice // practice)
+            cases.extend(make(arguments, rng) for arguments in share)
     rng.shuffle(material.raw)
     rng.shuffle(material.train)
     return material

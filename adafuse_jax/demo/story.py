@@ -84,7 +84,7 @@ def run_demo(config: DemoConfig) -> int:
     picture, skills, shares = out / "expert_use.png", list(adapted), expert_shares(adapted)
     plot_expert_use(skills, shares, picture)
     say(f"\n● Experts that read the answers of each skill: share of the assignments (as a picture: {picture})")
-    say(f"  All {linears} linears are targets, which teaches fastest; with q_proj among them the router sees one token:")
+    say(f"  All {linears} linears are targets, which teaches fastest. With q_proj the router sees one token at a time:")
     say("  skills that write the same alphabet share experts; capitals, digits and hyphens bring others.\n")
     say(expert_table(skills, shares))
 
