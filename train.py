@@ -12,8 +12,6 @@ from adafuse_jax.cli import parse_flags
 from adafuse_jax.configs import AdapterConfig, TrainConfig
 from adafuse_jax.errors import run_cli
 
-SIGTERM_EXIT_CODE = 143
-
 
 def main(argv: Sequence[str]) -> int:
     config, adapter_config = parse_flags(__doc__, (TrainConfig, AdapterConfig), argv)
@@ -24,8 +22,9 @@ def main(argv: Sequence[str]) -> int:
         with runtime.memory_errors_told("lower --batch-size, --max-length, --rank or --num-experts"):
             summary = train(config, adapter_config)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return SIGTERM_EXIT_CODE
+        message, signal_number = stopped.args
+        print(message, file=sys.stderr)
+        return 128 + signal_number
     print(json.dumps(summary, indent=2))
     return 0
 

@@ -202,7 +202,7 @@ class DecodeConfig:
     prompts_file: str | None = flag(
         "prompts, one a line: text, or JSON with a 'prompt' or 'messages' (.jsonl)", None, "FILE"
     )
-    chat: bool = flag("talk to the model; the conversation and its cache are kept", False)
+    chat: bool = flag("talk to the model; the conversation and its cache are kept until a line says /new", False)
     system: str | None = flag("system message put before the prompt", None, "TEXT")
     raw: bool = flag("give the prompt to the model as it is, without the chat template", False)
     max_new_tokens: int = flag("tokens to generate, at most", 256)
@@ -233,4 +233,6 @@ class DecodeConfig:
             if getattr(self, n) not in (None, False)
         ]
         require(len(given) <= 1, f"{' and '.join(given)} exclude each other; give one of them")
+        require(not (self.raw and self.chat), "--raw and --chat exclude each other; give one of them")
+        require(not (self.raw and self.system), "--raw leaves no place for --system; write it into the prompt")
         require(not (self.json and self.chat), "--json and --chat exclude each other; give one of them")

@@ -68,3 +68,11 @@ def exact_float32() -> None:
     import jax
 
     jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def peak_device_gib() -> float | None:
+    """The most memory this process has had in use on its first device, in GiB; None where the device does not tell."""
+    import jax
+
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return None if peak is None else round(peak / 2**30, 3)

@@ -78,6 +78,8 @@ def main() -> None:
     shutil.copyfile(arguments.work / f"final-{first}" / "training.png", arguments.out / "openbookqa.png")
     shutil.copyfile(arguments.work / f"final-{first}" / "metrics.jsonl", arguments.out / "openbookqa_metrics.jsonl")
     result = {
+        "command": "python -m benchmarks.openbookqa " + " ".join(sys.argv[1:]),
+        "final_command": "python train.py " + " ".join(final(first)),
         "train_flags": " ".join(common[2:]),
         "grid_on_held_out_training_questions": {str(lr): value for lr, value in grid.items()},
         "learning_rate": best,

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from goldens.tiny_models import CASES, write_model_dir
@@ -17,6 +18,7 @@ from adafuse_jax.data.examples import Message
 from adafuse_jax.decoding import engine as engine_module
 from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.sampling import Sampling
+from adafuse_jax.model.cache import KVCache
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -101,6 +103,58 @@ class TestPrefill:
             generate(engine, prompt_of(model, length), n=4)
         assert (engine_module._prefill_chunk._cache_size(), engine_module.decode_step._cache_size()) == programs
 
+    def test_programs_are_as_many_as_buckets(self, models):  # noqa: F811
+        """Prompts of 1 … 110 tokens: one step for each cache size, one prefill for each pair of sizes that occurs."""
+        model = models("qwen3")
+        engine = Engine(model, eos_ids=())
+        before = engine_module._prefill_chunk._cache_size(), engine_module.decode_step._cache_size()
+        context, pairs, sizes = model.config.max_position_embeddings, set(), set()
+        for length in (1, 16, 17, 40, 64, 65, 90, 110):
+            generate(engine, prompt_of(model, length), n=3)
+            slots = engine_module._bucket(min(length + 3, context), engine_module.MIN_SLOTS)
+            sizes.add(slots)
+            pairs |= {(slots, chunk) for chunk in engine_module._chunks(length)}
+        after = engine_module._prefill_chunk._cache_size(), engine_module.decode_step._cache_size()
+        assert (after[0] - before[0], after[1] - before[1]) == (len(pairs), len(sizes))
+
+
+class TestLogits:
+    @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 6e-2)])
+    @pytest.mark.parametrize("targets", [POSITIONS["attention"], POSITIONS["ffn"]], ids=["attention", "ffn"])
+    def test_prefill_and_steps_equal_the_full_forward(self, targets, dtype, tolerance, tmp_path):
+        """Logits of every position, through the cache, over the std of exact ones."""
+        write_model_dir(CASES["mistral_window"], tmp_path)
+        exact, model = load_backbone(tmp_path, "float32"), load_backbone(tmp_path, dtype)
+        adapter = random_adapter(model.config, targets=targets)
+        tokens = jnp.array([prompt_of(model, 40)])
+        wanted = np.asarray(exact(tokens, adapter=adapter).logits[0])
+        cache = KVCache.empty(model.config, 1, 64, model.dtype)
+        step = jax.jit(
+            lambda tokens, positions, cache: model(tokens, adapter=adapter, positions=positions, cache=cache)
+        )
+        found = []
+        for start, stop in [(0, 24), *((i, i + 1) for i in range(24, 40))]:
+            out = step(tokens[:, start:stop], jnp.arange(start, stop)[None], cache)
+            cache = out.cache
+            found.append(np.asarray(out.logits[0]))
+        difference = np.abs(np.concatenate(found) - wanted) / wanted.std()
+        assert np.median(difference) < tolerance / 4
+        assert np.quantile(difference, 0.99) < tolerance
+
+
+class TestNotFinite:
+    @pytest.mark.parametrize("when", [0, 3])
+    def test_is_told_whenever_it_happens(self, models, when):  # noqa: F811
+        """NaN in the embedding of a token that only the answer holds, or of one in the prompt."""
+        model = models("llama_mha")
+        prompt = prompt_of(model, 5)
+        answer = generate(Engine(model, eos_ids=()), prompt, n=8)[0]
+        spoiled = prompt[2] if when == 0 else next(t for t in answer if t not in prompt)
+        broken = jax.tree.map(lambda x: x, model)
+        broken.embed_tokens[...] = model.embed_tokens[...].at[spoiled].set(jnp.nan)
+        with pytest.raises(UserError, match="not finite"):
+            generate(Engine(broken, eos_ids=()), prompt, n=8)
+
 
 class TestRows:
     def test_rows_of_different_lengths_equal_each_alone(self, models):  # noqa: F811
@@ -136,11 +190,14 @@ class TestConversation:
         second = [*first, *answer, *prompt_of(model, 7, seed=1)]
         seen = []
         prefill = Engine._prefill
-        monkeypatch.setattr(
-            Engine, "_prefill", lambda self, s, p, *a: seen.extend(map(len, p)) or prefill(self, s, p, *a)
-        )
+
+        def spy(self, state, prompts, *args, **options):
+            seen.extend(map(len, prompts))
+            return prefill(self, state, prompts, *args, **options)
+
+        monkeypatch.setattr(Engine, "_prefill", spy)
         kept = generate(engine, second, n=8, keep_cache=True)
-        assert seen == [len(second) - len(first) - 7]  # the last token of the answer was never read
+        assert max(seen) == len(second) - len(first) - 7  # the last token of the answer was never read
         assert kept == generate(fresh, second, n=8)
 
     def test_another_conversation_begins_anew(self, models):  # noqa: F811

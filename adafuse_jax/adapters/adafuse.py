@@ -57,7 +57,7 @@ class AdaFuse(nnx.Module):
         )
 
     def hook(
-        self, experts: nnx.Dict, layer: Int[Array, ""], routing: Routing, key: Key[Array, ""] | None
+        self, experts: nnx.Dict, layer: int | Int[Array, ""], routing: Routing, key: Key[Array, ""] | None
     ) -> AdaFuseLayer:
         return AdaFuseLayer(self, experts, layer, routing, key)
 
@@ -66,7 +66,12 @@ class AdaFuseLayer:
     """The hook of one layer: layer 0 routes at the first target, every layer adds its chosen experts."""
 
     def __init__(
-        self, adapter: AdaFuse, experts: nnx.Dict, layer: Int[Array, ""], routing: Routing, key: Key[Array, ""] | None
+        self,
+        adapter: AdaFuse,
+        experts: nnx.Dict,
+        layer: int | Int[Array, ""],
+        routing: Routing,
+        key: Key[Array, ""] | None,
     ):
         self.adapter, self.experts, self.layer, self.routing, self.key = adapter, experts, layer, routing, key
 
@@ -74,11 +79,18 @@ class AdaFuseLayer:
         if name not in self.experts:
             return y
         if name == self.adapter.first_target:
-            self.routing = jax.lax.cond(
-                self.layer == 0, lambda x, _: self.adapter.router(x), lambda _, routing: routing, x, self.routing
-            )
+            self._route(x)
         dropout = self.adapter.config.dropout
         if self.key is not None and dropout > 0:
             keep = jax.random.bernoulli(jax.random.fold_in(self.key, LINEARS.index(name)), 1 - dropout, x.shape)
             x = jnp.where(keep, x / (1 - dropout), 0).astype(x.dtype)
         return y + self.experts[name](x, self.routing)
+
+    def _route(self, x: Array) -> None:
+        """Layer 0 asks the router; the layers after it keep the answer."""
+        if isinstance(self.layer, int):
+            self.routing = self.adapter.router(x) if self.layer == 0 else self.routing
+        else:
+            self.routing = jax.lax.cond(
+                self.layer == 0, lambda x, _: self.adapter.router(x), lambda _, routing: routing, x, self.routing
+            )

@@ -23,6 +23,7 @@ class Adapter(Protocol):
     def initial_routing(self, batch: int, length: int) -> Any:
         """The routing before layer 0, for tokens [B, T]."""
 
-    def hook(self, experts: Any, layer: Int[Array, ""], routing: Any, key: Key[Array, ""] | None) -> LayerHook:
-        """The hook of one layer: `experts` is that layer's slice, `routing` what the layer before left, `key` the
+    def hook(self, experts: Any, layer: int | Int[Array, ""], routing: Any, key: Key[Array, ""] | None) -> LayerHook:
+        """The hook of one layer: `experts` is that layer's slice, `layer` its index (an int where the
+        layers are unrolled), `routing` what the layer before left, `key` the
         randomness of its dropout (None: no dropout)."""

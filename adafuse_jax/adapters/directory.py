@@ -29,7 +29,8 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def save_adapter(adapter: AdaFuse, out: Path, *, backbone_name: str, backbone_identity: str) -> None:
-    """Write `adapter` to the directory `out`, replacing an adapter that is there; it appears complete or not at all."""
+    """Write `adapter` to the directory `out`, replacing an adapter that is there. At any moment a complete one
+    exists under its name, or as `.old` or `.partial` beside it."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -40,8 +41,12 @@ def save_adapter(adapter: AdaFuse, out: Path, *, backbone_name: str, backbone_id
     (partial / CONFIG_FILE).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     tensors = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(adapter))}
     save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "adafuse-jax"})
-    shutil.rmtree(out, ignore_errors=True)
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
     partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_adapter_config(directory: Path) -> tuple[AdapterConfig, dict[str, Any]]:

@@ -55,7 +55,7 @@ class Router(nnx.Module):
 
 
 def balance_loss(routing: Routing, mask: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """Switch-style load balance E · Σ_e f_e · P_e over the tokens of `mask`: 1 when balanced, up to E when collapsed.
+    """Switch-style load balance E · Σ_e f_e · P_e over the tokens of `mask`: 1 when balanced, E/k when collapsed.
 
     f_e is expert e's share of the top-k assignments, P_e its mean probability over all E logits.
     """
@@ -73,7 +73,7 @@ def expert_load(routing: Routing, mask: Bool[Array, "B T"]) -> tuple[Float[Array
 
 
 def router_statistics(routing: Routing, mask: Bool[Array, "B T"]) -> dict[str, Array]:
-    """Load per expert [E], entropy of the mean router distribution per token in nats, and share of tokens per pair [E, E].
+    """Load per expert [E], mean entropy of the tokens' router distributions in nats, and share of tokens per pair [E, E].
 
     `pair[a, b]` is the share of tokens that use both a and b (a ≠ b); its diagonal is the share that use a at all.
     """

@@ -4,7 +4,8 @@
               own gates; then samples the first token
     step      token → gates → adapted backbone → next token; cache, position and gates are updated in place
 
-No program depends on the prompt's length: a new length never recompiles.
+Programs depend on a few chunk lengths and cache sizes (powers of two), not on the prompt's length: a new length compiles
+nothing, unless it is the first to need a larger cache.
 """
 
 from __future__ import annotations
@@ -64,6 +65,12 @@ def _bucket(length: int, smallest: int) -> int:
     return max(smallest, 1 << (length - 1).bit_length())
 
 
+def _chunks(length: int) -> list[int]:
+    """Chunk lengths that hold a prompt: the largest as often as it is filled, then the smallest for the rest."""
+    whole, rest = divmod(length, CHUNKS[-1])
+    return [CHUNKS[-1]] * whole + [next(c for c in CHUNKS if c >= rest)] * (rest > 0)
+
+
 @partial(jax.jit, static_argnames="pad_id", donate_argnames=("state", "logits"))
 def _prefill_chunk(
     model: Backbone,
@@ -93,10 +100,12 @@ def _prefill_chunk(
 def _choose(
     state: DecodeState, logits: Array, sampling: Sampling, eos_ids: tuple[int, ...], pad_id: int
 ) -> DecodeState:
+    """Sample the next token of every row that has not ended. Logits that are not finite give the token NOT_FINITE."""
     key, draw = jax.random.split(state.key)
-    token = jnp.where(state.done, pad_id, sample(logits, sampling, draw, state.seen))
+    token = jnp.where(jnp.isfinite(logits).all(axis=-1), sample(logits, sampling, draw, state.seen), NOT_FINITE)
+    token = jnp.where(state.done, pad_id, token)
     done = state.done | jnp.isin(token, jnp.array(eos_ids, jnp.int32))
-    seen = None if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True)
+    seen = None if state.seen is None else state.seen.at[jnp.arange(len(token)), jnp.maximum(token, 0)].set(True)
     return replace(state, token=token, done=done, seen=seen, key=key)
 
 
@@ -104,10 +113,9 @@ def _choose(
 def _first_token(
     state: DecodeState, logits: Array, sampling: Sampling, eos_ids: tuple[int, ...], pad_id: int
 ) -> tuple[Any, DecodeState]:
-    """Sample after the prompt. A row whose logits are not all finite gives the token NOT_FINITE."""
+    """Sample after the prompt."""
     state = _choose(state, logits, sampling, eos_ids, pad_id)
-    token = jnp.where(jnp.isfinite(logits).all(axis=-1), state.token, NOT_FINITE)
-    return (token, state.done, None), state
+    return (state.token, state.done, None), state
 
 
 @partial(jax.jit, static_argnames=("eos_ids", "pad_id"), donate_argnames="state")
@@ -192,15 +200,15 @@ class Engine:
         state, cached = self._take_kept(prompts, slots, sampling) if keep_cache else (None, [0] * len(prompts))
         if state is None:
             state = self._empty_state(len(prompts), slots, sampling)
-        slots = state.cache.slots
+        rest = [p[c:] for p, c in zip(prompts, cached, strict=True)]
+        state = self._warm_up(state, max(map(len, rest)), sampling)
         state = replace(
             state, key=jax.random.key(seed), done=jnp.zeros(len(prompts), bool), position=jnp.array(cached, jnp.int32)
         )
-        self._warm_up(len(prompts), slots, sampling)
 
         emitted: list[list[int]] = [[] for _ in prompts]
         before = time.perf_counter()
-        output, state = self._prefill(state, [p[c:] for p, c in zip(prompts, cached, strict=True)], sampling)
+        output, state = self._prefill(state, rest, sampling)
         pending, issued = deque([output]), 1
         try:
             while pending:
@@ -211,7 +219,7 @@ class Engine:
                 ids, done, experts = jax.device_get(pending.popleft())
                 if (ids == NOT_FINITE).any():
                     raise UserError(
-                        "the logits after the prompt are not finite: the weights of --model or --adapter hold NaN or "
+                        "the logits are not finite: the weights of --model or --adapter hold NaN or "
                         "overflow; restore them, or try --dtype float32"
                     )
                 now = time.perf_counter()
@@ -252,21 +260,34 @@ class Engine:
             common.append(same)
         return replace(kept[0], seen=None, cache=kept[0].cache.grown(slots)), common
 
-    def _warm_up(self, batch: int, slots: int, sampling: Sampling) -> None:
-        """Compile the step for these shapes, so that the time of the tokens holds no compilation."""
-        shapes = (batch, slots, sampling.greedy, sampling.penalize)
-        if shapes not in self._warm:
-            jax.block_until_ready(self._step(self._empty_state(batch, slots, sampling), sampling))
-            self._warm.add(shapes)
+    def _warm_up(self, state: DecodeState, longest: int, sampling: Sampling) -> DecodeState:
+        """Compile what this generation needs, so that its times hold no compilation: one step, and a prefill without
+        tokens for each chunk length. All of it happens past the last slot, so nothing enters the cache."""
+        batch, slots = len(state.token), state.cache.slots
+        key = (batch, slots, sampling.greedy, sampling.penalize)
+        new = {(*key, size) for size in (0, *_chunks(longest))} - self._warm
+        if not new:
+            return state
+        for *_, size in sorted(new):
+            state = replace(state, position=jnp.full(batch, slots, jnp.int32))
+            if size:
+                _, state = self._prefill(state, [()] * batch, sampling, chunks=[size])
+            else:
+                _, state = self._step(state, sampling)
+        self._warm |= new
+        if state.seen is not None:
+            state = replace(state, seen=jnp.zeros_like(state.seen))
+        return jax.block_until_ready(state)
 
     def _step(self, state: DecodeState, sampling: Sampling) -> tuple[Any, DecodeState]:
         return decode_step(self.model, self.adapter, state, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id)
 
-    def _prefill(self, state: DecodeState, prompts: list[Sequence[int]], sampling: Sampling) -> tuple[Any, DecodeState]:
+    def _prefill(
+        self, state: DecodeState, prompts: Sequence[Sequence[int]], sampling: Sampling, chunks: Sequence[int] | None = None
+    ) -> tuple[Any, DecodeState]:
         logits = jnp.zeros((len(prompts), self.model.config.vocab_size), jnp.float32)
-        start, longest = 0, max(map(len, prompts))
-        while start < longest:
-            size = next((c for c in CHUNKS if c >= longest - start), CHUNKS[-1])
+        start = 0
+        for size in _chunks(max(map(len, prompts))) if chunks is None else chunks:
             tokens = np.zeros((len(prompts), size), np.int32)
             lengths = np.array([min(max(len(p) - start, 0), size) for p in prompts], np.int32)
             for row, prompt, n in zip(tokens, prompts, lengths, strict=True):

@@ -25,14 +25,17 @@ from adafuse_jax.errors import UserError
 from adafuse_jax.interop.hf_config import read_model_config
 from adafuse_jax.interop.huggingface import backbone_identity, load_backbone, model_directory, storage_dtype
 
+NEW_CONVERSATION = "/new"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """The answer to one prompt. `finish_reason` is `stop` (end token or stop string) or `length`.
 
-    `token_ids` leaves out the end token; `experts_used` counts, per expert, the tokens read with it, or is None without
-    an adapter; `ms_per_token` is the mean over the tokens after the first, which prefill makes in `prefill_ms` (with
-    compilation, where a chunk length is new).
+    `token_ids` leaves out the end token, and holds those of a stop string. `ms_per_token` is the mean over the tokens
+    after the first, which prefill makes in `prefill_ms`; None if there is no other. Neither holds compilation.
+    `experts_used` counts, per expert, the tokens read with it; None without an adapter. `peak_device_gib` is the
+    process's peak so far; None where the device does not tell.
     """
 
     text: str
@@ -40,8 +43,9 @@ class Completion:
     finish_reason: str
     prompt_tokens: int
     prefill_ms: float
-    ms_per_token: float
+    ms_per_token: float | None
     experts_used: list[int] | None
+    peak_device_gib: float | None
 
 
 class Session:
@@ -80,8 +84,8 @@ class Session:
         an assistant's turn; a text for a bare model without a chat template, or with `--raw`, is continued as it is.
         """
         if isinstance(prompt, str):
-            templated = self.tokenizer.chat_template is not None or self.engine.adapter is not None
-            if self.config.raw or not templated:
+            trained_on_one = self.engine.adapter is not None or self.tokenizer.chat_template is not None
+            if self.config.raw or not (trained_on_one or self.config.system):
                 return list(self.tokenizer(prompt)["input_ids"]) or self._begin()
             prompt = [Message("user", prompt)]
         if self.config.system is not None and prompt[0].role != "system":
@@ -125,8 +129,9 @@ class Session:
             finish_reason=finish_reason,
             prompt_tokens=len(ids),
             prefill_ms=round(1e3 * seconds[0], 3),
-            ms_per_token=round(1e3 * float(np.mean(seconds[1:] or seconds)), 3),
+            ms_per_token=round(1e3 * float(np.mean(seconds[1:])), 3) if len(seconds) > 1 else None,
             experts_used=experts_used.tolist() if self.num_experts else None,
+            peak_device_gib=runtime.peak_device_gib(),
         )
 
 
@@ -136,7 +141,7 @@ def read_prompts(path: Path) -> list[str | list[Message]]:
     Raises `UserError` for a file that cannot be read, is not UTF-8, or has no prompt; and for a bad line, by number.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts-file {path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
@@ -144,9 +149,8 @@ def read_prompts(path: Path) -> list[str | list[Message]]:
     prompts = []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            prompts.append(
-                _json_prompt(line, f"--prompts-file {path}, line {number}") if path.suffix == ".jsonl" else line
-            )
+            is_json, where = path.suffix == ".jsonl", f"--prompts-file {path}, line {number}"
+            prompts.append(_json_prompt(line, where) if is_json else line.rstrip("\r"))
     if not prompts:
         raise UserError(f"--prompts-file {path}: has no prompt; write one a line")
     return prompts
@@ -155,7 +159,7 @@ def read_prompts(path: Path) -> list[str | list[Message]]:
 def _json_prompt(line: str, where: str) -> str | list[Message]:
     try:
         table: Any = json.loads(line)
-        if isinstance(table.get("prompt"), str):
+        if isinstance(table, dict) and isinstance(table.get("prompt"), str):
             require_text(where, table["prompt"])
             return table["prompt"]
         messages = [Message(m["role"], m["content"]) for m in table["messages"]]
@@ -182,7 +186,7 @@ def decode(config: DecodeConfig) -> None:
         _chat(session)
         return
     several = prompts is None or len(prompts) > 1
-    for prompt in prompts if prompts is not None else _stdin_lines():
+    for prompt in prompts if prompts is not None else _stdin_lines("prompt> "):
         shown = prompt if isinstance(prompt, str) else prompt[-1].content
         if config.json:
             completion = session.answer(prompt)
@@ -200,12 +204,15 @@ def _chat(session: Session) -> None:
     """Read the user's turns from stdin until its end; every answer continues the conversation and its cache."""
     messages: list[Message] = []
     for line in _stdin_lines("you> "):
+        if line.strip() == NEW_CONVERSATION:
+            messages.clear()
+            continue
         messages.append(Message("user", line))
         try:
             completion = session.answer(messages, emit=_print_piece, keep_cache=True)
         except UserError as error:
             messages.pop()
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}, or begin anew with {NEW_CONVERSATION}", file=sys.stderr)
             continue
         print(flush=True)
         if session.config.stats:
@@ -227,7 +234,7 @@ def _stdin_lines(ask: str = "") -> Iterator[str]:
         if not line:
             return
         if line.strip():
-            yield line.rstrip("\n")
+            yield line.rstrip("\r\n")
 
 
 def _print_piece(text: str) -> None:
@@ -239,10 +246,10 @@ def _as_json(completion: Completion) -> dict[str, Any]:
 
 
 def _stats_line(completion: Completion) -> str:
-    line = (
-        f"[{completion.prompt_tokens} prompt tokens in {completion.prefill_ms:.1f} ms, {len(completion.token_ids)} tokens, "
-        f"{completion.ms_per_token:.2f} ms/token, {1e3 / completion.ms_per_token:.1f} tokens/s, {completion.finish_reason}]"
-    )
+    line = f"[{completion.prompt_tokens} prompt tokens in {completion.prefill_ms:.1f} ms, {len(completion.token_ids)} tokens"
+    if completion.ms_per_token is not None:
+        line += f", {completion.ms_per_token:.2f} ms/token, {1e3 / completion.ms_per_token:.1f} tokens/s"
+    line += f", {completion.finish_reason}]"
     used = completion.experts_used
     if used and sum(used):
         line += " experts: " + " ".join(f"{e}:{n / sum(used):.0%}" for e, n in enumerate(used))

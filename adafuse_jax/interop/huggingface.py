@@ -49,7 +49,7 @@ def model_directory(path_or_id: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt"]
+        patterns = ["*.json", "model*.safetensors", "tokenizer*", "*.jinja", "merges.txt"]
         return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
@@ -109,7 +109,7 @@ class Tensors:
             with _readable(self.directory, name):
                 rows = self._open[name].get_slice(name)
                 digest.update(f"{name} {rows.get_dtype()} {self.shapes[name]}".encode())
-                count = self.shapes[name][0]
+                count = self.shapes[name][0] if self.shapes[name] else 0
                 for i in np.linspace(0, count - 1, num=min(8, count), dtype=int):
                     digest.update(np.ascontiguousarray(rows[int(i) : int(i) + 1]).tobytes())
         return digest.hexdigest()

@@ -42,13 +42,14 @@ class Visibility:
         return seen if self.allowed is None else seen & self.allowed
 
 
-def flash_attention_fits(q: Float[Array, "B T N H"]) -> bool:
-    """Whether cuDNN's fused attention takes these queries: 16-bit, on a CUDA GPU, several of them (a single one is a
-    matrix-vector product, which it does not help), head_dim a multiple of 8 up to 128."""
+def flash_attention_fits(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> bool:
+    """Whether cuDNN's fused attention takes these: on a CUDA GPU, 16-bit, T and S even, H a multiple of 8 up to 128.
+
+    A single query, odd, is a matrix-vector product, which it would not help.
+    """
     sixteen_bit = q.dtype in (jnp.bfloat16, jnp.float16)
-    return (
-        jax.default_backend() == "gpu" and sixteen_bit and q.shape[1] > 1 and q.shape[3] % 8 == 0 and q.shape[3] <= 128
-    )
+    even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
+    return jax.default_backend() == "gpu" and sixteen_bit and even and q.shape[3] % 8 == 0 and q.shape[3] <= 128
 
 
 def attention(
@@ -60,5 +61,5 @@ def attention(
     it without the [B, N, T, S] scores; elsewhere XLA does.
     """
     mask = jnp.broadcast_to(mask[:, None], (q.shape[0], 1, q.shape[1], k.shape[1]))
-    implementation: Literal["cudnn", "xla"] = "cudnn" if flash_attention_fits(q) else "xla"
+    implementation: Literal["cudnn", "xla"] = "cudnn" if flash_attention_fits(q, k) else "xla"
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)

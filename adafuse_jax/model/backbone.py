@@ -165,10 +165,14 @@ class Backbone(nnx.Module):
         x = self.embed_tokens[...][tokens]  # [B, T, D]
         routing = None if adapter is None else adapter.initial_routing(tokens.shape[0], tokens.shape[1])
         experts = None if adapter is None else adapter.experts
-        (x, cache, routing), _ = jax.lax.scan(
-            jax.checkpoint(run_layer, prevent_cse=False) if remat else run_layer,
-            (x, cache, routing),
-            (self.layers, experts, jnp.arange(config.num_layers), windows),
-            unroll=config.num_layers if unroll else 1,
-        )
+        carry, stacked = (x, cache, routing), (self.layers, experts, windows)
+        if unroll:
+            for index in range(config.num_layers):
+                layer, its_experts, window = jax.tree.map(lambda leaf, at=index: leaf[at], stacked)
+                carry, _ = run_layer(carry, (layer, its_experts, index, window))
+        else:
+            layers, experts, windows = stacked
+            body = jax.checkpoint(run_layer, prevent_cse=False) if remat else run_layer
+            carry, _ = jax.lax.scan(body, carry, (layers, experts, jnp.arange(config.num_layers), windows))
+        x, cache, routing = carry
         return Output(self.norm(x), routing, cache)

@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from adafuse_jax.interop.huggingface import backbone_identity, load_backbone, mo
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.training.checkpoint import Checkpoints
 from adafuse_jax.training.prepare import Data, prepare_data
-from adafuse_jax.training.report import Report, plot_training
+from adafuse_jax.training.report import Report, plot_training, read_metrics
 from adafuse_jax.training.step import TrainState, learning_rate, make_optimizer, train_step
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ NOT_IDENTITY = (
 
 
 class Stopped(Exception):
-    """SIGTERM: the state is saved."""
+    """SIGTERM or Ctrl-C: the state is saved. The second argument is the signal's number."""
 
 
 def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
 
     Raises:
       UserError: bad input (nothing is written), a full disk, or a loss that is not finite.
-      Stopped: SIGTERM arrived; a checkpoint has been written.
+      Stopped: SIGTERM or Ctrl-C; a checkpoint has been written.
     """
     output = Path(config.output)
     _check_output(output, resume=config.resume)
@@ -77,6 +77,8 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
             f"--max-length {config.max_length} exceeds the {model_config.max_position_embeddings} positions of "
             f"{config.model}; lower it"
         )
+    if adapter_config.top_k == 1 and adapter_config.renormalize:
+        log.warning("--top-k 1: the gate is always 1, so only the balance loss trains the router; see --no-renormalize")
     data = prepare_data(config, load_tokenizer(directory))
     if data.largest_token >= model_config.vocab_size:
         raise UserError(
@@ -146,7 +148,7 @@ def _run(
 
     if step == 0:
         evaluate()  # B = 0, so this is the bare backbone
-    with _sigterm() as stop_asked:
+    with _stop_signals() as stop_asked:
         while step < steps:
             begun = time.perf_counter()
             batch = data.batches.at(step)
@@ -166,7 +168,9 @@ def _run(
                 checkpoints.save(state)
             if stop_asked() and not last:
                 checkpoints.wait()
-                raise Stopped(f"stopped at step {step} of {steps}, which is saved; continue with --resume")
+                raise Stopped(
+                    f"stopped at step {step} of {steps}, which is saved; continue with --resume", stop_asked()
+                )
     checkpoints.wait()
     return state, seconds
 
@@ -189,19 +193,21 @@ def _diverged(step: int, metrics: dict[str, Any], checkpoints: Checkpoints) -> s
 
 
 @contextmanager
-def _sigterm() -> Iterator[Any]:
-    """Within, SIGTERM only sets what the yielded function returns."""
-    asked = False
+def _stop_signals() -> Iterator[Callable[[], int]]:
+    """Within, SIGTERM and the first Ctrl-C only set what the yielded function returns: the signal's number, or 0."""
+    asked = 0
 
     def handler(signum: int, frame: Any) -> None:
         nonlocal asked
-        asked = True
+        asked = signum
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
 
-    previous = signal.signal(signal.SIGTERM, handler)
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, old in previous.items():
+            signal.signal(number, old)
 
 
 def _identity(config: TrainConfig, adapter: AdapterConfig, **more: Any) -> dict[str, Any]:
@@ -263,13 +269,9 @@ def _create_output(output: Path, config: TrainConfig, adapter: AdapterConfig) ->
 
 
 def _summary(output: Path, state: TrainState, seconds: float) -> dict[str, Any]:
-    from adafuse_jax.training.report import read_metrics
-
     lines = read_metrics(output / METRICS_FILE)
     held_out = [line for line in lines if "eval_loss" in line]
     speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
-    device = jax.local_devices()[0]
-    memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "steps": int(state.step),
         "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.adapter)),
@@ -277,7 +279,7 @@ def _summary(output: Path, state: TrainState, seconds: float) -> dict[str, Any]:
         "after": held_out[-1] if held_out else None,
         "median_tokens_per_second": float(np.median(speeds)),
         "seconds_in_steps": round(seconds, 2),
-        "peak_device_gib": None if memory is None else round(memory / 2**30, 3),
-        "device": device.device_kind,
+        "peak_device_gib": runtime.peak_device_gib(),
+        "device": jax.local_devices()[0].device_kind,
         "jax": jax.__version__,
     }

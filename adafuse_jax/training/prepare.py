@@ -27,7 +27,7 @@ class Data:
     batches: Batches
     held_out: HeldOut
     fingerprint: str
-    """SHA-256 of the packed rows: a resumed run must see the same."""
+    """SHA-256 of the packed rows and their weights: a resumed run must see the same."""
     largest_token: int
 
 
@@ -69,7 +69,7 @@ def prepare_data(config: TrainConfig, tokenizer: Any) -> Data:
     return Data(
         batches=batches,
         held_out=evaluation,
-        fingerprint=_fingerprint(rows),
+        fingerprint=_fingerprint(batches),
         largest_token=int(max(part.tokens.max() for part in parts)),
     )
 
@@ -89,6 +89,15 @@ def _pack(examples: list[Example], spec: DatasetSpec, tokenizer: Any, config: Tr
             "%s: %d of %d examples left out: their prompt alone fills --max-length %d",
             spec.source, dropped, len(examples), config.max_length,
         )  # fmt: skip
+    cut = sum(len(row.tokens) == config.max_length for row in encoded)
+    if cut:
+        log.warning(
+            "%s: %d of %d examples fill --max-length %d, where they are cut",
+            spec.source,
+            cut,
+            len(examples),
+            config.max_length,
+        )
     return pack(encoded, config.max_length, packing=config.packing)
 
 
@@ -96,7 +105,7 @@ def _held_out(examples: list[Example], tokenizer: Any, config: TrainConfig) -> H
     """At most `eval_examples` of the examples, evenly spaced so that every data set is represented."""
     count = min(len(examples), config.eval_examples)
     examples = [examples[i * len(examples) // count] for i in range(count)]
-    rows, _ = encode_all(examples, tokenizer, config.max_length)
+    rows, dropped = encode_all(examples, tokenizer, config.max_length)
     choices, answers = [], []
     for example in examples:
         if isinstance(example, MultipleChoice):
@@ -104,12 +113,19 @@ def _held_out(examples: list[Example], tokenizer: Any, config: TrainConfig) -> H
             if candidates is not None:
                 choices.append(candidates)
                 answers.append(example.answer)
+    dropped += sum(isinstance(example, MultipleChoice) for example in examples) - len(choices)
+    if dropped:
+        log.warning(
+            "held out: %d answers or questions do not fit --max-length %d and are not scored",
+            dropped,
+            config.max_length,
+        )
     return HeldOut(rows=rows, choices=choices, answers=answers)
 
 
-def _fingerprint(rows: list[Rows]) -> str:
-    digest = hashlib.sha256()
-    for packed in rows:
+def _fingerprint(batches: Batches) -> str:
+    digest = hashlib.sha256(repr((batches.weights, [rows.tokens.shape for rows in batches.rows])).encode())
+    for packed in batches.rows:
         digest.update(packed.tokens.tobytes())
         digest.update(packed.loss_mask.tobytes())
         digest.update(packed.segment_ids.tobytes())

@@ -35,8 +35,8 @@ class Report:
         self._bar.set_postfix(shown, refresh=False)
         if step % self.log_every == 0 or step == self.steps:
             self._write({"step": step, **metrics})
-            if self._bar.disable and (step % max(self.log_every, self.steps // 20) == 0 or step == self.steps):
-                print(f"step {step}/{self.steps} " + " ".join(f"{k}={v}" for k, v in shown.items()), file=sys.stderr)
+        if self._bar.disable and (step % max(1, self.steps // 20) == 0 or step == self.steps):
+            print(f"step {step}/{self.steps} " + " ".join(f"{k}={v}" for k, v in shown.items()), file=sys.stderr)
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self._write({"step": step, **metrics})

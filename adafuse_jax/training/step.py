@@ -95,13 +95,14 @@ def token_losses(
 def train_step(
     state: TrainState, model: Backbone, batch: Batch, *, optimizer: optax.GradientTransformation, remat: bool
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step over a batch of [A, B, T] arrays: gradients of all A micro-batches, normalised by all their targets.
+    """One step over a batch of [A, B, T] arrays: gradients of all A micro-batches, normalised by all their targets. Balance
+    loss and statistics are means over the micro-batches, weighted by their tokens.
 
     Returns the new state (the old one is donated) and the metrics of the step: `loss` (nats per target), `balance`,
     `grad_norm`, and the router's `load` [E], `entropy` and `pair` [E, E].
     """
     targets = jnp.maximum(batch.loss_mask[..., 1:].sum(), 1)
-    micro_batches = batch.tokens.shape[0]
+    tokens = jnp.maximum((batch.segment_ids > 0).sum(), 1)
     key, dropout_key = jax.random.split(state.key)
     config = state.adapter.config
 
@@ -116,8 +117,9 @@ def train_step(
         )
         real = micro.segment_ids > 0
         loss = token_losses(model, out.hidden, micro.tokens, micro.loss_mask).sum() / targets
-        balance = balance_loss(out.routing, real) / micro_batches
-        statistics = jax.tree.map(lambda x: x / micro_batches, router_statistics(out.routing, real))
+        share = real.sum() / tokens
+        balance = share * balance_loss(out.routing, real)
+        statistics = jax.tree.map(lambda x: share * x, router_statistics(out.routing, real))
         return loss + config.balance_coefficient * balance, {"loss": loss, "balance": balance, **statistics}
 
     def add_micro(total: tuple, inputs: tuple[Batch, Array]) -> tuple[tuple, None]:
@@ -129,7 +131,7 @@ def train_step(
         lambda x: jnp.zeros(x.shape, x.dtype),
         jax.eval_shape(jax.grad(micro_loss, has_aux=True), state.adapter, one, jnp.int32(0)),
     )
-    (grads, metrics), _ = jax.lax.scan(add_micro, zeros, (batch, jnp.arange(micro_batches)))
+    (grads, metrics), _ = jax.lax.scan(add_micro, zeros, (batch, jnp.arange(batch.tokens.shape[0])))
 
     updates, moments = optimizer.update(grads, state.moments, state.adapter)
     metrics["grad_norm"] = optax.tree.norm(grads)
