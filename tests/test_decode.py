@@ -88,12 +88,13 @@ class TestOutput:
     def test_json_fields(self, run, folder):
         bare = objects(run(json=True)[0])[0]
         adapted = objects(run(json=True, adapter=folder / "run" / "adapter")[0])[0]
-        assert FIELDS <= bare.keys()
+        assert bare.keys() >= FIELDS
         assert bare["experts_used"] is None
         assert bare["finish_reason"] == "length"
         assert len(bare["token_ids"]) == 4
         assert bare["ms_per_token"] > 0
-        assert sum(adapted["experts_used"]) == 3 * 2  # k = 2 experts for each token that was read
+        read = len(adapted["token_ids"]) - 1 + (adapted["finish_reason"] == "stop")  # the prompt is not counted
+        assert sum(adapted["experts_used"]) == 2 * read  # k = 2
 
     def test_one_token_has_no_time_between_tokens(self, run):
         only = objects(run(json=True, max_new_tokens=1)[0])[0]
@@ -102,7 +103,7 @@ class TestOutput:
 
     def test_stats(self, run, folder):
         _, err = run(stats=True, adapter=folder / "run" / "adapter")
-        assert "4 tokens" in err
+        assert "prompt tokens in" in err
         assert "ms/token" in err
         assert "tokens/s" in err
         assert "experts: 0:" in err

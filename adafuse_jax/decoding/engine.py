@@ -283,7 +283,11 @@ class Engine:
         return decode_step(self.model, self.adapter, state, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id)
 
     def _prefill(
-        self, state: DecodeState, prompts: Sequence[Sequence[int]], sampling: Sampling, chunks: Sequence[int] | None = None
+        self,
+        state: DecodeState,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        chunks: Sequence[int] | None = None,
     ) -> tuple[Any, DecodeState]:
         logits = jnp.zeros((len(prompts), self.model.config.vocab_size), jnp.float32)
         start = 0
