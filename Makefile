@@ -15,7 +15,7 @@ VENV := .venv/bin/python
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.12 or newer on PATH or in pyenv's versions;" \
 		"install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(VENV) -m pip install -q --disable-pip-version-check -e '.[$(EXTRAS)]'
+	$(VENV) -m pip install -qq --disable-pip-version-check -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: .venv/installed

@@ -15,10 +15,11 @@ CACHE = Path.home() / ".cache" / "adafuse-jax-tests"
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The `shared` folder beside the repository, with real data, models and tools."""
+    """The `shared` folder beside the repository, with real data, models and tools. Without it the tests that need it are
+    skipped, or fail if REQUIRE_SHARED is set."""
     path = Path(__file__).resolve().parents[2] / "shared"
     if not (path / "assets").is_dir():
-        pytest.skip("no ../shared folder")
+        (pytest.fail if os.environ.get("REQUIRE_SHARED") else pytest.skip)("no ../shared folder")
     return path
 
 

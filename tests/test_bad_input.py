@@ -388,8 +388,19 @@ DECODE = [
     Case("prompt twice", ("--prompt and --prompts-file", "give one"), {"prompts_file": "{}/p.txt"}),
     Case("prompt and chat", ("--prompt and --chat", "give one"), {"chat": True}),
     Case("chat as JSON", ("--json and --chat", "give one"), {"chat": True, "json": True, "prompt": None}),
+    Case("raw chat", ("--raw and --chat", "give one"), {"chat": True, "raw": True, "prompt": None}),
+    Case("raw with system", ("--raw", "--system", "write it"), {"raw": True, "system": "Be brief."}),
     Case("dtype unknown", ("--dtype", "'int8'", "bfloat16"), {"dtype": "int8"}),
     # prompts
+    *(
+        Case(
+            f"prompts line {line}",
+            ("--prompts-file {}/p.jsonl, line 1", "give"),
+            PROMPTS,
+            write("p.jsonl", line + "\n"),
+        )
+        for line in ("[1]", '"hello"', "5", "null")
+    ),
     Case("prompt longer than context", ("the prompt has", "context holds 256", "shorten"), {"prompt": "a" * 300}),
     Case("prompt not UTF-8", ("--prompt", "not UTF-8", "give"), {"prompt": "caf\udce9"}),
     Case(
@@ -512,6 +523,7 @@ RESUME = [
     Case("another seed", ("{}/" + STEP_2, "seed 0", "resume with the same"), {"seed": 1}),
     Case("another length", ("{}/" + STEP_2, "total_steps 2", "resume with the same"), {"steps": 4}),
     Case("another data set", ("{}/" + STEP_2, "data", "resume with the same"), {"dataset": "{}/beta.jsonl"}),
+    Case("another weight", ("{}/" + STEP_2, "data", "resume with the same"), {"dataset": "{}/alpha.jsonl=2"}),
     Case(
         "changed data set",
         ("{}/" + STEP_2, "data", "resume with the same"),
