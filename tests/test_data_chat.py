@@ -151,6 +151,15 @@ class TestAlpacaText:
 
 
 class TestLength:
+    def test_long_text_goes_on_in_further_pieces(self, plain):
+        whole = encode(Text("abcdefghij" * 5), plain, LONG)
+        rows, dropped = encode_all([Text("abcdefghij" * 5)], plain, 16)
+        assert dropped == 0
+        np.testing.assert_array_equal(np.concatenate([row.tokens for row in rows]), whole.tokens)
+        assert max(len(row.tokens) for row in rows) == 16
+        for row in rows:
+            assert row.loss_mask.tolist() == [False] + [True] * (len(row.tokens) - 1)
+
     def test_cut_at_the_end(self, chatml):
         chat = Chat((U("hi"), A("abcdef")))
         full = encode(chat, chatml, LONG)

@@ -198,13 +198,27 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded | None:
 
 
 def encode_all(examples: Sequence[Example], tokenizer: Any, max_length: int) -> tuple[list[Encoded], int]:
-    """`encode` of many examples (faster than one by one), and how many were left out as None."""
+    """`encode` of many examples (faster than one by one), and how many gave nothing. A long `Text` is not cut but goes
+    on in further pieces of `max_length` tokens, each without its first token as a target."""
     kept: list[Encoded] = []
+    dropped = 0
     for at in range(0, len(examples), ENCODE_CHUNK):
-        rendered = [_render_example(e, tokenizer, with_end=True) for e in examples[at : at + ENCODE_CHUNK]]
-        cut = (_truncate(encoded, max_length) for encoded in _encode_texts(rendered, tokenizer))
-        kept += [encoded for encoded in cut if encoded is not None]
-    return kept, len(examples) - len(kept)
+        chunk = examples[at : at + ENCODE_CHUNK]
+        rendered = [_render_example(e, tokenizer, with_end=True) for e in chunk]
+        for example, encoded in zip(chunk, _encode_texts(rendered, tokenizer), strict=True):
+            pieces = _pieces(encoded, max_length) if isinstance(example, Text) else [encoded]
+            whole = [cut for piece in pieces if (cut := _truncate(piece, max_length)) is not None]
+            kept += whole
+            dropped += not whole
+    return kept, dropped
+
+
+def _pieces(encoded: Encoded, max_length: int) -> Iterator[Encoded]:
+    for start in range(0, len(encoded.tokens), max_length):
+        piece = slice(start, start + max_length)
+        mask = encoded.loss_mask[piece].copy()
+        mask[0] = False
+        yield Encoded(encoded.tokens[piece], mask)
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: Any) -> Int32[np.ndarray, " T"]:

@@ -11,7 +11,7 @@ from typing import Any
 from adafuse_jax.configs import TrainConfig
 from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.chat import Encoded, encode_all, encode_choices
-from adafuse_jax.data.examples import Example, MultipleChoice
+from adafuse_jax.data.examples import Example, MultipleChoice, Text
 from adafuse_jax.data.packing import Rows, pack
 from adafuse_jax.data.sources import DatasetSpec, available_splits, held_out_split, load_examples
 from adafuse_jax.errors import UserError
@@ -89,7 +89,8 @@ def _pack(examples: list[Example], spec: DatasetSpec, tokenizer: Any, config: Tr
             "%s: %d of %d examples left out: their prompt alone fills --max-length %d",
             spec.source, dropped, len(examples), config.max_length,
         )  # fmt: skip
-    cut = sum(len(row.tokens) == config.max_length for row in encoded)
+    chats = sum(not isinstance(example, Text) for example in examples)
+    cut = sum(len(row.tokens) == config.max_length for row in encoded) if chats else 0
     if cut:
         log.warning(
             "%s: %d of %d examples fill --max-length %d, where they are cut",
