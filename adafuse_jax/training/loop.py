@@ -148,11 +148,12 @@ def _run(
 
     if step == 0:
         evaluate()  # B = 0, so this is the bare backbone
+    batch = data.batches.at(step)
     with _stop_signals() as stop_asked:
         while step < steps:
             begun = time.perf_counter()
-            batch = data.batches.at(step)
             state, device_metrics = train_step(state, model, batch, optimizer=optimizer, remat=config.remat)
+            next_batch = data.batches.at(step + 1)  # made while the device works
             metrics = jax.device_get(device_metrics)
             step += 1
             elapsed = time.perf_counter() - begun
@@ -171,6 +172,7 @@ def _run(
                 raise Stopped(
                     f"stopped at step {step} of {steps}, which is saved; continue with --resume", stop_asked()
                 )
+            batch = next_batch
     checkpoints.wait()
     return state, seconds
 
