@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.configs import AdapterConfig, ModelConfig
 from adafuse_jax.errors import UserError
 from adafuse_jax.interop.hf_config import read_json
+from adafuse_jax.interop.huggingface import readable
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -98,14 +98,8 @@ def load_adapter(directory: str | Path, model: ModelConfig, *, backbone_identity
             f"{backbone['identity'][:12]}, this one is {backbone_identity[:12]}); give --model that one"
         )
     path = directory / WEIGHTS_FILE
-    try:
+    with readable(path):
         tensors = load_file(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: the file is missing; complete the directory") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: not a readable safetensors file ({error}); it may be truncated, restore it"
-        ) from error
     graphdef, abstract = nnx.split(jax.eval_shape(lambda: AdaFuse(config, model, rngs=nnx.Rngs(0))))
     leaves = {".".join(map(str, key)): (key, leaf) for key, leaf in nnx.to_flat_state(abstract)}
     if tensors.keys() != leaves.keys():

@@ -91,7 +91,7 @@ class Tensors:
             raise UserError(f"{directory}: has no model.safetensors and no model.safetensors.index.json; {hint}")
         self._open, self.shapes, self.dtypes = {}, {}, {}
         for name in files:
-            with _readable(directory / name):
+            with readable(directory / name):
                 file = safe_open(directory / name, framework="numpy")
                 for tensor in file.keys():  # noqa: SIM118 - not a dict
                     self._open[tensor] = file
@@ -99,14 +99,14 @@ class Tensors:
                     self.shapes[tensor], self.dtypes[tensor] = tuple(entry.get_shape()), entry.get_dtype()
 
     def read(self, name: str) -> np.ndarray:
-        with _readable(self.directory, name):
+        with readable(self.directory, name):
             return self._open[name].get_tensor(name)
 
     def identity(self) -> str:
         """SHA-256 over every tensor's name, type, shape and up to eight evenly spaced rows: another backbone differs."""
         digest = hashlib.sha256()
         for name in sorted(self.shapes):
-            with _readable(self.directory, name):
+            with readable(self.directory, name):
                 rows = self._open[name].get_slice(name)
                 digest.update(f"{name} {rows.get_dtype()} {self.shapes[name]}".encode())
                 count = self.shapes[name][0] if self.shapes[name] else 0
@@ -116,7 +116,8 @@ class Tensors:
 
 
 @contextmanager
-def _readable(path: Path, tensor: str = "") -> Iterator[None]:
+def readable(path: Path, tensor: str = "") -> Iterator[None]:
+    """Within, a safetensors file that is missing or broken is a `UserError` that names it."""
     where = f"{path}: {tensor}" if tensor else str(path)
     try:
         yield
