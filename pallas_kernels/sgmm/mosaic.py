@@ -1,19 +1,19 @@
 """SGMM on Hopper in one launch: copies by TMA, products by wgmma, the two overlapped by three warpgroups.
 
-Work is cut into *strips*, `TILE_M` rows of one linear of one layer, and a strip into tiles of `TILE_N` columns. For its strip
-a thread block keeps the rows of every selected B in shared memory, and then, tile by tile,
+Every linear of every layer is cut into tiles. One thread block runs on each multiprocessor and goes over its tiles:
 
-    total = base[strip, tile]                    fp32, in registers
-    for j in terms:  total += c_j · (B[e_j] @ A[e_j, :, tile])
-    W[strip, tile] = total                       rounded once, written from the buffer the base came in
+    total = base[tile]                                              fp32, in registers
+    for j in terms:  total += c_j · (B[e_j, rows] @ A[e_j, :, columns])
+    W[tile] = total                                                 rounded once, from the buffer in which the base came
 
-The last warpgroup only issues copies, as far ahead as the buffers allow: base tiles go round a ring of `w_slots`, slabs of A
-[R, TILE_N] round a ring of `a_slots`. The other two each compute 64 rows. Blocks walk the strips together, so that those in
-flight share their A in the L2 cache; strips that do not fill a last wave are cut evenly over all blocks.
+One warpgroup only issues copies, as far ahead as three rings in shared memory allow: of base tiles, of slabs of A and of
+slabs of B. The other two compute 64 rows each. Neighbouring blocks take neighbouring tiles, so that all blocks together read
+whole rows of W, and share the slabs in the L2 cache.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,48 +27,46 @@ from jaxtyping import Array
 
 from pallas_kernels.sgmm.terms import Terms
 
-TILE_M, TILE_N, ROWS = 128, 64, 64  # a warpgroup computes ROWS of a tile
+GROUPS, ROWS = 2, 64  # warpgroups that compute, and the rows of a tile that each takes
+TILE_M = GROUPS * ROWS
 SHARED_MEMORY = 227 * 1024
-MAX_SLOTS = 8
-PRODUCER, CONSUMERS = 2, 2  # index of the copying warpgroup, number of computing ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """How the shared memory of one block is used; `b_slots` strips of B are held at once."""
+    """Tiles of `TILE_M` rows and `tile_n` columns, `w_slots` of them in shared memory, and `slots` slabs of A and of B."""
 
-    b_slots: int
+    tile_n: int
     w_slots: int
-    a_slots: int
+    slots: int
+
+    def shared_memory(self, rank: int, itemsize: int) -> int:
+        """Bytes of a block's rings and barriers."""
+        tile, slabs = TILE_M * self.tile_n, rank * (self.tile_n + TILE_M)
+        return (self.w_slots * tile + self.slots * slabs) * itemsize + 2048
 
 
-def configure(num_terms: int, rank: int, itemsize: int) -> Config | None:
-    """B twice if the rest is still deep enough, then one slab of A per base tile and term; None if nothing fits."""
-    strip_b, slab_a, tile_w = (n * itemsize for n in (num_terms * TILE_M * rank, rank * TILE_N, TILE_M * TILE_N))
-    for b_slots, least_w in ((2, 3), (1, 2)):
-        free = SHARED_MEMORY - 1024 - b_slots * strip_b
-        w_slots = min(MAX_SLOTS, (free - 2 * slab_a) // tile_w, max(least_w, free // (tile_w + num_terms * slab_a)))
-        if w_slots >= least_w:
-            return Config(b_slots=b_slots, w_slots=w_slots, a_slots=min(MAX_SLOTS, (free - w_slots * tile_w) // slab_a))
+def configure(rank: int, itemsize: int) -> Config | None:
+    """The first that fits, best first; None if nothing does."""
+    for tile_n, w_slots, least in ((128, 3, 3), (128, 2, 2), (64, 3, 2), (64, 2, 2)):
+        for slots in range(8, least - 1, -1):
+            config = Config(tile_n=tile_n, w_slots=w_slots, slots=slots)
+            if config.shared_memory(rank, itemsize) <= SHARED_MEMORY:
+                return config
     return None
 
 
-def obstacle(weights: dict[str, Array], a: dict[str, Array], terms: Terms) -> str | None:
+def obstacle(weights: dict[str, Array], a: dict[str, Array]) -> str | None:
     """Why these shapes cannot run here, or None."""
     for name, w in weights.items():
         rank = a[name].shape[2]
         if w.dtype.itemsize != 2:
-            return f"{name} is {w.dtype} and the tensor cores multiply bfloat16 and float16"
-        if w.shape[2] % 8:
-            return f"{name} has {w.shape[2]} columns, and copies need a multiple of 8"
-        if configure(len(terms.experts), rank + -rank % 16, w.dtype.itemsize) is None:
-            return f"{len(terms.experts)} terms of rank {rank} do not fit the shared memory"
+            return f"{name} is {w.dtype}, and the tensor cores multiply bfloat16 and float16"
+        if w.shape[1] % 8 or w.shape[2] % 16:
+            return f"{name} is [{w.shape[1]}, {w.shape[2]}], and copies need multiples of 8 and 16"
+        if configure(rank + -rank % 16, w.dtype.itemsize) is None:
+            return f"slabs of rank {rank} do not fit the shared memory"
     return None
-
-
-def _tile_transforms(columns: int, itemsize: int) -> tuple:
-    swizzle = plgpu.find_swizzle(columns * itemsize * 8)
-    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
 def _kernel(
@@ -76,142 +74,120 @@ def _kernel(
     coefficients_gmem,  # [J]
     num_terms_gmem,  # [1] how many count
     *refs,  # of every target: W, A, B and, unless that is W itself, the base
-    w_smem,  # [w_slots, TILE_M, TILE_N]
-    a_smem,  # [a_slots, R, TILE_N]
-    b_smem,  # [b_slots, J, TILE_M, R]
-    w_full, w_empty, a_full, a_empty, b_full, b_empty,
+    w_smem,  # [w_slots, TILE_M, tile_n]
+    a_smem,  # [slots, R, tile_n]
+    b_smem,  # [slots, TILE_M, R]
+    w_full, w_empty, slab_full, slab_empty,
     refs_per_target,
 ):  # fmt: skip
-    w_slots, a_slots, (b_slots, max_terms) = w_smem.shape[0], a_smem.shape[0], b_smem.shape[:2]
-    rank = a_smem.shape[1]
-    block, num_blocks = lax.axis_index("block"), lax.axis_size("block")
-    group = lax.axis_index("group")
-    num_terms = num_terms_gmem[0]
+    (w_slots, _, tile_n), slots = w_smem.shape, a_smem.shape[0]
     segments = [refs[i : i + refs_per_target] for i in range(0, len(refs), refs_per_target)]
+    group, num_terms = lax.axis_index("group"), num_terms_gmem[0]
+    start = jnp.int32(0), jnp.int32(0)  # tiles and pairs of slabs passed through the rings
 
-    def walk(shape: tuple[int, int, int], visit, counters):
-        """visit(layer, row, tile, first and last of its strip, counters), for this block's tiles of one target."""
-        num_layers, out_dim, in_dim = shape
-        strips_per_layer, tiles = pl.cdiv(out_dim, TILE_M), pl.cdiv(in_dim, TILE_N)
-        waves, rest = divmod(num_layers * strips_per_layer, num_blocks)
-        begin, end = rest * tiles * block // num_blocks, rest * tiles * (block + 1) // num_blocks
-
-        def piece(p, counters):
-            """Whole strips first; then this block's share of the rest, [begin, end), which touches two strips at most."""
-            whole = p < waves
-            offset = (begin // tiles + p - waves) * tiles
-            strip = jnp.where(whole, p * num_blocks + block, waves * num_blocks + offset // tiles)
-            low = jnp.where(whole, 0, jnp.maximum(begin - offset, 0))
-            high = jnp.where(whole, tiles, jnp.minimum(end - offset, tiles))
-            layer, row = strip // strips_per_layer, strip % strips_per_layer * TILE_M
-
-            def tile(n, counters):
-                return visit(layer, row, n * TILE_N, n == low, n == high - 1, counters)
-
-            return lax.fori_loop(low, high, tile, counters)
-
-        return lax.fori_loop(0, waves + 2 * (rest > 0), piece, counters)
-
-    @pl.when(group == PRODUCER)
+    @pl.when(group == GROUPS)
     def _copy():
         plgpu.set_max_registers(40, action="decrease")
-        counters = jnp.int32(0), jnp.int32(0), jnp.int32(0)
+
+        def next_slot(count, slots, empty):
+            @pl.when(count >= slots)
+            def _():
+                plgpu.barrier_wait(empty.at[count % slots])
+
+            return count % slots
+
+        counts = start
         for w_gmem, a_gmem, b_gmem, *pristine_gmem in segments:
             base_gmem = pristine_gmem[0] if pristine_gmem else w_gmem
 
-            def visit(layer, row, column, first, last, counters, base_gmem=base_gmem, a_gmem=a_gmem, b_gmem=b_gmem):
-                tiles_done, slabs_done, strips_done = counters
-                slot = tiles_done % w_slots
-
-                @pl.when(tiles_done >= w_slots)
-                def _():
-                    plgpu.barrier_wait(w_empty.at[slot])
-
-                tile = base_gmem.at[layer, pl.ds(row, TILE_M), pl.ds(column, TILE_N)]
-                plgpu.copy_gmem_to_smem(tile, w_smem.at[slot], w_full.at[slot])
-
-                @pl.when(first)
-                def _():
-                    strip = strips_done % b_slots
-
-                    @pl.when(strips_done >= b_slots)
-                    def _():
-                        plgpu.barrier_wait(b_empty.at[strip])
-
-                    @pl.loop(0, num_terms)
-                    def _(j):
-                        plgpu.copy_gmem_to_smem(
-                            b_gmem.at[layer, experts_gmem[j], pl.ds(row, TILE_M), :],
-                            b_smem.at[strip, j],
-                            b_full.at[strip * max_terms + j],
-                        )
+            def visit(layer, row, column, counts, base_gmem=base_gmem, a_gmem=a_gmem, b_gmem=b_gmem):
+                tiles, slabs = counts
+                rows, columns = pl.ds(row, TILE_M), pl.ds(column, tile_n)
+                slot = next_slot(tiles, w_slots, w_empty)
+                plgpu.copy_gmem_to_smem(base_gmem.at[layer, rows, columns], w_smem.at[slot], w_full.at[slot])
 
                 @pl.loop(0, num_terms)
                 def _(j):
-                    slot = (slabs_done + j) % a_slots
+                    slot = next_slot(slabs + j, slots, slab_empty)
+                    expert, full = experts_gmem[j], slab_full.at[slot]
+                    plgpu.copy_gmem_to_smem(a_gmem.at[layer, expert, :, columns], a_smem.at[slot], full)
+                    plgpu.copy_gmem_to_smem(b_gmem.at[layer, expert, rows, :], b_smem.at[slot], full)
 
-                    @pl.when(slabs_done + j >= a_slots)
-                    def _():
-                        plgpu.barrier_wait(a_empty.at[slot])
+                return tiles + 1, slabs + num_terms
 
-                    slab = a_gmem.at[layer, experts_gmem[j], :, pl.ds(column, TILE_N)]
-                    plgpu.copy_gmem_to_smem(slab, a_smem.at[slot], a_full.at[slot])
+            counts = _walk(base_gmem.shape, tile_n, visit, counts)
 
-                return tiles_done + 1, slabs_done + num_terms, strips_done + last.astype(jnp.int32)
-
-            counters = walk(base_gmem.shape, visit, counters)
-
-    @pl.when(group < CONSUMERS)
+    @pl.when(group < GROUPS)
     def _compute():
         plgpu.set_max_registers(232, action="increase")
-        counters = jnp.int32(0), jnp.int32(0), jnp.int32(0)
-        rows = pl.ds(group * ROWS, ROWS)
+        rows, accumulator = pl.ds(group * ROWS, ROWS), plgpu.ACC((ROWS, tile_n), jnp.float32)
+        counts = start
         for w_gmem, *_ in segments:
 
-            def visit(layer, row, column, first, last, counters, w_gmem=w_gmem):
-                tiles_done, slabs_done, strips_done = counters
-                slot, strip = tiles_done % w_slots, strips_done % b_slots
+            def visit(layer, row, column, counts, w_gmem=w_gmem):
+                tiles, slabs = counts
 
-                @pl.when(first)
-                def _():
-                    @pl.loop(0, num_terms)
-                    def _(j):
-                        plgpu.barrier_wait(b_full.at[strip * max_terms + j])
+                def multiply(j, acc):
+                    slot = (slabs + j) % slots
+                    plgpu.barrier_wait(slab_full.at[slot])
+                    plgpu.wgmma(acc, b_smem.at[slot, rows], a_smem.at[slot])
 
-                plgpu.barrier_wait(w_full.at[slot])
-                base = w_smem[slot, rows].astype(jnp.float32)
+                def add(j, acc, total, pending):
+                    product = plgpu.wgmma_accumulator_load(acc, wait_n=pending)
+                    plgpu.barrier_arrive(slab_empty.at[(slabs + j) % slots])
+                    return total + coefficients_gmem[j] * product
 
-                def add_term(j, total):
-                    slot = (slabs_done + j) % a_slots
-                    plgpu.barrier_wait(a_full.at[slot])
+                def add_two(pair, total):
+                    """Two products are on their way at once: one is added while the tensor cores work on the other."""
+                    first, second = 2 * pair, 2 * pair + 1
 
+                    def products(acc0, acc1):
+                        multiply(first, acc0)
+                        multiply(second, acc1)
+                        return add(second, acc1, add(first, acc0, total, 1), 0)
+
+                    return pl.run_scoped(products, accumulator, accumulator)
+
+                def add_last(total):
                     def product(acc):
-                        plgpu.wgmma(acc, b_smem.at[strip, j, rows], a_smem.at[slot])
-                        return acc[...]
+                        multiply(num_terms - 1, acc)
+                        return add(num_terms - 1, acc, total, 0)
 
-                    ba = pl.run_scoped(product, plgpu.ACC((ROWS, TILE_N), jnp.float32))
-                    plgpu.barrier_arrive(a_empty.at[slot])
-                    return total + coefficients_gmem[j] * ba
+                    return pl.run_scoped(product, accumulator)
 
-                total = lax.fori_loop(0, num_terms, add_term, base)
+                slot = tiles % w_slots
+                plgpu.barrier_wait(w_full.at[slot])
+                total = w_smem[slot, rows].astype(jnp.float32)
+                total = lax.fori_loop(0, num_terms // 2, add_two, total)
+                total = lax.cond(num_terms % 2 == 1, add_last, lambda total: total, total)
                 w_smem[slot, rows] = total.astype(w_smem.dtype)
                 plgpu.commit_smem()
-                tile = w_gmem.at[layer, pl.ds(row + group * ROWS, ROWS), pl.ds(column, TILE_N)]
+                tile = w_gmem.at[layer, pl.ds(row + group * ROWS, ROWS), pl.ds(column, tile_n)]
                 plgpu.copy_smem_to_gmem(w_smem.at[slot, rows], tile)
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
 
-                @pl.when(tiles_done > 0)  # the tile before this one has left its slot
+                @pl.when(tiles > 0)  # the tile before this one has left its slot
                 def _():
-                    plgpu.barrier_arrive(w_empty.at[(tiles_done - 1) % w_slots])
+                    plgpu.barrier_arrive(w_empty.at[(tiles - 1) % w_slots])
 
-                @pl.when(last)
-                def _():
-                    plgpu.barrier_arrive(b_empty.at[strip])
+                return tiles + 1, slabs + num_terms
 
-                return tiles_done + 1, slabs_done + num_terms, strips_done + last.astype(jnp.int32)
-
-            counters = walk(w_gmem.shape, visit, counters)
+            counts = _walk(w_gmem.shape, tile_n, visit, counts)
         plgpu.wait_smem_to_gmem(0)
+
+
+def _walk(shape, tile_n, visit, carry):
+    """visit(layer, row, column, carry) → carry for this block's tiles of one linear, W [L, out, in]."""
+    num_layers, out_dim, in_dim = shape
+    block, num_blocks = lax.axis_index("block"), lax.axis_size("block")
+    down, across = pl.cdiv(out_dim, TILE_M), pl.cdiv(in_dim, tile_n)
+
+    def tile(i, carry):
+        tile = i * num_blocks + block
+        strip = tile // across
+        return visit(strip // down, strip % down * TILE_M, tile % across * tile_n, carry)
+
+    return lax.fori_loop(0, pl.cdiv(num_layers * down * across - block, num_blocks), tile, carry)
 
 
 def sgmm_mosaic(
@@ -229,7 +205,7 @@ def sgmm_mosaic(
 
     Ranks that are no multiple of 16 are padded, which copies A and B. Raises `ValueError` as `obstacle` says.
     """
-    why_not = obstacle(weights, a, terms)
+    why_not = obstacle(weights, a)
     if why_not is not None:
         raise ValueError(f"sgmm cannot run as pallas: {why_not}")
     names = sorted(weights)
@@ -237,34 +213,38 @@ def sgmm_mosaic(
     if padding:
         a = {name: jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for name, x in a.items()}
         b = {name: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding))) for name, x in b.items()}
-    rank, max_terms = a[names[0]].shape[2], len(terms.experts)
-    config = config or configure(max_terms, rank, dtype.itemsize)
+    rank = a[names[0]].shape[2]
+    config = config or configure(rank, dtype.itemsize)
     assert config is not None
-    order = jnp.argsort(terms.coefficients == 0, stable=True)
-    num_terms = jnp.count_nonzero(terms.coefficients).astype(jnp.int32)[None]
 
-    square, strip = _tile_transforms(TILE_N, dtype.itemsize), _tile_transforms(rank, dtype.itemsize)
+    def ring(slots, rows, columns, swizzled):
+        swizzle = plgpu.find_swizzle(swizzled * dtype.itemsize * 8)
+        tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))
+        return plgpu.SMEM((slots, rows, columns), dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+    columns = math.gcd(config.tile_n, *(w.shape[2] for w in weights.values()))
+    operand = math.gcd(columns, rank)  # wgmma wants one swizzle for both operands
+    merged = {name: jax.new_ref(weights[name]) for name in names}
+    refs = [x for n in names for x in (merged[n], a[n], b[n], *([] if pristine is None else [pristine[n]]))]
     kernel = plgpu.kernel(
-        partial(_kernel, refs_per_target=3 if pristine is None else 4),
+        partial(_kernel, refs_per_target=len(refs) // len(names)),
         out_type=(),
         grid=(num_blocks or jax.devices()[0].core_count,),
         grid_names=("block",),
-        num_threads=CONSUMERS + 1,
+        num_threads=GROUPS + 1,
         thread_name="group",
-        scratch_types=dict(
-            w_smem=plgpu.SMEM((config.w_slots, TILE_M, TILE_N), dtype, transforms=square),
-            a_smem=plgpu.SMEM((config.a_slots, rank, TILE_N), dtype, transforms=square),
-            b_smem=plgpu.SMEM((config.b_slots, max_terms, TILE_M, rank), dtype, transforms=strip),
-            w_full=plgpu.Barrier(num_barriers=config.w_slots),
-            w_empty=plgpu.Barrier(num_barriers=config.w_slots, num_arrivals=CONSUMERS),
-            a_full=plgpu.Barrier(num_barriers=config.a_slots),
-            a_empty=plgpu.Barrier(num_barriers=config.a_slots, num_arrivals=CONSUMERS),
-            b_full=plgpu.Barrier(num_barriers=config.b_slots * max_terms),
-            b_empty=plgpu.Barrier(num_barriers=config.b_slots, num_arrivals=CONSUMERS),
-        ),
+        scratch_types={
+            "w_smem": ring(config.w_slots, TILE_M, config.tile_n, columns),
+            "a_smem": ring(config.slots, rank, config.tile_n, operand),
+            "b_smem": ring(config.slots, TILE_M, rank, operand),
+            "w_full": plgpu.Barrier(num_barriers=config.w_slots),
+            "w_empty": plgpu.Barrier(num_barriers=config.w_slots, num_arrivals=GROUPS),
+            "slab_full": plgpu.Barrier(num_barriers=config.slots, num_arrivals=2),
+            "slab_empty": plgpu.Barrier(num_barriers=config.slots, num_arrivals=GROUPS),
+        },
         interpret=interpret,
     )
-    merged = {name: jax.new_ref(weights[name]) for name in names}
-    operands = [x for n in names for x in (merged[n], a[n], b[n], *([] if pristine is None else [pristine[n]]))]
-    kernel(terms.experts[order].astype(jnp.int32), terms.coefficients[order], num_terms, *operands)
+    order = jnp.argsort(terms.coefficients == 0, stable=True)
+    num_terms = jnp.count_nonzero(terms.coefficients).astype(jnp.int32)[None]
+    kernel(terms.experts[order].astype(jnp.int32), terms.coefficients[order], num_terms, *refs)
     return {name: jax.freeze(ref) for name, ref in merged.items()}

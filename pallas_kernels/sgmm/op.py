@@ -86,7 +86,7 @@ def _pallas_obstacle(weights: dict[str, Array], a: dict[str, Array], terms: Term
         return f"it needs a Hopper GPU, this is {jax.devices()[0].device_kind}"
     from pallas_kernels.sgmm.mosaic import obstacle
 
-    return obstacle(weights, a, terms)
+    return obstacle(weights, a)
 
 
 def _triton_obstacle(weights: dict[str, Array], a: dict[str, Array], terms: Terms) -> str | None:
@@ -123,6 +123,7 @@ def _validate(
             ("pristine", (pristine or weights)[name], w.shape),
         ):
             if array.shape != shape or array.dtype != w.dtype:
-                raise ValueError(f"{name}: {label} is {array.dtype}{array.shape}; with W {w.dtype}{w.shape} it must be {shape}")
+                found = f"{label} is {array.dtype}{array.shape}"
+                raise ValueError(f"{name}: {found}; with W {w.dtype}{w.shape} it must be {w.dtype}{shape}")
         if w.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
             raise ValueError(f"{name}: weights are {w.dtype}; bfloat16, float16 and float32 can be merged")
