@@ -1,0 +1,389 @@
+"""SGMM at the shapes of Llama-2-7B on one GPU: time, bandwidth and error, beside the ceilings of this GPU.
+
+    python -m benchmarks.sgmm --out benchmarks/results/nvidia_h200
+
+writes sgmm.json, sgmm.md and sgmm.png. 8 experts in bfloat16, random numbers; a merge adds to every layer
+W[out, in] += Σ_j c_j · B[e_j] A[e_j], and moves
+
+    bytes = read base + write W + read A and B of the products that count        FLOP = products · 2·out·in·R
+
+    golden      k products into other buffers than those read
+    switch      2k products in place
+    one shared  2k − 1 products in place: one expert stays from token to token
+
+`simple` is the paper's ablation, one XLA product per layer and linear. Every result is compared before it is timed: all
+of it with the plain reference, and 64 rows of a layer with float64. A wrong one is not timed, and ends the run with an
+error after the rest is written. Calls are chained through the donated weights, without waiting between them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from benchmarks.sgmm_report import in_words, plot, to_markdown
+from pallas_kernels.sgmm import IMPLEMENTATIONS, Terms, golden_terms, sgmm, switch_terms
+from pallas_kernels.sgmm.reference import merge_layer
+
+DTYPE = jnp.bfloat16
+EXPERT_ORDER = np.array([5, 2, 7, 0, 3, 6, 1, 4])
+SCALE = 2.0
+MODES = ("golden", "switch", "one shared")
+CHECKED_SLOTS = len(EXPERT_ORDER)
+Weights = dict[str, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What is measured. `seconds` are those of one repeat, in which as many calls are chained as fit."""
+
+    name: str
+    num_layers: int
+    embed_dim: int
+    hidden_dim: int
+    rank: int = 64
+    top_k: int = 2
+    sweep_ranks: tuple[int, ...] = (8, 16, 32, 64, 128)
+    sweep_top_ks: tuple[int, ...] = (1, 2, 3, 4)
+    repeats: int = 9
+    sweep_repeats: int = 5
+    seconds: float = 0.04
+    checked_rows: int = 64
+    ceiling_elements: int = 2**30
+    matmul_dim: int = 8192
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        d, f = self.embed_dim, self.hidden_dim
+        attention = {f"{name}_proj": (d, d) for name in "qkvo"}
+        return attention | {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
+
+    @property
+    def targets(self) -> dict[str, tuple[str, ...]]:
+        return {"q, v": ("q_proj", "v_proj"), "all 7": tuple(self.shapes)}
+
+
+LLAMA2_7B = Size(name="llama2-7b", num_layers=32, embed_dim=4096, hidden_dim=11008)
+TINY = Size(
+    name="tiny", num_layers=2, embed_dim=32, hidden_dim=48, rank=16, sweep_ranks=(8,), sweep_top_ks=(1, 2),
+    repeats=5, sweep_repeats=5, seconds=1e-3, checked_rows=8, ceiling_elements=2**12, matmul_dim=64,
+)  # fmt: skip
+
+
+def simple_merge(weights: Weights, a: Weights, b: Weights, terms: Terms, pristine: Weights | None) -> Weights:
+    """One call per layer and linear."""
+    merge, merged = jax.jit(merge_layer), dict(weights)
+    for name, w in weights.items():
+        for layer in range(w.shape[0]):
+            base = (merged if pristine is None else pristine)[name][layer]
+            w = merged[name].at[layer].set(merge(base, a[name][layer], b[name][layer], terms))
+            # one after the other, or XLA makes the products of all layers before it adds the first
+            merged[name], terms = jax.lax.optimization_barrier((w, terms))
+    return merged
+
+
+def merge_function(implementation: str) -> Callable[..., Weights]:
+    if implementation == "simple":
+        return simple_merge
+    return lambda weights, a, b, terms, pristine: sgmm(
+        weights, a, b, terms, pristine=pristine, implementation=implementation
+    )
+
+
+def terms_of(mode: str, top_k: int, slots: int) -> Terms:
+    """The products of a mode, filled up with coefficients of 0."""
+    gates = 1 / jnp.arange(1.5, top_k + 1)
+    gates /= gates.sum()
+    start = top_k - (mode == "one shared")
+    current, previous = ((jnp.asarray(EXPERT_ORDER[i : i + top_k]), gates) for i in (0, start))
+    terms = golden_terms(*current, SCALE) if mode == "golden" else switch_terms(previous, current, SCALE)
+    padding = (0, slots - len(terms.experts))
+    return Terms(jnp.pad(terms.experts, padding), jnp.pad(terms.coefficients, padding))
+
+
+@partial(jax.jit, static_argnames="shape")
+def draw(key: Array, shape: tuple[int, ...], scale: float) -> Array:
+    return (scale * jax.random.normal(key, shape)).astype(DTYPE)
+
+
+def draw_all(size: Size, rank: int) -> tuple[Weights, Weights, Weights]:
+    """W, A and B; the products are of the size of the weights, so that an error in them shows."""
+    weights, a, b = {}, {}, {}
+    lead, key = (size.num_layers, len(EXPERT_ORDER)), jax.random.key(2, impl="rbg")
+    for name, (out_dim, in_dim) in size.shapes.items():
+        key, *keys = jax.random.split(key, 4)
+        weights[name] = draw(keys[0], (size.num_layers, out_dim, in_dim), 0.02)
+        a[name] = draw(keys[1], (*lead, rank, in_dim), 0.6 * in_dim**-0.5)
+        b[name] = draw(keys[2], (*lead, out_dim, rank), 0.2)
+    return weights, a, b
+
+
+@partial(jax.jit, static_argnames="rank")
+def cut_rank(experts: list[Weights], rank: int) -> list[Weights]:
+    a, b = experts
+    return [{name: x[:, :, :rank] for name, x in a.items()}, {name: x[..., :rank] for name, x in b.items()}]
+
+
+def wrong_elements(merged: Weights, base: Weights, a: Weights, b: Weights, terms: Terms) -> Array:
+    """How many elements of the whole result are further than one unit in the last place from the reference."""
+
+    def count(layer: Array, total: Array) -> Array:
+        for name, w in merged.items():
+            reference = merge_layer(base[name][layer], a[name][layer], b[name][layer], terms).astype(jnp.float32)
+            allowed = jnp.finfo(DTYPE).eps * abs(reference) + 2e-6
+            close = abs(w[layer].astype(jnp.float32) - reference) <= allowed  # False for NaN
+            total += jnp.sum(~close, dtype=jnp.float32)
+        return total
+
+    return jax.lax.fori_loop(0, next(iter(merged.values())).shape[0], count, jnp.float32(0))
+
+
+@jax.jit
+def sample(arrays: tuple[Weights, ...], layer: Array, rows: dict[str, Array]) -> tuple[Weights, ...]:
+    """The rows of one layer of W, base and B, and all of A."""
+    merged, base, a, b = arrays
+    w_rows, base_rows = ({name: w[layer, rows[name]] for name, w in x.items()} for x in (merged, base))
+    return w_rows, base_rows, {n: x[layer] for n, x in a.items()}, {n: x[layer][:, rows[n]] for n, x in b.items()}
+
+
+def errors(size: Size, merged: Weights, base: Weights, a: Weights, b: Weights, terms: Terms) -> dict[str, float]:
+    """Against float64 on the host, and those of its correct rounding: the largest, and relative in norm."""
+    rng = np.random.default_rng(0)
+    rows = {n: np.sort(rng.choice(w.shape[1], size.checked_rows, replace=False)) for n, w in merged.items()}
+    w_rows, base_rows, a_layer, b_rows = jax.device_get(sample((merged, base, a, b), size.num_layers // 2, rows))
+    largest, squares, norm = np.zeros(2), np.zeros(2), 0.0
+    for name in merged:
+        exact = base_rows[name].astype(np.float64)
+        for expert, coefficient in zip(*jax.device_get((terms.experts, terms.coefficients)), strict=True):
+            if coefficient:
+                product = b_rows[name][expert].astype(np.float64) @ a_layer[name][expert].astype(np.float64)
+                exact += np.float64(coefficient) * product
+        rounded = exact.astype(np.float32).astype(DTYPE)
+        off = [np.abs(x.astype(np.float64) - exact) for x in (w_rows[name], rounded)]
+        largest = np.maximum(largest, [x.max() for x in off])
+        squares, norm = squares + [np.sum(x**2) for x in off], norm + float(np.sum(exact**2))
+    relative = np.sqrt(squares / norm)
+    return {
+        "max_error": float(largest[0]), "max_error_of_rounding": float(largest[1]),
+        "relative_error": float(relative[0]), "relative_error_of_rounding": float(relative[1]),
+    }  # fmt: skip
+
+
+def time_calls(call: Callable[[Any], Any], state: Any, seconds: float, repeats: int) -> tuple[dict[str, Any], Any]:
+    """state = call(state), chained; ms per call: the median of the repeats, and the slowest less the fastest."""
+    state = jax.block_until_ready(call(call(state)))
+    times: list[float] = []
+    calls = 2
+    for _ in range(repeats + 2):  # the first two say how many calls fill a repeat
+        begun = time.perf_counter()
+        for _ in range(calls):
+            state = call(state)
+        jax.block_until_ready(state)
+        times.append((time.perf_counter() - begun) / calls)
+        if len(times) <= 2:
+            calls = min(max(round(seconds / times[-1]), 2), 200)
+    times = times[2:]
+    return {
+        "ms": 1e3 * statistics.median(times), "spread_ms": 1e3 * (max(times) - min(times)),
+        "repeats": repeats, "calls_per_repeat": calls,
+    }, state  # fmt: skip
+
+
+def measure_ceilings(size: Size) -> dict[str, Any]:
+    """Copy (TB/s, read and write counted), read (TB/s), bfloat16 products (TFLOP/s): the best of some ways of each."""
+    bits = jax.random.bits(jax.random.key(0), (size.ceiling_elements,), jnp.uint32)
+    x = jax.lax.bitcast_convert_type(bits, jnp.int32)
+    m = jax.random.normal(jax.random.key(1), (size.matmul_dim, size.matmul_dim), DTYPE) / size.matmul_dim**0.5
+    ways: dict[str, dict[str, Callable[..., Array]]] = {
+        "copy": {"jnp.copy": jnp.copy, "x + 1": lambda x: x + 1},
+        "read": {"sum": jnp.sum, "max": jnp.max, "sums of rows": lambda x: jnp.sum(x.reshape(-1, 4096), axis=1)},
+        "matmul": {f"{size.matmul_dim}³": jnp.matmul},
+    }
+    work = {"copy": 2 * x.nbytes, "read": x.nbytes, "matmul": 2 * size.matmul_dim**3}
+    found: dict[str, Any] = {"array_bytes": x.nbytes}
+    for kind, candidates in ways.items():
+        speeds = {}
+        for name, function in candidates.items():
+            jitted = jax.jit(function)
+
+            def call(state: Any, kind: str = kind, f: Callable[..., Array] = jitted) -> Array:
+                return f(x) if kind == "read" else f(state, m) if kind == "matmul" else f(state)
+
+            timing, _ = time_calls(call, m if kind == "matmul" else x, size.seconds, size.repeats)
+            speeds[name] = work[kind] / timing["ms"] / 1e9
+        found |= {kind: speeds, f"best_{kind}": max(speeds.values())}
+    return found
+
+
+def compile_all(jobs: dict[Any, tuple[Callable[..., Any], bool, tuple[Any, ...]]]) -> dict[Any, Any]:
+    """name → (function, whether its first argument is donated, arguments) becomes name → executable or exception."""
+
+    def attempt(step: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return step(*arguments)
+        except Exception as error:
+            return error
+
+    outcomes = {}
+    with ThreadPoolExecutor(8) as pool:
+        for name, (function, donates, arguments) in jobs.items():
+            lowered = attempt(jax.jit(function, donate_argnums=0 if donates else ()).lower, *arguments)
+            outcomes[name] = pool.submit(attempt, lambda x: x if isinstance(x, Exception) else x.compile(), lowered)
+    return {name: future.result() for name, future in outcomes.items()}
+
+
+def measure(
+    size: Size, row: dict[str, Any], executable: Any, checker: Any, pristine: Weights, a: Weights, b: Weights, slots: int,
+    repeats: int, copy: float,
+) -> dict[str, Any]:  # fmt: skip
+    """`row`, which says what to run, and what was found: errors and time, or why there is none."""
+    base, top_k = pristine if row["mode"] == "golden" else None, row["top_k"]
+    products = {"golden": top_k, "switch": 2 * top_k, "one shared": 2 * top_k - 1}[row["mode"]]
+    dims = [w.shape[1:] for w in pristine.values()]
+    elements = size.num_layers * sum(out_dim * in_dim for out_dim, in_dim in dims)
+    factors = size.num_layers * sum(map(sum, dims)) * row["rank"] * products
+    moved, flops = (2 * elements + factors) * jnp.dtype(DTYPE).itemsize, 2 * elements * row["rank"] * products
+    row = row | {"products": products, "gigabytes": moved / 1e9, "flop_per_byte": flops / moved}
+    try:
+        for outcome in (executable, checker):
+            if isinstance(outcome, Exception):
+                raise outcome
+        terms, checked = (terms_of(row["mode"], top_k, n) for n in (slots, CHECKED_SLOTS))
+        memory = executable.memory_analysis()
+        row |= {"aliased_gb": memory.alias_size_in_bytes / 1e9, "temporary_gb": memory.temp_size_in_bytes / 1e9}
+        poison = partial(jnp.full_like, fill_value=jnp.nan)  # golden must write everything and read nothing of it
+        weights = {name: jnp.copy(w) if base is None else poison(w) for name, w in pristine.items()}
+        weights = executable(weights, a, b, terms, base)
+        row["wrong_elements"] = int(checker(weights, pristine, a, b, checked))
+        row |= errors(size, weights, pristine, a, b, terms)
+        worse = any(not row[f"{x}_error"] <= 1.02 * row[f"{x}_error_of_rounding"] for x in ("max", "relative"))
+        row["wrong"] = worse or row["wrong_elements"] > 0
+        if row["wrong"]:
+            return row
+        timing, _ = time_calls(lambda w: executable(w, a, b, terms, base), weights, size.seconds, repeats)
+    except Exception as error:
+        return row | {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+    speed, tflops = moved / timing["ms"] / 1e9, flops / timing["ms"] / 1e9
+    return row | timing | {"tb_per_s": speed, "percent_of_copy": 100 * speed / copy, "tflops": tflops}
+
+
+def measure_all(
+    size: Size, rows: list[dict[str, Any]], weights: Weights, experts: list[Weights], repeats: int, copy: float
+) -> Iterator[dict[str, Any]]:
+    """`measure` for rows of (targets, mode, implementation, rank, top_k), the ranks together.
+
+    One executable serves every top_k, and both kinds of switch: it has slots for the most products, and those too many
+    get a coefficient of 0.
+    """
+
+    def arrays(row: dict[str, Any], a: Weights, b: Weights) -> tuple[Weights, Weights, Weights]:
+        names = size.targets[row["targets"]]
+        return {n: weights[n] for n in names}, {n: a[n] for n in names}, {n: b[n] for n in names}
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["rank"], row["targets"], row["implementation"], row["mode"] == "golden"
+
+    widest = max(row["top_k"] for row in rows)
+    jobs: dict[Any, Any] = {}
+    for row in rows:
+        key = rank, targets, implementation, golden = place(row)
+        w, a, b = arrays(row, *jax.eval_shape(partial(cut_rank, rank=rank), experts))
+        slots = widest if golden else 2 * widest
+        terms, checked = terms_of("golden", 1, slots), terms_of("golden", 1, CHECKED_SLOTS)
+        jobs[key] = merge_function(implementation), True, (w, a, b, terms, w if golden else None)
+        jobs[rank, targets] = wrong_elements, False, (w, w, a, b, checked)
+    compiled = compile_all(jobs)
+    rank, cut = 0, experts
+    for row in rows:
+        if row["rank"] != rank:
+            del cut
+            rank = row["rank"]
+            cut = cut_rank(experts, rank)
+        key = place(row)
+        slots = widest if key[-1] else 2 * widest
+        row = measure(size, row, compiled[key], compiled[key[:2]], *arrays(row, *cut), slots, repeats, copy)
+        print(in_words(row), flush=True)
+        yield row
+
+
+def table_rows(size: Size, implementations: tuple[str, ...]) -> list[dict[str, Any]]:
+    return [
+        {"targets": targets, "mode": mode, "implementation": implementation, "rank": size.rank, "top_k": size.top_k}
+        for targets in size.targets
+        for mode in MODES
+        for implementation in (*implementations, "simple")
+    ]
+
+
+def sweep_rows(size: Size, implementation: str) -> list[dict[str, Any]]:
+    return [
+        {"targets": targets, "mode": mode, "implementation": implementation, "rank": rank, "top_k": top_k}
+        for rank in size.sweep_ranks
+        for targets in size.targets
+        for mode in MODES[:2]
+        for top_k in size.sweep_top_ks
+    ]
+
+
+def compare_with_simple(rows: list[dict[str, Any]]) -> None:
+    simple = {(row["targets"], row["mode"]): row.get("ms") for row in rows if row["implementation"] == "simple"}
+    for row in rows:
+        if "ms" in row and (ms := simple.get((row["targets"], row["mode"]))):
+            row["speedup_over_simple"] = ms / row["ms"]
+
+
+def run(
+    size: Size, out: Path, command: str, implementations: tuple[str, ...] = IMPLEMENTATIONS, swept: str = "pallas"
+) -> dict[str, Any]:
+    """Measure, write the three files, print the table. Raises `SystemExit` if a result was wrong."""
+    begun = time.perf_counter()
+    result: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind, "jax": jax.__version__, "command": command, "size": size.name,
+        "num_experts": len(EXPERT_ORDER), "ceilings": measure_ceilings(size), "rows": [], "sweep": [],
+    }  # fmt: skip
+    print(json.dumps(result), flush=True)
+    copy, rows = result["ceilings"]["best_copy"], result["rows"]
+    try:
+        weights, *experts = draw_all(size, max(size.rank, *size.sweep_ranks))
+        rows.extend(measure_all(size, table_rows(size, implementations), weights, experts, size.repeats, copy))
+        compare_with_simple(rows)
+        sweep = sweep_rows(size, swept)
+        result["sweep"].extend(measure_all(size, sweep, weights, experts, size.sweep_repeats, copy))
+    finally:
+        result["seconds"] = round(time.perf_counter() - begun, 1)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "sgmm.json").write_text(json.dumps(result, indent=2) + "\n")
+        (out / "sgmm.md").write_text(to_markdown(result))
+    plot(result, out / "sgmm.png")
+    print("\n".join(["", *map(in_words, rows), f"{result['seconds']} s"]))
+    wrong = [in_words(row) for row in (*rows, *result["sweep"]) if row.get("wrong")]
+    if wrong:
+        raise SystemExit("\n".join([f"{len(wrong)} wrong results:", *wrong]))
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory of sgmm.json, sgmm.md and sgmm.png")
+    parser.add_argument("--quick", action="store_true", help="a sweep of three points only")
+    arguments = parser.parse_args()
+    size = replace(LLAMA2_7B, sweep_ranks=(16, 64, 128), sweep_top_ks=(2,), repeats=5) if arguments.quick else LLAMA2_7B
+    run(size, arguments.out, " ".join(["python -m benchmarks.sgmm", *sys.argv[1:]]))
+
+
+if __name__ == "__main__":
+    main()

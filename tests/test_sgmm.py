@@ -1,0 +1,492 @@
+"""SGMM against a float64 loop: here `xla` and `pallas` interpreted, with `-m gpu` every implementation compiled.
+
+|out − exact| ≤ half a unit in the last place of exact + (R + J) · 2⁻²³ · (|base| + Σ_j |c_j| |B| |A|)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import benchmarks.sgmm as benchmark
+from pallas_kernels.sgmm import IMPLEMENTATIONS, Terms, choose_implementation, golden_terms, op, sgmm, switch_terms
+from pallas_kernels.sgmm.mosaic import Config, configure, sgmm_mosaic
+
+HALF_ULP = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
+"""Half a unit in the last place of 1, which is all that one rounding may lose."""
+SUM_ERROR = 2.0**-23
+"""Of one addition in fp32; tensor cores truncate."""
+SCALE = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Inputs. `terms` are given as (expert, coefficient), or made for `top_k` random experts of a token.
+
+    Experts of coefficient 0 are NaN, and so are weights that a pristine copy (`golden`) replaces.
+    """
+
+    shapes: dict[str, tuple[int, int]]
+    num_layers: int = 2
+    num_experts: int = 4
+    rank: int = 16
+    top_k: int = 2
+    golden: bool = True
+    dtype: str = "bfloat16"
+    terms: tuple[tuple[int, float], ...] | None = None
+    pallas: bool = True
+
+    def draw(self, seed: int = 0):
+        """weights, a, b, terms, pristine."""
+        rng = np.random.default_rng(seed)
+        terms = self.terms_of(rng)
+        weights, a, b, pristine = {}, {}, {}, {}
+        lead = self.num_layers, self.num_experts
+        unused = np.setdiff1d(
+            np.arange(self.num_experts), np.asarray(terms.experts)[np.asarray(terms.coefficients) != 0]
+        )
+        for name, (out_dim, in_dim) in self.shapes.items():
+            w = rng.standard_normal((self.num_layers, out_dim, in_dim))
+            a[name] = rng.standard_normal((*lead, self.rank, in_dim)) / self.rank**0.5
+            b[name] = rng.standard_normal((*lead, out_dim, self.rank))
+            a[name][:, unused] = b[name][:, unused] = np.nan
+            weights[name], pristine[name] = (np.full_like(w, np.nan), w) if self.golden else (w, w)
+        weights, a, b, pristine = jax.tree.map(lambda x: jnp.asarray(x, self.dtype), (weights, a, b, pristine))
+        return weights, a, b, terms, pristine if self.golden else None
+
+    def terms_of(self, rng: np.random.Generator) -> Terms:
+        if self.terms is not None:
+            experts, coefficients = zip(*self.terms, strict=True)
+            return Terms(jnp.asarray(experts, jnp.int32), jnp.asarray(coefficients, jnp.float32))
+        previous, current = (random_gates(rng, self.num_experts, self.top_k) for _ in range(2))
+        return golden_terms(*current, SCALE) if self.golden else switch_terms(previous, current, SCALE)
+
+
+def random_gates(rng: np.random.Generator, num_experts: int, top_k: int) -> tuple[jax.Array, jax.Array]:
+    """The (experts, gates) of a token."""
+    experts = rng.choice(num_experts, top_k, replace=False)
+    return jnp.asarray(experts, jnp.int32), jnp.asarray(rng.dirichlet(np.ones(top_k)), jnp.float32)
+
+
+def random_case(seed: int, widest: int) -> Case:
+    """Any shapes that every implementation takes."""
+    rng = np.random.default_rng(seed)
+    num_experts = int(rng.integers(4, 17))
+    return Case(
+        shapes={n: (8 * int(rng.integers(1, widest // 8)), 16 * int(rng.integers(1, widest // 16))) for n in "qv"},
+        num_layers=int(rng.integers(1, 4)),
+        num_experts=num_experts,
+        rank=int(rng.integers(8, 65)),
+        top_k=int(rng.integers(1, 5)),
+        golden=bool(rng.integers(2)),
+        dtype=str(rng.choice(["bfloat16", "float16"])),
+    )
+
+
+GQA = {"q": (128, 64), "k": (64, 64)}
+CASES = {
+    "one expert, one tile": Case(shapes={"q": (128, 64)}, num_layers=1, num_experts=1, rank=8, top_k=1),
+    "switch, fewer k than q": Case(shapes=GQA, golden=False),
+    "ragged tiles": Case(shapes={"q": (136, 80), "down": (40, 144)}, rank=24, dtype="float16"),
+    "16 experts of rank 128": Case(shapes={"q": (64, 64)}, num_experts=16, rank=128, top_k=4),
+    "switch of 4": Case(shapes={"up": (72, 80)}, num_experts=16, rank=64, top_k=4, golden=False, dtype="float16"),
+    "repeated experts": Case(shapes=GQA, golden=False, terms=((1, 0.5), (3, -0.3), (1, 0.25))),
+    "zeros between": Case(shapes=GQA, terms=((0, 0.0), (2, 0.7), (0, 0.0), (1, -0.3), (3, 0.0))),
+    "nothing to add, pristine": Case(shapes=GQA, terms=((0, 0.0), (1, 0.0))),
+    "nothing to add, in place": Case(shapes=GQA, golden=False, terms=((0, 0.0),)),
+    "fp32": Case(shapes=GQA, dtype="float32", pallas=False),
+    "fp32 switch": Case(shapes={"q": (24, 40), "v": (8, 40)}, rank=8, golden=False, dtype="float32", pallas=False),
+    "odd sizes": Case(shapes={"q": (37, 51), "v": (1, 7)}, rank=9, pallas=False),
+    "rows no multiple of 8": Case(shapes={"q": (36, 64)}, golden=False, pallas=False),
+    **{f"random {seed}": random_case(seed, widest=160) for seed in range(3)},
+}
+LARGE_GQA = {"q": (2048, 2048), "k": (512, 2048)}
+LARGE_CASES = {
+    "golden": Case(shapes=LARGE_GQA, num_experts=8, rank=64),
+    "switch": Case(shapes=LARGE_GQA, num_layers=4, num_experts=8, rank=64, golden=False),
+    "rank 8": Case(shapes=LARGE_GQA, rank=8, golden=False),
+    "rank 128, 16 experts": Case(shapes=LARGE_GQA, num_experts=16, rank=128, top_k=4),
+    "rank 128, switch of 4": Case(shapes=LARGE_GQA, num_experts=16, rank=128, top_k=4, golden=False, dtype="float16"),
+    "rank 40, ragged": Case(shapes={"q": (1000, 1040), "down": (2040, 2000)}, rank=40, top_k=3, dtype="float16"),
+    "three of one": Case(shapes=LARGE_GQA, num_layers=3, rank=32, terms=((3, 0.5), (1, 0.2), (3, 0.1), (3, -1.0))),
+    "zeros": Case(shapes=LARGE_GQA, rank=32, golden=False, terms=((0, 0.0), (2, 0.7), (0, 0.0), (1, -0.3))),
+    "nothing": Case(shapes=LARGE_GQA, terms=((0, 0.0), (1, 0.0))),
+    "fp32": Case(shapes={"q": (512, 512), "k": (136, 512)}, rank=64, dtype="float32", pallas=False),
+    "fp32 switch": Case(shapes={"q": (500, 340)}, golden=False, dtype="float32", pallas=False),
+    "odd sizes": Case(shapes={"q": (515, 1001), "v": (33, 1001)}, rank=17, pallas=False),
+    **{f"random {seed}": random_case(seed, widest=2048) for seed in range(10, 14)},
+}
+
+interpreted = pytest.mark.skipif(
+    jax.__version_info__ < (0, 12) or jax.default_backend() != "cpu",
+    reason="the interpreter runs on CPUs; before JAX 0.12 it fails unless every warpgroup sees a barrier's last phase",
+)
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")]
+HERE = ["xla", pytest.param("interpreted", marks=interpreted)]
+ON_GPU = [pytest.param(name, marks=on_gpu) for name in IMPLEMENTATIONS]
+
+
+def merge_function(implementation: str) -> Callable:
+    """f(weights, a, b, terms, pristine), jitted with donated weights. Interpreted, two blocks share small tiles, and
+    the rings are so short that their slots are used again."""
+    if implementation == "interpreted":
+        parameters = plgpu.InterpretGPUParams(detect_races=True)
+        short = Config(tile_n=64, w_slots=2, slots=2)
+        return jax.jit(partial(sgmm_mosaic, interpret=parameters, num_blocks=2, config=short), donate_argnums=0)
+    if implementation == "pallas" and not op.compute_capability().startswith("9."):
+        pytest.skip("no Hopper GPU")
+    if implementation == "triton":
+        pytest.importorskip("jax_triton")
+    return jax.jit(
+        lambda weights, a, b, terms, pristine: sgmm(
+            weights, a, b, terms, pristine=pristine, implementation=implementation
+        ),
+        donate_argnums=0,
+    )
+
+
+def exact_merge(base, a, b, terms):
+    """name → (float64 result, Σ of the absolute values of what it sums)."""
+    found = {}
+    pairs = [(int(e), np.float64(c)) for e, c in zip(terms.experts, terms.coefficients, strict=True) if c != 0]
+    for name in base:
+        total = np.asarray(base[name], np.float64)
+        size = abs(total)
+        a64, b64 = ({e: np.asarray(x[name][:, e], np.float64) for e, _ in pairs} for x in (a, b))
+        for layer in range(len(total)):
+            for e, c in pairs:
+                total[layer] += c * (b64[e][layer] @ a64[e][layer])
+                size[layer] += abs(c) * (abs(b64[e][layer]) @ abs(a64[e][layer]))
+        found[name] = total, size
+    return found
+
+
+def assert_near(found, exact, additions: int, roundings: int = 1) -> None:
+    """Within the bound at the top of this file; `roundings` such merges follow one another."""
+    for name, (total, size) in exact.items():
+        dtype = found[name].dtype
+        smallest = float(jnp.finfo(dtype).tiny)
+        half_ulp = HALF_ULP[dtype.name] * 2.0 ** np.floor(np.log2(np.maximum(abs(total), smallest)))
+        error, bound = abs(np.asarray(found[name], np.float64) - total), half_ulp + additions * SUM_ERROR * size
+        assert (error <= roundings * bound).all(), f"{name}: error {np.nanmax(error / bound):.3g} times the bound"
+
+
+@lru_cache(maxsize=1)
+def problem(case: str, large: bool):
+    """The inputs on the host, and the exact result."""
+    weights, a, b, terms, pristine = (LARGE_CASES if large else CASES)[case].draw()
+    exact = exact_merge(weights if pristine is None else pristine, a, b, terms)
+    return jax.tree.map(np.asarray, (weights, a, b, terms, pristine)), exact
+
+
+def check_case(case: str, implementation: str, large: bool = False) -> None:
+    inputs, exact = problem(case, large)
+    weights, *others = inputs
+    others = jax.tree.map(jnp.asarray, others)
+    placed, guards = {}, [jnp.full(4096, 7, jnp.int32)]  # what a store beyond the end of a buffer is likely to hit
+    for name, w in weights.items():
+        placed[name] = jnp.array(w)
+        guards.append(jnp.full(4096, 7, jnp.int32))
+    merged = merge_function(implementation)(placed, *others)
+    assert {name: (w.shape, w.dtype) for name, w in merged.items()} == {
+        name: (w.shape, w.dtype) for name, w in weights.items()
+    }
+    assert_near(merged, exact, additions=others[0][next(iter(weights))].shape[2] + len(others[2].experts))
+    for before, after in zip(jax.tree.leaves(inputs[1:]), jax.tree.leaves(others), strict=True):
+        assert before.tobytes() == np.asarray(after).tobytes()
+    assert all((guard == 7).all() for guard in guards)
+
+
+class TestValues:
+    @pytest.mark.parametrize("implementation", HERE)
+    @pytest.mark.parametrize("case", CASES)
+    def test_here(self, case, implementation):
+        if implementation == "interpreted" and not CASES[case].pallas:
+            with pytest.raises(ValueError, match=r"cannot run as pallas: . is .*(tensor cores|multiples of 8 and 16)"):
+                sgmm(*CASES[case].draw()[:4], implementation="pallas")
+        else:
+            check_case(case, implementation)
+
+    @pytest.mark.parametrize("implementation", ON_GPU)
+    @pytest.mark.parametrize("case", LARGE_CASES)
+    def test_on_gpu(self, case, implementation):
+        if implementation == "pallas" and not LARGE_CASES[case].pallas:
+            with pytest.raises(ValueError, match="cannot run as pallas"):
+                sgmm(*LARGE_CASES[case].draw()[:4], implementation="pallas")
+        else:
+            check_case(case, implementation, large=True)
+
+    @interpreted
+    def test_default_tiles(self):
+        """The rings of the rank, three blocks."""
+        case = Case(shapes={"q": (136, 144)}, golden=False)
+        weights, a, b, terms, _ = case.draw()
+        exact = exact_merge(weights, a, b, terms)
+        parameters = plgpu.InterpretGPUParams(detect_races=True)
+        merged = sgmm_mosaic(weights, a, b, terms, None, interpret=parameters, num_blocks=3)
+        assert_near(merged, exact, additions=case.rank + 4)
+
+    def test_rings_fit_the_shared_memory(self):
+        """Up to rank 256, with room to copy while another slot is in use."""
+        for rank in range(16, 257, 16):
+            config = configure(rank, 2)
+            assert config is not None
+            assert config.shared_memory(rank, 2) <= 227 * 1024
+            assert min(config.w_slots, config.slots) >= 2
+        assert configure(512, 2) is None
+
+    @pytest.mark.parametrize("dtype", HALF_ULP)
+    def test_the_bound_finds_lost_precision(self, dtype):
+        """It has no room for a second rounding, of the sum before the base is added, or for half the digits of A."""
+        case = Case(shapes={"q": (64, 64)}, rank=64, dtype=dtype)
+        _, a, b, terms, base = case.draw()
+        exact = exact_merge(base, a, b, terms)
+        bound = {"exact": exact, "additions": case.rank + case.top_k}
+        right = {name: jnp.asarray(total, dtype) for name, (total, _) in exact.items()}
+        assert_near(right, **bound)
+        w = np.asarray(base["q"], np.float64)
+        twice = jnp.asarray(exact["q"][0] - w, dtype).astype(jnp.float32) + jnp.asarray(w, jnp.float32)
+        short = {"q": jax.lax.reduce_precision(a["q"], 8, -int(np.log2(HALF_ULP[dtype])) // 2)}
+        blurred = exact_merge(base, short, b, terms)["q"][0]
+        for wrong in (*([] if dtype == "float32" else [twice.astype(dtype)]), jnp.asarray(blurred, dtype)):
+            with pytest.raises(AssertionError, match="times the bound"):
+                assert_near({"q": wrong}, **bound)
+
+
+class TestTerms:
+    @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
+    def test_switch_terms(self, top_k):
+        """s·(g^t − g^{t−1}) by expert, one product for each expert of either token."""
+        rng = np.random.default_rng(top_k)
+        shared = set()
+        for _ in range(20):
+            previous, current = (random_gates(rng, 6, top_k) for _ in range(2))
+            wanted = np.zeros(6)
+            np.add.at(wanted, np.asarray(current[0]), SCALE * np.asarray(current[1], np.float64))
+            np.add.at(wanted, np.asarray(previous[0]), -SCALE * np.asarray(previous[1], np.float64))
+            terms = jax.jit(switch_terms)(previous, current, SCALE)
+            assert terms.experts.shape == terms.coefficients.shape == (2 * top_k,)
+            assert terms.coefficients.dtype == jnp.float32
+            used = np.asarray(terms.experts)[np.asarray(terms.coefficients) != 0]
+            union = set(np.asarray(previous[0]).tolist()) | set(np.asarray(current[0]).tolist())
+            if top_k == 1 and len(union) == 1:
+                union = set()  # the only gate is 1 for both, so the weights stay as they are
+            assert sorted(used.tolist()) == sorted(union)
+            found = np.zeros(6)
+            np.add.at(found, np.asarray(terms.experts), np.asarray(terms.coefficients, np.float64))
+            np.testing.assert_allclose(found, wanted, atol=SCALE * 2.0**-24)
+            shared.add(2 * top_k - len(union))
+        assert len(shared) > 1, "the draws had none or all experts in common"
+
+    def test_golden_terms(self):
+        experts, gates = jnp.array([3, 1]), jnp.array([0.75, 0.25], jnp.bfloat16)
+        terms = golden_terms(experts, gates, 3.0)
+        assert terms.experts.tolist() == [3, 1]
+        assert terms.coefficients.dtype == jnp.float32
+        assert terms.coefficients.tolist() == [2.25, 0.75]
+
+    @pytest.mark.parametrize("dtype", HALF_ULP)
+    def test_there_and_back(self, dtype):
+        """From gates of 0 to a token's and back: the weights again, but for two roundings."""
+        case = Case(shapes=GQA, dtype=dtype, golden=False)
+        weights, a, b, _, _ = case.draw()
+        a, b = (jax.tree.map(lambda x: jnp.nan_to_num(x, nan=1.0), tree) for tree in (a, b))
+        original = jax.tree.map(np.asarray, weights)
+        token, merge = random_gates(np.random.default_rng(1), case.num_experts, case.top_k), merge_function("xla")
+        nothing = token[0], jnp.zeros_like(token[1])
+        there = merge(weights, a, b, switch_terms(nothing, token, SCALE), None)
+        far = jax.tree.map(np.asarray, there)
+        back = merge(there, a, b, switch_terms(token, nothing, SCALE), None)
+        exact = exact_merge(original, a, b, switch_terms(nothing, token, SCALE))
+        for name, w in original.items():
+            assert np.abs(far[name] - w).astype(np.float32).mean() > 0.1
+            largest = np.maximum(np.abs(far[name]), np.abs(w)).astype(np.float64)
+            allowed = 4 * HALF_ULP[dtype] * largest + 2 * (case.rank + 4) * SUM_ERROR * exact[name][1]
+            assert (np.abs(np.asarray(back[name], np.float64) - w.astype(np.float64)) <= allowed).all()
+
+    def test_many_switches(self):
+        """50 tokens in fp32: no further from W⁰ + Δ(g) than 50 roundings may be; *golden* then forgets them."""
+        case = Case(shapes={"q": (24, 40), "v": (8, 40)}, dtype="float32", golden=False, num_experts=8)
+        pristine, a, b, _, _ = case.draw()
+        a, b = (jax.tree.map(lambda x: jnp.nan_to_num(x, nan=0.5), tree) for tree in (a, b))
+        rng, merge = np.random.default_rng(0), merge_function("xla")
+        weights = jax.tree.map(jnp.copy, pristine)
+        previous = random_gates(rng, 8, 2)[0], jnp.zeros(2)
+        size = dict.fromkeys(pristine, 0.0)
+        for _ in range(50):
+            current = random_gates(rng, 8, 2)
+            terms = switch_terms(previous, current, SCALE)
+            for name, (_, one) in exact_merge(weights, a, b, terms).items():
+                size[name] = np.maximum(size[name], one)
+            weights, previous = merge(weights, a, b, terms, None), current
+        exact = exact_merge(pristine, a, b, golden_terms(*previous, SCALE))
+        bound = {name: (total, size[name]) for name, (total, _) in exact.items()}
+        assert_near(weights, bound, additions=case.rank + 4, roundings=50)
+        golden = merge(weights, a, b, golden_terms(*previous, SCALE), pristine)
+        assert_near(golden, exact, additions=case.rank + 2)
+
+
+class TestDonation:
+    @pytest.mark.parametrize("golden", [True, False], ids=["golden", "switch"])
+    @pytest.mark.parametrize("implementation", ["xla", *ON_GPU])
+    def test_in_place(self, implementation, golden):
+        """The same buffers, and of temporaries nothing (the kernels) or those of one layer, however many there are."""
+        case = Case(shapes={"q": (512, 512), "v": (256, 512)}, num_layers=32, num_experts=8, golden=golden)
+        weights, *others = case.draw()
+        total = sum(w.nbytes for w in weights.values())
+        layer = total // case.num_layers
+        places = {name: w.unsafe_buffer_pointer() for name, w in weights.items()}
+        compiled = merge_function(implementation).lower(weights, *others).compile()
+        memory = compiled.memory_analysis()
+        assert memory.alias_size_in_bytes >= total
+        if implementation != "xla":
+            assert memory.temp_size_in_bytes < layer // 100
+        elif jax.default_backend() == "cpu":
+            products = len(others[2].experts) * 2 * layer  # in fp32
+            assert memory.temp_size_in_bytes < products + layer < total
+        merged = compiled(weights, *others)
+        assert {name: w.unsafe_buffer_pointer() for name, w in merged.items()} == places
+        assert all(w.is_deleted() for w in weights.values())
+
+
+class TestChoice:
+    def arrays(self, **changes):
+        weights, a, _, terms, _ = replace(Case(shapes=GQA), **changes).draw()
+        return weights, a, terms
+
+    @pytest.mark.skipif(jax.default_backend() != "cpu", reason="for machines without a GPU")
+    def test_cpu(self, caplog):
+        with caplog.at_level(logging.INFO, logger="pallas_kernels"):
+            assert choose_implementation(*self.arrays()) == "xla"
+        for name, wanted in {"pallas": "Hopper", "triton": "Ampere"}.items():
+            (line,) = (line for line in caplog.messages if name in line)
+            assert wanted in line
+            assert jax.devices()[0].device_kind in line
+
+    def test_hopper(self, monkeypatch, caplog):
+        """Where the kernel can run it does; what keeps it from that is in the log."""
+        monkeypatch.setattr(op, "compute_capability", lambda: "9.0")
+        monkeypatch.setattr(op.importlib.util, "find_spec", lambda name: None)
+        assert choose_implementation(*self.arrays()) == "pallas"
+        for changes, why in (
+            ({"dtype": "float32"}, "float32"),
+            ({"shapes": {"q": (64, 72)}}, "multiples"),
+            ({"rank": 512}, "rank 512"),
+        ):
+            caplog.clear()
+            with caplog.at_level(logging.INFO, logger="pallas_kernels"):
+                assert choose_implementation(*self.arrays(**changes)) == "xla"
+            assert why in caplog.text
+            assert "jax-triton is not installed" in caplog.text
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not op.compute_capability().startswith("9."), reason="no Hopper GPU")
+    def test_hopper_itself(self):
+        assert choose_implementation(*self.arrays()) == "pallas"
+        weights, a, b, terms, pristine = Case(shapes=GQA).draw()
+        merged = sgmm(weights, a, b, terms, pristine=pristine)
+        assert_near(merged, exact_merge(pristine, a, b, terms), additions=18)
+
+
+def invalid(**changes):
+    """The arguments of a right call, some of them changed by a function."""
+    weights, a, b, terms, pristine = Case(shapes=GQA).draw()
+    arguments = {"weights": weights, "a": a, "b": b, "terms": terms, "pristine": pristine, "implementation": "xla"}
+    return arguments | {name: change(arguments[name]) for name, change in changes.items()}
+
+
+def changed(function):
+    """Of q only."""
+    return lambda arrays: arrays | {"q": function(arrays["q"])}
+
+
+INVALID = {
+    "no targets": (dict.fromkeys(("weights", "a", "b"), lambda _: {}), "different targets"),
+    "names": ({"a": lambda a: {"q": a["q"], "v": a["k"]}}, r"different targets: \['k', 'q'\], \['q', 'v'\]"),
+    "pristine names": ({"pristine": lambda x: {"q": x["q"]}}, "different targets"),
+    "no terms": ({"terms": lambda _: Terms(jnp.zeros(0, jnp.int32), jnp.zeros(0))}, r"\(0,\).* must be \[J\]"),
+    "more experts": ({"terms": lambda t: Terms(jnp.zeros(3, jnp.int32), t.coefficients)}, r"\(3,\).*\(2,\)"),
+    "terms by layer": ({"terms": lambda t: Terms(t.experts[None], t.coefficients[None])}, r"\(1, 2\)"),
+    "one layer": ({"weights": changed(lambda w: w[0])}, r"q: .*\(128, 64\)"),
+    "layers differ": ({"weights": changed(lambda w: w[:1])}, r"\[L=\d, out, in\]"),
+    "layers of A": ({"a": changed(lambda x: x[:1])}, r"q: A is bfloat16\(1, 4, 16, 64\).* must be .*\(2, 4, 16, 64\)"),
+    "input of A": ({"a": changed(lambda x: x[..., :32])}, "q: A is"),
+    "transposed B": ({"b": changed(lambda x: x.mT)}, r"q: B is .* must be .*\(2, 4, 128, 16\)"),
+    "rank of B": ({"b": changed(lambda x: x[..., :8])}, "q: B is"),
+    "type of B": ({"b": changed(lambda x: x.astype(jnp.float32))}, "q: B is float32.* must be bfloat16"),
+    "pristine shape": ({"pristine": changed(lambda x: x[:, :64])}, "q: pristine is"),
+    "pristine type": ({"pristine": changed(lambda x: x.astype(jnp.float16))}, "q: pristine is float16"),
+    "integers": (
+        dict.fromkeys(("weights", "a", "b", "pristine"), lambda x: {n: y.astype(jnp.int8) for n, y in x.items()}),
+        "int8; bfloat16, float16 and float32 can be merged",
+    ),
+    "implementation": ({"implementation": lambda _: "cuda"}, "'cuda' is none of pallas, triton, xla"),
+    "rank for pallas": (
+        {
+            "implementation": lambda _: "pallas",
+            "a": lambda x: {n: jnp.tile(y, (1, 1, 32, 1)) for n, y in x.items()},
+            "b": lambda x: {n: jnp.tile(y, (1, 1, 1, 32)) for n, y in x.items()},
+        },
+        "cannot run as pallas: slabs of rank 512 do not fit",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", INVALID)
+def test_invalid(what):
+    changes, message = INVALID[what]
+    with pytest.raises(ValueError, match=message):
+        sgmm(**invalid(**changes))
+
+
+class TestBenchmark:
+    """The whole script at a tiny size."""
+
+    def test_files(self, tmp_path: Path):
+        """Rows for all; what cannot run says so in its row, and does not end the run."""
+        broken = "xla" if jax.default_backend() == "gpu" else "pallas"
+        result = benchmark.run(benchmark.TINY, tmp_path, "the command", ("xla", "pallas"), swept="xla")
+        assert json.loads((tmp_path / "sgmm.json").read_text()) == result
+        assert {"copy", "best_copy", "best_read", "best_matmul"} <= result["ceilings"].keys()
+        assert len(result["rows"]) == 2 * 3 * 3
+        assert len(result["sweep"]) == 2 * 2 * 2
+        products = {"golden": 2, "switch": 4, "one shared": 3}
+        for row in (*result["rows"], *result["sweep"]):
+            if row["implementation"] != broken:
+                assert row["ms"] > 0
+                assert row["tb_per_s"] == pytest.approx(row["gigabytes"] / row["ms"])
+                assert not row["wrong"]
+                assert 0 < row["max_error"] <= 1.02 * row["max_error_of_rounding"]
+            else:
+                assert row["error"]
+        for row in result["rows"]:
+            assert row["products"] == products[row["mode"]]
+        text = (tmp_path / "sgmm.md").read_text()
+        assert all(word in text for word in ("the command", jax.__version__, result["device"], "over simple"))
+        assert (tmp_path / "sgmm.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_wrong_results_end_the_run(self, tmp_path, monkeypatch):
+        """One element of one layer is off."""
+        right = benchmark.sgmm
+
+        def wrong(*arguments, **options):
+            merged = right(*arguments, **options)
+            return merged | {"q_proj": merged["q_proj"].at[0, 1, 2].add(0.01)}
+
+        monkeypatch.setattr(benchmark, "sgmm", wrong)
+        size = replace(benchmark.TINY, sweep_top_ks=(1,))
+        with pytest.raises(SystemExit, match="10 wrong results"):
+            benchmark.run(size, tmp_path, "the command", ("xla",), swept="xla")
+        rows = json.loads((tmp_path / "sgmm.json").read_text())["rows"]
+        assert [row["wrong"] for row in rows] == [row["implementation"] == "xla" for row in rows]
+        assert all("ms" not in row for row in rows if row["wrong"])
