@@ -190,6 +190,11 @@ def _walk(shape, tile_n, visit, carry):
     return lax.fori_loop(0, pl.cdiv(num_layers * down * across - block, num_blocks), tile, carry)
 
 
+def _multiprocessors() -> int:
+    """Of the device; two on one that has none, where the kernel is interpreted."""
+    return getattr(jax.devices()[0], "core_count", 2)
+
+
 def sgmm_mosaic(
     weights: dict[str, Array],
     a: dict[str, Array],
@@ -201,7 +206,7 @@ def sgmm_mosaic(
     num_blocks: int | None = None,
     config: Config | None = None,
 ) -> dict[str, Array]:
-    """See `pallas_kernels.sgmm.sgmm`. `num_blocks` thread blocks run (default: one per multiprocessor).
+    """See `pallas_kernels.sgmm.sgmm`. `num_blocks` thread blocks run (default: one on each multiprocessor).
 
     Ranks that are no multiple of 16 are padded, which copies A and B. Raises `ValueError` as `obstacle` says.
     """
@@ -219,8 +224,9 @@ def sgmm_mosaic(
 
     def ring(slots, rows, columns, swizzled):
         swizzle = plgpu.find_swizzle(swizzled * dtype.itemsize * 8)
-        tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))
-        return plgpu.SMEM((slots, rows, columns), dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+        tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))  # type: ignore[abstract]
+        transforms = tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
+        return plgpu.SMEM((slots, rows, columns), dtype, transforms=transforms)
 
     columns = math.gcd(config.tile_n, *(w.shape[2] for w in weights.values()))
     operand = math.gcd(columns, rank)  # wgmma wants one swizzle for both operands
@@ -229,7 +235,7 @@ def sgmm_mosaic(
     kernel = plgpu.kernel(
         partial(_kernel, refs_per_target=len(refs) // len(names)),
         out_type=(),
-        grid=(num_blocks or jax.devices()[0].core_count,),
+        grid=(num_blocks or _multiprocessors(),),
         grid_names=("block",),
         num_threads=GROUPS + 1,
         thread_name="group",

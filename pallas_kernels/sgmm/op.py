@@ -43,7 +43,8 @@ def sgmm(
     """The merged weights, in the buffers of `weights` where the caller's jit donates them.
 
     Args:
-      weights: target name → W [L, out, in], bf16, fp16 or fp32; the shapes of targets may differ, L may not.
+      weights: target name → W [L, out, in], bf16, fp16 or fp32; `out` and `in` may differ among targets; L, E, R and
+        the type may not.
       a: target name → A [L, E, R, in]. b: target name → B [L, E, out, R]. Both of the type of `weights`.
       terms: which experts, and how much of each; sums are in fp32 and rounded once.
       pristine: None adds to `weights`. Otherwise the weights to add to, of the same shapes; what `weights` holds is
@@ -109,21 +110,29 @@ def _validate(
     weights: dict[str, Array], a: dict[str, Array], b: dict[str, Array], terms: Terms, pristine: dict[str, Array] | None
 ) -> None:
     if not weights or not weights.keys() == a.keys() == b.keys() == (pristine or weights).keys():
-        raise ValueError(f"weights, a, b and pristine name different targets: {sorted(weights)}, {sorted(a)}, {sorted(b)}")
+        raise ValueError(
+            f"weights, a, b and pristine name different targets: {sorted(weights)}, {sorted(a)}, {sorted(b)}"
+        )
     if not terms.experts.shape == terms.coefficients.shape or terms.experts.ndim != 1 or not len(terms.experts):
-        raise ValueError(f"terms: experts {terms.experts.shape} and coefficients {terms.coefficients.shape} must be [J]")
-    num_layers = next(iter(weights.values())).shape[0]
+        raise ValueError(
+            f"terms: experts {terms.experts.shape} and coefficients {terms.coefficients.shape} must be [J]"
+        )
     for name, w in weights.items():
-        if w.ndim != 3 or w.shape[0] != num_layers:
-            raise ValueError(f"{name}: weights have shape {w.shape}, not [L={num_layers}, out, in]")
-        (_, out_dim, in_dim), (num_experts, rank) = w.shape, a[name].shape[1:3]
+        if w.ndim != 3 or a[name].ndim != 4:
+            raise ValueError(f"{name}: W {w.shape} must be [L, out, in] and A {a[name].shape} [L, E, R, in]")
+    first = next(iter(weights))
+    (num_layers, *_), dtype, (_, num_experts, rank, _) = weights[first].shape, weights[first].dtype, a[first].shape
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(f"{first}: weights are {dtype}; bfloat16, float16 and float32 can be merged")
+    for name, w in weights.items():
+        _, out_dim, in_dim = w.shape
         for label, array, shape in (
+            ("W", w, (num_layers, out_dim, in_dim)),
             ("A", a[name], (num_layers, num_experts, rank, in_dim)),
             ("B", b[name], (num_layers, num_experts, out_dim, rank)),
             ("pristine", (pristine or weights)[name], w.shape),
         ):
-            if array.shape != shape or array.dtype != w.dtype:
-                found = f"{label} is {array.dtype}{array.shape}"
-                raise ValueError(f"{name}: {found}; with W {w.dtype}{w.shape} it must be {w.dtype}{shape}")
-        if w.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-            raise ValueError(f"{name}: weights are {w.dtype}; bfloat16, float16 and float32 can be merged")
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(
+                    f"{name}: {label} is {array.dtype}{array.shape}; beside {first} it must be {dtype}{shape}"
+                )

@@ -1,6 +1,6 @@
 """The merge in plain XLA: the definition that the kernels are tested against, and the way on devices without one.
 
-    W[l] = base[l] + Σ_j c_j · B[l, e_j] A[l, e_j]        products and sum in fp32, rounded once
+W[l] = base[l] + Σ_j c_j · B[l, e_j] A[l, e_j]        products and sum in fp32, rounded once
 """
 
 from __future__ import annotations
