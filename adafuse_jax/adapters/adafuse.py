@@ -16,6 +16,7 @@ from jaxtyping import Array, Int, Key
 from adafuse_jax.adapters.lora import LoRAExperts
 from adafuse_jax.adapters.router import Router, Routing
 from adafuse_jax.configs import LINEARS, AdapterConfig, ModelConfig
+from adafuse_jax.model.layers import Linear
 
 
 class AdaFuse(nnx.Module):
@@ -75,7 +76,8 @@ class AdaFuseLayer:
     ):
         self.adapter, self.experts, self.layer, self.routing, self.key = adapter, experts, layer, routing, key
 
-    def __call__(self, name: str, x: Array, y: Array) -> Array:
+    def __call__(self, name: str, linear: Linear, x: Array) -> Array:
+        y = linear(x)
         if name not in self.experts:
             return y
         if name == self.adapter.first_target:

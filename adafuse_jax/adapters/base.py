@@ -6,14 +6,16 @@ from typing import Any, Protocol
 
 from jaxtyping import Array, Int, Key
 
+from adafuse_jax.model.layers import Linear
+
 
 class LayerHook(Protocol):
     """One layer's view of an adapter, alive while that layer is traced."""
 
     routing: Any
 
-    def __call__(self, name: str, x: Array, y: Array) -> Array:
-        """The adapted output of linear `name`, whose input is x [B, T, in] and whose own output is y [B, T, out]."""
+    def __call__(self, name: str, linear: Linear, x: Array) -> Array:
+        """The adapted output [B, T, out] of `linear`, which the layer calls `name`, at its input x [B, T, in]."""
 
 
 class Adapter(Protocol):

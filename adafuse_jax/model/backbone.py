@@ -3,7 +3,7 @@
     h = attention_norm(x);  x ← x + o_proj(attention(q_proj h, k_proj h, v_proj h))
     h = ffn_norm(x);        x ← x + down_proj(silu(gate_proj h) · up_proj h)
 
-The hook is called as `adapt(name, x, y)` after every linear (its input x and output y) and returns the adapted output.
+The hook is called as `adapt(name, linear, x)` in place of every `linear(x)`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from adafuse_jax.model.attention import Visibility, attention
 from adafuse_jax.model.cache import KVCache
 from adafuse_jax.model.layers import Linear, RMSNorm, apply_rope, rope_frequencies, rope_tables
 
-Adapt = Callable[[str, Array, Array], Array]
+Adapt = Callable[[str, Linear, Array], Array]
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +54,7 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "B T D"], attend: Callable[[Array, Array, Array], Array], adapt: Adapt
     ) -> Float[Array, "B T D"]:
         def linear(name: str, h: Array) -> Array:
-            return adapt(name, h, getattr(self, name)(h))
+            return adapt(name, getattr(self, name), h)
 
         def heads(h: Array) -> Array:
             return h.reshape(*h.shape[:2], -1, self.head_dim)  # [B, T, heads, H]
@@ -154,7 +154,7 @@ class Backbone(nnx.Module):
                 return attention(q, k, v, visibility.mask(window))
 
             if adapter is None:
-                x = layer(x, attend, lambda name, x, y: y)
+                x = layer(x, attend, lambda name, linear, x: linear(x))
             else:
                 key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
                 hook = adapter.hook(experts, index, routing, key)

@@ -23,8 +23,11 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(init(rngs.params(), (num_layers, out_dim, in_dim), dtype))
         self.bias = nnx.Param(jnp.zeros((num_layers, out_dim), dtype)) if bias else None
 
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...])
+    def __call__(
+        self, x: Float[Array, "*batch in"], weight: Float[Array, "out in"] | None = None
+    ) -> Float[Array, "*batch out"]:
+        """With `weight` instead of the layer's own W, if given."""
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...] if weight is None else weight)
         return y if self.bias is None else y + self.bias[...]
 
 
