@@ -9,6 +9,7 @@ from typing import Any, Literal
 from adafuse_jax.errors import UserError
 
 DType = Literal["float32", "bfloat16"]
+Strategy = Literal["unmerged", "golden", "switch", "simple"]
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN_LINEARS = ("gate_proj", "up_proj", "down_proj")
@@ -198,6 +199,11 @@ class DecodeConfig:
 
     model: str = flag("Hugging Face model directory or hub id", metavar="DIR|ID")
     adapter: str | None = flag("adapter directory written by train.py; default: the bare backbone", None, "DIR")
+    strategy: Strategy = flag(
+        "how a token's experts act: beside the weights, merged into a second copy of them (golden), merged in place, which "
+        "drifts (switch), or merged layer by layer (simple)",
+        "unmerged",
+    )
     prompt: str | None = flag("one prompt; without a prompt, prompts are read from stdin, one a line", None, "TEXT")
     prompts_file: str | None = flag(
         "prompts, one a line: text, or JSON with a 'prompt' or 'messages' (.jsonl)", None, "FILE"
@@ -223,6 +229,10 @@ class DecodeConfig:
         require(self.top_k >= 0, f"--top-k is {self.top_k}: it must be ≥ 0")
         require(0 < self.top_p <= 1, f"--top-p is {self.top_p}: it must be in (0, 1]")
         require_seed(self.seed)
+        require(
+            self.strategy == "unmerged" or self.adapter is not None,
+            f"--strategy {self.strategy} merges the experts of an adapter; give --adapter, or leave --strategy out",
+        )
         require_text("--prompt", self.prompt)
         require_text("--system", self.system)
         require_text("--stop", "".join(self.stop))

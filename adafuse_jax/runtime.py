@@ -22,6 +22,7 @@ def set_up() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.ERROR)
     logging.getLogger("adafuse_jax").setLevel(logging.INFO)
+    _tell_kernels_once()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a locale may lack the characters of an answer
     _silence_background_errors()
@@ -30,6 +31,20 @@ def set_up() -> None:
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "adafuse-jax" / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _tell_kernels_once() -> None:
+    """Which kernel runs, and why not a faster one, is logged at every compilation; say each of it once."""
+    told: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = text not in told
+        told.add(text)
+        return new
+
+    logging.getLogger("pallas_kernels").setLevel(logging.INFO)
+    logging.getLogger("pallas_kernels.sgmm.op").addFilter(is_new)
 
 
 def _silence_background_errors() -> None:

@@ -391,6 +391,11 @@ DECODE = [
     Case("raw chat", ("--raw and --chat", "give one"), {"chat": True, "raw": True, "prompt": None}),
     Case("raw with system", ("--raw", "--system", "write it"), {"raw": True, "system": "Be brief."}),
     Case("dtype unknown", ("--dtype", "'int8'", "bfloat16"), {"dtype": "int8"}),
+    Case("strategy unknown", ("--strategy", "'fast'", "golden"), {"strategy": "fast"}),
+    *(
+        Case(f"{strategy} without adapter", (f"--strategy {strategy}", "give --adapter"), {"strategy": strategy})
+        for strategy in ("golden", "switch", "simple")
+    ),
     # prompts
     *(
         Case(

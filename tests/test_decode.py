@@ -15,7 +15,10 @@ import train as train_script
 from adafuse_jax import load_backbone
 from adafuse_jax.interop import huggingface
 
-FIELDS = {"prompt", "text", "token_ids", "finish_reason", "ms_per_token", "prompt_tokens", "prefill_ms", "experts_used"}
+FIELDS = {
+    "prompt", "text", "token_ids", "finish_reason", "ms_per_token", "prompt_tokens", "prefill_ms", "strategy",
+    "experts_used",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +149,25 @@ class TestChat:
         out, err = run(stdin="Hi\n" + "x" * 300 + "\n/new\nHi\n", prompt=None, chat=True)
         assert "/new" in err
         assert out.split("\n")[0] == out.split("\n")[1]
+
+
+class TestStrategies:
+    @pytest.mark.parametrize("strategy", ["golden", "switch", "simple"])
+    def test_same_answers_and_conversations_as_unmerged(self, run, folder, strategy):
+        adapter = folder / "run" / "adapter"
+        one = objects(run(json=True, max_new_tokens=24, adapter=adapter)[0])[0]
+        other = objects(run(json=True, max_new_tokens=24, adapter=adapter, strategy=strategy)[0])[0]
+        assert (one["strategy"], other["strategy"]) == ("unmerged", strategy)
+        for name in ("text", "token_ids", "finish_reason", "experts_used"):
+            assert one[name] == other[name]
+        talk = {"stdin": "Hi\nDouble 7.\n/new\nHi\n", "prompt": None, "chat": True, "adapter": adapter}
+        assert run(**talk, strategy=strategy)[0] == run(**talk)[0]
+
+    def test_stats_name_the_strategy(self, run, folder):
+        adapter = folder / "run" / "adapter"
+        assert ", golden, " in run(stats=True, adapter=adapter, strategy="golden")[1]
+        assert ", unmerged, " in run(stats=True, adapter=adapter)[1]
+        assert "merged" not in run(stats=True)[1]
 
 
 class TestHub:

@@ -2,10 +2,13 @@
 
     prefill   writes a prompt into the cache, in chunks whose lengths come from a few buckets, every prompt token with its
               own gates; then samples the first token
-    step      token → gates → adapted backbone → next token; cache, position and gates are updated in place
+    step      token → gates → adapted backbone → next token; cache, position and merged weights are updated in place
 
-Programs depend on a few chunk lengths and cache sizes (powers of two), not on the prompt's length: a new length compiles
-nothing, unless it is the first to need a larger cache.
+How the experts act in a step is the engine's strategy: *unmerged*, y = W x + Σ_j g_j s B[e_j] (A[e_j] x), or one of
+`merging`'s. Prefill is unmerged with each.
+
+Programs depend on a few chunk lengths and cache sizes (powers of two), not on the prompt's length: a new length
+compiles nothing, unless it is the first to need a larger cache.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +26,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.adapters.base import Adapter
+from adafuse_jax.configs import Strategy
+from adafuse_jax.decoding.merging import Merged, Merging, unmerge, with_weights
 from adafuse_jax.decoding.sampling import Sampling, sample
 from adafuse_jax.errors import UserError
 from adafuse_jax.model.backbone import Backbone
@@ -118,24 +124,30 @@ def _first_token(
     return (state.token, state.done, None), state
 
 
-@partial(jax.jit, static_argnames=("eos_ids", "pad_id"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("eos_ids", "pad_id"), donate_argnames=("state", "merged"))
 def decode_step(
     model: Backbone,
     adapter: AdaFuse | None,
     state: DecodeState,
+    merged: Merged | None,
     sampling: Sampling,
     eos_ids: tuple[int, ...],
     pad_id: int,
-) -> tuple[Any, DecodeState]:
-    """Read `state.token`, sample the one after it. Returns ((token, done, experts), state); the old state is donated."""
+) -> tuple[Any, DecodeState, Merged | None]:
+    """Read `state.token`, sample the one after it. Returns ((token, done, experts), state, merged); the old state and
+    what was merged are donated. `merged` None decodes unmerged."""
+    acting: Adapter | None = adapter
+    if adapter is not None and merged is not None:
+        acting = Merging(adapter, model, merged, hold=state.done[0])
     out = model.run(
-        state.token[:, None], adapter=adapter, positions=state.position[:, None], cache=state.cache, unroll=True
+        state.token[:, None], adapter=acting, positions=state.position[:, None], cache=state.cache, unroll=True
     )
     assert out.cache is not None
-    experts = None if adapter is None else out.routing.experts[:, 0]
+    routing, merged = (out.routing, None) if merged is None else out.routing
+    experts = None if routing is None else routing.experts[:, 0]
     state = replace(state, cache=out.cache, position=state.position + 1)
     state = _choose(state, model.logits(out.hidden[:, 0]), sampling, eos_ids, pad_id)
-    return (state.token, state.done, experts), state
+    return (state.token, state.done, experts), state, merged
 
 
 class Engine:
@@ -143,17 +155,63 @@ class Engine:
 
     The engine keeps the cache of its last generation: when a new prompt begins with tokens that are already in it (the next
     turn of a conversation), only the rest is prefilled.
+
+    Args:
+      model: with strategy *switch* the engine takes its adapted weights over and changes them: use `engine.model` instead.
+      adapter: its experts are cast to the model's type where they are merged.
+      strategy: how the experts act while decoding; all but *unmerged* decode one row at a time.
+      eos_ids: tokens that end a row; default: the model's own.
+
+    Raises:
+      UserError: an unknown strategy, or one that merges and no adapter.
     """
 
-    def __init__(self, model: Backbone, adapter: AdaFuse | None = None, *, eos_ids: Sequence[int] | None = None):
-        """`eos_ids` end a row; default: the model's own."""
-        self.model, self.adapter = model, adapter
+    def __init__(
+        self,
+        model: Backbone,
+        adapter: AdaFuse | None = None,
+        *,
+        strategy: Strategy = "unmerged",
+        eos_ids: Sequence[int] | None = None,
+    ):
+        if strategy not in get_args(Strategy):
+            raise UserError(f"strategy {strategy!r} is none of {', '.join(get_args(Strategy))}")
+        self._merged: Merged | None = None
+        if strategy != "unmerged":
+            if adapter is None:
+                raise UserError(f"strategy {strategy} merges the experts of an adapter; give one, or decode unmerged")
+            adapter = jax.tree.map(lambda leaf: leaf, adapter)
+            adapter.experts = jax.tree.map(lambda leaf: leaf.astype(model.dtype), adapter.experts)
+            self._merged = Merged.nothing(strategy, model, adapter)
+            if strategy == "switch":
+                model = with_weights(model, dict.fromkeys(self._merged.weights))
+        self._model, self.adapter, self.strategy = model, adapter, strategy
         config = model.config
         self.context_length = config.max_position_embeddings
         self.eos_ids = tuple(config.eos_token_ids if eos_ids is None else eos_ids)
         self.pad_id = config.pad_token_id or 0
         self._kept: tuple[DecodeState, list[list[int]]] | None = None
         self._warm: set = set()
+        self._switched = False
+
+    @property
+    def model(self) -> Backbone:
+        """The backbone. With *switch*: without what was merged, and only until the next token is decoded."""
+        self.restore()
+        return self._model if self.strategy != "switch" else with_weights(self._model, self._present().weights)
+
+    def restore(self) -> None:
+        """Take out what *switch* has merged into the backbone: exact but for rounding, which stays. `generate` does so
+        before a prompt and at its end, however it ends; the other strategies never change the backbone."""
+        if self._switched:
+            assert self.adapter is not None
+            merged, self._merged, self._switched = self._present(), None, False
+            self._merged = unmerge(self.adapter, merged)
+
+    def _present(self) -> Merged:
+        if self._merged is None:
+            raise UserError("a decoding step failed and took the merged weights with it; load the model again")
+        return self._merged
 
     def max_new_tokens(self, prompt_tokens: int, asked: int) -> int:
         """`asked`, or what the context has left after the prompt. Raises `UserError` if the prompt alone fills it."""
@@ -183,11 +241,16 @@ class Engine:
 
         Raises:
           UserError: an empty prompt, one that leaves no room for an answer, or one with tokens that the model lacks;
-            logits that are not finite.
+            several prompts and a strategy that merges; logits that are not finite.
         """
         if not all(len(p) for p in prompts):
             raise UserError("a prompt is empty; give it at least one token")
-        vocab_size, largest = self.model.config.vocab_size, max(int(max(p)) for p in prompts)
+        if self.strategy != "unmerged" and len(prompts) > 1:
+            raise UserError(
+                f"strategy {self.strategy} merges the experts of one row into the weights, and there are {len(prompts)} "
+                "prompts; give one at a time, or decode unmerged"
+            )
+        vocab_size, largest = self._model.config.vocab_size, max(int(max(p)) for p in prompts)
         if largest >= vocab_size:
             raise UserError(
                 f"the prompt has token {largest} and the model {vocab_size} tokens: its tokenizer is of another model; "
@@ -230,14 +293,15 @@ class Engine:
                 if done.all():
                     return
         finally:
+            self.restore()
             if keep_cache:
                 # The last emitted token may not be in the cache yet, so it does not count as kept.
                 self._kept = state, [[*map(int, p), *e[:-1]] for p, e in zip(prompts, emitted, strict=True)]
 
     def _empty_state(self, batch: int, slots: int, sampling: Sampling) -> DecodeState:
-        config = self.model.config
+        config = self._model.config
         return DecodeState(
-            cache=KVCache.empty(config, batch, slots, self.model.dtype),
+            cache=KVCache.empty(config, batch, slots, self._model.dtype),
             token=jnp.zeros(batch, jnp.int32),
             position=jnp.zeros(batch, jnp.int32),
             done=jnp.zeros(batch, bool),
@@ -262,25 +326,33 @@ class Engine:
 
     def _warm_up(self, state: DecodeState, longest: int, sampling: Sampling) -> DecodeState:
         """Compile what this generation needs, so that its times hold no compilation: one step, and a prefill without
-        tokens for each chunk length. All of it happens past the last slot, so nothing enters the cache."""
+        tokens for each chunk length. All of it happens past the last slot and to rows that count as ended, so nothing
+        enters the cache or the weights."""
         batch, slots = len(state.token), state.cache.slots
         key = (batch, slots, sampling.greedy, sampling.penalize)
         new = {(*key, size) for size in (0, *_chunks(longest))} - self._warm
         if not new:
             return state
         for *_, size in sorted(new):
-            state = replace(state, position=jnp.full(batch, slots, jnp.int32))
+            state = replace(state, position=jnp.full(batch, slots, jnp.int32), done=jnp.ones(batch, bool))
             if size:
                 _, state = self._prefill(state, [()] * batch, sampling, chunks=[size])
             else:
                 _, state = self._step(state, sampling)
+                self.restore()
         self._warm |= new
         if state.seen is not None:
             state = replace(state, seen=jnp.zeros_like(state.seen))
         return jax.block_until_ready(state)
 
     def _step(self, state: DecodeState, sampling: Sampling) -> tuple[Any, DecodeState]:
-        return decode_step(self.model, self.adapter, state, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id)
+        merged = None if self.strategy == "unmerged" else self._present()
+        self._merged, self._switched = None, False  # if the step fails, what it was given is gone
+        output, state, self._merged = decode_step(
+            self._model, self.adapter, state, merged, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id
+        )
+        self._switched = self.strategy == "switch"
+        return output, state
 
     def _prefill(
         self,
@@ -289,13 +361,14 @@ class Engine:
         sampling: Sampling,
         chunks: Sequence[int] | None = None,
     ) -> tuple[Any, DecodeState]:
-        logits = jnp.zeros((len(prompts), self.model.config.vocab_size), jnp.float32)
+        model = self.model
+        logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.float32)
         start = 0
         for size in _chunks(max(map(len, prompts))) if chunks is None else chunks:
             tokens = np.zeros((len(prompts), size), np.int32)
             lengths = np.array([min(max(len(p) - start, 0), size) for p in prompts], np.int32)
             for row, prompt, n in zip(tokens, prompts, lengths, strict=True):
                 row[:n] = prompt[start : start + n]
-            state, logits = _prefill_chunk(self.model, self.adapter, state, logits, tokens, lengths, pad_id=self.pad_id)
+            state, logits = _prefill_chunk(model, self.adapter, state, logits, tokens, lengths, pad_id=self.pad_id)
             start += size
         return _first_token(state, logits, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id)

@@ -15,7 +15,7 @@ import numpy as np
 
 from adafuse_jax import runtime
 from adafuse_jax.adapters.directory import load_adapter
-from adafuse_jax.configs import DecodeConfig, require_text
+from adafuse_jax.configs import DecodeConfig, Strategy, require_text
 from adafuse_jax.data.chat import encode_prompt, load_tokenizer, stop_tokens
 from adafuse_jax.data.examples import Message, Role
 from adafuse_jax.decoding.engine import Engine
@@ -34,8 +34,8 @@ class Completion:
 
     `token_ids` leaves out the end token, and holds those of a stop string. `ms_per_token` is the mean over the tokens
     after the first, which prefill makes in `prefill_ms`; None if there is no other. Neither holds compilation.
-    `experts_used` counts, per expert, the tokens read with it; None without an adapter. `peak_device_gib` is the
-    process's peak so far; None where the device does not tell.
+    `strategy` is how the experts acted, and `experts_used` counts, per expert, the tokens read with it; both are None
+    without an adapter. `peak_device_gib` is the process's peak so far; None where the device does not tell.
     """
 
     text: str
@@ -44,6 +44,7 @@ class Completion:
     prompt_tokens: int
     prefill_ms: float
     ms_per_token: float | None
+    strategy: Strategy | None
     experts_used: list[int] | None
     peak_device_gib: float | None
 
@@ -68,7 +69,7 @@ class Session:
             )
         model = load_backbone(directory, dtype)
         eos_ids = {*model.config.eos_token_ids, *stop_tokens(self.tokenizer)}
-        self.engine = Engine(model, adapter, eos_ids=sorted(eos_ids))
+        self.engine = Engine(model, adapter, strategy=config.strategy, eos_ids=sorted(eos_ids))
         self.num_experts = adapter.config.num_experts if adapter else 0
         self.sampling = Sampling.of(
             temperature=config.temperature,
@@ -130,6 +131,7 @@ class Session:
             prompt_tokens=len(ids),
             prefill_ms=round(1e3 * seconds[0], 3),
             ms_per_token=round(1e3 * float(np.mean(seconds[1:])), 3) if len(seconds) > 1 else None,
+            strategy=config.strategy if self.num_experts else None,
             experts_used=experts_used.tolist() if self.num_experts else None,
             peak_device_gib=runtime.peak_device_gib(),
         )
@@ -249,6 +251,8 @@ def _stats_line(completion: Completion) -> str:
     line = f"[{completion.prompt_tokens} prompt tokens in {completion.prefill_ms:.1f} ms, {len(completion.token_ids)} tokens"
     if completion.ms_per_token is not None:
         line += f", {completion.ms_per_token:.2f} ms/token, {1e3 / completion.ms_per_token:.1f} tokens/s"
+    if completion.strategy is not None:
+        line += f", {completion.strategy}"
     line += f", {completion.finish_reason}]"
     used = completion.experts_used
     if used and sum(used):
