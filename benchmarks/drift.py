@@ -1,0 +1,328 @@
+"""How far *switch* drifts from the exact weights, and what that does to the next token.
+
+    python -m benchmarks.drift --model SMOLLM2_DIR --adapter ADAPTER_DIR --out benchmarks/results/nvidia_h200
+
+writes drift.json, drift.md and drift.png. After 1, 10, 100, … switch steps over the gates of real tokens, in bfloat16 and
+float32:
+
+    weight error   ‖W − W_exact‖ / ‖W_exact‖ over all adapted weights, W_exact = W⁰ + Δ(g) in float64
+    KL             KL(exact ‖ drifted) of the next-token distributions, mean over held-out tokens, in nats
+
+For the KL the weights are unmerged, as after a generation, and every held-out token runs with its own experts merged into
+them. *exact* is the unmerged float32 forward pass of the same weights. *golden* merges every token into the pristine weights
+and *unmerged* writes none: neither depends on the number of steps, and what they show is the rounding of one token.
+
+The tokens are sampled from the adapted model at temperature 1 (every one is new, so no sequence of gates repeats), or come
+from `--text`, which is begun anew where it is too short.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from adafuse_jax import AdaFuse, Backbone, load_backbone, runtime
+from adafuse_jax.adapters.adafuse import AdaFuseLayer
+from adafuse_jax.adapters.directory import load_adapter
+from adafuse_jax.adapters.router import Routing
+from adafuse_jax.configs import DType
+from adafuse_jax.data.chat import load_tokenizer
+from adafuse_jax.decoding.merging import Merged, adapted_weights, factors, unmerge, with_weights
+from adafuse_jax.decoding.sampling import Sampling, sample
+from adafuse_jax.errors import UserError
+from adafuse_jax.interop.hf_config import read_model_config
+from adafuse_jax.interop.huggingface import backbone_identity
+from adafuse_jax.model.cache import KVCache
+from adafuse_jax.model.layers import Linear
+from pallas_kernels.sgmm import choose_implementation, golden_terms, sgmm, switch_terms
+from pallas_kernels.sgmm.reference import merge_layer
+
+DTYPES: tuple[DType, ...] = ("bfloat16", "float32")
+LENGTH = 256
+"""Tokens of a row; the first row is held out."""
+
+
+class EachTokenMerged:
+    """An `Adapter` for whole texts that runs every token with weights of its own, W + Δ(g) rounded to W's type."""
+
+    def __init__(self, adapter: AdaFuse):
+        self.adapter, self.experts = adapter, adapter.experts
+
+    def initial_routing(self, batch: int, length: int) -> Routing:
+        return self.adapter.initial_routing(batch, length)
+
+    def hook(
+        self, experts: nnx.Dict, layer: int | Int[Array, ""], routing: Routing, key: Key[Array, ""] | None
+    ) -> EachTokenMergedLayer:
+        return EachTokenMergedLayer(self.adapter, experts, layer, routing, key)
+
+
+class EachTokenMergedLayer(AdaFuseLayer):
+    def __call__(self, name: str, linear: Linear, x: Array) -> Array:
+        if name not in self.experts:
+            return linear(x)
+        if name == self.adapter.first_target:
+            self._route(x)
+        ab, scale = self.experts[name], self.adapter.config.scale
+
+        def one(token: tuple[Array, Array, Array]) -> Array:
+            x, experts, gates = token
+            return linear(x, merge_layer(linear.weight[...], ab.A[...], ab.B[...], golden_terms(experts, gates, scale)))
+
+        tokens = jax.tree.map(lambda v: v[0], (x, self.routing.experts, self.routing.gates))
+        return jax.lax.map(one, tokens, batch_size=16)[None]
+
+
+@partial(jax.jit, static_argnames=("rows", "length"))
+def sample_tokens(model: Backbone, adapter: AdaFuse, first: int, rows: int, length: int) -> Int[Array, "rows length"]:
+    """What the adapted model writes after the token `first`."""
+
+    def step(carry: tuple[Array, KVCache, Array], position: Array) -> tuple[tuple[Array, KVCache, Array], Array]:
+        tokens, cache, key = carry
+        out = model(tokens[:, None], adapter=adapter, positions=jnp.full((rows, 1), position), cache=cache)
+        assert out.logits is not None
+        assert out.cache is not None
+        key, draw = jax.random.split(key)
+        return (sample(out.logits[:, 0], Sampling.of(temperature=1.0), draw, None), out.cache, key), tokens
+
+    cache = KVCache.empty(model.config, rows, length, model.dtype)
+    carry = jnp.full(rows, first, jnp.int32), cache, jax.random.key(0)
+    return jax.lax.scan(step, carry, jnp.arange(length))[1].T
+
+
+def text_tokens(text: Path, tokenizer: Any, rows: int, length: int) -> Int[np.ndarray, "rows length"]:
+    ids = tokenizer(text.read_text(encoding="utf-8"))["input_ids"]
+    if len(ids) < 2 * length:
+        raise UserError(f"--text {text}: has {len(ids)} tokens; give one of at least {2 * length}")
+    held_out, stream = ids[:length], ids[length:]
+    return np.array([*held_out, *np.resize(stream, (rows - 1) * length)], np.int32).reshape(rows, length)
+
+
+@jax.jit
+def gates_of(
+    model: Backbone, adapter: AdaFuse, tokens: Int[Array, "rows length"]
+) -> tuple[Int[Array, "S k"], Float[Array, "S k"]]:
+    """Experts and gates of every token."""
+    routing = jax.lax.map(lambda row: model.run(row[None], adapter=adapter).routing, tokens, batch_size=8)
+    return tuple(x.reshape(-1, x.shape[-1]) for x in (routing.experts, routing.gates))
+
+
+@partial(jax.jit, donate_argnames="merged")
+def switch(
+    adapter: AdaFuse, merged: Merged, experts: Int[Array, "S k"], gates: Float[Array, "S k"], start: Array, stop: Array
+) -> Merged:
+    """The steps of tokens [start, stop), each as `Merging` does it."""
+
+    def step(t: Array, merged: Merged) -> Merged:
+        terms = switch_terms((merged.experts, merged.gates), (experts[t], gates[t]), adapter.config.scale)
+        weights = sgmm(merged.weights, *factors(adapter), terms)
+        return replace(merged, weights=weights, experts=experts[t], gates=gates[t])
+
+    return jax.lax.fori_loop(start, stop, step, merged)
+
+
+@jax.jit
+def golden(pristine: dict[str, Array], adapter: AdaFuse, merged: Merged) -> dict[str, Array]:
+    """The weights of `merged`'s gates, from the pristine ones."""
+    terms = golden_terms(merged.experts, merged.gates, adapter.config.scale)
+    out = jax.tree.map(jnp.zeros_like, pristine)
+    return sgmm(out, *factors(adapter), terms, pristine=pristine)
+
+
+def weight_error(weights: dict[str, Array], pristine: dict[str, Array], adapter: AdaFuse, merged: Merged) -> float:
+    """‖W − W_exact‖ / ‖W_exact‖, W_exact for the gates of `merged`."""
+    with jax.enable_x64(True):
+        a, b = factors(adapter)
+        scale = jnp.float64(adapter.config.scale)
+        squares = [
+            _squares(w, pristine[name], a[name], b[name], merged.experts, merged.gates, scale)
+            for name, w in weights.items()
+        ]
+        difference, norm = np.sum([np.asarray(s) for s in squares], axis=0)
+    return float(np.sqrt(difference / norm))
+
+
+@jax.jit
+def _squares(
+    w: Array, pristine: Array, a: Array, b: Array, experts: Array, gates: Array, scale: Array
+) -> tuple[Array, Array]:
+    """‖W − W_exact‖² and ‖W_exact‖² of one linear in all layers."""
+
+    def layer(leaves: tuple[Array, ...]) -> tuple[Array, Array]:
+        w, pristine, a, b = (leaf.astype(jnp.float64) for leaf in leaves)
+        delta = jnp.einsum("j,jor,jri->oi", scale * gates.astype(jnp.float64), b, a, precision="highest")
+        exact = pristine + delta
+        return jnp.sum((w - exact) ** 2), jnp.sum(exact**2)
+
+    chosen = a[:, experts], b[:, experts]
+    difference, norm = jax.lax.map(layer, (w, pristine, *chosen))
+    return difference.sum(), norm.sum()
+
+
+@jax.jit
+def logits_of(model: Backbone, adapter: AdaFuse, tokens: Int[Array, " T"]) -> Float[Array, "T V"]:
+    logits = model(tokens[None], adapter=adapter).logits
+    assert logits is not None
+    return logits[0]
+
+
+@jax.jit
+def merged_logits(model: Backbone, adapter: AdaFuse, tokens: Int[Array, " T"]) -> Float[Array, "T V"]:
+    """Every token's experts merged into the model's weights."""
+    logits = model(tokens[None], adapter=EachTokenMerged(adapter)).logits
+    assert logits is not None
+    return logits[0]
+
+
+def divergence(exact: Float[Array, "T V"], other: Float[Array, "T V"]) -> float:
+    """Mean KL(exact ‖ other) in nats."""
+    with jax.enable_x64(True):
+        p, q = (jax.nn.log_softmax(jnp.asarray(x, jnp.float64)) for x in (exact, other))
+        return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
+
+
+def measure(
+    model: Backbone, adapter: AdaFuse, tokens: Int[Array, "rows length"], decades: Sequence[int]
+) -> dict[str, Any]:
+    """Weight error and KL of every strategy with weights of the model's type; row 0 of the tokens is held out."""
+    held_out, stream = tokens[0], tokens[1:]
+    in_fp32 = (jax.tree.map(lambda leaf: leaf.astype(jnp.float32), m) for m in (model, adapter))
+    exact = logits_of(*in_fp32, held_out)
+    pristine = adapted_weights(model, adapter)
+    experts, gates = gates_of(model, adapter, stream)
+    merged = Merged.nothing("switch", jax.tree.map(jnp.copy, model), adapter)
+    terms = switch_terms((experts[0], gates[0]), (experts[1], gates[1]), adapter.config.scale)
+    implementation = choose_implementation(pristine, factors(adapter)[0], terms)
+
+    done, drifted = 0, []
+    for steps in decades:
+        begun = time.perf_counter()
+        merged = jax.block_until_ready(switch(adapter, merged, experts, gates, done, steps))
+        seconds = time.perf_counter() - begun
+        error = weight_error(merged.weights, pristine, adapter, merged)
+        left = unmerge(adapter, jax.tree.map(jnp.copy, merged)).weights
+        kl = divergence(exact, merged_logits(with_weights(model, left), adapter, held_out))
+        drifted.append({"steps": steps, "weight_error": error, "kl": kl})
+        print(f"{model.dtype} switch {steps:6d}: weights {error:.2e}, KL {kl:.2e} ({seconds:.1f} s)", flush=True)
+        done = steps
+    once = golden(pristine, adapter, merged)
+    return {
+        "sgmm": implementation,
+        "switch": drifted,
+        "golden": {
+            "weight_error": weight_error(once, pristine, adapter, merged),
+            "kl": divergence(exact, merged_logits(model, adapter, held_out)),
+        },
+        "unmerged": {"weight_error": None, "kl": divergence(exact, logits_of(model, adapter, held_out))},
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Of drift.json, in Markdown."""
+    lines = ["| | steps | weight error | KL, nats |", "|---|---|---|---|"]
+    for dtype, of in results.items():
+        for row in of["switch"]:
+            lines.append(f"| switch, {dtype} | {row['steps']:,} | {row['weight_error']:.1e} | {row['kl']:.1e} |")
+        lines.append(f"| golden, {dtype} | any | {of['golden']['weight_error']:.1e} | {of['golden']['kl']:.1e} |")
+        lines.append(f"| unmerged, {dtype} | any | writes none | {of['unmerged']['kl']:.1e} |")
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Any], title: str, picture: Path) -> None:
+    """Weight error on the left, KL on the right, over switch steps; the lines of golden and unmerged are level."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for dtype, color in zip(results, ("tab:red", "tab:blue"), strict=False):
+        rows = results[dtype]["switch"]
+        for panel, name in zip(panels, ("weight_error", "kl"), strict=True):
+            panel.plot([r["steps"] for r in rows], [r[name] for r in rows], "o-", color=color, label=f"switch, {dtype}")
+            for strategy, style in (("golden", "--"), ("unmerged", ":")):
+                level = results[dtype][strategy][name]
+                if level is not None and level > 1e-14:  # less is the rounding of the KL itself
+                    panel.axhline(level, linestyle=style, color=color, label=f"{strategy}, {dtype}: at any step")
+    for panel, label in zip(
+        panels, ("‖W − W_exact‖ / ‖W_exact‖", "KL(exact ‖ drifted) of the next token, nats"), strict=True
+    ):
+        panel.set(xscale="log", yscale="log", xlabel="switch steps", ylabel=label)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize="x-small")
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+def decades_to(steps: int) -> list[int]:
+    """1, 10, 100, … and `steps`."""
+    return sorted({10**i for i in range(len(str(steps)))} | {steps})
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face model directory")
+    parser.add_argument("--adapter", type=Path, required=True, help="adapter directory written by train.py")
+    parser.add_argument("--out", type=Path, required=True, help="directory for drift.json, drift.md and drift.png")
+    parser.add_argument("--steps", type=int, default=10000, help="switch steps")
+    parser.add_argument("--text", type=Path, help="text whose tokens to use; default: sampled from the model")
+    arguments = parser.parse_args(argv)
+    if arguments.steps < 1:
+        parser.error(f"--steps is {arguments.steps}: it must be at least 1")
+    begun = time.perf_counter()
+    runtime.exact_float32()
+    config, identity = read_model_config(arguments.model), backbone_identity(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
+    length = min(LENGTH, config.max_position_embeddings)
+    rows, decades = 1 + -(-max(arguments.steps, 2) // length), decades_to(arguments.steps)
+    tokens: Any = None
+    results: dict[str, Any] = {}
+    for dtype in DTYPES:
+        model = load_backbone(arguments.model, dtype)
+        adapter = load_adapter(arguments.adapter, config, backbone_identity=identity, dtype=jnp.dtype(dtype))
+        if arguments.text is not None:
+            tokens = jnp.asarray(text_tokens(arguments.text, tokenizer, rows, length))
+        elif tokens is None:
+            first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+            tokens = sample_tokens(model, adapter, first, rows, length)
+        results[dtype] = measure(model, adapter, tokens, decades)
+
+    device = jax.devices()[0].device_kind
+    a = adapter.config
+    shapes = f"{len(a.targets)} linears, E={a.num_experts}, R={a.rank}, k={a.top_k}"
+    adapted = int(sum(w.size for w in adapted_weights(model, adapter).values()))
+    result = {
+        "command": "python -m benchmarks.drift " + " ".join(argv),
+        "device": device,
+        "jax": jax.__version__,
+        "adapter": f"{shapes}, s={a.scale:g}",
+        "adapted_weights": adapted,
+        "tokens": "sampled at temperature 1" if arguments.text is None else str(arguments.text),
+        "held_out_tokens": length,
+        "seconds": round(time.perf_counter() - begun, 1),
+        "results": results,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "drift.json").write_text(json.dumps(result, indent=2) + "\n")
+    title = f"{arguments.model.name}, {adapted / 1e6:.1f} M adapted weights ({shapes}), {device}, JAX {jax.__version__}"
+    (arguments.out / "drift.md").write_text(f"{title}\n\n{table(results)}\n")
+    plot(results, title, arguments.out / "drift.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
