@@ -1,0 +1,97 @@
+"""What decoding one token must move and compute, by method: the columns of arXiv 2603.11873's Tables 1, 5 and 6.
+
+    bytes = weights + norms + embedding rows + KV cache (read to the mean position, one row written)
+          + factors of the experts that the token uses + routers + what a merge writes and reads again
+
+Counted per step: with a batch, one step decodes a token of every row, and rows that share an expert read it once.
+FLOPs are of one row. Nothing here needs JAX or torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS: dict[str, tuple[str, ...]] = {"qv": ("q_proj", "v_proj"), "all7": LINEARS, "-": ()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """A Llama without grouped queries, and its mixture of experts."""
+
+    name: str
+    num_layers: int
+    embed_dim: int
+    hidden_dim: int
+    num_heads: int
+    vocab_size: int
+    max_position_embeddings: int = 4096
+    num_experts: int = 8
+    rank: int = 64
+    top_k: int = 2
+    alpha: float = 128.0
+    itemsize: int = 2
+
+    def linear_shape(self, name: str) -> tuple[int, int]:
+        """(out, in)."""
+        d, f = self.embed_dim, self.hidden_dim
+        return {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}.get(name, (d, d))
+
+    def elements(self, targets: tuple[str, ...]) -> int:
+        """Weights of these linears in all layers."""
+        return self.num_layers * sum(out * into for out, into in map(self.linear_shape, targets))
+
+    def factor_elements(self, targets: tuple[str, ...]) -> int:
+        """A and B of one expert for these linears in all layers."""
+        return self.num_layers * self.rank * sum(out + into for out, into in map(self.linear_shape, targets))
+
+    def router_elements(self, method: str, targets: tuple[str, ...]) -> int:
+        """One router for the model, or with a layer-wise mixture one for every adapted linear."""
+        if method.startswith("lora-moe"):
+            return self.num_layers * self.num_experts * sum(self.linear_shape(name)[1] for name in targets)
+        return self.num_experts * self.linear_shape(targets[0])[1] if method == "adafuse" else 0
+
+
+SIZES = {
+    "llama2-7b": Shapes(
+        name="llama2-7b", num_layers=32, embed_dim=4096, hidden_dim=11008, num_heads=32, vocab_size=32000
+    ),
+    "tiny": Shapes(name="tiny", num_layers=2, embed_dim=32, hidden_dim=48, num_heads=4, vocab_size=256, rank=8),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    params_b: float
+    """Billions of parameters."""
+    bytes_gb: float
+    flops_g: float
+
+
+def costs(
+    shapes: Shapes, method: str, targets: str, strategy: str, batch: int, context: float, distinct: float | None = None
+) -> Costs:
+    """Of a step at `context` tokens in the cache. The rows use `distinct` experts together; default: no two share one."""
+    adapted = TARGETS[targets]
+    d, layers, k = shapes.embed_dim, shapes.num_layers, shapes.top_k
+    norms, head = (2 * layers + 1) * d, shapes.vocab_size * d
+    backbone = shapes.elements(LINEARS) + norms + head
+    one_expert, routers = shapes.factor_elements(adapted), shapes.router_elements(method, adapted)
+    static = method.startswith("peft")
+    num_experts, used = (1, 1.0) if static else (shapes.num_experts, distinct or min(batch * k, shapes.num_experts))
+    merged = strategy in ("golden", "switch", "simple")
+    products = {"golden": k, "simple": k, "switch": 2 * k}.get(strategy, 0)
+
+    moved = backbone + batch * d + batch * 2 * layers * d * (context + 1)
+    moved += one_expert * (products if merged else used) if adapted else 0
+    if merged:  # switch reads and writes in place, then reads; the others write a copy that is then read
+        moved += 2 * shapes.elements(adapted)
+    flops = 2 * (backbone - norms) + 4 * layers * d * context + 2 * routers
+    if adapted:
+        flops += 2 * shapes.rank * shapes.elements(adapted) * products
+        flops += 0 if merged else 2 * one_expert * (1 if static else k)
+    return Costs(
+        params_b=(backbone + head + one_expert * num_experts + routers) / 1e9,
+        bytes_gb=(moved * shapes.itemsize + 4 * routers) / 1e9,
+        flops_g=flops / 1e9,
+    )

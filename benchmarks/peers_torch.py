@@ -1,0 +1,464 @@
+"""The peers of `benchmarks.decode` in torch: Hugging Face, PEFT LoRA, and a layer-wise mixture of LoRA experts.
+
+    hf, hf-compiled                  LlamaForCausalLM, random bf16 weights made on the device
+    peft-lora, peft-lora-compiled    PEFT's LoRA on its linears, not merged
+    lora-moe, lora-moe-compiled      y = W x + Σ_j g_j s B[e_j] (A[e_j] x), a router for every adapted linear (MoLA's form)
+
+Each has its best form. Eager: a growing cache, no wait for the device between tokens; the mixture loops over its experts,
+as the published code does, and has to wait. Compiled: the whole step, Hugging Face's static cache and the choice of
+the token included, is one graph for torch.compile and then one CUDA graph, started once a token; the mixture
+reads its two experts by index inside the reduction, without a copy and without the host. Inductor runs with and
+without coordinate-descent tuning (which also makes its matrix-vector products), the faster of the two counts.
+
+Correct first: the mixture in each form and PEFT's LoRA against plain per-token loops in float64 on a small model; the
+compiled step against the eager one at full size. A process runs one job:
+
+    python -m benchmarks.peers_torch --job JOB.json --result RESULT.json     # `benchmarks.decode` does
+    python -m benchmarks.peers_torch --check                                 # the small models alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicCache, StaticCache
+
+from benchmarks.decode_costs import SIZES, TARGETS, Shapes
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "inductor": {},
+    "inductor, coordinate descent": {"coordinate_descent_tuning": True},
+}
+EAGER_QUERIES, EAGER_TOKENS = 3, 50
+CHECKED_STEPS = 4
+TOLERANCE = {"hf": 0.03, "peft-lora": 0.03, "lora-moe": 0.15}
+"""‖compiled − eager‖ / ‖eager‖ of bf16 logits; in a mixture, rounding also turns near ties of a router around."""
+
+
+class MoELinear(nn.Module):
+    """y = W x + Σ_j g_j s B[e_j] (A[e_j] x), (e, g) = top-k softmax of its own fp32 router; `gather` says in which form."""
+
+    def __init__(self, base: nn.Linear, shapes: Shapes):
+        super().__init__()
+        like, e, r = {"dtype": base.weight.dtype, "device": base.weight.device}, shapes.num_experts, shapes.rank
+        self.base, self.scale, self.top_k, self.gather = base, shapes.alpha / r, shapes.top_k, False
+        self.router = nn.Parameter(torch.empty(e, base.in_features, device=base.weight.device))
+        self.A = nn.Parameter(torch.empty(e, r, base.in_features, **like))
+        self.B = nn.Parameter(torch.empty(e, base.out_features, r, **like))
+        for parameter in (self.router, self.A, self.B):
+            nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:  # [1, T, in]
+        if not self.gather:
+            return self.base(x) + self._loop(x)
+        return self.base(x) + (self._one(x[0, 0]) if x.shape[1] == 1 else self._dense(x))
+
+    def _loop(self, x: Tensor) -> Tensor:
+        """Expert by expert over the tokens that chose it, as the published code does."""
+        tokens = x.reshape(-1, x.shape[-1])
+        chosen, experts = torch.topk(tokens.to(self.router.dtype) @ self.router.T, self.top_k)
+        gates, out = chosen.softmax(-1), tokens.new_zeros(len(tokens), self.B.shape[1])
+        for e in range(len(self.A)):
+            rows, slot = torch.where(experts == e)
+            if len(rows):
+                y = (tokens[rows] @ self.A[e].T) @ self.B[e].T
+                out.index_add_(0, rows, (self.scale * gates[rows, slot, None] * y).to(out.dtype))
+        return out.view(*x.shape[:-1], -1)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        """All experts, gates of 0 for those not chosen: for prompts."""
+        chosen, experts = torch.topk(x.to(self.router.dtype) @ self.router.T, self.top_k)
+        gates = chosen.new_zeros(*x.shape[:-1], len(self.A)).scatter(-1, experts, chosen.softmax(-1))
+        h = torch.einsum("bti,eri->bter", x, self.A) * (self.scale * gates[..., None]).to(x.dtype)
+        return torch.einsum("bter,eor->bto", h, self.B)
+
+    def _one(self, x: Tensor) -> Tensor:
+        """One token, for the compiler: no sort, no copy of the experts, sums in fp32."""
+        wide = x.to(self.router.dtype)
+        z, index = (self.router * wide).sum(-1), torch.arange(len(self.A), device=x.device)
+        values, experts = [], []
+        for _ in range(self.top_k):
+            best = z.argmax(-1)
+            values.append(z.amax(-1))
+            experts.append(best)
+            z = z.masked_fill(index == best, float("-inf"))
+        gates, e = torch.stack(values).softmax(-1), torch.stack(experts)
+        h = (self.A[e] * wide).sum(-1) * (self.scale * gates)[:, None]  # [k, R]
+        return (self.B[e] * h[:, None, :]).sum((0, 2)).to(x.dtype)
+
+
+def moe_layers(model: nn.Module) -> Iterator[MoELinear]:
+    return (module for module in model.modules() if isinstance(module, MoELinear))
+
+
+def bare_model(shapes: Shapes, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=shapes.vocab_size, hidden_size=shapes.embed_dim, intermediate_size=shapes.hidden_dim,
+        num_hidden_layers=shapes.num_layers, num_attention_heads=shapes.num_heads, num_key_value_heads=shapes.num_heads,
+        max_position_embeddings=shapes.max_position_embeddings, tie_word_embeddings=False,
+    )  # fmt: skip
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
+    return model.eval().requires_grad_(False)
+
+
+def build(method: str, targets: str, shapes: Shapes, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
+    """A model with random adapters: none of them is 0."""
+    model = bare_model(shapes, device, dtype)
+    if method.startswith("peft-lora"):
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(
+            r=shapes.rank, lora_alpha=int(shapes.alpha), target_modules=list(TARGETS[targets]), lora_dropout=0.0,
+            init_lora_weights=False,
+        )  # fmt: skip
+        get_peft_model(model, lora, autocast_adapter_dtype=False)  # puts its layers into `model`
+    elif method.startswith("lora-moe"):
+        for layer in model.model.layers:
+            for block in (layer.self_attn, layer.mlp):
+                for name in TARGETS[targets]:
+                    if hasattr(block, name):
+                        setattr(block, name, MoELinear(getattr(block, name), shapes))
+    return model.eval().requires_grad_(False)
+
+
+class Eager:
+    """Greedy decoding with a growing cache."""
+
+    def __init__(self, model: LlamaForCausalLM):
+        self.model = model
+
+    def prefill(self, prompt: Tensor) -> None:
+        self.cache = DynamicCache(config=self.model.config)
+        self.logits = self.model(input_ids=prompt, past_key_values=self.cache, use_cache=True).logits[:, -1]
+
+    def step(self, token: Tensor | None = None) -> None:
+        """Read `token`, or the likeliest."""
+        token = self.logits.argmax(-1, keepdim=True) if token is None else token
+        self.logits = self.model(input_ids=token, past_key_values=self.cache, use_cache=True).logits[:, -1]
+
+
+class Compiled:
+    """Greedy decoding with a static cache; on a GPU a step is one CUDA graph."""
+
+    def __init__(self, model: LlamaForCausalLM, slots: int, options: dict[str, Any], backend: str = "inductor"):
+        self.model, device = model, model.lm_head.weight.device
+        self.cache = StaticCache(config=model.config, max_cache_len=slots)
+        self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self.graph: Any = None
+        with gathering(model):
+            self.prefill(self.token)  # allocates the cache
+            chosen = {"options": options} if backend == "inductor" else {}
+            self.compiled = torch.compile(self._step, fullgraph=True, dynamic=False, backend=backend, **chosen)
+            if device.type != "cuda":
+                self.logits = self.compiled()
+                return
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self.compiled()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.compiled()
+
+    def _step(self) -> Tensor:
+        out = self.model(
+            input_ids=self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True
+        ).logits[:, -1]
+        self.token.copy_(out.argmax(-1, keepdim=True))
+        self.position.add_(1)
+        return out
+
+    def prefill(self, prompt: Tensor) -> None:
+        self.cache.reset()
+        with gathering(self.model):
+            logits = self.model(input_ids=prompt, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        self.token.copy_(logits.argmax(-1, keepdim=True))
+        self.position.fill_(prompt.shape[1])
+
+    def step(self, token: Tensor | None = None) -> None:
+        if token is not None:
+            self.token.copy_(token)
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        with gathering(self.model):
+            self.logits = self.compiled()
+
+
+@contextmanager
+def gathering(model: nn.Module) -> Iterator[None]:
+    """Within, mixtures run in the compiler's form."""
+    before = [layer.gather for layer in moe_layers(model)]
+    for layer in moe_layers(model):
+        layer.gather = True
+    try:
+        yield
+    finally:
+        for layer, gather in zip(moe_layers(model), before, strict=True):
+            layer.gather = gather
+
+
+def stepwise(decoder: Eager | Compiled, prompt: Tensor, tokens: Tensor) -> Tensor:
+    """Logits [steps, V] after each of these tokens."""
+    decoder.prefill(prompt)
+    rows = []
+    for token in tokens:
+        decoder.step(token.view(1, 1))
+        rows.append(decoder.logits[0].float().clone())
+    return torch.stack(rows)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """‖found − wanted‖ / ‖wanted‖; NaN counts as infinite."""
+    error = ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+    return error if error == error else float("inf")
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_query(decoder: Eager | Compiled, prompt: Tensor, steps: int, device: str) -> float:
+    """ms per token after the first, which prefill makes."""
+    decoder.prefill(prompt)
+    synchronize(device)
+    begun = time.perf_counter()
+    for _ in range(steps):
+        decoder.step()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - begun) / steps
+
+
+def time_queries(
+    decoder: Eager | Compiled, prompts: list[Tensor], steps: int, seconds: float, device: str
+) -> dict[str, Any]:
+    """Median and slowest less fastest of the queries, of as many as `seconds` allow."""
+    begun, times = time.perf_counter(), []
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for prompt in prompts:
+        times.append(time_query(decoder, prompt, steps, device))
+        if time.perf_counter() - begun > seconds:
+            break
+    return {
+        "ms_per_token": statistics.median(times), "spread_ms": max(times) - min(times), "queries": len(times),
+        "new_tokens": steps + 1,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
+    }  # fmt: skip
+
+
+def compile_best(
+    model: LlamaForCausalLM,
+    slots: int,
+    prompt: Tensor,
+    checks: tuple[Tensor, Tensor, float],
+    trial_steps: int,
+    seconds: float,
+    device: str,
+) -> tuple[Compiled, dict[str, Any]]:
+    """The fastest configuration that agrees with the eager model; none begins after `seconds`."""
+    tokens, wanted, tolerance = checks
+    begun, best = time.perf_counter(), None
+    tried: dict[str, str] = {}
+    for name, options in CONFIGURATIONS.items():
+        if tried and time.perf_counter() - begun > seconds:
+            tried[name] = "not tried: no time left"
+            continue
+        start = time.perf_counter()
+        try:
+            decoder = Compiled(model, slots, options)
+            compiled = time.perf_counter() - start
+            error = relative_error(stepwise(decoder, prompt, tokens), wanted)
+            if error > tolerance:
+                tried[name] = f"wrong: logits differ from eager ones by {error:.2g}"
+            else:
+                ms = statistics.median(time_query(decoder, prompt, trial_steps, device) for _ in range(3))
+                tried[name] = f"{ms:.3f} ms/token, logits within {error:.2g} of eager, {compiled:.0f} s to compile"
+                if best is None or ms < best[0]:
+                    best = ms, name, decoder
+        except Exception as error:
+            tried[name] = first_line(error)
+        print(f"  {name}: {tried[name]}", flush=True)
+    if best is None:
+        raise RuntimeError("no configuration ran: " + "; ".join(f"{k}: {v}" for k, v in tried.items()))
+    return best[2], {"configuration": best[1], "tried": tried}
+
+
+def first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
+
+
+@torch.no_grad()
+def measure(job: dict[str, Any], tell: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Rows of one method and its targets, eager and compiled; `tell` gets all rows so far."""
+    shapes, method, targets = SIZES[job["size"]], job["method"], job["targets"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows: list[dict[str, Any]] = []
+
+    def attempt(name: str, run: Callable[[], dict[str, Any]]) -> None:
+        row = {"method": name, "targets": targets, "strategy": "-", "batch": 1}
+        try:
+            row |= run()
+        except Exception as error:
+            row["error"] = first_line(error)
+        rows.append(row)
+        print(f"  {name} {targets}: {row.get('error') or '{ms_per_token:.3f} ms/token'.format(**row)}", flush=True)
+        tell(rows)
+
+    print(f"  small models: {check(method)}", flush=True)
+    torch._dynamo.reset()
+    begun = time.perf_counter()
+    torch.manual_seed(0)
+    model = build(method, targets, shapes, device, torch.bfloat16)
+    prompts = [torch.tensor([prompt], device=device) for prompt in job["prompts"][: job["queries"]]]
+    steps = job["new_tokens"] - 1
+    slots = max(prompt.shape[1] for prompt in prompts) + max(job["new_tokens"], CHECKED_STEPS) + 1
+    context = statistics.mean(prompt.shape[1] for prompt in prompts) + job["new_tokens"] / 2
+    synchronize(device)
+    print(f"  model: {time.perf_counter() - begun:.1f} s", flush=True)
+    eager = Eager(model)
+    tokens = torch.arange(1, CHECKED_STEPS + 1, device=device)
+    wanted = stepwise(eager, prompts[0], tokens)
+
+    def run_eager() -> dict[str, Any]:
+        time_query(eager, prompts[0], 8, device)
+        fewer = min(job["new_tokens"], EAGER_TOKENS) - 1
+        timing = time_queries(eager, prompts[:EAGER_QUERIES], fewer, job["row_seconds"], device)
+        return timing | {"context": context}
+
+    def run_compiled() -> dict[str, Any]:
+        checks = tokens, wanted, TOLERANCE[method]
+        decoder, how = compile_best(model, slots, prompts[0], checks, min(steps, 32), job["compile_seconds"], device)
+        gc.collect()  # what was slower; the graph that stays must not need it
+        error = relative_error(stepwise(decoder, prompts[0], tokens), wanted)
+        if error > TOLERANCE[method]:
+            raise RuntimeError(
+                f"logits differ from eager ones by {error:.2g} after the other configurations were freed"
+            )
+        return time_queries(decoder, prompts, steps, job["row_seconds"], device) | how | {"context": context}
+
+    if "eager" in job["forms"]:
+        attempt(method, run_eager)
+    if "compiled" in job["forms"]:
+        attempt(f"{method}-compiled", run_compiled)
+
+
+SMALL = Shapes(
+    name="small",
+    num_layers=2,
+    embed_dim=64,
+    hidden_dim=96,
+    num_heads=4,
+    vocab_size=128,
+    rank=4,
+    num_experts=8,
+    alpha=8.0,
+)
+
+
+class PlainLinear(nn.Module):
+    """What a linear of a peer must compute, token by token in plain loops."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([torch.stack([self._token(token) for token in row]) for row in x])
+
+    def _token(self, x: Tensor) -> Tensor:
+        m: Any = self.module
+        if not isinstance(m, MoELinear):
+            a, b = m.lora_A["default"].weight, m.lora_B["default"].weight
+            return m.base_layer.weight @ x + m.scaling["default"] * (b @ (a @ x))
+        z = [float(w @ x) for w in m.router]
+        best = sorted(range(len(z)), key=lambda e: -z[e])[: m.top_k]
+        total = sum(torch.tensor(z[e], dtype=torch.float64).exp() for e in best)
+        y = m.base.weight @ x
+        for e in best:
+            y = y + torch.tensor(z[e], dtype=torch.float64).exp() / total * m.scale * (m.B[e] @ (m.A[e] @ x))
+        return y
+
+
+@torch.no_grad()
+def check(method: str, backend: str = "eager") -> str:
+    """A small model on the CPU: what the timed forms find, eager and step by step with either cache, against plain loops
+    in float64. Says by how much they differ; raises RuntimeError if that is more than float32 rounding."""
+    torch.manual_seed(1)
+    found = []
+    for targets in ("qv", "all7") if method == "lora-moe" else ("all7",) if method == "peft-lora" else ("-",):
+        model = build(method, targets, SMALL, "cpu", torch.float32)
+        for name, parameter in model.named_parameters():  # of a size at which a mistake shows
+            if any(part in name for part in ("lora_", ".A", ".B", "router")):
+                parameter.normal_(std=0.2)
+        tokens = torch.randint(0, SMALL.vocab_size, (1, 12))
+        steps = tokens[0, 6:]
+        eager, compiled = Eager(model), Compiled(model, 16, {}, backend=backend)
+        results = [stepwise(decoder, tokens[:, :6], steps) for decoder in (eager, compiled)]
+        model.double()
+        backbone = model(input_ids=tokens).logits
+        for layer in model.model.layers:
+            for block in (layer.self_attn, layer.mlp):
+                for name in TARGETS[targets]:
+                    if hasattr(block, name):
+                        setattr(block, name, PlainLinear(getattr(block, name)))
+        wanted = model(input_ids=tokens).logits
+        errors = [relative_error(result, wanted[0, 6:]) for result in results]
+        errors.append(relative_error(backbone, wanted))
+        if not max(errors) < 1e-5:
+            raise RuntimeError(
+                f"{method} {targets} is wrong: relative errors {errors} of eager, static and whole logits"
+            )
+        found.append(f"{targets} within {max(errors):.1e}")
+    return ", ".join(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="check the methods on small models and end")
+    parser.add_argument("--backend", default="eager", help="of torch.compile in --check")
+    parser.add_argument("--job", type=Path)
+    parser.add_argument("--result", type=Path)
+    arguments = parser.parse_args()
+    if arguments.check:
+        for method in TOLERANCE:
+            print(method, check(method, arguments.backend), flush=True)
+        return
+    import transformers
+
+    on_gpu = torch.cuda.is_available()
+    facts = {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    measure(
+        json.loads(arguments.job.read_text()),
+        lambda rows: arguments.result.write_text(json.dumps(facts | {"rows": rows})),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""benchmarks/decode.py on tiny shapes: costs by hand, rows through the engine, the three files, the torch peers' checks."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adafuse_jax.configs import LINEARS
+from benchmarks import decode, decode_costs, decode_rows
+from benchmarks.decode_costs import SIZES, costs
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TORCH = REPOSITORY / ".venv-torch" / "bin" / "python"
+ROW_FIELDS = {
+    "method", "targets", "strategy", "batch", "ms_per_token", "spread_ms", "overhead_pct", "bytes_gb", "read_bandwidth_pct",
+    "peak_gib", "params_b", "flops_g",
+}  # fmt: skip
+SEVEN_B = SIZES["llama2-7b"]
+
+
+class TestCosts:
+    def test_linears_are_those_of_the_backbone(self):
+        assert decode_costs.LINEARS == LINEARS
+        config = decode_rows.model_config(SEVEN_B)
+        assert [SEVEN_B.linear_shape(name) for name in LINEARS] == [config.linear_shape(name) for name in LINEARS]
+
+    @pytest.mark.parametrize(("targets", "factors", "merge"), [("qv", 0.134, 4.295), ("all7", 0.640, 25.904)])
+    def test_bytes_of_llama2_7b(self, targets, factors, merge):
+        """The arithmetic of the design notes."""
+        bare = costs(SEVEN_B, "backbone", "-", "-", 1, 0).bytes_gb
+        assert bare == pytest.approx(13.215, abs=1e-3)
+        unmerged = costs(SEVEN_B, "adafuse", targets, "unmerged", 1, 0).bytes_gb
+        assert unmerged - bare == pytest.approx(factors, abs=1e-3)
+        golden, switch = (costs(SEVEN_B, "adafuse", targets, s, 1, 0).bytes_gb for s in ("golden", "switch"))
+        assert golden - unmerged == pytest.approx(merge, abs=1e-3)
+        assert switch - golden == pytest.approx(factors, abs=1e-3)
+
+    def test_parameters_are_those_of_the_modules(self):
+        shapes = SIZES["tiny"]
+        config = decode_rows.model_config(shapes)
+        model = decode_rows.random_backbone(config)
+        adapter = decode_rows.random_adafuse(decode_rows.adapter_config(shapes, "qv"), config)
+        count = sum(leaf.size for leaf in jax.tree.leaves((model, adapter)))
+        assert costs(shapes, "adafuse", "qv", "unmerged", 1, 0).params_b * 1e9 == pytest.approx(count)
+        assert costs(shapes, "backbone", "-", "-", 1, 0).params_b * 1e9 == sum(x.size for x in jax.tree.leaves(model))
+        layerwise = decode_rows.random_layerwise(decode_rows.adapter_config(shapes, "all7"), config)
+        count = sum(leaf.size for leaf in jax.tree.leaves((model, layerwise)))
+        assert costs(shapes, "lora-moe", "all7", "-", 1, 0).params_b * 1e9 == pytest.approx(count)
+
+    def test_rows_share_experts(self):
+        one, eight = (costs(SEVEN_B, "adafuse", "all7", "unmerged", b, 0) for b in (1, 8))
+        assert eight.bytes_gb - one.bytes_gb == pytest.approx(6 * 0.32, abs=0.01)
+        assert costs(SEVEN_B, "adafuse", "all7", "unmerged", 8, 0, distinct=2).bytes_gb < one.bytes_gb + 0.01
+        assert eight.flops_g == one.flops_g
+
+
+class TestRandomModules:
+    def test_leaves(self):
+        shapes = SIZES["tiny"]
+        config = decode_rows.model_config(shapes)
+        model = decode_rows.random_backbone(config)
+        adapter = decode_rows.random_adafuse(decode_rows.adapter_config(shapes, "all7"), config)
+        weight = np.asarray(model.layers.down_proj.weight[...], np.float32)
+        assert model.dtype == jnp.bfloat16
+        assert weight.std() == pytest.approx(0.02, rel=0.1)
+        assert not np.array_equal(weight[0], weight[1])
+        assert (model.layers.input_layernorm.weight[...] == 1).all()
+        assert adapter.router.weight[...].dtype == jnp.float32
+        for leaf in jax.tree.leaves(adapter.experts):
+            assert leaf.dtype == jnp.bfloat16
+            assert (leaf != 0).mean() > 0.99
+
+    def test_the_layer_wise_mixture_against_float64(self):
+        shapes = SIZES["tiny"]
+        config = decode_rows.model_config(shapes)
+        mixture = decode_rows.random_layerwise(decode_rows.adapter_config(shapes, "all7"), config)
+        mixture = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), mixture)
+        model = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), decode_rows.random_backbone(config))
+        x = jax.random.normal(jax.random.key(5), (1, 6, shapes.hidden_dim))
+        layer, experts = jax.tree.map(lambda leaf: leaf[1], (model.layers, mixture.experts))
+        found = mixture.hook(experts, 1, None, None)("down_proj", layer.down_proj, x)
+        of = mixture.experts["down_proj"]
+        router, a, b, w = (
+            np.asarray(v[...][1], np.float64)
+            for v in (of.router.weight, of.lora.A, of.lora.B, model.layers.down_proj.weight)
+        )
+        for token, y in zip(np.asarray(x[0], np.float64), found[0], strict=True):
+            z = router @ token
+            best = np.argsort(-z)[:2]
+            gates = np.exp(z[best]) / np.exp(z[best]).sum()
+            wanted = w @ token
+            delta = sum(g * of.lora.scale * (b[e] @ (a[e] @ token)) for g, e in zip(gates, best, strict=True))
+            assert np.abs(delta).max() > 1e-3
+            assert np.abs(np.asarray(y) - (wanted + delta)).max() < 1e-5
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Jobs run here instead of in processes; those named in `broken` break."""
+    broken: dict[str, str] = {}
+
+    def run_job(job, common, timeout, python):
+        if job.name in broken:
+            return {}, broken[job.name]
+        found = {"device": "cpu", "jax": jax.__version__}
+        if job.settings["kind"] == "ceilings":
+            return found | {"ceilings": decode_rows.measure_ceilings(2**12, seconds=1e-3)}, None
+        if job.settings["kind"] == "layer":
+            decode_rows.measure_layer(SIZES["tiny"], [8], [1, 8], 1e-3, found.update, num_layers=1)
+        else:
+            decode_rows.measure_rows(common | job.settings, found.update)
+        return found, None
+
+    monkeypatch.setattr(decode, "run_job", run_job)
+    return broken
+
+
+def run(out: Path, *flags: str) -> dict:
+    decode.main(["--size=tiny", f"--out={out}", "--queries=2", "--new-tokens=4", *flags])
+    return json.loads((out / "decode.json").read_text())
+
+
+class TestDecode:
+    def test_rows_and_files(self, in_process, tmp_path):
+        only = ("--only", "backbone", "unmerged-all7", "golden-qv", "simple-qv")
+        in_process["simple-qv"] = "RuntimeError: out of | memory"
+        result = run(tmp_path, "--part=jax", "--batches", "1", "2", "--batch-queries=1", *only)
+        assert {"device", "jax", "command", "ceilings", "rows", "peers", "breakdown", "notes"} <= result.keys()
+        assert set(result["ceilings"]) == {"read_tbps", "copy_tbps"}
+        assert all(set(row) == ROW_FIELDS for row in result["rows"])
+        places = [(row["method"], row["targets"], row["strategy"], row["batch"]) for row in result["rows"]]
+        assert places == [
+            ("backbone", "-", "-", 1), ("backbone", "-", "-", 2), ("adafuse", "all7", "unmerged", 1),
+            ("adafuse", "all7", "unmerged", 2), ("adafuse", "qv", "golden", 1), ("adafuse", "qv", "simple", 1),
+        ]  # fmt: skip
+        *measured, failed = result["rows"]
+        for row in measured:
+            assert row["ms_per_token"] > 0
+            assert row["spread_ms"] >= 0
+            assert row["read_bandwidth_pct"] > 0
+            assert row["params_b"] > 0
+        base = {row["batch"]: row["ms_per_token"] for row in measured[:2]}
+        assert measured[3]["overhead_pct"] == pytest.approx(100 * (measured[3]["ms_per_token"] / base[2] - 1), abs=0.1)
+        assert failed["ms_per_token"] is None
+        details = {(row["targets"], row["strategy"], row["batch"]): row for row in result["details"]}
+        assert details["qv", "golden", 1]["queries"] == 2
+        assert details["all7", "unmerged", 2]["distinct_experts"] >= 2
+        markdown = (tmp_path / "decode.md").read_text()
+        assert "RuntimeError: out of / memory" in markdown
+        assert markdown.count("| adafuse |") == 4
+
+        in_process.clear()
+        result = run(tmp_path, "--part=jax", "--only", "simple-qv")
+        assert result["rows"][-1]["ms_per_token"] > 0
+        assert len(result["rows"]) == 6
+        assert (tmp_path / "decode.png").stat().st_size > 10_000
+
+    def test_points_of_the_breakdown(self):
+        points = decode_rows.layer_points([8, 64, 128], [1, 128, 512, 2048], 64)
+        assert points == [(8, 1), (64, 1), (128, 1), (8, 512), (64, 512), (128, 512), (64, 128), (64, 2048)]
+
+    def test_layer(self, in_process, tmp_path):
+        result = run(tmp_path, "--part=layer")
+        assert sorted((row["length"], row["rank"]) for row in result["breakdown"]) == [(1, 8), (8, 8)]
+        for row in result["breakdown"]:
+            assert row["backbone_ms"] > 0
+            assert {"adafuse_ms", "layerwise_ms"} <= row.keys()
+
+    def test_nothing_measured(self, tmp_path):
+        with pytest.raises(SystemExit, match="no part"):
+            run(tmp_path, "--part=merge")
+
+    def test_a_process_that_breaks(self, tmp_path, capfd):
+        job = decode.Job(name="x", module="benchmarks.decode_rows", settings={"kind": "rows", "size": "none"})
+        found, problem = decode.run_job(job, {}, 60, decode.sys.executable)
+        assert found == {}
+        assert problem == "KeyError: 'none'"
+
+
+class TestPrompts:
+    @pytest.mark.parametrize("name", ["chats.json", "chats.jsonl", "chats.jsonl.gz"])
+    def test_lengths_of_conversations(self, tmp_path, name):
+        rows = [
+            {"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "y" * 400}]},
+            {"messages": [{"role": "user", "content": "z" * 241}]},
+            {"conversations": [{"from": "human", "value": "short"}]},
+            {"conversations": [{"from": "gpt", "value": "nobody asked"}]},
+        ]
+        text = json.dumps(rows) if name.endswith("json") else "\n".join(map(json.dumps, rows))
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+        arguments = decode.parse(["--out=x", f"--conversations={tmp_path / name}", "--batches", "1", "4"])
+        prompts, queries, told = decode.make_prompts(arguments, SEVEN_B)
+        assert [len(prompt) for prompt in prompts] == [100, 61, 100, 61]
+        assert prompts[0] != prompts[2]
+        assert queries == 2
+        assert "57 to 312" in told
+
+    def test_random_prompts(self):
+        prompts, queries, _ = decode.make_prompts(decode.parse(["--out=x"]), SEVEN_B)
+        assert (queries, {len(prompt) for prompt in prompts}) == (50, {128})
+
+
+class TestPeers:
+    def test_against_plain_loops(self):
+        """In float64, token by token: Hugging Face, PEFT, and each form of the layer-wise mixture."""
+        if not TORCH.exists():
+            pytest.skip("no .venv-torch")
+        command = [TORCH, "-m", "benchmarks.peers_torch", "--check"]
+        offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=offline)
+        if "ModuleNotFoundError" in done.stderr:
+            pytest.skip(f".venv-torch: {done.stderr.splitlines()[-1]}")
+        assert done.returncode == 0, done.stderr[-1000:]
+        assert [line.split()[0] for line in done.stdout.splitlines()] == ["hf", "peft-lora", "lora-moe"]
