@@ -46,7 +46,7 @@ def to_markdown(result: dict[str, Any]) -> str:
             cells += [row.get("error", "WRONG").replace("|", "/"), *[""] * 7]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     sweep = result["sweep"]
-    ranks, top_ks = (list(dict.fromkeys(row[key] for row in sweep)) for key in ("rank", "top_k"))
+    ranks, top_ks = (sorted({row[key] for row in sweep}) for key in ("rank", "top_k"))
     for targets in dict.fromkeys(row["targets"] for row in sweep):
         for mode in dict.fromkeys(row["mode"] for row in sweep):
             title = f"## {sweep[0]['implementation']}, {mode}, {targets}: ms (TB/s, of copy; relative error)"

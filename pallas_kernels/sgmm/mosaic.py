@@ -1,20 +1,21 @@
 """SGMM on Hopper in one launch: copies by TMA, products by wgmma, the two overlapped by three warpgroups.
 
-Every linear of every layer is cut into tiles. One thread block runs on each multiprocessor and goes over its tiles:
+Every linear of every layer is cut into strips of `TILE_M` rows, and a strip into tiles of `tile_n` columns. One thread block
+runs on each multiprocessor and goes over its tiles:
 
     total = base[tile]                                              fp32, in registers
     for j in terms:  total += c_j · (B[e_j, rows] @ A[e_j, :, columns])
     W[tile] = total                                                 rounded once, from the buffer in which the base came
 
 One warpgroup only issues copies, as far ahead as three rings in shared memory allow: of base tiles, of slabs of A and of
-slabs of B. The other two compute 64 rows each. Neighbouring blocks take neighbouring tiles, so that all blocks together read
-whole rows of W, and share the slabs in the L2 cache.
+slabs of B, each slab a part of one expert's rank. The other two compute 64 rows each. The slabs of B stay for a whole strip
+where the ring has room for all of them. Blocks walk the strips together, so that they share A in the L2 cache.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,26 +35,44 @@ SHARED_MEMORY = 227 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Tiles of `TILE_M` rows and `tile_n` columns, `w_slots` of them in shared memory, and `slots` slabs of A and of B."""
+    """Tiles of `TILE_M` rows and `tile_n` columns; slabs of `depth` of an expert's rank; how many of each the rings hold.
+
+    `keep_b`: the slabs of B stay for a strip, which takes a slot for each; otherwise they come again for every tile.
+    `split` units share a strip, taking its tiles in turn.
+    """
 
     tile_n: int
+    depth: int
+    split: int
+    keep_b: bool
     w_slots: int
-    slots: int
+    a_slots: int
+    b_slots: int
 
-    def shared_memory(self, rank: int, itemsize: int) -> int:
+    def shared_memory(self, itemsize: int) -> int:
         """Bytes of a block's rings and barriers."""
-        tile, slabs = TILE_M * self.tile_n, rank * (self.tile_n + TILE_M)
-        return (self.w_slots * tile + self.slots * slabs) * itemsize + 2048
+        columns = self.w_slots * TILE_M + self.a_slots * self.depth
+        return (columns * self.tile_n + self.b_slots * TILE_M * self.depth) * itemsize + 2048
 
 
-def configure(rank: int, itemsize: int) -> Config | None:
-    """The first that fits, best first; None if nothing does."""
-    for tile_n, w_slots, least in ((128, 3, 3), (128, 2, 2), (64, 3, 2), (64, 2, 2)):
-        for slots in range(8, least - 1, -1):
-            config = Config(tile_n=tile_n, w_slots=w_slots, slots=slots)
-            if config.shared_memory(rank, itemsize) <= SHARED_MEMORY:
-                return config
-    return None
+def configure(num_terms: int, rank: int, itemsize: int) -> Config:
+    """The best that fits: on an H200 three base tiles, B kept, and four to eight slabs of A ahead.
+
+    A pair of products holds its slabs of A together, so the ring has room for two of them.
+    """
+    depth = max(d for d in (16, 32, 48, 64) if rank % d == 0)
+    pieces, pair = num_terms * rank // depth, 2 * rank // depth
+    for tile_n, w_slots in ((128, 3), (64, 3), (64, 2)):
+        for keep_b, a_slots in ((True, max(4, pair)), (False, max(4, pair)), (False, pair)):
+            config = Config(
+                tile_n=tile_n, depth=depth, split=2 if pieces <= 2 else 1, keep_b=keep_b,
+                w_slots=w_slots, a_slots=a_slots, b_slots=pieces if keep_b else a_slots,
+            )  # fmt: skip
+            if config.shared_memory(itemsize) <= SHARED_MEMORY:
+                spare = (SHARED_MEMORY - config.shared_memory(itemsize)) // (depth * tile_n * itemsize)
+                more = min(8 - a_slots, spare if keep_b else spare // 2) if depth < 64 and a_slots < 8 else 0
+                return replace(config, a_slots=a_slots + more, b_slots=config.b_slots + (0 if keep_b else more))
+    raise ValueError(f"sgmm cannot run as pallas: slabs of rank {rank} do not fit the shared memory")
 
 
 def obstacle(weights: dict[str, Array], a: dict[str, Array]) -> str | None:
@@ -64,8 +83,8 @@ def obstacle(weights: dict[str, Array], a: dict[str, Array]) -> str | None:
             return f"{name} is {w.dtype}, and the tensor cores multiply bfloat16 and float16"
         if w.shape[1] % 8 or w.shape[2] % 16:
             return f"{name} is [{w.shape[1]}, {w.shape[2]}], and copies need multiples of 8 and 16"
-        if configure(rank + -rank % 16, w.dtype.itemsize) is None:
-            return f"slabs of rank {rank} do not fit the shared memory"
+        if rank > 256:
+            return f"rank {rank} is above 256, and two products' slabs of A must fit the shared memory"
     return None
 
 
@@ -75,66 +94,105 @@ def _kernel(
     num_terms_gmem,  # [1] how many count
     *refs,  # of every target: W, A, B and, unless that is W itself, the base
     w_smem,  # [w_slots, TILE_M, tile_n]
-    a_smem,  # [slots, R, tile_n]
-    b_smem,  # [slots, TILE_M, R]
-    w_full, w_empty, slab_full, slab_empty,
-    refs_per_target,
+    a_smem,  # [a_slots, depth, tile_n]
+    b_smem,  # [b_slots, TILE_M, depth]
+    w_full, w_empty, a_full, a_empty, b_full, b_empty,
+    refs_per_target, config,
 ):  # fmt: skip
-    (w_slots, _, tile_n), slots = w_smem.shape, a_smem.shape[0]
+    tile_n, depth = config.tile_n, config.depth
     segments = [refs[i : i + refs_per_target] for i in range(0, len(refs), refs_per_target)]
+    parts = segments[0][1].shape[2] // depth  # slabs of one product
     group, num_terms = lax.axis_index("group"), num_terms_gmem[0]
-    start = jnp.int32(0), jnp.int32(0)  # tiles and pairs of slabs passed through the rings
+    pieces = num_terms * parts
+    start = jnp.int32(0), jnp.int32(0), jnp.int32(0)  # tiles, slabs of A and slabs of B passed through the rings
 
     @pl.when(group == GROUPS)
     def _copy():
         plgpu.set_max_registers(40, action="decrease")
 
-        def next_slot(count, slots, empty):
+        def fill(count, source_gmem, ring_smem, full, empty):
+            slots = ring_smem.shape[0]
+            slot = count % slots
+
             @pl.when(count >= slots)
             def _():
-                plgpu.barrier_wait(empty.at[count % slots])
+                plgpu.barrier_wait(empty.at[slot])
 
-            return count % slots
+            plgpu.copy_gmem_to_smem(source_gmem, ring_smem.at[slot], full.at[slot])
+            return count + 1
 
         counts = start
         for w_gmem, a_gmem, b_gmem, *pristine_gmem in segments:
             base_gmem = pristine_gmem[0] if pristine_gmem else w_gmem
 
-            def visit(layer, row, column, counts, base_gmem=base_gmem, a_gmem=a_gmem, b_gmem=b_gmem):
-                tiles, slabs = counts
-                rows, columns = pl.ds(row, TILE_M), pl.ds(column, tile_n)
-                slot = next_slot(tiles, w_slots, w_empty)
-                plgpu.copy_gmem_to_smem(base_gmem.at[layer, rows, columns], w_smem.at[slot], w_full.at[slot])
+            def fill_b(layer, row, piece, slabs_b, b_gmem=b_gmem):
+                expert, ranks = experts_gmem[piece // parts], pl.ds(piece % parts * depth, depth)
+                return fill(slabs_b, b_gmem.at[layer, expert, pl.ds(row, TILE_M), ranks], b_smem, b_full, b_empty)
 
-                @pl.loop(0, num_terms)
-                def _(j):
-                    slot = next_slot(slabs + j, slots, slab_empty)
-                    expert, full = experts_gmem[j], slab_full.at[slot]
-                    plgpu.copy_gmem_to_smem(a_gmem.at[layer, expert, :, columns], a_smem.at[slot], full)
-                    plgpu.copy_gmem_to_smem(b_gmem.at[layer, expert, rows, :], b_smem.at[slot], full)
+            def begin(layer, row, counts, fill_b=fill_b):
+                tiles, slabs_a, slabs_b = counts
+                if config.keep_b:
+                    slabs_b = lax.fori_loop(0, pieces, partial(fill_b, layer, row), slabs_b)
+                return tiles, slabs_a, slabs_b
 
-                return tiles + 1, slabs + num_terms
+            def visit(layer, row, column, counts, base_gmem=base_gmem, a_gmem=a_gmem, fill_b=fill_b):
+                tiles, slabs_a, slabs_b = counts
+                columns = pl.ds(column, tile_n)
+                tiles = fill(tiles, base_gmem.at[layer, pl.ds(row, TILE_M), columns], w_smem, w_full, w_empty)
 
-            counts = _walk(base_gmem.shape, tile_n, visit, counts)
+                def slabs(piece, counts):
+                    slabs_a, slabs_b = counts
+                    expert, ranks = experts_gmem[piece // parts], pl.ds(piece % parts * depth, depth)
+                    slabs_a = fill(slabs_a, a_gmem.at[layer, expert, ranks, columns], a_smem, a_full, a_empty)
+                    return slabs_a, slabs_b if config.keep_b else fill_b(layer, row, piece, slabs_b)
+
+                return tiles, *lax.fori_loop(0, pieces, slabs, (slabs_a, slabs_b))
+
+            counts = _walk(base_gmem.shape, config, begin, visit, lambda counts: counts, counts)
 
     @pl.when(group < GROUPS)
     def _compute():
         plgpu.set_max_registers(232, action="increase")
         rows, accumulator = pl.ds(group * ROWS, ROWS), plgpu.ACC((ROWS, tile_n), jnp.float32)
+
+        def wait(full, count):
+            slot = count % full.shape[0]
+            plgpu.barrier_wait(full.at[slot])
+            return slot
+
+        def release(empty, count):
+            plgpu.barrier_arrive(empty.at[count % empty.shape[0]])
+
+        def begin(layer, row, counts):
+            if config.keep_b:
+                pl.loop(0, pieces)(lambda piece: plgpu.barrier_wait(b_full.at[(counts[2] + piece) % config.b_slots]))
+            return counts
+
+        def end(counts):
+            tiles, slabs_a, slabs_b = counts
+            if not config.keep_b:
+                return counts
+            pl.loop(0, pieces)(lambda piece: release(b_empty, slabs_b + piece))
+            return tiles, slabs_a, slabs_b + pieces
+
         counts = start
         for w_gmem, *_ in segments:
 
             def visit(layer, row, column, counts, w_gmem=w_gmem):
-                tiles, slabs = counts
+                tiles, slabs_a, slabs_b = counts
 
                 def multiply(j, acc):
-                    slot = (slabs + j) % slots
-                    plgpu.barrier_wait(slab_full.at[slot])
-                    plgpu.wgmma(acc, b_smem.at[slot, rows], a_smem.at[slot])
+                    for piece in (j * parts + part for part in range(parts)):
+                        slot_a = wait(a_full, slabs_a + piece)
+                        slot_b = (slabs_b + piece) % config.b_slots if config.keep_b else wait(b_full, slabs_b + piece)
+                        plgpu.wgmma(acc, b_smem.at[slot_b, rows], a_smem.at[slot_a])
 
                 def add(j, acc, total, pending):
                     product = plgpu.wgmma_accumulator_load(acc, wait_n=pending)
-                    plgpu.barrier_arrive(slab_empty.at[(slabs + j) % slots])
+                    for piece in (j * parts + part for part in range(parts)):
+                        release(a_empty, slabs_a + piece)
+                        if not config.keep_b:
+                            release(b_empty, slabs_b + piece)
                     return total + coefficients_gmem[j] * product
 
                 def add_two(pair, total):
@@ -144,7 +202,7 @@ def _kernel(
                     def products(acc0, acc1):
                         multiply(first, acc0)
                         multiply(second, acc1)
-                        return add(second, acc1, add(first, acc0, total, 1), 0)
+                        return add(second, acc1, add(first, acc0, total, parts), 0)
 
                     return pl.run_scoped(products, accumulator, accumulator)
 
@@ -155,8 +213,7 @@ def _kernel(
 
                     return pl.run_scoped(product, accumulator)
 
-                slot = tiles % w_slots
-                plgpu.barrier_wait(w_full.at[slot])
+                slot = wait(w_full, tiles)
                 total = w_smem[slot, rows].astype(jnp.float32)
                 total = lax.fori_loop(0, num_terms // 2, add_two, total)
                 total = lax.cond(num_terms % 2 == 1, add_last, lambda total: total, total)
@@ -168,26 +225,45 @@ def _kernel(
 
                 @pl.when(tiles > 0)  # the tile before this one has left its slot
                 def _():
-                    plgpu.barrier_arrive(w_empty.at[(tiles - 1) % w_slots])
+                    release(w_empty, tiles - 1)
 
-                return tiles + 1, slabs + num_terms
+                return tiles + 1, slabs_a + pieces, slabs_b if config.keep_b else slabs_b + pieces
 
-            counts = _walk(w_gmem.shape, tile_n, visit, counts)
+            counts = _walk(w_gmem.shape, config, begin, visit, end, counts)
         plgpu.wait_smem_to_gmem(0)
 
 
-def _walk(shape, tile_n, visit, carry):
-    """visit(layer, row, column, carry) → carry for this block's tiles of one linear, W [L, out, in]."""
+def _walk(shape, config, begin, visit, end, carry):
+    """Go over this block's tiles of one linear, W [L, out, in].
+
+    A strip's tiles go to `split` units in turn. Whole units first, one per block and wave; then this block's share,
+    [low, high), of the tiles of the units that do not fill a wave, which touches two units at most.
+
+    begin(layer, row, carry) → carry before a unit's tiles, visit(layer, row, column, carry) → carry for each,
+    end(carry) → carry after them.
+    """
     num_layers, out_dim, in_dim = shape
     block, num_blocks = lax.axis_index("block"), lax.axis_size("block")
-    down, across = pl.cdiv(out_dim, TILE_M), pl.cdiv(in_dim, tile_n)
+    strips_per_layer, tiles = pl.cdiv(out_dim, TILE_M), pl.cdiv(pl.cdiv(in_dim, config.tile_n), config.split)
+    num_units = num_layers * strips_per_layer * config.split
+    waves, rest = divmod(num_units, num_blocks)
+    first, last = rest * tiles * block // num_blocks, rest * tiles * (block + 1) // num_blocks
 
-    def tile(i, carry):
-        tile = i * num_blocks + block
-        strip = tile // across
-        return visit(strip // down, strip % down * TILE_M, tile % across * tile_n, carry)
+    def piece(p, carry):
+        whole = p < waves
+        offset = (first // tiles + p - waves) * tiles
+        unit = jnp.where(whole, p * num_blocks + block, waves * num_blocks + offset // tiles)
+        low = jnp.where(whole, 0, jnp.maximum(first - offset, 0))
+        high = jnp.where(whole, tiles, jnp.minimum(last - offset, tiles))
+        strip, part = jnp.minimum(unit, num_units - 1) // config.split, unit % config.split
+        layer, row = strip // strips_per_layer, strip % strips_per_layer * TILE_M
 
-    return lax.fori_loop(0, pl.cdiv(num_layers * down * across - block, num_blocks), tile, carry)
+        def tile(i, carry):
+            return visit(layer, row, (i * config.split + part) * config.tile_n, carry)
+
+        return end(lax.fori_loop(low, high, tile, begin(layer, row, carry)))
+
+    return lax.fori_loop(0, waves + 2 * (rest > 0), piece, carry)
 
 
 def _multiprocessors() -> int:
@@ -219,8 +295,7 @@ def sgmm_mosaic(
         a = {name: jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for name, x in a.items()}
         b = {name: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding))) for name, x in b.items()}
     rank = a[names[0]].shape[2]
-    config = config or configure(rank, dtype.itemsize)
-    assert config is not None
+    config = config or configure(len(terms.experts), rank, dtype.itemsize)
 
     def ring(slots, rows, columns, swizzled):
         swizzle = plgpu.find_swizzle(swizzled * dtype.itemsize * 8)
@@ -229,11 +304,11 @@ def sgmm_mosaic(
         return plgpu.SMEM((slots, rows, columns), dtype, transforms=transforms)
 
     columns = math.gcd(config.tile_n, *(w.shape[2] for w in weights.values()))
-    operand = math.gcd(columns, rank)  # wgmma wants one swizzle for both operands
+    operand = math.gcd(columns, config.depth)  # wgmma wants one swizzle for both operands
     merged = {name: jax.new_ref(weights[name]) for name in names}
     refs = [x for n in names for x in (merged[n], a[n], b[n], *([] if pristine is None else [pristine[n]]))]
     kernel = plgpu.kernel(
-        partial(_kernel, refs_per_target=len(refs) // len(names)),
+        partial(_kernel, refs_per_target=len(refs) // len(names), config=config),
         out_type=(),
         grid=(num_blocks or _multiprocessors(),),
         grid_names=("block",),
@@ -241,12 +316,14 @@ def sgmm_mosaic(
         thread_name="group",
         scratch_types={
             "w_smem": ring(config.w_slots, TILE_M, config.tile_n, columns),
-            "a_smem": ring(config.slots, rank, config.tile_n, operand),
-            "b_smem": ring(config.slots, TILE_M, rank, operand),
+            "a_smem": ring(config.a_slots, config.depth, config.tile_n, operand),
+            "b_smem": ring(config.b_slots, TILE_M, config.depth, operand),
             "w_full": plgpu.Barrier(num_barriers=config.w_slots),
             "w_empty": plgpu.Barrier(num_barriers=config.w_slots, num_arrivals=GROUPS),
-            "slab_full": plgpu.Barrier(num_barriers=config.slots, num_arrivals=2),
-            "slab_empty": plgpu.Barrier(num_barriers=config.slots, num_arrivals=GROUPS),
+            "a_full": plgpu.Barrier(num_barriers=config.a_slots),
+            "a_empty": plgpu.Barrier(num_barriers=config.a_slots, num_arrivals=GROUPS),
+            "b_full": plgpu.Barrier(num_barriers=config.b_slots),
+            "b_empty": plgpu.Barrier(num_barriers=config.b_slots, num_arrivals=GROUPS),
         },
         interpret=interpret,
     )

@@ -1,0 +1,141 @@
+"""The whole decode step by strategy, at the shapes of Llama-2-7B on one GPU: time, memory, and whose buffers it writes.
+
+    python -m benchmarks.merged_step --out benchmarks/results/nvidia_h200
+
+writes merged_step.json and merged_step.md. Random bfloat16 weights, adapters on q and v, 8 experts of rank 64, 2 of them per
+token, batch 1, a cache of 512 slots. One step is gate → merge → backbone → sampling in one program (`decode_step`), compiled
+ahead of time; steps are chained without waiting for their tokens. `overhead` is over the bare backbone's step of this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adafuse_jax.configs import Strategy
+from adafuse_jax.decoding.engine import DecodeState, decode_step
+from adafuse_jax.decoding.merging import Merged, with_weights
+from adafuse_jax.model.cache import KVCache
+from benchmarks.decode_costs import SIZES, Shapes
+from benchmarks.decode_rows import NO_REPEATS, adapter_config, model_config, random_adafuse, random_backbone
+
+SLOTS, PROMPT = 512, 128
+STRATEGIES: tuple[Strategy, ...] = ("golden", "switch")
+
+
+def fresh_state(config: Any, dtype: Any) -> DecodeState:
+    return DecodeState(
+        cache=KVCache.empty(config, 1, SLOTS, dtype), token=jnp.ones(1, jnp.int32),
+        position=jnp.full(1, PROMPT, jnp.int32), done=jnp.zeros(1, bool),
+        seen=jnp.zeros((1, config.vocab_size), bool), key=jax.random.key(0),
+    )  # fmt: skip
+
+
+def run(shapes: Shapes, steps: int, repeats: int, pointer_steps: int) -> list[dict[str, Any]]:
+    """A row for the bare backbone and each strategy; `pointer_steps` more steps follow, before pointers are compared."""
+    config = model_config(shapes)
+    model = random_backbone(config)
+    adapter = random_adafuse(adapter_config(shapes, "qv"), config)
+    bare = with_weights(model, dict.fromkeys(adapter.config.targets))
+
+    def arguments(strategy: Strategy | None, merged: Merged | None) -> tuple[Any, ...]:
+        """None is the bare backbone."""
+        weights, acting = (bare if strategy == "switch" else model), (None if strategy is None else adapter)
+        return weights, acting, fresh_state(config, model.dtype), merged, NO_REPEATS
+
+    def abstract(strategy: Strategy | None) -> Merged | None:
+        if strategy is None:
+            return None
+        nothing = jax.eval_shape(lambda: Merged.nothing("golden", model, adapter))
+        return replace(nothing, strategy=strategy)
+
+    lowered = {s: decode_step.lower(*arguments(s, abstract(s)), eos_ids=(), pad_id=0) for s in (None, *STRATEGIES)}
+    with ThreadPoolExecutor(len(lowered)) as pool:
+        compiled = dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True))
+    rows: list[dict[str, Any]] = []
+    for strategy, step in compiled.items():
+        merged = None if strategy is None else Merged.nothing(strategy, model, adapter)
+        weights, acting, state, _, sampling = arguments(strategy, None)
+        before = pointers(merged)
+        if strategy == "switch":
+            del model, weights  # its adapted weights are donated: from here on the step has the only ones
+            weights = bare
+        times = []
+        for repeat in range(repeats + 1):
+            state = replace(state, position=jnp.full(1, PROMPT, jnp.int32))
+            jax.block_until_ready(state)
+            begun = time.perf_counter()
+            for _ in range(steps):
+                _, state, merged = step(weights, acting, state, merged, sampling)
+            jax.block_until_ready(state)
+            if repeat:  # the first warms up
+                times.append(1e3 * (time.perf_counter() - begun) / steps)
+        for _ in range(0 if merged is None else pointer_steps):
+            _, state, merged = step(weights, acting, state, merged, sampling)
+        memory = step.memory_analysis()
+        row = {
+            "strategy": strategy or "backbone", "targets": "qv" if strategy else "-",
+            "ms": statistics.median(times), "spread_ms": max(times) - min(times),
+            "adapted_gb": adapted_bytes(merged) / 1e9, "alias_gb": memory.alias_size_in_bytes / 1e9,
+            "temporary_gb": memory.temp_size_in_bytes / 1e9,
+            "same_pointers": None if merged is None else before == pointers(merged),
+            "steps": (repeats + 1) * steps + (0 if merged is None else pointer_steps),
+        }  # fmt: skip
+        row["overhead_pct"] = 100 * (row["ms"] / (rows[0]["ms"] if rows else row["ms"]) - 1)
+        print(in_words(row), flush=True)
+        rows.append(row)
+        del merged, weights
+    return rows
+
+
+def pointers(merged: Merged | None) -> list[int]:
+    return (
+        []
+        if merged is None
+        else sorted(w.unsafe_buffer_pointer() for w in jax.block_until_ready(merged.weights).values())
+    )
+
+
+def adapted_bytes(merged: Merged | None) -> int:
+    return 0 if merged is None else sum(w.nbytes for w in merged.weights.values())
+
+
+def in_words(row: dict[str, Any]) -> str:
+    text = "| {strategy} | {ms:.3f} ± {spread_ms:.3f} | {overhead_pct:+.1f}% | {adapted_gb:.2f} | {alias_gb:.2f} | "
+    return (text + "{temporary_gb:.3f} | {same_pointers} |").format(**row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory of merged_step.json and merged_step.md")
+    parser.add_argument("--size", choices=SIZES, default="llama2-7b")
+    parser.add_argument("--steps", type=int, default=60, help="of one repeat")
+    arguments = parser.parse_args()
+    rows = run(SIZES[arguments.size], arguments.steps, repeats=5, pointer_steps=700)
+    result = {
+        "device": jax.devices()[0].device_kind, "jax": jax.__version__, "size": arguments.size,
+        "command": " ".join(["python -m benchmarks.merged_step", *sys.argv[1:]]), "rows": rows,
+    }  # fmt: skip
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "merged_step.json").write_text(json.dumps(result, indent=2) + "\n")
+    table = [
+        "# The decode step by strategy", "",
+        "{device}, JAX {jax}, `{command}`, {size}, bfloat16, q and v adapted.".format(**result), "",
+        "| strategy | ms per token | over the backbone | adapted GB | aliased GB | temporary GB | same pointers |",
+        "|---|---|---|---|---|---|---|", *map(in_words, rows),
+    ]  # fmt: skip
+    (arguments.out / "merged_step.md").write_text("\n".join(table) + "\n")
+
+
+if __name__ == "__main__":
+    main()
