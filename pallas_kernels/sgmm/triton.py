@@ -50,8 +50,6 @@ def obstacle(weights: dict[str, Array], a: dict[str, Array], terms: Terms) -> st
     """Why these shapes cannot run here, or None."""
     if len(weights) > MAX_TARGETS:
         return f"there are {len(weights)} targets, and one launch takes {MAX_TARGETS}"
-    if len({(x.dtype, *x.shape[:3]) for x in a.values()}) > 1:
-        return "the targets differ in type, number of experts or rank"
     return None
 
 
