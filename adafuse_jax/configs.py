@@ -208,6 +208,9 @@ class DecodeConfig:
     prompts_file: str | None = flag(
         "prompts, one a line: text, or JSON with a 'prompt' or 'messages' (.jsonl)", None, "FILE"
     )
+    batch_size: int | None = flag(
+        "prompts of --prompts-file decoded together; default: 8, and 1 with a strategy that merges", None
+    )
     chat: bool = flag("talk to the model; the conversation and its cache are kept until a line says /new", False)
     system: str | None = flag("system message put before the prompt", None, "TEXT")
     raw: bool = flag("give the prompt to the model as it is, without the chat template", False)
@@ -224,11 +227,19 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         require_finite(self)
-        require_positive(self, "max_new_tokens", "repetition_penalty")
+        require_positive(self, "max_new_tokens", "repetition_penalty", "batch_size")
         require(self.temperature >= 0, f"--temperature is {self.temperature}: it must be ≥ 0")
         require(self.top_k >= 0, f"--top-k is {self.top_k}: it must be ≥ 0")
         require(0 < self.top_p <= 1, f"--top-p is {self.top_p}: it must be in (0, 1]")
         require_seed(self.seed)
+        require(
+            self.batch_size is None or self.prompts_file is not None,
+            "--batch-size is for the prompts of --prompts-file; give that, or leave --batch-size out",
+        )
+        require(
+            self.strategy == "unmerged" or self.batch_size in (None, 1),
+            f"--strategy {self.strategy} merges the experts of one prompt; give --batch-size 1, or decode unmerged",
+        )
         require(
             self.strategy == "unmerged" or self.adapter is not None,
             f"--strategy {self.strategy} merges the experts of an adapter; give --adapter, or leave --strategy out",
@@ -246,3 +257,8 @@ class DecodeConfig:
         require(not (self.raw and self.chat), "--raw and --chat exclude each other; give one of them")
         require(not (self.raw and self.system), "--raw leaves no place for --system; write it into the prompt")
         require(not (self.json and self.chat), "--json and --chat exclude each other; give one of them")
+
+    @property
+    def rows(self) -> int:
+        """Prompts decoded together."""
+        return self.batch_size or (8 if self.strategy == "unmerged" else 1)

@@ -396,7 +396,20 @@ DECODE = [
         Case(f"{strategy} without adapter", (f"--strategy {strategy}", "give --adapter"), {"strategy": strategy})
         for strategy in ("golden", "switch", "simple")
     ),
+    Case("batch without a file", ("--batch-size", "--prompts-file", "leave"), {"batch_size": 2}),
+    Case("batch of 0", ("--batch-size is 0", "greater than 0"), PROMPTS | {"batch_size": 0}),
+    Case(
+        "merging a batch",
+        ("--strategy golden", "one prompt", "--batch-size 1"),
+        ADAPTER | PROMPTS | {"strategy": "golden", "batch_size": 2},
+    ),
     # prompts
+    Case(
+        "a later prompt too long",
+        ("prompt 2", "shorten"),
+        PROMPTS | {"batch_size": 1},
+        write("p.jsonl", '{"prompt": "Hi"}\n{"prompt": "' + "word " * 5000 + '"}\n'),
+    ),
     *(
         Case(
             f"prompts line {line}",

@@ -17,7 +17,7 @@ from adafuse_jax.interop import huggingface
 
 FIELDS = {
     "prompt", "text", "token_ids", "finish_reason", "ms_per_token", "prompt_tokens", "prefill_ms", "strategy",
-    "experts_used",
+    "experts_used", "batch",
 }  # fmt: skip
 
 
@@ -64,6 +64,25 @@ class TestPrompts:
         out, _ = run(prompt=None, prompts_file=path, json=True)
         assert [o["prompt"] for o in objects(out)] == ["x\u2028y", "c"]
         assert objects(out)[1]["prompt_tokens"] > objects(out)[0]["prompt_tokens"]
+
+    @pytest.mark.parametrize("temperature", [0, 0.9])
+    def test_prompts_decoded_together_answer_as_each_alone(self, run, folder, temperature):
+        """Five prompts of different lengths, two or eight at a time, one by one; with a stop string and own experts."""
+        lines = ["Hi", "What is two and three, and what is it not?", "a", "b c d e f g h i j k l m n o p", "Hi"]
+        (folder / "five.txt").write_text("\n".join(lines))
+        flags = {
+            "prompt": None, "prompts_file": folder / "five.txt", "json": True, "adapter": folder / "run" / "adapter",
+            "max_new_tokens": 12, "temperature": temperature, "stop": "e", "dtype": "float32",
+        }  # fmt: skip
+        answers = {size: objects(run(**flags, batch_size=size)[0]) for size in (1, 2, None)}
+        kept = ("prompt", "text", "token_ids", "finish_reason", "prompt_tokens", "experts_used")
+        alone, *together = ([{k: a[k] for k in kept} for a in some] for some in answers.values())
+        assert together == [alone, alone]
+        assert [a["batch"] for a in answers[2]] == [2, 2, 2, 2, 1]
+        assert [a["batch"] for a in answers[None]] == [5] * 5
+        assert len({a["text"] for a in alone}) > 2
+        out, _ = run(**flags | {"json": None})
+        assert out == "".join(f"> {a['prompt']}\n{a['text']}\n" for a in alone)
 
     def test_standard_input(self, run):
         out, _ = run(stdin="one\n\ntwo\r\n", prompt=None, json=True)

@@ -165,6 +165,27 @@ class TestRows:
         prompts = [prompt_of(model, n, seed=n) for n in (3, 30, 17)]
         assert generate(engine, *prompts, n=10) == [generate(engine, p, n=10)[0] for p in prompts]
 
+    @pytest.mark.parametrize("targets", POSITIONS.values(), ids=POSITIONS)
+    def test_sampled_rows_equal_each_alone(self, models, targets):  # noqa: F811
+        """Every row has its own experts, its own penalty and the noise it would have alone."""
+        model = models("llama_gqa")
+        engine = Engine(model, random_adapter(model.config, targets=targets), eos_ids=())
+        prompts = [prompt_of(model, n, seed=n) for n in (4, 40, 11)]
+        options = {"n": 10, "seed": 3, "sampling": Sampling.of(temperature=1.2, top_k=9, repetition_penalty=1.3)}
+        rows = generate(engine, *prompts, **options)
+        assert rows == [generate(engine, p, **options)[0] for p in prompts]
+        assert len({tuple(row) for row in rows}) == 3
+
+    def test_each_row_has_the_room_it_would_have_alone(self, models):  # noqa: F811
+        """One prompt leaves 5 tokens of the context, the other goes on."""
+        model = models("llama_gqa")
+        engine = Engine(model, random_adapter(model.config), eos_ids=())
+        prompts = [prompt_of(model, n, seed=n) for n in (model.config.max_position_embeddings - 5, 20)]
+        long, short = generate(engine, *prompts, n=12)
+        assert long[:5] == generate(engine, prompts[0], n=12)[0]
+        assert short == generate(engine, prompts[1], n=12)[0]
+        assert len(short) == 12
+
     def test_a_row_that_ended_is_padded_and_does_not_disturb_the_others(self, models):  # noqa: F811
         model = models("llama_gqa")
         prompts = [prompt_of(model, n, seed=n) for n in (5, 9)]

@@ -46,17 +46,31 @@ class TestSample:
         logits = jnp.array([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
         np.testing.assert_array_equal(sample(logits, Sampling.of(), jax.random.key(0), None), [1, 0])
 
+    @staticmethod
+    def draw(logits, sampling: Sampling, times: int) -> np.ndarray:
+        """One row, with as many keys."""
+        keys = jax.random.split(jax.random.key(0), times)
+        return np.asarray(jax.vmap(lambda key: sample(logits[None], sampling, key, None)[0])(keys))
+
     @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
     def test_frequencies_follow_the_softmax(self, temperature):
         logits = jnp.array([1.0, 0.0, -1.0, 2.0])
-        drawn = sample(jnp.tile(logits, (20000, 1)), Sampling.of(temperature=temperature), jax.random.key(0), None)
+        drawn = self.draw(logits, Sampling.of(temperature=temperature), 20000)
         frequencies = np.bincount(drawn, minlength=4) / len(drawn)
         np.testing.assert_allclose(frequencies, jax.nn.softmax(logits / temperature), atol=0.015)
 
     def test_only_kept_tokens_are_drawn(self):
-        logits = jnp.tile(jnp.array([1.0, 0.5, 0.0, -9.0]), (5000, 1))
-        drawn = sample(logits, Sampling.of(temperature=1.0, top_k=2), jax.random.key(0), None)
-        assert set(np.asarray(drawn).tolist()) == {0, 1}
+        logits = jnp.array([1.0, 0.5, 0.0, -9.0])
+        assert set(self.draw(logits, Sampling.of(temperature=1.0, top_k=2), 5000).tolist()) == {0, 1}
+
+    def test_a_row_draws_what_it_draws_alone(self):
+        logits, sampling = jax.random.normal(jax.random.key(1), (50, 30)), Sampling.of(temperature=1.0, top_p=0.9)
+        rows, alone = (
+            sample(logits, sampling, jax.random.key(2), None),
+            [int(sample(row[None], sampling, jax.random.key(2), None)[0]) for row in logits],
+        )
+        np.testing.assert_array_equal(rows, alone)
+        assert len(set(alone)) > 5
 
     def test_values_change_without_recompiling(self):
         step = jax.jit(sample)

@@ -232,11 +232,14 @@ class Engine:
         seed: int = 0,
         keep_cache: bool = False,
     ) -> Iterator[Token]:
-        """Yield one `Token` a step until every row has ended or has `max_new_tokens`.
+        """Yield one `Token` a step until every row has ended or has its number of new tokens.
+
+        A row decodes what it would alone: the same tokens greedily, and the same with the same seed. What comes for a row
+        after its end, or after its number of tokens, means nothing.
 
         Args:
           prompts: token ids of every row; lengths may differ, none may be empty.
-          max_new_tokens: per row; see the method of that name for what fits.
+          max_new_tokens: per row; the method of that name says how many of them fit behind a prompt.
           keep_cache: use the cache of the last such call for a common beginning, and keep this one for the next.
 
         Raises:
@@ -257,9 +260,8 @@ class Engine:
                 "restore the files in --model"
             )
         sampling = sampling or Sampling.of()
-        longest = max(map(len, prompts))
-        budget = self.max_new_tokens(longest, max_new_tokens)
-        slots = _bucket(longest + budget, MIN_SLOTS)
+        budgets = np.array([self.max_new_tokens(len(p), max_new_tokens) for p in prompts])
+        budget, slots = int(budgets.max()), _bucket(int((budgets + [len(p) for p in prompts]).max()), MIN_SLOTS)
         state, cached = self._take_kept(prompts, slots, sampling) if keep_cache else (None, [0] * len(prompts))
         if state is None:
             state = self._empty_state(len(prompts), slots, sampling)
@@ -280,7 +282,8 @@ class Engine:
                     pending.append(output)
                     issued += 1
                 ids, done, experts = jax.device_get(pending.popleft())
-                if (ids == NOT_FINITE).any():
+                going = len(emitted[0]) < budgets
+                if (going & (ids == NOT_FINITE)).any():
                     raise UserError(
                         "the logits are not finite: the weights of --model or --adapter hold NaN or "
                         "overflow; restore them, or try --dtype float32"
@@ -290,7 +293,7 @@ class Engine:
                     row.append(int(token))
                 yield Token(ids=ids, done=done, experts=experts, seconds=now - before)
                 before = now
-                if done.all():
+                if (done | (len(emitted[0]) >= budgets)).all():
                     return
         finally:
             self.restore()

@@ -59,7 +59,10 @@ def keep_likely(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float
 def sample(
     logits: Float[Array, "B V"], sampling: Sampling, key: Key[Array, ""], seen: Bool[Array, "B V"] | None
 ) -> Int[Array, " B"]:
-    """The next token of every row; `seen` marks the tokens of prompt and output, needed only to penalize them."""
+    """The next token of every row; `seen` marks the tokens of prompt and output, needed only to penalize them.
+
+    All rows share one noise, so that a row draws what it would draw alone.
+    """
     if sampling.penalize:
         assert seen is not None
         logits = penalize(logits, seen, jnp.asarray(sampling.repetition_penalty))
@@ -67,4 +70,5 @@ def sample(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
     logits = keep_likely(logits, jnp.asarray(sampling.top_k), jnp.asarray(sampling.top_p))
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    noise = jax.random.gumbel(key, (1, logits.shape[-1]), logits.dtype)
+    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import batched
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +19,7 @@ from adafuse_jax.adapters.directory import load_adapter
 from adafuse_jax.configs import DecodeConfig, Strategy, require_text
 from adafuse_jax.data.chat import encode_prompt, load_tokenizer, stop_tokens
 from adafuse_jax.data.examples import Message, Role
-from adafuse_jax.decoding.engine import Engine
+from adafuse_jax.decoding.engine import Engine, Token
 from adafuse_jax.decoding.sampling import Sampling
 from adafuse_jax.decoding.stream import TextStream
 from adafuse_jax.errors import UserError
@@ -33,7 +34,8 @@ class Completion:
     """The answer to one prompt. `finish_reason` is `stop` (end token or stop string) or `length`.
 
     `token_ids` leaves out the end token, and holds those of a stop string. `ms_per_token` is the mean over the tokens
-    after the first, which prefill makes in `prefill_ms`; None if there is no other. Neither holds compilation.
+    after the first, which prefill makes in `prefill_ms`; None if there is no other. Neither holds compilation. `batch`
+    prompts were decoded together, and each of them got a token in that time.
     `strategy` is how the experts acted, and `experts_used` counts, per expert, the tokens read with it; both are None
     without an adapter. `peak_device_gib` is the process's peak so far; None where the device does not tell.
     """
@@ -44,6 +46,7 @@ class Completion:
     prompt_tokens: int
     prefill_ms: float
     ms_per_token: float | None
+    batch: int
     strategy: Strategy | None
     experts_used: list[int] | None
     peak_device_gib: float | None
@@ -105,34 +108,88 @@ class Session:
         keep_cache: bool = False,
     ) -> Completion:
         """Generate, calling `emit` with each piece of text as it becomes certain."""
-        ids = self.tokens_of(prompt)
-        config, stream = self.config, TextStream(self.tokenizer, self.config.stop)
-        experts_used = np.zeros(self.num_experts, int)
-        token_ids, seconds, finish_reason = [], [], "length"
-        for token in self.engine.generate(
-            [ids], max_new_tokens=config.max_new_tokens, sampling=self.sampling, seed=config.seed, keep_cache=keep_cache
-        ):
-            seconds.append(token.seconds)
-            if token.experts is not None:
-                experts_used += np.bincount(token.experts[0], minlength=self.num_experts)
-            if token.done[0]:
-                finish_reason = "stop"
+        (completion,) = self.answer_all([prompt], emit=emit, keep_cache=keep_cache)
+        return completion
+
+    def answer_all(
+        self,
+        prompts: Sequence[str | list[Message]],
+        *,
+        emit: Callable[[str], object] = lambda text: None,
+        keep_cache: bool = False,
+    ) -> list[Completion]:
+        """Answer several prompts at once, each a row with its own experts and its own end; `emit` gets the first one's
+        text. The answers are those that each prompt would get alone."""
+        config = self.config
+        rows = [
+            _Row(self, self.tokens_of(prompt), emit if i == 0 else lambda text: None)
+            for i, prompt in enumerate(prompts)
+        ]
+        tokens = self.engine.generate(
+            [row.prompt for row in rows],
+            max_new_tokens=config.max_new_tokens,
+            sampling=self.sampling,
+            seed=config.seed,
+            keep_cache=keep_cache,
+        )
+        for token in tokens:
+            for index, row in enumerate(rows):
+                if row.finish_reason is None:
+                    row.take(token, index)
+            if all(row.finish_reason for row in rows):
                 break
-            token_ids.append(int(token.ids[0]))
-            emit(stream.push(token_ids[-1]))
-            if stream.stopped:
-                finish_reason = "stop"
-                break
-        emit(stream.flush())
+        return [row.completion(len(rows)) for row in rows]
+
+    def check(self, prompts: Sequence[str | list[Message]]) -> None:
+        """Raise `UserError` for the first prompt that leaves no room for an answer, before any is answered."""
+        for number, prompt in enumerate(prompts, 1):
+            try:
+                self.engine.max_new_tokens(len(self.tokens_of(prompt)), self.config.max_new_tokens)
+            except UserError as error:
+                raise UserError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from error
+
+
+class _Row:
+    """One prompt's answer while it is generated."""
+
+    def __init__(self, session: Session, prompt: list[int], emit: Callable[[str], object]):
+        self.session, self.prompt, self.emit = session, prompt, emit
+        self.stream = TextStream(session.tokenizer, session.config.stop)
+        self.room = session.engine.max_new_tokens(len(prompt), session.config.max_new_tokens)
+        self.experts_used = np.zeros(session.num_experts, int)
+        self.token_ids: list[int] = []
+        self.seconds: list[float] = []
+        self.finish_reason: str | None = None
+
+    def take(self, token: Token, index: int) -> None:
+        """This row's part of a step."""
+        self.seconds.append(token.seconds)
+        if token.experts is not None:
+            self.experts_used += np.bincount(token.experts[index], minlength=self.session.num_experts)
+        if token.done[index]:
+            self.finish_reason = "stop"
+        else:
+            self.token_ids.append(int(token.ids[index]))
+            self.emit(self.stream.push(self.token_ids[-1]))
+            if self.stream.stopped:
+                self.finish_reason = "stop"
+            elif len(self.token_ids) == self.room:
+                self.finish_reason = "length"
+        if self.finish_reason:
+            self.emit(self.stream.flush())
+
+    def completion(self, batch: int) -> Completion:
+        seconds, num_experts = self.seconds, self.session.num_experts
         return Completion(
-            text=stream.text,
-            token_ids=token_ids,
-            finish_reason=finish_reason,
-            prompt_tokens=len(ids),
+            text=self.stream.text,
+            token_ids=self.token_ids,
+            finish_reason=self.finish_reason or "length",
+            prompt_tokens=len(self.prompt),
             prefill_ms=round(1e3 * seconds[0], 3),
             ms_per_token=round(1e3 * float(np.mean(seconds[1:])), 3) if len(seconds) > 1 else None,
-            strategy=config.strategy if self.num_experts else None,
-            experts_used=experts_used.tolist() if self.num_experts else None,
+            batch=batch,
+            strategy=self.session.config.strategy if num_experts else None,
+            experts_used=self.experts_used.tolist() if num_experts else None,
             peak_device_gib=runtime.peak_device_gib(),
         )
 
@@ -187,19 +244,26 @@ def decode(config: DecodeConfig) -> None:
     if config.chat:
         _chat(session)
         return
+    if prompts is not None:
+        session.check(prompts)
     several = prompts is None or len(prompts) > 1
-    for prompt in prompts if prompts is not None else _stdin_lines("prompt> "):
-        shown = prompt if isinstance(prompt, str) else prompt[-1].content
-        if config.json:
-            completion = session.answer(prompt)
-            print(json.dumps({"prompt": shown, **_as_json(completion)}, ensure_ascii=False), flush=True)
-            continue
-        if several:
-            print(f"> {shown}")
-        completion = session.answer(prompt, emit=_print_piece)
-        print(flush=True)
-        if config.stats:
-            print(_stats_line(completion), file=sys.stderr)
+    together = config.rows if config.prompts_file else 1
+    for batch in batched(prompts if prompts is not None else _stdin_lines("prompt> "), together):
+        streams = len(batch) == 1 and not config.json
+        if streams and several:
+            print(f"> {_shown(batch[0])}")
+        completions = session.answer_all(batch, emit=_print_piece if streams else lambda text: None)
+        for prompt, completion in zip(batch, completions, strict=True):
+            if config.json:
+                print(json.dumps({"prompt": _shown(prompt), **_as_json(completion)}, ensure_ascii=False), flush=True)
+                continue
+            print("" if streams else f"> {_shown(prompt)}\n{completion.text}", flush=True)
+            if config.stats:
+                print(_stats_line(completion), file=sys.stderr)
+
+
+def _shown(prompt: str | list[Message]) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1].content
 
 
 def _chat(session: Session) -> None:
@@ -251,6 +315,8 @@ def _stats_line(completion: Completion) -> str:
     line = f"[{completion.prompt_tokens} prompt tokens in {completion.prefill_ms:.1f} ms, {len(completion.token_ids)} tokens"
     if completion.ms_per_token is not None:
         line += f", {completion.ms_per_token:.2f} ms/token, {1e3 / completion.ms_per_token:.1f} tokens/s"
+    if completion.batch > 1:
+        line += f", {completion.batch} prompts together"
     if completion.strategy is not None:
         line += f", {completion.strategy}"
     line += f", {completion.finish_reason}]"
