@@ -208,6 +208,7 @@ class DecodeConfig:
     prompts_file: str | None = flag(
         "prompts, one a line: text, or JSON with a 'prompt' or 'messages' (.jsonl)", None, "FILE"
     )
+    tensor_parallel: int = flag("devices that share the model and decode together, unmerged", 1)
     batch_size: int | None = flag(
         "prompts of --prompts-file decoded together; default: 8, and 1 with a strategy that merges", None
     )
@@ -227,7 +228,7 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         require_finite(self)
-        require_positive(self, "max_new_tokens", "repetition_penalty", "batch_size")
+        require_positive(self, "max_new_tokens", "repetition_penalty", "batch_size", "tensor_parallel")
         require(self.temperature >= 0, f"--temperature is {self.temperature}: it must be ≥ 0")
         require(self.top_k >= 0, f"--top-k is {self.top_k}: it must be ≥ 0")
         require(0 < self.top_p <= 1, f"--top-p is {self.top_p}: it must be in (0, 1]")
@@ -235,6 +236,10 @@ class DecodeConfig:
         require(
             self.batch_size is None or self.prompts_file is not None,
             "--batch-size is for the prompts of --prompts-file; give that, or leave --batch-size out",
+        )
+        require(
+            self.strategy == "unmerged" or self.tensor_parallel == 1,
+            f"--strategy {self.strategy} merges on one device; leave --tensor-parallel out, or decode unmerged",
         )
         require(
             self.strategy == "unmerged" or self.batch_size in (None, 1),

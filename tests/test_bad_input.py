@@ -396,6 +396,13 @@ DECODE = [
         Case(f"{strategy} without adapter", (f"--strategy {strategy}", "give --adapter"), {"strategy": strategy})
         for strategy in ("golden", "switch", "simple")
     ),
+    Case("more devices than there are", ("--tensor-parallel 64", "at most"), {"tensor_parallel": 64}),
+    Case("no device", ("--tensor-parallel is 0", "greater than 0"), {"tensor_parallel": 0}),
+    Case(
+        "merging on several devices",
+        ("--strategy switch", "--tensor-parallel", "unmerged"),
+        ADAPTER | {"strategy": "switch", "tensor_parallel": 2},
+    ),
     Case("batch without a file", ("--batch-size", "--prompts-file", "leave"), {"batch_size": 2}),
     Case("batch of 0", ("--batch-size is 0", "greater than 0"), PROMPTS | {"batch_size": 0}),
     Case(

@@ -33,6 +33,7 @@ from adafuse_jax.decoding.sampling import Sampling, sample
 from adafuse_jax.errors import UserError
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
+from adafuse_jax.sharding import mesh_of, place_state
 
 CHUNKS = (16, 64, 256, 1024)
 """Prompt tokens per prefill program; a prompt runs through the largest and then the smallest that holds the rest."""
@@ -157,7 +158,7 @@ class Engine:
     turn of a conversation), only the rest is prefilled.
 
     Args:
-      model: with strategy *switch* the engine takes its adapted weights over and changes them: use `engine.model` instead.
+      model: may be cut over several devices (`adafuse_jax.sharding.shard`), to decode unmerged; with strategy *switch* the engine takes its adapted weights over and changes them: use `engine.model` instead.
       adapter: its experts are cast to the model's type where they are merged.
       strategy: how the experts act while decoding; all but *unmerged* decode one row at a time.
       eos_ids: tokens that end a row; default: the model's own.
@@ -193,6 +194,7 @@ class Engine:
         self._kept: tuple[DecodeState, list[list[int]]] | None = None
         self._warm: set = set()
         self._switched = False
+        self._mesh = mesh_of(model)
 
     @property
     def model(self) -> Backbone:
@@ -267,8 +269,13 @@ class Engine:
             state = self._empty_state(len(prompts), slots, sampling)
         rest = [p[c:] for p, c in zip(prompts, cached, strict=True)]
         state = self._warm_up(state, max(map(len, rest)), sampling)
-        state = replace(
-            state, key=jax.random.key(seed), done=jnp.zeros(len(prompts), bool), position=jnp.array(cached, jnp.int32)
+        state = self._placed(
+            replace(
+                state,
+                key=jax.random.key(seed),
+                done=jnp.zeros(len(prompts), bool),
+                position=jnp.array(cached, jnp.int32),
+            )
         )
 
         emitted: list[list[int]] = [[] for _ in prompts]
@@ -312,6 +319,10 @@ class Engine:
             key=jax.random.key(0),
         )
 
+    def _placed(self, state: DecodeState) -> DecodeState:
+        """The state where the model is: a program is compiled for the places of what it is given."""
+        return state if self._mesh is None else place_state(state, self._mesh)
+
     def _take_kept(
         self, prompts: Sequence[Sequence[int]], slots: int, sampling: Sampling
     ) -> tuple[DecodeState | None, list[int]]:
@@ -338,6 +349,7 @@ class Engine:
             return state
         for *_, size in sorted(new):
             state = replace(state, position=jnp.full(batch, slots, jnp.int32), done=jnp.ones(batch, bool))
+            state = self._placed(state)
             if size:
                 _, state = self._prefill(state, [()] * batch, sampling, chunks=[size])
             else:

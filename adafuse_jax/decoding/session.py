@@ -25,6 +25,7 @@ from adafuse_jax.decoding.stream import TextStream
 from adafuse_jax.errors import UserError
 from adafuse_jax.interop.hf_config import read_model_config
 from adafuse_jax.interop.huggingface import backbone_identity, load_backbone, model_directory, storage_dtype
+from adafuse_jax.sharding import make_mesh, shard
 
 NEW_CONVERSATION = "/new"
 
@@ -71,6 +72,9 @@ class Session:
                 dtype=jnp.dtype(dtype),
             )
         model = load_backbone(directory, dtype)
+        if config.tensor_parallel > 1:
+            mesh = make_mesh(config.tensor_parallel, model.config)
+            model, adapter = shard(model, mesh), adapter and shard(adapter, mesh)
         eos_ids = {*model.config.eos_token_ids, *stop_tokens(self.tokenizer)}
         self.engine = Engine(model, adapter, strategy=config.strategy, eos_ids=sorted(eos_ids))
         self.num_experts = adapter.config.num_experts if adapter else 0

@@ -1,0 +1,50 @@
+"""Run by test_tensor_parallel.py in a process with several CPU devices: tokens with and without tensor parallelism."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+from goldens.tiny_models import CASES, write_model_dir
+from test_adapters import family_case, random_adapter
+from test_engine import generate, prompt_of
+
+from adafuse_jax import load_backbone
+from adafuse_jax.decoding import engine as engine_module
+from adafuse_jax.decoding.engine import Engine
+from adafuse_jax.sharding import make_mesh, shard
+
+
+def run(family: str, targets: tuple[str, ...], devices: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        write_model_dir(CASES[family_case(family)], Path(folder))
+        model = load_backbone(folder, "float32")
+    adapter = random_adapter(model.config, targets=targets)
+    prompts = [prompt_of(model, n, seed=n) for n in (21, 9)]
+    alone = generate(Engine(model, adapter, eos_ids=()), *prompts, n=12)
+    mesh = make_mesh(devices, model.config)
+    cut, cut_adapter = shard(model, mesh), shard(adapter, mesh)
+    engine_module.decode_step.clear_cache()
+    engine = Engine(cut, cut_adapter, eos_ids=())
+    together = [generate(engine, *prompts, n=12) for _ in range(2)]
+
+    def share(leaf) -> float:
+        return leaf.addressable_shards[0].data.size / leaf.size
+
+    linears = {
+        name: share(getattr(cut.layers, name).weight[...])
+        for name in ("q_proj", "k_proj", "o_proj", "up_proj", "down_proj")
+    }
+    experts = {name: (share(e.A[...]), share(e.B[...])) for name, e in cut_adapter.experts.items()}
+    hlo = engine_module.decode_step
+    return {
+        "alone": alone, "together": together, "linears": linears, "experts": experts, "programs": hlo._cache_size(),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    assert jax.device_count() >= 2
+    print(json.dumps(run(sys.argv[1], tuple(sys.argv[2].split(",")), int(sys.argv[3]))))

@@ -1,0 +1,65 @@
+"""Tensor parallelism on CPU devices, in processes that have several: the same tokens, and every device its share."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import tiny
+from test_adapters import POSITIONS
+
+from adafuse_jax import UserError
+from adafuse_jax.configs import LINEARS, ModelConfig
+from adafuse_jax.sharding import make_mesh
+
+TESTS = Path(__file__).parent
+
+
+def with_devices(count: int, *command: object) -> str:
+    """The last line that a Python program prints with `count` CPU devices."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, cwd=TESTS, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().split("\n")[-1]
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("llama_gqa", LINEARS), ("qwen2_window", LINEARS), ("qwen3", POSITIONS[next(iter(POSITIONS))])],
+)
+def test_same_tokens_and_half_of_everything(family, targets):
+    """Two rows, two devices, twice: one program, and no device holds more than half of a cut matrix."""
+    found = json.loads(with_devices(2, "tensor_parallel_run.py", family, ",".join(targets), 2))
+    assert found["together"] == [found["alone"]] * 2
+    assert found["programs"] == 1
+    assert set(found["linears"].values()) == {0.5}
+    for name, shares in found["experts"].items():
+        assert shares == ([0.5, 1.0] if name in ("o_proj", "down_proj") else [1.0, 0.5]), name
+
+
+def test_decode_script(tmp_path):
+    folder = tiny.write_folder(tmp_path)
+    flags = [*tiny.decode_flags(folder, max_new_tokens=8, dtype="float32"), "--json"]
+    script = TESTS.parent / "decode.py"
+    alone, together = (json.loads(with_devices(2, script, *flags, *more)) for more in ((), ("--tensor-parallel", "2")))
+    assert together["token_ids"] == alone["token_ids"]
+    assert len(alone["token_ids"]) > 0
+
+
+def test_uneven_shares_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [None] * 3)
+    config = ModelConfig(
+        model_type="llama", vocab_size=96, embed_dim=32, hidden_dim=48, num_layers=1, num_heads=4, num_kv_heads=2,
+        head_dim=8, max_position_embeddings=64, norm_eps=1e-5,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="cannot share the model's 2 key-value heads evenly"):
+        make_mesh(3, config)
