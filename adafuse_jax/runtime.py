@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def set_up() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
+@cache
 def _tell_kernels_once() -> None:
     """Which kernel runs, and why not a faster one, is logged at every compilation; say each of it once."""
     told: set[str] = set()

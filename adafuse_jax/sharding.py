@@ -45,7 +45,8 @@ def make_mesh(num_devices: int, model: ModelConfig) -> Mesh:
     ):  # fmt: skip
         if size % num_devices:
             raise UserError(
-                f"--tensor-parallel {num_devices} cannot share the model's {size} {name} evenly; give a number that divides it"
+                f"--tensor-parallel {num_devices} cannot share the model's {size} {name} evenly; give a number that "
+                "divides it"
             )
     return Mesh(devices[:num_devices], (AXIS,))
 

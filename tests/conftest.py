@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import jax
 import pytest
 
 CACHE = Path.home() / ".cache" / "adafuse-jax-tests"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs of a test file are dropped after it: those of the whole suite take more memory maps than a
+    process may have, and the one that does not fit crashes it."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

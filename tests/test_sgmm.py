@@ -376,6 +376,11 @@ class TestChoice:
         weights, a, _, terms, _ = replace(Case(shapes=GQA), **changes).draw()
         return weights, a, terms
 
+    @pytest.fixture(autouse=True)
+    def unfiltered(self, monkeypatch):
+        """The scripts tell everything once per process."""
+        monkeypatch.setattr(op.log, "filters", [])
+
     @pytest.mark.skipif(jax.default_backend() != "cpu", reason="for machines without a GPU")
     def test_cpu(self, caplog):
         with caplog.at_level(logging.INFO, logger="pallas_kernels"):

@@ -158,7 +158,8 @@ class Engine:
     turn of a conversation), only the rest is prefilled.
 
     Args:
-      model: may be cut over several devices (`adafuse_jax.sharding.shard`), to decode unmerged; with strategy *switch* the engine takes its adapted weights over and changes them: use `engine.model` instead.
+      model: may be cut over several devices (`adafuse_jax.sharding.shard`), to decode unmerged. With strategy *switch* the
+        engine takes its adapted weights over and changes them: use `engine.model` instead.
       adapter: its experts are cast to the model's type where they are merged.
       strategy: how the experts act while decoding; all but *unmerged* decode one row at a time.
       eos_ids: tokens that end a row; default: the model's own.
