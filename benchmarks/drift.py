@@ -204,8 +204,7 @@ def measure(
     pristine = adapted_weights(model, adapter)
     experts, gates = gates_of(model, adapter, stream)
     merged = Merged.nothing("switch", jax.tree.map(jnp.copy, model), adapter)
-    terms = switch_terms((experts[0], gates[0]), (experts[1], gates[1]), adapter.config.scale)
-    implementation = choose_implementation(pristine, factors(adapter)[0], terms)
+    implementation = choose_implementation(pristine, factors(adapter)[0])
 
     done, drifted = 0, []
     for steps in decades:

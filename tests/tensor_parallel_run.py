@@ -39,9 +39,9 @@ def run(family: str, targets: tuple[str, ...], devices: int) -> dict:
         for name in ("q_proj", "k_proj", "o_proj", "up_proj", "down_proj")
     }
     experts = {name: (share(e.A[...]), share(e.B[...])) for name, e in cut_adapter.experts.items()}
-    hlo = engine_module.decode_step
     return {
-        "alone": alone, "together": together, "linears": linears, "experts": experts, "programs": hlo._cache_size(),
+        "alone": alone, "together": together, "linears": linears, "experts": experts,
+        "programs": engine_module.decode_step._cache_size(),
     }  # fmt: skip
 
 

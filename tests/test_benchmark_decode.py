@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from adafuse_jax.configs import LINEARS
-from benchmarks import decode, decode_costs, decode_rows
+from benchmarks import decode, decode_costs, decode_rows, merged_step
 from benchmarks.decode_costs import SIZES, costs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -220,3 +220,14 @@ class TestPeers:
             pytest.skip(f".venv-torch: {done.stderr.splitlines()[-1]}")
         assert done.returncode == 0, done.stderr[-1000:]
         assert [line.split()[0] for line in done.stdout.splitlines()] == ["hf", "peft-lora", "lora-moe"]
+
+
+def test_merged_step():
+    """Rows of the backbone and of what merges in one launch, which keeps the weights in their buffers."""
+    rows = merged_step.run(SIZES["tiny"], steps=3, repeats=2, pointer_steps=4)
+    assert [row["strategy"] for row in rows] == ["backbone", "golden", "switch"]
+    for row in rows[1:]:
+        assert row["ms"] > 0
+        assert row["same_pointers"] is True
+        assert row["alias_gb"] >= row["adapted_gb"] > 0
+        assert row["steps"] == 3 * 3 + 4

@@ -373,8 +373,8 @@ class TestDonation:
 
 class TestChoice:
     def arrays(self, **changes):
-        weights, a, _, terms, _ = replace(Case(shapes=GQA), **changes).draw()
-        return weights, a, terms
+        weights, a, *_ = replace(Case(shapes=GQA), **changes).draw()
+        return weights, a
 
     @pytest.fixture(autouse=True)
     def unfiltered(self, monkeypatch):

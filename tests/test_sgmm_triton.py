@@ -187,10 +187,10 @@ def test_compiles_without_gpu(monkeypatch, tmp_path, capability, dtype, rank):
 
 
 def test_obstacles():
-    weights, a, _, terms = Case(dict.fromkeys("abcdefgh", (8, 8)), [0], [1.0]).arrays(jnp.float32)
-    assert "8 targets" in str(obstacle(weights, a, terms))
-    del weights["h"], a["h"]
-    assert obstacle(weights, a, terms) is None
+    weights, *_ = Case(dict.fromkeys("abcdefgh", (8, 8)), [0], [1.0]).arrays(jnp.float32)
+    assert "8 targets" in str(obstacle(weights))
+    del weights["h"]
+    assert obstacle(weights) is None
 
 
 @pytest.fixture

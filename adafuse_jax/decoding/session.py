@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
@@ -112,23 +112,22 @@ class Session:
         keep_cache: bool = False,
     ) -> Completion:
         """Generate, calling `emit` with each piece of text as it becomes certain."""
-        (completion,) = self.answer_all([prompt], emit=emit, keep_cache=keep_cache)
+        (completion,) = self.answer_all([self.tokens_of(prompt)], emit=emit, keep_cache=keep_cache)
         return completion
 
     def answer_all(
         self,
-        prompts: Sequence[str | list[Message]],
+        prompts: Sequence[list[int]],
         *,
         emit: Callable[[str], object] = lambda text: None,
         keep_cache: bool = False,
     ) -> list[Completion]:
-        """Answer several prompts at once, each a row with its own experts and its own end; `emit` gets the first one's
-        text. The answers are those that each prompt would get alone."""
+        """Answer several prompts at once, given by their token ids, each a row with its own experts and its own end.
+
+        `emit` gets the first one's text. The answers are those that each prompt would get alone.
+        """
         config = self.config
-        rows = [
-            _Row(self, self.tokens_of(prompt), emit if i == 0 else lambda text: None)
-            for i, prompt in enumerate(prompts)
-        ]
+        rows = [_Row(self, ids, emit if i == 0 else lambda text: None) for i, ids in enumerate(prompts)]
         tokens = self.engine.generate(
             [row.prompt for row in rows],
             max_new_tokens=config.max_new_tokens,
@@ -144,13 +143,15 @@ class Session:
                 break
         return [row.completion(len(rows)) for row in rows]
 
-    def check(self, prompts: Sequence[str | list[Message]]) -> None:
-        """Raise `UserError` for the first prompt that leaves no room for an answer, before any is answered."""
-        for number, prompt in enumerate(prompts, 1):
+    def tokens_of_all(self, prompts: Sequence[str | list[Message]]) -> list[list[int]]:
+        """`tokens_of` each. Raises `UserError` for the first that leaves no room for an answer, before any is answered."""
+        found = [self.tokens_of(prompt) for prompt in prompts]
+        for number, ids in enumerate(found, 1):
             try:
-                self.engine.max_new_tokens(len(self.tokens_of(prompt)), self.config.max_new_tokens)
+                self.engine.max_new_tokens(len(ids), self.config.max_new_tokens)
             except UserError as error:
                 raise UserError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from error
+        return found
 
 
 class _Row:
@@ -248,16 +249,20 @@ def decode(config: DecodeConfig) -> None:
     if config.chat:
         _chat(session)
         return
-    if prompts is not None:
-        session.check(prompts)
     several = prompts is None or len(prompts) > 1
     together = config.rows if config.prompts_file else 1
-    for batch in batched(prompts if prompts is not None else _stdin_lines("prompt> "), together):
+    asked: Iterable[tuple[str | list[Message], list[int]]]
+    if prompts is None:
+        asked = ((line, session.tokens_of(line)) for line in _stdin_lines("prompt> "))
+    else:
+        asked = zip(prompts, session.tokens_of_all(prompts), strict=True)
+    for batch in batched(asked, together):
         streams = len(batch) == 1 and not config.json
         if streams and several:
-            print(f"> {_shown(batch[0])}")
-        completions = session.answer_all(batch, emit=_print_piece if streams else lambda text: None)
-        for prompt, completion in zip(batch, completions, strict=True):
+            print(f"> {_shown(batch[0][0])}")
+        emit = _print_piece if streams else lambda text: None
+        completions = session.answer_all([ids for _, ids in batch], emit=emit)
+        for (prompt, _), completion in zip(batch, completions, strict=True):
             if config.json:
                 print(json.dumps({"prompt": _shown(prompt), **_as_json(completion)}, ensure_ascii=False), flush=True)
                 continue

@@ -266,11 +266,6 @@ def _walk(shape, config, begin, visit, end, carry):
     return lax.fori_loop(0, waves + 2 * (rest > 0), piece, carry)
 
 
-def _multiprocessors() -> int:
-    """Of the device; two on one that has none, where the kernel is interpreted."""
-    return getattr(jax.devices()[0], "core_count", 2)
-
-
 def sgmm_mosaic(
     weights: dict[str, Array],
     a: dict[str, Array],
@@ -282,7 +277,8 @@ def sgmm_mosaic(
     num_blocks: int | None = None,
     config: Config | None = None,
 ) -> dict[str, Array]:
-    """See `pallas_kernels.sgmm.sgmm`. `num_blocks` thread blocks run (default: one on each multiprocessor).
+    """See `pallas_kernels.sgmm.sgmm`. `num_blocks` thread blocks run (default: one on each multiprocessor); `interpret` on
+    the CPU, as `plgpu.InterpretGPUParams()` says.
 
     Ranks that are no multiple of 16 are padded, which copies A and B. Raises `ValueError` as `obstacle` says.
     """
@@ -310,7 +306,7 @@ def sgmm_mosaic(
     kernel = plgpu.kernel(
         partial(_kernel, refs_per_target=len(refs) // len(names), config=config),
         out_type=(),
-        grid=(num_blocks or _multiprocessors(),),
+        grid=(num_blocks or jax.devices()[0].core_count,),
         grid_names=("block",),
         num_threads=GROUPS + 1,
         thread_name="group",

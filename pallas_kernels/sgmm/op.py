@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +37,6 @@ def sgmm(
     *,
     pristine: dict[str, Array] | None = None,
     implementation: str | None = None,
-    interpret: Any = False,
 ) -> dict[str, Array]:
     """The merged weights, in the buffers of `weights` where the caller's jit donates them.
 
@@ -50,20 +48,19 @@ def sgmm(
       pristine: None adds to `weights`. Otherwise the weights to add to, of the same shapes; what `weights` holds is
         then overwritten, not read.
       implementation: one of `IMPLEMENTATIONS`; None takes `choose_implementation`'s.
-      interpret: run the kernel on the CPU, for tests: `plgpu.InterpretGPUParams()` for `pallas`.
 
     Raises:
       ValueError: shapes or types that do not fit together, or that the implementation asked for cannot do.
     """
     _validate(weights, a, b, terms, pristine)
     if implementation is None:
-        implementation = choose_implementation(weights, a, terms)
+        implementation = choose_implementation(weights, a)
     if implementation == "xla":
         return sgmm_xla(weights, a, b, terms, pristine)
     if implementation == "pallas":
         from pallas_kernels.sgmm.mosaic import sgmm_mosaic
 
-        return sgmm_mosaic(weights, a, b, terms, pristine, interpret=interpret)
+        return sgmm_mosaic(weights, a, b, terms, pristine)
     if implementation == "triton":
         from pallas_kernels.sgmm.triton import sgmm_triton
 
@@ -71,10 +68,10 @@ def sgmm(
     raise ValueError(f"implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
 
 
-def choose_implementation(weights: dict[str, Array], a: dict[str, Array], terms: Terms) -> str:
+def choose_implementation(weights: dict[str, Array], a: dict[str, Array]) -> str:
     """The fastest implementation that this device and these shapes allow; why a faster one is passed over is logged."""
     for name, obstacle in (("pallas", _pallas_obstacle), ("triton", _triton_obstacle)):
-        why_not = obstacle(weights, a, terms)
+        why_not = obstacle(weights, a)
         if why_not is None:
             log.info("sgmm runs as %s", name)
             return name
@@ -82,7 +79,7 @@ def choose_implementation(weights: dict[str, Array], a: dict[str, Array], terms:
     return "xla"
 
 
-def _pallas_obstacle(weights: dict[str, Array], a: dict[str, Array], terms: Terms) -> str | None:
+def _pallas_obstacle(weights: dict[str, Array], a: dict[str, Array]) -> str | None:
     if not compute_capability().startswith("9."):
         return f"it needs a Hopper GPU, this is {jax.devices()[0].device_kind}"
     from pallas_kernels.sgmm.mosaic import obstacle
@@ -90,14 +87,14 @@ def _pallas_obstacle(weights: dict[str, Array], a: dict[str, Array], terms: Term
     return obstacle(weights, a)
 
 
-def _triton_obstacle(weights: dict[str, Array], a: dict[str, Array], terms: Terms) -> str | None:
+def _triton_obstacle(weights: dict[str, Array], a: dict[str, Array]) -> str | None:
     if float(compute_capability() or 0) < 8:
         return f"it needs an Ampere or newer GPU, this is {jax.devices()[0].device_kind}"
     if importlib.util.find_spec("jax_triton") is None:
         return "jax-triton is not installed (pip install 'adafuse-jax[cuda]')"
     from pallas_kernels.sgmm.triton import obstacle
 
-    return obstacle(weights, a, terms)
+    return obstacle(weights)
 
 
 def compute_capability() -> str:
