@@ -1,0 +1,172 @@
+"""The fused decoding step: gates first, then the whole token in one launch (`pallas_kernels.decode_token`).
+
+    token → experts, gates (a table lookup where the router sees the token alone) → all layers and the head → logits
+
+Experts stay beside the weights, y = W x + Σ_j g_j s B[e_j] (A[e_j] x), and of their factors only those of the experts in use
+are read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.configs import ATTENTION_LINEARS, LINEARS, ModelConfig
+from adafuse_jax.model.attention import Visibility, attention
+from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.model.cache import KVCache
+from adafuse_jax.model.layers import apply_rope, rope_frequencies, rope_tables
+from pallas_kernels.decode_token import Experts, Shape, Weights, decode_token, obstacle
+from pallas_kernels.decode_token.plan import PIECE
+
+TABLE_ROWS = 4096
+"""Tokens whose gates are computed at once."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateTable:
+    """Experts and gates by token id."""
+
+    experts: Int[Array, "V k"]
+    gates: Float[Array, "V k"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fused:
+    """What the step reads besides cache and tokens, laid out once. Linears and experts are the model's own arrays, unless the
+    rank is no multiple of 64: then the experts are copies, padded with zeros."""
+
+    shape: Shape = field(metadata={"static": True})
+    weights: Weights
+    a: dict[str, Float[Array, "L E R in"]]
+    b: dict[str, Float[Array, "L E out R"]]
+    table: GateTable | None
+
+    @classmethod
+    def of(cls, model: Backbone, adapter: AdaFuse | None) -> Fused:
+        config, layers = model.config, model.layers
+        norms = jnp.stack([layers.input_layernorm.weight[...], layers.post_attention_layernorm.weight[...]], axis=1)
+        head = model.embed_tokens if model.lm_head is None else model.lm_head
+        windows = config.sliding_windows or (None,) * config.num_layers
+        linears = {name: getattr(layers, name) for name in LINEARS}
+        weights = Weights(
+            linears={name: linear.weight[...] for name, linear in linears.items()} | {"lm_head": head[...]},
+            biases={name: linear.bias[...] for name, linear in linears.items() if linear.bias is not None},
+            norms=jnp.concatenate([norms.reshape(-1, config.embed_dim), model.norm.weight[...][None]]),
+            q_norm=None if layers.q_norm is None else layers.q_norm.weight[...],
+            k_norm=None if layers.k_norm is None else layers.k_norm.weight[...],
+            windows=jnp.array([w or jnp.iinfo(jnp.int32).max // 2 for w in windows], jnp.int32),
+        )
+        experts = {} if adapter is None else dict(adapter.experts.items())
+        more = {name: -e.A.shape[2] % PIECE for name, e in experts.items()}
+        return cls(
+            shape=shape_of(config),
+            weights=weights,
+            a={name: _padded(e.A[...].astype(model.dtype), 2, more[name]) for name, e in experts.items()},
+            b={name: _padded(e.B[...].astype(model.dtype), 3, more[name]) for name, e in experts.items()},
+            table=None if adapter is None or not sees_token_alone(adapter) else tabulate(model, adapter),
+        )
+
+
+def _padded(x: Array, axis: int, more: int) -> Array:
+    return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)]) if more else x
+
+
+def shape_of(config: ModelConfig) -> Shape:
+    return Shape(**{name: getattr(config, name) for name in Shape.__dataclass_fields__})
+
+
+def fused_obstacle(model: Backbone, batch: int) -> str | None:
+    """Why the fused step cannot decode this model on this device, or None."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
+        return f"it needs a Hopper GPU, this is {device.device_kind}"
+    return obstacle(shape_of(model.config), model.dtype, batch)
+
+
+def sees_token_alone(adapter: AdaFuse) -> bool:
+    """Whether x^1, which the router reads, depends on nothing but the token."""
+    return adapter.first_target in ATTENTION_LINEARS[:3]
+
+
+def tabulate(model: Backbone, adapter: AdaFuse) -> GateTable:
+    """The router's answer for every token of the vocabulary."""
+
+    @jax.jit
+    def route(embeddings: Array) -> tuple[Array, Array]:
+        norm = jax.tree.map(lambda leaf: leaf[0], model.layers.input_layernorm)
+        routing = adapter.router(norm(embeddings)[None])
+        return routing.experts[0], routing.gates[0]
+
+    table = model.embed_tokens[...]
+    parts = [route(table[start : start + TABLE_ROWS]) for start in range(0, len(table), TABLE_ROWS)]
+    experts, gates = (jnp.concatenate(part) for part in zip(*parts, strict=True))
+    return GateTable(experts=experts, gates=gates)
+
+
+def route(
+    model: Backbone, adapter: AdaFuse, table: GateTable | None, token: Int[Array, " B"], positions: Array, cache: KVCache
+) -> tuple[Int[Array, "B k"], Float[Array, "B k"]]:
+    """Experts and gates of every row's token, before the token runs. Where they depend on the context, layer 0 runs up to
+    the router, in XLA."""
+    if table is not None:
+        return table.experts[token], table.gates[token]
+    layer, experts = jax.tree.map(lambda leaf: leaf[0], (model.layers, adapter.experts))
+    hook = adapter.hook(experts, 0, adapter.initial_routing(len(token), 1), None)
+    rope = rope_tables(positions[:, None], rope_frequencies(model.config.rope, model.config.head_dim))
+    windows = model.config.sliding_windows
+    window = jnp.int32(windows[0]) if windows and windows[0] else None
+    rows = jnp.arange(len(token))
+
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        k, v = (old[0].at[rows, positions].set(new[:, 0], mode="drop") for old, new in ((cache.k, k), (cache.v, v)))
+        return attention(q, k, v, Visibility.of_cache(positions[:, None], cache.slots).mask(window))
+
+    layer(model.embed_tokens[...][token][:, None], attend, hook)
+    return hook.routing.experts[:, 0], hook.routing.gates[:, 0]
+
+
+@partial(jax.jit, static_argnames=("scale", "num_experts"))
+def used_experts(
+    experts: Int[Array, "B k"], gates: Float[Array, "B k"], scale: float, num_experts: int
+) -> tuple[Int[Array, " U"], Int[Array, "1"], Float[Array, "U B"]]:
+    """The distinct experts of a batch, those in use first; how many are; and every row's gates of them, times `scale`."""
+    chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32)  # [B, k, E]
+    dense = scale * jnp.einsum("bk,bke->eb", gates.astype(jnp.float32), chosen, precision=jax.lax.Precision.HIGHEST)
+    present = chosen.any(axis=(0, 1))
+    order = jnp.argsort(~present, stable=True)[: min(num_experts, experts.size)].astype(jnp.int32)
+    return order, present.sum(dtype=jnp.int32)[None], dense[order]
+
+
+def fused_step(
+    model: Backbone,
+    adapter: AdaFuse | None,
+    fused: Fused,
+    token: Int[Array, " B"],
+    positions: Int[Array, " B"],
+    cache: KVCache,
+    **options: object,
+) -> tuple[Float[Array, "B V"], Int[Array, "B k"] | None, KVCache]:
+    """Read one token of every row: logits of the next (fp32), the experts that read it, the cache with it. `options` are
+    those of `decode_token`."""
+    config, experts, chosen = model.config, None, None
+    if adapter is not None:
+        chosen, gates = route(model, adapter, fused.table, token, positions, cache)
+        used, num_used, by_row = used_experts(chosen, gates, adapter.config.scale, adapter.config.num_experts)
+        experts = Experts(a=fused.a, b=fused.b, used=used, num_used=num_used, gates=by_row)
+    cos, sin = rope_tables(positions, rope_frequencies(config.rope, config.head_dim))
+    logits, k, v = decode_token(
+        fused.shape, fused.weights, experts, model.embed_tokens[...][token], cache.k, cache.v, positions,
+        cos[:, 0], sin[:, 0], **options,
+    )  # fmt: skip
+    at = slice(None), jnp.arange(len(token)), positions
+    written = (old.at[at].set(new, mode="drop") for old, new in ((cache.k, k), (cache.v, v)))
+    return logits, chosen, KVCache(*written)

@@ -1,0 +1,219 @@
+"""Attention of one new token per row over the cache, inside the kernel.
+
+    q, k ← rope(norm(q)), rope(norm(k));   o = softmax(q [K_cache, k]ᵀ / √H) [V_cache, v]
+
+A unit of work is one row, one key-value head with its G query heads, and one of `splits` parts of the context. The G queries
+are the first rows of a tile [TILE, H]; what its other rows hold is never used. The new key and value are not in the cache yet:
+the unit of the first part begins its softmax with them. Softmax is in fp32 and base 2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.decode_token.linear import COLUMNS, ROWS, Ring, load, over_columns, over_rows, share
+from pallas_kernels.decode_token.plan import PIECE, TILE, Plan
+
+LOWEST = -1e30  # of a score: finite, so that no difference of two is NaN
+
+
+class Attention:
+    """`memory` has `q_raw` [N, K, TILE, H], `k_raw` [N, K, H], `v_new` and `k_new` [L, N, K, H], `cache_k` and `cache_v`
+    [L, B, S, K, H], `positions` [B], `windows` [L], `cos` and `sin` [N, H/2], `q_norm` and `k_norm` [L, H] or None, `context`
+    [N, K, TILE, H]; with several splits `o_part` [splits, N, K, TILE, H], `m_part` and `l_part` [splits, N, K, TILE]."""
+
+    def __init__(self, plan: Plan, memory: Any, ring: Ring, *, eps: float):
+        self.plan, self.memory, self.ring, self.eps = plan, memory, ring, eps
+        _, self.batch, _, self.num_kv_heads, self.head_dim = memory.cache_k.shape
+        self.parts = self.head_dim // PIECE
+        self.block = lax.axis_index("block")
+
+    def _share(self, splits):
+        return share(0, self.batch * self.num_kv_heads * splits, self.block, self.plan.num_blocks)
+
+    def _unit(self, n, first, splits):
+        unit = first + n * self.plan.num_blocks
+        pair, split = unit // splits, unit % splits
+        return pair // self.num_kv_heads, pair % self.num_kv_heads, split
+
+    def _tiles(self, layer, row, split):
+        """(first, how many) tiles of the cache belong to this part: those with positions in the window, shared evenly."""
+        position = self.memory.positions[row]
+        begin = jnp.maximum(position - self.memory.windows[layer] + 1, 0) // TILE
+        tiles = (position + TILE - 1) // TILE - begin
+        low, high = tiles * split // self.plan.splits, tiles * (split + 1) // self.plan.splits
+        return begin + low, high - low
+
+    def copy(self, layer, count):
+        first, number = self._share(self.plan.splits)
+
+        def unit(n, count):
+            row, head, split = self._unit(n, first, self.plan.splits)
+            start, tiles = self._tiles(layer, row, split)
+
+            def tile(t, count):
+                def halves(cache):
+                    here = cache.at[layer, row, pl.ds((start + t) * TILE, TILE), head]
+                    return [here.at[:, pl.ds(part * PIECE, PIECE)] for part in range(self.parts)]
+
+                pieces = halves(self.memory.cache_k) + halves(self.memory.cache_v)
+                for i in range(0, len(pieces), 2):
+                    count = self.ring.fill(count, *pieces[i : i + 2])
+                return count
+
+            return lax.fori_loop(0, tiles, tile, count)
+
+        return lax.fori_loop(0, number, unit, count)
+
+    def attend(self, layer, count, q_smem, p_smem, plain_smem):
+        """`q_smem` [H / PIECE, TILE, PIECE] and `p_smem` [TILE, TILE] are operands of the tensor cores; `plain_smem` [TILE, PIECE]
+        is not."""
+        memory, plan = self.memory, self.plan
+        first, number = self._share(plan.splits)
+
+        def unit(n, count):
+            row, head, split = self._unit(n, first, plan.splits)
+            new_score = self._prepare(layer, row, head, split, q_smem, plain_smem)
+            start, tiles = self._tiles(layer, row, split)
+            o, m, l = self._begin(layer, row, head, split, new_score)
+            position, window = memory.positions[row], memory.windows[layer]
+
+            def tile(t, carry):
+                *o, m, l, count = carry
+                slots = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=plgpu.Layout.WGMMA)
+                slots += (start + t) * TILE
+                pieces = [piece for i in range(self.parts) for piece in self.ring.take(count + i)]
+
+                def scores(acc):
+                    for part, k_smem in enumerate(pieces[: self.parts]):
+                        plgpu.wgmma(acc, q_smem.at[part], k_smem.transpose((1, 0)))
+                    return acc[...]
+
+                s = pl.run_scoped(scores, plgpu.ACC((TILE, TILE), jnp.float32)) * self._scale
+                s = jnp.where((slots < position) & (slots > position - window), s, LOWEST)
+                m_new = jnp.maximum(m, s.max(axis=1))
+                shrink = jnp.exp2(m - m_new)
+                p = jnp.exp2(s - over_columns(m_new, s.shape))
+                p_smem[...] = p.astype(p_smem.dtype)
+                plgpu.commit_smem()
+                for part, v_smem in enumerate(pieces[self.parts :]):
+
+                    def weighted(acc, v_smem=v_smem):
+                        plgpu.wgmma(acc, p_smem, v_smem)
+                        return acc[...]
+
+                    added = pl.run_scoped(weighted, plgpu.ACC((TILE, PIECE), jnp.float32))
+                    o[part] = o[part] * over_columns(shrink, added.shape) + added
+                for i in range(self.parts):
+                    self.ring.release(count + i)
+                return *o, m_new, l * shrink + p.sum(axis=1), count + self.parts
+
+            *o, m, l, count = lax.fori_loop(0, tiles, tile, (*o, m, l, count))
+            if plan.splits == 1:
+                self._store(memory.context.at[row, head], [x / over_columns(l, x.shape) for x in o])
+            else:
+                self._store(memory.o_part.at[split, row, head], o)
+                memory.m_part.at[split, row, head][...] = m
+                memory.l_part.at[split, row, head][...] = l
+            return count
+
+        return lax.fori_loop(0, number, unit, count)
+
+    def combine(self):
+        """o = Σ_split 2^(m_split − m) o_split / Σ_split 2^(m_split − m) l_split."""
+        memory, (first, number) = self.memory, self._share(1)
+
+        def unit(n, _):
+            row, head, _ = self._unit(n, first, 1)
+            parts = [
+                (load(memory.m_part.at[s, row, head], ROWS), load(memory.l_part.at[s, row, head], ROWS))
+                for s in range(self.plan.splits)
+            ]
+            m = parts[0][0]
+            for other, _ in parts[1:]:
+                m = jnp.maximum(m, other)
+            weights = [jnp.exp2(m_s - m) for m_s, _ in parts]
+            l = sum(weight * l_s for weight, (_, l_s) in zip(weights, parts, strict=True))
+            for columns in self._columns:
+                o = sum(
+                    load(memory.o_part.at[s, row, head].at[:, columns]) * over_columns(weight, (TILE, PIECE))
+                    for s, weight in enumerate(weights)
+                )
+                memory.context.at[row, head].at[:, columns][...] = (o / over_columns(l, o.shape)).astype(
+                    memory.context.dtype
+                )
+
+        lax.fori_loop(0, number, unit, None)
+
+    @property
+    def _columns(self):
+        """The head's dimensions in parts."""
+        return [pl.ds(part * PIECE, PIECE) for part in range(self.parts)]
+
+    def _store(self, ref, parts):
+        for columns, part in zip(self._columns, parts, strict=True):
+            ref.at[:, columns][...] = part.astype(ref.dtype)
+
+    @property
+    def _scale(self) -> float:
+        return self.head_dim**-0.5 * math.log2(math.e)
+
+    def _halves(self, ref):
+        half = self.head_dim // 2
+        return ref.at[..., pl.ds(0, half)], ref.at[..., pl.ds(half, half)]
+
+    def _rope(self, row, first, second, norm, layer):
+        """Rotate the pairs of a tile given by its halves, [TILE, H/2] each, after the norm, if the model has one."""
+        memory, shape, dtype = self.memory, first.shape, self.memory.q_raw.dtype
+        if norm is not None:
+            mean = ((first * first).sum(axis=1) + (second * second).sum(axis=1)) / self.head_dim
+            inverse = over_columns(lax.rsqrt(mean + self.eps), shape)
+            weights = (over_rows(load(w, COLUMNS).astype(jnp.float32), shape) for w in self._halves(norm.at[layer]))
+            first, second = (
+                ((x * inverse).astype(dtype).astype(jnp.float32) * w).astype(dtype).astype(jnp.float32)
+                for x, w in zip((first, second), weights, strict=True)
+            )
+        cos, sin = (over_rows(load(x.at[row], COLUMNS), shape) for x in (memory.cos, memory.sin))
+        return first * cos - second * sin, second * cos + first * sin
+
+    def _prepare(self, layer, row, head, split, q_smem, plain_smem):
+        """Put the queries into `q_smem`; returns their scores with the new key, [TILE]. The first part's unit also stores
+        the new key."""
+        memory, dtype, shape = self.memory, self.memory.q_raw.dtype, (TILE, self.head_dim // 2)
+        q = self._rope(row, *(load(x).astype(jnp.float32) for x in self._halves(memory.q_raw.at[row, head])),
+                       memory.q_norm, layer)  # fmt: skip
+        k = (load(x, COLUMNS).astype(jnp.float32) for x in self._halves(memory.k_raw.at[row, head]))
+        k = self._rope(row, *(over_rows(x, shape) for x in k), memory.k_norm, layer)
+        q, k = ([x.astype(dtype).astype(jnp.float32) for x in pair] for pair in (q, k))
+        if self.parts == 2:
+            for part, x in enumerate(q):
+                q_smem.at[part][...] = x.astype(dtype)
+        else:  # the two halves of a tile that is stored as one
+            for x, half in zip(q, self._halves(plain_smem), strict=True):
+                half[...] = x.astype(dtype)
+            plgpu.commit_smem()
+            q_smem.at[0][...] = load(plain_smem)
+        plgpu.commit_smem()
+
+        @pl.when(split == 0)
+        def _():
+            for x, half in zip(k, self._halves(memory.k_new.at[layer, row, head]), strict=True):
+                # the rows of the tile are equal: their mean is any of them
+                half[...] = (x.sum(axis=0) / TILE).astype(dtype)
+
+        return ((q[0] * k[0]).sum(axis=1) + (q[1] * k[1]).sum(axis=1)) * self._scale
+
+    def _begin(self, layer, row, head, split, new_score):
+        """(o, m, l) before the first tile: the new token alone for the first part, nothing for the others."""
+        new = self.memory.v_new.at[layer, row, head]
+        values = [load(new.at[columns], COLUMNS).astype(jnp.float32) for columns in self._columns]
+        has_new = (split == 0).astype(jnp.float32)
+        ones = plgpu.layout_cast(jnp.full((TILE,), 1.0, jnp.float32), ROWS)
+        m = new_score * has_new + LOWEST * (1 - has_new)
+        return [over_rows(value, (TILE, PIECE)) * has_new for value in values], m, ones * has_new

@@ -1,0 +1,151 @@
+"""One decoding step of a whole Llama-family decoder with pre-gated LoRA experts, as one launch.
+
+    h = norm(x);  x ← x + o(attention(q h, k h, v h));   h = norm(x);  x ← x + down(silu(gate h) · up h);   logits = head norm(x)
+
+with every adapted linear f(h) = W h + Σ_u g_u s B[e_u] (A[e_u] h): the experts e and gates g of a row are the same in all
+layers and known before the launch (arXiv 2603.11873, Eq. 2), so their factors are read along with the weights.
+
+It runs on Hopper (Mosaic GPU). Elsewhere, and for shapes that `obstacle` names, decode with the model's own modules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.decode_token.plan import PIECE, TILE, Plan, make_plan
+
+MAX_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Of the decoder: what the weights' shapes do not tell, and what they do by its name."""
+
+    num_layers: int
+    embed_dim: int
+    hidden_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    norm_eps: float
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of the seven linears of a layer and of the head."""
+        q, kv, d, f = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.embed_dim, self.hidden_dim
+        attention = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)}
+        return attention | {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f), "lm_head": (self.vocab_size, d)}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """Of the decoder, stacked over layers: `linears` W [L, out, in] by name and `lm_head` [V, D]; `biases` [L, out] of those
+    linears that have one; `norms` [2L + 1, D], of attention and FFN in turn and the last one; `q_norm`, `k_norm` [L, H] or
+    None; `windows` [L], positions that a query sees."""
+
+    linears: dict[str, Array]
+    biases: dict[str, Array]
+    norms: Float[Array, "2L+1 D"]
+    q_norm: Float[Array, "L H"] | None
+    k_norm: Float[Array, "L H"] | None
+    windows: Int[Array, " L"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """A [L, E, R, in] and B [L, E, out, R] by the name of the linear, with R a multiple of 64; the `used` [U] distinct experts
+    of the batch, of which the first `num_used` [1] count, and the gates [U, B] of every row, times s = α/R."""
+
+    a: dict[str, Array]
+    b: dict[str, Array]
+    used: Int[Array, " U"]
+    num_used: Int[Array, "1"]
+    gates: Float[Array, "U B"]
+
+
+def obstacle(shape: Shape, dtype: Any, batch: int, targets: tuple[str, ...] = (), rank: int = PIECE) -> str | None:
+    """Why this cannot run as one launch, whatever the device; or None."""
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"the weights are {jnp.dtype(dtype)}, and the tensor cores multiply bfloat16 and float16"
+    if shape.head_dim not in (PIECE, 2 * PIECE):
+        return f"heads have {shape.head_dim} dimensions, and it takes 64 and 128"
+    if shape.num_heads // shape.num_kv_heads > TILE:
+        return f"{shape.num_heads // shape.num_kv_heads} query heads share a key, and it takes {TILE} at most"
+    for name, (out, into) in shape.linears().items():
+        if out % TILE or into % PIECE:
+            return f"{name} is [{out}, {into}], and it takes multiples of 64"
+    if batch > MAX_BATCH:
+        return f"{batch} rows are decoded together, and it takes {MAX_BATCH} at most"
+    if targets and rank % PIECE:
+        return f"experts have rank {rank}, and it takes multiples of {PIECE}"
+    return None
+
+
+def plan_for(shape: Shape, experts: Experts | None, batch: int, cache_slots: int, num_blocks: int) -> Plan:
+    targets = () if experts is None else tuple(experts.a)
+    return make_plan(
+        shape.linears(), targets, batch=batch, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
+        cache_slots=cache_slots, max_used=1 if experts is None else len(experts.used),
+        rank=PIECE if experts is None else next(iter(experts.a.values())).shape[2], num_blocks=num_blocks,
+    )  # fmt: skip
+
+
+def decode_token(
+    shape: Shape,
+    weights: Weights,
+    experts: Experts | None,
+    x: Float[Array, "B D"],
+    cache_k: Float[Array, "L B S K H"],
+    cache_v: Float[Array, "L B S K H"],
+    positions: Int[Array, " B"],
+    cos: Float[Array, "B H/2"],
+    sin: Float[Array, "B H/2"],
+    *,
+    interpret: Any = False,
+    num_blocks: int | None = None,
+    one_launch: bool = True,
+) -> tuple[Float[Array, "B V"], Float[Array, "L B K H"], Float[Array, "L B K H"]]:
+    """Logits (fp32), and the keys and values of the token, which the caller writes into the cache.
+
+    Args:
+      x: embeddings of the tokens.
+      cache_k, cache_v: keys and values of positions 0 … positions[b] − 1; S is a multiple of 64.
+      positions: of the tokens; a row whose position is S or more reads the whole cache.
+      cos, sin: of the positions' angles, fp32.
+      num_blocks: default, one on each multiprocessor; `interpret` on the CPU; without `one_launch` a launch per phase.
+
+    Raises:
+      ValueError: what `obstacle` names.
+    """
+    from pallas_kernels.decode_token.mosaic import run_token
+
+    batch, slots = len(x), cache_k.shape[2]
+    targets, rank = ((), PIECE) if experts is None else (tuple(experts.a), next(iter(experts.a.values())).shape[2])
+    why_not = obstacle(shape, x.dtype, batch, targets, rank)
+    if why_not is not None:
+        raise ValueError(f"decode_token cannot run: {why_not}")
+    plan = plan_for(shape, experts, batch, slots, num_blocks or jax.devices()[0].core_count)
+    rows = ((0, plan.columns - batch), (0, 0))
+    x = jnp.pad(x, rows)
+    squares = jnp.square(x.astype(jnp.float32)).sum(axis=1)  # of the whole row, where the kernel adds up those of tiles
+    inputs: dict[str, Any] = {
+        "x": x, "x_weighted": x * weights.norms[0],
+        "squares": jnp.zeros((-(-shape.embed_dim // TILE**2) * TILE, plan.columns), jnp.float32).at[0].set(squares),
+        "positions": jnp.minimum(positions, slots).astype(jnp.int32), "windows": weights.windows,
+        "cos": jnp.pad(cos, rows), "sin": jnp.pad(sin, rows), "norms": weights.norms,
+        "cache_k": cache_k, "cache_v": cache_v, "weights": weights.linears, "biases": weights.biases,
+    }  # fmt: skip
+    if weights.q_norm is not None:
+        inputs |= {"q_norm": weights.q_norm, "k_norm": weights.k_norm}
+    if experts is not None:
+        gates = jnp.pad(experts.gates, ((0, 0), (0, plan.columns - batch)))
+        inputs |= {"experts": experts.used, "num_used": experts.num_used, "gates": gates, "a": experts.a, "b": experts.b}
+    logits, k_new, v_new = run_token(inputs, plan, shape, interpret=interpret, one_launch=one_launch)
+    return logits[:, :batch].T, k_new[:, :batch], v_new[:, :batch]

@@ -1,0 +1,142 @@
+"""How the work of one decoding step is cut: linears into tiles, rows of a batch into columns, contexts into splits.
+
+Linears that share their input are a `Group`. The weights of a group, one below the other, are cut into tiles of `TILE` rows,
+and their columns into chunks of `CHUNK`, and the chunks into `slices`. Thread block b computes slice b % slices of the tiles
+that are b // slices modulo `members`, so it needs only its own slice of the input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TILE, CHUNK, PIECE = 64, 128, 64
+"""Rows of a tile; columns of a chunk; ranks of an expert that are multiplied at once."""
+SHARED_MEMORY = 227 * 1024
+RESERVED = 6 * 1024
+"""Of the shared memory: for barriers and for reductions."""
+MAX_SLICES, MAX_INPUT = 16, 64 * 1024
+SPLIT_SLOTS = 512
+"""Positions of the cache that one thread block reads at least."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Linears W [out, in] of one input; those in `adapted` have experts."""
+
+    names: tuple[str, ...]
+    outs: tuple[int, ...]
+    in_dim: int
+    slices: int
+    members: int
+    adapted: tuple[str, ...]
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.in_dim // CHUNK)
+
+    @property
+    def slice_chunks(self) -> int:
+        """Chunks of the longest slice."""
+        return -(-self.chunks // self.slices)
+
+    @property
+    def num_tiles(self) -> int:
+        return sum(self.outs) // TILE
+
+    def first_row(self, name: str) -> int:
+        return sum(self.outs[: self.names.index(name)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that is fixed when the kernel is compiled."""
+
+    qkv: Group
+    o: Group
+    gate_up: Group
+    down: Group
+    head: Group
+    columns: int
+    """N: rows of the batch, padded to what the tensor cores multiply."""
+    num_blocks: int
+    splits: int
+    """Thread blocks that share the context of one row and key-value head."""
+    max_used: int
+    """U: distinct experts that the rows use together, at most."""
+    rank_pieces: int
+    """Of `PIECE` ranks, per expert."""
+    slots: int
+    """Of the ring of chunks in shared memory."""
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.qkv, self.o, self.gate_up, self.down, self.head
+
+    @property
+    def max_slices(self) -> int:
+        return max(group.slices for group in self.groups)
+
+    @property
+    def h_shape(self) -> tuple[int, int]:
+        """Linears that are finished together, and pieces of the experts' ranks, an even number."""
+        return (2 if len(self.gate_up.adapted) == 2 else 1), 2 * -(-self.max_used * self.rank_pieces // 2)
+
+    @property
+    def x_chunks(self) -> int:
+        return max(group.slice_chunks for group in self.groups)
+
+
+def make_group(
+    shapes: dict[str, tuple[int, int]], adapted: tuple[str, ...], num_blocks: int, columns: int, itemsize: int
+) -> Group:
+    """The cut into the fewest slices whose longest share is within a twentieth of the shortest there is; a slice of the
+    input takes at most `MAX_INPUT` bytes."""
+    outs, in_dim = tuple(out for out, _ in shapes.values()), next(iter(shapes.values()))[1]
+    tiles, chunks = sum(outs) // TILE, -(-in_dim // CHUNK)
+    shares = {}
+    for slices in range(1, min(chunks, num_blocks, MAX_SLICES) + 1):
+        length = -(-chunks // slices)
+        if length * CHUNK * columns * itemsize <= MAX_INPUT:
+            shares[slices] = -(-tiles // (num_blocks // slices)) * length
+    slices = next(s for s, share in shares.items() if share <= 1.05 * min(shares.values()))
+    return Group(
+        names=tuple(shapes), outs=outs, in_dim=in_dim, slices=slices, members=num_blocks // slices,
+        adapted=tuple(name for name in shapes if name in adapted),
+    )  # fmt: skip
+
+
+def make_plan(
+    shapes: dict[str, tuple[int, int]],
+    adapted: tuple[str, ...],
+    *,
+    batch: int,
+    num_kv_heads: int,
+    head_dim: int,
+    cache_slots: int,
+    max_used: int,
+    rank: int,
+    num_blocks: int,
+    itemsize: int = 2,
+) -> Plan:
+    """`shapes`: (out, in) of the seven linears and of `lm_head`."""
+    columns = next(n for n in (8, 16, 32) if n >= batch)
+
+    def group(*names: str) -> Group:
+        return make_group({name: shapes[name] for name in names}, adapted, num_blocks, columns, itemsize)
+
+    units = batch * num_kv_heads
+    splits = max(1, min(num_blocks // units, cache_slots // SPLIT_SLOTS, 16))
+    parts = {
+        "qkv": group("q_proj", "k_proj", "v_proj"), "o": group("o_proj"), "gate_up": group("gate_proj", "up_proj"),
+        "down": group("down_proj"), "head": group("lm_head"),
+    }  # fmt: skip
+    x_bytes = max(part.slice_chunks for part in parts.values()) * CHUNK * columns * itemsize
+    pieces = -(-rank // PIECE)
+    h_pieces = (2 if len(parts["gate_up"].adapted) == 2 else 1) * 2 * -(-max_used * pieces // 2)
+    h_bytes = h_pieces * PIECE * columns * itemsize
+    q_bytes = TILE * (head_dim + TILE + (PIECE if head_dim == PIECE else 0)) * itemsize
+    left = SHARED_MEMORY - RESERVED - x_bytes - h_bytes - q_bytes
+    return Plan(
+        **parts, columns=columns, num_blocks=num_blocks, splits=splits, max_used=max_used, rank_pieces=pieces,
+        slots=min(12, left // (TILE * CHUNK * itemsize)),
+    )  # fmt: skip
