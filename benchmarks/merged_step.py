@@ -14,8 +14,10 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,13 @@ def fresh_state(config: Any, dtype: Any) -> DecodeState:
     )  # fmt: skip
 
 
-def run(shapes: Shapes, steps: int, repeats: int, pointer_steps: int) -> list[dict[str, Any]]:
-    """A row for the bare backbone and each strategy; `pointer_steps` more steps follow, before pointers are compared."""
+def run(
+    shapes: Shapes, steps: int, repeats: int, pointer_steps: int,
+    report: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for the bare backbone and each strategy; `pointer_steps` more steps follow, before pointers are compared.
+
+    `report` is told the rows so far after each."""
     config = model_config(shapes)
     model = random_backbone(config)
     adapter = random_adafuse(adapter_config(shapes, "qv"), config)
@@ -94,6 +101,7 @@ def run(shapes: Shapes, steps: int, repeats: int, pointer_steps: int) -> list[di
         row["overhead_pct"] = 100 * (row["ms"] / (rows[0]["ms"] if rows else row["ms"]) - 1)
         print(in_words(row), flush=True)
         rows.append(row)
+        report(rows)
         del merged, weights
     return rows
 
@@ -121,20 +129,24 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="llama2-7b")
     parser.add_argument("--steps", type=int, default=60, help="of one repeat")
     arguments = parser.parse_args()
-    rows = run(SIZES[arguments.size], arguments.steps, repeats=5, pointer_steps=700)
     result = {
         "device": jax.devices()[0].device_kind, "jax": jax.__version__, "size": arguments.size,
-        "command": " ".join(["python -m benchmarks.merged_step", *sys.argv[1:]]), "rows": rows,
+        "command": " ".join(["python -m benchmarks.merged_step", *sys.argv[1:]]),
     }  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "merged_step.json").write_text(json.dumps(result, indent=2) + "\n")
+    report = partial(write, arguments.out, result)
+    run(SIZES[arguments.size], arguments.steps, repeats=5, pointer_steps=700, report=report)
+
+
+def write(out: Path, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    (out / "merged_step.json").write_text(json.dumps(result | {"rows": rows}, indent=2) + "\n")
     table = [
         "# The decode step by strategy", "",
         "{device}, JAX {jax}, `{command}`, {size}, bfloat16, q and v adapted.".format(**result), "",
         "| strategy | ms per token | over the backbone | adapted GB | aliased GB | temporary GB | same pointers |",
         "|---|---|---|---|---|---|---|", *map(in_words, rows),
     ]  # fmt: skip
-    (arguments.out / "merged_step.md").write_text("\n".join(table) + "\n")
+    (out / "merged_step.md").write_text("\n".join(table) + "\n")
 
 
 if __name__ == "__main__":

@@ -286,8 +286,8 @@ def measure_all(
 ) -> Iterator[dict[str, Any]]:
     """`measure` for rows of (targets, mode, implementation, rank, top_k), the ranks together.
 
-    One executable serves every top_k, and both kinds of switch: it has slots for the most products, and those too many
-    get a coefficient of 0.
+    One executable serves several top_k, and both kinds of switch: it has slots for 2, 4 or 8 products, and those
+    too many get a coefficient of 0.
     """
 
     def arrays(row: dict[str, Any], a: Weights, b: Weights) -> tuple[Weights, Weights, Weights]:
@@ -295,14 +295,15 @@ def measure_all(
         return {n: weights[n] for n in names}, {n: a[n] for n in names}, {n: b[n] for n in names}
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["rank"], row["targets"], row["implementation"], row["mode"] == "golden"
+        golden = row["mode"] == "golden"
+        most = row["top_k"] if golden else 2 * row["top_k"]
+        slots = next(n for n in (2, 4, CHECKED_SLOTS) if n >= most)
+        return row["rank"], row["targets"], row["implementation"], golden, slots
 
-    widest = max(row["top_k"] for row in rows)
     jobs: dict[Any, Any] = {}
     for row in rows:
-        key = rank, targets, implementation, golden = place(row)
+        key = rank, targets, implementation, golden, slots = place(row)
         w, a, b = arrays(row, *jax.eval_shape(partial(cut_rank, rank=rank), experts))
-        slots = widest if golden else 2 * widest
         terms, checked = terms_of("golden", 1, slots), terms_of("golden", 1, CHECKED_SLOTS)
         jobs[key] = merge_function(implementation), True, (w, a, b, terms, w if golden else None)
         jobs[rank, targets] = wrong_elements, False, (w, w, a, b, checked)
@@ -314,8 +315,7 @@ def measure_all(
             rank = row["rank"]
             cut = cut_rank(experts, rank)
         key = place(row)
-        slots = widest if key[-1] else 2 * widest
-        row = measure(size, row, compiled[key], compiled[key[:2]], *arrays(row, *cut), slots, repeats, copy)
+        row = measure(size, row, compiled[key], compiled[key[:2]], *arrays(row, *cut), key[-1], repeats, copy)
         print(in_words(row), flush=True)
         yield row
 

@@ -4,9 +4,10 @@ Every linear of every layer is cut into strips of `TILE_M` rows, and a strip int
 runs on each multiprocessor and goes over its tiles:
 
     total = base[tile]                                              fp32, in registers
-    for j in terms:  total += c_j · (B[e_j, rows] @ A[e_j, :, columns])
+    for j in terms:  total = c_j · (total / c_j + B[e_j, rows] @ A[e_j, :, columns])
     W[tile] = total                                                 rounded once, from the buffer in which the base came
 
+The tensor cores add each product to the sum itself, which is scaled before (one multiplication by c_{j-1} / c_j).
 One warpgroup only issues copies, as far ahead as three rings in shared memory allow: of base tiles, of slabs of A and of
 slabs of B, each slab a part of one expert's rank. The other two compute 64 rows each. The slabs of B stay for a whole strip
 where the ring has room for all of them. Blocks walk the strips together, so that they share A in the L2 cache.
@@ -31,6 +32,7 @@ from pallas_kernels.sgmm.terms import Terms
 GROUPS, ROWS = 2, 64  # warpgroups that compute, and the rows of a tile that each takes
 TILE_M = GROUPS * ROWS
 SHARED_MEMORY = 227 * 1024
+NEGLIGIBLE = 2.0**-64  # coefficients below count as 0, so that the sum over one of them is finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +58,7 @@ class Config:
 
 
 def configure(num_terms: int, rank: int, itemsize: int) -> Config:
-    """The best that fits: on an H200 three base tiles, B kept, and four to eight slabs of A ahead.
-
-    A pair of products holds its slabs of A together, so the ring has room for two of them.
-    """
+    """The best that fits: on an H200 three base tiles, B kept, and four to eight slabs of A ahead."""
     depth = max(d for d in (16, 32, 48, 64) if rank % d == 0)
     pieces, pair = num_terms * rank // depth, 2 * rank // depth
     for tile_n, w_slots in ((128, 3), (64, 3), (64, 2)):
@@ -84,20 +83,20 @@ def obstacle(weights: dict[str, Array], a: dict[str, Array]) -> str | None:
         if w.shape[1] % 8 or w.shape[2] % 16:
             return f"{name} is [{w.shape[1]}, {w.shape[2]}], and copies need multiples of 8 and 16"
         if rank > 256:
-            return f"rank {rank} is above 256, and two products' slabs of A must fit the shared memory"
+            return f"rank {rank} is above 256, and the shared memory must hold the slabs of A of two products"
     return None
 
 
 def _kernel(
     experts_gmem,  # [J] ids; those that count come first
-    coefficients_gmem,  # [J]
+    factors_gmem,  # [J + 1]: 1 / c_1, c_1 / c_2, …, c_J
     num_terms_gmem,  # [1] how many count
     *refs,  # of every target: W, A, B and, unless that is W itself, the base
     w_smem,  # [w_slots, TILE_M, tile_n]
     a_smem,  # [a_slots, depth, tile_n]
     b_smem,  # [b_slots, TILE_M, depth]
     w_full, w_empty, a_full, a_empty, b_full, b_empty,
-    refs_per_target, config,
+    refs_per_target, config, multiply_onto,
 ):  # fmt: skip
     tile_n, depth = config.tile_n, config.depth
     segments = [refs[i : i + refs_per_target] for i in range(0, len(refs), refs_per_target)]
@@ -153,7 +152,7 @@ def _kernel(
     @pl.when(group < GROUPS)
     def _compute():
         plgpu.set_max_registers(232, action="increase")
-        rows, accumulator = pl.ds(group * ROWS, ROWS), plgpu.ACC((ROWS, tile_n), jnp.float32)
+        rows, first_factor = pl.ds(group * ROWS, ROWS), factors_gmem[0]
 
         def wait(full, count):
             slot = count % full.shape[0]
@@ -181,43 +180,29 @@ def _kernel(
             def visit(layer, row, column, counts, w_gmem=w_gmem):
                 tiles, slabs_a, slabs_b = counts
 
-                def multiply(j, acc):
-                    for piece in (j * parts + part for part in range(parts)):
-                        slot_a = wait(a_full, slabs_a + piece)
-                        slot_b = (slabs_b + piece) % config.b_slots if config.keep_b else wait(b_full, slabs_b + piece)
-                        plgpu.wgmma(acc, b_smem.at[slot_b, rows], a_smem.at[slot_a])
+                def add(j, carry):
+                    total, factor = carry
+                    next_factor = factors_gmem[j + 1]  # on its way while the tensor cores work
 
-                def add(j, acc, total, pending):
-                    product = plgpu.wgmma_accumulator_load(acc, wait_n=pending)
+                    def products(acc):
+                        for piece in (j * parts + part for part in range(parts)):
+                            slot_a = wait(a_full, slabs_a + piece)
+                            slot_b = (
+                                (slabs_b + piece) % config.b_slots if config.keep_b else wait(b_full, slabs_b + piece)
+                            )
+                            plgpu.wgmma(acc, b_smem.at[slot_b, rows], a_smem.at[slot_a])
+
+                    total = multiply_onto(total * factor, products)
                     for piece in (j * parts + part for part in range(parts)):
                         release(a_empty, slabs_a + piece)
                         if not config.keep_b:
                             release(b_empty, slabs_b + piece)
-                    return total + coefficients_gmem[j] * product
-
-                def add_two(pair, total):
-                    """Two products are on their way at once: one is added while the tensor cores work on the other."""
-                    first, second = 2 * pair, 2 * pair + 1
-
-                    def products(acc0, acc1):
-                        multiply(first, acc0)
-                        multiply(second, acc1)
-                        return add(second, acc1, add(first, acc0, total, parts), 0)
-
-                    return pl.run_scoped(products, accumulator, accumulator)
-
-                def add_last(total):
-                    def product(acc):
-                        multiply(num_terms - 1, acc)
-                        return add(num_terms - 1, acc, total, 0)
-
-                    return pl.run_scoped(product, accumulator)
+                    return total, next_factor
 
                 slot = wait(w_full, tiles)
-                total = w_smem[slot, rows].astype(jnp.float32)
-                total = lax.fori_loop(0, num_terms // 2, add_two, total)
-                total = lax.cond(num_terms % 2 == 1, add_last, lambda total: total, total)
-                w_smem[slot, rows] = total.astype(w_smem.dtype)
+                base = w_smem[slot, rows].astype(jnp.float32)
+                total, factor = lax.fori_loop(0, num_terms, add, (base, first_factor))
+                w_smem[slot, rows] = (total * factor).astype(w_smem.dtype)
                 plgpu.commit_smem()
                 tile = w_gmem.at[layer, pl.ds(row + group * ROWS, ROWS), pl.ds(column, tile_n)]
                 plgpu.copy_smem_to_gmem(w_smem.at[slot, rows], tile)
@@ -231,6 +216,21 @@ def _kernel(
 
             counts = _walk(w_gmem.shape, config, begin, visit, end, counts)
         plgpu.wait_smem_to_gmem(0)
+
+
+def _multiply_onto(total, products):
+    """The tensor cores' sum of `total` and of what `products(accumulator)` multiplies."""
+    return pl.run_state(products)(plgpu.ACC.init(total))
+
+
+def _multiply_onto_interpreted(total, products):
+    """The interpreter only knows accumulators that start with 0."""
+
+    def of_zero(accumulator):
+        products(accumulator)
+        return accumulator[...]
+
+    return total + pl.run_scoped(of_zero, plgpu.ACC(total.shape, total.dtype))
 
 
 def _walk(shape, config, begin, visit, end, carry):
@@ -264,6 +264,18 @@ def _walk(shape, config, begin, visit, end, carry):
         return end(lax.fori_loop(low, high, tile, begin(layer, row, carry)))
 
     return lax.fori_loop(0, waves + 2 * (rest > 0), piece, carry)
+
+
+def _factors(terms: Terms) -> tuple[Array, Array, Array]:
+    """The ids of the experts that count, first ones first; by what the sum is multiplied before each of their products and
+    after the last; how many there are, [1]. No sort, so that all of it is one small program."""
+    counts = ~(abs(terms.coefficients) < NEGLIGIBLE)
+    slots = jnp.arange(len(counts))
+    places = counts & (jnp.sum(counts & (slots < slots[:, None]), axis=1) == slots[:, None])  # [to, from]
+    experts = jnp.sum(jnp.where(places, terms.experts, 0), axis=1, dtype=jnp.int32)
+    coefficients = jnp.sum(jnp.where(places, terms.coefficients, 0), axis=1) + ~places.any(axis=1)
+    factors = jnp.pad(coefficients, (1, 0), constant_values=1) / jnp.pad(coefficients, (0, 1), constant_values=1)
+    return experts, factors, jnp.sum(counts, dtype=jnp.int32)[None]
 
 
 def sgmm_mosaic(
@@ -304,7 +316,12 @@ def sgmm_mosaic(
     merged = {name: jax.new_ref(weights[name]) for name in names}
     refs = [x for n in names for x in (merged[n], a[n], b[n], *([] if pristine is None else [pristine[n]]))]
     kernel = plgpu.kernel(
-        partial(_kernel, refs_per_target=len(refs) // len(names), config=config),
+        partial(
+            _kernel,
+            refs_per_target=len(refs) // len(names),
+            config=config,
+            multiply_onto=_multiply_onto_interpreted if interpret else _multiply_onto,
+        ),
         out_type=(),
         grid=(num_blocks or jax.devices()[0].core_count,),
         grid_names=("block",),
@@ -323,7 +340,5 @@ def sgmm_mosaic(
         },
         interpret=interpret,
     )
-    order = jnp.argsort(terms.coefficients == 0, stable=True)
-    num_terms = jnp.count_nonzero(terms.coefficients).astype(jnp.int32)[None]
-    kernel(terms.experts[order].astype(jnp.int32), terms.coefficients[order], num_terms, *refs)
+    kernel(*_factors(terms), *refs)
     return {name: jax.freeze(ref) for name, ref in merged.items()}
