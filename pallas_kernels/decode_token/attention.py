@@ -3,7 +3,7 @@
     q, k ← rope(norm(q)), rope(norm(k));   o = softmax(q [K_cache, k]ᵀ / √H) [V_cache, v]
 
 A unit of work is one row, one key-value head with its G query heads, and one of `splits` parts of the context. The G queries
-are the first rows of a tile [TILE, H]; what its other rows hold is never used. The new key and value are not in the cache yet:
+are the first rows of a tile [HALF, H]; what its other rows hold is never used. The new key and value are not in the cache yet:
 the unit of the first part begins its softmax with them. Softmax is in fp32 and base 2.
 """
 
@@ -18,15 +18,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_token.linear import COLUMNS, ROWS, Ring, load, over_columns, over_rows, share
-from pallas_kernels.decode_token.plan import PIECE, TILE, Plan
+from pallas_kernels.decode_token.plan import HALF, PIECE, TILE, Plan
 
 LOWEST = -1e30  # of a score: finite, so that no difference of two is NaN
 
 
 class Attention:
-    """`memory` has `q_raw` [N, K, TILE, H], `k_raw` [N, K, H], `v_new` and `k_new` [L, N, K, H], `cache_k` and `cache_v`
+    """`memory` has `q_raw` [N, K, HALF, H], `k_raw` [N, K, H], `v_new` and `k_new` [L, N, K, H], `cache_k` and `cache_v`
     [L, B, S, K, H], `positions` [B], `windows` [L], `cos` and `sin` [N, H/2], `q_norm` and `k_norm` [L, H] or None, `context`
-    [N, K, TILE, H]; with several splits `o_part` [splits, N, K, TILE, H], `m_part` and `l_part` [splits, N, K, TILE]."""
+    [N, K, HALF, H]; with several splits `o_part` [splits, N, K, HALF, H], `m_part` and `l_part` [splits, N, K, HALF]."""
 
     def __init__(self, plan: Plan, memory: Any, ring: Ring, *, eps: float):
         self.plan, self.memory, self.ring, self.eps = plan, memory, ring, eps
@@ -50,7 +50,7 @@ class Attention:
         low, high = tiles * split // self.plan.splits, tiles * (split + 1) // self.plan.splits
         return begin + low, high - low
 
-    def copy(self, layer, count):
+    def copy(self, fill, layer, count):
         first, number = self._share(self.plan.splits)
 
         def unit(n, count):
@@ -58,13 +58,10 @@ class Attention:
             start, tiles = self._tiles(layer, row, split)
 
             def tile(t, count):
-                def halves(cache):
+                for cache in (self.memory.cache_k, self.memory.cache_v):
                     here = cache.at[layer, row, pl.ds((start + t) * TILE, TILE), head]
-                    return [here.at[:, pl.ds(part * PIECE, PIECE)] for part in range(self.parts)]
-
-                pieces = halves(self.memory.cache_k) + halves(self.memory.cache_v)
-                for i in range(0, len(pieces), 2):
-                    count = self.ring.fill(count, *pieces[i : i + 2])
+                    for columns in self._columns:
+                        count = fill(count, here.at[:, columns])
                 return count
 
             return lax.fori_loop(0, tiles, tile, count)
@@ -72,7 +69,7 @@ class Attention:
         return lax.fori_loop(0, number, unit, count)
 
     def attend(self, layer, count, q_smem, p_smem, plain_smem):
-        """`q_smem` [H / PIECE, TILE, PIECE] and `p_smem` [TILE, TILE] are operands of the tensor cores; `plain_smem` [TILE, PIECE]
+        """`q_smem` [H / PIECE, HALF, PIECE] and `p_smem` [HALF, TILE] are operands of the tensor cores; `plain_smem` [HALF, PIECE]
         is not."""
         memory, plan = self.memory, self.plan
         first, number = self._share(plan.splits)
@@ -86,16 +83,16 @@ class Attention:
 
             def tile(t, carry):
                 *o, m, l, count = carry
-                slots = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=plgpu.Layout.WGMMA)
+                slots = plgpu.broadcasted_iota(jnp.int32, (HALF, TILE), 1, layout=plgpu.Layout.WGMMA)
                 slots += (start + t) * TILE
-                pieces = [piece for i in range(self.parts) for piece in self.ring.take(count + i)]
+                pieces = [self.ring.take(count + i) for i in range(2 * self.parts)]
 
                 def scores(acc):
                     for part, k_smem in enumerate(pieces[: self.parts]):
                         plgpu.wgmma(acc, q_smem.at[part], k_smem.transpose((1, 0)))
                     return acc[...]
 
-                s = pl.run_scoped(scores, plgpu.ACC((TILE, TILE), jnp.float32)) * self._scale
+                s = pl.run_scoped(scores, plgpu.ACC((HALF, TILE), jnp.float32)) * self._scale
                 s = jnp.where((slots < position) & (slots > position - window), s, LOWEST)
                 m_new = jnp.maximum(m, s.max(axis=1))
                 shrink = jnp.exp2(m - m_new)
@@ -108,11 +105,11 @@ class Attention:
                         plgpu.wgmma(acc, p_smem, v_smem)
                         return acc[...]
 
-                    added = pl.run_scoped(weighted, plgpu.ACC((TILE, PIECE), jnp.float32))
+                    added = pl.run_scoped(weighted, plgpu.ACC((HALF, PIECE), jnp.float32))
                     o[part] = o[part] * over_columns(shrink, added.shape) + added
-                for i in range(self.parts):
+                for i in range(2 * self.parts):
                     self.ring.release(count + i)
-                return *o, m_new, l * shrink + p.sum(axis=1), count + self.parts
+                return *o, m_new, l * shrink + p.sum(axis=1), count + 2 * self.parts
 
             *o, m, l, count = lax.fori_loop(0, tiles, tile, (*o, m, l, count))
             if plan.splits == 1:
@@ -142,7 +139,7 @@ class Attention:
             l = sum(weight * l_s for weight, (_, l_s) in zip(weights, parts, strict=True))
             for columns in self._columns:
                 o = sum(
-                    load(memory.o_part.at[s, row, head].at[:, columns]) * over_columns(weight, (TILE, PIECE))
+                    load(memory.o_part.at[s, row, head].at[:, columns]) * over_columns(weight, (HALF, PIECE))
                     for s, weight in enumerate(weights)
                 )
                 memory.context.at[row, head].at[:, columns][...] = (o / over_columns(l, o.shape)).astype(
@@ -169,7 +166,7 @@ class Attention:
         return ref.at[..., pl.ds(0, half)], ref.at[..., pl.ds(half, half)]
 
     def _rope(self, row, first, second, norm, layer):
-        """Rotate the pairs of a tile given by its halves, [TILE, H/2] each, after the norm, if the model has one."""
+        """Rotate the pairs of a tile given by its halves, [HALF, H/2] each, after the norm, if the model has one."""
         memory, shape, dtype = self.memory, first.shape, self.memory.q_raw.dtype
         if norm is not None:
             mean = ((first * first).sum(axis=1) + (second * second).sum(axis=1)) / self.head_dim
@@ -183,9 +180,9 @@ class Attention:
         return first * cos - second * sin, second * cos + first * sin
 
     def _prepare(self, layer, row, head, split, q_smem, plain_smem):
-        """Put the queries into `q_smem`; returns their scores with the new key, [TILE]. The first part's unit also stores
+        """Put the queries into `q_smem`; returns their scores with the new key, [HALF]. The first part's unit also stores
         the new key."""
-        memory, dtype, shape = self.memory, self.memory.q_raw.dtype, (TILE, self.head_dim // 2)
+        memory, dtype, shape = self.memory, self.memory.q_raw.dtype, (HALF, self.head_dim // 2)
         q = self._rope(row, *(load(x).astype(jnp.float32) for x in self._halves(memory.q_raw.at[row, head])),
                        memory.q_norm, layer)  # fmt: skip
         k = (load(x, COLUMNS).astype(jnp.float32) for x in self._halves(memory.k_raw.at[row, head]))
@@ -205,7 +202,7 @@ class Attention:
         def _():
             for x, half in zip(k, self._halves(memory.k_new.at[layer, row, head]), strict=True):
                 # the rows of the tile are equal: their mean is any of them
-                half[...] = (x.sum(axis=0) / TILE).astype(dtype)
+                half[...] = (x.sum(axis=0) / HALF).astype(dtype)
 
         return ((q[0] * k[0]).sum(axis=1) + (q[1] * k[1]).sum(axis=1)) * self._scale
 
@@ -214,6 +211,6 @@ class Attention:
         new = self.memory.v_new.at[layer, row, head]
         values = [load(new.at[columns], COLUMNS).astype(jnp.float32) for columns in self._columns]
         has_new = (split == 0).astype(jnp.float32)
-        ones = plgpu.layout_cast(jnp.full((TILE,), 1.0, jnp.float32), ROWS)
+        ones = plgpu.layout_cast(jnp.full((HALF,), 1.0, jnp.float32), ROWS)
         m = new_score * has_new + LOWEST * (1 - has_new)
-        return [over_rows(value, (TILE, PIECE)) * has_new for value in values], m, ones * has_new
+        return [over_rows(value, (HALF, PIECE)) * has_new for value in values], m, ones * has_new

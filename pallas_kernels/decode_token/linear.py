@@ -4,8 +4,7 @@
     finish     y = r · Σ_s y_part[s] + Σ_u B[e_u] (r · g_u · Σ_s t_part[s]) + bias                   then what follows it
 
 x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one number for each row of the batch: a linear
-commutes with it. All products have the tile as the tensor cores' left operand [64, CHUNK] and x as the right one [CHUNK, N].
-Sums are in fp32.
+commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N]; sums are in fp32.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.plan import CHUNK, PIECE, TILE, Group, Plan
+from pallas_kernels.decode_token.plan import HALF, PIECE, TILE, Group, Plan, num_tiles
 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a vector [N], equal in all rows of a tile
-ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector [TILE], equal in all columns
+ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector [HALF], equal in all columns
 
 
 def over_rows(vector, shape):
-    """[N] → [TILE, N]."""
+    """[N] → [HALF, N]."""
     return lax.broadcast_in_dim(vector, shape, [1])
 
 
 def over_columns(vector, shape):
-    """[TILE] → [TILE, N]."""
+    """[HALF] → [HALF, N]."""
     return lax.broadcast_in_dim(vector, shape, [0])
 
 
@@ -40,12 +39,12 @@ def load(ref, layout=plgpu.Layout.WGMMA):
 
 
 def store_transposed(ref, tile):
-    """ref [N, TILE] = tileᵀ."""
+    """ref [N, HALF] = tileᵀ."""
     ref.transpose((1, 0))[...] = plgpu.layout_cast(tile.astype(ref.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
 
 
 def load_transposed(ref):
-    """[TILE, N] of ref [N, TILE]."""
+    """[HALF, N] of ref [N, HALF]."""
     tile = load(ref.transpose((1, 0)), plgpu.Layout.WGMMA_TRANSPOSED)
     return plgpu.layout_cast(tile, plgpu.Layout.WGMMA)
 
@@ -58,38 +57,59 @@ def share(base, count, index, step):
 
 
 class Ring:
-    """Chunks of two halves, [2, TILE, PIECE], of weights on their way from device memory: one warpgroup fills slots, another one empties them. Both go
-    through the same chunks in the same order, and each keeps a count of those that have passed."""
+    """Chunks of weights, [TILE, PIECE] or the first rows of that, on their way from device memory to the tensor cores. Three warpgroups
+    go through the same chunks in the same order, and each keeps a count of those it has passed:
 
-    def __init__(self, slots_smem: Any, full: Any, empty: Any):
-        self.slots_smem, self.full, self.empty = slots_smem, full, empty
+        ask      fetch a chunk into the L2 cache, `depth` chunks ahead of the last
+        fill     copy it into a slot of shared memory, as many chunks ahead as there are slots
+        take     multiply it, and `release` it
+    """
+
+    def __init__(self, slots_smem: Any, full: Any, empty: Any, asked: Any = None, passed: Any = None):
+        self.slots_smem, self.full, self.empty, self.asked, self.passed = slots_smem, full, empty, asked, passed
         self.num_slots = slots_smem.shape[0]
+        self.depth = 0 if asked is None else asked.shape[0]
 
-    def fill(self, count, *halves_gmem):
-        """Copy the two halves of a chunk, [TILE, PIECE] each."""
+    def ask(self, count, source_gmem):
+        slot = count % self.depth
+
+        @pl.when(count >= self.depth)
+        def _():
+            plgpu.barrier_wait(self.passed.at[slot])
+
+        plgpu.async_prefetch(source_gmem)
+        plgpu.barrier_arrive(self.asked.at[slot])
+        return count + 1
+
+    def fill(self, count, source_gmem):
         slot = count % self.num_slots
+        if self.depth:
+            plgpu.barrier_wait(self.asked.at[count % self.depth])
 
         @pl.when(count >= self.num_slots)
         def _():
             plgpu.barrier_wait(self.empty.at[slot])
 
-        for half, source_gmem in enumerate(halves_gmem):
-            plgpu.copy_gmem_to_smem(source_gmem, self.slots_smem.at[slot, half], self.full.at[slot])
+        rows = source_gmem.shape[0]
+        slot_smem = self.slots_smem.at[slot] if rows == TILE else self.slots_smem.at[slot, pl.ds(0, rows)]
+        plgpu.copy_gmem_to_smem(source_gmem, slot_smem, self.full.at[slot])
         return count + 1
 
     def take(self, count):
-        """The halves of the next chunk, when they have come."""
+        """The next chunk, when it has come."""
         slot = count % self.num_slots
         plgpu.barrier_wait(self.full.at[slot])
-        return self.slots_smem.at[slot, 0], self.slots_smem.at[slot, 1]
+        return self.slots_smem.at[slot]
 
     def release(self, count):
         plgpu.barrier_arrive(self.empty.at[count % self.num_slots])
+        if self.depth:
+            plgpu.barrier_arrive(self.passed.at[count % self.depth])
 
 
 class Linears:
-    """One group. `memory` has the refs: `weights`, `biases`, `a`, `b` by name; `y_part` [S, rows, N]; `t_part`
-    [S, targets, U · pieces, PIECE, N]; `experts` [U], `num_used` [1], `gates` [U, N]; `squares` [tiles, N]."""
+    """One group. `memory` has the refs: `weights`, `biases`, `a`, `b` by name; `y_part` [S, tiles, 2, HALF, N]; `t_part`
+    [S, targets, U · pieces, PIECE, N]; `experts` [U], `num_used` [1], `gates` [U, N]; `squares` [halves of tiles, N]."""
 
     def __init__(self, group: Group, plan: Plan, memory: Any, ring: Ring, *, norm_dim: int | None, eps: float):
         self.group, self.plan, self.memory, self.ring = group, plan, memory, ring
@@ -103,17 +123,12 @@ class Linears:
     def _used_pieces(self):
         return self.memory.num_used[0] * self.plan.rank_pieces
 
-    @property
-    def _used_pairs(self):
-        return (self._used_pieces + 1) // 2
-
     def _shares(self, layer):
-        """For the tiles of this block, experts' first: (count, the n-th one's rows of W or A, where its product goes)."""
+        """Of this block, experts' first: (how many tiles, the n-th one's columns as a ref, where its products go)."""
         group, memory, plan = self.group, self.memory, self.plan
-        active = self.member < group.members
 
         def clipped(share):
-            return share[0], jnp.where(active, share[1], 0)
+            return share[0], jnp.where(self.member < group.members, share[1], 0)
 
         for place, name in enumerate(group.adapted):
             base = group.num_tiles + place * self._used_pieces
@@ -124,76 +139,81 @@ class Linears:
                 return memory.a[name].at[layer, memory.experts[expert], pl.ds(piece * PIECE, PIECE), columns]
 
             def to_t(n, place=place, first=first):
-                return memory.t_part.at[self.slice, place, first + n * group.members]
+                return [memory.t_part.at[self.slice, place, first + n * group.members]]
 
             yield count, factor, to_t
         for name, out in zip(group.names, group.outs, strict=True):
-            row = group.first_row(name)
-            first, count = clipped(share(row // TILE, out // TILE, self.member, group.members))
+            base = group.first_tile(name)
+            first, count = clipped(share(base, num_tiles(out), self.member, group.members))
 
             def weight(n, columns, name=name, first=first):
                 rows = pl.ds((first + n * group.members) * TILE, TILE)
                 stacked = memory.weights[name]
                 return stacked.at[rows, columns] if name == "lm_head" else stacked.at[layer, rows, columns]
 
-            def to_y(n, row=row, first=first):
-                return memory.y_part.at[self.slice, pl.ds(row + (first + n * group.members) * TILE, TILE)]
+            def to_y(n, base=base, first=first):
+                tile = base + first + n * group.members
+                return [memory.y_part.at[self.slice, tile, half] for half in (0, 1)]
 
             yield count, weight, to_y
 
-    def copy_multiply(self, layer, count):
+    def copy_multiply(self, fill, layer, count):
         for number, source, _ in self._shares(layer):
 
             def tile(n, count, source=source):
                 def chunk(c, count):
-                    start = (self.first_chunk + c) * CHUNK
-                    return self.ring.fill(count, *(source(n, pl.ds(start + half, PIECE)) for half in (0, PIECE)))
+                    return fill(count, source(n, pl.ds((self.first_chunk + c) * PIECE, PIECE)))
 
                 return lax.fori_loop(0, self.num_chunks, chunk, count)
 
             count = lax.fori_loop(0, number, tile, count)
         return count
 
-    def multiply(self, layer, count, x_piece: Callable[[Any], Any], x_smem, x_full):
+    def multiply(self, layer, count, x_piece: Callable[[Any], Any], x_smem):
         """`x_piece(c)`: input columns [c · PIECE, (c + 1) · PIECE) as a ref [N, PIECE]."""
+        last = self.group.chunks - 1
+        pieces = [x_piece(jnp.minimum(self.first_chunk + c, last)) for c in range(self.group.slice_chunks)]
+        tiles = [load(piece.transpose((1, 0)), plgpu.Layout.WGMMA_TRANSPOSED) for piece in pieces]
+        for c, tile in enumerate(tiles):
+            x_smem.at[c].transpose((1, 0))[...] = tile
+        plgpu.commit_smem()
+        for number, _, targets in self._shares(layer):
 
-        def fetch(c, _):
-            for half in (0, 1):
-                plgpu.copy_gmem_to_smem(x_piece(2 * (self.first_chunk + c) + half), x_smem.at[c, half], x_full.at[c])
-
-        def arrived(c, _):
-            plgpu.barrier_wait(x_full.at[c])
-
-        lax.fori_loop(0, self.num_chunks, fetch, None)
-        lax.fori_loop(0, self.num_chunks, arrived, None)
-        for number, _, target in self._shares(layer):
-
-            def tile(n, count, target=target):
-                def product(acc):
-                    def chunk(c, count):
-                        for half, w_smem in enumerate(self.ring.take(count)):
-                            plgpu.wgmma(acc, w_smem, x_smem.at[c, half].transpose((1, 0)))
-                        plgpu.wgmma_wait(2)
-
-                        @pl.when(c > 0)
-                        def _():
-                            self.ring.release(count - 1)
-
-                        return count + 1
-
-                    after = lax.fori_loop(0, self.num_chunks, chunk, count)
-                    plgpu.wgmma_wait(0)
-                    self.ring.release(after - 1)
-                    return acc[...], after
-
-                y, count = pl.run_scoped(product, plgpu.ACC((TILE, self.plan.columns), jnp.float32))
-                target(n)[...] = y
+            def tile(n, count, targets=targets):
+                refs = targets(n)
+                *products, count = self._products(count, self.num_chunks, lambda c: x_smem.at[c], len(refs))
+                for ref, product in zip(refs, products, strict=True):
+                    ref[...] = product
                 return count
 
             count = lax.fori_loop(0, number, tile, count)
         return count
 
-    def copy_finish(self, layer, count, passes: Sequence[tuple[str, ...]]):
+    def _products(self, count, number, right_smem: Callable[[Any], Any], halves: int):
+        """Σ_c chunk_c right_c of the next `number` chunks, [HALF, N] for each half, and the new count."""
+
+        def product(*accs):
+            def chunk(c, count):
+                chunk_smem = self.ring.take(count)
+                for half, acc in enumerate(accs):
+                    left = chunk_smem.at[pl.ds(half * HALF, HALF)]
+                    plgpu.wgmma(acc, left, right_smem(c).transpose((1, 0)))
+                plgpu.wgmma_wait(len(accs))  # what came before this chunk is done
+
+                @pl.when(c > 0)
+                def _():
+                    self.ring.release(count - 1)
+
+                return count + 1
+
+            after = lax.fori_loop(0, number, chunk, count)
+            plgpu.wgmma_wait(0)
+            self.ring.release(after - 1)
+            return *(acc[...] for acc in accs), after
+
+        return pl.run_scoped(product, *[plgpu.ACC((HALF, self.plan.columns), jnp.float32)] * halves)
+
+    def copy_finish(self, fill, layer, count, passes: Sequence[tuple[str, ...]]):
         memory, plan = self.memory, self.plan
         for names in passes:
             first, number = self._finish_share(names)
@@ -204,57 +224,62 @@ class Linears:
                     if name not in self.group.adapted:
                         continue
 
-                    def piece(p, name=name):
-                        expert, part = divmod_(jnp.minimum(p, self._used_pieces - 1), plan.rank_pieces)
-                        return memory.b[name].at[layer, memory.experts[expert], rows, pl.ds(part * PIECE, PIECE)]
+                    def piece(p, count, name=name):
+                        expert, part = divmod_(p, plan.rank_pieces)
+                        ranks = pl.ds(part * PIECE, PIECE)
+                        return fill(count, memory.b[name].at[layer, memory.experts[expert], rows, ranks])
 
-                    def pair(i, count, piece=piece):
-                        return self.ring.fill(count, piece(2 * i), piece(2 * i + 1))
-
-                    count = lax.fori_loop(0, self._used_pairs, pair, count)
+                    count = lax.fori_loop(0, self._used_pieces, piece, count)
                 return count
 
             count = lax.fori_loop(0, number, tile, count)
         return count
 
     def finish(self, layer, count, passes: Sequence[tuple[str, ...]], follow: Callable[..., None], h_smem):
-        """`follow(names, row, values)` stores the values [TILE, N] at these rows of the linears `names`; linears of a pass
-        are finished together."""
-        plan = self.plan
+        """`follow(names, row, values)` stores the values [HALF, N] at these rows of the linears `names`; linears of a pass
+        have equal shapes and are finished together."""
+        plan, group = self.plan, self.group
         r = self._inverse_rms()
         for names in passes:
             first, number = self._finish_share(names)
+            out_dim = group.outs[group.names.index(names[0])]
 
             @pl.when(number > 0)
             def _(names=names):
-                for place, name in enumerate(n for n in names if n in self.group.adapted):
+                for place, name in enumerate(n for n in names if n in group.adapted):
                     self._gather_h(name, place, r, h_smem)
                 plgpu.commit_smem()
 
-            def tile(n, count, names=names, first=first):
-                row, values = (first + n * plan.num_blocks) * TILE, []
+            def tile(n, count, names=names, first=first, out_dim=out_dim):
+                tile, values = first + n * plan.num_blocks, []
                 for name in names:
-                    value, count = self._tile_of(name, names, layer, row, r, count, h_smem)
-                    values.append(value)
-                follow(names, row, values)
+                    *halves, count = self._tile_of(name, names, layer, tile, r, count, h_smem)
+                    values.append(halves)
+                for half in (0, 1):
+                    row, these = tile * TILE + half * HALF, [halves[half] for halves in values]
+                    if half == 0 or out_dim % TILE == 0:
+                        follow(names, row, these)
+                    else:
+                        pl.when(row < out_dim)(lambda row=row, these=these: follow(names, row, these))
                 return count
 
             count = lax.fori_loop(0, number, tile, count)
         return count
 
     def _finish_share(self, names):
-        base = self.group.first_row(names[0]) // TILE
-        return share(base, self.group.outs[self.group.names.index(names[0])] // TILE, self.block, self.plan.num_blocks)
+        group = self.group
+        tiles = num_tiles(group.outs[group.names.index(names[0])])
+        return share(group.first_tile(names[0]), tiles, self.block, self.plan.num_blocks)
 
     def _inverse_rms(self):
         """[N] of the group's input, or None where it is not normed."""
         if self.norm_dim is None:
             return None
         total = None
-        for start in range(0, self.memory.squares.shape[0], TILE):
-            part = load(self.memory.squares.at[pl.ds(start, TILE)])
-            tiles = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA) + start
-            part = jnp.where(tiles < self.norm_dim // TILE, part, 0).sum(axis=0)
+        for start in range(0, self.memory.squares.shape[0], HALF):
+            part = load(self.memory.squares.at[pl.ds(start, HALF)])
+            numbers = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA) + start
+            part = jnp.where(numbers < self.norm_dim // HALF, part, 0).sum(axis=0)
             total = part if total is None else total + part
         return lax.rsqrt(total / self.norm_dim + self.eps)
 
@@ -263,45 +288,37 @@ class Linears:
         plan, memory, where = self.plan, self.memory, self.group.adapted.index(name)
 
         def piece(p, _):
-            there = jnp.minimum(p, self._used_pieces - 1)  # an odd last piece is multiplied together with one of zeros
-            t = load(memory.t_part.at[0, where, there])
-            for s in range(1, self.group.slices):
-                t += load(memory.t_part.at[s, where, there])
-            factor = load(memory.gates.at[divmod_(there, plan.rank_pieces)[0]], COLUMNS)
-            factor *= (p < self._used_pieces).astype(jnp.float32)
+            t = sum_of(load(memory.t_part.at[s, where, p]) for s in range(self.group.slices))
+            factor = load(memory.gates.at[divmod_(p, plan.rank_pieces)[0]], COLUMNS)
             factor = factor if r is None else factor * r
             store_transposed(h_smem.at[place, p], t * over_rows(factor, t.shape))
 
-        lax.fori_loop(0, 2 * self._used_pairs, piece, None)
+        lax.fori_loop(0, self._used_pieces, piece, None)
 
-    def _tile_of(self, name, names, layer, row, r, count, h_smem):
+    def _tile_of(self, name, names, layer, tile, r, count, h_smem):
+        """The two halves of a tile, [HALF, N] each, and the new count."""
         group, memory = self.group, self.memory
-        rows = pl.ds(group.first_row(name) + row, TILE)
-        y = load(memory.y_part.at[0, rows])
-        for s in range(1, group.slices):
-            y += load(memory.y_part.at[s, rows])
+        at = group.first_tile(name) + tile
+        halves = [sum_of(load(memory.y_part.at[s, at, half]) for s in range(group.slices)) for half in (0, 1)]
         if r is not None:
-            y *= over_rows(r, y.shape)
+            halves = [y * over_rows(r, y.shape) for y in halves]
         if name in group.adapted:
             place = [n for n in names if n in group.adapted].index(name)
-
-            def expand(acc):
-                def pair(i, count):
-                    for half, b_smem in enumerate(self.ring.take(count)):
-                        plgpu.wgmma(acc, b_smem, h_smem.at[place, 2 * i + half].transpose((1, 0)))
-                    plgpu.wgmma_wait(0)
-                    self.ring.release(count)
-                    return count + 1
-
-                after = lax.fori_loop(0, self._used_pairs, pair, count)
-                return acc[...], after
-
-            expanded, count = pl.run_scoped(expand, plgpu.ACC((TILE, self.plan.columns), jnp.float32))
-            y += expanded
+            *expanded, count = self._products(count, self._used_pieces, lambda p: h_smem.at[place, p], 2)
+            halves = [y + more for y, more in zip(halves, expanded, strict=True)]
         bias = memory.biases.get(name)
         if bias is not None:
-            y += over_columns(load(bias.at[layer, pl.ds(row, TILE)], ROWS).astype(jnp.float32), y.shape)
-        return y, count
+            out_dim = group.outs[group.names.index(name)]
+            for half in (0, 1):
+                row = jnp.minimum(tile * TILE + half * HALF, out_dim - HALF)
+                values = load(bias.at[layer, pl.ds(row, HALF)], ROWS).astype(jnp.float32)
+                halves[half] += over_columns(values, halves[half].shape)
+        return *halves, count
+
+
+def sum_of(parts):
+    first, *others = parts
+    return sum(others, first)
 
 
 def divmod_(n, step: int):

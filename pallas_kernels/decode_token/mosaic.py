@@ -25,24 +25,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir.dialects import nvvm
 
 from pallas_kernels.decode_token.attention import Attention
 from pallas_kernels.decode_token.linear import ROWS, Linears, Ring, load, load_transposed, over_columns, silu
 from pallas_kernels.decode_token.linear import store_transposed
-from pallas_kernels.decode_token.plan import PIECE, TILE, Plan
+from pallas_kernels.decode_token.plan import HALF, PIECE, TILE, Plan
 
-Copy, Compute = Callable[[Any, Any], Any], Callable[[Any, Any], Any]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """`copy(layer, count)` fills the ring, `compute(layer, count)` empties it; both return the new count."""
+    """`copy(fill, layer, count)` names the chunks that `compute(layer, count)` takes; both return the new count."""
 
-    copy: Copy
-    compute: Compute
+    copy: Callable[[Any, Any, Any], Any]
+    compute: Callable[[Any, Any], Any]
 
 
 def _phases(plan: Plan, m: SimpleNamespace, s: SimpleNamespace, ring: Ring, model: Any) -> tuple[list[Phase], list[Phase]]:
@@ -55,12 +52,12 @@ def _phases(plan: Plan, m: SimpleNamespace, s: SimpleNamespace, ring: Ring, mode
 
     def multiply(linear, x_piece):
         return Phase(
-            linear.copy_multiply, lambda layer, count: linear.multiply(layer, count, x_piece, s.x_smem, s.x_full)
+            linear.copy_multiply, lambda layer, count: linear.multiply(layer, count, x_piece, s.x_smem)
         )
 
     def finish(linear, passes, follow):
         return Phase(
-            lambda layer, count: linear.copy_finish(layer, count, passes),
+            lambda fill, layer, count: linear.copy_finish(fill, layer, count, passes),
             lambda layer, count: linear.finish(layer, count, passes, partial(follow, layer), s.h_smem),
         )
 
@@ -75,14 +72,14 @@ def _phases(plan: Plan, m: SimpleNamespace, s: SimpleNamespace, ring: Ring, mode
         (name,), (value,) = names, values
         head, part = row // head_dim, row % head_dim
         if name == "q_proj":
-            target = m.q_raw.at[:, head // group_size, head % group_size, pl.ds(part, TILE)]
+            target = m.q_raw.at[:, head // group_size, head % group_size, pl.ds(part, HALF)]
         else:
-            target = (m.k_raw if name == "k_proj" else m.v_new.at[layer]).at[:, head, pl.ds(part, TILE)]
+            target = (m.k_raw if name == "k_proj" else m.v_new.at[layer]).at[:, head, pl.ds(part, HALF)]
         store_transposed(target, value)
 
     def to_residual(next_norm):
         def follow(layer, names, row, values):
-            rows, (value,) = pl.ds(row, TILE), values
+            rows, (value,) = pl.ds(row, HALF), values
             x_rows = m.x.at[:, rows]
             x = load_transposed(x_rows).astype(jnp.float32) + value.astype(m.x.dtype).astype(jnp.float32)
             x = x.astype(m.x.dtype)
@@ -90,17 +87,17 @@ def _phases(plan: Plan, m: SimpleNamespace, s: SimpleNamespace, ring: Ring, mode
             x = x.astype(jnp.float32)
             weight = load(m.norms.at[next_norm(layer), rows], ROWS).astype(jnp.float32)
             store_transposed(m.x_weighted.at[:, rows], x * over_columns(weight, x.shape))
-            m.squares.at[row // TILE][...] = (x * x).sum(axis=0)
+            m.squares.at[row // HALF][...] = (x * x).sum(axis=0)
 
         return follow
 
     def to_hidden(layer, names, row, values):
         gate, up = (value.astype(m.hidden.dtype).astype(jnp.float32) for value in values)
         act = silu(gate).astype(m.hidden.dtype).astype(jnp.float32)
-        store_transposed(m.hidden.at[:, pl.ds(row, TILE)], act * up)
+        store_transposed(m.hidden.at[:, pl.ds(row, HALF)], act * up)
 
     def to_logits(layer, names, row, values):
-        m.logits.at[pl.ds(row, TILE)][...] = values[0]
+        m.logits.at[pl.ds(row, HALF)][...] = values[0]
 
     qkv, o, gate_up = linears(plan.qkv, True), linears(plan.o, False), linears(plan.gate_up, True)
     down, head = linears(plan.down, False), linears(plan.head, True)
@@ -108,7 +105,7 @@ def _phases(plan: Plan, m: SimpleNamespace, s: SimpleNamespace, ring: Ring, mode
 
     plain_smem = getattr(s, "plain_smem", None)
 
-    def nothing(layer, count):
+    def nothing(fill, layer, count):
         return count
 
     def combine(layer, count):
@@ -130,59 +127,56 @@ def _phases(plan: Plan, m: SimpleNamespace, s: SimpleNamespace, ring: Ring, mode
     return layer_phases, [multiply(head, of_rows(m.x_weighted)), finish(head, [("lm_head",)], to_logits)]
 
 
-def _fence_async() -> None:
-    """What was stored until here may be copied by the copy engine after the next barrier, and the other way round."""
-
-    @plgpu.inline_mgpu()
-    def fence(_):
-        nvvm.fence_proxy(nvvm.ProxyKind.async_)
-
-    fence()
-
-
 def _kernel(*refs, names, plan, model, span, compiled, **scratch):
     """`span`: (first layer, last layer + 1, phases of a layer, phases after the last) to run."""
     m, s = _nested(names, refs), SimpleNamespace(**scratch)
-    ring = Ring(s.ring_smem, s.ring_full, s.ring_empty)
+    ring = Ring(s.ring_smem, s.ring_full, s.ring_empty, *((s.ring_asked, s.ring_passed) if plan.depth else ()))
     layer_phases, last_phases = _phases(plan, m, s, ring, model)
     low, high, these, last = span
     layer_phases, last_phases = layer_phases[slice(*these)], last_phases[slice(*last)]
-    per_layer = len(layer_phases)
-    is_copier = lax.axis_index("group") == 1
     arrived = pl.get_global(plgpu.SemaphoreType.REGULAR) if compiled else None
+    group = lax.axis_index("group")
 
-    @pl.when(is_copier)
-    def _copy():
+    def all_chunks(fill):
         def of_layer(layer, count):
             for phase in layer_phases:
-                count = phase.copy(layer, count)
+                count = phase.copy(fill, layer, count)
             return count
 
         count = lax.fori_loop(low, high, of_layer, jnp.int32(0))
         for phase in last_phases:
-            count = phase.copy(0, count)
+            count = phase.copy(fill, 0, count)
 
-    @pl.when(jnp.logical_not(is_copier))
-    def _compute():
-        def barrier(number):
-            if not compiled:
-                return  # the interpreter runs one phase in a launch, or one block
-            _fence_async()
+    def barrier(number):
+        """The `number`-th time, all blocks have come here, and see what all have stored before."""
+        if compiled:  # the interpreter runs one phase in a launch, or one block
             plgpu.semaphore_signal(arrived, 1, memory_scope="gpu")
             plgpu.semaphore_wait(arrived, plan.num_blocks * number, decrement=False, memory_scope="gpu")
-            _fence_async()
+
+    @pl.when(group == 0)
+    def _compute():
+        if compiled and plan.depth:
+            plgpu.set_max_registers(232, action="increase")
 
         def of_layer(layer, count):
             for i, phase in enumerate(layer_phases):
                 count = phase.compute(layer, count)
-                barrier((layer - low) * per_layer + i + 1)
+                barrier((layer - low) * len(layer_phases) + i + 1)
             return count
 
         count = lax.fori_loop(low, high, of_layer, jnp.int32(0))
         for i, phase in enumerate(last_phases):
             count = phase.compute(0, count)
             if i + 1 < len(last_phases):
-                barrier((high - low) * per_layer + i + 1)
+                barrier((high - low) * len(layer_phases) + i + 1)
+
+    for index, fill in enumerate([ring.fill, *([ring.ask] if plan.depth else [])]):
+
+        @pl.when(group == index + 1)
+        def _(fill=fill):
+            if compiled and plan.depth:
+                plgpu.set_max_registers(40, action="decrease")
+            all_chunks(fill)
 
 
 def _nested(names: Sequence[tuple[str, ...]], refs: Sequence[Any]) -> SimpleNamespace:
@@ -202,14 +196,14 @@ def run_token(
     """(logits [V, N], k_new and v_new [L, N, K, H]). `inputs` are the arrays that `_phases` reads, nested by name; see
     `pallas_kernels.decode_token.op`."""
     dtype, n = inputs["x"].dtype, plan.columns
-    heads = model.num_kv_heads, TILE, model.head_dim
-    rows = max(sum(group.outs) for group in plan.groups)
+    heads = model.num_kv_heads, HALF, model.head_dim
+    tiles = max(group.num_tiles for group in plan.groups)
     targets = max(len(group.adapted) for group in plan.groups)
     pieces = plan.max_used * plan.rank_pieces
     new = (model.num_layers, n, model.num_kv_heads, model.head_dim)
-    split = (plan.splits, n, model.num_kv_heads, TILE)
+    split = (plan.splits, n, model.num_kv_heads, HALF)
     buffers = {
-        "y_part": ((plan.max_slices, rows, n), jnp.float32),
+        "y_part": ((plan.max_slices, tiles, 2, HALF, n), jnp.float32),
         "q_raw": ((n, *heads), dtype), "k_raw": ((n, model.num_kv_heads, model.head_dim), dtype),
         "context": ((n, *heads), dtype), "hidden": ((n, model.hidden_dim), dtype),
         "logits": ((model.vocab_size, n), jnp.float32), "k_new": (new, dtype), "v_new": (new, dtype),
@@ -242,18 +236,18 @@ def run_token(
             out_type=(),
             grid=(plan.num_blocks,),
             grid_names=("block",),
-            num_threads=2,
+            num_threads=3 if plan.depth else 2,
             thread_name="group",
             scratch_types={
-                "ring_smem": ring(plan.slots, 2, TILE, PIECE),
-                "ring_full": plgpu.Barrier(num_arrivals=2, num_barriers=plan.slots),
+                "ring_smem": ring(plan.slots, TILE, PIECE),
+                "ring_full": plgpu.Barrier(num_barriers=plan.slots),
                 "ring_empty": plgpu.Barrier(num_barriers=plan.slots),
-                "x_smem": ring(plan.x_chunks, 2, n, PIECE),
-                "x_full": plgpu.Barrier(num_arrivals=2, num_barriers=plan.x_chunks),
+                **({name: plgpu.Barrier(num_barriers=plan.depth) for name in ("ring_asked", "ring_passed")} if plan.depth else {}),
+                "x_smem": ring(plan.x_chunks, n, PIECE),
                 "h_smem": ring(*plan.h_shape, n, PIECE),
-                "q_smem": ring(model.head_dim // PIECE, TILE, PIECE),
-                "p_smem": ring(TILE, TILE),
-                **({"plain_smem": plgpu.SMEM((TILE, PIECE), dtype)} if model.head_dim == PIECE else {}),
+                "q_smem": ring(model.head_dim // PIECE, HALF, PIECE),
+                "p_smem": ring(HALF, TILE),
+                **({"plain_smem": plgpu.SMEM((HALF, PIECE), dtype)} if model.head_dim == PIECE else {}),
             },
             interpret=interpret,
         )(*refs.values())

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_token.plan import PIECE, TILE, Plan, make_plan
+from pallas_kernels.decode_token.plan import HALF, PIECE, TILE, Plan, make_plan
 
 MAX_BATCH = 32
+DEPTH = 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,10 +77,10 @@ def obstacle(shape: Shape, dtype: Any, batch: int, targets: tuple[str, ...] = ()
         return f"the weights are {jnp.dtype(dtype)}, and the tensor cores multiply bfloat16 and float16"
     if shape.head_dim not in (PIECE, 2 * PIECE):
         return f"heads have {shape.head_dim} dimensions, and it takes 64 and 128"
-    if shape.num_heads // shape.num_kv_heads > TILE:
-        return f"{shape.num_heads // shape.num_kv_heads} query heads share a key, and it takes {TILE} at most"
+    if shape.num_heads // shape.num_kv_heads > HALF:
+        return f"{shape.num_heads // shape.num_kv_heads} query heads share a key, and it takes {HALF} at most"
     for name, (out, into) in shape.linears().items():
-        if out % TILE or into % PIECE:
+        if out % HALF or into % PIECE:
             return f"{name} is [{out}, {into}], and it takes multiples of 64"
     if batch > MAX_BATCH:
         return f"{batch} rows are decoded together, and it takes {MAX_BATCH} at most"
@@ -88,12 +89,15 @@ def obstacle(shape: Shape, dtype: Any, batch: int, targets: tuple[str, ...] = ()
     return None
 
 
-def plan_for(shape: Shape, experts: Experts | None, batch: int, cache_slots: int, num_blocks: int) -> Plan:
+def plan_for(
+    shape: Shape, experts: Experts | None, batch: int, cache_slots: int, num_blocks: int, depth: int = 0
+) -> Plan:
     targets = () if experts is None else tuple(experts.a)
     return make_plan(
         shape.linears(), targets, batch=batch, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
         cache_slots=cache_slots, max_used=1 if experts is None else len(experts.used),
         rank=PIECE if experts is None else next(iter(experts.a.values())).shape[2], num_blocks=num_blocks,
+        depth=depth,
     )  # fmt: skip
 
 
@@ -111,12 +115,13 @@ def decode_token(
     interpret: Any = False,
     num_blocks: int | None = None,
     one_launch: bool = True,
+    depth: int = DEPTH,
 ) -> tuple[Float[Array, "B V"], Float[Array, "L B K H"], Float[Array, "L B K H"]]:
     """Logits (fp32), and the keys and values of the token, which the caller writes into the cache.
 
     Args:
       x: embeddings of the tokens.
-      cache_k, cache_v: keys and values of positions 0 … positions[b] − 1; S is a multiple of 64.
+      cache_k, cache_v: keys and values of positions 0 … positions[b] − 1; S is a multiple of 128.
       positions: of the tokens; a row whose position is S or more reads the whole cache.
       cos, sin: of the positions' angles, fp32.
       num_blocks: default, one on each multiprocessor; `interpret` on the CPU; without `one_launch` a launch per phase.
@@ -131,13 +136,13 @@ def decode_token(
     why_not = obstacle(shape, x.dtype, batch, targets, rank)
     if why_not is not None:
         raise ValueError(f"decode_token cannot run: {why_not}")
-    plan = plan_for(shape, experts, batch, slots, num_blocks or jax.devices()[0].core_count)
+    plan = plan_for(shape, experts, batch, slots, num_blocks or jax.devices()[0].core_count, 0 if interpret else depth)
     rows = ((0, plan.columns - batch), (0, 0))
     x = jnp.pad(x, rows)
     squares = jnp.square(x.astype(jnp.float32)).sum(axis=1)  # of the whole row, where the kernel adds up those of tiles
     inputs: dict[str, Any] = {
         "x": x, "x_weighted": x * weights.norms[0],
-        "squares": jnp.zeros((-(-shape.embed_dim // TILE**2) * TILE, plan.columns), jnp.float32).at[0].set(squares),
+        "squares": jnp.zeros((-(-shape.embed_dim // HALF**2) * HALF, plan.columns), jnp.float32).at[0].set(squares),
         "positions": jnp.minimum(positions, slots).astype(jnp.int32), "windows": weights.windows,
         "cos": jnp.pad(cos, rows), "sin": jnp.pad(sin, rows), "norms": weights.norms,
         "cache_k": cache_k, "cache_v": cache_v, "weights": weights.linears, "biases": weights.biases,

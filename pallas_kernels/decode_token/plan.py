@@ -1,7 +1,7 @@
 """How the work of one decoding step is cut: linears into tiles, rows of a batch into columns, contexts into splits.
 
-Linears that share their input are a `Group`. The weights of a group, one below the other, are cut into tiles of `TILE` rows,
-and their columns into chunks of `CHUNK`, and the chunks into `slices`. Thread block b computes slice b % slices of the tiles
+Linears that share their input are a `Group`. The weights of each are cut into tiles of `TILE` rows, a tile into chunks of `PIECE`
+columns, and the columns into `slices`. Thread block b computes slice b % slices of the tiles
 that are b // slices modulo `members`, so it needs only its own slice of the input.
 """
 
@@ -9,14 +9,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TILE, CHUNK, PIECE = 64, 128, 64
-"""Rows of a tile; columns of a chunk; ranks of an expert that are multiplied at once."""
+TILE, HALF = 128, 64
+"""Rows of a tile of weights, and of what the tensor cores multiply at once."""
+PIECE = 64
+"""Columns of a chunk [TILE, PIECE] of weights; ranks of an expert that are multiplied at once."""
 SHARED_MEMORY = 227 * 1024
 RESERVED = 6 * 1024
 """Of the shared memory: for barriers and for reductions."""
-MAX_SLICES, MAX_INPUT = 16, 64 * 1024
+MAX_SLICES, MAX_SLOTS, MAX_INPUT = 16, 12, 64 * 1024
 SPLIT_SLOTS = 512
 """Positions of the cache that one thread block reads at least."""
+
+
+def num_tiles(out_dim: int) -> int:
+    return -(-out_dim // TILE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +38,7 @@ class Group:
 
     @property
     def chunks(self) -> int:
-        return -(-self.in_dim // CHUNK)
+        return self.in_dim // PIECE
 
     @property
     def slice_chunks(self) -> int:
@@ -41,10 +47,10 @@ class Group:
 
     @property
     def num_tiles(self) -> int:
-        return sum(self.outs) // TILE
+        return sum(map(num_tiles, self.outs))
 
-    def first_row(self, name: str) -> int:
-        return sum(self.outs[: self.names.index(name)])
+    def first_tile(self, name: str) -> int:
+        return sum(map(num_tiles, self.outs[: self.names.index(name)]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +73,8 @@ class Plan:
     """Of `PIECE` ranks, per expert."""
     slots: int
     """Of the ring of chunks in shared memory."""
+    depth: int
+    """Chunks that a thread block asks for ahead of its products, those in the ring included; 0: only those in the ring."""
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -78,8 +86,8 @@ class Plan:
 
     @property
     def h_shape(self) -> tuple[int, int]:
-        """Linears that are finished together, and pieces of the experts' ranks, an even number."""
-        return (2 if len(self.gate_up.adapted) == 2 else 1), 2 * -(-self.max_used * self.rank_pieces // 2)
+        """Linears that are finished together, and pieces of the experts' ranks."""
+        return max(1, len(self.gate_up.adapted)), self.max_used * self.rank_pieces
 
     @property
     def x_chunks(self) -> int:
@@ -92,11 +100,11 @@ def make_group(
     """The cut into the fewest slices whose longest share is within a twentieth of the shortest there is; a slice of the
     input takes at most `MAX_INPUT` bytes."""
     outs, in_dim = tuple(out for out, _ in shapes.values()), next(iter(shapes.values()))[1]
-    tiles, chunks = sum(outs) // TILE, -(-in_dim // CHUNK)
+    tiles, chunks = sum(map(num_tiles, outs)), in_dim // PIECE
     shares = {}
     for slices in range(1, min(chunks, num_blocks, MAX_SLICES) + 1):
         length = -(-chunks // slices)
-        if length * CHUNK * columns * itemsize <= MAX_INPUT:
+        if length * PIECE * columns * itemsize <= MAX_INPUT:
             shares[slices] = -(-tiles // (num_blocks // slices)) * length
     slices = next(s for s, share in shares.items() if share <= 1.05 * min(shares.values()))
     return Group(
@@ -116,6 +124,7 @@ def make_plan(
     max_used: int,
     rank: int,
     num_blocks: int,
+    depth: int,
     itemsize: int = 2,
 ) -> Plan:
     """`shapes`: (out, in) of the seven linears and of `lm_head`."""
@@ -130,13 +139,12 @@ def make_plan(
         "qkv": group("q_proj", "k_proj", "v_proj"), "o": group("o_proj"), "gate_up": group("gate_proj", "up_proj"),
         "down": group("down_proj"), "head": group("lm_head"),
     }  # fmt: skip
-    x_bytes = max(part.slice_chunks for part in parts.values()) * CHUNK * columns * itemsize
+    x_bytes = max(part.slice_chunks for part in parts.values()) * PIECE * columns * itemsize
     pieces = -(-rank // PIECE)
-    h_pieces = (2 if len(parts["gate_up"].adapted) == 2 else 1) * 2 * -(-max_used * pieces // 2)
-    h_bytes = h_pieces * PIECE * columns * itemsize
-    q_bytes = TILE * (head_dim + TILE + (PIECE if head_dim == PIECE else 0)) * itemsize
+    h_bytes = max(1, len(parts["gate_up"].adapted)) * max_used * pieces * PIECE * columns * itemsize
+    q_bytes = HALF * (head_dim + TILE + (PIECE if head_dim == PIECE else 0)) * itemsize
     left = SHARED_MEMORY - RESERVED - x_bytes - h_bytes - q_bytes
     return Plan(
         **parts, columns=columns, num_blocks=num_blocks, splits=splits, max_used=max_used, rank_pieces=pieces,
-        slots=min(12, left // (TILE * CHUNK * itemsize)),
+        slots=min(MAX_SLOTS, left // (TILE * PIECE * itemsize)), depth=depth,
     )  # fmt: skip
