@@ -23,6 +23,11 @@ from pallas_kernels.decode_token.plan import HALF, PIECE, TILE, Plan
 LOWEST = -1e30  # of a score: finite, so that no difference of two is NaN
 
 
+def rounded(x, dtype):
+    """What is left of x in `dtype`, as fp32."""
+    return x.astype(dtype).astype(jnp.float32)
+
+
 class Attention:
     """`memory` has `q_raw` [N, K, HALF, H], `k_raw` [N, K, H], `v_new` and `k_new` [L, N, K, H], `cache_k` and `cache_v`
     [L, B, S, K, H], `positions` [B], `windows` [L], `cos` and `sin` [N, H/2], `q_norm` and `k_norm` [L, H] or None, `context`
@@ -50,7 +55,7 @@ class Attention:
         low, high = tiles * split // self.plan.splits, tiles * (split + 1) // self.plan.splits
         return begin + low, high - low
 
-    def copy(self, fill, layer, count):
+    def copy(self, layer, count):
         first, number = self._share(self.plan.splits)
 
         def unit(n, count):
@@ -61,7 +66,7 @@ class Attention:
                 for cache in (self.memory.cache_k, self.memory.cache_v):
                     here = cache.at[layer, row, pl.ds((start + t) * TILE, TILE), head]
                     for columns in self._columns:
-                        count = fill(count, here.at[:, columns])
+                        count = self.ring.fill(count, here.at[:, columns])
                 return count
 
             return lax.fori_loop(0, tiles, tile, count)
@@ -76,10 +81,16 @@ class Attention:
 
         def unit(n, count):
             row, head, split = self._unit(n, first, plan.splits)
-            new_score = self._prepare(layer, row, head, split, q_smem, plain_smem)
             start, tiles = self._tiles(layer, row, split)
-            o, m, l = self._begin(layer, row, head, split, new_score)
             position, window = memory.positions[row], memory.windows[layer]
+            new = memory.v_new.at[layer, row, head]
+            values = [load(new.at[columns], COLUMNS).astype(jnp.float32) for columns in self._columns]
+            score = self._prepare(layer, row, head, split, q_smem, plain_smem)
+            # Before the first tile: the new token alone for the first part, nothing for the others.
+            has_new = (split == 0).astype(jnp.float32)
+            o = [over_rows(value, (HALF, PIECE)) * has_new for value in values]
+            m = score * has_new + LOWEST * (1 - has_new)
+            l = plgpu.layout_cast(jnp.full((HALF,), 1.0, jnp.float32), ROWS) * has_new
 
             def tile(t, carry):
                 *o, m, l, count = carry
@@ -165,29 +176,32 @@ class Attention:
         half = self.head_dim // 2
         return ref.at[..., pl.ds(0, half)], ref.at[..., pl.ds(half, half)]
 
-    def _rope(self, row, first, second, norm, layer):
-        """Rotate the pairs of a tile given by its halves, [HALF, H/2] each, after the norm, if the model has one."""
-        memory, shape, dtype = self.memory, first.shape, self.memory.q_raw.dtype
-        if norm is not None:
-            mean = ((first * first).sum(axis=1) + (second * second).sum(axis=1)) / self.head_dim
-            inverse = over_columns(lax.rsqrt(mean + self.eps), shape)
-            weights = (over_rows(load(w, COLUMNS).astype(jnp.float32), shape) for w in self._halves(norm.at[layer]))
-            first, second = (
-                ((x * inverse).astype(dtype).astype(jnp.float32) * w).astype(dtype).astype(jnp.float32)
-                for x, w in zip((first, second), weights, strict=True)
-            )
+    def _rope(self, row, pairs, norms, layer):
+        """Rotate the pairs of tiles that are given by their halves, [HALF, H/2] each, after their norm, if they have one."""
+        memory, shape, dtype = self.memory, (HALF, self.head_dim // 2), self.memory.q_raw.dtype
         cos, sin = (over_rows(load(x.at[row], COLUMNS), shape) for x in (memory.cos, memory.sin))
-        return first * cos - second * sin, second * cos + first * sin
+        weights = [None if norm is None else [load(w, COLUMNS) for w in self._halves(norm.at[layer])] for norm in norms]
+        rotated = []
+        for (first, second), weight in zip(pairs, weights, strict=True):
+            if weight is not None:
+                mean = ((first * first).sum(axis=1) + (second * second).sum(axis=1)) / self.head_dim
+                inverse = over_columns(lax.rsqrt(mean + self.eps), shape)
+                first, second = (
+                    (rounded(x * inverse, dtype) * over_rows(w.astype(jnp.float32), shape))
+                    for x, w in zip((first, second), weight, strict=True)
+                )
+                first, second = rounded(first, dtype), rounded(second, dtype)
+            rotated.append((rounded(first * cos - second * sin, dtype), rounded(second * cos + first * sin, dtype)))
+        return rotated
 
     def _prepare(self, layer, row, head, split, q_smem, plain_smem):
         """Put the queries into `q_smem`; returns their scores with the new key, [HALF]. The first part's unit also stores
         the new key."""
         memory, dtype, shape = self.memory, self.memory.q_raw.dtype, (HALF, self.head_dim // 2)
-        q = self._rope(row, *(load(x).astype(jnp.float32) for x in self._halves(memory.q_raw.at[row, head])),
-                       memory.q_norm, layer)  # fmt: skip
-        k = (load(x, COLUMNS).astype(jnp.float32) for x in self._halves(memory.k_raw.at[row, head]))
-        k = self._rope(row, *(over_rows(x, shape) for x in k), memory.k_norm, layer)
-        q, k = ([x.astype(dtype).astype(jnp.float32) for x in pair] for pair in (q, k))
+        q = [load(x).astype(jnp.float32) for x in self._halves(memory.q_raw.at[row, head])]
+        k = [load(x, COLUMNS).astype(jnp.float32) for x in self._halves(memory.k_raw.at[row, head])]
+        pairs = q, [over_rows(x, shape) for x in k]
+        q, k = self._rope(row, pairs, (memory.q_norm, memory.k_norm), layer)
         if self.parts == 2:
             for part, x in enumerate(q):
                 q_smem.at[part][...] = x.astype(dtype)
@@ -205,12 +219,3 @@ class Attention:
                 half[...] = (x.sum(axis=0) / HALF).astype(dtype)
 
         return ((q[0] * k[0]).sum(axis=1) + (q[1] * k[1]).sum(axis=1)) * self._scale
-
-    def _begin(self, layer, row, head, split, new_score):
-        """(o, m, l) before the first tile: the new token alone for the first part, nothing for the others."""
-        new = self.memory.v_new.at[layer, row, head]
-        values = [load(new.at[columns], COLUMNS).astype(jnp.float32) for columns in self._columns]
-        has_new = (split == 0).astype(jnp.float32)
-        ones = plgpu.layout_cast(jnp.full((HALF,), 1.0, jnp.float32), ROWS)
-        m = new_score * has_new + LOWEST * (1 - has_new)
-        return [over_rows(value, (HALF, PIECE)) * has_new for value in values], m, ones * has_new

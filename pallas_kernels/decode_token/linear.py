@@ -57,34 +57,16 @@ def share(base, count, index, step):
 
 
 class Ring:
-    """Chunks of weights, [TILE, PIECE] or the first rows of that, on their way from device memory to the tensor cores. Three warpgroups
-    go through the same chunks in the same order, and each keeps a count of those it has passed:
+    """Chunks of weights, [TILE, PIECE] or the first rows of that, on their way from device memory to the tensor cores. One
+    warpgroup fills the slots and one empties them; both go through the same chunks in the same order, and each keeps a
+    count of those it has passed."""
 
-        ask      fetch a chunk into the L2 cache, `depth` chunks ahead of the last
-        fill     copy it into a slot of shared memory, as many chunks ahead as there are slots
-        take     multiply it, and `release` it
-    """
-
-    def __init__(self, slots_smem: Any, full: Any, empty: Any, asked: Any = None, passed: Any = None):
-        self.slots_smem, self.full, self.empty, self.asked, self.passed = slots_smem, full, empty, asked, passed
+    def __init__(self, slots_smem: Any, full: Any, empty: Any):
+        self.slots_smem, self.full, self.empty = slots_smem, full, empty
         self.num_slots = slots_smem.shape[0]
-        self.depth = 0 if asked is None else asked.shape[0]
-
-    def ask(self, count, source_gmem):
-        slot = count % self.depth
-
-        @pl.when(count >= self.depth)
-        def _():
-            plgpu.barrier_wait(self.passed.at[slot])
-
-        plgpu.async_prefetch(source_gmem)
-        plgpu.barrier_arrive(self.asked.at[slot])
-        return count + 1
 
     def fill(self, count, source_gmem):
         slot = count % self.num_slots
-        if self.depth:
-            plgpu.barrier_wait(self.asked.at[count % self.depth])
 
         @pl.when(count >= self.num_slots)
         def _():
@@ -103,8 +85,6 @@ class Ring:
 
     def release(self, count):
         plgpu.barrier_arrive(self.empty.at[count % self.num_slots])
-        if self.depth:
-            plgpu.barrier_arrive(self.passed.at[count % self.depth])
 
 
 class Linears:
@@ -157,27 +137,30 @@ class Linears:
 
             yield count, weight, to_y
 
-    def copy_multiply(self, fill, layer, count):
+    def copy_multiply(self, layer, count):
         for number, source, _ in self._shares(layer):
 
             def tile(n, count, source=source):
                 def chunk(c, count):
-                    return fill(count, source(n, pl.ds((self.first_chunk + c) * PIECE, PIECE)))
+                    return self.ring.fill(count, source(n, pl.ds((self.first_chunk + c) * PIECE, PIECE)))
 
                 return lax.fori_loop(0, self.num_chunks, chunk, count)
 
             count = lax.fori_loop(0, number, tile, count)
         return count
 
-    def multiply(self, layer, count, x_piece: Callable[[Any], Any], x_smem):
-        """`x_piece(c)`: input columns [c · PIECE, (c + 1) · PIECE) as a ref [N, PIECE]."""
+    def multiply(self, layer, count, x_piece: Callable[[Any], Any], x_smem, r_smem):
+        """`x_piece(c)`: input columns [c · PIECE, (c + 1) · PIECE) as a ref [N, PIECE]. Leaves r [N], where there is a norm,
+        in `r_smem`: found here, where weights are on their way, it makes nobody wait."""
         last = self.group.chunks - 1
         pieces = [x_piece(jnp.minimum(self.first_chunk + c, last)) for c in range(self.group.slice_chunks)]
         tiles = [load(piece.transpose((1, 0)), plgpu.Layout.WGMMA_TRANSPOSED) for piece in pieces]
         for c, tile in enumerate(tiles):
             x_smem.at[c].transpose((1, 0))[...] = tile
         plgpu.commit_smem()
-        for number, _, targets in self._shares(layer):
+        for place, (number, _, targets) in enumerate(self._shares(layer)):
+            if place == min(1, len(self.group.names) - 1) and self.norm_dim is not None:
+                r_smem[...] = self._inverse_rms()
 
             def tile(n, count, targets=targets):
                 refs = targets(n)
@@ -213,7 +196,7 @@ class Linears:
 
         return pl.run_scoped(product, *[plgpu.ACC((HALF, self.plan.columns), jnp.float32)] * halves)
 
-    def copy_finish(self, fill, layer, count, passes: Sequence[tuple[str, ...]]):
+    def copy_finish(self, layer, count, passes: Sequence[tuple[str, ...]]):
         memory, plan = self.memory, self.plan
         for names in passes:
             first, number = self._finish_share(names)
@@ -227,7 +210,7 @@ class Linears:
                     def piece(p, count, name=name):
                         expert, part = divmod_(p, plan.rank_pieces)
                         ranks = pl.ds(part * PIECE, PIECE)
-                        return fill(count, memory.b[name].at[layer, memory.experts[expert], rows, ranks])
+                        return self.ring.fill(count, memory.b[name].at[layer, memory.experts[expert], rows, ranks])
 
                     count = lax.fori_loop(0, self._used_pieces, piece, count)
                 return count
@@ -235,11 +218,13 @@ class Linears:
             count = lax.fori_loop(0, number, tile, count)
         return count
 
-    def finish(self, layer, count, passes: Sequence[tuple[str, ...]], follow: Callable[..., None], h_smem):
-        """`follow(names, row, values)` stores the values [HALF, N] at these rows of the linears `names`; linears of a pass
-        have equal shapes and are finished together."""
+    def finish(
+        self, layer, count, passes: Sequence[tuple[str, ...]], follow: Callable[..., Callable[..., None]], h_smem, r_smem
+    ):
+        """`follow(names, row)` reads what it needs for these rows of the linears `names`, and returns the function that takes
+        their values [HALF, N] and stores what comes of them. Linears of a pass have equal shapes."""
         plan, group = self.plan, self.group
-        r = self._inverse_rms()
+        r = None if self.norm_dim is None else load(r_smem, COLUMNS)
         for names in passes:
             first, number = self._finish_share(names)
             out_dim = group.outs[group.names.index(names[0])]
@@ -251,16 +236,18 @@ class Linears:
                 plgpu.commit_smem()
 
             def tile(n, count, names=names, first=first, out_dim=out_dim):
-                tile, values = first + n * plan.num_blocks, []
+                tile = first + n * plan.num_blocks
+                rows = [jnp.minimum(tile * TILE + half * HALF, out_dim - HALF) for half in (0, 1)]
+                stores, values = [follow(names, row) for row in rows], []
                 for name in names:
-                    *halves, count = self._tile_of(name, names, layer, tile, r, count, h_smem)
+                    *halves, count = self._tile_of(name, names, layer, tile, rows, r, count, h_smem)
                     values.append(halves)
                 for half in (0, 1):
-                    row, these = tile * TILE + half * HALF, [halves[half] for halves in values]
+                    store, these = stores[half], [halves[half] for halves in values]
                     if half == 0 or out_dim % TILE == 0:
-                        follow(names, row, these)
+                        store(*these)
                     else:
-                        pl.when(row < out_dim)(lambda row=row, these=these: follow(names, row, these))
+                        pl.when(tile * TILE + HALF < out_dim)(lambda store=store, these=these: store(*these))
                 return count
 
             count = lax.fori_loop(0, number, tile, count)
@@ -295,10 +282,12 @@ class Linears:
 
         lax.fori_loop(0, self._used_pieces, piece, None)
 
-    def _tile_of(self, name, names, layer, tile, r, count, h_smem):
+    def _tile_of(self, name, names, layer, tile, rows, r, count, h_smem):
         """The two halves of a tile, [HALF, N] each, and the new count."""
         group, memory = self.group, self.memory
         at = group.first_tile(name) + tile
+        bias, shape = memory.biases.get(name), (HALF, self.plan.columns)
+        biases = [] if bias is None else [load(bias.at[layer, pl.ds(row, HALF)], ROWS) for row in rows]
         halves = [sum_of(load(memory.y_part.at[s, at, half]) for s in range(group.slices)) for half in (0, 1)]
         if r is not None:
             halves = [y * over_rows(r, y.shape) for y in halves]
@@ -306,13 +295,8 @@ class Linears:
             place = [n for n in names if n in group.adapted].index(name)
             *expanded, count = self._products(count, self._used_pieces, lambda p: h_smem.at[place, p], 2)
             halves = [y + more for y, more in zip(halves, expanded, strict=True)]
-        bias = memory.biases.get(name)
-        if bias is not None:
-            out_dim = group.outs[group.names.index(name)]
-            for half in (0, 1):
-                row = jnp.minimum(tile * TILE + half * HALF, out_dim - HALF)
-                values = load(bias.at[layer, pl.ds(row, HALF)], ROWS).astype(jnp.float32)
-                halves[half] += over_columns(values, halves[half].shape)
+        for half, values in enumerate(biases):
+            halves[half] += over_columns(values.astype(jnp.float32), shape)
         return *halves, count
 
 

@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.attention import Attention
+from pallas_kernels.decode_token.attention import Attention, rounded
 from pallas_kernels.decode_token.linear import ROWS, Linears, Ring, load, load_transposed, over_columns, silu
 from pallas_kernels.decode_token.linear import store_transposed
 from pallas_kernels.decode_token.plan import HALF, PIECE, TILE, Plan
@@ -36,9 +36,9 @@ from pallas_kernels.decode_token.plan import HALF, PIECE, TILE, Plan
 
 @dataclass(frozen=True)
 class Phase:
-    """`copy(fill, layer, count)` names the chunks that `compute(layer, count)` takes; both return the new count."""
+    """`copy(layer, count)` fills the ring, `compute(layer, count)` empties it; both return the new count."""
 
-    copy: Callable[[Any, Any, Any], Any]
+    copy: Callable[[Any, Any], Any]
     compute: Callable[[Any, Any], Any]
 
 
@@ -52,13 +52,13 @@ def _phases(plan: Plan, m: SimpleNamespace, s: SimpleNamespace, ring: Ring, mode
 
     def multiply(linear, x_piece):
         return Phase(
-            linear.copy_multiply, lambda layer, count: linear.multiply(layer, count, x_piece, s.x_smem)
+            linear.copy_multiply, lambda layer, count: linear.multiply(layer, count, x_piece, s.x_smem, s.r_smem)
         )
 
     def finish(linear, passes, follow):
         return Phase(
-            lambda fill, layer, count: linear.copy_finish(fill, layer, count, passes),
-            lambda layer, count: linear.finish(layer, count, passes, partial(follow, layer), s.h_smem),
+            lambda layer, count: linear.copy_finish(layer, count, passes),
+            lambda layer, count: linear.finish(layer, count, passes, partial(follow, layer), s.h_smem, s.r_smem),
         )
 
     def of_rows(ref):
@@ -68,44 +68,48 @@ def _phases(plan: Plan, m: SimpleNamespace, s: SimpleNamespace, ring: Ring, mode
         head, part = piece * PIECE // head_dim, piece * PIECE % head_dim
         return m.context.at[:, head // group_size, head % group_size, pl.ds(part, PIECE)]
 
-    def to_heads(layer, names, row, values):
-        (name,), (value,) = names, values
-        head, part = row // head_dim, row % head_dim
+    def to_heads(layer, names, row):
+        (name,), head, part = names, row // head_dim, row % head_dim
         if name == "q_proj":
             target = m.q_raw.at[:, head // group_size, head % group_size, pl.ds(part, HALF)]
         else:
             target = (m.k_raw if name == "k_proj" else m.v_new.at[layer]).at[:, head, pl.ds(part, HALF)]
-        store_transposed(target, value)
+        return partial(store_transposed, target)
 
     def to_residual(next_norm):
-        def follow(layer, names, row, values):
-            rows, (value,) = pl.ds(row, HALF), values
-            x_rows = m.x.at[:, rows]
-            x = load_transposed(x_rows).astype(jnp.float32) + value.astype(m.x.dtype).astype(jnp.float32)
-            x = x.astype(m.x.dtype)
-            store_transposed(x_rows, x)
-            x = x.astype(jnp.float32)
-            weight = load(m.norms.at[next_norm(layer), rows], ROWS).astype(jnp.float32)
-            store_transposed(m.x_weighted.at[:, rows], x * over_columns(weight, x.shape))
-            m.squares.at[row // HALF][...] = (x * x).sum(axis=0)
+        def follow(layer, names, row):
+            x_rows = m.x.at[:, pl.ds(row, HALF)]
+            x = load_transposed(x_rows).astype(jnp.float32)
+            weight = load(m.norms.at[next_norm(layer), pl.ds(row, HALF)], ROWS).astype(jnp.float32)
+
+            def store(value):
+                after = rounded(x + rounded(value, m.x.dtype), m.x.dtype)
+                store_transposed(x_rows, after)
+                store_transposed(m.x_weighted.at[:, pl.ds(row, HALF)], after * over_columns(weight, after.shape))
+                m.squares.at[row // HALF][...] = (after * after).sum(axis=0)
+
+            return store
 
         return follow
 
-    def to_hidden(layer, names, row, values):
-        gate, up = (value.astype(m.hidden.dtype).astype(jnp.float32) for value in values)
-        act = silu(gate).astype(m.hidden.dtype).astype(jnp.float32)
-        store_transposed(m.hidden.at[:, pl.ds(row, HALF)], act * up)
+    def to_hidden(layer, names, row):
+        def store(gate, up):
+            gate, up = rounded(gate, m.hidden.dtype), rounded(up, m.hidden.dtype)
+            store_transposed(m.hidden.at[:, pl.ds(row, HALF)], rounded(silu(gate), m.hidden.dtype) * up)
 
-    def to_logits(layer, names, row, values):
-        m.logits.at[pl.ds(row, HALF)][...] = values[0]
+        return store
+
+    def to_logits(layer, names, row):
+        def store(value):
+            m.logits.at[pl.ds(row, HALF)][...] = value
+
+        return store
 
     qkv, o, gate_up = linears(plan.qkv, True), linears(plan.o, False), linears(plan.gate_up, True)
     down, head = linears(plan.down, False), linears(plan.head, True)
     attention = Attention(plan, m, ring, eps=model.norm_eps)
 
-    plain_smem = getattr(s, "plain_smem", None)
-
-    def nothing(fill, layer, count):
+    def nothing(layer, count):
         return count
 
     def combine(layer, count):
@@ -115,7 +119,7 @@ def _phases(plan: Plan, m: SimpleNamespace, s: SimpleNamespace, ring: Ring, mode
     layer_phases = [
         multiply(qkv, of_rows(m.x_weighted)),
         finish(qkv, [("q_proj",), ("k_proj",), ("v_proj",)], to_heads),
-        Phase(attention.copy, lambda layer, count: attention.attend(layer, count, s.q_smem, s.p_smem, plain_smem)),
+        Phase(attention.copy, lambda layer, count: attention.attend(layer, count, s.q_smem, s.p_smem, s.plain_smem)),
         *([Phase(nothing, combine)] if plan.splits > 1 else []),
         multiply(o, of_heads),
         finish(o, [("o_proj",)], to_residual(lambda layer: 2 * layer + 1)),
@@ -130,53 +134,37 @@ def _phases(plan: Plan, m: SimpleNamespace, s: SimpleNamespace, ring: Ring, mode
 def _kernel(*refs, names, plan, model, span, compiled, **scratch):
     """`span`: (first layer, last layer + 1, phases of a layer, phases after the last) to run."""
     m, s = _nested(names, refs), SimpleNamespace(**scratch)
-    ring = Ring(s.ring_smem, s.ring_full, s.ring_empty, *((s.ring_asked, s.ring_passed) if plan.depth else ()))
+    if "in_turn" in scratch:
+        s.x_smem, s.h_smem, (s.q_smem, s.p_smem, s.plain_smem) = scratch["in_turn"]
+    ring = Ring(s.ring_smem, s.ring_full, s.ring_empty)
     layer_phases, last_phases = _phases(plan, m, s, ring, model)
     low, high, these, last = span
     layer_phases, last_phases = layer_phases[slice(*these)], last_phases[slice(*last)]
     arrived = pl.get_global(plgpu.SemaphoreType.REGULAR) if compiled else None
-    group = lax.axis_index("group")
-
-    def all_chunks(fill):
-        def of_layer(layer, count):
-            for phase in layer_phases:
-                count = phase.copy(fill, layer, count)
-            return count
-
-        count = lax.fori_loop(low, high, of_layer, jnp.int32(0))
-        for phase in last_phases:
-            count = phase.copy(fill, 0, count)
-
     def barrier(number):
         """The `number`-th time, all blocks have come here, and see what all have stored before."""
         if compiled:  # the interpreter runs one phase in a launch, or one block
             plgpu.semaphore_signal(arrived, 1, memory_scope="gpu")
             plgpu.semaphore_wait(arrived, plan.num_blocks * number, decrement=False, memory_scope="gpu")
 
-    @pl.when(group == 0)
-    def _compute():
-        if compiled and plan.depth:
-            plgpu.set_max_registers(232, action="increase")
+    def run(phases_do, between):
+        """All phases in order, with `between(number of phases done)` after each but the last."""
 
         def of_layer(layer, count):
             for i, phase in enumerate(layer_phases):
-                count = phase.compute(layer, count)
-                barrier((layer - low) * len(layer_phases) + i + 1)
+                count = phases_do(phase)(layer, count)
+                between((layer - low) * len(layer_phases) + i + 1)
             return count
 
         count = lax.fori_loop(low, high, of_layer, jnp.int32(0))
         for i, phase in enumerate(last_phases):
-            count = phase.compute(0, count)
+            count = phases_do(phase)(0, count)
             if i + 1 < len(last_phases):
-                barrier((high - low) * len(layer_phases) + i + 1)
+                between((high - low) * len(layer_phases) + i + 1)
 
-    for index, fill in enumerate([ring.fill, *([ring.ask] if plan.depth else [])]):
-
-        @pl.when(group == index + 1)
-        def _(fill=fill):
-            if compiled and plan.depth:
-                plgpu.set_max_registers(40, action="decrease")
-            all_chunks(fill)
+    is_copier = lax.axis_index("group") == 1
+    pl.when(is_copier)(lambda: run(lambda phase: phase.copy, lambda number: None))
+    pl.when(jnp.logical_not(is_copier))(lambda: run(lambda phase: phase.compute, barrier))
 
 
 def _nested(names: Sequence[tuple[str, ...]], refs: Sequence[Any]) -> SimpleNamespace:
@@ -228,6 +216,15 @@ def run_token(
         transforms = plgpu.TilingTransform((8, width // dtype.itemsize)), plgpu.SwizzleTransform(width)
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
+    # Inputs, experts' activations, and attention's operands: one at a time, so they take the same place.
+    used_in_turn = {
+        "x_smem": ring(plan.x_chunks, n, PIECE),
+        "h_smem": ring(*plan.h_shape, n, PIECE),
+        "q_smem": ring(model.head_dim // PIECE, HALF, PIECE), "p_smem": ring(HALF, TILE),
+        "plain_smem": plgpu.SMEM((HALF, PIECE), dtype),
+    }  # fmt: skip
+    x, h, *attention = used_in_turn.values()
+    in_turn = x, h, attention
     num_phases = 9 + (plan.splits > 1)
 
     def launch(span):
@@ -236,18 +233,14 @@ def run_token(
             out_type=(),
             grid=(plan.num_blocks,),
             grid_names=("block",),
-            num_threads=3 if plan.depth else 2,
+            num_threads=2,
             thread_name="group",
             scratch_types={
                 "ring_smem": ring(plan.slots, TILE, PIECE),
                 "ring_full": plgpu.Barrier(num_barriers=plan.slots),
                 "ring_empty": plgpu.Barrier(num_barriers=plan.slots),
-                **({name: plgpu.Barrier(num_barriers=plan.depth) for name in ("ring_asked", "ring_passed")} if plan.depth else {}),
-                "x_smem": ring(plan.x_chunks, n, PIECE),
-                "h_smem": ring(*plan.h_shape, n, PIECE),
-                "q_smem": ring(model.head_dim // PIECE, HALF, PIECE),
-                "p_smem": ring(HALF, TILE),
-                **({"plain_smem": plgpu.SMEM((HALF, PIECE), dtype)} if model.head_dim == PIECE else {}),
+                "r_smem": plgpu.SMEM((n,), jnp.float32),
+                **(used_in_turn if interpret else {"in_turn": plgpu.RefUnion(*in_turn)}),
             },
             interpret=interpret,
         )(*refs.values())

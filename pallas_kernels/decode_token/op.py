@@ -20,7 +20,6 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.decode_token.plan import HALF, PIECE, TILE, Plan, make_plan
 
 MAX_BATCH = 32
-DEPTH = 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,14 +89,13 @@ def obstacle(shape: Shape, dtype: Any, batch: int, targets: tuple[str, ...] = ()
 
 
 def plan_for(
-    shape: Shape, experts: Experts | None, batch: int, cache_slots: int, num_blocks: int, depth: int = 0
+    shape: Shape, experts: Experts | None, batch: int, cache_slots: int, num_blocks: int
 ) -> Plan:
     targets = () if experts is None else tuple(experts.a)
     return make_plan(
         shape.linears(), targets, batch=batch, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
         cache_slots=cache_slots, max_used=1 if experts is None else len(experts.used),
         rank=PIECE if experts is None else next(iter(experts.a.values())).shape[2], num_blocks=num_blocks,
-        depth=depth,
     )  # fmt: skip
 
 
@@ -115,7 +113,6 @@ def decode_token(
     interpret: Any = False,
     num_blocks: int | None = None,
     one_launch: bool = True,
-    depth: int = DEPTH,
 ) -> tuple[Float[Array, "B V"], Float[Array, "L B K H"], Float[Array, "L B K H"]]:
     """Logits (fp32), and the keys and values of the token, which the caller writes into the cache.
 
@@ -136,7 +133,7 @@ def decode_token(
     why_not = obstacle(shape, x.dtype, batch, targets, rank)
     if why_not is not None:
         raise ValueError(f"decode_token cannot run: {why_not}")
-    plan = plan_for(shape, experts, batch, slots, num_blocks or jax.devices()[0].core_count, 0 if interpret else depth)
+    plan = plan_for(shape, experts, batch, slots, num_blocks or jax.devices()[0].core_count)
     rows = ((0, plan.columns - batch), (0, 0))
     x = jnp.pad(x, rows)
     squares = jnp.square(x.astype(jnp.float32)).sum(axis=1)  # of the whole row, where the kernel adds up those of tiles

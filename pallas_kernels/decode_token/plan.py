@@ -16,7 +16,7 @@ PIECE = 64
 SHARED_MEMORY = 227 * 1024
 RESERVED = 6 * 1024
 """Of the shared memory: for barriers and for reductions."""
-MAX_SLICES, MAX_SLOTS, MAX_INPUT = 16, 12, 64 * 1024
+MAX_SLICES, MAX_SLOTS, MAX_INPUT = 16, 12, 48 * 1024
 SPLIT_SLOTS = 512
 """Positions of the cache that one thread block reads at least."""
 
@@ -73,8 +73,6 @@ class Plan:
     """Of `PIECE` ranks, per expert."""
     slots: int
     """Of the ring of chunks in shared memory."""
-    depth: int
-    """Chunks that a thread block asks for ahead of its products, those in the ring included; 0: only those in the ring."""
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -124,7 +122,6 @@ def make_plan(
     max_used: int,
     rank: int,
     num_blocks: int,
-    depth: int,
     itemsize: int = 2,
 ) -> Plan:
     """`shapes`: (out, in) of the seven linears and of `lm_head`."""
@@ -142,9 +139,9 @@ def make_plan(
     x_bytes = max(part.slice_chunks for part in parts.values()) * PIECE * columns * itemsize
     pieces = -(-rank // PIECE)
     h_bytes = max(1, len(parts["gate_up"].adapted)) * max_used * pieces * PIECE * columns * itemsize
-    q_bytes = HALF * (head_dim + TILE + (PIECE if head_dim == PIECE else 0)) * itemsize
-    left = SHARED_MEMORY - RESERVED - x_bytes - h_bytes - q_bytes
+    q_bytes = HALF * (head_dim + TILE + PIECE) * itemsize
+    left = SHARED_MEMORY - RESERVED - max(x_bytes, h_bytes, q_bytes)  # they are never used at the same time
     return Plan(
         **parts, columns=columns, num_blocks=num_blocks, splits=splits, max_used=max_used, rank_pieces=pieces,
-        slots=min(MAX_SLOTS, left // (TILE * PIECE * itemsize)), depth=depth,
+        slots=min(MAX_SLOTS, left // (TILE * PIECE * itemsize)),
     )  # fmt: skip
