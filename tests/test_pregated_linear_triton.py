@@ -49,11 +49,16 @@ def interpreted_call(*args, kernel, out_shape, zeroed_outputs, grid, name, num_w
     return [jnp.asarray(x) for x in outputs]
 
 
+def interpreted_sum(values, axis, keep_dims=False):
+    """Triton's own is a kernel's function, which interpreted leaves the language patched."""
+    return tl.reduce(values, axis, tl.standard._sum_combine, keep_dims=keep_dims)
+
+
 @pytest.fixture
 def interpreter(monkeypatch):
     for name in HELPERS:
         monkeypatch.setattr(kernels, name, triton_interpreter.InterpretedFunction(getattr(kernels, name).fn))
-    monkeypatch.setattr(tl, "sum", triton_interpreter.InterpretedFunction(tl.sum.fn))
+    monkeypatch.setattr(tl, "sum", interpreted_sum)
     monkeypatch.setitem(sys.modules, "jax_triton", SimpleNamespace(triton_call=interpreted_call))
 
 
@@ -76,9 +81,10 @@ def test_default_tiles(interpreter, case):
     assert_near(pregated_linear(*inputs, case.layer, implementation="triton"), *inputs, case.layer)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [(80, "bfloat16"), (80, "float32"), (90, "bfloat16"), (90, "float16")]
+)
+@pytest.mark.parametrize("batch", [1, 32])
 def test_compiles_without_gpu(monkeypatch, tmp_path, capability, dtype, batch):
     """q, k and v of an 8B model: 16-byte loads, tensor cores for a batch, nothing in local memory."""
     compiled = []
@@ -105,7 +111,7 @@ def test_compiles_without_gpu(monkeypatch, tmp_path, capability, dtype, batch):
     jax.eval_shape(partial(pregated_linear, implementation="triton"), x, weights, a, b, mixture, layer)
     ptx = compiled[0].asm["ptx"]
     wide = "ld.global.v4.b32" if batch == 1 else "cp.async.cg.shared.global"
-    for wanted in (wide, "atom.global.gpu.acquire.add", "release.add"):
+    for wanted in (wide, "ld.global.gpu.acquire", "atom.global.gpu.release.add"):
         assert wanted in ptx, wanted
     assert ".local" not in ptx
     assert ("mma" in ptx) == (batch > 1 and dtype != "float32")  # tf32 would lose 13 bits
