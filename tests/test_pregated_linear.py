@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import benchmarks.pregated_linear as benchmark
 from adafuse_jax.adapters.lora import LoRAExperts
 from adafuse_jax.adapters.router import Routing
 from pallas_kernels.pregated_linear import IMPLEMENTATIONS, Mixture, choose_implementation, make_mixture, op
@@ -302,3 +303,35 @@ def test_invalid(what):
     changes, message = INVALID[what]
     with pytest.raises(ValueError, match=message):
         linear(**invalid(**changes))
+
+
+class TestBenchmark:
+    """The script at a tiny size."""
+
+    def run(self):
+        groups = {"q, k": ({"q": 32, "k": 16}, 48)}
+        benchmark.run(groups, num_layers=2, repeats=1, batches=(1, 3), implementations=("xla",))
+
+    def test_lines(self, capsys):
+        self.run()
+        _, *lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 4
+        assert all("GB/s" in line for line in lines)
+
+    def test_bytes(self):
+        """Of one layer: W once, the factors of the experts in use."""
+        factors = benchmark.draw({"q": 32}, 48, num_layers=2)
+        w, factor = 2 * 32 * 48, 2 * benchmark.RANK * (32 + 48)
+        for batch, used in ((1, 2), (2, 4), (8, 8)):
+            assert benchmark.moved_bytes(*factors, benchmark.mixture_of(batch)) == w + used * factor
+
+    def test_wrong_results_end_the_run(self, monkeypatch):
+        """One element is off, in the function measured and not in the reference."""
+
+        def wrong(x, weights, a, b, mixture, layer, *, implementation):
+            y = linear(x, weights, a, b, mixture, layer, implementation="xla")
+            return y | {"k": y["k"].at[0, 3].add(1.0)} if implementation == "wrong" else y
+
+        monkeypatch.setattr(benchmark, "pregated_linear", wrong)
+        with pytest.raises(SystemExit, match="4 wrong results"):
+            benchmark.run({"k": ({"k": 16}, 48)}, 2, repeats=1, batches=(1, 3), implementations=("wrong", "xla"))
