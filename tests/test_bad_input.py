@@ -502,7 +502,13 @@ DECODE = [
     Case("adapter rank text", ("{}/" + ADAPTER_CONFIG, "rank", "'2'"), ADAPTER, edit_json(ADAPTER_CONFIG, rank="2")),
     Case(
         "adapter method unknown",
-        ("{}/" + ADAPTER_CONFIG, "'mola'", "give"),
+        ("{}/" + ADAPTER_CONFIG, "'mixture'", "give"),
+        ADAPTER,
+        edit_json(ADAPTER_CONFIG, adapter="mixture"),
+    ),
+    Case(
+        "adapter of another method",
+        ("{}/" + ADAPTER_CONFIG, "unknown keys ['num_experts']", "missing keys ['experts_per_layer']", "give"),
         ADAPTER,
         edit_json(ADAPTER_CONFIG, adapter="mola"),
     ),
