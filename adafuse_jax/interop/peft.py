@@ -29,7 +29,9 @@ NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "use_dora": (False,), "lora_bias": (False,), "bias": ("none",), "modules_to_save": ([],), "rank_pattern": ({},),
     "alpha_pattern": ({},), "layer_replication": ([],), "trainable_token_indices": ([], {}), "target_parameters": ([],),
-    "fan_in_fan_out": (False,), "use_qalora": (False,),
+    "fan_in_fan_out": (False,), "use_qalora": (False,), "use_bdlora": (False,), "alora_invocation_tokens": ([],),
+    "arrow_config": (), "kasa_config": (), "monteclora_config": (),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the backbone
 }  # fmt: skip
 """Variants of LoRA that have other mathematics → the values that leave it plain; None and absence do too."""
 
