@@ -54,14 +54,14 @@ def export(config: ExportConfig) -> None:
     adapter = load_adapter(
         config.adapter, read_model_config(directory), backbone_identity=identity, dtype=jnp.dtype("float32")
     )
-    if config.format != "adafuse-jax" and not isinstance(adapter, LoRA):
-        raise UserError(
-            f"--format {config.format} is for a LoRA, and {config.adapter} is an adapter of {adapter.config.adapter}, whose "
-            "experts change from token to token; decode it with decode.py"
-        )
     try:
         if config.format == "adafuse-jax":
             save_adapter(adapter, out, backbone_name=config.model, backbone_identity=identity)
+        elif not isinstance(adapter, LoRA):
+            raise UserError(
+                f"--format {config.format} is for a LoRA, and {config.adapter} is an adapter of {adapter.config.adapter}, "
+                "whose experts change from token to token; decode it with decode.py"
+            )
         elif config.format == "peft":
             save_peft_lora(adapter, out, backbone_name=config.model)
         else:

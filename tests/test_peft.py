@@ -177,7 +177,7 @@ class TestRefused:
             self.load(directory, config)
         path.unlink()
         (directory / "adapter_model.bin").write_bytes(b"")
-        with pytest.raises(UserError, match="convert its .bin"):
+        with pytest.raises(UserError, match=r"convert its \.bin"):
             self.load(directory, config)
 
 

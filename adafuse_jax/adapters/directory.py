@@ -65,6 +65,8 @@ def read_adapter_table(directory: Path) -> dict[str, Any]:
     """adapter_config.json as it is: of train.py, or of PEFT."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such adapter directory; give one that train.py wrote")
+    if (directory / "config.json").exists() and not (directory / CONFIG_FILE).exists():
+        raise UserError(f"{directory}: is a whole model, not an adapter; give it as --model, without --adapter")
     return read_json(directory / CONFIG_FILE)
 
 

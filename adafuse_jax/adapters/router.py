@@ -38,10 +38,10 @@ class Routing:
         chosen = jnp.moveaxis(self.experts[..., 0, :], -2, 0)  # [B, *routers, k]
         return chosen.reshape(len(chosen), -1)
 
-    def dense_gates(self) -> Float[Array, "B T E"]:
+    def dense_gates(self) -> Float[Array, "*routers B T E"]:
         """Gates of all experts: exactly k nonzero per token."""
-        chosen = jax.nn.one_hot(self.experts, self.probabilities.shape[-1], dtype=self.gates.dtype)  # [B, T, k, E]
-        return jnp.einsum("btk,btke->bte", self.gates, chosen)
+        chosen = jax.nn.one_hot(self.experts, self.probabilities.shape[-1], dtype=self.gates.dtype)  # […, k, E]
+        return jnp.einsum("...k,...ke->...e", self.gates, chosen)
 
 
 class Router(nnx.Module):

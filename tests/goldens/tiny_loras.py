@@ -25,12 +25,15 @@ class LoRACase:
 
 LORAS = {
     "all_linears": LoRACase(model="llama_gqa_tied", targets=ATTENTION + FFN, rank=4, alpha=6),
-    "rank_stabilised": LoRACase(model="qwen2_window", targets=("q_proj", "v_proj", "down_proj"), rank=3, alpha=2, rslora=True),
-}  # fmt: skip
+    "rank_stabilised": LoRACase(
+        model="qwen2_window", targets=("q_proj", "v_proj", "down_proj"), rank=3, alpha=2, rslora=True
+    ),
+}
 
 
 def factors(name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """For a model of tensors of `shapes`: `model.layers.0.self_attn.q_proj.lora_A.weight` [R, in] and so on, float32; each depends on its name alone."""
+    """The LoRA of a model of tensors of `shapes`: `model.layers.0.self_attn.q_proj.lora_A.weight` [R, in] and so on, in
+    float32. Each depends on its name alone."""
     case, tensors = LORAS[name], {}
     for weight, shape in shapes.items():
         module = weight.removesuffix(".weight")
