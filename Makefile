@@ -1,5 +1,5 @@
 # make demo   train a small backbone and AdaFuse adapters on this machine's CPU, decode with both, show who used which expert
-# make test   the test suite        make check   lint, format and types        make goldens   compare with transformers
+# make test   the test suite        make check   lint, format and types        make goldens   compare with transformers and PEFT
 #
 # Each makes .venv first, with Python 3.12 or newer. EXTRAS=dev,cuda installs JAX for NVIDIA GPUs.
 
@@ -33,7 +33,7 @@ format: .venv/installed
 	$(VENV) -m ruff check --fix .
 	$(VENV) -m ruff format .
 
-goldens:
+goldens: .venv/installed
 	tests/goldens/check.sh
 
 clean:

@@ -7,9 +7,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from adafuse_jax.errors import UserError
+from adafuse_jax.presets import PRESETS
 
 DType = Literal["float32", "bfloat16"]
-Strategy = Literal["unmerged", "golden", "switch", "simple"]
+Method = Literal["adafuse", "moral", "mola", "pesc", "lora", "full", "none"]
+Strategy = Literal["unmerged", "golden", "switch", "simple", "merged"]
+TOKEN_STRATEGIES = ("golden", "switch", "simple")
+"""Those that merge the experts of one token, and so decode one row on one device."""
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN_LINEARS = ("gate_proj", "up_proj", "down_proj")
@@ -21,6 +25,18 @@ def flag(help: str, default: Any = ..., metavar: str | None = None) -> Any:
     """A dataclass field with the help text its command-line flag shows; without a default the flag is required."""
     metadata = {"help": help, "metavar": metavar}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
+def _preset(help: str, name: str) -> Any:
+    """The flag of a setting whose default is the method's."""
+    values: dict[str, list[str]] = {}
+    for method, preset in PRESETS.items():
+        if name in preset.settings:
+            value = preset.settings[name]
+            text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            values.setdefault(text, []).append(method)
+    told = "; ".join(f"{' '.join(methods)}: {text}" for text, methods in values.items())
+    return flag(f"{help} (default, by method: {told})", None)
 
 
 def require(condition: bool, message: str) -> None:
@@ -105,37 +121,85 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterConfig:
-    """Which linears get experts, how many, how large, and how the router chooses among them."""
+    """The method, which linears get experts, how many, how large, and how the router chooses among them.
 
-    adapter: Literal["adafuse"] = flag("adapter method", "adafuse")
-    targets: tuple[str, ...] = flag(f"linears that get experts: any of {' '.join(LINEARS)}, or 'all'", LINEARS)
-    num_experts: int = flag("experts per linear, E", 8)
-    rank: int = flag("LoRA rank of each expert, R", 64)
-    top_k: int = flag("experts active per token, k", 2)
-    alpha: float = flag("LoRA scale: each expert's output is multiplied by alpha / rank", 128.0)
-    dropout: float = flag("share of each expert's inputs dropped while training", 0.0)
-    renormalize: bool = flag("gates are a softmax over the k selected logits; off: over all E logits, then top-k", True)
-    balance_coefficient: float = flag("weight of the load-balance loss E·Σ f_e·P_e", 0.01)
+    A setting that is not given is the method's preset; one that the method does not have is None, and refused when given.
+    """
+
+    adapter: Method = flag("method: mixtures of experts, one LoRA, all weights, or no training at all", "adafuse")
+    targets: tuple[str, ...] = _preset(f"linears that get experts: any of {' '.join(LINEARS)}, or 'all'", "targets")
+    num_experts: int = _preset("experts per linear, E", "num_experts")
+    experts_per_layer: tuple[int, ...] = _preset(
+        "experts per linear by depth, for equal parts of the layers from the first to the last; one number is for all",
+        "experts_per_layer",
+    )
+    rank: int = _preset("LoRA rank of each expert, R; width of a PESC adapter", "rank")
+    top_k: int = _preset("experts active per token, k", "top_k")
+    alpha: float = _preset("LoRA scale: each expert's output is multiplied by alpha / rank", "alpha")
+    dropout: float = _preset("share of each expert's inputs dropped while training", "dropout")
+    renormalize: bool = _preset(
+        "gates are a softmax over the k selected logits; off: over all E logits, then top-k", "renormalize"
+    )
+    balance_coefficient: float = _preset("weight of the load-balance loss E·Σ f_e·P_e", "balance_coefficient")
 
     def __post_init__(self) -> None:
-        targets = LINEARS if tuple(self.targets) == ("all",) else tuple(self.targets)
-        unknown = [name for name in targets if name not in LINEARS]
-        require(not unknown, f"--targets: unknown linear {unknown!r}; choose from {' '.join(LINEARS)}, or 'all'")
-        require(bool(targets), f"--targets is empty; name at least one of {' '.join(LINEARS)}")
-        object.__setattr__(self, "targets", tuple(name for name in LINEARS if name in targets))
+        settings = PRESETS[self.adapter].settings
+        for f in fields(self):
+            given, default = getattr(self, f.name), settings.get(f.name)
+            name = "--" + f.name.replace("_", "-")
+            if f.name != "adapter":
+                require(
+                    given is None or default is not None,
+                    f"{name} is no setting of --adapter {self.adapter}, which has "
+                    f"{', '.join('--' + s.replace('_', '-') for s in settings) or 'none'}; leave it out",
+                )
+                object.__setattr__(self, f.name, default if given is None else given)
+        if self.targets is not None:
+            targets = LINEARS if tuple(self.targets) == ("all",) else tuple(self.targets)
+            unknown = [name for name in targets if name not in LINEARS]
+            require(not unknown, f"--targets: unknown linear {unknown!r}; choose from {' '.join(LINEARS)}, or 'all'")
+            require(bool(targets), f"--targets is empty; name at least one of {' '.join(LINEARS)}")
+            object.__setattr__(self, "targets", tuple(name for name in LINEARS if name in targets))
         require_finite(self)
         require_positive(self, "num_experts", "rank", "top_k", "alpha")
+        if self.experts_per_layer is not None:
+            numbers = " ".join(map(str, self.experts_per_layer))
+            require(bool(numbers), "--experts-per-layer is empty; give one number or several")
+            require(
+                min(self.experts_per_layer) >= self.top_k,
+                f"--experts-per-layer {numbers}: no layer can have fewer than --top-k {self.top_k}; raise the smallest",
+            )
         require(
-            self.top_k <= self.num_experts,
+            self.num_experts is None or self.top_k <= self.num_experts,
             f"--top-k {self.top_k} is larger than --num-experts {self.num_experts}; choose at most as many as there are",
         )
-        require(0 <= self.dropout < 1, f"--dropout is {self.dropout}: it must be in [0, 1)")
-        require(self.balance_coefficient >= 0, f"--balance-coefficient is {self.balance_coefficient}: it must be ≥ 0")
+        require(self.dropout is None or 0 <= self.dropout < 1, f"--dropout is {self.dropout}: it must be in [0, 1)")
+        require(
+            self.balance_coefficient is None or self.balance_coefficient >= 0,
+            f"--balance-coefficient is {self.balance_coefficient}: it must be ≥ 0",
+        )
 
     @property
     def scale(self) -> float:
         """s = α / R."""
         return self.alpha / self.rank
+
+    @property
+    def max_experts(self) -> int:
+        """The most experts that a router of the method chooses from; 0 without a router."""
+        return self.num_experts or max(self.experts_per_layer or (0,))
+
+    def table(self) -> dict[str, Any]:
+        """The method and those settings that it has."""
+        return {"adapter": self.adapter} | {name: getattr(self, name) for name in PRESETS[self.adapter].settings}
+
+    def require_strategy(self, strategy: str) -> None:
+        """Raise `UserError` unless the method can decode so."""
+        fitting = PRESETS[self.adapter].strategies
+        require(
+            strategy in fitting,
+            f"--strategy {strategy} does not fit an adapter of {self.adapter}; it decodes {' or '.join(fitting)}",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +211,9 @@ class TrainConfig:
         "data sets: SOURCE[:SUBSET][@FORMAT][=WEIGHT], SOURCE a preset, hub id, file or directory", metavar="SPEC"
     )
     output: str = flag("directory for checkpoints, metrics, plots and the final adapter", metavar="DIR")
+    init_lora: str | None = flag(
+        "LoRA to begin from, written by train.py or PEFT: it is every expert's initial value", None, "DIR"
+    )
     eval_dataset: tuple[str, ...] = flag(
         "held-out data sets; default: the sets' own validation or test split", (), "SPEC"
     )
@@ -198,10 +265,12 @@ class DecodeConfig:
     """What `python decode.py` does: model, prompts, sampling, output."""
 
     model: str = flag("Hugging Face model directory or hub id", metavar="DIR|ID")
-    adapter: str | None = flag("adapter directory written by train.py; default: the bare backbone", None, "DIR")
+    adapter: str | None = flag(
+        "adapter directory written by train.py, or a LoRA of PEFT; default: the bare backbone", None, "DIR"
+    )
     strategy: Strategy = flag(
         "how a token's experts act: beside the weights, merged into a second copy of them (golden), merged in place, which "
-        "drifts (switch), or merged layer by layer (simple)",
+        "drifts (switch), merged layer by layer (simple), or, a LoRA, merged once before decoding (merged)",
         "unmerged",
     )
     prompt: str | None = flag("one prompt; without a prompt, prompts are read from stdin, one a line", None, "TEXT")
@@ -210,7 +279,8 @@ class DecodeConfig:
     )
     tensor_parallel: int = flag("devices that share the model and decode together, unmerged", 1)
     batch_size: int | None = flag(
-        "prompts of --prompts-file decoded together; default: 8, and 1 with a strategy that merges", None
+        "prompts of --prompts-file decoded together; default: 8, and 1 with a strategy that merges each token's experts",
+        None,
     )
     chat: bool = flag("talk to the model; the conversation and its cache are kept until a line says /new", False)
     system: str | None = flag("system message put before the prompt", None, "TEXT")
@@ -242,7 +312,7 @@ class DecodeConfig:
             f"--strategy {self.strategy} merges on one device; leave --tensor-parallel out, or decode unmerged",
         )
         require(
-            self.strategy == "unmerged" or self.batch_size in (None, 1),
+            self.strategy not in TOKEN_STRATEGIES or self.batch_size in (None, 1),
             f"--strategy {self.strategy} merges the experts of one prompt; give --batch-size 1, or decode unmerged",
         )
         require(
@@ -266,4 +336,4 @@ class DecodeConfig:
     @property
     def rows(self) -> int:
         """Prompts decoded together."""
-        return self.batch_size or (8 if self.strategy == "unmerged" else 1)
+        return self.batch_size or (1 if self.strategy in TOKEN_STRATEGIES else 8)

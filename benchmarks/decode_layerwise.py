@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int, Key
 
-from adafuse_jax.adapters.lora import LoRAExperts, LoRAParam
+from adafuse_jax.adapters.base import Hook
+from adafuse_jax.adapters.low_rank import LoRAExperts, LoRAParam
 from adafuse_jax.adapters.router import Router
 from adafuse_jax.configs import AdapterConfig, ModelConfig
 from adafuse_jax.model.layers import Linear
@@ -41,10 +42,8 @@ class LayerWise(nnx.Module):
         return LayerWiseHook(experts)
 
 
-class LayerWiseHook:
+class LayerWiseHook(Hook):
     """One layer: route and add, linear by linear."""
-
-    routing = None
 
     def __init__(self, experts: nnx.Dict):
         self.experts = experts

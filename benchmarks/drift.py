@@ -38,7 +38,7 @@ from adafuse_jax import AdaFuse, Backbone, load_backbone, runtime
 from adafuse_jax.adapters.adafuse import AdaFuseLayer
 from adafuse_jax.adapters.directory import load_adapter
 from adafuse_jax.adapters.router import Routing
-from adafuse_jax.configs import DType
+from adafuse_jax.configs import DType, ModelConfig
 from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.decoding.merging import Merged, adapted_weights, factors, unmerge, with_weights
 from adafuse_jax.decoding.sampling import Sampling, sample
@@ -140,6 +140,14 @@ def golden(pristine: dict[str, Array], adapter: AdaFuse, merged: Merged) -> dict
     terms = golden_terms(merged.experts, merged.gates, adapter.config.scale)
     out = jax.tree.map(jnp.zeros_like, pristine)
     return sgmm(out, *factors(adapter), terms, pristine=pristine)
+
+
+def load_adafuse(directory: str, config: ModelConfig, *, backbone_identity: str, dtype: jnp.dtype) -> AdaFuse:
+    """The adapter in `directory`; the other methods have no strategy that drifts."""
+    adapter = load_adapter(directory, config, backbone_identity=backbone_identity, dtype=dtype)
+    if not isinstance(adapter, AdaFuse):
+        raise UserError(f"{directory}: is an adapter of {adapter.config.adapter}; give one of adafuse")
+    return adapter
 
 
 def weight_error(weights: dict[str, Array], pristine: dict[str, Array], adapter: AdaFuse, merged: Merged) -> float:
@@ -292,7 +300,7 @@ def main(argv: Sequence[str]) -> None:
     results: dict[str, Any] = {}
     for dtype in DTYPES:
         model = load_backbone(arguments.model, dtype)
-        adapter = load_adapter(arguments.adapter, config, backbone_identity=identity, dtype=jnp.dtype(dtype))
+        adapter = load_adafuse(arguments.adapter, config, backbone_identity=identity, dtype=jnp.dtype(dtype))
         if arguments.text is not None:
             tokens = jnp.asarray(text_tokens(arguments.text, tokenizer, rows, length))
         elif tokens is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import ClassVar
 
 import jax
@@ -11,11 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from goldens.tiny_models import CASES, write_model_dir
+from reference import f64, hidden_states, top_k_gates
 
 from adafuse_jax import AdaFuse, AdapterConfig, load_backbone
 from adafuse_jax.adapters.directory import load_adapter, save_adapter
 from adafuse_jax.adapters.router import Router, Routing, balance_loss, router_statistics
 from adafuse_jax.configs import LINEARS, ModelConfig
+from adafuse_jax.presets import PRESETS
 
 POSITIONS = {
     "attention": ("q_proj", "v_proj"),
@@ -68,65 +69,19 @@ def tokens_of(model, shape=(2, 12), seed=0):
 
 def reference_hidden(model, adapter: AdaFuse, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Final hidden states and dense gates of one row, token by token and expert by expert in float64 (Eq. 2)."""
-    c, a = model.config, adapter.config
-    f64 = lambda x: np.asarray(x, np.float64)  # noqa: E731
-    half = c.head_dim // 2
-    frequency = c.rope.theta ** (-np.arange(half) * 2 / c.head_dim)
-    keys = [[] for _ in range(c.num_layers)]
-    values = [[] for _ in range(c.num_layers)]
-    hidden, all_gates = [], []
+    config, all_gates = adapter.config, []
 
-    def norm(x, module, layer=None):
-        weight = f64(module.weight[...] if layer is None else module.weight[layer])
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps) * weight
+    def adapted(layer, name, x, y):
+        if name not in config.targets:
+            return y
+        if layer == 0 and name == config.targets[0]:
+            all_gates.append(top_k_gates(f64(adapter.router.weight[...]) @ x, config.top_k))
+        experts = adapter.experts[name]
+        for gate, a, b in zip(all_gates[-1], f64(experts.A[layer]), f64(experts.B[layer]), strict=True):
+            y = y + gate * config.alpha / config.rank * (b @ (a @ x))
+        return y
 
-    def rope(heads, position):
-        cos, sin = np.cos(position * frequency), np.sin(position * frequency)
-        first, second = heads[:, :half], heads[:, half:]
-        return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-
-    for position, token in enumerate(tokens):
-        x, gates = f64(model.embed_tokens[token]), None
-        for layer in range(c.num_layers):
-
-            def linear(name, h, layer=layer):
-                nonlocal gates
-                module = getattr(model.layers, name)
-                y = f64(module.weight[layer]) @ h
-                if module.bias is not None:
-                    y = y + f64(module.bias[layer])
-                if name not in a.targets:
-                    return y
-                if layer == 0 and name == a.targets[0]:
-                    logits = f64(adapter.router.weight[...]) @ h
-                    chosen = np.argsort(-logits)[: a.top_k]
-                    gates = np.zeros(a.num_experts)
-                    gates[chosen] = np.exp(logits[chosen]) / np.exp(logits[chosen]).sum()
-                for e in range(a.num_experts):
-                    low_rank = f64(adapter.experts[name].B[layer, e]) @ (f64(adapter.experts[name].A[layer, e]) @ h)
-                    y = y + gates[e] * a.alpha / a.rank * low_rank
-                return y
-
-            h = norm(x, model.layers.input_layernorm, layer)
-            q, k, v = (linear(n, h).reshape(-1, c.head_dim) for n in ("q_proj", "k_proj", "v_proj"))
-            if c.qk_norm:
-                q, k = norm(q, model.layers.q_norm, layer), norm(k, model.layers.k_norm, layer)
-            keys[layer].append(rope(k, position))
-            values[layer].append(v)
-            window = c.sliding_windows[layer] or len(tokens)
-            context = []
-            for head, row in enumerate(rope(q, position)):
-                group = head // (c.num_heads // c.num_kv_heads)
-                scores = np.array([row @ key[group] for key in keys[layer][-window:]]) / np.sqrt(c.head_dim)
-                p = np.exp(scores - scores.max())
-                context.append((p / p.sum()) @ np.array([value[group] for value in values[layer][-window:]]))
-            x = x + linear("o_proj", np.concatenate(context))
-            h = norm(x, model.layers.post_attention_layernorm, layer)
-            gate = linear("gate_proj", h)
-            x = x + linear("down_proj", gate / (1 + np.exp(-gate)) * linear("up_proj", h))
-        hidden.append(norm(x, model.norm))
-        all_gates.append(gates)
-    return np.array(hidden), np.array(all_gates)
+    return hidden_states(model, tokens, adapted), np.array(all_gates)
 
 
 class TestEquation:
@@ -288,8 +243,7 @@ class TestEverySettingIsRead:
     }  # fmt: skip
 
     def test_the_table_is_complete(self):
-        names = {f.name for f in dataclasses.fields(AdapterConfig)} - {"adapter"}
-        assert names == self.CHANGES.keys()
+        assert PRESETS["adafuse"].settings.keys() == self.CHANGES.keys()
 
     @pytest.mark.parametrize("name", CHANGES)
     def test_a_change_changes_the_training_loss(self, models, name):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -25,12 +25,13 @@ import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.directory import save_adapter
+from adafuse_jax.adapters.methods import make_adapter
 from adafuse_jax.cli import parse_flags
-from adafuse_jax.configs import AdapterConfig, TrainConfig
+from adafuse_jax.configs import AdapterConfig, Strategy, TrainConfig
 from adafuse_jax.interop.hf_config import read_model_config
 from adafuse_jax.interop.huggingface import backbone_identity
+from adafuse_jax.presets import PRESETS
 
 Damage = Callable[[Path], object]
 WEIGHTS = "model/model.safetensors"
@@ -111,6 +112,8 @@ def other_backbone(folder: Path) -> None:
     tiny.write_model(folder / "model", name="another")
 
 
+FULL = {"adapter": "full", "num_experts": None, "rank": None}
+MOLA = {"adapter": "mola", "num_experts": None}
 TRAIN = [
     # flags
     Case("unknown flag", ("--bogus", "--help"), {"bogus": 1}),
@@ -120,6 +123,27 @@ TRAIN = [
     Case("no model", ("--model is required",), {"model": None}),
     Case("no data set", ("--dataset is required",), {"dataset": None}),
     Case("top_k above experts", ("--top-k 5", "--num-experts 4", "choose at most"), {"top_k": 5}),
+    Case("method unknown", ("--adapter", "'mixture'", "mola"), {"adapter": "mixture"}),
+    Case("experts of lora", ("--num-experts is no setting of --adapter lora", "leave it out"), {"adapter": "lora"}),
+    Case("targets of pesc", ("--targets is no setting of --adapter pesc",), {"adapter": "pesc", "targets": ["q_proj"]}),
+    Case("rank of full", ("--rank is no setting of --adapter full", "leave it out"), FULL | {"rank": 2}),
+    Case("depths of adafuse", ("--experts-per-layer is no setting", "leave it out"), {"experts_per_layer": [2]}),
+    Case(
+        "more depths than layers",
+        ("--experts-per-layer 2 3 4", "2 layers", "give at most"),
+        MOLA | {"experts_per_layer": [2, 3, 4]},
+    ),
+    Case("a depth below top_k", ("--experts-per-layer 1 2", "raise"), MOLA | {"experts_per_layer": [1, 2]}),
+    Case("none without evaluation", ("--adapter none only evaluates", "raise it"), FULL | {"adapter": "none"}),
+    Case("no init LoRA", ("{}/nowhere", "no such adapter", "give"), {"init_lora": "{}/nowhere"}),
+    Case("init LoRA is none", ("--init-lora {}/adapter", "of adafuse", "give a LoRA"), {"init_lora": "{}/adapter"}),
+    Case("init LoRA of another rank", ("--init-lora {}/lora", "give --rank 2"), {"init_lora": "{}/lora", "rank": 3}),
+    Case(
+        "init LoRA of other targets",
+        ("--init-lora {}/lora", "q_proj", "--targets"),
+        {"init_lora": "{}/lora", "targets": ["v_proj"]},
+    ),
+    Case("init LoRA of pesc", ("--init-lora {}/lora", "leave it out"), {"init_lora": "{}/lora", "adapter": "pesc"}),
     Case("rank 0", ("--rank is 0", "greater than 0"), {"rank": 0}),
     Case("rank beyond the disk", ("--output", "GB are free", "free space"), {"rank": 10**9}),
     Case("unknown target", ("--targets", "'x_proj'", "choose from"), {"targets": ["q_proj", "x_proj"]}),
@@ -370,6 +394,9 @@ TRAIN = [
 
 ADAPTER = {"adapter": "{}/adapter"}
 PROMPTS = {"prompt": None, "prompts_file": "{}/p.jsonl"}
+OTHERS: dict[str, dict[str, Any]] = {
+    "lora": {}, "moral": {"num_experts": 4}, "mola": {"experts_per_layer": (2, 3)}, "pesc": {"num_experts": 4},
+}  # fmt: skip
 DECODE = [
     # flags
     Case("unknown flag", ("--bogus", "--help"), {"bogus": 1}),
@@ -394,7 +421,17 @@ DECODE = [
     Case("strategy unknown", ("--strategy", "'fast'", "golden"), {"strategy": "fast"}),
     *(
         Case(f"{strategy} without adapter", (f"--strategy {strategy}", "give --adapter"), {"strategy": strategy})
-        for strategy in ("golden", "switch", "simple")
+        for strategy in ("golden", "switch", "simple", "merged")
+    ),
+    *(
+        Case(
+            f"{strategy} of {method}",
+            (f"--strategy {strategy} does not fit an adapter of {method}", "unmerged"),
+            {"adapter": f"{{}}/{folder}", "strategy": strategy},
+        )
+        for method, folder in (("adafuse", "adapter"), *((m, m) for m in OTHERS))
+        for strategy in get_args(Strategy)
+        if strategy not in PRESETS[method].strategies
     ),
     Case("more devices than there are", ("--tensor-parallel 64", "at most"), {"tensor_parallel": 64}),
     Case("no device", ("--tensor-parallel is 0", "greater than 0"), {"tensor_parallel": 0}),
@@ -478,6 +515,7 @@ DECODE = [
     ),
     # adapter
     Case("adapter missing", ("{}/none", "no such adapter", "give"), {"adapter": "{}/none"}),
+    Case("adapter is a model", ("{}/model", "is a whole model", "--model"), {"adapter": "{}/model"}),
     Case("adapter is a file", ("{}/alpha.jsonl", "no such adapter", "give"), {"adapter": "{}/alpha.jsonl"}),
     Case("adapter config missing", ("{}/" + ADAPTER_CONFIG, "complete"), ADAPTER, remove(ADAPTER_CONFIG)),
     Case("adapter config corrupt", ("{}/" + ADAPTER_CONFIG, "restore"), ADAPTER, truncate(ADAPTER_CONFIG)),
@@ -502,7 +540,13 @@ DECODE = [
     Case("adapter rank text", ("{}/" + ADAPTER_CONFIG, "rank", "'2'"), ADAPTER, edit_json(ADAPTER_CONFIG, rank="2")),
     Case(
         "adapter method unknown",
-        ("{}/" + ADAPTER_CONFIG, "'mola'", "give"),
+        ("{}/" + ADAPTER_CONFIG, "'mixture'", "give"),
+        ADAPTER,
+        edit_json(ADAPTER_CONFIG, adapter="mixture"),
+    ),
+    Case(
+        "adapter of another method",
+        ("{}/" + ADAPTER_CONFIG, "unknown keys ['num_experts']", "missing keys ['experts_per_layer']", "give"),
         ADAPTER,
         edit_json(ADAPTER_CONFIG, adapter="mola"),
     ),
@@ -543,6 +587,8 @@ DECODE = [
 STEP_2 = "run/checkpoints/2"
 RESUME = [
     Case("output in use", ("--output {}/run", "in use", "--resume"), {"resume": None}),
+    Case("another method", ("{}/" + STEP_2, "adapter 'adafuse'", "'moral'", "resume with"), {"adapter": "moral"}),
+    Case("another beginning", ("{}/" + STEP_2, "initial", "resume with the same"), {"init_lora": "{}/lora"}),
     Case("another rank", ("{}/" + STEP_2, "rank 2", "has 3", "resume with the same"), {"rank": 3}),
     Case("other targets", ("{}/" + STEP_2, "targets", "resume with the same"), {"targets": ["q_proj"]}),
     Case("another seed", ("{}/" + STEP_2, "seed 0", "resume with the same"), {"seed": 1}),
@@ -572,16 +618,13 @@ RESUME = [
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with everything good in it: model, data, adapter."""
+    """A folder with everything good in it: model, data, an adapter of AdaFuse in `adapter`, and one of each other method."""
     folder = tiny.write_folder(tmp_path_factory.mktemp("template"))
-    config = AdapterConfig(num_experts=4, rank=2)
-    adapter = AdaFuse(config, read_model_config(folder / "model"), rngs=nnx.Rngs(0))
-    save_adapter(
-        adapter,
-        folder / "adapter",
-        backbone_name="tiny",
-        backbone_identity=backbone_identity(folder / "model"),
-    )
+    model, identity = read_model_config(folder / "model"), backbone_identity(folder / "model")
+    for method, settings in {"adafuse": {"num_experts": 4}, **OTHERS}.items():
+        adapter = make_adapter(AdapterConfig(adapter=method, rank=2, **settings), model, rngs=nnx.Rngs(0))
+        out = folder / ("adapter" if method == "adafuse" else method)
+        save_adapter(adapter, out, backbone_name="tiny", backbone_identity=identity)
     return folder
 
 

@@ -219,7 +219,7 @@ class TestTrainingImprovesRouting:
 
 def test_nnx_state_of_an_adapter_is_all_trainable():
     from adafuse_jax import AdaFuse, AdapterConfig, ModelConfig
-    from adafuse_jax.adapters.lora import LoRAParam
+    from adafuse_jax.adapters.low_rank import LoRAParam
 
     shapes = ModelConfig(
         model_type="llama", vocab_size=8, embed_dim=8, hidden_dim=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8,

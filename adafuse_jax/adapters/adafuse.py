@@ -11,10 +11,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from adafuse_jax.adapters.lora import LoRAExperts
-from adafuse_jax.adapters.router import Router, Routing
+from adafuse_jax.adapters.base import Hook
+from adafuse_jax.adapters.low_rank import LoRAExperts, dropped
+from adafuse_jax.adapters.router import Router, Routing, balance_loss
 from adafuse_jax.configs import LINEARS, AdapterConfig, ModelConfig
 from adafuse_jax.model.layers import Linear
 
@@ -62,8 +63,12 @@ class AdaFuse(nnx.Module):
     ) -> AdaFuseLayer:
         return AdaFuseLayer(self, experts, layer, routing, key)
 
+    def balance_loss(self, routing: Routing, mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+        """Of the one router."""
+        return balance_loss(routing, mask)
 
-class AdaFuseLayer:
+
+class AdaFuseLayer(Hook):
     """The hook of one layer: layer 0 routes at the first target, every layer adds its chosen experts."""
 
     def __init__(
@@ -82,10 +87,7 @@ class AdaFuseLayer:
             return y
         if name == self.adapter.first_target:
             self._route(x)
-        dropout = self.adapter.config.dropout
-        if self.key is not None and dropout > 0:
-            keep = jax.random.bernoulli(jax.random.fold_in(self.key, LINEARS.index(name)), 1 - dropout, x.shape)
-            x = jnp.where(keep, x / (1 - dropout), 0).astype(x.dtype)
+        x = dropped(x, self.adapter.config.dropout, self.key, LINEARS.index(name))
         return y + self.experts[name](x, self.routing)
 
     def _route(self, x: Array) -> None:

@@ -1,21 +1,44 @@
-"""What the backbone asks of an adapter: a hook for each layer, and a routing that travels from layer to layer."""
+"""What the backbone asks of an adapter: a hook for each layer, and routings, carried from layer to layer or made in each.
+
+method    router                               experts see, and are                      experts per layer
+adafuse   one, at the first adapted linear     its input; linear                         E
+moral     each adapted linear, its input       its input; linear                         E
+mola      each adapted linear, its input       its input; linear                         by depth
+pesc      each layer, the FFN's input          the FFN's output; U·GELU(D h), nonlinear  E
+lora      none                                 its input; linear                         one, always
+full      none                                 every weight of the backbone trains       none
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
+from adafuse_jax.adapters.router import Routing
 from adafuse_jax.model.layers import Linear
 
 
-class LayerHook(Protocol):
-    """One layer's view of an adapter, alive while that layer is traced."""
+class Hook:
+    """One layer's view of an adapter, alive while that layer is traced. This one changes nothing.
 
-    routing: Any
+    `routing` is what the layer before left and travels on to the next; `made` is the routing of this layer's own
+    routers, if it has any.
+    """
 
-    def __call__(self, name: str, linear: Linear, x: Array) -> Array:
-        """The adapted output [B, T, out] of `linear`, which the layer calls `name`, at its input x [B, T, in]."""
+    routing: Any = None
+    made: Routing | None = None
+
+    def __call__(self, name: str, linear: Linear, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
+        """The adapted output of `linear`, which the layer calls `name`."""
+        return linear(x)
+
+    def ffn(
+        self, block: Callable[[Float[Array, "B T D"]], Float[Array, "B T D"]], x: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """The adapted output of the whole feed-forward block, whose linears `__call__` adapts."""
+        return block(x)
 
 
 class Adapter(Protocol):
@@ -23,9 +46,9 @@ class Adapter(Protocol):
     """Per-layer parameters, every leaf stacked as [L, …]."""
 
     def initial_routing(self, batch: int, length: int) -> Any:
-        """The routing before layer 0, for tokens [B, T]."""
+        """The routing before layer 0, for tokens [B, T]; None if none is carried."""
 
-    def hook(self, experts: Any, layer: int | Int[Array, ""], routing: Any, key: Key[Array, ""] | None) -> LayerHook:
+    def hook(self, experts: Any, layer: int | Int[Array, ""], routing: Any, key: Key[Array, ""] | None) -> Hook:
         """The hook of one layer: `experts` is that layer's slice, `layer` its index (an int where the
         layers are unrolled), `routing` what the layer before left, `key` the
         randomness of its dropout (None: no dropout)."""

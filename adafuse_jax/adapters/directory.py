@@ -1,12 +1,14 @@
 """The adapter directory: what training leaves behind and decoding takes up. Two files,
 
-adapter_config.json          the `AdapterConfig`, and the identity of the backbone it belongs to
-adapter_model.safetensors    router.weight [E, in]; experts.<target>.A [L, E, R, in], experts.<target>.B [L, E, out, R]
+adapter_config.json          the method and its settings, and the identity of the backbone it belongs to
+adapter_model.safetensors    the module's leaves by their path; of AdaFuse router.weight [E, in],
+                             experts.<target>.A [L, E, R, in], experts.<target>.B [L, E, out, R]
+
+A LoRA that PEFT wrote, in files of the same two names, is taken too.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import typing
@@ -19,28 +21,38 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.adapters.methods import MODULES, AnyAdapter, make_adapter
 from adafuse_jax.configs import AdapterConfig, ModelConfig
 from adafuse_jax.errors import UserError
 from adafuse_jax.interop.hf_config import read_json
 from adafuse_jax.interop.huggingface import readable
+from adafuse_jax.presets import PRESETS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
-def save_adapter(adapter: AdaFuse, out: Path, *, backbone_name: str, backbone_identity: str) -> None:
+def save_adapter(adapter: AnyAdapter, out: Path, *, backbone_name: str, backbone_identity: str) -> None:
     """Write `adapter` to the directory `out`, replacing an adapter that is there. At any moment a complete one
     exists under its name, or as `.old` or `.partial` beside it."""
+    table = {**adapter.config.table(), "backbone": {"name": backbone_name, "identity": backbone_identity}}
+    tensors = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(adapter))}
+    write_adapter_files(out, table, tensors, metadata={"format": "adafuse-jax"})
+
+
+def write_adapter_files(
+    out: Path, table: dict[str, Any], tensors: dict[str, np.ndarray], *, metadata: dict[str, str]
+) -> None:
+    """The two files, in place of a directory that is there."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    table = {
-        **dataclasses.asdict(adapter.config),
-        "backbone": {"name": backbone_name, "identity": backbone_identity},
-    }
     (partial / CONFIG_FILE).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    tensors = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(adapter))}
-    save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "adafuse-jax"})
+    save_file(tensors, partial / WEIGHTS_FILE, metadata=metadata)
+    replace_directory(partial, out)
+
+
+def replace_directory(partial: Path, out: Path) -> None:
+    """`partial` becomes `out`; what was there is kept as `.old` until then."""
     old = out.with_name(out.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
@@ -49,23 +61,32 @@ def save_adapter(adapter: AdaFuse, out: Path, *, backbone_name: str, backbone_id
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_adapter_config(directory: Path) -> tuple[AdapterConfig, dict[str, Any]]:
-    """The `AdapterConfig` in `directory`, and the backbone's `{"name", "identity"}` it was trained for."""
+def read_adapter_table(directory: Path) -> dict[str, Any]:
+    """adapter_config.json as it is: of train.py, or of PEFT."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such adapter directory; give one that train.py wrote")
-    path = directory / CONFIG_FILE
-    table = read_json(path)
-    backbone = table.pop("backbone", None)
+    if (directory / "config.json").exists() and not (directory / CONFIG_FILE).exists():
+        raise UserError(f"{directory}: is a whole model, not an adapter; give it as --model, without --adapter")
+    return read_json(directory / CONFIG_FILE)
+
+
+def _parse(table: dict[str, Any], path: Path) -> tuple[AdapterConfig, dict[str, Any]]:
+    """The `AdapterConfig` in the file `path`, and the backbone's `{"name", "identity"}` it was trained for."""
+    advice = "give an adapter that train.py wrote"
+    backbone, method = table.pop("backbone", None), table.get("adapter")
     if not isinstance(backbone, dict) or not all(isinstance(backbone.get(k), str) for k in ("name", "identity")):
-        raise UserError(f"{path}: does not name its backbone; give an adapter that train.py wrote")
-    known = {f.name for f in dataclasses.fields(AdapterConfig)}
+        raise UserError(f"{path}: does not name its backbone; {advice}")
+    if method not in MODULES:
+        raise UserError(f"{path}: adapter is {method!r}, none of {', '.join(MODULES)}; {advice}")
+    known = {"adapter", *PRESETS[method].settings}
     unknown, missing = sorted(table.keys() - known), sorted(known - table.keys())
     if unknown or missing:
-        raise UserError(f"{path}: unknown keys {unknown}, missing keys {missing}; give an adapter that train.py wrote")
+        raise UserError(f"{path}: unknown keys {unknown}, missing keys {missing}; {advice}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
-    for name, hint in typing.get_type_hints(AdapterConfig).items():
-        if not _fits(values[name], hint):
-            raise UserError(f"{path}: {name} is {table[name]!r}; give an adapter that train.py wrote")
+    hints = typing.get_type_hints(AdapterConfig)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise UserError(f"{path}: {name} is {table[name]!r}; {advice}")
     try:
         return AdapterConfig(**values), backbone
     except UserError as error:
@@ -84,14 +105,20 @@ def _fits(value: Any, hint: Any) -> bool:
     return type(value) is hint
 
 
-def load_adapter(directory: str | Path, model: ModelConfig, *, backbone_identity: str, dtype: jnp.dtype) -> AdaFuse:
-    """The adapter in `directory`, its experts cast to `dtype` (the router stays in fp32).
+def load_adapter(directory: str | Path, model: ModelConfig, *, backbone_identity: str, dtype: jnp.dtype) -> AnyAdapter:
+    """The adapter in `directory`, its experts cast to `dtype` (routers stay in fp32).
 
     Raises:
-      UserError: a missing, truncated or mismatched file, or an adapter of another backbone.
+      UserError: a missing, truncated or mismatched file, or an adapter of another backbone (PEFT does not say which
+        backbone, beyond the shapes of its linears).
     """
+    from adafuse_jax.interop.peft import load_peft_lora
+
     directory = Path(directory)
-    config, backbone = read_adapter_config(directory)
+    table = read_adapter_table(directory)
+    if "peft_type" in table:
+        return load_peft_lora(directory, table, model, dtype=dtype)
+    config, backbone = _parse(table, directory / CONFIG_FILE)
     if backbone["identity"] != backbone_identity:
         raise UserError(
             f"{directory}: was trained on another backbone ('{backbone['name']}', identity "
@@ -100,7 +127,10 @@ def load_adapter(directory: str | Path, model: ModelConfig, *, backbone_identity
     path = directory / WEIGHTS_FILE
     with readable(path):
         tensors = load_file(path)
-    graphdef, abstract = nnx.split(jax.eval_shape(lambda: AdaFuse(config, model, rngs=nnx.Rngs(0))))
+    try:
+        graphdef, abstract = nnx.split(jax.eval_shape(lambda: make_adapter(config, model, rngs=nnx.Rngs(0))))
+    except UserError as error:
+        raise UserError(f"{directory / CONFIG_FILE}: {error}") from error
     leaves = {".".join(map(str, key)): (key, leaf) for key, leaf in nnx.to_flat_state(abstract)}
     if tensors.keys() != leaves.keys():
         wrong = sorted(tensors.keys() ^ leaves.keys())[0]
@@ -110,5 +140,5 @@ def load_adapter(directory: str | Path, model: ModelConfig, *, backbone_identity
         if tensors[name].shape != leaf.shape:
             shapes = f"{list(tensors[name].shape)}, {CONFIG_FILE} and the backbone say {list(leaf.shape)}"
             raise UserError(f"{path}: tensor {name} has shape {shapes}; the files are not of one adapter")
-        filled.append((key, leaf.replace(jnp.asarray(tensors[name], jnp.float32 if key[0] == "router" else dtype))))
+        filled.append((key, leaf.replace(jnp.asarray(tensors[name], jnp.float32 if "router" in key else dtype))))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))

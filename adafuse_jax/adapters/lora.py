@@ -1,54 +1,72 @@
-"""Low-rank experts of one linear: E_i(x) = s · B_i A_i x with s = α/R, A ~ U(±1/√in), B = 0.
+"""LoRA: one low-rank term per adapted linear, for every token. The baseline, and the one that merges once and for all.
 
-A is stacked as [L, E, R, in] and B as [L, E, out, R]; both train in fp32 and are used in the type of the activations.
+    y = W x + (α/R) · B A dropout(x)        (arXiv 2106.09685)
+
+It is stored as experts are, with E = 1: A [L, 1, R, in], B [L, 1, out, R].
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Int, Key
 
-if TYPE_CHECKING:
-    from adafuse_jax.adapters.router import Routing
+from adafuse_jax.adapters.base import Hook
+from adafuse_jax.adapters.low_rank import LoRAExperts, dropped
+from adafuse_jax.adapters.router import Routing
+from adafuse_jax.configs import LINEARS, AdapterConfig, ModelConfig
+from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.model.layers import Linear
 
 
-class LoRAParam(nnx.Param):
-    """A parameter that trains while the backbone stays frozen."""
+class LoRA(nnx.Module):
+    """`experts`: name of a linear → its one expert."""
+
+    def __init__(self, config: AdapterConfig, model: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.experts = nnx.Dict(
+            {
+                name: LoRAExperts(
+                    model.num_layers, *model.linear_shape(name),
+                    num_experts=1, rank=config.rank, scale=config.scale, rngs=rngs,
+                )
+                for name in config.targets
+            }
+        )  # fmt: skip
+
+    def initial_routing(self, batch: int, length: int) -> None:
+        return None
+
+    def hook(
+        self, experts: nnx.Dict, layer: int | Int[Array, ""], routing: None, key: Key[Array, ""] | None
+    ) -> LoRALayer:
+        return LoRALayer(self.config, experts, key)
 
 
-class LoRAExperts(nnx.Module):
-    """E low-rank experts of one linear in every layer; called on one layer's slice, A [E, R, in] and B [E, out, R]."""
+class LoRALayer(Hook):
+    def __init__(self, config: AdapterConfig, experts: nnx.Dict, key: Key[Array, ""] | None):
+        self.config, self.experts, self.key = config, experts, key
 
-    def __init__(
-        self, num_layers: int, out_dim: int, in_dim: int, *, num_experts: int, rank: int, scale: float, rngs: nnx.Rngs
-    ):
-        bound = in_dim**-0.5
-        shape = (num_layers, num_experts, rank, in_dim)
-        self.A = LoRAParam(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
-        self.B = LoRAParam(jnp.zeros((num_layers, num_experts, out_dim, rank), jnp.float32))
-        self.scale = scale
+    def __call__(self, name: str, linear: Linear, x: Array) -> Array:
+        y = linear(x)
+        if name not in self.experts:
+            return y
+        always = Routing.of_one_expert(*x.shape[:2])
+        return y + self.experts[name](dropped(x, self.config.dropout, self.key, LINEARS.index(name)), always)
 
-    def __call__(self, x: Float[Array, "B T in"], routing: Routing) -> Float[Array, "B T out"]:
-        """Σ_j g_j s B[e_j] A[e_j] x, partial sums in fp32.
 
-        Few tokens (a decode step) gather the factors of their own experts and read only those; otherwise all E experts
-        run as two dense products and the gates, zero for the experts not chosen, select.
-        """
-        tokens, (num_experts, top_k) = x.shape[0] * x.shape[1], (self.A.shape[0], routing.experts.shape[-1])
-        return self._gathered(x, routing) if tokens * top_k <= num_experts else self._dense(x, routing)
+def merged(model: Backbone, lora: LoRA) -> Backbone:
+    """The backbone with W + (α/R) B A for every adapted W, one rounding; it shares all other weights."""
 
-    def _dense(self, x: Array, routing: Routing) -> Array:
-        a, b = self.A[...].astype(x.dtype), self.B[...].astype(x.dtype)
-        h = jnp.einsum("bti,eri->bter", x, a, preferred_element_type=jnp.float32)
-        h = (h * (self.scale * routing.dense_gates()[..., None])).astype(x.dtype)
-        return jnp.einsum("bter,eor->bto", h, b)
+    @jax.jit
+    def add(weight: Array, a: Array, b: Array) -> Array:
+        a, b = (x[:, 0].astype(jnp.float32) for x in (a, b))
+        delta = jnp.einsum("lor,lri->loi", b, a, precision=jax.lax.Precision.HIGHEST)
+        return (weight.astype(jnp.float32) + lora.config.scale * delta).astype(weight.dtype)
 
-    def _gathered(self, x: Array, routing: Routing) -> Array:
-        a, b = self.A[routing.experts].astype(x.dtype), self.B[routing.experts].astype(x.dtype)
-        h = jnp.einsum("bti,btkri->btkr", x, a, preferred_element_type=jnp.float32)
-        h = (h * (self.scale * routing.gates[..., None])).astype(x.dtype)
-        return jnp.einsum("btkr,btkor->bto", h, b)
+    model = jax.tree.map(lambda leaf: leaf, model)
+    for name, expert in lora.experts.items():
+        linear = getattr(model.layers, name)
+        linear.weight = linear.weight.replace(add(linear.weight[...], expert.A[...], expert.B[...]))
+    return model

@@ -12,39 +12,67 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from adafuse_jax.adapters.lora import LoRAParam
+from adafuse_jax.adapters.low_rank import LoRAParam
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """`experts[…, j]` is used with `gates[…, j]`; `probabilities` is the softmax over all E logits."""
+    """`experts[…, j]` is used with `gates[…, j]`; `probabilities` is the softmax over all E logits.
 
-    experts: Int[Array, "B T k"]
-    gates: Float[Array, "B T k"]
-    probabilities: Float[Array, "B T E"]
+    Routings of many routers are stacked in front: [L, routers of a layer, B, T, …].
+    """
 
-    def dense_gates(self) -> Float[Array, "B T E"]:
+    experts: Int[Array, "*routers B T k"]
+    gates: Float[Array, "*routers B T k"]
+    probabilities: Float[Array, "*routers B T E"]
+
+    @classmethod
+    def of_one_expert(cls, batch: int, length: int) -> Routing:
+        """There is one expert, and every token uses it whole."""
+        shape = (batch, length, 1)
+        return cls(jnp.zeros(shape, jnp.int32), jnp.ones(shape), jnp.ones(shape))
+
+    def experts_of_row(self) -> Int[Array, "B choices"]:
+        """The experts that the first token of every row uses, those of all routers one after the other."""
+        chosen = jnp.moveaxis(self.experts[..., 0, :], -2, 0)  # [B, *routers, k]
+        return chosen.reshape(len(chosen), -1)
+
+    def dense_gates(self) -> Float[Array, "*routers B T E"]:
         """Gates of all experts: exactly k nonzero per token."""
-        chosen = jax.nn.one_hot(self.experts, self.probabilities.shape[-1], dtype=self.gates.dtype)  # [B, T, k, E]
-        return jnp.einsum("btk,btke->bte", self.gates, chosen)
+        chosen = jax.nn.one_hot(self.experts, self.probabilities.shape[-1], dtype=self.gates.dtype)  # […, k, E]
+        return jnp.einsum("...k,...ke->...e", self.gates, chosen)
 
 
 class Router(nnx.Module):
     """A bias-free linear W_g [E, in] in fp32, followed by top-k.
 
     `renormalize` takes the softmax over the k selected logits, so that the gates of a token sum to 1. Without it the
-    gates are the selected entries of the softmax over all E logits.
+    gates are the selected entries of the softmax over all E logits. With `num_layers` there is one in every layer, W_g
+    [L, E, in], called on one layer's slice.
     """
 
-    def __init__(self, in_dim: int, num_experts: int, top_k: int, *, renormalize: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        in_dim: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        renormalize: bool,
+        num_layers: int | None = None,
+        rngs: nnx.Rngs,
+    ):
         bound = in_dim**-0.5
-        self.weight = LoRAParam(jax.random.uniform(rngs.params(), (num_experts, in_dim), jnp.float32, -bound, bound))
+        shape = (num_experts, in_dim) if num_layers is None else (num_layers, num_experts, in_dim)
+        self.weight = LoRAParam(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
         self.top_k = top_k
         self.renormalize = renormalize
 
-    def __call__(self, x: Float[Array, "B T in"]) -> Routing:
+    def __call__(self, x: Float[Array, "B T in"], available: Int[Array, ""] | None = None) -> Routing:
+        """The routing of every token, among the first `available` experts if that is given."""
         logits = jnp.einsum("bti,ei->bte", x.astype(jnp.float32), self.weight[...], precision=jax.lax.Precision.HIGHEST)
+        if available is not None:
+            logits = jnp.where(jnp.arange(logits.shape[-1]) < available, logits, -jnp.inf)
         probabilities = jax.nn.softmax(logits, axis=-1)
         selected, experts = jax.lax.top_k(logits, self.top_k)  # [B, T, k]
         if self.renormalize:
@@ -54,35 +82,44 @@ class Router(nnx.Module):
         return Routing(experts, gates, probabilities)
 
 
-def balance_loss(routing: Routing, mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+def balance_loss(
+    routing: Routing, mask: Bool[Array, "B T"], num_experts: Int[Array, "*routers"] | int | None = None
+) -> Float[Array, "*routers"]:
     """Switch-style load balance E · Σ_e f_e · P_e over the tokens of `mask`: 1 when balanced, E/k when collapsed.
 
-    f_e is expert e's share of the top-k assignments, P_e its mean probability over all E logits.
+    f_e is expert e's share of the top-k assignments, P_e its mean probability over all E logits. `num_experts` is E where a
+    router has fewer than the arrays hold.
     """
     load, probability = expert_load(routing, mask)
-    return routing.probabilities.shape[-1] * jnp.sum(load * probability)
+    size = routing.probabilities.shape[-1] if num_experts is None else num_experts
+    return size * jnp.sum(load * probability, axis=-1)
 
 
-def expert_load(routing: Routing, mask: Bool[Array, "B T"]) -> tuple[Float[Array, " E"], Float[Array, " E"]]:
+def expert_load(
+    routing: Routing, mask: Bool[Array, "B T"]
+) -> tuple[Float[Array, "*routers E"], Float[Array, "*routers E"]]:
     """(f, P): share of the assignments, and mean probability, of every expert over the tokens of `mask`."""
     num_experts, top_k = routing.probabilities.shape[-1], routing.experts.shape[-1]
     weight = mask.astype(jnp.float32) / jnp.maximum(mask.sum(), 1)
-    chosen = jax.nn.one_hot(routing.experts, num_experts).sum(axis=-2)  # [B, T, E]
-    load = jnp.einsum("bt,bte->e", weight, chosen) / top_k
-    return load, jnp.einsum("bt,bte->e", weight, routing.probabilities)
+    chosen = jax.nn.one_hot(routing.experts, num_experts).sum(axis=-2)  # [*routers, B, T, E]
+    load = jnp.einsum("bt,...bte->...e", weight, chosen) / top_k
+    return load, jnp.einsum("bt,...bte->...e", weight, routing.probabilities)
 
 
 def router_statistics(routing: Routing, mask: Bool[Array, "B T"]) -> dict[str, Array]:
-    """Load per expert [E], mean entropy of the tokens' router distributions in nats, and share of tokens per pair [E, E].
+    """Load per expert [E], mean entropy of the tokens' router distributions in nats, and share of tokens per pair [E, E];
+    of many routers the means.
 
     `pair[a, b]` is the share of tokens that use both a and b (a ≠ b); its diagonal is the share that use a at all.
     """
     load, _ = expert_load(routing, mask)
     weight = mask.astype(jnp.float32) / jnp.maximum(mask.sum(), 1)
     chosen = jax.nn.one_hot(routing.experts, routing.probabilities.shape[-1]).sum(axis=-2)
-    entropy = -jnp.sum(routing.probabilities * jnp.log(routing.probabilities + 1e-20), axis=-1)  # [B, T]
-    return {
+    entropy = -jnp.sum(routing.probabilities * jnp.log(routing.probabilities + 1e-20), axis=-1)  # [*routers, B, T]
+    of_routers = {
         "load": load,
-        "entropy": jnp.sum(weight * entropy),
-        "pair": jnp.einsum("bt,bte,btf->ef", weight, chosen, chosen),
+        "entropy": jnp.einsum("bt,...bt->...", weight, entropy),
+        "pair": jnp.einsum("bt,...bte,...btf->...ef", weight, chosen, chosen),
     }
+    stacked = routing.experts.ndim - 3
+    return {name: value.mean(axis=tuple(range(stacked))) for name, value in of_routers.items()}

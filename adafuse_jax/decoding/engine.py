@@ -27,9 +27,14 @@ from jaxtyping import Array, Bool, Int, Key
 
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.base import Adapter
-from adafuse_jax.configs import Strategy
+from adafuse_jax.adapters.layerwise import LayerWise
+from adafuse_jax.adapters.lora import LoRA
+from adafuse_jax.adapters.lora import merged as with_lora
+from adafuse_jax.adapters.methods import AnyAdapter
+from adafuse_jax.configs import TOKEN_STRATEGIES, Strategy
 from adafuse_jax.decoding.merging import Merged, Merging, unmerge, with_weights
 from adafuse_jax.decoding.sampling import Sampling, sample
+from adafuse_jax.decoding.simple import LayerWiseMerging
 from adafuse_jax.errors import UserError
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
@@ -81,7 +86,7 @@ def _chunks(length: int) -> list[int]:
 @partial(jax.jit, static_argnames="pad_id", donate_argnames=("state", "logits"))
 def _prefill_chunk(
     model: Backbone,
-    adapter: AdaFuse | None,
+    adapter: Any,
     state: DecodeState,
     logits: Array,
     tokens: Array,
@@ -128,7 +133,7 @@ def _first_token(
 @partial(jax.jit, static_argnames=("eos_ids", "pad_id"), donate_argnames=("state", "merged"))
 def decode_step(
     model: Backbone,
-    adapter: AdaFuse | None,
+    adapter: Any,
     state: DecodeState,
     merged: Merged | None,
     sampling: Sampling,
@@ -138,14 +143,14 @@ def decode_step(
     """Read `state.token`, sample the one after it. Returns ((token, done, experts), state, merged); the old state and
     what was merged are donated. `merged` None decodes unmerged."""
     acting: Adapter | None = adapter
-    if adapter is not None and merged is not None:
+    if merged is not None:
         acting = Merging(adapter, model, merged, hold=state.done[0])
     out = model.run(
         state.token[:, None], adapter=acting, positions=state.position[:, None], cache=state.cache, unroll=True
     )
     assert out.cache is not None
     routing, merged = (out.routing, None) if merged is None else out.routing
-    experts = None if routing is None else routing.experts[:, 0]
+    experts = None if routing is None else routing.experts_of_row()
     state = replace(state, cache=out.cache, position=state.position + 1)
     state = _choose(state, model.logits(out.hidden[:, 0]), sampling, eos_ids, pad_id)
     return (state.token, state.done, experts), state, merged
@@ -161,17 +166,18 @@ class Engine:
       model: may be cut over several devices (`adafuse_jax.sharding.shard`), to decode unmerged. With strategy *switch* the
         engine takes its adapted weights over and changes them: use `engine.model` instead.
       adapter: its experts are cast to the model's type where they are merged.
-      strategy: how the experts act while decoding; all but *unmerged* decode one row at a time.
+      strategy: how the experts act while decoding; all but *unmerged* and *merged* decode one row at a time. *merged* puts a
+        LoRA into a copy of the adapted weights and then decodes the plain backbone.
       eos_ids: tokens that end a row; default: the model's own.
 
     Raises:
-      UserError: an unknown strategy, or one that merges and no adapter.
+      UserError: an unknown strategy, one that merges and no adapter, or one that does not fit the adapter.
     """
 
     def __init__(
         self,
         model: Backbone,
-        adapter: AdaFuse | None = None,
+        adapter: AnyAdapter | None = None,
         *,
         strategy: Strategy = "unmerged",
         eos_ids: Sequence[int] | None = None,
@@ -182,12 +188,20 @@ class Engine:
         if strategy != "unmerged":
             if adapter is None:
                 raise UserError(f"strategy {strategy} merges the experts of an adapter; give one, or decode unmerged")
-            adapter = jax.tree.map(lambda leaf: leaf, adapter)
-            adapter.experts = jax.tree.map(lambda leaf: leaf.astype(model.dtype), adapter.experts)
-            self._merged = Merged.nothing(strategy, model, adapter)
+            adapter.config.require_strategy(strategy)
+        acting: AnyAdapter | LayerWiseMerging | None = adapter
+        if isinstance(adapter, LoRA) and strategy == "merged":
+            model, acting = with_lora(model, adapter), None
+        elif isinstance(adapter, LayerWise) and strategy == "simple":
+            acting = LayerWiseMerging(adapter, model.dtype)
+        elif isinstance(adapter, AdaFuse) and strategy != "unmerged":
+            fused: AdaFuse = jax.tree.map(lambda leaf: leaf, adapter)
+            fused.experts = jax.tree.map(lambda leaf: leaf.astype(model.dtype), fused.experts)
+            acting, self._merged = fused, Merged.nothing(strategy, model, fused)
             if strategy == "switch":
                 model = with_weights(model, dict.fromkeys(self._merged.weights))
-        self._model, self.adapter, self.strategy = model, adapter, strategy
+        self._merges = self._merged is not None
+        self._model, self.adapter, self.strategy = model, acting, strategy
         config = model.config
         self.context_length = config.max_position_embeddings
         self.eos_ids = tuple(config.eos_token_ids if eos_ids is None else eos_ids)
@@ -251,7 +265,7 @@ class Engine:
         """
         if not all(len(p) for p in prompts):
             raise UserError("a prompt is empty; give it at least one token")
-        if self.strategy != "unmerged" and len(prompts) > 1:
+        if self.strategy in TOKEN_STRATEGIES and len(prompts) > 1:
             raise UserError(
                 f"strategy {self.strategy} merges the experts of one row into the weights, and there are {len(prompts)} "
                 "prompts; give one at a time, or decode unmerged"
@@ -362,7 +376,7 @@ class Engine:
         return jax.block_until_ready(state)
 
     def _step(self, state: DecodeState, sampling: Sampling) -> tuple[Any, DecodeState]:
-        merged = None if self.strategy == "unmerged" else self._present()
+        merged = self._present() if self._merges else None
         self._merged, self._switched = None, False  # if the step fails, what it was given is gone
         output, state, self._merged = decode_step(
             self._model, self.adapter, state, merged, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id

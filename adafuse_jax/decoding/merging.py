@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.adapters.base import Hook
 from adafuse_jax.adapters.router import Routing
 from adafuse_jax.configs import Strategy
 from adafuse_jax.model.backbone import Backbone
@@ -120,7 +121,7 @@ class Merging:
         return routing, replace(before, weights=weights, experts=experts, gates=gates)
 
 
-class MergingLayer:
+class MergingLayer(Hook):
     """The hook of one layer: layer 0 merges at the first target, every adapted linear runs with its merged weights."""
 
     def __init__(

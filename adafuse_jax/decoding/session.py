@@ -37,8 +37,9 @@ class Completion:
     `token_ids` leaves out the end token, and holds those of a stop string. `ms_per_token` is the mean over the tokens
     after the first, which prefill makes in `prefill_ms`; None if there is no other. Neither holds compilation. `batch`
     prompts were decoded together, and each of them got a token in that time.
-    `strategy` is how the experts acted, and `experts_used` counts, per expert, the tokens read with it; both are None
-    without an adapter. `peak_device_gib` is the process's peak so far; None where the device does not tell.
+    `strategy` is how the adapter acted, None without one. `experts_used` counts, per expert, the tokens read with it,
+    once for every router that chose it; None without routers.
+    `peak_device_gib` is the process's peak so far; None where the device does not tell.
     """
 
     text: str
@@ -71,13 +72,14 @@ class Session:
                 backbone_identity=backbone_identity(directory),
                 dtype=jnp.dtype(dtype),
             )
+            adapter.config.require_strategy(config.strategy)
         model = load_backbone(directory, dtype)
         if config.tensor_parallel > 1:
             mesh = make_mesh(config.tensor_parallel, model.config)
             model, adapter = shard(model, mesh), adapter and shard(adapter, mesh)
         eos_ids = {*model.config.eos_token_ids, *stop_tokens(self.tokenizer)}
         self.engine = Engine(model, adapter, strategy=config.strategy, eos_ids=sorted(eos_ids))
-        self.num_experts = adapter.config.num_experts if adapter else 0
+        self.adapted, self.num_experts = adapter is not None, adapter.config.max_experts if adapter else 0
         self.sampling = Sampling.of(
             temperature=config.temperature,
             top_k=config.top_k,
@@ -92,7 +94,7 @@ class Session:
         an assistant's turn; a text for a bare model without a chat template, or with `--raw`, is continued as it is.
         """
         if isinstance(prompt, str):
-            trained_on_one = self.engine.adapter is not None or self.tokenizer.chat_template is not None
+            trained_on_one = self.adapted or self.tokenizer.chat_template is not None
             if self.config.raw or not (trained_on_one or self.config.system):
                 return list(self.tokenizer(prompt)["input_ids"]) or self._begin()
             prompt = [Message("user", prompt)]
@@ -193,7 +195,7 @@ class _Row:
             prefill_ms=round(1e3 * seconds[0], 3),
             ms_per_token=round(1e3 * float(np.mean(seconds[1:])), 3) if len(seconds) > 1 else None,
             batch=batch,
-            strategy=self.session.config.strategy if num_experts else None,
+            strategy=self.session.config.strategy if self.session.adapted else None,
             experts_used=self.experts_used.tolist() if num_experts else None,
             peak_device_gib=runtime.peak_device_gib(),
         )

@@ -136,13 +136,14 @@ def adapter_configs(config: DemoConfig) -> tuple[TrainConfig, AdapterConfig]:
 
 
 def command(script: str, *configs: Any) -> str:
-    """The command line that gives `configs`: every setting that is not its default."""
+    """The command line that gives `configs`: every setting that is not its default, or its method's preset."""
     python = Path(sys.executable)
     words = [str(python.relative_to(Path.cwd())) if python.is_relative_to(Path.cwd()) else "python", script]
     for config in configs:
+        preset = AdapterConfig(adapter=config.adapter) if isinstance(config, AdapterConfig) else None
         for field in dataclasses.fields(config):
             value, flag = getattr(config, field.name), field.name.replace("_", "-")
-            if value == field.default:
+            if value == (field.default if preset is None or field.name == "adapter" else getattr(preset, field.name)):
                 continue
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.adapters.base import Adapter
 from adafuse_jax.data.chat import Encoded
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.training.step import token_losses
@@ -24,7 +24,7 @@ LENGTH_BUCKET = 64
 @jax.jit
 def row_losses(
     model: Backbone,
-    adapter: AdaFuse | None,
+    adapter: Adapter | None,
     tokens: Int[Array, "B T"],
     loss_mask: Bool[Array, "B T"],
     lengths: Int[Array, " B"],
@@ -36,7 +36,7 @@ def row_losses(
 
 
 def score(
-    model: Backbone, adapter: AdaFuse | None, rows: Sequence[Encoded], *, batch_size: int
+    model: Backbone, adapter: Adapter | None, rows: Sequence[Encoded], *, batch_size: int
 ) -> Float[np.ndarray, " rows"]:
     """−log-likelihood of each row's targets, in nats. Rows of like length run together, padded to a multiple of 64."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
@@ -61,7 +61,7 @@ class HeldOut:
     choices: list[list[Encoded]]
     answers: list[int]
 
-    def evaluate(self, model: Backbone, adapter: AdaFuse | None, *, batch_size: int) -> dict[str, float]:
+    def evaluate(self, model: Backbone, adapter: Adapter | None, *, batch_size: int) -> dict[str, float]:
         """`eval_loss` in nats per target, and `accuracy` in [0, 1] if there are multiple-choice questions."""
         result = {}
         if self.rows:

@@ -3,7 +3,8 @@
     h = attention_norm(x);  x ← x + o_proj(attention(q_proj h, k_proj h, v_proj h))
     h = ffn_norm(x);        x ← x + down_proj(silu(gate_proj h) · up_proj h)
 
-The hook is called as `adapt(name, linear, x)` in place of every `linear(x)`.
+The hook is called as `adapt(name, linear, x)` in place of every `linear(x)`, and as `adapt.ffn(block, h)` in place of the
+feed-forward block.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from adafuse_jax.adapters.base import Adapter
+from adafuse_jax.adapters.base import Adapter, Hook
 from adafuse_jax.configs import ATTENTION_LINEARS, LINEARS, ModelConfig
 from adafuse_jax.model.attention import Visibility, attention
 from adafuse_jax.model.cache import KVCache
 from adafuse_jax.model.layers import Linear, RMSNorm, apply_rope, rope_frequencies, rope_tables
 
-Adapt = Callable[[str, Linear, Array], Array]
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Hidden states after the final norm, what the adapter says of its choices, and the cache with these tokens added."""
+    """Hidden states after the final norm, what the adapter says of its choices, and the cache with these tokens added.
+
+    `routing` is the one that the layers carry, or that of their own routers stacked, [L, routers of a layer, …].
+    """
 
     hidden: Float[Array, "B T D"]
     routing: Any
@@ -51,7 +53,7 @@ class DecoderLayer(nnx.Module):
         self.head_dim = config.head_dim
 
     def __call__(
-        self, x: Float[Array, "B T D"], attend: Callable[[Array, Array, Array], Array], adapt: Adapt
+        self, x: Float[Array, "B T D"], attend: Callable[[Array, Array, Array], Array], adapt: Hook
     ) -> Float[Array, "B T D"]:
         def linear(name: str, h: Array) -> Array:
             return adapt(name, getattr(self, name), h)
@@ -66,9 +68,10 @@ class DecoderLayer(nnx.Module):
         context = attend(q, k, v)
         x = x + linear("o_proj", context.reshape(*h.shape[:2], -1))
 
-        h = self.post_attention_layernorm(x)
-        hidden = jax.nn.silu(linear("gate_proj", h)) * linear("up_proj", h)
-        return x + linear("down_proj", hidden)
+        def ffn(h: Array) -> Array:
+            return linear("down_proj", jax.nn.silu(linear("gate_proj", h)) * linear("up_proj", h))
+
+        return x + adapt.ffn(ffn, self.post_attention_layernorm(x))
 
 
 class Backbone(nnx.Module):
@@ -141,7 +144,7 @@ class Backbone(nnx.Module):
         if any(config.sliding_windows):
             windows = jnp.array([w or jnp.iinfo(jnp.int32).max for w in config.sliding_windows])
 
-        def run_layer(carry: tuple, layer_inputs: tuple) -> tuple[tuple, None]:
+        def run_layer(carry: tuple, layer_inputs: tuple) -> tuple[tuple, Any]:
             x, cache, routing = carry
             layer, experts, index, window = layer_inputs
 
@@ -153,26 +156,26 @@ class Backbone(nnx.Module):
                     k, v = cache.k[index], cache.v[index]
                 return attention(q, k, v, visibility.mask(window))
 
-            if adapter is None:
-                x = layer(x, attend, lambda name, linear, x: linear(x))
-            else:
-                key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-                hook = adapter.hook(experts, index, routing, key)
-                x = layer(x, attend, hook)
-                routing = hook.routing
-            return (x, cache, routing), None
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            hook = Hook() if adapter is None else adapter.hook(experts, index, routing, key)
+            x = layer(x, attend, hook)
+            return (x, cache, hook.routing), hook.made
 
         x = self.embed_tokens[...][tokens]  # [B, T, D]
         routing = None if adapter is None else adapter.initial_routing(tokens.shape[0], tokens.shape[1])
         experts = None if adapter is None else adapter.experts
         carry, stacked = (x, cache, routing), (self.layers, experts, windows)
+        made: Any
         if unroll:
+            made = []
             for index in range(config.num_layers):
                 layer, its_experts, window = jax.tree.map(lambda leaf, at=index: leaf[at], stacked)
-                carry, _ = run_layer(carry, (layer, its_experts, index, window))
+                carry, of_layer = run_layer(carry, (layer, its_experts, index, window))
+                made.append(of_layer)
+            made = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *made)
         else:
             layers, experts, windows = stacked
             body = jax.checkpoint(run_layer, prevent_cse=False) if remat else run_layer
-            carry, _ = jax.lax.scan(body, carry, (layers, experts, jnp.arange(config.num_layers), windows))
+            carry, made = jax.lax.scan(body, carry, (layers, experts, jnp.arange(config.num_layers), windows))
         x, cache, routing = carry
-        return Output(self.norm(x), routing, cache)
+        return Output(self.norm(x), made if routing is None else routing, cache)

@@ -1,4 +1,5 @@
-"""Fine-tuning from start to finish: data → backbone → adapter → steps, evaluation, checkpoints → adapter directory."""
+"""Fine-tuning from start to finish: data → backbone → adapter → steps, evaluation, checkpoints → adapter directory (or, with
+all weights trained, model directory)."""
 
 from __future__ import annotations
 
@@ -23,19 +24,23 @@ from flax import nnx
 from safetensors import SafetensorError
 
 from adafuse_jax import runtime
-from adafuse_jax.adapters.adafuse import AdaFuse
-from adafuse_jax.adapters.directory import save_adapter
+from adafuse_jax.adapters.directory import replace_directory, save_adapter
+from adafuse_jax.adapters.full import FullWeights
+from adafuse_jax.adapters.lora import LoRA
+from adafuse_jax.adapters.methods import in_use, num_parameters
 from adafuse_jax.configs import AdapterConfig, TrainConfig
 from adafuse_jax.data.batches import Batch
 from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.errors import UserError
 from adafuse_jax.interop.hf_config import read_model_config
-from adafuse_jax.interop.huggingface import backbone_identity, load_backbone, model_directory
+from adafuse_jax.interop.huggingface import backbone_identity, export_backbone, load_backbone, model_directory
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.training.checkpoint import Checkpoints
+from adafuse_jax.training.initial import digest, initial_weights, read_initial_lora
 from adafuse_jax.training.prepare import Data, prepare_data
 from adafuse_jax.training.report import Report, plot_training, read_metrics
 from adafuse_jax.training.step import TrainState, learning_rate, make_optimizer, train_step
+from adafuse_jax.training.untrained import evaluate_only, require_evaluation
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +50,16 @@ CONFIG_FILE, METRICS_FILE, PLOT_FILE, SUMMARY_FILE = (
     "training.png",
     "summary.json",
 )
-ADAPTER_DIR, CHECKPOINT_DIR = "adapter", "checkpoints"
+ADAPTER_DIR, MODEL_DIR, CHECKPOINT_DIR = "adapter", "model", "checkpoints"
 
 NOT_IDENTITY = (
     "output", "model", "dataset", "eval_dataset", "eval_examples", "eval_every", "checkpoint_every", "keep_checkpoints",
-    "log_every", "resume", "steps", "epochs", "remat",
+    "log_every", "resume", "steps", "epochs", "remat", "init_lora",
 )  # fmt: skip
-"""Settings that a resumed run may change, or that `backbone`, `data` and `total_steps` of the identity stand for."""
+"""Settings that a resumed run may change, or that `backbone`, `data`, `total_steps`, `initial` of the identity stand for."""
+
+FINITE = ("loss", "balance", "grad_norm")
+"""Metrics whose overflow ends a run."""
 
 
 class Stopped(Exception):
@@ -61,8 +69,8 @@ class Stopped(Exception):
 def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
     """Fine-tune an adapter as `config` says and leave in `config.output`:
 
-    `adapter/` (for decode.py), `checkpoints/`, `metrics.jsonl`, `training.png`, `summary.json` and `train_config.json`.
-    Returns the summary.
+    `adapter/` (for decode.py; `model/` if all weights train), `checkpoints/`, `metrics.jsonl`, `training.png`,
+    `summary.json` and `train_config.json`; with nothing to train only metrics, summary and config. Returns the summary.
 
     Raises:
       UserError: bad input (nothing is written), a full disk, or a loss that is not finite.
@@ -70,6 +78,8 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
     """
     output = Path(config.output)
     _check_output(output, resume=config.resume)
+    if adapter_config.adapter == "none":
+        require_evaluation(config)
     directory = model_directory(config.model)
     model_config = read_model_config(directory)
     if config.max_length > model_config.max_position_embeddings:
@@ -85,21 +95,33 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
             f"{directory}: the data has token {data.largest_token} and the model {model_config.vocab_size} tokens: the "
             "tokenizer is of another model; restore the files of one"
         )
+    backbone, lora = backbone_identity(directory), None
+    if config.init_lora is not None:
+        lora = read_initial_lora(config.init_lora, adapter_config, model_config, backbone_identity=backbone)
+    if config.dtype == "float32":
+        runtime.exact_float32()
+    if adapter_config.adapter == "none":
+        model = load_backbone(directory, config.dtype)
+        _create_output(output, config, adapter_config)
+        with _disk_errors_told(output):
+            return evaluate_only(config, model, data, metrics=output / METRICS_FILE, summary=output / SUMMARY_FILE)
     steps = config.steps or max(1, math.ceil(config.epochs * data.batches.steps_per_epoch))
     optimizer = make_optimizer(config, steps)
 
-    def initial_state() -> TrainState:
+    def initial_state(model: Backbone, lora: LoRA | None) -> TrainState:
         init_key, state_key = jax.random.split(jax.random.key(config.seed))
-        adapter = AdaFuse(adapter_config, model_config, rngs=nnx.Rngs(params=init_key))
-        return TrainState(step=jnp.int32(0), adapter=adapter, moments=optimizer.init(adapter), key=state_key)
+        trained = initial_weights(adapter_config, model, lora, init_key)
+        return TrainState(step=jnp.int32(0), adapter=trained, moments=optimizer.init(trained), key=state_key)
 
-    _check_space(output, jax.eval_shape(initial_state), keep=config.keep_checkpoints)
-    if config.dtype == "float32":
-        runtime.exact_float32()
-    backbone = backbone_identity(directory)
+    abstract = jax.eval_shape(lambda: Backbone(model_config, dtype=config.dtype, rngs=nnx.Rngs(0)))
+    _check_space(output, jax.eval_shape(initial_state, abstract, lora), keep=config.keep_checkpoints)
     model = load_backbone(directory, config.dtype)
-    identity = _identity(config, adapter_config, backbone=backbone, data=data.fingerprint, total_steps=steps)
-    state = jax.block_until_ready(jax.jit(initial_state)())  # too little memory shows before anything is written
+    identity = _identity(
+        config, adapter_config, backbone=backbone, data=data.fingerprint, total_steps=steps, initial=digest(lora)
+    )
+    state = jax.block_until_ready(
+        jax.jit(initial_state)(model, lora)
+    )  # too little memory shows before anything is written
 
     if not config.resume:
         _create_output(output, config, adapter_config)
@@ -120,7 +142,10 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
         finally:
             checkpoints.close()
 
-        save_adapter(state.adapter, output / ADAPTER_DIR, backbone_name=config.model, backbone_identity=backbone)
+        if isinstance(state.adapter, FullWeights):
+            _save_model(state.adapter.as_backbone(model.dtype), output / MODEL_DIR, tokenizer=directory)
+        else:
+            save_adapter(state.adapter, output / ADAPTER_DIR, backbone_name=config.model, backbone_identity=backbone)
         plot_training(output / METRICS_FILE, output / PLOT_FILE)
         summary = _summary(output, state, seconds)
         (output / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -142,12 +167,12 @@ def _run(
     step, seconds = int(state.step), 0.0
 
     def evaluate() -> None:
-        result = data.held_out.evaluate(model, state.adapter, batch_size=config.batch_size)
+        result = data.held_out.evaluate(*in_use(state.adapter, model), batch_size=config.batch_size)
         if result:
             report.evaluation(step, result)
 
     if step == 0:
-        evaluate()  # B = 0, so this is the bare backbone
+        evaluate()  # B = 0, so this is the bare backbone, or that with --init-lora
     batch = data.batches.at(step)
     with _stop_signals() as stop_asked:
         while step < steps:
@@ -158,7 +183,7 @@ def _run(
             step += 1
             elapsed = time.perf_counter() - begun
             seconds += elapsed
-            if not all(np.isfinite(metrics[name]).all() for name in ("loss", "balance", "grad_norm")):
+            if not all(np.isfinite(metrics[name]).all() for name in FINITE if name in metrics):
                 checkpoints.wait()
                 raise UserError(_diverged(step, metrics, checkpoints))
             report.step(step, _as_line(metrics, float(schedule(step - 1)), batch, elapsed))
@@ -184,7 +209,7 @@ def _as_line(metrics: dict[str, Any], lr: float, batch: Batch, seconds: float) -
 
 
 def _diverged(step: int, metrics: dict[str, Any], checkpoints: Checkpoints) -> str:
-    bad = next(name for name in ("loss", "balance", "grad_norm") if not np.isfinite(metrics[name]).all())
+    bad = next(name for name in FINITE if name in metrics and not np.isfinite(metrics[name]).all())
     last = checkpoints.latest_step()
     good = (
         "there is no checkpoint yet"
@@ -214,7 +239,7 @@ def _stop_signals() -> Iterator[Callable[[], int]]:
 
 def _identity(config: TrainConfig, adapter: AdapterConfig, **more: Any) -> dict[str, Any]:
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IDENTITY}
-    return json.loads(json.dumps({**settings, **dataclasses.asdict(adapter), **more}))
+    return json.loads(json.dumps({**settings, **adapter.table(), **more}))
 
 
 def _check_output(output: Path, *, resume: bool) -> None:
@@ -262,12 +287,20 @@ def _disk_errors_told(output: Path) -> Iterator[None]:
 
 
 def _create_output(output: Path, config: TrainConfig, adapter: AdapterConfig) -> None:
-    table = {**dataclasses.asdict(config), **dataclasses.asdict(adapter), "resume": False}
+    table = {**dataclasses.asdict(config), **adapter.table(), "resume": False}
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / CONFIG_FILE).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror}); give another directory") from error
+
+
+def _save_model(model: Backbone, out: Path, *, tokenizer: Path) -> None:
+    """A Hugging Face directory, in place of one that is there."""
+    new = out.with_name(out.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    export_backbone(model, new, source=tokenizer)
+    replace_directory(new, out)
 
 
 def _summary(output: Path, state: TrainState, seconds: float) -> dict[str, Any]:
@@ -276,7 +309,7 @@ def _summary(output: Path, state: TrainState, seconds: float) -> dict[str, Any]:
     speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
     return {
         "steps": int(state.step),
-        "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.adapter)),
+        "trainable_parameters": num_parameters(state.adapter),
         "before": held_out[0] if held_out else None,
         "after": held_out[-1] if held_out else None,
         "median_tokens_per_second": float(np.median(speeds)),

@@ -29,9 +29,10 @@ class Report:
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         self._bar.update(1)
-        load = " ".join(f"{share:.0%}" for share in metrics["load"])
         shown = {"loss": f"{metrics['loss']:.3f}", "lr": f"{metrics['lr']:.1e}"}
-        shown |= {"tok/s": f"{metrics['tokens_per_second']:,.0f}", "load": load}
+        shown |= {"tok/s": f"{metrics['tokens_per_second']:,.0f}"}
+        if "load" in metrics:
+            shown["load"] = " ".join(f"{share:.0%}" for share in metrics["load"])
         self._bar.set_postfix(shown, refresh=False)
         if step % self.log_every == 0 or step == self.steps:
             self._write({"step": step, **metrics})
@@ -66,7 +67,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_training(metrics: Path, picture: Path) -> None:
-    """Training and held-out loss (and accuracy) above, the share of every expert below, over steps."""
+    """Training and held-out loss (and accuracy) over steps; below, if there are routers, the share of every expert."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -75,7 +76,9 @@ def plot_training(metrics: Path, picture: Path) -> None:
     lines = read_metrics(metrics)
     train = [line for line in lines if "loss" in line]
     held_out = [line for line in lines if "eval_loss" in line]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
+    routed = "load" in train[0]
+    figure, axes = plt.subplots(1 + routed, 1, figsize=(9, 7), sharex=True, layout="constrained", squeeze=False)
+    top, bottom = axes[0, 0], axes[-1, 0]
     steps = [line["step"] for line in train]
     losses = np.array([line["loss"] for line in train])
     top.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=0.8)
@@ -100,13 +103,14 @@ def plot_training(metrics: Path, picture: Path) -> None:
     top.legend(
         handles + right_handles, labels + right_labels, loc="upper left", bbox_to_anchor=(1.08, 1), fontsize="small"
     )
-    load = np.array([line["load"] for line in train]).T
-    names, colors = [f"expert {e}" for e in range(len(load))], plt.get_cmap("tab20")(range(20))
-    bottom.stackplot(steps, 100 * load, labels=names, colors=colors)
-    bottom.set_ylabel("share of assignments (%)")
     bottom.set_xlabel("step")
-    bottom.set_ylim(0, 100)
-    bottom.margins(x=0)
-    bottom.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+    if routed:
+        load = np.array([line["load"] for line in train]).T
+        names, colors = [f"expert {e}" for e in range(len(load))], plt.get_cmap("tab20")(range(20))
+        bottom.stackplot(steps, 100 * load, labels=names, colors=colors)
+        bottom.set_ylabel("share of assignments (%)")
+        bottom.set_ylim(0, 100)
+        bottom.margins(x=0)
+        bottom.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     figure.savefig(picture, dpi=110)
     plt.close(figure)

@@ -1,4 +1,5 @@
-"""One optimiser step: token cross-entropy + balance loss over A micro-batches, then AdamW. The backbone is frozen.
+"""One optimiser step: token cross-entropy + balance loss over A micro-batches, then AdamW. The backbone is frozen, unless it
+is what trains.
 
 loss = Σ_t −log p(x_t | x_<t) / #targets + c · E·Σ_e f_e·P_e
 """
@@ -15,8 +16,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from adafuse_jax.adapters.adafuse import AdaFuse
-from adafuse_jax.adapters.router import balance_loss, router_statistics
+from adafuse_jax.adapters.full import FullWeights
+from adafuse_jax.adapters.lora import LoRA
+from adafuse_jax.adapters.methods import AnyAdapter, in_use
+from adafuse_jax.adapters.router import router_statistics
 from adafuse_jax.configs import TrainConfig
 from adafuse_jax.data.batches import Batch
 from adafuse_jax.model.backbone import Backbone
@@ -28,10 +31,11 @@ LOSS_CHUNK = 256
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainState:
-    """All that changes while training; the backbone is not in it. The adapter and its two moments are fp32."""
+    """All that changes while training: the adapter, or with `full` the backbone in its place. It and its two moments are
+    fp32."""
 
     step: Int[Array, ""]
-    adapter: AdaFuse
+    adapter: AnyAdapter | FullWeights
     moments: optax.OptState
     key: Key[Array, ""]
 
@@ -49,10 +53,10 @@ def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW; weight decay acts on the experts and spares the router."""
+    """Clipping by global norm, then AdamW; weight decay spares routers, norms and biases."""
 
-    def experts_only(adapter: AdaFuse) -> AdaFuse:
-        return jax.tree_util.tree_map_with_path(lambda path, _: "experts" in jax.tree_util.keystr(path), adapter)
+    def decays(path: tuple, _: Array) -> bool:
+        return not any(word in jax.tree_util.keystr(path) for word in ("router", "norm", "bias"))
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
@@ -61,7 +65,7 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
             b1=config.beta1,
             b2=config.beta2,
             weight_decay=config.weight_decay,
-            mask=experts_only,
+            mask=lambda trained: jax.tree_util.tree_map_with_path(decays, trained),
         ),
     )
 
@@ -98,27 +102,30 @@ def train_step(
     """One step over a batch of [A, B, T] arrays: gradients of all A micro-batches, normalised by all their targets. Balance
     loss and statistics are means over the micro-batches, weighted by their tokens.
 
-    Returns the new state (the old one is donated) and the metrics of the step: `loss` (nats per target), `balance`,
-    `grad_norm`, and the router's `load` [E], `entropy` and `pair` [E, E].
+    Returns the new state (the old one is donated) and the metrics of the step: `loss` (nats per target), `grad_norm`, and
+    where there are routers their `balance` (the method's balance loss), `load` [E], `entropy` and `pair` [E, E].
     """
     targets = jnp.maximum(batch.loss_mask[..., 1:].sum(), 1)
     tokens = jnp.maximum((batch.segment_ids > 0).sum(), 1)
     key, dropout_key = jax.random.split(state.key)
     config = state.adapter.config
 
-    def micro_loss(adapter: AdaFuse, micro: Any, index: Array) -> tuple[Array, dict[str, Array]]:
-        out = model.run(
+    def micro_loss(trained: AnyAdapter | FullWeights, micro: Any, index: Array) -> tuple[Array, dict[str, Array]]:
+        backbone, adapter = in_use(trained, model)
+        out = backbone.run(
             micro.tokens,
             adapter=adapter,
             positions=micro.positions,
             segment_ids=micro.segment_ids,
-            dropout_key=jax.random.fold_in(dropout_key, index) if config.dropout > 0 else None,
+            dropout_key=jax.random.fold_in(dropout_key, index) if config.dropout else None,
             remat=remat,
         )
         real = micro.segment_ids > 0
-        loss = token_losses(model, out.hidden, micro.tokens, micro.loss_mask).sum() / targets
+        loss = token_losses(backbone, out.hidden, micro.tokens, micro.loss_mask).sum() / targets
+        if isinstance(trained, LoRA | FullWeights):  # no router
+            return loss, {"loss": loss}
         share = real.sum() / tokens
-        balance = share * balance_loss(out.routing, real)
+        balance = share * trained.balance_loss(out.routing, real)
         statistics = jax.tree.map(lambda x: share * x, router_statistics(out.routing, real))
         return loss + config.balance_coefficient * balance, {"loss": loss, "balance": balance, **statistics}
 

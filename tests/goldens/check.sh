@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Compute the goldens again with transformers + torch on CPU and compare them with the committed ones.
+# Compute the goldens again with transformers, PEFT and torch on CPU and compare them with the committed ones.
 # torch for CPU exists for Python 3.11 alone, so this keeps a second environment, .venv-torch, from requirements.txt.
 #
-#   tests/goldens/check.sh              compare (arguments go to make_goldens.py instead of --check)
-#   tests/goldens/check.sh --out DIR    write into DIR
+#   tests/goldens/check.sh              compare, LoRAs with PEFT too; needs the project's own .venv, or JAX_PYTHON
+#   tests/goldens/check.sh --out DIR    write into DIR (arguments go to make_goldens.py)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$here/../../.venv-torch
@@ -26,5 +26,12 @@ if ! cmp -s "$here/requirements.txt" "$venv/requirements.txt"; then # absent, st
     cp "$here/requirements.txt" "$venv/requirements.txt"
 fi
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-if [ $# -eq 0 ]; then set -- --check; fi
-exec "$venv/bin/python" "$here/make_goldens.py" "$@"
+if [ $# -gt 0 ]; then exec "$venv/bin/python" "$here/make_goldens.py" "$@"; fi
+"$venv/bin/python" "$here/make_goldens.py" --check
+"$venv/bin/python" "$here/make_peft.py" --check
+
+# What the project exports, read by the programs that it is for.
+exports=$(mktemp -d)
+trap 'rm -rf "$exports"' EXIT
+JAX_PLATFORMS=cpu "${JAX_PYTHON:-$here/../../.venv/bin/python}" "$here/export_loras.py" "$exports"
+"$venv/bin/python" "$here/make_peft.py" --exports "$exports"

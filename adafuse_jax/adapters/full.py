@@ -1,0 +1,22 @@
+"""Full fine-tuning: θ itself trains. For small models only: weights and two moments in fp32, 12 bytes per parameter."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adafuse_jax.configs import AdapterConfig
+from adafuse_jax.model.backbone import Backbone
+
+
+class FullWeights(nnx.Module):
+    """Not an `Adapter`: a copy of the backbone in fp32, which trains and runs in its place."""
+
+    def __init__(self, config: AdapterConfig, model: Backbone):
+        self.config = config
+        self.backbone = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model)
+
+    def as_backbone(self, dtype: jnp.dtype) -> Backbone:
+        """What runs: every weight rounded to `dtype`."""
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), self.backbone)

@@ -1,0 +1,42 @@
+"""From the name of a method to its module, and from what trains to what runs."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.adapters.base import Adapter
+from adafuse_jax.adapters.full import FullWeights
+from adafuse_jax.adapters.lora import LoRA
+from adafuse_jax.adapters.mola import MoLA
+from adafuse_jax.adapters.moral import MoRAL
+from adafuse_jax.adapters.pesc import PESC
+from adafuse_jax.configs import AdapterConfig, ModelConfig
+from adafuse_jax.model.backbone import Backbone
+
+AnyAdapter = AdaFuse | MoRAL | MoLA | PESC | LoRA
+MODULES: dict[str, type[AnyAdapter]] = {"adafuse": AdaFuse, "moral": MoRAL, "mola": MoLA, "pesc": PESC, "lora": LoRA}
+
+
+def make_adapter(config: AdapterConfig, model: ModelConfig, *, rngs: nnx.Rngs) -> AnyAdapter:
+    """The adapter that `config` describes, for a backbone of `model` shapes; it changes nothing before it is trained."""
+    return MODULES[config.adapter](config, model, rngs=rngs)
+
+
+def in_use(trained: AnyAdapter | FullWeights, model: Backbone) -> tuple[Backbone, Adapter | None]:
+    """The backbone and the adapter to run: `trained` on `model`, or in its place."""
+    if isinstance(trained, FullWeights):
+        return trained.as_backbone(model.dtype), None
+    return model, trained
+
+
+def num_parameters(trained: AnyAdapter | FullWeights) -> int:
+    """Trainable parameters; experts that a layer of MoLA lacks are none."""
+    total = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    if isinstance(trained, MoLA):
+        size = trained.config.max_experts
+        missing = sum(size - there for there in trained.layer_experts)
+        stacked = sum(leaf.size for leaf in jax.tree.leaves(trained.experts))
+        total -= stacked // (len(trained.layer_experts) * size) * missing
+    return total

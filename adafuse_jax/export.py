@@ -1,0 +1,82 @@
+"""Export an adapter for other programs: `python -m adafuse_jax.export --model DIR --adapter DIR --output DIR`.
+
+    huggingface    the backbone with a LoRA merged in, W + (α/R) B A: a plain model directory for any program
+    peft           a LoRA as PEFT's two files
+    adafuse-jax    any adapter as train.py writes it; ties a LoRA of PEFT to this backbone
+
+Experts that change from token to token have no place in other programs: only a LoRA leaves in the first two forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from adafuse_jax import runtime
+from adafuse_jax.cli import parse_flags
+from adafuse_jax.configs import DType, flag
+from adafuse_jax.errors import UserError, run_cli
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportConfig:
+    """What `python -m adafuse_jax.export` does."""
+
+    model: str = flag("Hugging Face model directory or hub id of the adapter's backbone", metavar="DIR|ID")
+    adapter: str = flag("adapter directory written by train.py, or a LoRA of PEFT", metavar="DIR")
+    output: str = flag("directory to write; it must not exist, or be empty", metavar="DIR")
+    format: Literal["huggingface", "peft", "adafuse-jax"] = flag(
+        "a plain model with the LoRA merged in, a LoRA for PEFT, or an adapter of this project", "huggingface"
+    )
+    dtype: DType | None = flag("type of the merged model's weights; default: the backbone's own", None)
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.format != "huggingface":
+            raise UserError(f"--dtype is for --format huggingface; adapters are written as {self.format} in float32")
+
+
+def export(config: ExportConfig) -> None:
+    """Write `config.output`. It appears complete or not at all. Raises `UserError` for bad input or a full disk."""
+    import jax.numpy as jnp
+
+    from adafuse_jax.adapters.directory import load_adapter, save_adapter
+    from adafuse_jax.adapters.lora import LoRA, merged
+    from adafuse_jax.interop.hf_config import read_model_config
+    from adafuse_jax.interop.huggingface import backbone_identity, export_backbone, load_backbone, model_directory
+    from adafuse_jax.interop.peft import save_peft_lora
+
+    out, directory = Path(config.output), model_directory(config.model)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--output {out}: exists and is not an empty directory; give another one")
+    identity = backbone_identity(directory)
+    adapter = load_adapter(
+        config.adapter, read_model_config(directory), backbone_identity=identity, dtype=jnp.dtype("float32")
+    )
+    try:
+        if config.format == "adafuse-jax":
+            save_adapter(adapter, out, backbone_name=config.model, backbone_identity=identity)
+        elif not isinstance(adapter, LoRA):
+            raise UserError(
+                f"--format {config.format} is for a LoRA, and {config.adapter} is an adapter of {adapter.config.adapter}, "
+                "whose experts change from token to token; decode it with decode.py"
+            )
+        elif config.format == "peft":
+            save_peft_lora(adapter, out, backbone_name=config.model)
+        else:
+            export_backbone(merged(load_backbone(directory, config.dtype), adapter), out, source=directory)
+    except OSError as error:
+        raise UserError(f"--output {out}: cannot be written ({error.strerror}); give another directory") from error
+
+
+def main(argv: Sequence[str]) -> None:
+    (config,) = parse_flags(__doc__.splitlines()[0], (ExportConfig,), argv)
+    runtime.set_up()
+    with runtime.memory_errors_told("set JAX_PLATFORMS=cpu to merge in the host's memory"):
+        export(config)
+    print(f"wrote {config.output}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,119 @@
+#!/usr/bin/env python3
+"""What PEFT makes of the LoRAs of tiny_loras.py, on CPU in float32, written beside this file or checked.
+
+`peft/<name>/` holds the two files that PEFT saves, and `outputs.npz` with, for B=2, T=16:
+
+    tokens [B, T]    logits [B, T, V] of the PEFT model    merged [B, T, V] after merge_and_unload()
+
+    python make_peft.py                   write                   (Python 3.11, requirements.txt; check.sh sets that up)
+    python make_peft.py --check           compute again and compare; exit 1 with a line per difference
+    python make_peft.py --exports DIR     load what export_loras.py wrote into DIR with PEFT and transformers; compare
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from make_goldens import Golden, differences, forward, load
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file
+from tiny_loras import LORAS, factors
+from tiny_models import CASES, tensor_shapes, write_model_dir
+
+HERE = Path(__file__).resolve().parent
+BATCH, LENGTH = 2, 16
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def make(name: str, out: Path) -> Golden:
+    """Save the LoRA to `out` as PEFT does; returns the outputs."""
+    case = LORAS[name]
+    rng = np.random.default_rng(zlib.crc32(f"{name}/inputs".encode()))
+    tokens = rng.integers(3, CASES[case.model].config["vocab_size"], (BATCH, LENGTH))
+    with tempfile.TemporaryDirectory() as folder:
+        model = load(write_model_dir(CASES[case.model], Path(folder)))
+    config = LoraConfig(
+        r=case.rank, lora_alpha=case.alpha, target_modules=list(case.targets), use_rslora=case.rslora, lora_dropout=0.1,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model.name_or_path = case.model
+    adapted = get_peft_model(model, config).eval()
+    parameters = dict(adapted.named_parameters())
+    for key, value in factors(name, tensor_shapes(CASES[case.model].config)).items():
+        parameters[f"base_model.model.{key.removesuffix('.weight')}.default.weight"].data = torch.from_numpy(value)
+    adapted.save_pretrained(out)
+    logits = forward(adapted, tokens)
+    merged = forward(adapted.merge_and_unload(), tokens)
+    return {"tokens": tokens.astype(np.int32), "logits": logits, "merged": merged}
+
+
+def check(name: str) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        outputs, found = make(name, Path(folder)), []
+        for file in (CONFIG, WEIGHTS, "outputs.npz"):
+            if not (HERE / "peft" / name / file).is_file():
+                return [f"peft/{name}/{file}: missing"]
+        with np.load(HERE / "peft" / name / "outputs.npz") as committed:
+            found += differences(f"peft/{name}", dict(committed), outputs)
+        found += differences(
+            f"peft/{name}", load_file(HERE / "peft" / name / WEIGHTS), load_file(Path(folder) / WEIGHTS)
+        )
+        old, new = (json.loads((where / CONFIG).read_text()) for where in (HERE / "peft" / name, Path(folder)))
+        for table in (old, new):
+            table["target_modules"].sort()
+        found += [f"peft/{name}: {CONFIG} differs in {k}" for k in old.keys() | new.keys() if old.get(k) != new.get(k)]
+    return found
+
+
+def check_export(name: str, exports: Path) -> list[str]:
+    """Our PEFT directory and our merged model, loaded by those that they are for."""
+    with np.load(HERE / "peft" / name / "outputs.npz") as committed, tempfile.TemporaryDirectory() as folder:
+        wanted = dict(committed)
+        backbone = load(write_model_dir(CASES[LORAS[name].model], Path(folder)))
+        found = {
+            "tokens": wanted["tokens"],
+            "merged": forward(load(exports / name / "huggingface"), wanted["tokens"]),
+            "logits": forward(PeftModel.from_pretrained(backbone, exports / name / "peft").eval(), wanted["tokens"]),
+        }
+    return differences(f"export of {name}", wanted, found)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with what is on disk instead of writing")
+    parser.add_argument("--exports", type=Path, help="folder that export_loras.py wrote; check that instead")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")  # that the backbone has no config.json at its name
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(2)
+    if args.exports or args.check:
+        found = [line for name in LORAS for line in (check_export(name, args.exports) if args.exports else check(name))]
+        for line in found:
+            print(f"goldens: {line}", file=sys.stderr)
+        if not found:
+            what = (
+                "exports are loaded by PEFT and transformers and answer the same" if args.exports else "agree with PEFT"
+            )
+            print(f"goldens: {len(LORAS)} LoRAs: {what}")
+        return 1 if found else 0
+    for name in LORAS:
+        out = HERE / "peft" / name
+        outputs = make(name, out)
+        (out / "README.md").unlink(missing_ok=True)
+        np.savez_compressed(out / "outputs.npz", **outputs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

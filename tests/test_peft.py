@@ -1,0 +1,196 @@
+"""LoRAs from and to PEFT: what PEFT saved gives the logits that PEFT gave, and goes back to the same files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from goldens.tiny_loras import LORAS, factors
+from goldens.tiny_models import CASES, tensor_shapes, write_model_dir
+from safetensors.numpy import load_file, save_file
+
+import decode as script
+from adafuse_jax import AdapterConfig, UserError, load_backbone
+from adafuse_jax.adapters.directory import load_adapter, save_adapter
+from adafuse_jax.adapters.lora import LoRA, merged
+from adafuse_jax.adapters.methods import make_adapter
+from adafuse_jax.export import ExportConfig, export
+from adafuse_jax.export import main as export_script
+from adafuse_jax.interop.hf_config import read_model_config
+from adafuse_jax.interop.huggingface import backbone_identity
+from adafuse_jax.interop.peft import save_peft_lora, tensor_name
+from adafuse_jax.training.initial import initial_weights
+
+PEFT = Path(__file__).parent / "goldens" / "peft"
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+ATOL = 2e-5
+"""Of logits, over their standard deviation."""
+
+
+@pytest.fixture(scope="module", params=LORAS)
+def case(request, tmp_path_factory):
+    """(name, model directory, backbone, the LoRA as read from PEFT's files, what PEFT gave)."""
+    name = request.param
+    directory = write_model_dir(CASES[LORAS[name].model], tmp_path_factory.mktemp(name))
+    model = load_backbone(directory, "float32")
+    lora = load_adapter(PEFT / name, model.config, backbone_identity="", dtype=jnp.float32)
+    return name, directory, model, lora, dict(np.load(PEFT / name / "outputs.npz"))
+
+
+def check_logits(found, wanted) -> None:
+    np.testing.assert_allclose(found, wanted, atol=ATOL * wanted.std(), rtol=0)
+
+
+class TestImport:
+    def test_unmerged_logits_are_peft_s(self, case):
+        _, _, model, lora, golden = case
+        check_logits(model(golden["tokens"], adapter=lora).logits, golden["logits"])
+        assert np.abs(model(golden["tokens"]).logits - golden["logits"]).max() > 0.1 * golden["logits"].std()
+
+    def test_merged_logits_are_peft_s(self, case):
+        _, _, model, lora, golden = case
+        check_logits(merged(model, lora)(golden["tokens"]).logits, golden["merged"])
+
+    def test_settings(self, case):
+        name, _, _, lora, _ = case
+        wanted = LORAS[name]
+        assert (set(lora.config.targets), lora.config.rank) == (set(wanted.targets), wanted.rank)
+        assert lora.config.scale == pytest.approx(wanted.alpha / wanted.rank ** (0.5 if wanted.rslora else 1))
+        assert lora.config.dropout == 0.1
+
+
+class TestExport:
+    def test_peft_files_hold_the_same(self, case, tmp_path):
+        name, _, _, lora, _ = case
+        save_peft_lora(lora, tmp_path / "out", backbone_name=LORAS[name].model)
+        shapes = tensor_shapes(CASES[LORAS[name].model].config)
+        ours, theirs = load_file(tmp_path / "out" / FILES[1]), load_file(PEFT / name / FILES[1])
+        assert ours.keys() == theirs.keys() == {f"base_model.model.{key}" for key in factors(name, shapes)}
+        for key, value in theirs.items():
+            np.testing.assert_array_equal(ours[key], value)
+        ours, theirs = (json.loads((where / FILES[0]).read_text()) for where in (tmp_path / "out", PEFT / name))
+        theirs["target_modules"].sort()
+        if LORAS[name].rslora:
+            assert ours.pop("lora_alpha") == pytest.approx(theirs["lora_alpha"] * theirs["r"] ** 0.5)
+            assert ours.pop("use_rslora") is False
+        assert ours == {key: theirs[key] for key in ours}
+
+    def test_the_merged_model_is_a_plain_one(self, case, tmp_path):
+        name, directory, _, _, golden = case
+        export(ExportConfig(model=str(directory), adapter=str(PEFT / name), output=str(tmp_path / "out")))
+        again = load_backbone(tmp_path / "out", "float32")
+        check_logits(again(golden["tokens"]).logits, golden["merged"])
+
+    def test_an_adapter_of_this_project(self, case, tmp_path):
+        name, directory, model, lora, _ = case
+        export_script(
+            [f"--model={directory}", f"--adapter={PEFT / name}", f"--output={tmp_path}/out", "--format=adafuse-jax"]
+        )
+        identity = backbone_identity(directory)
+        again = load_adapter(tmp_path / "out", model.config, backbone_identity=identity, dtype=jnp.float32)
+        assert again.config == lora.config
+        jax.tree.map(np.testing.assert_array_equal, again, lora)
+        with pytest.raises(UserError, match="another backbone"):
+            load_adapter(tmp_path / "out", model.config, backbone_identity="other", dtype=jnp.float32)
+
+    def test_experts_that_change_are_refused(self, tmp_path):
+        directory = write_model_dir(CASES["llama_gqa_tied"], tmp_path / "model")
+        model = load_backbone(directory, "float32").config
+        adapter = make_adapter(AdapterConfig(adapter="pesc", rank=2), model, rngs=nnx.Rngs(0))
+        identity = backbone_identity(directory)
+        save_adapter(adapter, tmp_path / "a", backbone_name="m", backbone_identity=identity)
+        settings = {"model": str(directory), "adapter": str(tmp_path / "a"), "output": str(tmp_path / "out")}
+        for form in ("peft", "huggingface"):
+            with pytest.raises(UserError, match="adapter of pesc"):
+                export(ExportConfig(**settings, format=form))
+        export(ExportConfig(**settings, format="adafuse-jax"))
+        with pytest.raises(UserError, match="not an empty directory"):
+            export(ExportConfig(**settings, format="adafuse-jax"))
+        with pytest.raises(UserError, match="--dtype is for"):
+            ExportConfig(**settings, format="peft", dtype="bfloat16")
+
+
+class TestInitialLoRA:
+    @pytest.mark.parametrize("method", ["lora", "adafuse", "moral", "mola"])
+    def test_begins_as_the_lora(self, case, method):
+        """Gates sum to 1 and every expert is the LoRA, so the sum is the LoRA: other scales and more linears included."""
+        name, _, model, lora, golden = case
+        extra = {"mola": {"experts_per_layer": (2, 3)}, "lora": {}}.get(method, {"num_experts": 3})
+        config = AdapterConfig(adapter=method, targets=("all",), rank=LORAS[name].rank, alpha=9.0, **extra)
+        adapter = initial_weights(config, model, lora, jax.random.key(0))
+        check_logits(model(golden["tokens"], adapter=adapter).logits, golden["logits"])
+        if method == "mola":
+            assert not adapter.experts["q_proj"].lora.B[0, 2].any()
+
+
+REFUSED = {
+    "another method": ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported"),
+    "dora": ({"use_dora": True}, "use_dora True is not supported"),
+    "own rank": ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    "whole modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "biases": ({"bias": "all"}, "bias 'all'"),
+    "changed backbone": ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
+    "rank text": ({"r": "4"}, "r is '4'"),
+    "wrong rank": ({"r": 5}, "has shape"),
+}
+
+
+class TestRefused:
+    @pytest.fixture
+    def directory(self, tmp_path) -> Path:
+        return Path(shutil.copytree(PEFT / "all_linears", tmp_path / "lora"))
+
+    @pytest.fixture
+    def config(self, tmp_path):
+        return read_model_config(write_model_dir(CASES["llama_gqa_tied"], tmp_path / "model"))
+
+    def load(self, directory, config) -> LoRA:
+        return load_adapter(directory, config, backbone_identity="", dtype=jnp.float32)
+
+    @pytest.mark.parametrize("name", REFUSED)
+    def test_config(self, directory, config, name):
+        changes, says = REFUSED[name]
+        table = json.loads((directory / FILES[0]).read_text()) | changes
+        (directory / FILES[0]).write_text(json.dumps(table))
+        with pytest.raises(UserError, match=says):
+            self.load(directory, config)
+
+    def test_tensors(self, directory, config):
+        path = directory / FILES[1]
+        tensors = load_file(path)
+        missing = tensor_name(1, "up_proj", "B")
+        save_file({k: v for k, v in tensors.items() if k != missing}, path)
+        with pytest.raises(UserError, match=r"up_proj.lora_B.weight is missing"):
+            self.load(directory, config)
+        save_file(tensors | {"base_model.model.lm_head.lora_A.weight": np.zeros((4, 4))}, path)
+        with pytest.raises(UserError, match="not of a LoRA of"):
+            self.load(directory, config)
+        save_file(tensors | {tensor_name(2, "up_proj", "B"): tensors[missing]}, path)
+        with pytest.raises(UserError, match="of no layer of the backbone"):
+            self.load(directory, config)
+        path.unlink()
+        (directory / "adapter_model.bin").write_bytes(b"")
+        with pytest.raises(UserError, match=r"convert its \.bin"):
+            self.load(directory, config)
+
+
+def test_decode_takes_a_peft_directory_and_merges_it(tmp_path, capsys):
+    folder = tiny.write_folder(tmp_path / "f")
+    config = read_model_config(folder / "model")
+    lora = make_adapter(AdapterConfig(adapter="lora", rank=2), config, rngs=nnx.Rngs(0))
+    for expert in lora.experts.values():
+        expert.B[...] = jax.random.normal(jax.random.key(1), expert.B.shape)
+    save_peft_lora(lora, tmp_path / "peft", backbone_name="tiny")
+    answers = []
+    for changes in ({}, {"adapter": tmp_path / "peft"}, {"adapter": tmp_path / "peft", "strategy": "merged"}):
+        script.main(tiny.decode_flags(folder, json=True, max_new_tokens=12, **changes))
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0]["token_ids"] != answers[1]["token_ids"] == answers[2]["token_ids"]
+    assert [answer["strategy"] for answer in answers] == [None, "unmerged", "merged"]
