@@ -2,8 +2,8 @@
 
     python -m benchmarks.accuracy --model SMOLLM2_DIR --data DIR --work DIR --out benchmarks/results/DEVICE
 
-The study is a list of short runs, each of which leaves a file in --work and is skipped when that is there: kill it, or give it
---budget-seconds, and start it again. Each run trains several lanes together (`accuracy_training`). In this order:
+The study is a list of short runs, each of which leaves a file in --work and is skipped when that is there: kill it, or give
+it --budget-seconds, and start it again. Each run trains several lanes together (`accuracy_training`). In this order:
 
     bare        the backbone on all test questions
     grid        per method, the learning rates of the grid, seed 0, on the mixture: accuracy on the validation questions
@@ -38,7 +38,7 @@ from adafuse_jax import runtime
 from adafuse_jax.configs import require
 from adafuse_jax.data.chat import encode_all, load_tokenizer
 from adafuse_jax.data.packing import Rows, pack
-from adafuse_jax.errors import UserError, run_cli
+from adafuse_jax.errors import run_cli
 from adafuse_jax.interop.huggingface import load_backbone
 from benchmarks import accuracy_report
 from benchmarks.accuracy_data import SETS, Packed, Questions, pack_candidates, read_set
@@ -138,7 +138,8 @@ class Study:
 
     def best_rate(self, method: str) -> float:
         """The learning rate with the best accuracy on the validation questions; the smallest of equal ones."""
-        found = [lane for run in self._grid(method) for lane in self.results[run.name]["lanes"]]
+        found = [lane for run in self._grid(method) for lane in self.results[run.name]["lanes"] if not lane["diverged"]]
+        require(bool(found), f"{method}: the loss is not finite with any of --learning-rates; give smaller ones")
         return max(found, key=lambda lane: (lane["validation_accuracy"], -lane["learning_rate"]))["learning_rate"]
 
     def do(self, run: Run) -> None:
@@ -159,9 +160,11 @@ class Study:
         lanes = []
         for at in range(max(1, len(run.seeds))):
             own = {name: values[at] for name, values in scores.items()}
-            result = {"validation_accuracy": own["validation"]} if run.stage == "grid" else {"test_accuracy": own}
-            if run.seeds:
-                result |= {"seed": run.seeds[at], "learning_rate": run.rates[at]}
+            result: dict[str, Any] = {"test_accuracy": own}
+            if run.stage == "grid":
+                result = {"validation_accuracy": own["validation"]}
+            if trained is not None:
+                result |= {"seed": run.seeds[at], "learning_rate": run.rates[at], "diverged": trained.diverged[at]}
             lanes.append(result)
         report: dict[str, Any] = {
             "run": dataclasses.asdict(run),
@@ -241,10 +244,7 @@ def main(argv: Sequence[str]) -> int:
         if arguments.budget_seconds is not None and elapsed > arguments.budget_seconds:
             print(f"{elapsed:.0f} s are over the budget; {run.name} is next", file=sys.stderr)
             break
-        try:
-            study.do(run)
-        except FloatingPointError as error:
-            raise UserError(f"{run.name}: {error}; leave such learning rates out of --learning-rates") from error
+        study.do(run)
         done += 1
         result = study.results[run.name]
         told = [next(iter(lane.values())) for lane in result["lanes"]]

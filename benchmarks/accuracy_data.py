@@ -7,8 +7,8 @@
                 validation splits in MoLA's sample and in
                 Think-ScienceQA, each question once
 
-A training question that is also a test question (same text, same choices) is dropped. A tenth of the training questions of each
-set, drawn with a fixed seed, is the validation split: learning rates are chosen on it, and no run trains on it.
+A training question that is also a test question (same text, same choices) is dropped. A tenth of the training questions of
+each set, drawn with a fixed seed, is the validation split: learning rates are chosen on it, and no run trains on it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def read_set(name: str, folder: Path) -> Questions:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        text = gzip.open(path, "rt", encoding="utf-8").read()
+        text = gzip.decompress(path.read_bytes()).decode()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); --data must hold it") from error
     return (
@@ -124,7 +125,7 @@ class Packed:
     def accuracy(self, losses: np.ndarray) -> float:
         """Share of questions whose right candidate has the least loss; losses [candidates]."""
         starts = np.cumsum([0, *self.choices])
-        best = [int(np.argmin(losses[a:b])) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        best = [int(np.argmin(losses[a:b])) for a, b in pairwise(starts)]
         return float(np.mean(np.array(best) == self.answers))
 
 

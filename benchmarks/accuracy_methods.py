@@ -1,8 +1,8 @@
 """The methods of the accuracy study and the ablations of AdaFuse: one line each, name → settings of its adapter.
 
-All mixtures have E = 8 experts, k = 2, and about as many trainable parameters as AdaFuse on all linears (PESC through its width;
-MoLA's 2/4/6/8 experts and the methods on the FFN alone have fewer, and are listed with their number). LoRA comes twice: with
-the rank of one expert, and with that of all eight together. No dropout and the same balance coefficient everywhere.
+All mixtures have E = 8 experts, k = 2, and about as many trainable parameters as AdaFuse on all linears (PESC through its
+width; MoLA's 2/4/6/8 experts and the methods on the FFN alone have fewer, and are listed with their number). LoRA comes
+twice: with the rank of one expert, and with that of all eight together. No dropout and one balance coefficient everywhere.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "targets=q,v": _ablation(targets=("q_proj", "v_proj")),
     "targets=o,FFN": _ablation(targets=("o_proj", *FFN_LINEARS)),
 }
-"""One setting of `adafuse` changed each. k = 1 without renormalising, or its router would get no gradient. With q, k or v among
-the targets the router sees the token alone; with o and FFN linears, the context."""
+"""One setting of `adafuse` changed each. k = 1 without renormalising, or its router would get no gradient. With q, k or v
+among the targets the router sees the token alone; with o and FFN linears, the context."""
 
 
 def available() -> list[str]:

@@ -1,8 +1,8 @@
 """What the accuracy study found: `accuracy.json`, a table in the shape of the paper's (`accuracy.md`), and two pictures.
 
-A row is a method under one regime, "mixture" (trained on all sets together) or "alone" (on each set by itself). Its mean accuracy
-is the mean over the sets, taken for each seed; the standard error is that of these means over the seeds, std / sqrt(n) with n − 1
-in the std. It holds what seeds change, not the choice of the test questions.
+A row is a method under one regime, "mixture" (trained on all sets together) or "alone" (on each set by itself). Its mean
+accuracy is the mean over the sets, taken for each seed; the standard error is that of these means over the seeds, their std
+(with n − 1) / sqrt(n). It holds what seeds change, not the choice of the test questions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 
 from benchmarks.token_classes import CLASSES
 
-REGIMES = {"bare": "bare", "mixture": "mixture", "alone": "alone", "ablation": "ablation"}
+REGIMES = ("bare", "mixture", "alone", "ablation")
+LABELS = {"mixture": "trained on the mixture", "alone": "on each set alone"}
 COLOURS = {"mixture": "tab:blue", "alone": "tab:orange", "ablation": "tab:green", "bare": "0.4"}
 
 
@@ -28,7 +29,7 @@ def summarise(results: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for result in results.values():
         if result["run"]["stage"] != "grid":
-            groups[REGIMES[result["run"]["stage"]], result["run"]["method"]].append(result)
+            groups[result["run"]["stage"], result["run"]["method"]].append(result)
     rows = []
     for (regime, method), found in groups.items():
         sets = sorted(found[0]["identity"]["sets"])
@@ -39,8 +40,7 @@ def summarise(results: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
         whole = {seed: scores for seed, scores in by_seed.items() if sorted(scores) == sets}
         if whole:
             rows.append(_row(regime, method, found, sets, whole, _grid(results, method)))
-    order = {regime: i for i, regime in enumerate(REGIMES)}
-    return sorted(rows, key=lambda row: order[row["regime"]])
+    return sorted(rows, key=lambda row: REGIMES.index(row["regime"]))
 
 
 def _row(
@@ -71,6 +71,7 @@ def _row(
         "seeds": list(whole) if trained else [],
         "trainable_params": found[0]["trainable_params"],
         "learning_rate": found[0]["lanes"][0].get("learning_rate"),
+        "diverged": any(lane.get("diverged", False) for result in found for lane in result["lanes"]),
         "validation_accuracy_by_learning_rate": grid,
         "seconds_per_seed": sum(r["training_seconds"] for r in trained) / lanes * _runs_per_seed(trained)
         if lanes
@@ -166,10 +167,11 @@ def markdown(rows: list[dict[str, Any]], table: dict[str, Any]) -> str:
             average = _percent(row["mean_accuracy"], row["standard_error"])
             rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
             seconds = f"{row['seconds_per_seed']:.1f}" if row["seeds"] else ""
-            lines.append(
-                f"| {row['method']} | {row['trainable_params'] / 1e6:.2f} M | {' | '.join(cells)} | **{average}** | {rate} | "
-                f"{len(row['seeds']) or ''} | {seconds} |"
-            )
+            size, seeds = f"{row['trainable_params'] / 1e6:.2f} M", str(len(row["seeds"]) or "")
+            lines.append(f"| {' | '.join([row['method'], size, *cells, f'**{average}**', rate, seeds, seconds])} |")
+    diverged = [f"{row['method']} ({row['regime']})" for row in rows if row["diverged"]]
+    if diverged:
+        lines += ["", f"The loss of some seed was not finite: {', '.join(diverged)}."]
     lanes = max(row["lanes_trained_together"] for row in rows)
     lines += [
         "",
@@ -187,37 +189,27 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     bare = next((row["mean_accuracy"] for row in rows if row["regime"] == "bare"), None)
-    panels = [[r for r in rows if r["regime"] in ("mixture", "alone")], [r for r in rows if r["regime"] == "ablation"]]
-    reference = [r for r in rows if (r["regime"], r["method"]) == ("mixture", "adafuse")]
-    if panels[1]:
-        panels[1] = reference + panels[1]
-    shown = [panel for panel in panels if panel]
-    if not shown:
+    methods = [row for row in rows if row["regime"] in LABELS]
+    ablations = [row for row in rows if row["regime"] == "ablation"]
+    if ablations:
+        ablations = [row for row in methods if (row["regime"], row["method"]) == ("mixture", "adafuse")] + ablations
+    panels = {title: p for title, p in (("Methods", methods), ("AdaFuse, one setting changed", ablations)) if p}
+    if not panels:
         return
-    figure = Figure(
-        figsize=(7.5 * len(shown), 0.6 + 0.42 * max(len({r["method"] for r in p}) for p in shown) + 1),
-        layout="constrained",
-    )
-    for axes, panel in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+    lines = max(len({row["method"] for row in panel}) for panel in panels.values())
+    figure = Figure(figsize=(7.5 * len(panels), 1.6 + 0.42 * lines), layout="constrained")
+    for axes, (title, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         names = list(dict.fromkeys(row["method"] for row in panel))
-        told: set[str] = set()
         for row in panel:
-            regime = row["regime"]
-            shift = {"mixture": -0.12, "alone": 0.12}.get(regime, 0.0) if panel is panels[0] else 0.0
-            label = (
-                None
-                if regime in told
-                else {"mixture": "trained on the mixture", "alone": "on each set alone"}.get(regime)
+            y = names.index(row["method"]) + {"mixture": -0.12, "alone": 0.12}.get(row["regime"], 0.0) * (
+                panel is methods
             )
-            told.add(regime)
-            axes.errorbar(
-                100 * row["mean_accuracy"], names.index(row["method"]) + shift, xerr=100 * (row["standard_error"] or 0),
-                fmt="o", color=COLOURS[regime], capsize=3, label=label,
-            )  # fmt: skip
-            points = np.mean([entry["seeds"] for entry in row["per_set"].values()], axis=0)
-            axes.plot(
-                100 * points, [names.index(row["method"]) + shift] * len(points), "|", color=COLOURS[regime], alpha=0.5
-            )
+            mean, error, colour = 100 * row["mean_accuracy"], 100 * (row["standard_error"] or 0), COLOURS[row["regime"]]
+            axes.errorbar(mean, y, xerr=error, fmt="o", color=colour, capsize=3)
+            points = 100 * np.mean([entry["seeds"] for entry in row["per_set"].values()], axis=0)
+            axes.plot(points, [y] * len(points), "|", color=colour, alpha=0.5)
+        for regime in LABELS if panel is methods else ():
+            axes.plot([], [], "o", color=COLOURS[regime], label=LABELS[regime])
         parameters = {row["method"]: row["trainable_params"] for row in panel}
         axes.set_yticks(range(len(names)), [f"{name}  ({parameters[name] / 1e6:.2g} M)" for name in names])
         axes.invert_yaxis()
@@ -227,8 +219,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel(
             "test accuracy, mean of the sets (%)\ndot: mean ± standard error of the seeds; ticks: the seeds"
         )
-        axes.set_title("Methods" if panel is panels[0] else "AdaFuse, one setting changed")
-        axes.legend(loc="best", fontsize=8)
+        axes.set_title(title)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="best", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -264,15 +257,8 @@ def _shares(axes: Any, counts: np.ndarray, labels: list[str], title: str) -> Non
     shares = 100 * counts / counts.sum(1, keepdims=True)
     axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=max(30, shares.max()))
     for (row, column), share in np.ndenumerate(shares):
-        axes.text(
-            column,
-            row,
-            f"{share:.0f}",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="w" if share > 0.6 * shares.max() else "k",
-        )
+        colour = "w" if share > 0.6 * max(30, shares.max()) else "k"
+        axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=8, color=colour)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_xticks(range(shares.shape[1]))
     axes.set(xlabel="expert", title=f"Use of experts (%)\n{title}")
