@@ -93,7 +93,8 @@ def _scienceqa(row: dict[str, Any]) -> MultipleChoice:
 def _llava(row: dict[str, Any]) -> MultipleChoice:
     """From `QUESTION\\nA. …\\nB. …` and the letter of the answer."""
     text, answer = (turn["value"] for turn in row["conversations"])
-    lines, choices = text.split("\n"), []
+    lines = text.split("\n")
+    choices: list[str] = []
     first = max(i for i, line in enumerate(lines) if line.startswith("A. "))
     for line in lines[first:]:
         if line.startswith(f"{string.ascii_uppercase[len(choices)]}. "):

@@ -231,7 +231,7 @@ def plot_experts(result: dict[str, Any], path: Path) -> None:
 
     counts = {name: np.array(table) for name, table in result["expert_use"].items()}  # [C, E] each
     by_set = np.array([table.sum(0) for table in counts.values()])
-    by_class = sum(counts.values())
+    by_class = np.sum(list(counts.values()), axis=0)
     present = np.flatnonzero(by_class.sum(1) > 0)
     figure = Figure(figsize=(15, 4.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1.2, 1.2])

@@ -48,16 +48,21 @@ class Lanes:
 
 def start(settings: dict[str, Any], model: Backbone, seeds: Sequence[int]) -> Lanes:
     """One lane per seed."""
+    return _start(jnp.array(seeds), model, tuple(settings.items()))
 
-    def one(key: Array, model: Backbone) -> Lanes:
-        if settings["adapter"] == "full":
+
+@partial(jax.jit, static_argnames="settings")
+def _start(seeds: Int[Array, " S"], model: Backbone, settings: tuple[tuple[str, Any], ...]) -> Lanes:
+    table = dict(settings)
+
+    def one(seed: Array) -> Lanes:
+        if table["adapter"] == "full":
             params: Any = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model)
         else:
-            params = make_adapter(settings, model.config, key)
+            params = make_adapter(table, model.config, jax.random.key(seed))
         return Lanes(params=params, moments=OPTIMIZER.init(params))
 
-    keys = jax.vmap(jax.random.key)(jnp.array(seeds))
-    return jax.jit(jax.vmap(one, in_axes=(0, None)))(keys, model)
+    return jax.vmap(one)(seeds)
 
 
 def acting(model: Backbone, params: Any) -> tuple[Backbone, Any]:
