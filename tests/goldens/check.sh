@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Compute the goldens again with transformers, PEFT and torch on CPU and compare them with the committed ones.
+# Compute the goldens again with transformers, PEFT, lm_eval and torch on CPU and compare them with the committed ones.
 # torch for CPU exists for Python 3.11 alone, so this keeps a second environment, .venv-torch, from requirements.txt.
 #
 #   tests/goldens/check.sh              compare, LoRAs with PEFT too; needs the project's own .venv, or JAX_PYTHON
-#   tests/goldens/check.sh --out DIR    write into DIR (arguments go to make_goldens.py)
+#   tests/goldens/check.sh --out DIR    write into DIR (arguments go to make_goldens.py and make_lm_eval.py)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$here/../../.venv-torch
@@ -25,9 +25,13 @@ if ! cmp -s "$here/requirements.txt" "$venv/requirements.txt"; then # absent, st
     "$venv/bin/python" -m pip install -qq --disable-pip-version-check -r "$here/requirements.txt"
     cp "$here/requirements.txt" "$venv/requirements.txt"
 fi
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-if [ $# -gt 0 ]; then exec "$venv/bin/python" "$here/make_goldens.py" "$@"; fi
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+if [ $# -gt 0 ]; then
+    "$venv/bin/python" "$here/make_goldens.py" "$@"
+    exec "$venv/bin/python" "$here/make_lm_eval.py" "$@"
+fi
 "$venv/bin/python" "$here/make_goldens.py" --check
+"$venv/bin/python" "$here/make_lm_eval.py" --check
 "$venv/bin/python" "$here/make_peft.py" --check
 
 # What the project exports, read by the programs that it is for.

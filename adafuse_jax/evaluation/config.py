@@ -1,0 +1,42 @@
+"""What `python -m adafuse_jax.evaluation` does, as a frozen dataclass; its flags are made from the fields."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from adafuse_jax.configs import DType, flag, require, require_positive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """Model, adapter, data sets, and how a question is answered."""
+
+    model: str = flag("Hugging Face model directory or hub id", metavar="DIR|ID")
+    adapter: str | None = flag("adapter directory written by train.py; default: the bare backbone", None, "DIR")
+    dataset: tuple[str, ...] = flag(
+        "multiple-choice data sets: SOURCE[:SUBSET][@FORMAT], as in training", metavar="SPEC"
+    )
+    split: str | None = flag(
+        "split of every data set; default: test, else validation, else the only one there is", None, "NAME"
+    )
+    limit: int | None = flag("questions per data set, evenly spaced; default: all of them", None)
+    batch_size: int = flag("candidates scored together, and questions answered together", 16)
+    max_length: int | None = flag(
+        "tokens of a question with its answer; longer ones are left out; default: the model's context", None
+    )
+    generate: bool = flag("also let the model answer greedily, and match its text to the choices", True)
+    max_new_tokens: int = flag("tokens of a generated answer, at most", 16)
+    out: str | None = flag("JSON file for the results", None, "FILE")
+    dtype: DType | None = flag("type of weights and activations; default: the model's own", None)
+
+    def __post_init__(self) -> None:
+        require_positive(self, "limit", "batch_size", "max_length", "max_new_tokens")
+        require(len(self.dataset) > 0, "--dataset is empty; name at least one data set")
+        if self.out is not None:
+            out = Path(self.out)
+            folder = out.parent
+            require(not os.path.isdir(out), f"--out {out}: is a directory; name a file in it")
+            require(os.path.isdir(folder), f"--out {out}: {folder} is no directory; make it, or name another file")
+            require(os.access(folder, os.W_OK), f"--out {out}: {folder} is not a writable directory; name another file")

@@ -1,0 +1,264 @@
+"""lm-evaluation-harness on a backbone and its adapter: its tasks, few-shot prompts and metrics, our numbers.
+
+    from adafuse_jax.evaluation.lm_eval import AdaFuseLM
+    lm_eval.simple_evaluate(model=AdaFuseLM("MODEL", adapter="ADAPTER", batch_size=16), tasks=["arc_easy"])
+
+    python -m adafuse_jax.evaluation.lm_eval --model adafuse --model_args model=MODEL,adapter=ADAPTER --tasks arc_easy
+
+Tokens, truncation and stops are those of the harness's own Hugging Face backend at batch size 1, whatever the batch size
+here: scores are cut from the left at `max_length`, prompts to be continued at `max_length - max_gen_toks`, an empty context
+is the BOS token (or EOS), and generation ends at the model's EOS tokens and before the task's stop strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import batched, groupby
+from typing import Any
+
+from adafuse_jax import runtime
+from adafuse_jax.configs import DType
+from adafuse_jax.data.chat import render
+from adafuse_jax.data.examples import Message
+from adafuse_jax.errors import UserError, run_cli
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+except ModuleNotFoundError as error:
+    if error.name != "lm_eval":
+        raise
+    MISSING = "lm-evaluation-harness is not installed; pip install 'adafuse-jax[eval]'"
+    raise (SystemExit(f"error: {MISSING}") if __name__ == "__main__" else UserError(MISSING)) from error
+
+from adafuse_jax.decoding.engine import Engine
+from adafuse_jax.decoding.sampling import Sampling
+from adafuse_jax.evaluation.continuations import score_continuations
+from adafuse_jax.evaluation.loading import Loaded, load
+
+ARGUMENTS = ("model", "adapter", "batch_size", "max_length", "dtype")
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+
+
+@register_model("adafuse")
+class AdaFuseLM(TemplateLM):
+    """A language model of the harness.
+
+    Args:
+      model: Hugging Face model directory or hub id, or what `evaluation.loading.load` made of one.
+      adapter: adapter directory; None is the bare backbone. Not beside a loaded model, which has its own.
+      batch_size: sequences scored or continued together; results do not depend on it.
+      max_length: tokens the model sees at most; default: its context.
+      dtype: of weights and activations; default: the model's own.
+    """
+
+    def __init__(
+        self,
+        model: str | Loaded,
+        adapter: str | None = None,
+        *,
+        batch_size: int | str = 8,
+        max_length: int | None = None,
+        dtype: DType | None = None,
+    ):
+        super().__init__()
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise UserError(f"batch_size is {batch_size!r}: it must be a number greater than 0")
+        if isinstance(model, Loaded):
+            if adapter is not None or dtype is not None:
+                raise UserError("a loaded model has its adapter and its dtype; leave the two out")
+            self.loaded = model
+        else:
+            self.loaded = load(model, adapter, dtype)
+        self.tokenizer, self.batch_size = self.loaded.tokenizer, int(batch_size)
+        self._engine = Engine(self.loaded.model, self.loaded.adapter)
+        context = self._engine.context_length
+        self.max_length = context if max_length is None else int(max_length)
+        if not 1 < self.max_length <= context:
+            raise UserError(
+                f"max_length is {max_length}: it must be above 1 and at most the model's {context} positions"
+            )
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> AdaFuseLM:
+        """From `--model_args`. The harness adds a torch device, which chooses nothing here: JAX runs where JAX_PLATFORMS
+        says; and the largest batch size to try, where none is tried."""
+        unknown = sorted(arg_dict.keys() - set(ARGUMENTS))
+        if unknown or "model" not in arg_dict:
+            wrong = f"unknown {unknown[0]!r}" if unknown else "'model' is missing"
+            raise UserError(f"--model_args: {wrong}; give model=DIR and, if you like, {', '.join(ARGUMENTS[1:])}")
+        batch_size = (additional_config or {}).get("batch_size")
+        return cls(**({} if batch_size is None else {"batch_size": batch_size}) | arg_dict)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> AdaFuseLM:
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Tokens generated when a task does not say how many."""
+        return 256
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        adapter = getattr(self.loaded.adapter, "config", None)
+        return {"model_dtype": self.loaded.dtype, "adapter": None if adapter is None else str(adapter)}
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation by the tokenizer's template, or as the Alpaca text that adapters without one are trained on.
+
+        Without `add_generation_prompt` the text ends with the last message, to be continued. Raises `UserError` when the
+        template refuses the conversation.
+        """
+        messages = [Message(m["role"], m["content"]) for m in chat_history]  # type: ignore[arg-type]
+        if add_generation_prompt or not messages:
+            return render(messages, self.tokenizer, add_generation_prompt=add_generation_prompt)
+        text, last = render(messages, self.tokenizer, add_generation_prompt=False), messages[-1].content.strip()
+        return text[: text.rindex(last) + len(last)]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids, with the special tokens the tokenizer adds unless the text begins with one or the caller decides."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood, greedy) of tokenised requests (cache key or None, context, continuation)."""
+        for key, _, continuation in requests:
+            if not 0 < len(continuation) <= self.max_length:
+                raise UserError(
+                    f"a continuation of {len(continuation)} tokens cannot be scored with max_length {self.max_length}: "
+                    f"{key[1][:50] if key else ''!r}"
+                )
+        scores = score_continuations(
+            self.loaded.model,
+            self.loaded.adapter,
+            [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests],
+            max_length=self.max_length,
+            batch_size=self.batch_size,
+        )
+        for (key, _, _), score in zip(requests, scores, strict=True):
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, score)
+        return scores
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts: every token once, in windows of `max_length` that overlap as little as they can."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owners: list[int] = []
+        for index, request in enumerate(requests):
+            for window in get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            ):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(index)
+        totals = [0.0] * len(requests)
+        for owner, (score, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += score
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The text that follows each context, up to the first stop string, EOS, or `max_gen_toks` tokens."""
+        answers = [""] * len(requests)
+        settings = [repr(sorted(request.args[1].items())) for request in requests]
+        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        order = sorted(range(len(requests)), key=lambda i: (settings[i], lengths[i]))
+        for _, group in groupby(order, key=lambda i: settings[i]):
+            for members in batched(group, self.batch_size):
+                texts = self._continue([requests[i].args[0] for i in members], requests[members[0]].args[1])
+                for i, text in zip(members, texts, strict=True):
+                    answers[i] = text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
+        return answers
+
+    def _continue(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
+        until = handle_stop_sequences(kwargs.pop("until"), eos=self.tokenizer.decode([self.eot_token_id]))
+        new_tokens = kwargs.pop("max_gen_toks")
+        room = self.max_length - new_tokens
+        if room < 1:
+            raise UserError(
+                f"max_gen_toks {new_tokens} leaves no room for a prompt in {self.max_length} tokens; lower it"
+            )
+        unknown = sorted(kwargs.keys() - set(SAMPLING))
+        if unknown:
+            raise UserError(
+                f"generation setting {unknown[0]!r} is unknown; use {', '.join(SAMPLING)}, max_gen_toks, until"
+            )
+        sampling = Sampling.of(
+            temperature=kwargs.get("temperature", 0.0) if kwargs.get("do_sample") else 0.0,
+            top_k=kwargs.get("top_k", 0),
+            top_p=kwargs.get("top_p", 1.0),
+            repetition_penalty=kwargs.get("repetition_penalty", 1.0),
+        )
+        prompts = [(self.tok_encode(text) or [self.prefix_token_id])[-room:] for text in contexts]
+        prompts += prompts[-1:] * (self.batch_size - len(prompts))  # one batch size, one program
+        rows = [_Row(self.tokenizer, until) for _ in contexts]
+        for token in self._engine.generate(
+            prompts, max_new_tokens=new_tokens, sampling=sampling, seed=int(kwargs.get("seed", 0))
+        ):
+            for row, token_id, done in zip(rows, token.ids, token.done, strict=False):
+                row.take(int(token_id), bool(done))
+            if all(row.ended for row in rows):
+                break
+        return [row.text() for row in rows]
+
+
+class _Row:
+    """One continuation while it is generated: it ends at EOS or at the token that completes a stop string."""
+
+    def __init__(self, tokenizer: Any, until: list[str]):
+        self.tokenizer, self.until = tokenizer, [stop for stop in until if stop]
+        sizes = [len(tokenizer.encode(stop, add_special_tokens=False)) for stop in self.until]
+        self.window = max(sizes, default=0) + 2  # a stop string may come in other tokens than its own
+        self.ids: list[int] = []
+        self.ended = False
+
+    def take(self, token_id: int, done: bool) -> None:
+        if self.ended:
+            return
+        if not done:
+            self.ids.append(token_id)
+        recent = self.tokenizer.decode(self.ids[-self.window :])
+        self.ended = done or any(stop in recent for stop in self.until)
+
+    def text(self) -> str:
+        whole = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        return postprocess_generated_text(generation=whole, stop=self.until, think_end_token=None)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The harness's own command line, with the model `adafuse` known to it."""
+    from lm_eval.__main__ import cli_evaluate
+
+    runtime.set_up()
+    with runtime.memory_errors_told("lower --batch_size, or give --model_args dtype=bfloat16"):
+        cli_evaluate()
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

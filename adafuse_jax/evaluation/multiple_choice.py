@@ -1,0 +1,132 @@
+"""Multiple choice by log-likelihood and by generation.
+
+    accuracy         argmax_c log p(c | question)                        (lm-eval's acc)
+    accuracy_norm    argmax_c log p(c | question) / characters of c      (lm-eval's acc_norm)
+    accuracy_bytes   argmax_c log p(c | question) / UTF-8 bytes of c     (lm-eval's acc_bytes)
+    generated        the choice that the greedy answer means, by the rules of `matching`
+
+log p(c | question) = Σ_t log p(c_t | question, c_<t) over the candidate's own tokens, in nats; no end-of-turn token. The
+standard error of an accuracy p over n questions is sqrt(p (1 − p) / (n − 1)), as lm-eval has it; that of the unweighted mean
+over D data sets, sqrt(Σ se²) / D.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from adafuse_jax.data.chat import Encoded, encode_choices, encode_prompt, stop_tokens
+from adafuse_jax.data.examples import Message, MultipleChoice
+from adafuse_jax.decoding.engine import Engine
+from adafuse_jax.errors import UserError
+from adafuse_jax.evaluation.heldout import score
+from adafuse_jax.evaluation.loading import Loaded
+from adafuse_jax.evaluation.matching import match
+
+SCORES = ("accuracy", "accuracy_norm", "accuracy_bytes", "generated")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Questions:
+    """Questions that fit `max_length` with each of their candidates, and how many were left out because they do not."""
+
+    examples: list[MultipleChoice]
+    candidates: list[list[Encoded]]
+    left_out: int
+
+    @classmethod
+    def encode(cls, examples: Sequence[MultipleChoice], tokenizer: Any, max_length: int, *, room: int = 0) -> Questions:
+        """`room` is the number of tokens that a question must leave behind its prompt, for an answer to be generated.
+
+        Raises `UserError` when none is left."""
+        kept: list[MultipleChoice] = []
+        candidates: list[list[Encoded]] = []
+        for example in examples:
+            encoded = encode_choices(example, tokenizer, max_length)
+            if encoded is None or (room and len(prompt_of(example, tokenizer)) + room > max_length):
+                continue
+            kept.append(example)
+            candidates.append(encoded)
+        if not kept:
+            raise UserError(
+                f"none of {len(examples)} questions fits {max_length} tokens with its answer; "
+                "raise --max-length, or give shorter questions"
+            )
+        return cls(examples=kept, candidates=candidates, left_out=len(examples) - len(kept))
+
+
+def prompt_of(example: MultipleChoice, tokenizer: Any) -> list[int]:
+    """The tokens that an answer to a question starts from."""
+    return encode_prompt([Message("user", example.question)], tokenizer).tolist()
+
+
+def chosen_by_likelihood(loaded: Loaded, questions: Questions, *, batch_size: int) -> dict[str, list[int]]:
+    """The choice for each question: `accuracy`, `accuracy_norm` and `accuracy_bytes` as in the module's docstring."""
+    flat = [row for candidates in questions.candidates for row in candidates]
+    losses = iter(score(loaded.model, loaded.adapter, flat, batch_size=batch_size))
+    chosen: dict[str, list[int]] = {"accuracy": [], "accuracy_norm": [], "accuracy_bytes": []}
+    for example in questions.examples:
+        likelihood = -np.array([next(losses) for _ in example.choices])
+        characters = np.array([len(choice) for choice in example.choices])
+        utf8_bytes = np.array([len(choice.encode()) for choice in example.choices])
+        for name, length in zip(chosen, (1, characters, utf8_bytes), strict=True):
+            chosen[name].append(int(np.argmax(likelihood / length)))
+    return chosen
+
+
+def generated_answers(loaded: Loaded, questions: Questions, *, batch_size: int, max_new_tokens: int) -> list[str]:
+    """The greedy answer to each question. Questions of like length are answered together, each as it would be alone."""
+    stops = sorted({*loaded.model.config.eos_token_ids, *stop_tokens(loaded.tokenizer)})
+    engine = Engine(loaded.model, loaded.adapter, eos_ids=stops)
+    prompts = [prompt_of(example, loaded.tokenizer) for example in questions.examples]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        members = order[start : start + batch_size]
+        rows = members + members[-1:] * (batch_size - len(members))  # one batch size, one program
+        ids: list[list[int]] = [[] for _ in rows]
+        for token in engine.generate([prompts[i] for i in rows], max_new_tokens=max_new_tokens):
+            for row, (token_id, done) in zip(ids, zip(token.ids, token.done, strict=True), strict=True):
+                if not done:
+                    row.append(int(token_id))
+        for i, row in zip(members, ids[: len(members)], strict=True):
+            answers[i] = loaded.tokenizer.decode(row, skip_special_tokens=True)
+    return answers
+
+
+def evaluate(loaded: Loaded, questions: Questions, *, batch_size: int, max_new_tokens: int | None) -> dict[str, Any]:
+    """`{questions, left_out, accuracy, accuracy_stderr, accuracy_norm, …}`, accuracies in [0, 1]; with `max_new_tokens` also
+    `generated` and `unmatched`, the number of answers that mean no choice."""
+    right = [example.answer for example in questions.examples]
+    result: dict[str, Any] = {"questions": len(right), "left_out": questions.left_out}
+    chosen: dict[str, list[int | None]] = dict(chosen_by_likelihood(loaded, questions, batch_size=batch_size))  # type: ignore[arg-type]
+    if max_new_tokens is not None:
+        answers = generated_answers(loaded, questions, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        chosen["generated"] = [match(a, e) for a, e in zip(answers, questions.examples, strict=True)]
+        result["unmatched"] = sum(choice is None for choice in chosen["generated"])
+    for name, choices in chosen.items():
+        accuracy = float(np.mean([choice == answer for choice, answer in zip(choices, right, strict=True)]))
+        result[name] = accuracy
+        result[f"{name}_stderr"] = standard_error(accuracy, len(right))
+    return result
+
+
+def standard_error(accuracy: float, questions: int) -> float | None:
+    """None for a single question, which tells nothing of the spread."""
+    return math.sqrt(accuracy * (1 - accuracy) / (questions - 1)) if questions > 1 else None
+
+
+def mean_of(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The unweighted mean of the data sets' accuracies, and its standard error."""
+    mean: dict[str, Any] = {}
+    for name in SCORES:
+        if all(name in result for result in results):
+            errors = [result[f"{name}_stderr"] for result in results]
+            known = all(error is not None for error in errors)
+            mean[name] = sum(result[name] for result in results) / len(results)
+            mean[f"{name}_stderr"] = math.sqrt(sum(e**2 for e in errors)) / len(results) if known else None
+    return mean

@@ -1,0 +1,263 @@
+"""Fine-tuning with every method on ScienceQA, OpenBookQA and ARC-Easy, alone and mixed: test accuracy, parameters, time.
+
+    python -m benchmarks.accuracy --model SMOLLM2_DIR --data DIR --work DIR --out benchmarks/results/DEVICE
+
+The study is a list of short runs, each of which leaves a file in --work and is skipped when that is there: kill it, or give
+it --budget-seconds, and start it again. Each run trains several lanes together (`accuracy_training`). In this order:
+
+    bare        the backbone on all test questions
+    grid        per method, the learning rates of the grid, seed 0, on the mixture: accuracy on the validation questions
+    mixture     per method, all seeds at its best learning rate, on the mixture: accuracy on each set's test questions
+    alone       per set and method, the same on one set: accuracy on its test questions
+    ablation    AdaFuse with one setting changed, at AdaFuse's learning rate, on the mixture
+
+so that what is there after any number of them compares all methods on the same. The report is written after every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import batched
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adafuse_jax import runtime
+from adafuse_jax.configs import require
+from adafuse_jax.data.chat import encode_all, load_tokenizer
+from adafuse_jax.data.packing import Rows, pack
+from adafuse_jax.errors import run_cli
+from adafuse_jax.interop.huggingface import load_backbone
+from benchmarks import accuracy_report
+from benchmarks.accuracy_data import SETS, Packed, Questions, pack_candidates, read_set
+from benchmarks.accuracy_methods import ABLATIONS, METHODS, available, settings_of
+from benchmarks.accuracy_training import Trained, accuracies, expert_use, train, trainable_parameters
+from benchmarks.token_classes import CLASSES, classes_of
+
+MIXTURE = "mixture"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One file in --work: a method trained on one set or the mixture, a lane for each (seed, learning rate)."""
+
+    stage: str
+    method: str
+    data: str
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        lanes = ",".join(f"{seed}@{rate:g}" for seed, rate in zip(self.seeds, self.rates, strict=True))
+        return f"{self.stage}-{self.data}-{self.method.replace(',', '+')}-{lanes or 'once'}"
+
+
+class Study:
+    """Model, data and the finished runs of a study."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments, self.work = arguments, Path(arguments.work)
+        self.sets: dict[str, Questions] = {name: read_set(name, Path(arguments.data)) for name in arguments.sets}
+        self.tokenizer = load_tokenizer(arguments.model)
+        self.model = load_backbone(arguments.model, arguments.dtype)
+        self.results: dict[str, dict[str, Any]] = {}
+        self.work.mkdir(parents=True, exist_ok=True)
+        for path in self.work.glob("*.json"):
+            self.results[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+        for name, result in self.results.items():
+            require(
+                result["identity"] == self.identity,
+                f"{self.work / name}.json: was made with {result['identity']}, this study has {self.identity}; "
+                "give another --work",
+            )
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What all runs of a study share."""
+        shared = {name: getattr(self.arguments, name) for name in ("epochs", "batch_size", "length", "dtype", "limit")}
+        sizes = {name: [len(q.training), len(q.validation), len(q.test)] for name, q in self.sets.items()}
+        return shared | {"sets": sizes, "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.model))}
+
+    @cached_property
+    def test(self) -> dict[str, Packed]:
+        return {name: self._packed(questions.test) for name, questions in self.sets.items()}
+
+    @cached_property
+    def validation(self) -> Packed:
+        return self._packed([q for questions in self.sets.values() for q in questions.validation])
+
+    def _packed(self, questions: list[Any]) -> Packed:
+        rows = self.arguments.batch_size
+        return pack_candidates(questions[: self.arguments.limit], self.tokenizer, self.arguments.length, rows)
+
+    def training_rows(self, data: str) -> Rows:
+        names = self.sets if data == MIXTURE else (data,)
+        examples = [q for name in names for q in self.sets[name].training[: self.arguments.limit]]
+        encoded, _ = encode_all(examples, self.tokenizer, self.arguments.length)
+        order = np.random.default_rng(0).permutation(len(encoded))  # rows hold questions of several sets
+        return pack([encoded[i] for i in order], self.arguments.length)
+
+    def plan(self) -> Iterator[Run]:
+        """The runs in order; those after a grid appear when it is finished."""
+        methods = [name for name in self.arguments.methods if name != "none"]
+        seeds, lanes = self.arguments.seeds, self.arguments.lanes
+        if "none" in self.arguments.methods:
+            yield Run(stage="bare", method="none", data=MIXTURE, seeds=(), rates=())
+        for method in methods:
+            yield from self._grid(method)
+
+        def final(stage: str, method: str, data: str, rate: float) -> Iterator[Run]:
+            for some in batched(seeds, lanes):
+                yield Run(stage=stage, method=method, data=data, seeds=some, rates=(rate,) * len(some))
+
+        for method in methods:
+            yield from final("mixture", method, MIXTURE, self.best_rate(method))
+        for data in self.sets if len(self.sets) > 1 else ():
+            for method in methods:
+                yield from final("alone", method, data, self.best_rate(method))
+        if "adafuse" in methods:
+            for name in self.arguments.ablations:
+                yield from final("ablation", name, MIXTURE, self.best_rate("adafuse"))
+
+    def _grid(self, method: str) -> Iterator[Run]:
+        for rates in batched(self.arguments.learning_rates, self.arguments.lanes):
+            yield Run(stage="grid", method=method, data=MIXTURE, seeds=(0,) * len(rates), rates=rates)
+
+    def best_rate(self, method: str) -> float:
+        """The learning rate with the best accuracy on the validation questions; the smallest of equal ones."""
+        found = [lane for run in self._grid(method) for lane in self.results[run.name]["lanes"] if not lane["diverged"]]
+        require(bool(found), f"{method}: the loss is not finite with any of --learning-rates; give smaller ones")
+        return max(found, key=lambda lane: (lane["validation_accuracy"], -lane["learning_rate"]))["learning_rate"]
+
+    def do(self, run: Run) -> None:
+        """Train, score, and write the run's file, which appears complete or not at all."""
+        settings = settings_of(run.method)
+        begun = time.perf_counter()
+        trained, params = None, None
+        if run.seeds:
+            trained = train(
+                settings, self.model, self.training_rows(run.data), seeds=run.seeds, rates=run.rates,
+                epochs=self.arguments.epochs, batch_size=self.arguments.batch_size,
+            )  # fmt: skip
+            params = trained.lanes.params
+        scored = {"validation": self.validation} if run.stage == "grid" else self.test
+        scored = {name: packed for name, packed in scored.items() if run.data in (MIXTURE, name)}
+        size = self.arguments.batch_size
+        scores = {name: accuracies(self.model, params, packed, batch_size=size) for name, packed in scored.items()}
+        lanes = []
+        for at in range(max(1, len(run.seeds))):
+            own = {name: values[at] for name, values in scores.items()}
+            result: dict[str, Any] = {"test_accuracy": own}
+            if run.stage == "grid":
+                result = {"validation_accuracy": own["validation"]}
+            if trained is not None:
+                result |= {"seed": run.seeds[at], "learning_rate": run.rates[at], "diverged": trained.diverged[at]}
+            lanes.append(result)
+        report: dict[str, Any] = {
+            "run": dataclasses.asdict(run),
+            "settings": settings,
+            "trainable_params": trainable_parameters(settings, self.model),
+            "lanes": lanes,
+            "questions": {name: [len(packed.answers), packed.left_out] for name, packed in scored.items()},
+            "identity": self.identity,
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+        }
+        if trained is not None:
+            report |= self._training_report(run, trained)
+        report["wall_seconds"] = round(time.perf_counter() - begun, 3)
+        partial = self.work / f"{run.name}.partial"
+        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self.work / f"{run.name}.json")
+        self.results[run.name] = report
+
+    def _training_report(self, run: Run, trained: Trained) -> dict[str, Any]:
+        report: dict[str, Any] = {
+            "steps": trained.steps,
+            "tokens_per_lane": trained.tokens,
+            "training_seconds": round(trained.seconds, 3),
+            "first_step_seconds": round(trained.first_step_seconds, 3),
+            "history": trained.history,
+        }
+        if run.stage == "mixture" and run.method == "adafuse":
+            classes = jnp.array(classes_of(self.tokenizer, self.model.config.vocab_size))
+            size = self.arguments.batch_size
+            report["expert_use"] = {  # counts [classes, E] by data set
+                name: expert_use(self.model, trained.lanes, packed, classes, len(CLASSES), batch_size=size).tolist()
+                for name, packed in self.test.items()
+            }
+        return report
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory of SmolLM2-135M-Instruct")
+    parser.add_argument("--data", required=True, help="folder of the data files that accuracy_data names")
+    parser.add_argument("--work", required=True, help="folder for the results of single runs")
+    parser.add_argument("--out", type=Path, required=True, help="folder for accuracy.json, .md and .png")
+    parser.add_argument("--methods", nargs="+", default=available(), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--ablations", nargs="*", default=list(ABLATIONS), choices=list(ABLATIONS), metavar="ABLATION")
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, metavar="SET")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4, 6e-4, 1e-3, 2e-3])
+    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--batch-size", type=int, default=16, help="packed rows per lane and step")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a packed row")
+    parser.add_argument("--lanes", type=int, default=3, help="runs trained together")
+    parser.add_argument("--limit", type=int, help="questions of each split, at most (to try the script)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--budget-seconds", type=float, help="start no run after so long")
+    arguments = parser.parse_args(argv)
+    for name in ("epochs", "batch_size", "length", "lanes", "limit"):
+        value = getattr(arguments, name)
+        require(value is None or value > 0, f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
+    missing = [name for name in arguments.methods if name not in available()]
+    require(not missing, f"--methods {' '.join(missing)}: this version has no such adapter; leave it out")
+    return arguments
+
+
+def main(argv: Sequence[str]) -> int:
+    begun = time.perf_counter()
+    arguments = parse(argv)
+    runtime.set_up()
+    study = Study(arguments)
+    command = "python -m benchmarks.accuracy " + " ".join(argv)
+    machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "python": platform.python_version()}
+    done = 0
+    for run in study.plan():
+        if run.name in study.results:
+            continue
+        elapsed = time.perf_counter() - begun
+        if arguments.budget_seconds is not None and elapsed > arguments.budget_seconds:
+            print(f"{elapsed:.0f} s are over the budget; {run.name} is next", file=sys.stderr)
+            break
+        study.do(run)
+        done += 1
+        result = study.results[run.name]
+        told = [next(iter(lane.values())) for lane in result["lanes"]]
+        print(
+            f"[{time.perf_counter() - begun:6.0f} s] {run.name}: {told}, {result['wall_seconds']:.1f} s",
+            file=sys.stderr,
+        )
+        accuracy_report.write(study.results, arguments.out, command=command, machine=machine)
+    if not done:
+        accuracy_report.write(study.results, arguments.out, command=command, machine=machine)
+    print((arguments.out / "accuracy.md").read_text(encoding="utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

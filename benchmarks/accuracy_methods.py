@@ -1,0 +1,77 @@
+"""The methods of the accuracy study and the ablations of AdaFuse: one line each, name → settings of its adapter.
+
+All mixtures have E = 8 experts, k = 2, and about as many trainable parameters as AdaFuse on all linears (PESC through its
+width; MoLA's 2/4/6/8 experts and the methods on the FFN alone have fewer, and are listed with their number). LoRA comes
+twice: with the rank of one expert, and with that of all eight together. No dropout and one balance coefficient everywhere.
+"""
+
+from __future__ import annotations
+
+import typing
+from typing import Any
+
+import jax
+from flax import nnx
+
+from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.configs import FFN_LINEARS, LINEARS, AdapterConfig, ModelConfig
+
+try:
+    from adafuse_jax.adapters.methods import make_adapter as build
+except ModuleNotFoundError:  # a version with AdaFuse alone
+    build = AdaFuse
+
+NO_ADAPTER = ("none", "full")
+BALANCE = 0.01
+_MIXTURE: dict[str, Any] = {"rank": 16, "alpha": 32.0, "top_k": 2, "dropout": 0.0, "balance_coefficient": BALANCE}
+_LORA: dict[str, Any] = {"adapter": "lora", "targets": LINEARS, "dropout": 0.0}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "none": {"adapter": "none"},
+    "full": {"adapter": "full"},
+    "lora": {**_LORA, "rank": 16, "alpha": 32.0},
+    "lora-matched": {**_LORA, "rank": 128, "alpha": 256.0},
+    "moral": {**_MIXTURE, "adapter": "moral", "targets": FFN_LINEARS, "num_experts": 8},
+    "mola": {**_MIXTURE, "adapter": "mola", "targets": LINEARS, "experts_per_layer": (2, 4, 6, 8)},
+    "pesc": {**_MIXTURE, "adapter": "pesc", "num_experts": 8, "rank": 128, "alpha": 128.0},
+    "adafuse": {**_MIXTURE, "adapter": "adafuse", "targets": LINEARS, "num_experts": 8},
+    "adafuse-ffn": {**_MIXTURE, "adapter": "adafuse", "targets": FFN_LINEARS, "num_experts": 8},
+}
+
+
+def _ablation(**changes: Any) -> dict[str, Any]:
+    rank = changes.get("rank", 16)
+    return METHODS["adafuse"] | changes | {"alpha": 2.0 * rank}
+
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "k=1": _ablation(top_k=1, renormalize=False),
+    "k=4": _ablation(top_k=4),
+    "E=4": _ablation(num_experts=4),
+    "E=16": _ablation(num_experts=16),
+    "R=8": _ablation(rank=8),
+    "R=32": _ablation(rank=32),
+    "R=64": _ablation(rank=64),
+    "R=128": _ablation(rank=128),
+    "balance=0": _ablation(balance_coefficient=0.0),
+    "balance=0.1": _ablation(balance_coefficient=0.1),
+    "targets=q,v": _ablation(targets=("q_proj", "v_proj")),
+    "targets=o,FFN": _ablation(targets=("o_proj", *FFN_LINEARS)),
+}
+"""One setting of `adafuse` changed each. k = 1 without renormalising, or its router would get no gradient. With q, k or v
+among the targets the router sees the token alone; with o and FFN linears, the context."""
+
+
+def available() -> list[str]:
+    """The METHODS whose adapter this version has."""
+    known = typing.get_args(typing.get_type_hints(AdapterConfig)["adapter"])
+    return [name for name, settings in METHODS.items() if settings["adapter"] in (*known, *NO_ADAPTER)]
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    return (METHODS | ABLATIONS)[name]
+
+
+def make_adapter(settings: dict[str, Any], model: ModelConfig, key: jax.Array) -> Any:
+    """The adapter of the settings, with initial values drawn from `key`."""
+    return build(AdapterConfig(**settings), model, rngs=nnx.Rngs(params=key))
