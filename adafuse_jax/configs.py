@@ -11,7 +11,7 @@ from adafuse_jax.presets import PRESETS
 
 DType = Literal["float32", "bfloat16"]
 Method = Literal["adafuse", "moral", "mola", "pesc", "lora", "full", "none"]
-Strategy = Literal["unmerged", "golden", "switch", "simple", "merged"]
+Strategy = Literal["fused", "unmerged", "golden", "switch", "simple", "merged"]
 TOKEN_STRATEGIES = ("golden", "switch", "simple")
 """Those that merge the experts of one token, and so decode one row on one device."""
 
@@ -268,10 +268,11 @@ class DecodeConfig:
     adapter: str | None = flag(
         "adapter directory written by train.py, or a LoRA of PEFT; default: the bare backbone", None, "DIR"
     )
-    strategy: Strategy = flag(
-        "how a token's experts act: beside the weights, merged into a second copy of them (golden), merged in place, which "
-        "drifts (switch), merged layer by layer (simple), or, a LoRA, merged once before decoding (merged)",
-        "unmerged",
+    strategy: Strategy | None = flag(
+        "how a token's experts act: beside the weights, in one launch (fused) or as single operations (unmerged), merged "
+        "into a second copy of them (golden), merged in place, which drifts (switch), merged layer by layer (simple), or, "
+        "a LoRA, merged once before decoding (merged); default: fused where it can run, else unmerged",
+        None,
     )
     prompt: str | None = flag("one prompt; without a prompt, prompts are read from stdin, one a line", None, "TEXT")
     prompts_file: str | None = flag(
@@ -308,15 +309,15 @@ class DecodeConfig:
             "--batch-size is for the prompts of --prompts-file; give that, or leave --batch-size out",
         )
         require(
-            self.strategy == "unmerged" or self.tensor_parallel == 1,
-            f"--strategy {self.strategy} merges on one device; leave --tensor-parallel out, or decode unmerged",
+            self.strategy in (None, "unmerged") or self.tensor_parallel == 1,
+            f"--strategy {self.strategy} runs on one device; leave --tensor-parallel out, or decode unmerged",
         )
         require(
             self.strategy not in TOKEN_STRATEGIES or self.batch_size in (None, 1),
             f"--strategy {self.strategy} merges the experts of one prompt; give --batch-size 1, or decode unmerged",
         )
         require(
-            self.strategy == "unmerged" or self.adapter is not None,
+            self.strategy in (None, "fused", "unmerged") or self.adapter is not None,
             f"--strategy {self.strategy} merges the experts of an adapter; give --adapter, or leave --strategy out",
         )
         require_text("--prompt", self.prompt)

@@ -28,7 +28,7 @@ def _mixture(**settings: Any) -> dict[str, Any]:
 PRESETS: dict[str, Preset] = {
     "adafuse": Preset(
         settings=_mixture(targets=ALL_LINEARS, num_experts=8, rank=64, alpha=128.0),
-        strategies=("unmerged", "golden", "switch", "simple"),
+        strategies=("fused", "unmerged", "golden", "switch", "simple"),
     ),
     # AdaFuse's experts on the linears of its paper; the routers make the difference.
     "moral": Preset(

@@ -4,8 +4,9 @@
               own gates; then samples the first token
     step      token → gates → adapted backbone → next token; cache, position and merged weights are updated in place
 
-How the experts act in a step is the engine's strategy: *unmerged*, y = W x + Σ_j g_j s B[e_j] (A[e_j] x), or one of
-`merging`'s. Prefill is unmerged with each.
+How the experts act in a step is the engine's strategy: *unmerged*, y = W x + Σ_j g_j s B[e_j] (A[e_j] x), the same as one
+launch, *fused*, or one of `merging`'s. Prefill is unmerged with each. Where the fused step can run, the strategies that
+merge in all layers at once, and models without experts, decode with its launch too.
 
 Programs depend on a few chunk lengths and cache sizes (powers of two), not on the prompt's length: a new length
 compiles nothing, unless it is the first to need a larger cache.
@@ -13,6 +14,7 @@ compiles nothing, unless it is the first to need a larger cache.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -32,6 +34,7 @@ from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.lora import merged as with_lora
 from adafuse_jax.adapters.methods import AnyAdapter
 from adafuse_jax.configs import TOKEN_STRATEGIES, Strategy
+from adafuse_jax.decoding.fused import Fused, fused_obstacle, fused_step
 from adafuse_jax.decoding.merging import Merged, Merging, unmerge, with_weights
 from adafuse_jax.decoding.sampling import Sampling, sample
 from adafuse_jax.decoding.simple import LayerWiseMerging
@@ -39,6 +42,8 @@ from adafuse_jax.errors import UserError
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from adafuse_jax.sharding import mesh_of, place_state
+
+log = logging.getLogger(__name__)
 
 CHUNKS = (16, 64, 256, 1024)
 """Prompt tokens per prefill program; a prompt runs through the largest and then the smallest that holds the rest."""
@@ -139,12 +144,18 @@ def decode_step(
     sampling: Sampling,
     eos_ids: tuple[int, ...],
     pad_id: int,
+    fused: Fused | None = None,
 ) -> tuple[Any, DecodeState, Merged | None]:
     """Read `state.token`, sample the one after it. Returns ((token, done, experts), state, merged); the old state and
-    what was merged are donated. `merged` None decodes unmerged."""
-    acting: Adapter | None = adapter
-    if merged is not None:
-        acting = Merging(adapter, model, merged, hold=state.done[0])
+    what was merged are donated. `merged` None decodes unmerged; with `fused` all layers are one launch."""
+    merging = None if merged is None else Merging(adapter, model, merged, hold=state.done[0])
+    if fused is not None:
+        logits, experts, cache, merged = fused_step(
+            model, adapter, fused, state.token, state.position, state.cache, merging
+        )
+        state = _choose(replace(state, cache=cache, position=state.position + 1), logits, sampling, eos_ids, pad_id)
+        return (state.token, state.done, experts), state, merged
+    acting: Adapter | None = adapter if merging is None else merging
     out = model.run(
         state.token[:, None], adapter=acting, positions=state.position[:, None], cache=state.cache, unroll=True
     )
@@ -166,12 +177,14 @@ class Engine:
       model: may be cut over several devices (`adafuse_jax.sharding.shard`), to decode unmerged. With strategy *switch* the
         engine takes its adapted weights over and changes them: use `engine.model` instead.
       adapter: its experts are cast to the model's type where they are merged.
-      strategy: how the experts act while decoding; all but *unmerged* and *merged* decode one row at a time. *merged* puts a
-        LoRA into a copy of the adapted weights and then decodes the plain backbone.
+      strategy: how the experts act while decoding. None is *fused* where that can run, and *unmerged* elsewhere; *golden*,
+        *switch* and *simple* decode one row at a time; *merged* puts a LoRA into a copy of the adapted weights and then
+        decodes the plain backbone.
       eos_ids: tokens that end a row; default: the model's own.
 
     Raises:
-      UserError: an unknown strategy, one that merges and no adapter, or one that does not fit the adapter.
+      UserError: an unknown strategy, one that merges and no adapter, one that does not fit the adapter, or *fused* where it
+        cannot run.
     """
 
     def __init__(
@@ -179,13 +192,21 @@ class Engine:
         model: Backbone,
         adapter: AnyAdapter | None = None,
         *,
-        strategy: Strategy = "unmerged",
+        strategy: Strategy | None = None,
         eos_ids: Sequence[int] | None = None,
     ):
-        if strategy not in get_args(Strategy):
+        if strategy not in (None, *get_args(Strategy)):
             raise UserError(f"strategy {strategy!r} is none of {', '.join(get_args(Strategy))}")
+        one_router = isinstance(adapter, AdaFuse | None)
+        why_not = fused_obstacle(model) if one_router else "the adapter does not choose experts once for all layers"
+        if strategy == "fused" and why_not is not None:
+            raise UserError(f"strategy fused cannot run: {why_not}; decode unmerged")
+        if strategy is None:
+            strategy = "unmerged" if why_not else "fused"
+            if why_not and jax.default_backend() == "gpu":
+                log.info("decoding is not fused: %s", why_not)
         self._merged: Merged | None = None
-        if strategy != "unmerged":
+        if strategy not in ("unmerged", "fused"):
             if adapter is None:
                 raise UserError(f"strategy {strategy} merges the experts of an adapter; give one, or decode unmerged")
             adapter.config.require_strategy(strategy)
@@ -194,14 +215,17 @@ class Engine:
             model, acting = with_lora(model, adapter), None
         elif isinstance(adapter, LayerWise) and strategy == "simple":
             acting = LayerWiseMerging(adapter, model.dtype)
-        elif isinstance(adapter, AdaFuse) and strategy != "unmerged":
-            fused: AdaFuse = jax.tree.map(lambda leaf: leaf, adapter)
-            fused.experts = jax.tree.map(lambda leaf: leaf.astype(model.dtype), fused.experts)
-            acting, self._merged = fused, Merged.nothing(strategy, model, fused)
+        elif isinstance(adapter, AdaFuse) and strategy not in ("unmerged", "fused"):
+            cast: AdaFuse = jax.tree.map(lambda leaf: leaf, adapter)
+            cast.experts = jax.tree.map(lambda leaf: leaf.astype(model.dtype), cast.experts)
+            acting, self._merged = cast, Merged.nothing(strategy, model, cast)
             if strategy == "switch":
                 model = with_weights(model, dict.fromkeys(self._merged.weights))
         self._merges = self._merged is not None
         self._model, self.adapter, self.strategy = model, acting, strategy
+        self._fused: Fused | None = None
+        if strategy in ("fused", "golden", "switch", "merged") and fused_obstacle(model) is None:
+            self._fused = Fused.of(model, acting if isinstance(acting, AdaFuse) else None)
         config = model.config
         self.context_length = config.max_position_embeddings
         self.eos_ids = tuple(config.eos_token_ids if eos_ids is None else eos_ids)
@@ -270,6 +294,8 @@ class Engine:
                 f"strategy {self.strategy} merges the experts of one row into the weights, and there are {len(prompts)} "
                 "prompts; give one at a time, or decode unmerged"
             )
+        if self.strategy == "fused" and (why_not := fused_obstacle(self._model, len(prompts))):
+            raise UserError(f"strategy fused cannot run: {why_not}; decode fewer prompts together, or unmerged")
         vocab_size, largest = self._model.config.vocab_size, max(int(max(p)) for p in prompts)
         if largest >= vocab_size:
             raise UserError(
@@ -379,7 +405,14 @@ class Engine:
         merged = self._present() if self._merges else None
         self._merged, self._switched = None, False  # if the step fails, what it was given is gone
         output, state, self._merged = decode_step(
-            self._model, self.adapter, state, merged, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id
+            self._model,
+            self.adapter,
+            state,
+            merged,
+            sampling,
+            eos_ids=self.eos_ids,
+            pad_id=self.pad_id,
+            fused=self._fused,
         )
         self._switched = self.strategy == "switch"
         return output, state

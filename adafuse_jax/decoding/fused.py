@@ -2,14 +2,15 @@
 
     token → experts, gates (a table lookup where the router sees the token alone) → all layers and the head → logits
 
-Experts stay beside the weights, y = W x + Σ_j g_j s B[e_j] (A[e_j] x), and of their factors only those of the experts in use
-are read.
+With *fused* the experts stay beside the weights, y = W x + Σ_j g_j s B[e_j] (A[e_j] x), and of their factors only those in
+use are read. With strategies that merge, the launch is the plain backbone's, after the merge.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,12 @@ from jaxtyping import Array, Float, Int
 
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.configs import ATTENTION_LINEARS, LINEARS, ModelConfig
+from adafuse_jax.decoding.merging import Merged, Merging
 from adafuse_jax.model.attention import Visibility, attention
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from adafuse_jax.model.layers import apply_rope, rope_frequencies, rope_tables
+from adafuse_jax.sharding import mesh_of
 from pallas_kernels.decode_token import Experts, Shape, Weights, decode_token, obstacle
 from pallas_kernels.decode_token.plan import PIECE
 
@@ -40,39 +43,44 @@ class GateTable:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fused:
-    """What the step reads besides cache and tokens, laid out once. Linears and experts are the model's own arrays, unless the
-    rank is no multiple of 64: then the experts are copies, padded with zeros."""
+    """What the step reads besides the model, laid out once: all norms [2L + 1, D]; the experts' factors, the adapter's own
+    arrays unless the rank is no multiple of 64, when they are copies with zeros behind; and the gates of every token."""
 
-    shape: Shape = field(metadata={"static": True})
-    weights: Weights
+    norms: Float[Array, "2L+1 D"]
     a: dict[str, Float[Array, "L E R in"]]
     b: dict[str, Float[Array, "L E out R"]]
     table: GateTable | None
 
     @classmethod
     def of(cls, model: Backbone, adapter: AdaFuse | None) -> Fused:
-        config, layers = model.config, model.layers
+        layers, dtype = model.layers, model.dtype
         norms = jnp.stack([layers.input_layernorm.weight[...], layers.post_attention_layernorm.weight[...]], axis=1)
-        head = model.embed_tokens if model.lm_head is None else model.lm_head
-        windows = config.sliding_windows or (None,) * config.num_layers
-        linears = {name: getattr(layers, name) for name in LINEARS}
-        weights = Weights(
-            linears={name: linear.weight[...] for name, linear in linears.items()} | {"lm_head": head[...]},
-            biases={name: linear.bias[...] for name, linear in linears.items() if linear.bias is not None},
-            norms=jnp.concatenate([norms.reshape(-1, config.embed_dim), model.norm.weight[...][None]]),
-            q_norm=None if layers.q_norm is None else layers.q_norm.weight[...],
-            k_norm=None if layers.k_norm is None else layers.k_norm.weight[...],
-            windows=jnp.array([w or jnp.iinfo(jnp.int32).max // 2 for w in windows], jnp.int32),
-        )
         experts = {} if adapter is None else dict(adapter.experts.items())
         more = {name: -e.A.shape[2] % PIECE for name, e in experts.items()}
         return cls(
-            shape=shape_of(config),
-            weights=weights,
-            a={name: _padded(e.A[...].astype(model.dtype), 2, more[name]) for name, e in experts.items()},
-            b={name: _padded(e.B[...].astype(model.dtype), 3, more[name]) for name, e in experts.items()},
+            norms=jnp.concatenate([norms.reshape(-1, norms.shape[-1]), model.norm.weight[...][None]]),
+            a={name: _padded(e.A[...].astype(dtype), 2, more[name]) for name, e in experts.items()},
+            b={name: _padded(e.B[...].astype(dtype), 3, more[name]) for name, e in experts.items()},
             table=None if adapter is None or not sees_token_alone(adapter) else tabulate(model, adapter),
         )
+
+
+def weights_of(model: Backbone, norms: Array, merged: dict[str, Array]) -> Weights:
+    """The model's own arrays by name, those of `merged` in place of its linears'."""
+    config, layers = model.config, model.layers
+    head = model.embed_tokens if model.lm_head is None else model.lm_head
+    windows = config.sliding_windows or (None,) * config.num_layers
+    linears = {name: getattr(layers, name) for name in LINEARS}
+    return Weights(
+        linears={name: linear.weight[...] for name, linear in linears.items() if name not in merged}
+        | merged
+        | {"lm_head": head[...]},
+        biases={name: linear.bias[...] for name, linear in linears.items() if linear.bias is not None},
+        norms=norms,
+        q_norm=None if layers.q_norm is None else layers.q_norm.weight[...],
+        k_norm=None if layers.k_norm is None else layers.k_norm.weight[...],
+        windows=jnp.array([w or jnp.iinfo(jnp.int32).max // 2 for w in windows], jnp.int32),
+    )
 
 
 def _padded(x: Array, axis: int, more: int) -> Array:
@@ -83,11 +91,13 @@ def shape_of(config: ModelConfig) -> Shape:
     return Shape(**{name: getattr(config, name) for name in Shape.__dataclass_fields__})
 
 
-def fused_obstacle(model: Backbone, batch: int) -> str | None:
-    """Why the fused step cannot decode this model on this device, or None."""
+def fused_obstacle(model: Backbone, batch: int = 1) -> str | None:
+    """Why the fused step cannot decode `batch` rows with this model on this device, or None."""
     device = jax.devices()[0]
     if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
         return f"it needs a Hopper GPU, this is {device.device_kind}"
+    if mesh_of(model) is not None:
+        return "it runs on one device, and the model is cut over several"
     return obstacle(shape_of(model.config), model.dtype, batch)
 
 
@@ -112,7 +122,12 @@ def tabulate(model: Backbone, adapter: AdaFuse) -> GateTable:
 
 
 def route(
-    model: Backbone, adapter: AdaFuse, table: GateTable | None, token: Int[Array, " B"], positions: Array, cache: KVCache
+    model: Backbone,
+    adapter: AdaFuse,
+    table: GateTable | None,
+    token: Int[Array, " B"],
+    positions: Array,
+    cache: KVCache,
 ) -> tuple[Int[Array, "B k"], Float[Array, "B k"]]:
     """Experts and gates of every row's token, before the token runs. Where they depend on the context, layer 0 runs up to
     the router, in XLA."""
@@ -137,7 +152,7 @@ def route(
 @partial(jax.jit, static_argnames=("scale", "num_experts"))
 def used_experts(
     experts: Int[Array, "B k"], gates: Float[Array, "B k"], scale: float, num_experts: int
-) -> tuple[Int[Array, " U"], Int[Array, "1"], Float[Array, "U B"]]:
+) -> tuple[Int[Array, " U"], Int[Array, 1], Float[Array, "U B"]]:
     """The distinct experts of a batch, those in use first; how many are; and every row's gates of them, times `scale`."""
     chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32)  # [B, k, E]
     dense = scale * jnp.einsum("bk,bke->eb", gates.astype(jnp.float32), chosen, precision=jax.lax.Precision.HIGHEST)
@@ -153,20 +168,26 @@ def fused_step(
     token: Int[Array, " B"],
     positions: Int[Array, " B"],
     cache: KVCache,
-    **options: object,
-) -> tuple[Float[Array, "B V"], Int[Array, "B k"] | None, KVCache]:
-    """Read one token of every row: logits of the next (fp32), the experts that read it, the cache with it. `options` are
-    those of `decode_token`."""
-    config, experts, chosen = model.config, None, None
+    merging: Merging | None = None,
+    **options: Any,
+) -> tuple[Float[Array, "B V"], Int[Array, "B k"] | None, KVCache, Merged | None]:
+    """Read one token of every row: logits of the next (fp32), the experts that read it, the cache with it, and what is
+    merged. With `merging` the experts of the one row are merged into the weights first, and the launch is the plain
+    backbone's. `options` are those of `decode_token`."""
+    config, experts, chosen, merged = model.config, None, None, None
     if adapter is not None:
         chosen, gates = route(model, adapter, fused.table, token, positions, cache)
-        used, num_used, by_row = used_experts(chosen, gates, adapter.config.scale, adapter.config.num_experts)
-        experts = Experts(a=fused.a, b=fused.b, used=used, num_used=num_used, gates=by_row)
+        if merging is not None:
+            merged = merging.merge(chosen[0], gates[0])
+        else:
+            used, num_used, by_row = used_experts(chosen, gates, adapter.config.scale, adapter.config.num_experts)
+            experts = Experts(a=fused.a, b=fused.b, used=used, num_used=num_used, gates=by_row)
+    weights = weights_of(model, fused.norms, {} if merged is None else merged.weights)
     cos, sin = rope_tables(positions, rope_frequencies(config.rope, config.head_dim))
     logits, k, v = decode_token(
-        fused.shape, fused.weights, experts, model.embed_tokens[...][token], cache.k, cache.v, positions,
+        shape_of(config), weights, experts, model.embed_tokens[...][token], cache.k, cache.v, positions,
         cos[:, 0], sin[:, 0], **options,
     )  # fmt: skip
     at = slice(None), jnp.arange(len(token)), positions
     written = (old.at[at].set(new, mode="drop") for old, new in ((cache.k, k), (cache.v, v)))
-    return logits, chosen, KVCache(*written)
+    return logits, chosen, KVCache(*written), merged

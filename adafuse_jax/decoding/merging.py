@@ -105,12 +105,16 @@ class Merging:
     ) -> MergingLayer:
         return MergingLayer(self, experts, layer, routing)
 
-    def merge(self, x: Float[Array, "1 1 in"]) -> tuple[Routing, Merged]:
+    def route_and_merge(self, x: Float[Array, "1 1 in"]) -> tuple[Routing, Merged]:
         """Route one token by x^1, and merge its experts into the weights of all layers."""
-        before, scale, ab = self.before, self.adapter.config.scale, factors(self.adapter)
         routing = self.adapter.router(x)
-        experts = jnp.where(self.hold, before.experts, routing.experts[0, 0])
-        gates = jnp.where(self.hold, before.gates, routing.gates[0, 0])
+        return routing, self.merge(routing.experts[0, 0], routing.gates[0, 0])
+
+    def merge(self, experts: Int[Array, " k"], gates: Float[Array, " k"]) -> Merged:
+        """One token's experts in the weights of all layers."""
+        before, scale, ab = self.before, self.adapter.config.scale, factors(self.adapter)
+        experts = jnp.where(self.hold, before.experts, experts)
+        gates = jnp.where(self.hold, before.gates, gates)
         weights = before.weights
         if before.strategy == "golden":
             pristine = adapted_weights(self.model, self.adapter)
@@ -118,7 +122,7 @@ class Merging:
         elif before.strategy == "switch":
             terms = switch_terms((before.experts, before.gates), (experts, gates), scale)
             weights = sgmm(weights, *ab, terms)
-        return routing, replace(before, weights=weights, experts=experts, gates=gates)
+        return replace(before, weights=weights, experts=experts, gates=gates)
 
 
 class MergingLayer(Hook):
@@ -135,7 +139,7 @@ class MergingLayer(Hook):
             return linear(x)
         assert isinstance(self.layer, int), "merging decodes with unrolled layers"
         if self.layer == 0 and name == adapter.first_target:
-            self.routing = self.merging.merge(x)
+            self.routing = self.merging.route_and_merge(x)
         _, merged = self.routing
         if merged.strategy != "simple":
             return linear(x, merged.weights[name][self.layer])

@@ -72,7 +72,8 @@ class Session:
                 backbone_identity=backbone_identity(directory),
                 dtype=jnp.dtype(dtype),
             )
-            adapter.config.require_strategy(config.strategy)
+            if config.strategy is not None:
+                adapter.config.require_strategy(config.strategy)
         model = load_backbone(directory, dtype)
         if config.tensor_parallel > 1:
             mesh = make_mesh(config.tensor_parallel, model.config)
@@ -195,7 +196,7 @@ class _Row:
             prefill_ms=round(1e3 * seconds[0], 3),
             ms_per_token=round(1e3 * float(np.mean(seconds[1:])), 3) if len(seconds) > 1 else None,
             batch=batch,
-            strategy=self.session.config.strategy if self.session.adapted else None,
+            strategy=self.session.engine.strategy if self.session.adapted else None,
             experts_used=self.experts_used.tolist() if num_experts else None,
             peak_device_gib=runtime.peak_device_gib(),
         )

@@ -2,9 +2,9 @@
 
     q, k ← rope(norm(q)), rope(norm(k));   o = softmax(q [K_cache, k]ᵀ / √H) [V_cache, v]
 
-A unit of work is one row, one key-value head with its G query heads, and one of `splits` parts of the context. The G queries
-are the first rows of a tile [HALF, H]; what its other rows hold is never used. The new key and value are not in the cache yet:
-the unit of the first part begins its softmax with them. Softmax is in fp32 and base 2.
+A unit of work is one row, one key-value head with its G query heads, and one of `splits` parts of the context. The G
+queries are the first rows of a tile [HALF, H]; what its other rows hold is never used. The new key and value are not in
+the cache yet: the unit of the first part begins its softmax with them. Softmax is in fp32 and base 2.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def rounded(x, dtype):
 
 class Attention:
     """`memory` has `q_raw` [N, K, HALF, H], `k_raw` [N, K, H], `v_new` and `k_new` [L, N, K, H], `cache_k` and `cache_v`
-    [L, B, S, K, H], `positions` [B], `windows` [L], `cos` and `sin` [N, H/2], `q_norm` and `k_norm` [L, H] or None, `context`
-    [N, K, HALF, H]; with several splits `o_part` [splits, N, K, HALF, H], `m_part` and `l_part` [splits, N, K, HALF]."""
+    [L, B, S, K, H], `positions` [B], `windows` [L], `cos` and `sin` [N, H/2], `q_norm` and `k_norm` [L, H] or None,
+    `context` [N, K, HALF, H]; with several splits `o_part` [splits, N, K, HALF, H], `max_part` and `sumax_part`
+    [splits, N, K, HALF]."""
 
     def __init__(self, plan: Plan, memory: Any, ring: Ring, *, eps: float):
         self.plan, self.memory, self.ring, self.eps = plan, memory, ring, eps
@@ -74,8 +75,8 @@ class Attention:
         return lax.fori_loop(0, number, unit, count)
 
     def attend(self, layer, count, q_smem, p_smem, plain_smem):
-        """`q_smem` [H / PIECE, HALF, PIECE] and `p_smem` [HALF, TILE] are operands of the tensor cores; `plain_smem` [HALF, PIECE]
-        is not."""
+        """`q_smem` [H / PIECE, HALF, PIECE] and `p_smem` [HALF, TILE] are operands of the tensor cores; `plain_smem`
+        [HALF, PIECE] is not."""
         memory, plan = self.memory, self.plan
         first, number = self._share(plan.splits)
 
@@ -90,10 +91,10 @@ class Attention:
             has_new = (split == 0).astype(jnp.float32)
             o = [over_rows(value, (HALF, PIECE)) * has_new for value in values]
             m = score * has_new + LOWEST * (1 - has_new)
-            l = plgpu.layout_cast(jnp.full((HALF,), 1.0, jnp.float32), ROWS) * has_new
+            total = plgpu.layout_cast(jnp.full((HALF,), 1.0, jnp.float32), ROWS) * has_new
 
             def tile(t, carry):
-                *o, m, l, count = carry
+                *o, m, total, count = carry
                 slots = plgpu.broadcasted_iota(jnp.int32, (HALF, TILE), 1, layout=plgpu.Layout.WGMMA)
                 slots += (start + t) * TILE
                 pieces = [self.ring.take(count + i) for i in range(2 * self.parts)]
@@ -120,15 +121,15 @@ class Attention:
                     o[part] = o[part] * over_columns(shrink, added.shape) + added
                 for i in range(2 * self.parts):
                     self.ring.release(count + i)
-                return *o, m_new, l * shrink + p.sum(axis=1), count + 2 * self.parts
+                return *o, m_new, total * shrink + p.sum(axis=1), count + 2 * self.parts
 
-            *o, m, l, count = lax.fori_loop(0, tiles, tile, (*o, m, l, count))
+            *o, m, total, count = lax.fori_loop(0, tiles, tile, (*o, m, total, count))
             if plan.splits == 1:
-                self._store(memory.context.at[row, head], [x / over_columns(l, x.shape) for x in o])
+                self._store(memory.context.at[row, head], [x / over_columns(total, x.shape) for x in o])
             else:
                 self._store(memory.o_part.at[split, row, head], o)
-                memory.m_part.at[split, row, head][...] = m
-                memory.l_part.at[split, row, head][...] = l
+                memory.max_part.at[split, row, head][...] = m
+                memory.sum_part.at[split, row, head][...] = total
             return count
 
         return lax.fori_loop(0, number, unit, count)
@@ -140,20 +141,20 @@ class Attention:
         def unit(n, _):
             row, head, _ = self._unit(n, first, 1)
             parts = [
-                (load(memory.m_part.at[s, row, head], ROWS), load(memory.l_part.at[s, row, head], ROWS))
+                (load(memory.max_part.at[s, row, head], ROWS), load(memory.sum_part.at[s, row, head], ROWS))
                 for s in range(self.plan.splits)
             ]
             m = parts[0][0]
             for other, _ in parts[1:]:
                 m = jnp.maximum(m, other)
             weights = [jnp.exp2(m_s - m) for m_s, _ in parts]
-            l = sum(weight * l_s for weight, (_, l_s) in zip(weights, parts, strict=True))
+            total = sum(weight * l_s for weight, (_, l_s) in zip(weights, parts, strict=True))
             for columns in self._columns:
                 o = sum(
                     load(memory.o_part.at[s, row, head].at[:, columns]) * over_columns(weight, (HALF, PIECE))
                     for s, weight in enumerate(weights)
                 )
-                memory.context.at[row, head].at[:, columns][...] = (o / over_columns(l, o.shape)).astype(
+                memory.context.at[row, head].at[:, columns][...] = (o / over_columns(total, o.shape)).astype(
                     memory.context.dtype
                 )
 

@@ -3,13 +3,14 @@
     multiply   y_part[s] = W[:, slice s] x[slice s],   t_part[s] = A[e_u][:, slice s] x[slice s]      for its share of tiles
     finish     y = r · Σ_s y_part[s] + Σ_u B[e_u] (r · g_u · Σ_s t_part[s]) + bias                   then what follows it
 
-x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one number for each row of the batch: a linear
-commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N]; sums are in fp32.
+x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one number for each row of the batch: a
+linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N]; sums are in fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -219,10 +220,16 @@ class Linears:
         return count
 
     def finish(
-        self, layer, count, passes: Sequence[tuple[str, ...]], follow: Callable[..., Callable[..., None]], h_smem, r_smem
+        self,
+        layer,
+        count,
+        passes: Sequence[tuple[str, ...]],
+        follow: Callable[..., Callable[..., None]],
+        h_smem,
+        r_smem,
     ):
-        """`follow(names, row)` reads what it needs for these rows of the linears `names`, and returns the function that takes
-        their values [HALF, N] and stores what comes of them. Linears of a pass have equal shapes."""
+        """`follow(names, row)` reads what it needs for these rows of the linears `names`, and returns the function that
+        takes their values [HALF, N] and stores what comes of them. Linears of a pass have equal shapes."""
         plan, group = self.plan, self.group
         r = None if self.norm_dim is None else load(r_smem, COLUMNS)
         for names in passes:
@@ -247,7 +254,7 @@ class Linears:
                     if half == 0 or out_dim % TILE == 0:
                         store(*these)
                     else:
-                        pl.when(tile * TILE + HALF < out_dim)(lambda store=store, these=these: store(*these))
+                        pl.when(tile * TILE + HALF < out_dim)(partial(store, *these))
                 return count
 
             count = lax.fori_loop(0, number, tile, count)
@@ -259,15 +266,14 @@ class Linears:
         return share(group.first_tile(names[0]), tiles, self.block, self.plan.num_blocks)
 
     def _inverse_rms(self):
-        """[N] of the group's input, or None where it is not normed."""
-        if self.norm_dim is None:
-            return None
-        total = None
+        """r [N] of the group's input."""
+        assert self.norm_dim is not None
+        total: Any = 0.0
         for start in range(0, self.memory.squares.shape[0], HALF):
             part = load(self.memory.squares.at[pl.ds(start, HALF)])
             numbers = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA) + start
             part = jnp.where(numbers < self.norm_dim // HALF, part, 0).sum(axis=0)
-            total = part if total is None else total + part
+            total += part
         return lax.rsqrt(total / self.norm_dim + self.eps)
 
     def _gather_h(self, name, place, r, h_smem):

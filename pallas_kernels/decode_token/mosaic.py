@@ -2,10 +2,9 @@
 
     for every layer:   q, k, v   attention   o   gate, up   down          then the head
 
-A phase needs what all blocks have found in the one before, so a barrier over the grid is between them; the weights need nothing,
-so one warpgroup of every block copies them into shared memory without ever waiting for a barrier, as far ahead as the ring
-has room. While the other warpgroup waits for its peers, the device memory goes on working. Experts of all layers are known
-before the launch: their factors are part of the same stream.
+A phase needs what all blocks have found in the one before, so a barrier over the grid is between them; the weights need
+nothing, so one warpgroup of every block copies them into shared memory without ever waiting for a barrier, as far ahead as
+the ring has room. While the other warpgroup waits for its peers, the device memory goes on working.
 
     phase        reads                    leaves
     multiply     a slice of the input     partial products of W, and of A of the experts used       (linear.py)
@@ -28,10 +27,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_token.attention import Attention, rounded
-from pallas_kernels.decode_token.linear import ROWS, Linears, Ring, load, load_transposed, over_columns, silu
-from pallas_kernels.decode_token.linear import store_transposed
+from pallas_kernels.decode_token.linear import (
+    ROWS,
+    Linears,
+    Ring,
+    load,
+    load_transposed,
+    over_columns,
+    silu,
+    store_transposed,
+)
 from pallas_kernels.decode_token.plan import HALF, PIECE, TILE, Plan
-
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,9 @@ class Phase:
     compute: Callable[[Any, Any], Any]
 
 
-def _phases(plan: Plan, m: SimpleNamespace, s: SimpleNamespace, ring: Ring, model: Any) -> tuple[list[Phase], list[Phase]]:
+def _phases(
+    plan: Plan, m: SimpleNamespace, s: SimpleNamespace, ring: Ring, model: Any
+) -> tuple[list[Phase], list[Phase]]:
     """(of a layer, after the last layer). `m` are refs of device memory, `s` of shared memory."""
     head_dim, embed_dim = model.head_dim, model.embed_dim
     group_size = model.num_heads // model.num_kv_heads
@@ -141,6 +149,7 @@ def _kernel(*refs, names, plan, model, span, compiled, **scratch):
     low, high, these, last = span
     layer_phases, last_phases = layer_phases[slice(*these)], last_phases[slice(*last)]
     arrived = pl.get_global(plgpu.SemaphoreType.REGULAR) if compiled else None
+
     def barrier(number):
         """The `number`-th time, all blocks have come here, and see what all have stored before."""
         if compiled:  # the interpreter runs one phase in a launch, or one block
@@ -199,9 +208,9 @@ def run_token(
     if targets:
         buffers["t_part"] = ((plan.max_slices, targets, pieces, PIECE, n), jnp.float32)
     if plan.splits > 1:
-        buffers |= {"o_part": ((*split, model.head_dim), jnp.float32), "m_part": (split, jnp.float32)}
-        buffers["l_part"] = (split, jnp.float32)
-    flat = [((k,), v) for k, v in inputs.items() if not isinstance(v, dict)]
+        buffers |= {"o_part": ((*split, model.head_dim), jnp.float32), "max_part": (split, jnp.float32)}
+        buffers["sum_part"] = (split, jnp.float32)
+    flat: list[tuple[tuple[str, ...], Any]] = [((k,), v) for k, v in inputs.items() if not isinstance(v, dict)]
     flat += [((k, name), v) for k, d in inputs.items() if isinstance(d, dict) for name, v in d.items()]
     changed = ("x", "x_weighted", "squares")
     refs = {name: jax.new_ref(v) if name[0] in changed else v for name, v in flat}
@@ -213,7 +222,7 @@ def run_token(
 
     def ring(*shape):
         width = plgpu.find_swizzle(shape[-1] * dtype.itemsize * 8)
-        transforms = plgpu.TilingTransform((8, width // dtype.itemsize)), plgpu.SwizzleTransform(width)
+        transforms = plgpu.TilingTransform((8, width // dtype.itemsize)), plgpu.SwizzleTransform(width)  # type: ignore[abstract]
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
     # Inputs, experts' activations, and attention's operands: one at a time, so they take the same place.
@@ -253,4 +262,4 @@ def run_token(
                 launch((layer, layer + 1, (phase, phase + 1), (0, 0)))
         for phase in range(2):
             launch((0, 0, (0, 0), (phase, phase + 1)))
-    return tuple(jax.freeze(refs[k,]) for k in ("logits", "k_new", "v_new"))
+    return jax.freeze(refs["logits",]), jax.freeze(refs["k_new",]), jax.freeze(refs["v_new",])

@@ -1,6 +1,7 @@
 """One decoding step of a whole Llama-family decoder with pre-gated LoRA experts, as one launch.
 
-    h = norm(x);  x ← x + o(attention(q h, k h, v h));   h = norm(x);  x ← x + down(silu(gate h) · up h);   logits = head norm(x)
+    h = norm(x);  x ← x + o(attention(q h, k h, v h));   h = norm(x);  x ← x + down(silu(gate h) · up h)      for every layer
+    logits = head norm(x)
 
 with every adapted linear f(h) = W h + Σ_u g_u s B[e_u] (A[e_u] h): the experts e and gates g of a row are the same in all
 layers and known before the launch (arXiv 2603.11873, Eq. 2), so their factors are read along with the weights.
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_token.plan import HALF, PIECE, TILE, Plan, make_plan
+from pallas_kernels.decode_token.plan import HALF, PIECE, Plan, make_plan
 
 MAX_BATCH = 32
 
@@ -39,7 +40,12 @@ class Shape:
         """(out, in) of the seven linears of a layer and of the head."""
         q, kv, d, f = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.embed_dim, self.hidden_dim
         attention = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)}
-        return attention | {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f), "lm_head": (self.vocab_size, d)}
+        return attention | {
+            "gate_proj": (f, d),
+            "up_proj": (f, d),
+            "down_proj": (d, f),
+            "lm_head": (self.vocab_size, d),
+        }
 
 
 @jax.tree_util.register_dataclass
@@ -60,13 +66,13 @@ class Weights:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """A [L, E, R, in] and B [L, E, out, R] by the name of the linear, with R a multiple of 64; the `used` [U] distinct experts
-    of the batch, of which the first `num_used` [1] count, and the gates [U, B] of every row, times s = α/R."""
+    """A [L, E, R, in] and B [L, E, out, R] by the name of the linear, with R a multiple of 64; the `used` [U] distinct
+    experts of the batch, of which the first `num_used` [1] count, and the gates [U, B] of every row, times s = α/R."""
 
     a: dict[str, Array]
     b: dict[str, Array]
     used: Int[Array, " U"]
-    num_used: Int[Array, "1"]
+    num_used: Int[Array, 1]
     gates: Float[Array, "U B"]
 
 
@@ -88,9 +94,7 @@ def obstacle(shape: Shape, dtype: Any, batch: int, targets: tuple[str, ...] = ()
     return None
 
 
-def plan_for(
-    shape: Shape, experts: Experts | None, batch: int, cache_slots: int, num_blocks: int
-) -> Plan:
+def plan_for(shape: Shape, experts: Experts | None, batch: int, cache_slots: int, num_blocks: int) -> Plan:
     targets = () if experts is None else tuple(experts.a)
     return make_plan(
         shape.linears(), targets, batch=batch, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
@@ -148,6 +152,12 @@ def decode_token(
         inputs |= {"q_norm": weights.q_norm, "k_norm": weights.k_norm}
     if experts is not None:
         gates = jnp.pad(experts.gates, ((0, 0), (0, plan.columns - batch)))
-        inputs |= {"experts": experts.used, "num_used": experts.num_used, "gates": gates, "a": experts.a, "b": experts.b}
+        inputs |= {
+            "experts": experts.used,
+            "num_used": experts.num_used,
+            "gates": gates,
+            "a": experts.a,
+            "b": experts.b,
+        }
     logits, k_new, v_new = run_token(inputs, plan, shape, interpret=interpret, one_launch=one_launch)
     return logits[:, :batch].T, k_new[:, :batch], v_new[:, :batch]

@@ -1,8 +1,8 @@
 """How the work of one decoding step is cut: linears into tiles, rows of a batch into columns, contexts into splits.
 
-Linears that share their input are a `Group`. The weights of each are cut into tiles of `TILE` rows, a tile into chunks of `PIECE`
-columns, and the columns into `slices`. Thread block b computes slice b % slices of the tiles
-that are b // slices modulo `members`, so it needs only its own slice of the input.
+Linears that share their input are a `Group`. The weights of each are cut into tiles of `TILE` rows, a tile into chunks of
+`PIECE` columns, and the columns into `slices`. Thread block b computes slice b % slices of the tiles that are b // slices
+modulo `members`, so it needs only its own slice of the input.
 """
 
 from __future__ import annotations
