@@ -65,5 +65,7 @@ def run_methods(family: str, devices: int) -> dict[str, bool]:
 if __name__ == "__main__":
     assert jax.device_count() >= 2
     family, what, devices = sys.argv[1:]
-    found = run_methods(family, int(devices)) if what == "methods" else run(family, tuple(what.split(",")), int(devices))
+    found = (
+        run_methods(family, int(devices)) if what == "methods" else run(family, tuple(what.split(",")), int(devices))
+    )
     print(json.dumps(found))

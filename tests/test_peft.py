@@ -192,5 +192,9 @@ def test_decode_takes_a_peft_directory_and_merges_it(tmp_path, capsys):
     for changes in ({}, {"adapter": tmp_path / "peft"}, {"adapter": tmp_path / "peft", "strategy": "merged"}):
         script.main(tiny.decode_flags(folder, json=True, max_new_tokens=12, **changes))
         answers.append(json.loads(capsys.readouterr().out))
-    assert answers[0]["token_ids"] != answers[1]["token_ids"] == answers[2]["token_ids"]
+    export_script([f"--model={folder}/model", f"--adapter={tmp_path}/peft", f"--output={tmp_path}/whole"])
+    capsys.readouterr()
+    script.main(tiny.decode_flags(folder, json=True, max_new_tokens=12, model=tmp_path / "whole"))
+    whole = json.loads(capsys.readouterr().out)
+    assert answers[0]["token_ids"] != answers[1]["token_ids"] == answers[2]["token_ids"] == whole["token_ids"]
     assert [answer["strategy"] for answer in answers] == [None, "unmerged", "merged"]

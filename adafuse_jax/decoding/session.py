@@ -70,7 +70,8 @@ class Session:
                 config.adapter,
                 read_model_config(directory),
                 backbone_identity=backbone_identity(directory),
-                dtype=jnp.dtype(dtype),
+                # Merged once, a LoRA is rounded once.
+                dtype=jnp.dtype("float32" if config.strategy == "merged" else dtype),
             )
             adapter.config.require_strategy(config.strategy)
         model = load_backbone(directory, dtype)
