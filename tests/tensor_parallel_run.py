@@ -11,6 +11,7 @@ import jax
 from goldens.tiny_models import CASES, write_model_dir
 from test_adapters import family_case, random_adapter
 from test_engine import generate, prompt_of
+from test_methods import FEW, random_method
 
 from adafuse_jax import load_backbone
 from adafuse_jax.decoding import engine as engine_module
@@ -45,6 +46,26 @@ def run(family: str, targets: tuple[str, ...], devices: int) -> dict:
     }  # fmt: skip
 
 
+def run_methods(family: str, devices: int) -> dict[str, bool]:
+    """Method and strategy → whether the devices together give the tokens of one."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_model_dir(CASES[family], Path(folder))
+        model = load_backbone(folder, "float32")
+    mesh, same = make_mesh(devices, model.config), {}
+    prompts = [prompt_of(model, n, seed=n) for n in (11, 9)]
+    few = FEW | {"mola": FEW["mola"] | {"experts_per_layer": (2, 4)}}
+    for method, strategy in (("lora", "merged"), ("mola", "unmerged"), ("pesc", "unmerged")):
+        adapter = random_method(method, model.config, **few[method])
+        alone = generate(Engine(model, adapter, eos_ids=()), *prompts, n=6)
+        engine = Engine(shard(model, mesh), shard(adapter, mesh), strategy=strategy, eos_ids=())
+        same[f"{method} {strategy}"] = generate(engine, *prompts, n=6) == alone
+    return same
+
+
 if __name__ == "__main__":
     assert jax.device_count() >= 2
-    print(json.dumps(run(sys.argv[1], tuple(sys.argv[2].split(",")), int(sys.argv[3]))))
+    family, what, devices = sys.argv[1:]
+    found = (
+        run_methods(family, int(devices)) if what == "methods" else run(family, tuple(what.split(",")), int(devices))
+    )
+    print(json.dumps(found))

@@ -35,6 +35,8 @@ SMALL = {
     "pesc": {"num_experts": 4, "rank": 3, "alpha": 1.5},
 }
 METHODS = tuple(SMALL)
+FEW = {method: {"targets": ("q_proj", "down_proj")} if method != "pesc" else {} for method in METHODS}
+"""Fewer linears, where the rest would only take longer to compile."""
 FAMILIES = ("llama_mqa_sharded", "qwen3_bias")
 """Of three layers each: MoLA's parts are of one layer each."""
 
@@ -240,11 +242,11 @@ class TestTraining:
     @pytest.mark.parametrize("method", ["lora", "mola", "pesc"])
     def test_a_step_moves_every_parameter_that_there_is(self, models, method):
         model = models(FAMILIES[0])
-        adapter = random_method(method, model.config)
+        adapter = random_method(method, model.config, **FEW[method])
         before = jax.tree.map(np.array, adapter)
         optimizer = make_optimizer(TrainConfig(model="m", dataset=("d",), output="o", learning_rate=1e-2), 10)
         state = TrainState(step=jnp.int32(0), adapter=adapter, moments=optimizer.init(adapter), key=jax.random.key(0))
-        state, metrics = train_step(state, model, batch_of(model), optimizer=optimizer, remat=True)
+        state, metrics = train_step(state, model, batch_of(model), optimizer=optimizer, remat=False)
         moved = 0
         for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(state.adapter), strict=True):
             changed = np.asarray(new) != old
@@ -264,9 +266,9 @@ class TestTraining:
         def gradient(adapter):
             return adapter.balance_loss(model.run(tokens, adapter=adapter).routing, jnp.ones(tokens.shape, bool))
 
-        grads = jax.tree_util.tree_leaves_with_path(gradient(random_method(method, model.config)))
+        grads = jax.tree_util.tree_leaves_with_path(gradient(random_method(method, model.config, **FEW[method])))
         routers = [g for path, g in grads if "router" in jax.tree_util.keystr(path)]
-        assert len(routers) == (7 if method == "mola" else 1)
+        assert len(routers) == (2 if method == "mola" else 1)
         assert all(float(jnp.abs(layer).max()) > 0 for g in routers for layer in g)
 
     def test_parameters_are_counted_by_hand(self, models):
@@ -312,11 +314,11 @@ class TestPresets:
         mask = jnp.ones((2, 5), bool)
 
         def loss(**settings):
-            adapter = random_method(method, model.config, **settings)
+            adapter = random_method(method, model.config, **(FEW[method] | settings))
             layer, experts = (jax.tree.map(lambda leaf: leaf[2], part) for part in (model.layers, adapter.experts))
             hook = adapter.hook(experts, 2, None, jax.random.key(0))
             total = 0.0
-            for name in ("q_proj", "up_proj"):
+            for name in ("q_proj", "down_proj"):
                 linear = getattr(layer, name)
                 total += hook(name, linear, jax.random.normal(jax.random.key(1), (2, 5, linear.weight.shape[-1]))).std()
             total += hook.ffn(jnp.tanh, jax.random.normal(jax.random.key(2), (2, 5, model.config.embed_dim))).std()
@@ -355,7 +357,7 @@ class TestDecoding:
     @pytest.mark.parametrize("method", METHODS)
     def test_a_batch_decodes_what_full_forwards_give(self, models, method):
         model = models(FAMILIES[0])
-        adapter = random_method(method, model.config)
+        adapter = random_method(method, model.config, **FEW[method])
         found = generate(Engine(model, adapter, eos_ids=()), self.PROMPTS, 6)
         for prompt, tokens in zip(self.PROMPTS, found, strict=True):
             row = jnp.array([[*prompt, *tokens]])
@@ -365,7 +367,7 @@ class TestDecoding:
     @pytest.mark.parametrize("method", ["moral", "mola"])
     def test_simple_merge_gives_the_same_tokens(self, models, method):
         model = models(FAMILIES[0])
-        adapter = random_method(method, model.config)
+        adapter = random_method(method, model.config, **FEW[method])
         prompt = [self.PROMPTS[1]]
         wanted = generate(Engine(model, adapter, eos_ids=()), prompt, 12)
         engine = Engine(model, adapter, strategy="simple", eos_ids=())
@@ -378,7 +380,7 @@ class TestDecoding:
         from adafuse_jax.decoding.simple import LayerWiseMerging
 
         model = models(FAMILIES[0])
-        adapter, token = random_method(method, model.config), jnp.array([[7]])
+        adapter, token = random_method(method, model.config, **FEW[method]), jnp.array([[7]])
         wanted = run(model, token, adapter).logits
         found = run(model, token, LayerWiseMerging(adapter, model.dtype)).logits
         np.testing.assert_allclose(found, wanted, atol=3e-5 * wanted.std())
@@ -386,7 +388,7 @@ class TestDecoding:
 
     def test_merged_lora_gives_the_same_tokens_in_a_batch(self, models):
         model = models(FAMILIES[0])
-        lora = random_method("lora", model.config)
+        lora = random_method("lora", model.config, **FEW["lora"])
         before = jax.tree.map(np.array, model)
         wanted = generate(Engine(model, lora, eos_ids=()), self.PROMPTS, 12)
         assert generate(Engine(model, lora, strategy="merged", eos_ids=()), self.PROMPTS, 12) == wanted
@@ -394,7 +396,7 @@ class TestDecoding:
 
     def test_the_experts_that_read_a_token_are_told(self, models):
         model = models(FAMILIES[0])
-        adapter = random_method("mola", model.config)
+        adapter = random_method("mola", model.config, **FEW["mola"])
         first, second, *_ = Engine(model, adapter, eos_ids=()).generate([[5, 9]], max_new_tokens=3)
         assert first.experts is None
         routed = run(model, jnp.array([[5, 9, int(first.ids[0])]]), adapter).routing.experts[..., 0, 2, :]
@@ -403,7 +405,7 @@ class TestDecoding:
     @pytest.mark.parametrize("method", METHODS)
     def test_a_strategy_that_does_not_fit_is_refused(self, models, method):
         model = models(FAMILIES[0])
-        adapter = random_method(method, model.config)
+        adapter = random_method(method, model.config, **FEW[method])
         for strategy in ("golden", "switch", "simple", "merged"):
             if strategy not in PRESETS[method].strategies:
                 with pytest.raises(UserError, match=f"--strategy {strategy} does not fit an adapter of {method}"):

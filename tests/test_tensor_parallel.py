@@ -32,6 +32,11 @@ def with_devices(count: int, *command: object) -> str:
     return done.stdout.strip().split("\n")[-1]
 
 
+def test_other_methods_give_the_same_tokens():
+    found = json.loads(with_devices(2, TESTS / "tensor_parallel_run.py", "llama_gqa_tied", "methods", 2))
+    assert found == {"lora merged": True, "mola unmerged": True, "pesc unmerged": True}
+
+
 @pytest.mark.parametrize(
     ("family", "targets"),
     [("llama_gqa", LINEARS), ("qwen2_window", LINEARS), ("qwen3", POSITIONS[next(iter(POSITIONS))])],

@@ -50,7 +50,7 @@ class LoRAExperts(nnx.Module):
         run as two dense products and the gates, zero for the experts not chosen, select.
         """
         tokens, (num_experts, top_k) = x.shape[0] * x.shape[1], (self.A.shape[0], routing.experts.shape[-1])
-        return self._gathered(x, routing) if tokens * top_k <= num_experts else self._dense(x, routing)
+        return self._gathered(x, routing) if tokens * top_k <= num_experts > 1 else self._dense(x, routing)
 
     def _dense(self, x: Array, routing: Routing) -> Array:
         a, b = self.A[...].astype(x.dtype), self.B[...].astype(x.dtype)

@@ -5,8 +5,7 @@
     step      token → gates → adapted backbone → next token; cache, position and merged weights are updated in place
 
 How the experts act in a step is the engine's strategy: *unmerged*, y = W x + Σ_j g_j s B[e_j] (A[e_j] x), the same as one
-launch, *fused*, or one of `merging`'s. Prefill is unmerged with each. Where the fused step can run, the strategies that
-merge in all layers at once, and models without experts, decode with its launch too.
+launch, *fused*, or one of `merging`'s. Prefill is unmerged with each.
 
 Programs depend on a few chunk lengths and cache sizes (powers of two), not on the prompt's length: a new length
 compiles nothing, unless it is the first to need a larger cache.
@@ -14,7 +13,6 @@ compiles nothing, unless it is the first to need a larger cache.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -42,8 +40,6 @@ from adafuse_jax.errors import UserError
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from adafuse_jax.sharding import mesh_of, place_state
-
-log = logging.getLogger(__name__)
 
 CHUNKS = (16, 64, 256, 1024)
 """Prompt tokens per prefill program; a prompt runs through the largest and then the smallest that holds the rest."""
@@ -148,14 +144,13 @@ def decode_step(
 ) -> tuple[Any, DecodeState, Merged | None]:
     """Read `state.token`, sample the one after it. Returns ((token, done, experts), state, merged); the old state and
     what was merged are donated. `merged` None decodes unmerged; with `fused` all layers are one launch."""
-    merging = None if merged is None else Merging(adapter, model, merged, hold=state.done[0])
     if fused is not None:
-        logits, experts, cache, merged = fused_step(
-            model, adapter, fused, state.token, state.position, state.cache, merging
-        )
+        logits, experts, cache = fused_step(model, adapter, fused, state.token, state.position, state.cache)
         state = _choose(replace(state, cache=cache, position=state.position + 1), logits, sampling, eos_ids, pad_id)
-        return (state.token, state.done, experts), state, merged
-    acting: Adapter | None = adapter if merging is None else merging
+        return (state.token, state.done, experts), state, None
+    acting: Adapter | None = adapter
+    if merged is not None:
+        acting = Merging(adapter, model, merged, hold=state.done[0])
     out = model.run(
         state.token[:, None], adapter=acting, positions=state.position[:, None], cache=state.cache, unroll=True
     )
@@ -177,8 +172,8 @@ class Engine:
       model: may be cut over several devices (`adafuse_jax.sharding.shard`), to decode unmerged. With strategy *switch* the
         engine takes its adapted weights over and changes them: use `engine.model` instead.
       adapter: its experts are cast to the model's type where they are merged.
-      strategy: how the experts act while decoding. None is *fused* where that can run, and *unmerged* elsewhere; *golden*,
-        *switch* and *simple* decode one row at a time; *merged* puts a LoRA into a copy of the adapted weights and then
+      strategy: how the experts act while decoding; *golden*, *switch* and *simple* decode one row at a time. *fused* runs a
+        step as one launch, with or without an adapter; *merged* puts a LoRA into a copy of the adapted weights and then
         decodes the plain backbone.
       eos_ids: tokens that end a row; default: the model's own.
 
@@ -192,19 +187,17 @@ class Engine:
         model: Backbone,
         adapter: AnyAdapter | None = None,
         *,
-        strategy: Strategy | None = None,
+        strategy: Strategy = "unmerged",
         eos_ids: Sequence[int] | None = None,
     ):
-        if strategy not in (None, *get_args(Strategy)):
+        if strategy not in get_args(Strategy):
             raise UserError(f"strategy {strategy!r} is none of {', '.join(get_args(Strategy))}")
-        one_router = isinstance(adapter, AdaFuse | None)
-        why_not = fused_obstacle(model) if one_router else "the adapter does not choose experts once for all layers"
-        if strategy == "fused" and why_not is not None:
-            raise UserError(f"strategy fused cannot run: {why_not}; decode unmerged")
-        if strategy is None:
-            strategy = "unmerged" if why_not else "fused"
-            if why_not and jax.default_backend() == "gpu":
-                log.info("decoding is not fused: %s", why_not)
+        if strategy == "fused":
+            if adapter is not None:
+                adapter.config.require_strategy(strategy)
+            why_not = fused_obstacle(model)
+            if why_not is not None:
+                raise UserError(f"strategy fused cannot run: {why_not}; decode unmerged")
         self._merged: Merged | None = None
         if strategy not in ("unmerged", "fused"):
             if adapter is None:
@@ -224,7 +217,7 @@ class Engine:
         self._merges = self._merged is not None
         self._model, self.adapter, self.strategy = model, acting, strategy
         self._fused: Fused | None = None
-        if strategy in ("fused", "golden", "switch", "merged") and fused_obstacle(model) is None:
+        if strategy == "fused":
             self._fused = Fused.of(model, acting if isinstance(acting, AdaFuse) else None)
         config = model.config
         self.context_length = config.max_position_embeddings

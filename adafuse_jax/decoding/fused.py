@@ -2,8 +2,7 @@
 
     token → experts, gates (a table lookup where the router sees the token alone) → all layers and the head → logits
 
-With *fused* the experts stay beside the weights, y = W x + Σ_j g_j s B[e_j] (A[e_j] x), and of their factors only those in
-use are read. With strategies that merge, the launch is the plain backbone's, after the merge.
+The experts stay beside the weights, y = W x + Σ_j g_j s B[e_j] (A[e_j] x), and of their factors only those in use are read.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from jaxtyping import Array, Float, Int
 
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.configs import ATTENTION_LINEARS, LINEARS, ModelConfig
-from adafuse_jax.decoding.merging import Merged, Merging
 from adafuse_jax.model.attention import Visibility, attention
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
@@ -65,16 +63,14 @@ class Fused:
         )
 
 
-def weights_of(model: Backbone, norms: Array, merged: dict[str, Array]) -> Weights:
-    """The model's own arrays by name, those of `merged` in place of its linears'."""
+def weights_of(model: Backbone, norms: Array) -> Weights:
+    """The model's own arrays by name."""
     config, layers = model.config, model.layers
     head = model.embed_tokens if model.lm_head is None else model.lm_head
     windows = config.sliding_windows or (None,) * config.num_layers
     linears = {name: getattr(layers, name) for name in LINEARS}
     return Weights(
-        linears={name: linear.weight[...] for name, linear in linears.items() if name not in merged}
-        | merged
-        | {"lm_head": head[...]},
+        linears={name: linear.weight[...] for name, linear in linears.items()} | {"lm_head": head[...]},
         biases={name: linear.bias[...] for name, linear in linears.items() if linear.bias is not None},
         norms=norms,
         q_norm=None if layers.q_norm is None else layers.q_norm.weight[...],
@@ -168,21 +164,16 @@ def fused_step(
     token: Int[Array, " B"],
     positions: Int[Array, " B"],
     cache: KVCache,
-    merging: Merging | None = None,
     **options: Any,
-) -> tuple[Float[Array, "B V"], Int[Array, "B k"] | None, KVCache, Merged | None]:
-    """Read one token of every row: logits of the next (fp32), the experts that read it, the cache with it, and what is
-    merged. With `merging` the experts of the one row are merged into the weights first, and the launch is the plain
-    backbone's. `options` are those of `decode_token`."""
-    config, experts, chosen, merged = model.config, None, None, None
+) -> tuple[Float[Array, "B V"], Int[Array, "B k"] | None, KVCache]:
+    """Read one token of every row: logits of the next (fp32), the experts that read it, the cache with it. `options` are
+    those of `decode_token`."""
+    config, experts, chosen = model.config, None, None
     if adapter is not None:
         chosen, gates = route(model, adapter, fused.table, token, positions, cache)
-        if merging is not None:
-            merged = merging.merge(chosen[0], gates[0])
-        else:
-            used, num_used, by_row = used_experts(chosen, gates, adapter.config.scale, adapter.config.num_experts)
-            experts = Experts(a=fused.a, b=fused.b, used=used, num_used=num_used, gates=by_row)
-    weights = weights_of(model, fused.norms, {} if merged is None else merged.weights)
+        used, num_used, by_row = used_experts(chosen, gates, adapter.config.scale, adapter.config.num_experts)
+        experts = Experts(a=fused.a, b=fused.b, used=used, num_used=num_used, gates=by_row)
+    weights = weights_of(model, fused.norms)
     cos, sin = rope_tables(positions, rope_frequencies(config.rope, config.head_dim))
     logits, k, v = decode_token(
         shape_of(config), weights, experts, model.embed_tokens[...][token], cache.k, cache.v, positions,
@@ -190,4 +181,4 @@ def fused_step(
     )  # fmt: skip
     at = slice(None), jnp.arange(len(token)), positions
     written = (old.at[at].set(new, mode="drop") for old, new in ((cache.k, k), (cache.v, v)))
-    return logits, chosen, KVCache(*written), merged
+    return logits, chosen, KVCache(*written)

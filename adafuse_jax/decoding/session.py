@@ -70,10 +70,10 @@ class Session:
                 config.adapter,
                 read_model_config(directory),
                 backbone_identity=backbone_identity(directory),
-                dtype=jnp.dtype(dtype),
+                # Merged once, a LoRA is rounded once.
+                dtype=jnp.dtype("float32" if config.strategy == "merged" else dtype),
             )
-            if config.strategy is not None:
-                adapter.config.require_strategy(config.strategy)
+            adapter.config.require_strategy(config.strategy)
         model = load_backbone(directory, dtype)
         if config.tensor_parallel > 1:
             mesh = make_mesh(config.tensor_parallel, model.config)
