@@ -12,6 +12,7 @@ is the BOS token (or EOS), and generation ends at the model's EOS tokens and bef
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from itertools import batched, groupby
 from typing import Any
@@ -20,7 +21,7 @@ from adafuse_jax import runtime
 from adafuse_jax.configs import DType
 from adafuse_jax.data.chat import render
 from adafuse_jax.data.examples import Message
-from adafuse_jax.errors import UserError, run_cli
+from adafuse_jax.errors import EXIT_CODE, UserError, run_cli
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -31,7 +32,10 @@ except ModuleNotFoundError as error:
     if error.name != "lm_eval":
         raise
     MISSING = "lm-evaluation-harness is not installed; pip install 'adafuse-jax[eval]'"
-    raise (SystemExit(f"error: {MISSING}") if __name__ == "__main__" else UserError(MISSING)) from error
+    if __name__ != "__main__":
+        raise UserError(MISSING) from error
+    print(f"error: {MISSING}", file=sys.stderr)
+    sys.exit(EXIT_CODE)
 
 from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.sampling import Sampling
