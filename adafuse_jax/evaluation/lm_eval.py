@@ -29,7 +29,7 @@ try:
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 except ModuleNotFoundError as error:
-    if error.name != "lm_eval":
+    if (error.name or "").split(".")[0] != "lm_eval":
         raise
     MISSING = "lm-evaluation-harness is not installed; pip install 'adafuse-jax[eval]'"
     if __name__ != "__main__":
