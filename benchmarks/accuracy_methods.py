@@ -13,13 +13,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.adapters.methods import make_adapter
 from adafuse_jax.configs import FFN_LINEARS, LINEARS, AdapterConfig, ModelConfig
-
-try:
-    from adafuse_jax.adapters.methods import make_adapter as build
-except ModuleNotFoundError:  # a version with AdaFuse alone
-    build = AdaFuse
 
 NO_ADAPTER = ("none", "full")
 BALANCE = 0.01
@@ -74,4 +69,4 @@ def settings_of(name: str) -> dict[str, Any]:
 
 def make_adapter(settings: dict[str, Any], model: ModelConfig, key: jax.Array) -> Any:
     """The adapter of the settings, with initial values drawn from `key`."""
-    return build(AdapterConfig(**settings), model, rngs=nnx.Rngs(params=key))
+    return make_adapter(AdapterConfig(**settings), model, rngs=nnx.Rngs(params=key))

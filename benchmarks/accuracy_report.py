@@ -208,7 +208,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axes.errorbar(mean, y, xerr=error, fmt="o", color=colour, capsize=3)
             points = 100 * np.mean([entry["seeds"] for entry in row["per_set"].values()], axis=0)
             axes.plot(points, [y] * len(points), "|", color=colour, alpha=0.5)
-        for regime in LABELS if panel is methods else ():
+        for regime in (regime for regime in LABELS if any(row["regime"] == regime for row in panel)):
             axes.plot([], [], "o", color=COLOURS[regime], label=LABELS[regime])
         parameters = {row["method"]: row["trainable_params"] for row in panel}
         axes.set_yticks(range(len(names)), [f"{name}  ({parameters[name] / 1e6:.2g} M)" for name in names])
@@ -235,7 +235,7 @@ def plot_experts(result: dict[str, Any], path: Path) -> None:
     present = np.flatnonzero(by_class.sum(1) > 0)
     figure = Figure(figsize=(15, 4.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1.2, 1.2])
-    _shares(left, by_set, list(counts), "by data set (test questions)")
+    _shares(left, by_set, list(counts), "by data set (test questions with each candidate)")
     tokens = by_class.sum(1) / by_class.sum()
     labels = [f"{CLASSES[i]} ({100 * tokens[i]:.0f}%)" for i in present]
     _shares(middle, by_class[present], labels, "by class of token (share of all tokens)")

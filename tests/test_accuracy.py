@@ -25,7 +25,15 @@ from adafuse_jax.evaluation.loading import load
 from adafuse_jax.evaluation.multiple_choice import Questions as Encoded
 from adafuse_jax.evaluation.multiple_choice import chosen_by_likelihood
 from benchmarks import accuracy
-from benchmarks.accuracy_data import FILES, SCIENCEQA_TEST, SCIENCEQA_TRAINING, SETS, pack_candidates, read_set
+from benchmarks.accuracy_data import (
+    FILES,
+    SCIENCEQA_TEST,
+    SCIENCEQA_TRAINING,
+    SETS,
+    _scienceqa,
+    pack_candidates,
+    read_set,
+)
 from benchmarks.accuracy_methods import ABLATIONS, METHODS, available, make_adapter, settings_of
 from benchmarks.accuracy_training import (
     REMAT_ABOVE,
@@ -142,6 +150,21 @@ def test_both_forms_of_scienceqa_become_one(study: Path):
     assert odd == MultipleChoice("Question: Context: H\nS 31?\nA. x\nB. y\nz\nC. w" + rule, ("A", "B", "C"), 1)
     (even,) = (q for q in (*found.training, *found.validation) if "S 10?" in q.question)
     assert even == MultipleChoice("Question: S 10?\nA. x\nB. y\nz\nC. w" + rule, ("A", "B", "C"), 1)
+
+
+def test_real_data(shared_dir: Path):
+    """The sizes that the report states; and ScienceQA's two sources tell the same questions in the same words."""
+    data = shared_dir / "assets" / "data"
+    sizes = {name: read_set(name, data) for name in SETS}
+    assert {name: [len(q.training), len(q.validation), len(q.test)] for name, q in sizes.items()} == {
+        "scienceqa": [861, 96, 2224],
+        "openbookqa": [4457, 495, 500],
+        "arc-easy": [2024, 225, 2376],
+    }
+    lines = gzip.decompress((data / SCIENCEQA_TRAINING[1]).read_bytes()).decode().splitlines()
+    tested = [_scienceqa(row) for row in map(json.loads, lines) if row["split"] == "test"]
+    assert len(tested) == 194
+    assert set(tested) <= set(sizes["scienceqa"].test)
 
 
 def test_missing_file_is_told(tmp_path: Path):

@@ -3,6 +3,7 @@ the last example, whatever the batch size; and on an adapter, those of a backbon
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
 import sys
@@ -143,7 +144,7 @@ def test_an_adapter_counts(adapted: Any):
         assert value == pytest.approx(expected, abs=5e-4)
         assert greedy == same
         assert abs(value - row["log_likelihood"]) > 1e-3, "the adapter changes nothing"
-    requests = ask("generate_until", [(row["context"], row["settings"]) for row in GOLDEN["plain"]["generate"][:6]])
+    requests = ask("generate_until", [(row["context"], row["settings"]) for row in GOLDEN["plain"]["generate"][:2]])
     assert with_adapter.generate_until(requests) == with_weights.generate_until(requests)
 
 
@@ -172,6 +173,19 @@ def run_module(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> int | None:
     with pytest.raises(SystemExit) as end:
         runpy.run_module("adafuse_jax.evaluation.lm_eval", run_name="__main__")
     return end.value.code
+
+
+def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "adafuse_jax.evaluation.lm_eval")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("adafuse_jax.evaluation.lm_eval", run_name="__main__")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: lm-evaluation-harness is not installed; pip install 'adafuse-jax[eval]'\n"
+    with pytest.raises(UserError, match="not installed"):
+        importlib.import_module("adafuse_jax.evaluation.lm_eval")
 
 
 @pytest.mark.parametrize(

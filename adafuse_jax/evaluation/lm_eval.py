@@ -12,6 +12,7 @@ is the BOS token (or EOS), and generation ends at the model's EOS tokens and bef
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from itertools import batched, groupby
 from typing import Any
@@ -20,7 +21,7 @@ from adafuse_jax import runtime
 from adafuse_jax.configs import DType
 from adafuse_jax.data.chat import render
 from adafuse_jax.data.examples import Message
-from adafuse_jax.errors import UserError, run_cli
+from adafuse_jax.errors import EXIT_CODE, UserError, run_cli
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -28,10 +29,13 @@ try:
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 except ModuleNotFoundError as error:
-    if error.name != "lm_eval":
+    if (error.name or "").split(".")[0] != "lm_eval":
         raise
     MISSING = "lm-evaluation-harness is not installed; pip install 'adafuse-jax[eval]'"
-    raise (SystemExit(f"error: {MISSING}") if __name__ == "__main__" else UserError(MISSING)) from error
+    if __name__ != "__main__":
+        raise UserError(MISSING) from error
+    print(f"error: {MISSING}", file=sys.stderr)
+    sys.exit(EXIT_CODE)
 
 from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.sampling import Sampling
