@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from adafuse_jax.adapters.methods import make_adapter
+from adafuse_jax.adapters import methods
 from adafuse_jax.configs import FFN_LINEARS, LINEARS, AdapterConfig, ModelConfig
 
 NO_ADAPTER = ("none", "full")
@@ -69,4 +69,4 @@ def settings_of(name: str) -> dict[str, Any]:
 
 def make_adapter(settings: dict[str, Any], model: ModelConfig, key: jax.Array) -> Any:
     """The adapter of the settings, with initial values drawn from `key`."""
-    return make_adapter(AdapterConfig(**settings), model, rngs=nnx.Rngs(params=key))
+    return methods.make_adapter(AdapterConfig(**settings), model, rngs=nnx.Rngs(params=key))
