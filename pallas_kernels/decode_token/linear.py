@@ -90,7 +90,8 @@ class Ring:
 
 class Linears:
     """One group. `memory` has the refs: `weights`, `biases`, `a`, `b` by name; `y_part` [S, tiles, 2, HALF, N]; `t_part`
-    [S, targets, U · pieces, PIECE, N]; `experts` [U], `num_used` [1], `gates` [U, N]; `squares` [halves of tiles, N]."""
+    [S, targets, U · pieces, PIECE, N]; `experts` [U], `num_used` [1], `gates` [U, N]; `squares` [halves of tiles, N]; `r`
+    [blocks, N]."""
 
     def __init__(self, group: Group, plan: Plan, memory: Any, ring: Ring, *, norm_dim: int | None, eps: float):
         self.group, self.plan, self.memory, self.ring = group, plan, memory, ring
@@ -150,9 +151,9 @@ class Linears:
             count = lax.fori_loop(0, number, tile, count)
         return count
 
-    def multiply(self, layer, count, x_piece: Callable[[Any], Any], x_smem, r_smem):
-        """`x_piece(c)`: input columns [c · PIECE, (c + 1) · PIECE) as a ref [N, PIECE]. Leaves r [N], where there is a norm,
-        in `r_smem`: found here, where weights are on their way, it makes nobody wait."""
+    def multiply(self, layer, count, x_piece: Callable[[Any], Any], x_smem):
+        """`x_piece(c)`: input columns [c · PIECE, (c + 1) · PIECE) as a ref [N, PIECE]. Leaves r, where there is a norm, in
+        `memory.r`: found here, where weights are on their way, it makes nobody wait."""
         last = self.group.chunks - 1
         pieces = [x_piece(jnp.minimum(self.first_chunk + c, last)) for c in range(self.group.slice_chunks)]
         tiles = [load(piece.transpose((1, 0)), plgpu.Layout.WGMMA_TRANSPOSED) for piece in pieces]
@@ -161,7 +162,7 @@ class Linears:
         plgpu.commit_smem()
         for place, (number, _, targets) in enumerate(self._shares(layer)):
             if place == min(1, len(self.group.names) - 1) and self.norm_dim is not None:
-                r_smem[...] = self._inverse_rms()
+                self.memory.r.at[self.block][...] = self._inverse_rms()
 
             def tile(n, count, targets=targets):
                 refs = targets(n)
@@ -226,12 +227,11 @@ class Linears:
         passes: Sequence[tuple[str, ...]],
         follow: Callable[..., Callable[..., None]],
         h_smem,
-        r_smem,
     ):
         """`follow(names, row)` reads what it needs for these rows of the linears `names`, and returns the function that
         takes their values [HALF, N] and stores what comes of them. Linears of a pass have equal shapes."""
         plan, group = self.plan, self.group
-        r = None if self.norm_dim is None else load(r_smem, COLUMNS)
+        r = None if self.norm_dim is None else load(self.memory.r.at[self.block], COLUMNS)
         for names in passes:
             first, number = self._finish_share(names)
             out_dim = group.outs[group.names.index(names[0])]

@@ -59,14 +59,12 @@ def _phases(
         return Linears(group, plan, m, ring, norm_dim=embed_dim if normed else None, eps=model.norm_eps)
 
     def multiply(linear, x_piece):
-        return Phase(
-            linear.copy_multiply, lambda layer, count: linear.multiply(layer, count, x_piece, s.x_smem, s.r_smem)
-        )
+        return Phase(linear.copy_multiply, lambda layer, count: linear.multiply(layer, count, x_piece, s.x_smem))
 
     def finish(linear, passes, follow):
         return Phase(
             lambda layer, count: linear.copy_finish(layer, count, passes),
-            lambda layer, count: linear.finish(layer, count, passes, partial(follow, layer), s.h_smem, s.r_smem),
+            lambda layer, count: linear.finish(layer, count, passes, partial(follow, layer), s.h_smem),
         )
 
     def of_rows(ref):
@@ -201,6 +199,7 @@ def run_token(
     split = (plan.splits, n, model.num_kv_heads, HALF)
     buffers = {
         "y_part": ((plan.max_slices, tiles, 2, HALF, n), jnp.float32),
+        "r": ((plan.num_blocks, n), jnp.float32),
         "q_raw": ((n, *heads), dtype), "k_raw": ((n, model.num_kv_heads, model.head_dim), dtype),
         "context": ((n, *heads), dtype), "hidden": ((n, model.hidden_dim), dtype),
         "logits": ((model.vocab_size, n), jnp.float32), "k_new": (new, dtype), "v_new": (new, dtype),
@@ -248,7 +247,6 @@ def run_token(
                 "ring_smem": ring(plan.slots, TILE, PIECE),
                 "ring_full": plgpu.Barrier(num_barriers=plan.slots),
                 "ring_empty": plgpu.Barrier(num_barriers=plan.slots),
-                "r_smem": plgpu.SMEM((n,), jnp.float32),
                 **(used_in_turn if interpret else {"in_turn": plgpu.RefUnion(*in_turn)}),
             },
             interpret=interpret,

@@ -1,0 +1,270 @@
+"""The fused decoding step against the model's own modules: logits, new keys and values, experts; and how its work is cut.
+
+Here its kernel runs in the interpreter, one launch per phase with several blocks or one launch with one block; with
+`-m gpu`, compiled.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.configs import LINEARS, AdapterConfig, ModelConfig
+from adafuse_jax.decoding.engine import Engine
+from adafuse_jax.decoding.fused import Fused, fused_obstacle, fused_step, route, tabulate, used_experts
+from adafuse_jax.errors import UserError
+from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.model.cache import KVCache
+from pallas_kernels.decode_token import Shape, obstacle
+from pallas_kernels.decode_token.plan import SHARED_MEMORY, make_plan, num_tiles
+
+interpreted = pytest.mark.skipif(
+    jax.__version_info__ < (0, 12) or jax.default_backend() != "cpu",
+    reason="the interpreter runs on CPUs; before JAX 0.12 it fails unless every warpgroup sees a barrier's last phase",
+)
+on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    batch: int = 1
+    slots: int = 128
+    position: int = 70
+    targets: tuple[str, ...] = ()
+    rank: int = 64
+    top_k: int = 2
+    num_experts: int = 4
+    window: int | None = None
+    num_layers: int = 1
+    embed_dim: int = 128
+    hidden_dim: int = 192
+    heads: tuple[int, int, int] = (4, 2, 64)  # query, key-value, dimensions
+    vocab_size: int = 256
+    bias: bool = False
+    qk_norm: bool = False
+
+
+def make(case: Case, seed: int = 0) -> tuple[Backbone, AdaFuse | None, KVCache, jax.Array, jax.Array]:
+    """(model, adapter, a cache full of random numbers, tokens, positions), in bfloat16."""
+    heads, kv, head_dim = case.heads
+    config = ModelConfig(
+        model_type="llama", vocab_size=case.vocab_size, embed_dim=case.embed_dim, hidden_dim=case.hidden_dim,
+        num_layers=case.num_layers, num_heads=heads, num_kv_heads=kv, head_dim=head_dim, max_position_embeddings=4096,
+        norm_eps=1e-5, qkv_bias=case.bias, qk_norm=case.qk_norm,
+        sliding_windows=(case.window,) * case.num_layers if case.window else (),
+    )  # fmt: skip
+    rng = np.random.default_rng(seed)
+
+    def draw(shape: tuple[int, ...], scale: float, center: float = 0.0) -> jax.Array:
+        return jnp.asarray(center + scale * rng.normal(size=shape), jnp.bfloat16)
+
+    def fill(path: Any, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        return draw(leaf.shape, 0.2, 1.0) if "norm" in name else draw(leaf.shape, 0.08)
+
+    model = Backbone(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    model = jax.tree_util.tree_map_with_path(fill, model)
+    adapter = None
+    if case.targets:
+        settings = AdapterConfig(
+            targets=case.targets, num_experts=case.num_experts, rank=case.rank, top_k=case.top_k, alpha=2.0 * case.rank
+        )
+        adapter = AdaFuse(settings, config, rngs=nnx.Rngs(1))
+        adapter.experts = jax.tree.map(lambda leaf: draw(leaf.shape, 0.05), adapter.experts)
+    shape = (case.num_layers, case.batch, case.slots, kv, head_dim)
+    tokens = jnp.asarray(rng.integers(0, case.vocab_size, case.batch), jnp.int32)
+    positions = jnp.asarray([max(0, case.position - 7 * row) for row in range(case.batch)], jnp.int32)
+    return model, adapter, KVCache(draw(shape, 1.0), draw(shape, 1.0)), tokens, positions
+
+
+def by_modules(model, adapter, cache, tokens, positions):
+    out = model.run(tokens[:, None], adapter=adapter, positions=positions[:, None], cache=cache, unroll=True)
+    return model.logits(out.hidden[:, 0]), out.routing, out.cache
+
+
+def in_fp32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
+
+
+def check(case: Case, *, compiled: bool, **options: Any) -> None:
+    """The errors against the fp32 modules are those of the bfloat16 modules, give or take one draw of their roundings, and the
+    experts are the same."""
+    model, adapter, cache, tokens, positions = make(case)
+    exact, _, exact_cache = by_modules(in_fp32(model), in_fp32(adapter), in_fp32(cache), tokens, positions)
+    usual, routing, usual_cache = by_modules(model, adapter, cache, tokens, positions)
+    call: Any = jax.jit(fused_step) if compiled else fused_step
+    logits, experts, after = call(model, adapter, Fused.of(model, adapter), tokens, positions, cache, **options)
+
+    def error(x: jax.Array, wanted: jax.Array) -> float:
+        x, wanted = np.asarray(x, np.float64), np.asarray(wanted, np.float64)
+        return float(np.linalg.norm(x - wanted) / np.linalg.norm(wanted))
+
+    assert error(logits, exact) <= 1.5 * error(usual, exact)
+    rows = np.arange(case.batch), positions
+    for name in ("k", "v"):
+        new, wanted, other = (getattr(c, name)[:, *rows] for c in (after, exact_cache, usual_cache))
+        assert error(new, wanted) <= 1.5 * error(other, wanted) + 2e-3
+        untouched = np.asarray(getattr(after, name)).copy()
+        untouched[:, *rows] = np.asarray(getattr(cache, name))[:, *rows]
+        np.testing.assert_array_equal(untouched, np.asarray(getattr(cache, name)))
+    if adapter is not None:
+        np.testing.assert_array_equal(experts, routing.experts[:, 0])
+
+
+INTERPRETED = {
+    "bare, one launch": (Case(num_layers=2), {"num_blocks": 1}),
+    "all 7, two rows": (Case(batch=2, targets=LINEARS), {"num_blocks": 3, "one_launch": False}),
+    "128 dimensions, norms, biases, rank 40": (
+        Case(
+            embed_dim=192, hidden_dim=320, heads=(4, 2, 128), targets=("q_proj", "v_proj", "down_proj"), rank=40, top_k=1,
+            bias=True, qk_norm=True,
+        ),
+        {"num_blocks": 3, "one_launch": False},
+    ),
+    "context in parts, window, router in the FFN": (
+        Case(batch=2, slots=1024, heads=(4, 1, 64), position=900, window=600, targets=("gate_proj", "up_proj")),
+        {"num_blocks": 5, "one_launch": False},
+    ),
+}  # fmt: skip
+COMPILED = {
+    "bare": Case(num_layers=3),
+    "q, v": Case(num_layers=2, targets=("q_proj", "v_proj")),
+    "all 7, two rows": Case(num_layers=2, batch=2, targets=LINEARS),
+    "norms, biases": Case(
+        num_layers=2, embed_dim=192, hidden_dim=320, heads=(4, 2, 128), targets=LINEARS, rank=128, top_k=1, bias=True,
+        qk_norm=True,
+    ),
+    "parts, window": Case(
+        num_layers=2, batch=2, slots=2048, heads=(4, 1, 64), position=1900, window=1600, targets=("gate_proj", "up_proj")
+    ),
+    "32 rows": Case(
+        num_layers=2, batch=32, slots=512, position=400, embed_dim=576, hidden_dim=1536, heads=(9, 3, 64), targets=LINEARS
+    ),
+}  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted(name):
+    case, options = INTERPRETED[name]
+    parameters = plgpu.InterpretGPUParams(inline_mgpu="ignore")
+    check(case, compiled=False, interpret=parameters, **options)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled(name):
+    check(COMPILED[name], compiled=True)
+
+
+LLAMA2_7B = Shape(
+    num_layers=32, embed_dim=4096, hidden_dim=11008, num_heads=32, num_kv_heads=32, head_dim=128, vocab_size=32000,
+    norm_eps=1e-5,
+)  # fmt: skip
+SMOLLM2 = Shape(
+    num_layers=30,
+    embed_dim=576,
+    hidden_dim=1536,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    vocab_size=49152,
+    norm_eps=1e-5,
+)
+
+
+def plan_of(shape: Shape, **changes: Any) -> Any:
+    options = {
+        "batch": 1, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "cache_slots": 512, "max_used": 2,
+        "rank": 64, "num_blocks": 132,
+    }  # fmt: skip
+    return make_plan(shape.linears(), LINEARS, **(options | changes))
+
+
+@pytest.mark.parametrize("shape", [LLAMA2_7B, SMOLLM2])
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("num_blocks", [1, 114, 132])
+def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_blocks):
+    plan = plan_of(shape, batch=batch, max_used=min(8, 2 * batch), num_blocks=num_blocks)
+    assert plan.columns >= batch
+    for group in plan.groups:
+        chunks = Counter()
+        for block in range(num_blocks):
+            part, member = block % group.slices, block // group.slices
+            if member < group.members:
+                low, high = (s * group.chunks // group.slices for s in (part, part + 1))
+                assert 0 < high - low <= group.slice_chunks
+                for tile in range(member, group.num_tiles, group.members):
+                    chunks.update((tile, c) for c in range(low, high))
+        assert set(chunks.values()) == {1}
+        assert len(chunks) == sum(map(num_tiles, group.outs)) * group.in_dim // 64
+    assert plan.slots >= 4
+    assert plan.slots * 128 * 64 * 2 + plan.x_chunks * 64 * plan.columns * 2 < SHARED_MEMORY
+
+
+def test_long_contexts_are_shared_by_blocks_that_batches_do_not_need():
+    assert [plan_of(LLAMA2_7B, cache_slots=n).splits for n in (512, 1024, 4096)] == [1, 2, 4]
+    assert plan_of(LLAMA2_7B, cache_slots=4096, batch=8).splits == 1
+
+
+def test_used_experts_are_distinct_and_carry_every_gate():
+    rng = np.random.default_rng(0)
+    for batch, k, num_experts in ((1, 2, 8), (3, 2, 8), (16, 4, 8), (2, 1, 16)):
+        experts = np.stack([rng.permutation(num_experts)[:k] for _ in range(batch)])
+        gates = rng.random((batch, k)).astype(np.float32)
+        used, count, by_row = (
+            np.asarray(x) for x in used_experts(jnp.array(experts), jnp.array(gates), 2.0, num_experts)
+        )
+        assert len(used) == min(num_experts, batch * k)
+        assert set(used[: count[0]]) == set(experts.ravel())
+        dense = np.zeros((num_experts, batch), np.float32)
+        for row in range(batch):
+            dense[experts[row], row] = 2 * gates[row]
+        np.testing.assert_allclose(by_row, dense[used], rtol=1e-6)
+        assert not by_row[count[0] :].any()
+
+
+@pytest.mark.parametrize("targets", [("k_proj",), ("o_proj",), ("up_proj", "down_proj")])
+def test_route_before_the_token_equals_the_modules(targets):
+    model, adapter, cache, tokens, positions = make(Case(batch=3, num_layers=2, targets=targets, window=40))
+    assert adapter is not None
+    table = tabulate(model, adapter) if targets == ("k_proj",) else None
+    experts, gates = route(model, adapter, table, tokens, positions, cache)
+    routing = by_modules(model, adapter, cache, tokens, positions)[1]
+    np.testing.assert_array_equal(experts, routing.experts[:, 0])
+    np.testing.assert_allclose(gates, routing.gates[:, 0], atol=1e-2)
+    assert (Fused.of(model, adapter).table is None) == (table is None)
+
+
+def test_what_it_cannot_do_is_said():
+    for changes, dtype, batch, rank, said in (
+        ({}, jnp.float32, 1, 64, "float32"),
+        ({"head_dim": 96}, jnp.bfloat16, 1, 64, "96 dimensions"),
+        ({"vocab_size": 32001}, jnp.bfloat16, 1, 64, "lm_head is"),
+        ({"num_kv_heads": 1, "num_heads": 65}, jnp.bfloat16, 1, 64, "65 query heads"),
+        ({}, jnp.bfloat16, 33, 64, "33 rows"),
+        ({}, jnp.bfloat16, 1, 40, "rank 40"),
+    ):
+        assert said in (obstacle(replace(LLAMA2_7B, **changes), dtype, batch, ("q_proj",), rank) or "")
+    assert obstacle(LLAMA2_7B, jnp.bfloat16, 32, LINEARS, 128) is None
+    model, adapter, cache, tokens, positions = make(Case())
+    with pytest.raises(ValueError, match="float32"):
+        fused_step(in_fp32(model), adapter, Fused.of(in_fp32(model), None), tokens, positions, in_fp32(cache))
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="on a CPU")
+def test_engine_refuses_it_where_it_cannot_run():
+    model, *_ = make(Case())
+    assert "Hopper" in (fused_obstacle(model) or "")
+    with pytest.raises(UserError, match="fused cannot run: it needs a Hopper GPU"):
+        Engine(model, strategy="fused")
