@@ -96,8 +96,8 @@ def in_fp32(tree):
 
 
 def check(case: Case, *, compiled: bool, **options: Any) -> None:
-    """The errors against the fp32 modules are those of the bfloat16 modules, give or take one draw of their roundings, and the
-    experts are the same."""
+    """The errors against the fp32 modules are those of the bfloat16 modules, give or take one draw of their roundings, and
+    the experts are the same."""
     model, adapter, cache, tokens, positions = make(case)
     exact, _, exact_cache = by_modules(in_fp32(model), in_fp32(adapter), in_fp32(cache), tokens, positions)
     usual, routing, usual_cache = by_modules(model, adapter, cache, tokens, positions)
