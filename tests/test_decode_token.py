@@ -193,7 +193,7 @@ def plan_of(shape: Shape, **changes: Any) -> Any:
 
 @pytest.mark.parametrize("shape", [LLAMA2_7B, SMOLLM2])
 @pytest.mark.parametrize("batch", [1, 8, 32])
-@pytest.mark.parametrize("num_blocks", [1, 114, 132])
+@pytest.mark.parametrize("num_blocks", [78, 114, 132])
 def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_blocks):
     plan = plan_of(shape, batch=batch, max_used=min(8, 2 * batch), num_blocks=num_blocks)
     assert plan.columns >= batch
@@ -253,10 +253,12 @@ def test_what_it_cannot_do_is_said():
         ({"vocab_size": 32001}, jnp.bfloat16, 1, 64, "lm_head is"),
         ({"num_kv_heads": 1, "num_heads": 65}, jnp.bfloat16, 1, 64, "65 query heads"),
         ({}, jnp.bfloat16, 33, 64, "33 rows"),
+        ({"hidden_dim": 28672}, jnp.bfloat16, 32, 64, "with 32 rows"),
         ({}, jnp.bfloat16, 1, 40, "rank 40"),
     ):
         assert said in (obstacle(replace(LLAMA2_7B, **changes), dtype, batch, ("q_proj",), rank) or "")
     assert obstacle(LLAMA2_7B, jnp.bfloat16, 32, LINEARS, 128) is None
+    assert obstacle(replace(LLAMA2_7B, hidden_dim=28672), jnp.bfloat16, 8, LINEARS, 128) is None
     model, adapter, cache, tokens, positions = make(Case())
     with pytest.raises(ValueError, match="float32"):
         fused_step(in_fp32(model), adapter, Fused.of(in_fp32(model), None), tokens, positions, in_fp32(cache))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_token.plan import HALF, PIECE, Plan, make_plan
+from pallas_kernels.decode_token.plan import HALF, PIECE, Plan, make_plan, max_in_dim
 
 MAX_BATCH = 32
 
@@ -84,11 +84,13 @@ def obstacle(shape: Shape, dtype: Any, batch: int, targets: tuple[str, ...] = ()
         return f"heads have {shape.head_dim} dimensions, and it takes 64 and 128"
     if shape.num_heads // shape.num_kv_heads > HALF:
         return f"{shape.num_heads // shape.num_kv_heads} query heads share a key, and it takes {HALF} at most"
+    if batch > MAX_BATCH:
+        return f"{batch} rows are decoded together, and it takes {MAX_BATCH} at most"
     for name, (out, into) in shape.linears().items():
         if out % HALF or into % PIECE:
             return f"{name} is [{out}, {into}], and it takes multiples of 64"
-    if batch > MAX_BATCH:
-        return f"{batch} rows are decoded together, and it takes {MAX_BATCH} at most"
+        if into > max_in_dim(batch):
+            return f"{name} has {into} inputs, and with {batch} rows it takes {max_in_dim(batch)} at most"
     if targets and rank % PIECE:
         return f"experts have rank {rank}, and it takes multiples of {PIECE}"
     return None

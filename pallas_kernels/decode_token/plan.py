@@ -92,6 +92,16 @@ class Plan:
         return max(group.slice_chunks for group in self.groups)
 
 
+def columns_for(batch: int) -> int:
+    """N of a batch of at most 32 rows."""
+    return next(n for n in (8, 16, 32) if n >= batch)
+
+
+def max_in_dim(batch: int, itemsize: int = 2) -> int:
+    """The widest input whose slices fit the shared memory."""
+    return MAX_SLICES * (MAX_INPUT // (columns_for(batch) * itemsize) // PIECE * PIECE)
+
+
 def make_group(
     shapes: dict[str, tuple[int, int]], adapted: tuple[str, ...], num_blocks: int, columns: int, itemsize: int
 ) -> Group:
@@ -125,7 +135,7 @@ def make_plan(
     itemsize: int = 2,
 ) -> Plan:
     """`shapes`: (out, in) of the seven linears and of `lm_head`."""
-    columns = next(n for n in (8, 16, 32) if n >= batch)
+    columns = columns_for(batch)
 
     def group(*names: str) -> Group:
         return make_group({name: shapes[name] for name in names}, adapted, num_blocks, columns, itemsize)
