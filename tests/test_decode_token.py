@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.configs import LINEARS, AdapterConfig, ModelConfig
 from adafuse_jax.decoding.engine import Engine
-from adafuse_jax.decoding.fused import Fused, fused_obstacle, fused_step, route, tabulate, used_experts
+from adafuse_jax.decoding.fused import Fused, fused_obstacle, fused_step, route, tabulate
 from adafuse_jax.errors import UserError
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
@@ -215,23 +215,6 @@ def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_blocks):
 def test_long_contexts_are_shared_by_blocks_that_batches_do_not_need():
     assert [plan_of(LLAMA2_7B, cache_slots=n).splits for n in (512, 1024, 4096)] == [1, 2, 4]
     assert plan_of(LLAMA2_7B, cache_slots=4096, batch=8).splits == 1
-
-
-def test_used_experts_are_distinct_and_carry_every_gate():
-    rng = np.random.default_rng(0)
-    for batch, k, num_experts in ((1, 2, 8), (3, 2, 8), (16, 4, 8), (2, 1, 16)):
-        experts = np.stack([rng.permutation(num_experts)[:k] for _ in range(batch)])
-        gates = rng.random((batch, k)).astype(np.float32)
-        used, count, by_row = (
-            np.asarray(x) for x in used_experts(jnp.array(experts), jnp.array(gates), 2.0, num_experts)
-        )
-        assert len(used) == min(num_experts, batch * k)
-        assert set(used[: count[0]]) == set(experts.ravel())
-        dense = np.zeros((num_experts, batch), np.float32)
-        for row in range(batch):
-            dense[experts[row], row] = 2 * gates[row]
-        np.testing.assert_allclose(by_row, dense[used], rtol=1e-6)
-        assert not by_row[count[0] :].any()
 
 
 @pytest.mark.parametrize("targets", [("k_proj",), ("o_proj",), ("up_proj", "down_proj")])

@@ -8,7 +8,6 @@ The experts stay beside the weights, y = W x + Σ_j g_j s B[e_j] (A[e_j] x), and
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from adafuse_jax.model.layers import apply_rope, rope_frequencies, rope_tables
 from adafuse_jax.sharding import mesh_of
 from pallas_kernels.decode_token import Experts, Shape, Weights, decode_token, obstacle
 from pallas_kernels.decode_token.plan import PIECE
+from pallas_kernels.pregated_linear import make_mixture
 
 TABLE_ROWS = 4096
 """Tokens whose gates are computed at once."""
@@ -145,18 +145,6 @@ def route(
     return hook.routing.experts[:, 0], hook.routing.gates[:, 0]
 
 
-@partial(jax.jit, static_argnames=("scale", "num_experts"))
-def used_experts(
-    experts: Int[Array, "B k"], gates: Float[Array, "B k"], scale: float, num_experts: int
-) -> tuple[Int[Array, " U"], Int[Array, 1], Float[Array, "U B"]]:
-    """The distinct experts of a batch, those in use first; how many are; and every row's gates of them, times `scale`."""
-    chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32)  # [B, k, E]
-    dense = scale * jnp.einsum("bk,bke->eb", gates.astype(jnp.float32), chosen, precision=jax.lax.Precision.HIGHEST)
-    present = chosen.any(axis=(0, 1))
-    order = jnp.argsort(~present, stable=True)[: min(num_experts, experts.size)].astype(jnp.int32)
-    return order, present.sum(dtype=jnp.int32)[None], dense[order]
-
-
 def fused_step(
     model: Backbone,
     adapter: AdaFuse | None,
@@ -171,8 +159,8 @@ def fused_step(
     config, experts, chosen = model.config, None, None
     if adapter is not None:
         chosen, gates = route(model, adapter, fused.table, token, positions, cache)
-        used, num_used, by_row = used_experts(chosen, gates, adapter.config.scale, adapter.config.num_experts)
-        experts = Experts(a=fused.a, b=fused.b, used=used, num_used=num_used, gates=by_row)
+        mixture = make_mixture(chosen, gates, adapter.config.scale, adapter.config.num_experts)
+        experts = Experts(a=fused.a, b=fused.b, mixture=mixture)
     weights = weights_of(model, fused.norms)
     cos, sin = rope_tables(positions, rope_frequencies(config.rope, config.head_dim))
     logits, k, v = decode_token(

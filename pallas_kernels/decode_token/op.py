@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_token.plan import HALF, PIECE, Plan, make_plan, max_in_dim
+from pallas_kernels.pregated_linear.mixture import Mixture
 
 MAX_BATCH = 32
 
@@ -66,14 +67,12 @@ class Weights:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """A [L, E, R, in] and B [L, E, out, R] by the name of the linear, with R a multiple of 64; the `used` [U] distinct
-    experts of the batch, of which the first `num_used` [1] count, and the gates [U, B] of every row, times s = α/R."""
+    """A [L, E, R, in] and B [L, E, out, R] by the name of the linear, with R a multiple of 64, and the experts that the
+    rows use: an expert that no row uses is not read if it comes last."""
 
     a: dict[str, Array]
     b: dict[str, Array]
-    used: Int[Array, " U"]
-    num_used: Int[Array, 1]
-    gates: Float[Array, "U B"]
+    mixture: Mixture
 
 
 def obstacle(shape: Shape, dtype: Any, batch: int, targets: tuple[str, ...] = (), rank: int = PIECE) -> str | None:
@@ -100,7 +99,7 @@ def plan_for(shape: Shape, experts: Experts | None, batch: int, cache_slots: int
     targets = () if experts is None else tuple(experts.a)
     return make_plan(
         shape.linears(), targets, batch=batch, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
-        cache_slots=cache_slots, max_used=1 if experts is None else len(experts.used),
+        cache_slots=cache_slots, max_used=1 if experts is None else len(experts.mixture.experts),
         rank=PIECE if experts is None else next(iter(experts.a.values())).shape[2], num_blocks=num_blocks,
     )  # fmt: skip
 
@@ -153,13 +152,11 @@ def decode_token(
     if weights.q_norm is not None:
         inputs |= {"q_norm": weights.q_norm, "k_norm": weights.k_norm}
     if experts is not None:
-        gates = jnp.pad(experts.gates, ((0, 0), (0, plan.columns - batch)))
-        inputs |= {
-            "experts": experts.used,
-            "num_used": experts.num_used,
-            "gates": gates,
-            "a": experts.a,
-            "b": experts.b,
-        }
+        mixture = experts.mixture
+        in_use = (mixture.gates != 0).any(axis=1)
+        num_used = jnp.max(jnp.where(in_use, jnp.arange(1, len(in_use) + 1), 1))
+        gates = jnp.pad(mixture.gates, ((0, 0), (0, plan.columns - batch)))
+        inputs |= {"experts": mixture.experts, "num_used": num_used.astype(jnp.int32)[None], "gates": gates}
+        inputs |= {"a": experts.a, "b": experts.b}
     logits, k_new, v_new = run_token(inputs, plan, shape, interpret=interpret, one_launch=one_launch)
     return logits[:, :batch].T, k_new[:, :batch], v_new[:, :batch]
