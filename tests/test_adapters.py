@@ -106,11 +106,17 @@ class TestEquation:
 
     @pytest.mark.parametrize("targets", POSITIONS.values(), ids=POSITIONS)
     @pytest.mark.parametrize("family", FAMILIES)
-    def test_equals_the_backbone_exactly_while_b_is_zero(self, models, family, targets):
+    def test_equals_the_backbone_while_b_is_zero(self, models, family, targets):
+        """What the experts add is 0; two programs of XLA may still differ in the order of a sum."""
         model = models(family)
         adapter = AdaFuse(AdapterConfig(targets=targets, num_experts=4, rank=3), model.config, rngs=nnx.Rngs(0))
         tokens = tokens_of(model)
-        np.testing.assert_array_equal(model(tokens, adapter=adapter).logits, model(tokens).logits)
+        out, bare = model(tokens, adapter=adapter), model(tokens).logits
+        np.testing.assert_allclose(out.logits, bare, rtol=0, atol=2e-6 * float(jnp.abs(bare).max()))
+        for name, experts in adapter.experts.items():
+            of_a_layer = jax.tree.map(lambda leaf: leaf[0], experts)
+            x = jax.random.normal(jax.random.key(0), (*tokens.shape, model.config.linear_shape(name)[1]))
+            assert not of_a_layer(x, out.routing).any()
 
     def test_permuting_the_experts_changes_nothing(self, models):
         model = models("llama_gqa")

@@ -1,4 +1,5 @@
-"""Linears with pre-gated experts against float64: here `xla`, with `-m gpu` every implementation compiled.
+"""Linears with pre-gated experts against float64: here `xla` and `pallas` interpreted, with `-m gpu`
+every implementation compiled.
 
 |y − exact| ≤ half a unit in the last place of exact, once for y and once for the gated A x inside, and an allowance for
 sums in fp32 in every order
@@ -14,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import benchmarks.pregated_linear as benchmark
-from adafuse_jax.adapters.lora import LoRAExperts
+from adafuse_jax.adapters.low_rank import LoRAExperts
 from adafuse_jax.adapters.router import Routing
 from pallas_kernels.pregated_linear import IMPLEMENTATIONS, Mixture, choose_implementation, make_mixture, op
 from pallas_kernels.pregated_linear import pregated_linear as linear
+from pallas_kernels.pregated_linear.mosaic import obstacle, pregated_linear_mosaic
 
 HALF_ULP = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 """Half a unit in the last place of 1, which is all that one rounding may lose."""
@@ -148,6 +151,7 @@ CASES = {
 LARGE_CASES = {
     "token": Case(outs={"q": 1024, "k": 256, "v": 256}, in_dim=1024, num_experts=8, rank=64),
     "token, gate and up": Case(outs={"gate": 2752, "up": 2752}, in_dim=1024, num_experts=8, rank=128, dtype="float16"),
+    "batch of 20, wide": Case(outs={"gate": 1408, "up": 1408}, in_dim=4096, batch=20, num_experts=8, rank=128),
     "batch of 8": Case(outs={"q": 1024, "k": 256, "v": 256}, in_dim=1024, batch=8, num_experts=8, rank=64),
     "batch of 32": Case(outs={"down": 1024}, in_dim=2752, batch=32, num_experts=16, rank=64, top_k=4),
     "batch, fp32": Case(outs={"o": 515}, in_dim=1001, batch=9, rank=17, dtype="float32"),
@@ -179,8 +183,45 @@ def test_constant_layer(case):
 @pytest.mark.parametrize("case", [*CASES, *LARGE_CASES])
 def test_compiled(case, implementation):
     case = (CASES | LARGE_CASES)[case]
+    x, weights, a, *_ = case.draw()
+    if implementation == "pallas" and obstacle(x, weights, a) is not None:
+        pytest.skip("not for these shapes")
     for traced in (False, True):
         assert_near(run(case, implementation, traced), *case.draw(), case.layer)
+
+
+INTERPRETED = {
+    "q, k, v": Case(outs={"q": 192, "k": 64, "v": 64}, in_dim=192, rank=64),
+    "rank 128, one plain": Case(
+        outs={"q": 128, "z": 192}, in_dim=128, rank=128, batch=3, num_experts=8, plain=("z",), dtype="float16"
+    ),
+    "all plain": Case(outs={"q": 64}, in_dim=64, batch=2, plain=("q",)),
+    "gates of zero": Case(outs={"q": 64}, in_dim=64, rank=64, choices=(((1, 0.0), (2, 0.6), (0, 0.0)),)),
+}
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 12) or jax.default_backend() != "cpu",
+    reason="the interpreter runs on CPUs; before JAX 0.12 it fails unless every warpgroup sees a barrier's last phase",
+)
+@pytest.mark.parametrize("case", INTERPRETED)
+def test_interpreted(case):
+    x, weights, a, b, mixture = INTERPRETED[case].draw()
+    interpret, layer = plgpu.InterpretGPUParams(), INTERPRETED[case].layer
+    y = pregated_linear_mosaic(x, weights, a, b, mixture, layer, interpret=interpret, num_blocks=3)
+    assert_near(y, x, weights, a, b, mixture, layer)
+
+
+def test_what_pallas_cannot_do_is_said():
+    for case, said in (
+        (Case(outs={"q": 64}, in_dim=64, dtype="float32"), "x is float32"),
+        (Case(outs={"q": 64}, in_dim=64, batch=33), "33 rows"),
+        (Case(outs={"q": 40}, in_dim=64), r"q is \[40, 64\]"),
+        (Case(outs={"q": 64}, in_dim=64, rank=24), "q has rank 24"),
+        (Case(outs={"q": 64}, in_dim=64 * 200, batch=32, plain=("q",)), "12288 at most"),
+    ):
+        with pytest.raises(ValueError, match=f"cannot run as pallas: .*{said}"):
+            linear(*case.draw(), case.layer, implementation="pallas")
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -244,10 +285,10 @@ class TestChoice:
         x, weights, a, b, mixture = CASES["q, k, v"].draw()
         with caplog.at_level(logging.INFO, logger="pallas_kernels"):
             y = linear(x, weights, a, b, mixture, 1)
-        (line,) = caplog.messages
-        assert "triton" in line
-        assert "Ampere" in line
-        assert jax.devices()[0].device_kind in line
+        for line, name, needed in zip(caplog.messages, ("pallas", "triton"), ("Hopper", "Ampere"), strict=True):
+            assert name in line
+            assert needed in line
+            assert jax.devices()[0].device_kind in line
         assert_near(y, x, weights, a, b, mixture, 1)
 
     def test_ampere_without_triton(self, monkeypatch, caplog):
@@ -255,7 +296,7 @@ class TestChoice:
         monkeypatch.setattr(op.importlib.util, "find_spec", lambda name: None)
         x, weights, *_ = CASES["q, k, v"].draw()
         with caplog.at_level(logging.INFO, logger="pallas_kernels"):
-            assert choose_implementation(x, weights) == "xla"
+            assert choose_implementation(x, weights, {}) == "xla"
         assert "jax-triton is not installed" in caplog.text
 
 
@@ -294,7 +335,7 @@ INVALID = {
     ),
     "layer": ({"layer": lambda _: 2}, "layer 2 is none of the 2"),
     "layers": ({"layer": lambda _: jnp.arange(2)}, r"layer \(2,\) must be a scalar"),
-    "implementation": ({"implementation": lambda _: "cuda"}, "'cuda' is none of triton, xla"),
+    "implementation": ({"implementation": lambda _: "cuda"}, "'cuda' is none of pallas, triton, xla"),
 }
 
 

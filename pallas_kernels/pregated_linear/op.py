@@ -7,6 +7,7 @@ the same launch. Ids, gates and the layer are device arrays; no value of them is
 
 | implementation | where                    | how |
 |---|---|---|
+| `pallas`       | NVIDIA Hopper            | Mosaic GPU, one launch: TMA, wgmma, partial sums met by a grid-wide barrier |
 | `triton`       | NVIDIA Ampere and newer  | a Triton kernel through jax-triton, one launch for all linears |
 | `xla`          | any device               | plain jnp, which copies the factors of the experts before it uses them |
 """
@@ -26,7 +27,7 @@ from pallas_kernels.sgmm.op import compute_capability
 
 log = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = ("triton", "xla")
+IMPLEMENTATIONS = ("pallas", "triton", "xla")
 
 
 def pregated_linear(
@@ -55,11 +56,15 @@ def pregated_linear(
     """
     _validate(x, weights, a, b, mixture, layer)
     if implementation is None:
-        implementation = choose_implementation(x, weights)
+        implementation = choose_implementation(x, weights, a)
     if implementation == "xla":
         return {
             name: pregated_linear_xla(x, w, a.get(name), b.get(name), mixture, layer) for name, w in weights.items()
         }
+    if implementation == "pallas":
+        from pallas_kernels.pregated_linear.mosaic import pregated_linear_mosaic
+
+        return pregated_linear_mosaic(x, weights, a, b, mixture, layer)
     if implementation == "triton":
         from pallas_kernels.pregated_linear.triton import pregated_linear_triton
 
@@ -67,10 +72,10 @@ def pregated_linear(
     raise ValueError(f"implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
 
 
-def choose_implementation(x: Array, weights: dict[str, Array]) -> str:
+def choose_implementation(x: Array, weights: dict[str, Array], a: dict[str, Array]) -> str:
     """The fastest implementation that this device and these shapes allow; why a faster one is passed over is logged."""
-    for name, obstacle in (("triton", _triton_obstacle),):
-        why_not = obstacle(x, weights)
+    for name, obstacle in (("pallas", _pallas_obstacle), ("triton", _triton_obstacle)):
+        why_not = obstacle(x, weights, a)
         if why_not is None:
             log.info("pregated_linear runs as %s", name)
             return name
@@ -78,7 +83,15 @@ def choose_implementation(x: Array, weights: dict[str, Array]) -> str:
     return "xla"
 
 
-def _triton_obstacle(x: Array, weights: dict[str, Array]) -> str | None:
+def _pallas_obstacle(x: Array, weights: dict[str, Array], a: dict[str, Array]) -> str | None:
+    if not compute_capability().startswith("9."):
+        return f"it needs a Hopper GPU, this is {jax.devices()[0].device_kind}"
+    from pallas_kernels.pregated_linear.mosaic import obstacle
+
+    return obstacle(x, weights, a)
+
+
+def _triton_obstacle(x: Array, weights: dict[str, Array], a: dict[str, Array]) -> str | None:
     if float(compute_capability() or 0) < 8:
         return f"it needs an Ampere or newer GPU, this is {jax.devices()[0].device_kind}"
     if importlib.util.find_spec("jax_triton") is None:

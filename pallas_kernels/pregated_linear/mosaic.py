@@ -1,0 +1,164 @@
+"""Pre-gated linears on Hopper in one launch: the phases `multiply` and `finish` of the whole-token kernel, for one group.
+
+    multiply   partial products of W, and of A of the experts in use, each block its share of tiles and of columns
+    finish     y = Σ_s y_part[s] + Σ_u B[e_u] (g_u · Σ_s t_part[s]), rounded once
+
+A barrier over the grid is between them; a warpgroup that only copies has B on its way before it. See
+`pallas_kernels.decode_token.linear`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.decode_token.linear import Linears, Ring, store_transposed
+from pallas_kernels.decode_token.plan import (
+    HALF,
+    MAX_SLOTS,
+    PIECE,
+    RESERVED,
+    SHARED_MEMORY,
+    TILE,
+    columns_for,
+    make_group,
+    max_in_dim,
+)
+from pallas_kernels.pregated_linear.mixture import Mixture
+
+MAX_BATCH = 32
+
+
+def obstacle(x: Array, weights: dict[str, Array], a: dict[str, Array]) -> str | None:
+    """Why these shapes cannot run here, or None."""
+    if x.dtype.itemsize != 2:
+        return f"x is {x.dtype}, and the tensor cores multiply bfloat16 and float16"
+    if len(x) > MAX_BATCH:
+        return f"{len(x)} rows come together, and it takes {MAX_BATCH} at most"
+    if x.shape[1] > max_in_dim(len(x)):
+        return f"x has {x.shape[1]} columns, and with {len(x)} rows it takes {max_in_dim(len(x))} at most"
+    for name, w in weights.items():
+        if w.shape[1] % HALF or w.shape[2] % PIECE:
+            return f"{name} is [{w.shape[1]}, {w.shape[2]}], and it takes multiples of 64"
+    for name, factor in a.items():
+        if factor.shape[2] % PIECE:
+            return f"{name} has rank {factor.shape[2]}, and it takes multiples of {PIECE}"
+    return None
+
+
+def _kernel(*refs, names, plan, group, span, compiled, ring_smem, ring_full, ring_empty, x_smem, h_smem):
+    """`span`: the first and last phase + 1 that this launch runs."""
+    memory: dict[str, Any] = {"biases": {}, "weights": {}, "a": {}, "b": {}, "y": {}}
+    for name, ref in zip(names, refs, strict=True):
+        if isinstance(name, tuple):
+            memory[name[0]][name[1]] = ref
+        else:
+            memory[name] = ref
+    m = SimpleNamespace(**memory)
+    ring = Ring(ring_smem, ring_full, ring_empty)
+    linears = Linears(group, plan, m, ring, norm_dim=None, eps=0.0)
+    passes = [(name,) for name in group.names]
+    layer = m.layer[0]
+    arrived = pl.get_global(plgpu.SemaphoreType.REGULAR) if compiled else None
+
+    def x_piece(c):
+        return m.x.at[:, pl.ds(c * PIECE, PIECE)]
+
+    def follow(names, row):
+        return partial(store_transposed, m.y[names[0]].at[:, pl.ds(row, HALF)])
+
+    @pl.when(lax.axis_index("group") == 1)
+    def _copy():
+        count = jnp.int32(0)
+        if span[0] == 0:
+            count = linears.copy_multiply(layer, count)
+        if span[1] == 2:
+            linears.copy_finish(layer, count, passes)
+
+    @pl.when(lax.axis_index("group") == 0)
+    def _compute():
+        count = jnp.int32(0)
+        if span[0] == 0:
+            count = linears.multiply(layer, count, x_piece, x_smem)
+        if span == (0, 2):
+            plgpu.semaphore_signal(arrived, 1, memory_scope="gpu")
+            plgpu.semaphore_wait(arrived, plan.num_blocks, decrement=False, memory_scope="gpu")
+        if span[1] == 2:
+            linears.finish(layer, count, passes, follow, h_smem)
+
+
+def pregated_linear_mosaic(
+    x: Float[Array, "B in"],
+    weights: dict[str, Array],
+    a: dict[str, Array],
+    b: dict[str, Array],
+    mixture: Mixture | None,
+    layer: int | Int[Array, ""],
+    *,
+    interpret: Any = False,
+    num_blocks: int | None = None,
+) -> dict[str, Array]:
+    """See `pallas_kernels.pregated_linear.pregated_linear`. `num_blocks` thread blocks run (default: one on each
+    multiprocessor); interpreted on the CPU, each phase is a launch. Raises `ValueError` as `obstacle` says."""
+    why_not = obstacle(x, weights, a)
+    if why_not is not None:
+        raise ValueError(f"pregated_linear cannot run as pallas: {why_not}")
+    batch, dtype, itemsize = len(x), x.dtype, x.dtype.itemsize
+    columns, blocks = columns_for(batch), num_blocks or jax.devices()[0].core_count
+    shapes = {name: (w.shape[1], w.shape[2]) for name, w in weights.items()}
+    group = make_group(shapes, tuple(a), blocks, columns, itemsize)
+    inputs: dict[Any, Any] = {"x": jnp.pad(x, ((0, columns - batch), (0, 0))), "layer": jnp.int32(layer)[None]}
+    max_used, rank_pieces = 1, 1
+    if mixture is not None and a:
+        max_used, rank_pieces = len(mixture.experts), next(iter(a.values())).shape[2] // PIECE
+        # Unused experts go last, as every one up to the last in use is multiplied.
+        in_use = (mixture.gates != 0).any(axis=1)
+        order = jnp.argsort(~in_use, stable=True)
+        inputs |= {"experts": mixture.experts[order], "num_used": jnp.maximum(in_use.sum(dtype=jnp.int32), 1)[None]}
+        inputs["gates"] = jnp.pad(mixture.gates[order], ((0, 0), (0, columns - batch)))
+    plan = SimpleNamespace(columns=columns, num_blocks=blocks, rank_pieces=rank_pieces)
+    inputs |= {(kind, name): w for kind, of in (("weights", weights), ("a", a), ("b", b)) for name, w in of.items()}
+    buffers: dict[Any, Any] = {"y_part": ((group.slices, group.num_tiles, 2, HALF, columns), jnp.float32)}
+    if a:
+        buffers["t_part"] = ((group.slices, len(a), max_used * rank_pieces, PIECE, columns), jnp.float32)
+    buffers |= {("y", name): ((columns, out), dtype) for name, (out, _) in shapes.items()}
+    refs = dict(inputs)
+    for name, (of_shape, of_type) in buffers.items():
+        if interpret is False:
+            refs[name] = jax.empty_ref(jax.ShapeDtypeStruct(of_shape, of_type))
+        else:  # whatever is read before it is written shows
+            refs[name] = jax.new_ref(jnp.full(of_shape, jnp.nan, of_type))
+
+    def operand(*shape: int):
+        width = plgpu.find_swizzle(PIECE * itemsize * 8)
+        tiling = plgpu.TilingTransform((8, width // itemsize))  # type: ignore[abstract]
+        return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(width)))  # type: ignore[abstract]
+
+    x_bytes, h_bytes = (count * columns * PIECE * itemsize for count in (group.slice_chunks, max_used * rank_pieces))
+    slots = min(MAX_SLOTS, (SHARED_MEMORY - RESERVED - x_bytes - h_bytes) // (TILE * PIECE * itemsize))
+    for span in ((0, 2),) if interpret is False else ((0, 1), (1, 2)):
+        plgpu.kernel(
+            partial(_kernel, names=tuple(refs), plan=plan, group=group, span=span, compiled=interpret is False),
+            out_type=(),
+            grid=(blocks,),
+            grid_names=("block",),
+            num_threads=2,
+            thread_name="group",
+            scratch_types={
+                "ring_smem": operand(slots, TILE, PIECE),
+                "ring_full": plgpu.Barrier(num_barriers=slots),
+                "ring_empty": plgpu.Barrier(num_barriers=slots),
+                "x_smem": operand(group.slice_chunks, columns, PIECE),
+                "h_smem": operand(1, max_used * rank_pieces, columns, PIECE),
+            },
+            interpret=interpret,
+        )(*refs.values())
+    return {name: jax.freeze(refs["y", name])[:batch] for name in weights}
