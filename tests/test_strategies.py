@@ -315,7 +315,7 @@ class TestRefused:
             Engine(models("llama_gqa"), strategy=strategy)
 
     def test_unknown_strategy(self, models):  # noqa: F811
-        with pytest.raises(UserError, match="'fast' is none of unmerged, golden"):
+        with pytest.raises(UserError, match="'fast' is none of fused, unmerged, golden"):
             Engine(models("llama_gqa"), strategy="fast")  # type: ignore[arg-type]
 
 
