@@ -28,11 +28,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
-from adafuse_jax.configs import Strategy
+from adafuse_jax.presets import PRESETS
 from benchmarks.decode_costs import SIZES, Shapes
 from benchmarks.decode_report import merge_parts
 
@@ -65,7 +65,7 @@ def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
         return [Job(name="layer", module=rows_module, settings=settings)]
     if part == "jax":
         jobs = [Job(name="ceilings", module=rows_module, settings={"kind": "ceilings", "seconds": 0.3})]
-        strategies = [s for s in get_args(Strategy) if s not in ONE_ROW] + list(ONE_ROW)
+        strategies = [s for s in PRESETS["adafuse"].strategies if s not in ONE_ROW] + list(ONE_ROW)
         for strategy in ("-", *strategies):
             batches = [b for b in sorted(arguments.batches) if b == 1 or strategy not in ONE_ROW]
             for targets in ("qv", "all7") if strategy != "-" else ("-",):

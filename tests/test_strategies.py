@@ -360,7 +360,7 @@ class TestMemory:
         switch, golden = (Merged.nothing(strategy, model, adapter) for strategy in ("switch", "golden"))
 
         def merge(model, adapter, merged, x):
-            return Merging(adapter, model, merged, hold=jnp.array(False)).route_and_merge(x)[1]
+            return Merging(adapter, model, merged, hold=jnp.array(False)).merge(x)[1]
 
         x, weights = jnp.ones((1, 1, model.config.embed_dim)), nbytes(switch.weights)
         in_step = jax.jit(merge, donate_argnums=2)

@@ -105,16 +105,12 @@ class Merging:
     ) -> MergingLayer:
         return MergingLayer(self, experts, layer, routing)
 
-    def route_and_merge(self, x: Float[Array, "1 1 in"]) -> tuple[Routing, Merged]:
+    def merge(self, x: Float[Array, "1 1 in"]) -> tuple[Routing, Merged]:
         """Route one token by x^1, and merge its experts into the weights of all layers."""
-        routing = self.adapter.router(x)
-        return routing, self.merge(routing.experts[0, 0], routing.gates[0, 0])
-
-    def merge(self, experts: Int[Array, " k"], gates: Float[Array, " k"]) -> Merged:
-        """One token's experts in the weights of all layers."""
         before, scale, ab = self.before, self.adapter.config.scale, factors(self.adapter)
-        experts = jnp.where(self.hold, before.experts, experts)
-        gates = jnp.where(self.hold, before.gates, gates)
+        routing = self.adapter.router(x)
+        experts = jnp.where(self.hold, before.experts, routing.experts[0, 0])
+        gates = jnp.where(self.hold, before.gates, routing.gates[0, 0])
         weights = before.weights
         if before.strategy == "golden":
             pristine = adapted_weights(self.model, self.adapter)
@@ -122,7 +118,7 @@ class Merging:
         elif before.strategy == "switch":
             terms = switch_terms((before.experts, before.gates), (experts, gates), scale)
             weights = sgmm(weights, *ab, terms)
-        return replace(before, weights=weights, experts=experts, gates=gates)
+        return routing, replace(before, weights=weights, experts=experts, gates=gates)
 
 
 class MergingLayer(Hook):
@@ -139,7 +135,7 @@ class MergingLayer(Hook):
             return linear(x)
         assert isinstance(self.layer, int), "merging decodes with unrolled layers"
         if self.layer == 0 and name == adapter.first_target:
-            self.routing = self.merging.route_and_merge(x)
+            self.routing = self.merging.merge(x)
         _, merged = self.routing
         if merged.strategy != "simple":
             return linear(x, merged.weights[name][self.layer])
