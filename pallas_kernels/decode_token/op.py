@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_token.plan import HALF, PIECE, Plan, make_plan, max_in_dim
-from pallas_kernels.pregated_linear.mixture import Mixture
+from pallas_kernels.pregated_linear.mixture import Mixture, used_first
 
 MAX_BATCH = 32
 
@@ -68,7 +68,7 @@ class Weights:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
     """A [L, E, R, in] and B [L, E, out, R] by the name of the linear, with R a multiple of 64, and the experts that the
-    rows use: an expert that no row uses is not read if it comes last."""
+    rows use; one that no row uses is not read."""
 
     a: dict[str, Array]
     b: dict[str, Array]
@@ -152,11 +152,9 @@ def decode_token(
     if weights.q_norm is not None:
         inputs |= {"q_norm": weights.q_norm, "k_norm": weights.k_norm}
     if experts is not None:
-        mixture = experts.mixture
-        in_use = (mixture.gates != 0).any(axis=1)
-        num_used = jnp.max(jnp.where(in_use, jnp.arange(1, len(in_use) + 1), 1))
+        mixture, num_used = used_first(experts.mixture)
         gates = jnp.pad(mixture.gates, ((0, 0), (0, plan.columns - batch)))
-        inputs |= {"experts": mixture.experts, "num_used": num_used.astype(jnp.int32)[None], "gates": gates}
+        inputs |= {"experts": mixture.experts, "num_used": num_used, "gates": gates}
         inputs |= {"a": experts.a, "b": experts.b}
     logits, k_new, v_new = run_token(inputs, plan, shape, interpret=interpret, one_launch=one_launch)
     return logits[:, :batch].T, k_new[:, :batch], v_new[:, :batch]

@@ -40,3 +40,10 @@ def make_mixture(experts: Int[Array, "B k"], gates: Float[Array, "B k"], scale: 
     used = (dense != 0).any(axis=1)
     order = jnp.argsort(~used, stable=True)[: min(num_experts, batch * top_k)].astype(jnp.int32)
     return Mixture(jnp.where(used[order], order, order[0]), dense[order])
+
+
+def used_first(mixture: Mixture) -> tuple[Mixture, Int[Array, 1]]:
+    """The same mixture with its experts in use in front, and how many they are, at least one: what kernels loop over."""
+    in_use = (mixture.gates != 0).any(axis=1)
+    order = jnp.argsort(~in_use, stable=True)
+    return Mixture(mixture.experts[order], mixture.gates[order]), jnp.maximum(in_use.sum(dtype=jnp.int32), 1)[None]

@@ -32,7 +32,7 @@ from pallas_kernels.decode_token.plan import (
     make_group,
     max_in_dim,
 )
-from pallas_kernels.pregated_linear.mixture import Mixture
+from pallas_kernels.pregated_linear.mixture import Mixture, used_first
 
 MAX_BATCH = 32
 
@@ -119,11 +119,9 @@ def pregated_linear_mosaic(
     max_used, rank_pieces = 1, 1
     if mixture is not None and a:
         max_used, rank_pieces = len(mixture.experts), next(iter(a.values())).shape[2] // PIECE
-        # Unused experts go last, as every one up to the last in use is multiplied.
-        in_use = (mixture.gates != 0).any(axis=1)
-        order = jnp.argsort(~in_use, stable=True)
-        inputs |= {"experts": mixture.experts[order], "num_used": jnp.maximum(in_use.sum(dtype=jnp.int32), 1)[None]}
-        inputs["gates"] = jnp.pad(mixture.gates[order], ((0, 0), (0, columns - batch)))
+        mixture, num_used = used_first(mixture)
+        inputs |= {"experts": mixture.experts, "num_used": num_used}
+        inputs["gates"] = jnp.pad(mixture.gates, ((0, 0), (0, columns - batch)))
     plan = SimpleNamespace(columns=columns, num_blocks=blocks, rank_pieces=rank_pieces)
     inputs |= {(kind, name): w for kind, of in (("weights", weights), ("a", a), ("b", b)) for name, w in of.items()}
     buffers: dict[Any, Any] = {"y_part": ((group.slices, group.num_tiles, 2, HALF, columns), jnp.float32)}
