@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 MODES = ("golden", "switch")
+MARKERS = "os^DvP*X"
 
 
 def in_words(row: dict[str, Any]) -> str:
@@ -70,35 +71,41 @@ def sweep_cell(row: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """The roofline, one picture for each mode and set of targets: a line for each rank, its points labelled with k."""
+    """The roofline, one picture for each mode and set of targets: a colour for each rank, a marker for each k."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    ceilings, targets = result["ceilings"], list(dict.fromkeys(row["targets"] for row in result["sweep"]))
-    ranks = sorted({row["rank"] for row in result["sweep"]})
+    ceilings, sweep = result["ceilings"], [row for row in result["sweep"] if "ms" in row]
+    swept, targets = result["sweep"][0]["implementation"], list(dict.fromkeys(row["targets"] for row in sweep))
+    ranks, top_ks = (sorted({row[key] for row in sweep}) for key in ("rank", "top_k"))
     colors = dict(zip(ranks, plt.colormaps["viridis"](np.linspace(0, 0.9, len(ranks))), strict=True))
     figure, axes = plt.subplots(len(targets), 2, figsize=(13, 9), sharex=True, sharey=True, squeeze=False)
-    top = 1.1 * max([ceilings["best_read"], *(row["tb_per_s"] for row in result["sweep"] if "ms" in row)])
+    top = 1.1 * max([ceilings["best_read"], *(row["tb_per_s"] for row in sweep)])
     intensity = np.geomspace(2, 600, 200)
     for axis, (name, mode) in zip(axes.flat, ((t, m) for t in targets for m in MODES), strict=True):
         compute = ceilings["best_matmul"] / intensity
         axis.plot(intensity, np.minimum(ceilings["best_copy"], compute), color="black", label="copy, products")
         axis.axhline(ceilings["best_read"], color="gray", linestyle=":", label="read")
-        here = [row for row in result["sweep"] if (row["targets"], row["mode"]) == (name, mode) and "ms" in row]
         for rank in ranks:
-            points = [row for row in here if row["rank"] == rank]
+            place = {"targets": name, "mode": mode, "rank": rank}
+            points = [row for row in sweep if place.items() <= row.items()]
             xs, ys = [row["flop_per_byte"] for row in points], [row["tb_per_s"] for row in points]
-            axis.plot(xs, ys, "o-", color=colors[rank], markersize=4, label=f"R = {rank}")
+            axis.plot(xs, ys, color=colors[rank], label=f"R = {rank}")
             for row, x, y in zip(points, xs, ys, strict=True):
-                axis.annotate(f"k={row['top_k']}", (x, y), (0, 4), textcoords="offset points", fontsize=7, ha="center")
-        for row in result["rows"]:
-            if (row["targets"], row["mode"]) == (name, mode) and "ms" in row:
-                x, y = row["flop_per_byte"], row["tb_per_s"]
-                axis.plot(x, y, "x", color="crimson")
-                label = "{implementation}, R={rank} k={top_k}".format(**row)
-                axis.annotate(label, (x, y), (6, -9), textcoords="offset points", fontsize=7, color="crimson")
+                axis.plot(x, y, MARKERS[top_ks.index(row["top_k"])], color=colors[rank], markersize=6)
+        for top_k, marker in zip(top_ks, MARKERS, strict=False):
+            axis.plot([], [], marker, color="gray", markersize=6, label=f"k = {top_k}")
+        others = [row for row in result["rows"] if "ms" in row and row["implementation"] != swept]
+        for row in others:
+            if (row["targets"], row["mode"]) != (name, mode):
+                continue
+            x, y = row["flop_per_byte"], row["tb_per_s"]
+            axis.plot(x, y, "x", color="crimson")
+            side = {"xytext": (7, 0)} if row["implementation"] == "xla" else {"xytext": (-7, 0), "ha": "right"}
+            label = "{implementation}, R = {rank}, k = {top_k}".format(**row)
+            axis.annotate(label, (x, y), textcoords="offset points", fontsize=8, va="center", color="crimson", **side)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set(ylim=(0, top), title=f"{mode}, {name}")
@@ -107,10 +114,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("FLOP per byte")
     for axis in axes[:, 0]:
         axis.set_ylabel("TB/s, read + write")
-    axes[0, 0].legend(fontsize=7, loc="lower left")
-    figure.suptitle(
-        f"SGMM by {result['sweep'][0]['implementation']}, {result['size']}, bfloat16\n{provenance(result)}", fontsize=9
-    )
+    axes[0, 0].legend(fontsize=8, loc="lower left", ncols=2)
+    figure.suptitle(f"SGMM by {swept}, {result['size']}, bfloat16\n{provenance(result)}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
