@@ -19,9 +19,11 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import benchmarks.sgmm as benchmark
+from benchmarks.sgmm_report import to_markdown
 from pallas_kernels.sgmm import IMPLEMENTATIONS, Terms, choose_implementation, golden_terms, op, sgmm, switch_terms
 from pallas_kernels.sgmm.mosaic import configure, sgmm_mosaic
 
+RESULTS = Path(benchmark.__file__).parent / "results" / "nvidia_h200"
 HALF_ULP = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 """Half a unit in the last place of 1, which is all that one rounding may lose."""
 SUM_ERROR = 2.0**-23
@@ -496,6 +498,22 @@ class TestBenchmark:
         text = (tmp_path / "sgmm.md").read_text()
         assert all(word in text for word in ("the command", jax.__version__, result["device"], "over simple"))
         assert (tmp_path / "sgmm.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_committed_results(self):
+        """The table is the record's, every row of it was right and timed, and the README tells what it says."""
+        record = json.loads((RESULTS / "sgmm.json").read_text())
+        assert (RESULTS / "sgmm.md").read_text() == to_markdown(record)
+        assert len(record["rows"]) == len(benchmark.table_rows(benchmark.LLAMA2_7B, IMPLEMENTATIONS))
+        assert len(record["sweep"]) == len(benchmark.sweep_rows(benchmark.LLAMA2_7B, "pallas"))
+        assert all(row["ms"] > 0 and not row["wrong"] for row in (*record["rows"], *record["sweep"]))
+        readme = (RESULTS.parents[2] / "README.md").read_text()
+        for row in record["rows"]:
+            if row["implementation"] == "pallas" and row["mode"] in ("golden", "switch"):
+                assert "**{ms:.2f} ms, {percent_of_copy:.0f}%**".format(**row) in readme
+        for row in json.loads((RESULTS / "merged_step.json").read_text())["rows"]:
+            costs = "" if row["strategy"] == "backbone" else "{overhead_pct:+.0f}%".format(**row)
+            name = "bare backbone" if row["strategy"] == "backbone" else "`{strategy}`".format(**row)
+            assert f"| {name} | {row['ms']:.2f} | {costs}".rstrip() in readme
 
     def test_wrong_results_end_the_run(self, tmp_path, monkeypatch):
         """One element of one layer is off."""
