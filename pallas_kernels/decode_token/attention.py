@@ -2,9 +2,13 @@
 
     q, k ← rope(norm(q)), rope(norm(k));   o = softmax(q [K_cache, k]ᵀ / √H) [V_cache, v]
 
-A unit of work is one row, one key-value head with its G query heads, and one of `splits` parts of the context. The G
-queries are the first rows of a tile [HALF, H]; what its other rows hold is never used. The new key and value are not in
-the cache yet: the unit of the first part begins its softmax with them. Softmax is in fp32 and base 2.
+A unit of work is one row, up to QUERIES query heads of one key-value head, and one of `splits` parts of the context. As
+with the linears, what comes from the cache is the tensor cores' left operand, halves of tiles, and the queries are columns:
+
+    sᵀ = K qᵀ [positions, QUERIES],    oᵀ = Vᵀ pᵀ [H, QUERIES]
+
+What the columns of queries that do not exist hold is never used. The new key and value are not in the cache yet: the unit
+of the first part begins its softmax with them. Softmax is in fp32 and base 2.
 """
 
 from __future__ import annotations
@@ -17,10 +21,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.linear import COLUMNS, ROWS, Ring, load, over_columns, over_rows, share
-from pallas_kernels.decode_token.plan import HALF, PIECE, TILE, Plan
+from pallas_kernels.decode_token.linear import (
+    COLUMNS,
+    ROWS,
+    Ring,
+    load,
+    load_transposed,
+    over_columns,
+    over_rows,
+    share,
+    store_transposed,
+)
+from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
 
 LOWEST = -1e30  # of a score: finite, so that no difference of two is NaN
+SHAPE = HALF, QUERIES
 
 
 def rounded(x, dtype):
@@ -29,24 +44,29 @@ def rounded(x, dtype):
 
 
 class Attention:
-    """`memory` has `q_raw` [N, K, HALF, H], `k_raw` [N, K, H], `v_new` and `k_new` [L, N, K, H], `cache_k` and `cache_v`
-    [L, B, S, K, H], `positions` [B], `windows` [L], `cos` and `sin` [N, H/2], `q_norm` and `k_norm` [L, H] or None,
-    `context` [N, K, HALF, H]; with several splits `o_part` [splits, N, K, HALF, H], `max_part` and `sumax_part`
-    [splits, N, K, HALF]."""
+    """`memory` has `q_raw` [heads + QUERIES, N, 2 PIECE] and `k_raw` [K, N, 2 PIECE], with heads of PIECE dimensions twice,
+    one after the other; `v_new` and `k_new` [L, N, K, H], `cache_k` and `cache_v` [L, B, S, K, H], `positions` [B],
+    `windows` [L], `cos` and `sin` [N, H], with the sign of the first half's partner in `sin`; `q_norm` and `k_norm`
+    [L, 2 PIECE] or None, laid out as q; `context` [pieces · N, PIECE]; with several splits `o_part` [splits, N, groups,
+    H / PIECE, HALF, QUERIES], `max_part` and `sum_part` [splits, N, groups, QUERIES]. `group_size`: query heads of a key."""
 
-    def __init__(self, plan: Plan, memory: Any, ring: Ring, *, eps: float):
-        self.plan, self.memory, self.ring, self.eps = plan, memory, ring, eps
+    def __init__(self, plan: Plan, memory: Any, ring: Ring, *, group_size: int, eps: float):
+        self.plan, self.memory, self.ring, self.group_size, self.eps = plan, memory, ring, group_size, eps
         _, self.batch, _, self.num_kv_heads, self.head_dim = memory.cache_k.shape
         self.parts = self.head_dim // PIECE
+        self.groups = -(-group_size // QUERIES)
         self.block = lax.axis_index("block")
 
     def _share(self, splits):
-        return share(0, self.batch * self.num_kv_heads * splits, self.block, self.plan.num_blocks)
+        units = self.batch * self.num_kv_heads * self.groups * splits
+        return share(0, units, self.block, self.plan.num_blocks)
 
     def _unit(self, n, first, splits):
+        """(row, key-value head, group of its queries, part of the context)."""
         unit = first + n * self.plan.num_blocks
-        pair, split = unit // splits, unit % splits
-        return pair // self.num_kv_heads, pair % self.num_kv_heads, split
+        unit, split = unit // splits, unit % splits
+        unit, group = unit // self.groups, unit % self.groups
+        return unit // self.num_kv_heads, unit % self.num_kv_heads, group, split
 
     def _tiles(self, layer, row, split):
         """(first, how many) tiles of the cache belong to this part: those with positions in the window, shared evenly."""
@@ -60,7 +80,7 @@ class Attention:
         first, number = self._share(self.plan.splits)
 
         def unit(n, count):
-            row, head, split = self._unit(n, first, self.plan.splits)
+            row, head, _, split = self._unit(n, first, self.plan.splits)
             start, tiles = self._tiles(layer, row, split)
 
             def tile(t, count):
@@ -74,62 +94,64 @@ class Attention:
 
         return lax.fori_loop(0, number, unit, count)
 
-    def attend(self, layer, count, q_smem, p_smem, plain_smem):
-        """`q_smem` [H / PIECE, HALF, PIECE] and `p_smem` [HALF, TILE] are operands of the tensor cores; `plain_smem`
-        [HALF, PIECE] is not."""
+    def attend(self, layer, count, q_smem, p_smem):
+        """`q_smem` [H / PIECE, QUERIES, PIECE] and `p_smem` [TILE / PIECE, QUERIES, PIECE] are operands of the tensor
+        cores."""
         memory, plan = self.memory, self.plan
         first, number = self._share(plan.splits)
 
         def unit(n, count):
-            row, head, split = self._unit(n, first, plan.splits)
+            row, head, group, split = self._unit(n, first, plan.splits)
             start, tiles = self._tiles(layer, row, split)
             position, window = memory.positions[row], memory.windows[layer]
-            new = memory.v_new.at[layer, row, head]
-            values = [load(new.at[columns], COLUMNS).astype(jnp.float32) for columns in self._columns]
-            score = self._prepare(layer, row, head, split, q_smem, plain_smem)
+            values = [load(memory.v_new.at[layer, row, head, c], ROWS).astype(jnp.float32) for c in self._columns]
+            score = self._prepare(layer, row, head, group, split, q_smem)
             # Before the first tile: the new token alone for the first part, nothing for the others.
             has_new = (split == 0).astype(jnp.float32)
-            o = [over_rows(value, (HALF, PIECE)) * has_new for value in values]
+            o = [over_columns(value, SHAPE) * has_new for value in values]
             m = score * has_new + LOWEST * (1 - has_new)
-            total = plgpu.layout_cast(jnp.full((HALF,), 1.0, jnp.float32), ROWS) * has_new
+            total = plgpu.layout_cast(jnp.full((QUERIES,), 1.0, jnp.float32), COLUMNS) * has_new
 
             def tile(t, carry):
                 *o, m, total, count = carry
-                slots = plgpu.broadcasted_iota(jnp.int32, (HALF, TILE), 1, layout=plgpu.Layout.WGMMA)
-                slots += (start + t) * TILE
                 pieces = [self.ring.take(count + i) for i in range(2 * self.parts)]
-
-                def scores(acc):
-                    for part, k_smem in enumerate(pieces[: self.parts]):
-                        plgpu.wgmma(acc, q_smem.at[part], k_smem.transpose((1, 0)))
-                    return acc[...]
-
-                s = pl.run_scoped(scores, plgpu.ACC((HALF, TILE), jnp.float32)) * self._scale
-                s = jnp.where((slots < position) & (slots > position - window), s, LOWEST)
-                m_new = jnp.maximum(m, s.max(axis=1))
-                shrink = jnp.exp2(m - m_new)
-                p = jnp.exp2(s - over_columns(m_new, s.shape))
-                p_smem[...] = p.astype(p_smem.dtype)
+                scores = []
+                for half in (0, 1):
+                    s = self._product(
+                        (k_smem.at[pl.ds(half * HALF, HALF)], q_smem.at[part])
+                        for part, k_smem in enumerate(pieces[: self.parts])
+                    )
+                    slots = plgpu.broadcasted_iota(jnp.int32, SHAPE, 0, layout=plgpu.Layout.WGMMA)
+                    slots += (start + t) * TILE + half * HALF
+                    seen = (slots < position) & (slots > position - window)
+                    scores.append(jnp.where(seen, s * self._scale, LOWEST))
+                m_new = m
+                for s in scores:
+                    m_new = jnp.maximum(m_new, s.max(axis=0))
+                shrink, p_sum = jnp.exp2(m - m_new), 0.0
+                for half, s in enumerate(scores):
+                    p = jnp.exp2(s - over_rows(m_new, SHAPE))
+                    store_transposed(p_smem.at[half], p)
+                    p_sum += p.sum(axis=0)
                 plgpu.commit_smem()
                 for part, v_smem in enumerate(pieces[self.parts :]):
-
-                    def weighted(acc, v_smem=v_smem):
-                        plgpu.wgmma(acc, p_smem, v_smem)
-                        return acc[...]
-
-                    added = pl.run_scoped(weighted, plgpu.ACC((HALF, PIECE), jnp.float32))
-                    o[part] = o[part] * over_columns(shrink, added.shape) + added
+                    added = self._product(
+                        (v_smem.at[pl.ds(half * HALF, HALF)].transpose((1, 0)), p_smem.at[half]) for half in (0, 1)
+                    )
+                    o[part] = o[part] * over_rows(shrink, SHAPE) + added
                 for i in range(2 * self.parts):
                     self.ring.release(count + i)
-                return *o, m_new, total * shrink + p.sum(axis=1), count + 2 * self.parts
+                return *o, m_new, total * shrink + p_sum, count + 2 * self.parts
 
             *o, m, total, count = lax.fori_loop(0, tiles, tile, (*o, m, total, count))
             if plan.splits == 1:
-                self._store(memory.context.at[row, head], [x / over_columns(total, x.shape) for x in o])
+                self._store(row, head, group, [x / over_rows(total, SHAPE) for x in o])
             else:
-                self._store(memory.o_part.at[split, row, head], o)
-                memory.max_part.at[split, row, head][...] = m
-                memory.sum_part.at[split, row, head][...] = total
+                place = split, row, head * self.groups + group
+                for part, x in enumerate(o):
+                    memory.o_part.at[*place, part][...] = x
+                memory.max_part.at[*place][...] = m
+                memory.sum_part.at[*place][...] = total
             return count
 
         return lax.fori_loop(0, number, unit, count)
@@ -139,24 +161,22 @@ class Attention:
         memory, (first, number) = self.memory, self._share(1)
 
         def unit(n, _):
-            row, head, _ = self._unit(n, first, 1)
-            parts = [
-                (load(memory.max_part.at[s, row, head], ROWS), load(memory.sum_part.at[s, row, head], ROWS))
-                for s in range(self.plan.splits)
-            ]
-            m = parts[0][0]
-            for other, _ in parts[1:]:
+            row, head, group, _ = self._unit(n, first, 1)
+            places = [(s, row, head * self.groups + group) for s in range(self.plan.splits)]
+            maxima, sums = ([load(ref.at[*p], COLUMNS) for p in places] for ref in (memory.max_part, memory.sum_part))
+            m = maxima[0]
+            for other in maxima[1:]:
                 m = jnp.maximum(m, other)
-            weights = [jnp.exp2(m_s - m) for m_s, _ in parts]
-            total = sum(weight * l_s for weight, (_, l_s) in zip(weights, parts, strict=True))
-            for columns in self._columns:
-                o = sum(
-                    load(memory.o_part.at[s, row, head].at[:, columns]) * over_columns(weight, (HALF, PIECE))
-                    for s, weight in enumerate(weights)
+            weights = [jnp.exp2(m_s - m) for m_s in maxima]
+            total = over_rows(sum(weight * l_s for weight, l_s in zip(weights, sums, strict=True)), SHAPE)
+            o = [
+                sum(
+                    load(memory.o_part.at[*p, part]) * over_rows(weight, SHAPE)
+                    for p, weight in zip(places, weights, strict=True)
                 )
-                memory.context.at[row, head].at[:, columns][...] = (o / over_columns(total, o.shape)).astype(
-                    memory.context.dtype
-                )
+                for part in range(self.parts)
+            ]
+            self._store(row, head, group, [x / total for x in o])
 
         lax.fori_loop(0, number, unit, None)
 
@@ -165,58 +185,88 @@ class Attention:
         """The head's dimensions in parts."""
         return [pl.ds(part * PIECE, PIECE) for part in range(self.parts)]
 
-    def _store(self, ref, parts):
-        for columns, part in zip(self._columns, parts, strict=True):
-            ref.at[:, columns][...] = part.astype(ref.dtype)
+    def _product(self, pairs):
+        """Σ left · rightᵀ, [HALF, QUERIES]."""
+        pairs = list(pairs)
+
+        def product(acc):
+            for left, right in pairs:
+                plgpu.wgmma(acc, left, right.transpose((1, 0)))
+            return acc[...]
+
+        return pl.run_scoped(product, plgpu.ACC(SHAPE, jnp.float32))
+
+    def _store(self, row, head, group, o):
+        """The columns of oᵀ, one for each query head, into the context."""
+        memory = self.memory
+        for query in range(min(QUERIES, self.group_size)):
+            query_head = head * self.group_size + group * QUERIES + query
+
+            def store(query=query, query_head=query_head):
+                for part, x in enumerate(o):
+                    target = (query_head * self.parts + part) * self.plan.columns + row
+                    memory.context.at[target][...] = _column(x, query).astype(memory.context.dtype)
+
+            if self.group_size % QUERIES == 0 or self.groups == 1:
+                store()
+            else:
+                pl.when(group * QUERIES + query < self.group_size)(store)
 
     @property
     def _scale(self) -> float:
         return self.head_dim**-0.5 * math.log2(math.e)
 
-    def _halves(self, ref):
-        half = self.head_dim // 2
-        return ref.at[..., pl.ds(0, half)], ref.at[..., pl.ds(half, half)]
+    def _with_partners(self, read):
+        """By part of the head: what `read` gives for its dimensions, and for those that they are rotated with."""
+        starts = [part * PIECE for part in range(self.parts)]
+        partners = [(start + self.head_dim // 2) % (2 * PIECE) for start in starts]
+        return [tuple(read(pl.ds(at, PIECE)) for at in pair) for pair in zip(starts, partners, strict=True)]
 
-    def _rope(self, row, pairs, norms, layer):
-        """Rotate the pairs of tiles that are given by their halves, [HALF, H/2] each, after their norm, if they have one."""
-        memory, shape, dtype = self.memory, (HALF, self.head_dim // 2), self.memory.q_raw.dtype
-        cos, sin = (over_rows(load(x.at[row], COLUMNS), shape) for x in (memory.cos, memory.sin))
-        weights = [None if norm is None else [load(w, COLUMNS) for w in self._halves(norm.at[layer])] for norm in norms]
-        rotated = []
-        for (first, second), weight in zip(pairs, weights, strict=True):
-            if weight is not None:
-                mean = ((first * first).sum(axis=1) + (second * second).sum(axis=1)) / self.head_dim
-                inverse = over_columns(lax.rsqrt(mean + self.eps), shape)
-                first, second = (
-                    (rounded(x * inverse, dtype) * over_rows(w.astype(jnp.float32), shape))
-                    for x, w in zip((first, second), weight, strict=True)
+    def _rope(self, layer, row, parts, norm):
+        """Rotate a head, given in parts with their partners, after its norm, if it has one."""
+        dtype = self.memory.q_raw.dtype
+        if norm is not None:
+            mean = sum((own * own).sum(axis=0) for own, _ in parts) / self.head_dim
+            inverse = over_rows(lax.rsqrt(mean + self.eps), SHAPE)
+            weights = self._with_partners(lambda columns: load(norm.at[layer, columns], ROWS))
+            parts = [
+                tuple(
+                    rounded(rounded(x * inverse, dtype) * over_columns(w.astype(jnp.float32), SHAPE), dtype)
+                    for x, w in zip(pair, weight, strict=True)
                 )
-                first, second = rounded(first, dtype), rounded(second, dtype)
-            rotated.append((rounded(first * cos - second * sin, dtype), rounded(second * cos + first * sin, dtype)))
+                for pair, weight in zip(parts, weights, strict=True)
+            ]
+        rotated = []
+        for (own, partner), columns in zip(parts, self._columns, strict=True):
+            cos, sin = (over_columns(load(x.at[row, columns], ROWS), SHAPE) for x in (self.memory.cos, self.memory.sin))
+            rotated.append(rounded(own * cos + partner * sin, dtype))
         return rotated
 
-    def _prepare(self, layer, row, head, split, q_smem, plain_smem):
-        """Put the queries into `q_smem`; returns their scores with the new key, [HALF]. The first part's unit also stores
-        the new key."""
-        memory, dtype, shape = self.memory, self.memory.q_raw.dtype, (HALF, self.head_dim // 2)
-        q = [load(x).astype(jnp.float32) for x in self._halves(memory.q_raw.at[row, head])]
-        k = [load(x, COLUMNS).astype(jnp.float32) for x in self._halves(memory.k_raw.at[row, head])]
-        pairs = q, [over_rows(x, shape) for x in k]
-        q, k = self._rope(row, pairs, (memory.q_norm, memory.k_norm), layer)
-        if self.parts == 2:
-            for part, x in enumerate(q):
-                q_smem.at[part][...] = x.astype(dtype)
-        else:  # the two halves of a tile that is stored as one
-            for x, half in zip(q, self._halves(plain_smem), strict=True):
-                half[...] = x.astype(dtype)
-            plgpu.commit_smem()
-            q_smem.at[0][...] = load(plain_smem)
+    def _prepare(self, layer, row, head, group, split, q_smem):
+        """Put the queries into `q_smem`; returns their scores with the new key, [QUERIES]. The first part's unit of the
+        first group also stores the new key."""
+        memory = self.memory
+        first = head * self.group_size + group * QUERIES
+        q = self._with_partners(
+            lambda columns: load_transposed(memory.q_raw.at[pl.ds(first, QUERIES), row, columns]).astype(jnp.float32)
+        )
+        k = self._with_partners(
+            lambda columns: over_columns(load(memory.k_raw.at[head, row, columns], ROWS).astype(jnp.float32), SHAPE)
+        )
+        q, k = self._rope(layer, row, q, memory.q_norm), self._rope(layer, row, k, memory.k_norm)
+        for part, x in enumerate(q):
+            store_transposed(q_smem.at[part], x)
         plgpu.commit_smem()
 
-        @pl.when(split == 0)
+        @pl.when((split == 0) & (group == 0))
         def _():
-            for x, half in zip(k, self._halves(memory.k_new.at[layer, row, head]), strict=True):
-                # the rows of the tile are equal: their mean is any of them
-                half[...] = (x.sum(axis=0) / HALF).astype(dtype)
+            for columns, x in zip(self._columns, k, strict=True):
+                memory.k_new.at[layer, row, head, columns][...] = _column(x, 0).astype(memory.k_new.dtype)
 
-        return ((q[0] * k[0]).sum(axis=1) + (q[1] * k[1]).sum(axis=1)) * self._scale
+        return sum((x * y).sum(axis=0) for x, y in zip(q, k, strict=True)) * self._scale
+
+
+def _column(x, number: int):
+    """[HALF] of [HALF, QUERIES]."""
+    numbers = plgpu.broadcasted_iota(jnp.int32, SHAPE, 1, layout=plgpu.Layout.WGMMA)
+    return jnp.where(numbers == number, x, 0).sum(axis=1)

@@ -1,10 +1,12 @@
-"""The linears of one group inside the kernel, in two phases with a grid-wide barrier between them.
+"""The linears of one group inside the kernel.
 
-    multiply   y_part[s] = W[:, slice s] x[slice s],   t_part[s] = A[e_u][:, slice s] x[slice s]      for its share of tiles
+    products   y_part[s] = W[:, slice s] x[slice s],   t_part[s] = A[e_u][:, slice s] x[slice s]      for its share of units
     finish     y = r · Σ_s y_part[s] + Σ_u B[e_u] (r · g_u · Σ_s t_part[s]) + bias                   then what follows it
 
-x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one number for each row of the batch: a
-linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N]; sums are in fp32.
+One of the blocks that share a unit finishes it, as soon as the others have counted a semaphore up, while the weights of the
+next unit are on their way. x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one number for
+each row of the batch: a linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N];
+sums are in fp32. Activations lie in device memory in pieces, [pieces · N, PIECE]: the N rows' piece 0, then their piece 1 …
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.plan import HALF, PIECE, TILE, Group, Plan, num_tiles
+from pallas_kernels.decode_token.plan import HALF, PIECE, TILE, Group, Plan, input_rows
 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a vector [N], equal in all rows of a tile
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector [HALF], equal in all columns
@@ -88,14 +90,29 @@ class Ring:
         plgpu.barrier_arrive(self.empty.at[count % self.num_slots])
 
 
+STEPS = "products", "finish"
+
+
 class Linears:
     """One group. `memory` has the refs: `weights`, `biases`, `a`, `b` by name; `y_part` [S, tiles, 2, HALF, N]; `t_part`
-    [S, targets, U · pieces, PIECE, N]; `experts` [U], `num_used` [1], `gates` [U, N]; `squares` [halves of tiles, N]; `r`
-    [blocks, N]."""
+    [S · parts, targets, U · pieces, PIECE, N]; `experts` [U], `num_used` [1], `gates` [U, N]; `squares` [halves of tiles,
+    N]; `r` [blocks, N]. `semaphores` (None where blocks do not run at the same time) has one for each unit, and before
+    those one for A. `steps`: which of STEPS are done; both at once, unit by unit, or first the one and then the other."""
 
-    def __init__(self, group: Group, plan: Plan, memory: Any, ring: Ring, *, norm_dim: int | None, eps: float):
-        self.group, self.plan, self.memory, self.ring = group, plan, memory, ring
-        self.norm_dim, self.eps = norm_dim, eps
+    def __init__(
+        self,
+        group: Group,
+        plan: Plan,
+        memory: Any,
+        ring: Ring,
+        semaphores: Any,
+        *,
+        steps: Sequence[str] = STEPS,
+        norm_dim: int | None,
+        eps: float,
+    ):
+        self.group, self.plan, self.memory, self.ring, self.semaphores = group, plan, memory, ring, semaphores
+        self.steps, self.norm_dim, self.eps = steps, norm_dim, eps
         self.block = lax.axis_index("block")
         self.slice, self.member = self.block % group.slices, self.block // group.slices
         self.first_chunk = self.slice * group.chunks // group.slices
@@ -105,73 +122,158 @@ class Linears:
     def _used_pieces(self):
         return self.memory.num_used[0] * self.plan.rank_pieces
 
-    def _shares(self, layer):
-        """Of this block, experts' first: (how many tiles, the n-th one's columns as a ref, where its products go)."""
-        group, memory, plan = self.group, self.memory, self.plan
+    def _mine(self, base, count, member):
+        """(first, how many) of the `count` things from number `base` on that go to `member` of all members."""
+        first, number = share(base, count, member, self.group.members)
+        return first, jnp.where(self.member < self.group.members, number, 0)
 
-        def clipped(share):
-            return share[0], jnp.where(self.member < group.members, share[1], 0)
+    def _a_shares(self):
+        """By adapted linear: (its place, its name, how many products are this block's, the n-th one's piece and part).
+        They are dealt from the last member on, which has the fewest units of W."""
+        parts = self.group.a_parts
+        for place, name in enumerate(self.group.adapted):
+            each = self._used_pieces * parts
+            first, number = self._mine(place * each, each, self.group.members - 1 - self.member)
 
-        for place, name in enumerate(group.adapted):
-            base = group.num_tiles + place * self._used_pieces
-            first, count = clipped(share(base, self._used_pieces, self.member, group.members))
+            def at(n, first=first):
+                return divmod_(first + n * self.group.members, parts)
 
-            def factor(n, columns, name=name, first=first):
-                expert, piece = divmod_(first + n * group.members, plan.rank_pieces)
-                return memory.a[name].at[layer, memory.experts[expert], pl.ds(piece * PIECE, PIECE), columns]
+            yield place, name, number, at
 
-            def to_t(n, place=place, first=first):
-                return [memory.t_part.at[self.slice, place, first + n * group.members]]
+    def _part(self, part):
+        """(first chunk, how many) of a part of this block's slice."""
+        low, high = (self.num_chunks * i // self.group.a_parts for i in (part, part + 1))
+        return self.first_chunk + low, high - low
 
-            yield count, factor, to_t
-        for name, out in zip(group.names, group.outs, strict=True):
-            base = group.first_tile(name)
-            first, count = clipped(share(base, num_tiles(out), self.member, group.members))
+    def _units(self, names):
+        """(how many units of a pass are this block's, the n-th one's tile, whether this block finishes it)."""
+        group = self.group
+        base = group.first_unit(names)
+        first, number = self._mine(base, group.units(names), self.member)
 
-            def weight(n, columns, name=name, first=first):
-                rows = pl.ds((first + n * group.members) * TILE, TILE)
-                stacked = memory.weights[name]
-                return stacked.at[rows, columns] if name == "lm_head" else stacked.at[layer, rows, columns]
+        def tile(n):
+            return first + n * group.members
 
-            def to_y(n, base=base, first=first):
-                tile = base + first + n * group.members
-                return [memory.y_part.at[self.slice, tile, half] for half in (0, 1)]
+        def is_finisher(n):
+            return (base + tile(n)) % group.slices == self.slice
 
-            yield count, weight, to_y
+        return number, tile, is_finisher
 
-    def copy_multiply(self, layer, count):
-        for number, source, _ in self._shares(layer):
+    def copy(self, layer, count):
+        """Fill the ring with what `compute` takes from it."""
+        memory, group = self.memory, self.group
 
-            def tile(n, count, source=source):
-                def chunk(c, count):
-                    return self.ring.fill(count, source(n, pl.ds((self.first_chunk + c) * PIECE, PIECE)))
+        def chunks(count, source, first, number):
+            def chunk(c, count):
+                return self.ring.fill(count, source(pl.ds((first + c) * PIECE, PIECE)))
 
-                return lax.fori_loop(0, self.num_chunks, chunk, count)
+            return lax.fori_loop(0, number, chunk, count)
 
-            count = lax.fori_loop(0, number, tile, count)
-        return count
+        def expert(name, piece):
+            number, part = divmod_(piece, self.plan.rank_pieces)
+            return memory.experts[number], pl.ds(part * PIECE, PIECE)
 
-    def multiply(self, layer, count, x_piece: Callable[[Any], Any], x_smem):
-        """`x_piece(c)`: input columns [c · PIECE, (c + 1) · PIECE) as a ref [N, PIECE]. Leaves r, where there is a norm, in
-        `memory.r`: found here, where weights are on their way, it makes nobody wait."""
-        last = self.group.chunks - 1
-        pieces = [x_piece(jnp.minimum(self.first_chunk + c, last)) for c in range(self.group.slice_chunks)]
-        tiles = [load(piece.transpose((1, 0)), plgpu.Layout.WGMMA_TRANSPOSED) for piece in pieces]
-        for c, tile in enumerate(tiles):
-            x_smem.at[c].transpose((1, 0))[...] = tile
-        plgpu.commit_smem()
-        for place, (number, _, targets) in enumerate(self._shares(layer)):
-            if place == min(1, len(self.group.names) - 1) and self.norm_dim is not None:
-                self.memory.r.at[self.block][...] = self._inverse_rms()
+        for _, name, number, at in self._a_shares() if "products" in self.steps else ():
 
-            def tile(n, count, targets=targets):
-                refs = targets(n)
-                *products, count = self._products(count, self.num_chunks, lambda c: x_smem.at[c], len(refs))
-                for ref, product in zip(refs, products, strict=True):
-                    ref[...] = product
+            def of_a(n, count, name=name, at=at):
+                piece, part = at(n)
+                factor = memory.a[name].at[layer, *expert(name, piece)]
+                return chunks(count, lambda columns: factor.at[:, columns], *self._part(part))
+
+            count = lax.fori_loop(0, number, of_a, count)
+        for names in group.passes:
+            number, tile, is_finisher = self._units(names)
+
+            def unit(n, count, names=names, tile=tile, is_finisher=is_finisher):
+                rows = pl.ds(tile(n) * TILE, TILE)
+                for name in names if "products" in self.steps else ():
+                    w = memory.weights[name] if name == "lm_head" else memory.weights[name].at[layer]
+                    count = chunks(count, lambda columns, w=w: w.at[rows, columns], self.first_chunk, self.num_chunks)
+                for name in names if "finish" in self.steps else ():
+                    if name in group.adapted:
+
+                        def of_b(piece, count, name=name):
+                            number, ranks = expert(name, piece)
+                            return self.ring.fill(count, memory.b[name].at[layer, number, rows, ranks])
+
+                        count = lax.fori_loop(0, jnp.where(is_finisher(n), self._used_pieces, 0), of_b, count)
                 return count
 
-            count = lax.fori_loop(0, number, tile, count)
+            count = lax.fori_loop(0, number, unit, count)
+        return count
+
+    def compute(self, layer, count, x, follow: Callable[..., Callable[..., None]], x_smem, h_smem):
+        """`x` is the input [pieces · N, PIECE], followed by `HALF` rows that are not used. `follow(names, row)` reads what
+        it needs for these rows of the linears `names`, and returns the function that takes their values [HALF, N] and
+        stores what comes of them."""
+        if "products" in self.steps:
+            with jax.named_scope("input"):
+                self._load_input(x, x_smem)
+            count = self._a_products(layer, count, x_smem)
+        for place, names in enumerate(self.group.passes):
+            number, tile, is_finisher = self._units(names)
+            if place == 0:
+                pl.when(number == 0)(self._find_r)
+
+            def unit(n, count, names=names, place=place, tile=tile, is_finisher=is_finisher):
+                if "products" in self.steps:
+                    count = self._unit_products(layer, count, names, tile(n), x_smem)
+                if place == 0:  # here, where weights are on their way, it makes nobody wait
+                    pl.when(n == 0)(self._find_r)
+                if "finish" in self.steps:
+                    finish = partial(self._finish, layer, names=names, tile=tile(n), follow=follow, h_smem=h_smem)
+                    count = lax.cond(is_finisher(n), finish, lambda count: count, count)
+                return count
+
+            count = lax.fori_loop(0, number, unit, count)
+        return count
+
+    def _signal(self, number):
+        if self.semaphores is not None:
+            plgpu.semaphore_signal(self.semaphores.at[self.group.first_semaphore + number], 1, memory_scope="gpu")
+
+    def _wait(self, number, signals, layer):
+        """Until all have signalled in this layer too."""
+        if self.semaphores is not None:
+            semaphore = self.semaphores.at[self.group.first_semaphore + number]
+            plgpu.semaphore_wait(semaphore, signals * (layer + 1), decrement=False, memory_scope="gpu")
+
+    def _load_input(self, x, x_smem):
+        start = self.first_chunk * self.plan.columns
+        tiles = [
+            load(x.at[pl.ds(start + row, HALF)], plgpu.Layout.WGMMA_UPCAST_4X)
+            for row in range(0, input_rows(self.group.slice_chunks, self.plan.columns), HALF)
+        ]
+        for i, tile in enumerate(tiles):
+            x_smem.at[pl.ds(i * HALF, HALF)][...] = tile
+        plgpu.commit_smem()
+
+    def _x_piece(self, x_smem, c):
+        return x_smem.at[pl.ds(c * self.plan.columns, self.plan.columns)]
+
+    def _a_products(self, layer, count, x_smem):
+        group = self.group
+        for place, _, number, at in self._a_shares():
+
+            def product(n, count, place=place, at=at):
+                piece, part = at(n)
+                first, chunks = self._part(part)
+                first -= self.first_chunk
+                t, count = self._products(count, chunks, lambda c: self._x_piece(x_smem, first + c), 1)
+                self.memory.t_part.at[self.slice * group.a_parts + part, place, piece][...] = t
+                return count
+
+            count = lax.fori_loop(0, number, product, count)
+        if group.adapted:
+            pl.when(self.member < group.members)(lambda: self._signal(0))
+        return count
+
+    def _unit_products(self, layer, count, names, tile, x_smem):
+        for name in names:
+            *halves, count = self._products(count, self.num_chunks, lambda c: self._x_piece(x_smem, c), 2)
+            for half, y in enumerate(halves):
+                self.memory.y_part.at[self.slice, self.group.first_tile(name) + tile, half][...] = y
+        self._signal(1 + self.group.first_unit(names) + tile)
         return count
 
     def _products(self, count, number, right_smem: Callable[[Any], Any], halves: int):
@@ -198,112 +300,65 @@ class Linears:
 
         return pl.run_scoped(product, *[plgpu.ACC((HALF, self.plan.columns), jnp.float32)] * halves)
 
-    def copy_finish(self, layer, count, passes: Sequence[tuple[str, ...]]):
-        memory, plan = self.memory, self.plan
-        for names in passes:
-            first, number = self._finish_share(names)
-
-            def tile(n, count, names=names, first=first):
-                rows = pl.ds((first + n * plan.num_blocks) * TILE, TILE)
-                for name in names:
-                    if name not in self.group.adapted:
-                        continue
-
-                    def piece(p, count, name=name):
-                        expert, part = divmod_(p, plan.rank_pieces)
-                        ranks = pl.ds(part * PIECE, PIECE)
-                        return self.ring.fill(count, memory.b[name].at[layer, memory.experts[expert], rows, ranks])
-
-                    count = lax.fori_loop(0, self._used_pieces, piece, count)
-                return count
-
-            count = lax.fori_loop(0, number, tile, count)
+    def _finish(self, layer, count, *, names, tile, follow, h_smem):
+        group, memory = self.group, self.memory
+        out_dim = group.outs[names[0]]
+        rows = [jnp.minimum(tile * TILE + half * HALF, out_dim - HALF) for half in (0, 1)]
+        stores = [follow(names, row) for row in rows]
+        biases = {
+            name: [load(memory.biases[name].at[layer, pl.ds(row, HALF)], ROWS).astype(jnp.float32) for row in rows]
+            for name in names
+            if name in memory.biases
+        }
+        r = None if self.norm_dim is None else load(memory.r.at[self.block], COLUMNS)
+        self._wait(1 + group.first_unit(names) + tile, group.slices, layer)
+        values = []
+        for name in names:
+            at, shape = group.first_tile(name) + tile, (HALF, self.plan.columns)
+            halves = [sum_of(load(memory.y_part.at[s, at, half]) for s in range(group.slices)) for half in (0, 1)]
+            if r is not None:
+                halves = [y * over_rows(r, y.shape) for y in halves]
+            if name in group.adapted:
+                self._gather_h(name, layer, r, h_smem)
+                *expanded, count = self._products(count, self._used_pieces, lambda p: h_smem.at[p], 2)
+                halves = [y + more for y, more in zip(halves, expanded, strict=True)]
+            if name in biases:
+                halves = [y + over_columns(bias, shape) for y, bias in zip(halves, biases[name], strict=True)]
+            values.append(halves)
+        for half in (0, 1):
+            store, these = stores[half], [halves[half] for halves in values]
+            if half == 0 or out_dim % TILE == 0:
+                store(*these)
+            else:
+                pl.when(tile * TILE + HALF < out_dim)(partial(store, *these))
         return count
 
-    def finish(
-        self,
-        layer,
-        count,
-        passes: Sequence[tuple[str, ...]],
-        follow: Callable[..., Callable[..., None]],
-        h_smem,
-    ):
-        """`follow(names, row)` reads what it needs for these rows of the linears `names`, and returns the function that
-        takes their values [HALF, N] and stores what comes of them. Linears of a pass have equal shapes."""
-        plan, group = self.plan, self.group
-        r = None if self.norm_dim is None else load(self.memory.r.at[self.block], COLUMNS)
-        for names in passes:
-            first, number = self._finish_share(names)
-            out_dim = group.outs[group.names.index(names[0])]
-
-            @pl.when(number > 0)
-            def _(names=names):
-                for place, name in enumerate(n for n in names if n in group.adapted):
-                    self._gather_h(name, place, r, h_smem)
-                plgpu.commit_smem()
-
-            def tile(n, count, names=names, first=first, out_dim=out_dim):
-                tile = first + n * plan.num_blocks
-                rows = [jnp.minimum(tile * TILE + half * HALF, out_dim - HALF) for half in (0, 1)]
-                stores, values = [follow(names, row) for row in rows], []
-                for name in names:
-                    *halves, count = self._tile_of(name, names, layer, tile, rows, r, count, h_smem)
-                    values.append(halves)
-                for half in (0, 1):
-                    store, these = stores[half], [halves[half] for halves in values]
-                    if half == 0 or out_dim % TILE == 0:
-                        store(*these)
-                    else:
-                        pl.when(tile * TILE + HALF < out_dim)(partial(store, *these))
-                return count
-
-            count = lax.fori_loop(0, number, tile, count)
-        return count
-
-    def _finish_share(self, names):
-        group = self.group
-        tiles = num_tiles(group.outs[group.names.index(names[0])])
-        return share(group.first_tile(names[0]), tiles, self.block, self.plan.num_blocks)
-
-    def _inverse_rms(self):
-        """r [N] of the group's input."""
-        assert self.norm_dim is not None
+    def _find_r(self):
+        """r [N] of the group's input, where it has a norm, into `memory.r`."""
+        if self.norm_dim is None or "products" not in self.steps:
+            return
         total: Any = 0.0
         for start in range(0, self.memory.squares.shape[0], HALF):
             part = load(self.memory.squares.at[pl.ds(start, HALF)])
             numbers = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA) + start
             part = jnp.where(numbers < self.norm_dim // HALF, part, 0).sum(axis=0)
             total += part
-        return lax.rsqrt(total / self.norm_dim + self.eps)
+        self.memory.r.at[self.block][...] = lax.rsqrt(total / self.norm_dim + self.eps)
 
-    def _gather_h(self, name, place, r, h_smem):
+    def _gather_h(self, name, layer, r, h_smem):
         """h = r · g_u · Σ_s t_part[s], rounded, as the right operand of B."""
-        plan, memory, where = self.plan, self.memory, self.group.adapted.index(name)
+        plan, memory, group = self.plan, self.memory, self.group
+        where = group.adapted.index(name)
+        self._wait(0, group.slices * group.members, layer)
 
         def piece(p, _):
-            t = sum_of(load(memory.t_part.at[s, where, p]) for s in range(self.group.slices))
+            t = sum_of(load(memory.t_part.at[s, where, p]) for s in range(group.slices * group.a_parts))
             factor = load(memory.gates.at[divmod_(p, plan.rank_pieces)[0]], COLUMNS)
             factor = factor if r is None else factor * r
-            store_transposed(h_smem.at[place, p], t * over_rows(factor, t.shape))
+            store_transposed(h_smem.at[p], t * over_rows(factor, t.shape))
 
         lax.fori_loop(0, self._used_pieces, piece, None)
-
-    def _tile_of(self, name, names, layer, tile, rows, r, count, h_smem):
-        """The two halves of a tile, [HALF, N] each, and the new count."""
-        group, memory = self.group, self.memory
-        at = group.first_tile(name) + tile
-        bias, shape = memory.biases.get(name), (HALF, self.plan.columns)
-        biases = [] if bias is None else [load(bias.at[layer, pl.ds(row, HALF)], ROWS) for row in rows]
-        halves = [sum_of(load(memory.y_part.at[s, at, half]) for s in range(group.slices)) for half in (0, 1)]
-        if r is not None:
-            halves = [y * over_rows(r, y.shape) for y in halves]
-        if name in group.adapted:
-            place = [n for n in names if n in group.adapted].index(name)
-            *expanded, count = self._products(count, self._used_pieces, lambda p: h_smem.at[place, p], 2)
-            halves = [y + more for y, more in zip(halves, expanded, strict=True)]
-        for half, values in enumerate(biases):
-            halves[half] += over_columns(values.astype(jnp.float32), shape)
-        return *halves, count
+        plgpu.commit_smem()
 
 
 def sum_of(parts):

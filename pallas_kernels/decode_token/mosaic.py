@@ -6,10 +6,12 @@ A phase needs what all blocks have found in the one before, so a barrier over th
 nothing, so one warpgroup of every block copies them into shared memory without ever waiting for a barrier, as far ahead as
 the ring has room. While the other warpgroup waits for its peers, the device memory goes on working.
 
-    phase        reads                    leaves
-    multiply     a slice of the input     partial products of W, and of A of the experts used       (linear.py)
-    finish       partial products, B      q, k, v | x + y, its norm | silu(gate) · up | logits
-    attend       q, k, v, the cache       the context                                                (attention.py)
+    phase        reads                            leaves
+    q, k, v      the norm of x                    q, k, v                                        (linear.py)
+    attention    q, k, v, the cache               the context                                    (attention.py)
+    o, down      the context, the hidden          x + y, its norm
+    gate, up     the norm of x                    silu(gate) · up
+    head         the norm of x                    logits
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.decode_token.attention import Attention, rounded
 from pallas_kernels.decode_token.linear import (
     ROWS,
+    STEPS,
     Linears,
     Ring,
     load,
@@ -37,7 +40,7 @@ from pallas_kernels.decode_token.linear import (
     silu,
     store_transposed,
 )
-from pallas_kernels.decode_token.plan import HALF, PIECE, TILE, Plan
+from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
 
 
 @dataclass(frozen=True)
@@ -49,49 +52,58 @@ class Phase:
 
 
 def _phases(
-    plan: Plan, m: SimpleNamespace, s: SimpleNamespace, ring: Ring, model: Any
+    plan: Plan, m: SimpleNamespace, s: SimpleNamespace, ring: Ring, semaphores: Any, model: Any, compiled: bool
 ) -> tuple[list[Phase], list[Phase]]:
     """(of a layer, after the last layer). `m` are refs of device memory, `s` of shared memory."""
     head_dim, embed_dim = model.head_dim, model.embed_dim
-    group_size = model.num_heads // model.num_kv_heads
 
-    def linears(group, normed):
-        return Linears(group, plan, m, ring, norm_dim=embed_dim if normed else None, eps=model.norm_eps)
+    def phases_of(group, normed, x, follow):
+        """One phase; where blocks do not run at the same time, one for each of its steps."""
+        phases = []
+        for steps in (STEPS,) if compiled else zip(STEPS):
+            linears = Linears(
+                group,
+                plan,
+                m,
+                ring,
+                semaphores,
+                steps=steps,
+                norm_dim=embed_dim if normed else None,
+                eps=model.norm_eps,
+            )
 
-    def multiply(linear, x_piece):
-        return Phase(linear.copy_multiply, lambda layer, count: linear.multiply(layer, count, x_piece, s.x_smem))
+            def compute(layer, count, linears=linears):
+                return linears.compute(layer, count, x, partial(follow, layer), s.x_smem, s.h_smem)
 
-    def finish(linear, passes, follow):
-        return Phase(
-            lambda layer, count: linear.copy_finish(layer, count, passes),
-            lambda layer, count: linear.finish(layer, count, passes, partial(follow, layer), s.h_smem),
-        )
+            phases.append(Phase(linears.copy, compute))
+        return phases
 
-    def of_rows(ref):
-        return lambda piece: ref.at[:, pl.ds(piece * PIECE, PIECE)]
-
-    def of_heads(piece):
-        head, part = piece * PIECE // head_dim, piece * PIECE % head_dim
-        return m.context.at[:, head // group_size, head % group_size, pl.ds(part, PIECE)]
+    def rows_of(ref, row):
+        """[N, HALF] of activations in pieces."""
+        return ref.at[pl.ds(row // PIECE * plan.columns, plan.columns)]
 
     def to_heads(layer, names, row):
         (name,), head, part = names, row // head_dim, row % head_dim
-        if name == "q_proj":
-            target = m.q_raw.at[:, head // group_size, head % group_size, pl.ds(part, HALF)]
-        else:
-            target = (m.k_raw if name == "k_proj" else m.v_new.at[layer]).at[:, head, pl.ds(part, HALF)]
-        return partial(store_transposed, target)
+        if name == "v_proj":
+            return partial(store_transposed, m.v_new.at[layer, :, head, pl.ds(part, HALF)])
+        raw = m.q_raw if name == "q_proj" else m.k_raw
+
+        def store(value):
+            for start in range(0, 2 * PIECE, head_dim):  # a head of PIECE dimensions twice
+                store_transposed(raw.at[head, :, pl.ds(start + part, HALF)], value)
+
+        return store
 
     def to_residual(next_norm):
         def follow(layer, names, row):
-            x_rows = m.x.at[:, pl.ds(row, HALF)]
+            x_rows = rows_of(m.x, row)
             x = load_transposed(x_rows).astype(jnp.float32)
             weight = load(m.norms.at[next_norm(layer), pl.ds(row, HALF)], ROWS).astype(jnp.float32)
 
             def store(value):
                 after = rounded(x + rounded(value, m.x.dtype), m.x.dtype)
                 store_transposed(x_rows, after)
-                store_transposed(m.x_weighted.at[:, pl.ds(row, HALF)], after * over_columns(weight, after.shape))
+                store_transposed(rows_of(m.x_weighted, row), after * over_columns(weight, after.shape))
                 m.squares.at[row // HALF][...] = (after * after).sum(axis=0)
 
             return store
@@ -101,7 +113,7 @@ def _phases(
     def to_hidden(layer, names, row):
         def store(gate, up):
             gate, up = rounded(gate, m.hidden.dtype), rounded(up, m.hidden.dtype)
-            store_transposed(m.hidden.at[:, pl.ds(row, HALF)], rounded(silu(gate), m.hidden.dtype) * up)
+            store_transposed(rows_of(m.hidden, row), rounded(silu(gate), m.hidden.dtype) * up)
 
         return store
 
@@ -111,48 +123,47 @@ def _phases(
 
         return store
 
-    qkv, o, gate_up = linears(plan.qkv, True), linears(plan.o, False), linears(plan.gate_up, True)
-    down, head = linears(plan.down, False), linears(plan.head, True)
-    attention = Attention(plan, m, ring, eps=model.norm_eps)
+    attention = Attention(plan, m, ring, group_size=model.num_heads // model.num_kv_heads, eps=model.norm_eps)
 
-    def nothing(layer, count):
-        return count
+    def attend(layer, count):
+        with jax.named_scope("attend"):
+            return attention.attend(layer, count, s.q_smem, s.p_smem)
 
     def combine(layer, count):
         attention.combine()
         return count
 
     layer_phases = [
-        multiply(qkv, of_rows(m.x_weighted)),
-        finish(qkv, [("q_proj",), ("k_proj",), ("v_proj",)], to_heads),
-        Phase(attention.copy, lambda layer, count: attention.attend(layer, count, s.q_smem, s.p_smem, s.plain_smem)),
-        *([Phase(nothing, combine)] if plan.splits > 1 else []),
-        multiply(o, of_heads),
-        finish(o, [("o_proj",)], to_residual(lambda layer: 2 * layer + 1)),
-        multiply(gate_up, of_rows(m.x_weighted)),
-        finish(gate_up, [("gate_proj", "up_proj")], to_hidden),
-        multiply(down, of_rows(m.hidden)),
-        finish(down, [("down_proj",)], to_residual(lambda layer: 2 * layer + 2)),
+        *phases_of(plan.qkv, True, m.x_weighted, to_heads),
+        Phase(attention.copy, attend),
+        *([Phase(lambda layer, count: count, combine)] if plan.splits > 1 else []),
+        *phases_of(plan.o, False, m.context, to_residual(lambda layer: 2 * layer + 1)),
+        *phases_of(plan.gate_up, True, m.x_weighted, to_hidden),
+        *phases_of(plan.down, False, m.hidden, to_residual(lambda layer: 2 * layer + 2)),
     ]
-    return layer_phases, [multiply(head, of_rows(m.x_weighted)), finish(head, [("lm_head",)], to_logits)]
+    return layer_phases, phases_of(plan.head, True, m.x_weighted, to_logits)
 
 
 def _kernel(*refs, names, plan, model, span, compiled, **scratch):
     """`span`: (first layer, last layer + 1, phases of a layer, phases after the last) to run."""
     m, s = _nested(names, refs), SimpleNamespace(**scratch)
     if "in_turn" in scratch:
-        s.x_smem, s.h_smem, (s.q_smem, s.p_smem, s.plain_smem) = scratch["in_turn"]
+        (s.x_smem, s.h_smem), (s.q_smem, s.p_smem) = scratch["in_turn"]
     ring = Ring(s.ring_smem, s.ring_full, s.ring_empty)
-    layer_phases, last_phases = _phases(plan, m, s, ring, model)
+    arrived, semaphores = None, None
+    if compiled:
+        arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
+        semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((plan.num_semaphores,)))
+    layer_phases, last_phases = _phases(plan, m, s, ring, semaphores, model, compiled)
     low, high, these, last = span
     layer_phases, last_phases = layer_phases[slice(*these)], last_phases[slice(*last)]
-    arrived = pl.get_global(plgpu.SemaphoreType.REGULAR) if compiled else None
 
     def barrier(number):
         """The `number`-th time, all blocks have come here, and see what all have stored before."""
         if compiled:  # the interpreter runs one phase in a launch, or one block
-            plgpu.semaphore_signal(arrived, 1, memory_scope="gpu")
-            plgpu.semaphore_wait(arrived, plan.num_blocks * number, decrement=False, memory_scope="gpu")
+            with jax.named_scope("barrier"):
+                plgpu.semaphore_signal(arrived, 1, memory_scope="gpu")
+                plgpu.semaphore_wait(arrived, plan.num_blocks * number, decrement=False, memory_scope="gpu")
 
     def run(phases_do, between):
         """All phases in order, with `between(number of phases done)` after each but the last."""
@@ -191,24 +202,25 @@ def run_token(
     """(logits [V, N], k_new and v_new [L, N, K, H]). `inputs` are the arrays that `_phases` reads, nested by name; see
     `pallas_kernels.decode_token.op`."""
     dtype, n = inputs["x"].dtype, plan.columns
-    heads = model.num_kv_heads, HALF, model.head_dim
     tiles = max(group.num_tiles for group in plan.groups)
     targets = max(len(group.adapted) for group in plan.groups)
-    pieces = plan.max_used * plan.rank_pieces
     new = (model.num_layers, n, model.num_kv_heads, model.head_dim)
-    split = (plan.splits, n, model.num_kv_heads, HALF)
+    split = (plan.splits, n, model.num_kv_heads * -(-model.num_heads // model.num_kv_heads // QUERIES))
+    heads_dim = model.num_heads * model.head_dim
     buffers = {
         "y_part": ((plan.max_slices, tiles, 2, HALF, n), jnp.float32),
         "r": ((plan.num_blocks, n), jnp.float32),
-        "q_raw": ((n, *heads), dtype), "k_raw": ((n, model.num_kv_heads, model.head_dim), dtype),
-        "context": ((n, *heads), dtype), "hidden": ((n, model.hidden_dim), dtype),
+        "q_raw": ((model.num_heads + QUERIES, n, 2 * PIECE), dtype), "k_raw": ((model.num_kv_heads, n, 2 * PIECE), dtype),
+        "context": ((heads_dim // PIECE * n + HALF, PIECE), dtype),
+        "hidden": ((model.hidden_dim // PIECE * n + HALF, PIECE), dtype),
         "logits": ((model.vocab_size, n), jnp.float32), "k_new": (new, dtype), "v_new": (new, dtype),
     }  # fmt: skip
     if targets:
-        buffers["t_part"] = ((plan.max_slices, targets, pieces, PIECE, n), jnp.float32)
+        parts = max(group.slices * group.a_parts for group in plan.groups)
+        buffers["t_part"] = ((parts, targets, plan.pieces, PIECE, n), jnp.float32)
     if plan.splits > 1:
-        buffers |= {"o_part": ((*split, model.head_dim), jnp.float32), "max_part": (split, jnp.float32)}
-        buffers["sum_part"] = (split, jnp.float32)
+        buffers["o_part"] = ((*split, model.head_dim // PIECE, HALF, QUERIES), jnp.float32)
+        buffers |= dict.fromkeys(("max_part", "sum_part"), ((*split, QUERIES), jnp.float32))
     flat: list[tuple[tuple[str, ...], Any]] = [((k,), v) for k, v in inputs.items() if not isinstance(v, dict)]
     flat += [((k, name), v) for k, d in inputs.items() if isinstance(d, dict) for name, v in d.items()]
     changed = ("x", "x_weighted", "squares")
@@ -224,16 +236,13 @@ def run_token(
         transforms = plgpu.TilingTransform((8, width // dtype.itemsize)), plgpu.SwizzleTransform(width)  # type: ignore[abstract]
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-    # Inputs, experts' activations, and attention's operands: one at a time, so they take the same place.
+    # The operands of linears, and of attention: never at the same time, so they take the same place.
     used_in_turn = {
-        "x_smem": ring(plan.x_chunks, n, PIECE),
-        "h_smem": ring(*plan.h_shape, n, PIECE),
-        "q_smem": ring(model.head_dim // PIECE, HALF, PIECE), "p_smem": ring(HALF, TILE),
-        "plain_smem": plgpu.SMEM((HALF, PIECE), dtype),
+        "x_smem": ring(plan.x_rows, PIECE), "h_smem": ring(plan.pieces, n, PIECE),
+        "q_smem": ring(model.head_dim // PIECE, QUERIES, PIECE), "p_smem": ring(TILE // PIECE, QUERIES, PIECE),
     }  # fmt: skip
-    x, h, *attention = used_in_turn.values()
-    in_turn = x, h, attention
-    num_phases = 9 + (plan.splits > 1)
+    x, h, q, p = used_in_turn.values()
+    num_phases = 9 + (plan.splits > 1)  # when every step is one
 
     def launch(span):
         plgpu.kernel(
@@ -247,13 +256,13 @@ def run_token(
                 "ring_smem": ring(plan.slots, TILE, PIECE),
                 "ring_full": plgpu.Barrier(num_barriers=plan.slots),
                 "ring_empty": plgpu.Barrier(num_barriers=plan.slots),
-                **(used_in_turn if interpret else {"in_turn": plgpu.RefUnion(*in_turn)}),
+                **(used_in_turn if interpret else {"in_turn": plgpu.RefUnion([x, h], [q, p])}),
             },
             interpret=interpret,
         )(*refs.values())
 
     if one_launch:
-        launch((0, model.num_layers, (0, num_phases), (0, 2)))
+        launch((0, model.num_layers, (0, None), (0, None)))
     else:
         for layer in range(model.num_layers):
             for phase in range(num_phases):

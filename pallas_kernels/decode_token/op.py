@@ -81,8 +81,6 @@ def obstacle(shape: Shape, dtype: Any, batch: int, targets: tuple[str, ...] = ()
         return f"the weights are {jnp.dtype(dtype)}, and the tensor cores multiply bfloat16 and float16"
     if shape.head_dim not in (PIECE, 2 * PIECE):
         return f"heads have {shape.head_dim} dimensions, and it takes 64 and 128"
-    if shape.num_heads // shape.num_kv_heads > HALF:
-        return f"{shape.num_heads // shape.num_kv_heads} query heads share a key, and it takes {HALF} at most"
     if batch > MAX_BATCH:
         return f"{batch} rows are decoded together, and it takes {MAX_BATCH} at most"
     for name, (out, into) in shape.linears().items():
@@ -141,16 +139,26 @@ def decode_token(
     plan = plan_for(shape, experts, batch, slots, num_blocks or jax.devices()[0].core_count)
     rows = ((0, plan.columns - batch), (0, 0))
     x = jnp.pad(x, rows)
+
+    def in_pieces(x: Array) -> Array:
+        """[N, D] → [pieces · N, PIECE] and `HALF` more rows."""
+        return jnp.pad(x.reshape(len(x), -1, PIECE).swapaxes(0, 1).reshape(-1, PIECE), ((0, HALF), (0, 0)))
+
+    def to_two(x: Array) -> Array:
+        """What belongs to a head of PIECE dimensions twice, one after the other."""
+        return x if x.shape[-1] == 2 * PIECE else jnp.concatenate([x, x], axis=-1)
+
     squares = jnp.square(x.astype(jnp.float32)).sum(axis=1)  # of the whole row, where the kernel adds up those of tiles
     inputs: dict[str, Any] = {
-        "x": x, "x_weighted": x * weights.norms[0],
+        "x": in_pieces(x), "x_weighted": in_pieces(x * weights.norms[0]),
         "squares": jnp.zeros((-(-shape.embed_dim // HALF**2) * HALF, plan.columns), jnp.float32).at[0].set(squares),
         "positions": jnp.minimum(positions, slots).astype(jnp.int32), "windows": weights.windows,
-        "cos": jnp.pad(cos, rows), "sin": jnp.pad(sin, rows), "norms": weights.norms,
+        "cos": jnp.pad(jnp.concatenate([cos, cos], axis=-1), rows), "norms": weights.norms,
+        "sin": jnp.pad(jnp.concatenate([-sin, sin], axis=-1), rows),
         "cache_k": cache_k, "cache_v": cache_v, "weights": weights.linears, "biases": weights.biases,
     }  # fmt: skip
     if weights.q_norm is not None:
-        inputs |= {"q_norm": weights.q_norm, "k_norm": weights.k_norm}
+        inputs |= {"q_norm": to_two(weights.q_norm), "k_norm": to_two(weights.k_norm)}
     if experts is not None:
         mixture, num_used = used_first(experts.mixture)
         gates = jnp.pad(mixture.gates, ((0, 0), (0, plan.columns - batch)))

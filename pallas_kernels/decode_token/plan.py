@@ -1,13 +1,14 @@
 """How the work of one decoding step is cut: linears into tiles, rows of a batch into columns, contexts into splits.
 
 Linears that share their input are a `Group`. The weights of each are cut into tiles of `TILE` rows, a tile into chunks of
-`PIECE` columns, and the columns into `slices`. Thread block b computes slice b % slices of the tiles that are b // slices
-modulo `members`, so it needs only its own slice of the input.
+`PIECE` columns, and the columns into `slices`. A unit is the same tile of the linears that are finished together. Thread
+block b computes slice b % slices of the units that are b // slices modulo `members`, so it needs only its own slice of the
+input; one of the `slices` blocks of a unit finishes it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TILE, HALF = 128, 64
 """Rows of a tile of weights, and of what the tensor cores multiply at once."""
@@ -16,7 +17,9 @@ PIECE = 64
 SHARED_MEMORY = 227 * 1024
 RESERVED = 6 * 1024
 """Of the shared memory: for barriers and for reductions."""
-MAX_SLICES, MAX_SLOTS, MAX_INPUT = 16, 12, 48 * 1024
+QUERIES = 8
+"""Query heads of one key that attention takes together."""
+MAX_SLICES, MAX_SLOTS, MAX_INPUT, MAX_A_PARTS = 16, 12, 48 * 1024, 4
 SPLIT_SLOTS = 512
 """Positions of the cache that one thread block reads at least."""
 
@@ -29,12 +32,16 @@ def num_tiles(out_dim: int) -> int:
 class Group:
     """Linears W [out, in] of one input; those in `adapted` have experts."""
 
-    names: tuple[str, ...]
-    outs: tuple[int, ...]
+    passes: tuple[tuple[str, ...], ...]
+    """The linears of a pass have equal shapes and are finished together."""
+    outs: dict[str, int]
     in_dim: int
     slices: int
     members: int
     adapted: tuple[str, ...]
+    a_parts: int
+    """Of each slice of an expert's A."""
+    first_semaphore: int = 0
 
     @property
     def chunks(self) -> int:
@@ -47,10 +54,22 @@ class Group:
 
     @property
     def num_tiles(self) -> int:
-        return sum(map(num_tiles, self.outs))
+        return sum(map(num_tiles, self.outs.values()))
 
     def first_tile(self, name: str) -> int:
-        return sum(map(num_tiles, self.outs[: self.names.index(name)]))
+        names = list(self.outs)
+        return sum(num_tiles(self.outs[other]) for other in names[: names.index(name)])
+
+    def units(self, names: tuple[str, ...]) -> int:
+        """Of a pass."""
+        return num_tiles(self.outs[names[0]])
+
+    @property
+    def num_units(self) -> int:
+        return sum(map(self.units, self.passes))
+
+    def first_unit(self, names: tuple[str, ...]) -> int:
+        return sum(map(self.units, self.passes[: self.passes.index(names)]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,18 +102,27 @@ class Plan:
         return max(group.slices for group in self.groups)
 
     @property
-    def h_shape(self) -> tuple[int, int]:
-        """Linears that are finished together, and pieces of the experts' ranks."""
-        return max(1, len(self.gate_up.adapted)), self.max_used * self.rank_pieces
+    def pieces(self) -> int:
+        """Of the ranks of all experts in use, at most."""
+        return self.max_used * self.rank_pieces
 
     @property
-    def x_chunks(self) -> int:
-        return max(group.slice_chunks for group in self.groups)
+    def x_rows(self) -> int:
+        return max(input_rows(group.slice_chunks, self.columns) for group in self.groups)
+
+    @property
+    def num_semaphores(self) -> int:
+        return sum(group.num_units + 1 for group in self.groups)
 
 
 def columns_for(batch: int) -> int:
     """N of a batch of at most 32 rows."""
     return next(n for n in (8, 16, 32) if n >= batch)
+
+
+def input_rows(chunks: int, columns: int) -> int:
+    """Rows of `PIECE` numbers that a slice of the input takes, as they are loaded: `HALF` at once."""
+    return -(-chunks * columns // HALF) * HALF
 
 
 def max_in_dim(batch: int, itemsize: int = 2) -> int:
@@ -103,22 +131,37 @@ def max_in_dim(batch: int, itemsize: int = 2) -> int:
 
 
 def make_group(
-    shapes: dict[str, tuple[int, int]], adapted: tuple[str, ...], num_blocks: int, columns: int, itemsize: int
+    shapes: dict[str, tuple[int, int]],
+    passes: tuple[tuple[str, ...], ...],
+    adapted: tuple[str, ...],
+    *,
+    pieces: int,
+    num_blocks: int,
+    columns: int,
+    itemsize: int,
 ) -> Group:
     """The cut into the fewest slices whose longest share is within a twentieth of the shortest there is; a slice of the
-    input takes at most `MAX_INPUT` bytes."""
-    outs, in_dim = tuple(out for out, _ in shapes.values()), next(iter(shapes.values()))[1]
-    tiles, chunks = sum(map(num_tiles, outs)), in_dim // PIECE
+    input takes at most `MAX_INPUT` bytes. `pieces`: of the ranks of all experts in use."""
+    names = [name for names in passes for name in names]
+    outs, in_dim = {name: shapes[name][0] for name in names}, shapes[names[0]][1]
+    units, chunks = sum(num_tiles(outs[first]) for first, *_ in passes), in_dim // PIECE
     shares = {}
     for slices in range(1, min(chunks, num_blocks, MAX_SLICES) + 1):
         length = -(-chunks // slices)
         if length * PIECE * columns * itemsize <= MAX_INPUT:
-            shares[slices] = -(-tiles // (num_blocks // slices)) * length
+            shares[slices] = -(-units // (num_blocks // slices)) * length
     slices = next(s for s, share in shares.items() if share <= 1.05 * min(shares.values()))
+    members, adapted = num_blocks // slices, tuple(name for name in names if name in adapted)
+    a_parts = min(MAX_A_PARTS, members // max(1, len(adapted) * pieces), chunks // slices)
     return Group(
-        names=tuple(shapes), outs=outs, in_dim=in_dim, slices=slices, members=num_blocks // slices,
-        adapted=tuple(name for name in shapes if name in adapted),
-    )  # fmt: skip
+        passes=passes,
+        outs=outs,
+        in_dim=in_dim,
+        slices=slices,
+        members=members,
+        adapted=adapted,
+        a_parts=max(1, a_parts),
+    )
 
 
 def make_plan(
@@ -135,23 +178,32 @@ def make_plan(
     itemsize: int = 2,
 ) -> Plan:
     """`shapes`: (out, in) of the seven linears and of `lm_head`."""
-    columns = columns_for(batch)
-
-    def group(*names: str) -> Group:
-        return make_group({name: shapes[name] for name in names}, adapted, num_blocks, columns, itemsize)
-
-    units = batch * num_kv_heads
-    splits = max(1, min(num_blocks // units, cache_slots // SPLIT_SLOTS, 16))
-    parts = {
-        "qkv": group("q_proj", "k_proj", "v_proj"), "o": group("o_proj"), "gate_up": group("gate_proj", "up_proj"),
-        "down": group("down_proj"), "head": group("lm_head"),
+    columns, rank_pieces = columns_for(batch), -(-rank // PIECE)
+    group_size = shapes["q_proj"][0] // (num_kv_heads * head_dim)
+    passes: dict[str, tuple[tuple[str, ...], ...]] = {
+        "qkv": (("q_proj",), ("k_proj",), ("v_proj",)), "o": (("o_proj",),), "gate_up": (("gate_proj", "up_proj"),),
+        "down": (("down_proj",),), "head": (("lm_head",),),
     }  # fmt: skip
-    x_bytes = max(part.slice_chunks for part in parts.values()) * PIECE * columns * itemsize
-    pieces = -(-rank // PIECE)
-    h_bytes = max(1, len(parts["gate_up"].adapted)) * max_used * pieces * PIECE * columns * itemsize
-    q_bytes = HALF * (head_dim + TILE + PIECE) * itemsize
-    left = SHARED_MEMORY - RESERVED - max(x_bytes, h_bytes, q_bytes)  # they are never used at the same time
-    return Plan(
-        **parts, columns=columns, num_blocks=num_blocks, splits=splits, max_used=max_used, rank_pieces=pieces,
-        slots=min(MAX_SLOTS, left // (TILE * PIECE * itemsize)),
+    parts: dict[str, Group] = {}
+    first_semaphore = 0
+    for name, own in passes.items():
+        group = make_group(
+            shapes,
+            own,
+            adapted,
+            pieces=max_used * rank_pieces,
+            num_blocks=num_blocks,
+            columns=columns,
+            itemsize=itemsize,
+        )
+        parts[name] = replace(group, first_semaphore=first_semaphore)
+        first_semaphore += group.num_units + 1
+    units = batch * num_kv_heads * -(-group_size // QUERIES)
+    plan = Plan(
+        **parts, columns=columns, num_blocks=num_blocks, max_used=max_used, rank_pieces=rank_pieces, slots=0,
+        splits=max(1, min(num_blocks // units, cache_slots // SPLIT_SLOTS, 16)),
     )  # fmt: skip
+    linear_rows = plan.x_rows + plan.pieces * columns
+    attention_rows = (head_dim // PIECE + TILE // PIECE) * QUERIES  # the two are never used at the same time
+    left = SHARED_MEMORY - RESERVED - max(linear_rows, attention_rows) * PIECE * itemsize
+    return replace(plan, slots=min(MAX_SLOTS, left // (TILE * PIECE * itemsize)))
