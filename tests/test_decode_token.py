@@ -130,6 +130,9 @@ INTERPRETED = {
         ),
         {"num_blocks": 3, "one_launch": False},
     ),
+    "more query heads than attention takes together": (
+        Case(heads=(11, 1, 64), embed_dim=704, position=100), {"num_blocks": 2, "one_launch": False}
+    ),
     "context in parts, window, router in the FFN": (
         Case(batch=2, slots=1024, heads=(4, 1, 64), position=900, window=600, targets=("gate_proj", "up_proj")),
         {"num_blocks": 5, "one_launch": False},
@@ -204,12 +207,24 @@ def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_blocks):
             if member < group.members:
                 low, high = (s * group.chunks // group.slices for s in (part, part + 1))
                 assert 0 < high - low <= group.slice_chunks
-                for tile in range(member, group.num_tiles, group.members):
-                    chunks.update((tile, c) for c in range(low, high))
+                for unit in range(member, group.num_units, group.members):
+                    chunks.update((unit, c) for c in range(low, high))
         assert set(chunks.values()) == {1}
-        assert len(chunks) == sum(map(num_tiles, group.outs)) * group.in_dim // 64
+        assert len(chunks) == group.num_units * group.in_dim // 64
+        assert 1 <= group.a_parts <= group.chunks // group.slices
     assert plan.slots >= 4
-    assert plan.slots * 128 * 64 * 2 + plan.x_chunks * 64 * plan.columns * 2 < SHARED_MEMORY
+    assert plan.slots * 128 * 64 * 2 + (plan.x_rows + plan.pieces * plan.columns) * 64 * 2 < SHARED_MEMORY
+
+
+def test_plan_counts_tiles_and_semaphores_once():
+    plan = plan_of(LLAMA2_7B)
+    for group in plan.groups:
+        tiles = [group.first_tile(name) + t for name, out in group.outs.items() for t in range(num_tiles(out))]
+        units = [group.first_unit(names) + t for names in group.passes for t in range(group.units(names))]
+        assert tiles == list(range(group.num_tiles))
+        assert units == list(range(group.num_units))
+    semaphores = [group.first_semaphore + i for group in plan.groups for i in range(group.num_units + 1)]
+    assert semaphores == list(range(plan.num_semaphores))
 
 
 def test_long_contexts_are_shared_by_blocks_that_batches_do_not_need():
@@ -234,7 +249,6 @@ def test_what_it_cannot_do_is_said():
         ({}, jnp.float32, 1, 64, "float32"),
         ({"head_dim": 96}, jnp.bfloat16, 1, 64, "96 dimensions"),
         ({"vocab_size": 32001}, jnp.bfloat16, 1, 64, "lm_head is"),
-        ({"num_kv_heads": 1, "num_heads": 65}, jnp.bfloat16, 1, 64, "65 query heads"),
         ({}, jnp.bfloat16, 33, 64, "33 rows"),
         ({"hidden_dim": 28672}, jnp.bfloat16, 32, 64, "with 32 rows"),
         ({}, jnp.bfloat16, 1, 40, "rank 40"),

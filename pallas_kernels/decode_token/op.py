@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_token.plan import HALF, PIECE, Plan, make_plan, max_in_dim
+from pallas_kernels.decode_token.plan import HALF, PIECE, Plan, in_pieces, make_plan, max_in_dim
 from pallas_kernels.pregated_linear.mixture import Mixture, used_first
 
 MAX_BATCH = 32
@@ -139,10 +139,6 @@ def decode_token(
     plan = plan_for(shape, experts, batch, slots, num_blocks or jax.devices()[0].core_count)
     rows = ((0, plan.columns - batch), (0, 0))
     x = jnp.pad(x, rows)
-
-    def in_pieces(x: Array) -> Array:
-        """[N, D] → [pieces · N, PIECE] and `HALF` more rows."""
-        return jnp.pad(x.reshape(len(x), -1, PIECE).swapaxes(0, 1).reshape(-1, PIECE), ((0, HALF), (0, 0)))
 
     def to_two(x: Array) -> Array:
         """What belongs to a head of PIECE dimensions twice, one after the other."""

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
 TILE, HALF = 128, 64
 """Rows of a tile of weights, and of what the tensor cores multiply at once."""
 PIECE = 64
@@ -123,6 +126,12 @@ def columns_for(batch: int) -> int:
 def input_rows(chunks: int, columns: int) -> int:
     """Rows of `PIECE` numbers that a slice of the input takes, as they are loaded: `HALF` at once."""
     return -(-chunks * columns // HALF) * HALF
+
+
+def in_pieces(x: Float[Array, "N D"]) -> Float[Array, "R P"]:
+    """Activations as the kernel reads them: [D / PIECE · N, PIECE], the rows' piece 0, then their piece 1 …, and `HALF` rows
+    more."""
+    return jnp.pad(x.reshape(len(x), -1, PIECE).swapaxes(0, 1).reshape(-1, PIECE), ((0, HALF), (0, 0)))
 
 
 def max_in_dim(batch: int, itemsize: int = 2) -> int:

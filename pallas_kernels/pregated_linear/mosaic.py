@@ -1,10 +1,9 @@
-"""Pre-gated linears on Hopper in one launch: the phases `multiply` and `finish` of the whole-token kernel, for one group.
+"""Pre-gated linears on Hopper in one launch: one group of linears of the whole-token kernel.
 
-    multiply   partial products of W, and of A of the experts in use, each block its share of tiles and of columns
+    products   partial products of W, and of A of the experts in use, each block its share of tiles and of columns
     finish     y = Σ_s y_part[s] + Σ_u B[e_u] (g_u · Σ_s t_part[s]), rounded once
 
-A barrier over the grid is between them; a warpgroup that only copies has B on its way before it. See
-`pallas_kernels.decode_token.linear`.
+A warpgroup that only copies has B on its way before it can be used. See `pallas_kernels.decode_token.linear`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_token.linear import Linears, Ring, store_transposed
+from pallas_kernels.decode_token.linear import STEPS, Linears, Ring, store_transposed
 from pallas_kernels.decode_token.plan import (
     HALF,
     MAX_SLOTS,
@@ -29,6 +28,8 @@ from pallas_kernels.decode_token.plan import (
     SHARED_MEMORY,
     TILE,
     columns_for,
+    in_pieces,
+    input_rows,
     make_group,
     max_in_dim,
 )
@@ -54,8 +55,8 @@ def obstacle(x: Array, weights: dict[str, Array], a: dict[str, Array]) -> str | 
     return None
 
 
-def _kernel(*refs, names, plan, group, span, compiled, ring_smem, ring_full, ring_empty, x_smem, h_smem):
-    """`span`: the first and last phase + 1 that this launch runs."""
+def _kernel(*refs, names, plan, group, steps, compiled, ring_smem, ring_full, ring_empty, x_smem, h_smem):
+    """`steps`: those that this launch runs."""
     memory: dict[str, Any] = {"biases": {}, "weights": {}, "a": {}, "b": {}, "y": {}}
     for name, ref in zip(names, refs, strict=True):
         if isinstance(name, tuple):
@@ -64,35 +65,20 @@ def _kernel(*refs, names, plan, group, span, compiled, ring_smem, ring_full, rin
             memory[name] = ref
     m = SimpleNamespace(**memory)
     ring = Ring(ring_smem, ring_full, ring_empty)
-    linears = Linears(group, plan, m, ring, norm_dim=None, eps=0.0)
-    passes = [(name,) for name in group.names]
+    semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((group.num_units + 1,))) if compiled else None
+    linears = Linears(group, plan, m, ring, semaphores, steps=steps, norm_dim=None, eps=0.0)
     layer = m.layer[0]
-    arrived = pl.get_global(plgpu.SemaphoreType.REGULAR) if compiled else None
-
-    def x_piece(c):
-        return m.x.at[:, pl.ds(c * PIECE, PIECE)]
 
     def follow(names, row):
         return partial(store_transposed, m.y[names[0]].at[:, pl.ds(row, HALF)])
 
     @pl.when(lax.axis_index("group") == 1)
     def _copy():
-        count = jnp.int32(0)
-        if span[0] == 0:
-            count = linears.copy_multiply(layer, count)
-        if span[1] == 2:
-            linears.copy_finish(layer, count, passes)
+        linears.copy(layer, jnp.int32(0))
 
     @pl.when(lax.axis_index("group") == 0)
     def _compute():
-        count = jnp.int32(0)
-        if span[0] == 0:
-            count = linears.multiply(layer, count, x_piece, x_smem)
-        if span == (0, 2):
-            plgpu.semaphore_signal(arrived, 1, memory_scope="gpu")
-            plgpu.semaphore_wait(arrived, plan.num_blocks, decrement=False, memory_scope="gpu")
-        if span[1] == 2:
-            linears.finish(layer, count, passes, follow, h_smem)
+        linears.compute(layer, jnp.int32(0), m.x, follow, x_smem, h_smem)
 
 
 def pregated_linear_mosaic(
@@ -114,19 +100,26 @@ def pregated_linear_mosaic(
     batch, dtype, itemsize = len(x), x.dtype, x.dtype.itemsize
     columns, blocks = columns_for(batch), num_blocks or jax.devices()[0].core_count
     shapes = {name: (w.shape[1], w.shape[2]) for name, w in weights.items()}
-    group = make_group(shapes, tuple(a), blocks, columns, itemsize)
-    inputs: dict[Any, Any] = {"x": jnp.pad(x, ((0, columns - batch), (0, 0))), "layer": jnp.int32(layer)[None]}
+    inputs: dict[Any, Any] = {
+        "x": in_pieces(jnp.pad(x, ((0, columns - batch), (0, 0)))),
+        "layer": jnp.int32(layer)[None],
+    }
     max_used, rank_pieces = 1, 1
     if mixture is not None and a:
         max_used, rank_pieces = len(mixture.experts), next(iter(a.values())).shape[2] // PIECE
         mixture, num_used = used_first(mixture)
         inputs |= {"experts": mixture.experts, "num_used": num_used}
         inputs["gates"] = jnp.pad(mixture.gates, ((0, 0), (0, columns - batch)))
+    pieces = max_used * rank_pieces
+    group = make_group(
+        shapes, tuple((name,) for name in shapes), tuple(a), pieces=pieces, num_blocks=blocks, columns=columns,
+        itemsize=itemsize,
+    )  # fmt: skip
     plan = SimpleNamespace(columns=columns, num_blocks=blocks, rank_pieces=rank_pieces)
     inputs |= {(kind, name): w for kind, of in (("weights", weights), ("a", a), ("b", b)) for name, w in of.items()}
     buffers: dict[Any, Any] = {"y_part": ((group.slices, group.num_tiles, 2, HALF, columns), jnp.float32)}
     if a:
-        buffers["t_part"] = ((group.slices, len(a), max_used * rank_pieces, PIECE, columns), jnp.float32)
+        buffers["t_part"] = ((group.slices * group.a_parts, len(a), pieces, PIECE, columns), jnp.float32)
     buffers |= {("y", name): ((columns, out), dtype) for name, (out, _) in shapes.items()}
     refs = dict(inputs)
     for name, (of_shape, of_type) in buffers.items():
@@ -140,11 +133,12 @@ def pregated_linear_mosaic(
         tiling = plgpu.TilingTransform((8, width // itemsize))  # type: ignore[abstract]
         return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(width)))  # type: ignore[abstract]
 
-    x_bytes, h_bytes = (count * columns * PIECE * itemsize for count in (group.slice_chunks, max_used * rank_pieces))
-    slots = min(MAX_SLOTS, (SHARED_MEMORY - RESERVED - x_bytes - h_bytes) // (TILE * PIECE * itemsize))
-    for span in ((0, 2),) if interpret is False else ((0, 1), (1, 2)):
+    x_rows = input_rows(group.slice_chunks, columns)
+    left = SHARED_MEMORY - RESERVED - (x_rows + pieces * columns) * PIECE * itemsize
+    slots = min(MAX_SLOTS, left // (TILE * PIECE * itemsize))
+    for steps in (STEPS,) if interpret is False else zip(STEPS):
         plgpu.kernel(
-            partial(_kernel, names=tuple(refs), plan=plan, group=group, span=span, compiled=interpret is False),
+            partial(_kernel, names=tuple(refs), plan=plan, group=group, steps=steps, compiled=interpret is False),
             out_type=(),
             grid=(blocks,),
             grid_names=("block",),
@@ -154,8 +148,8 @@ def pregated_linear_mosaic(
                 "ring_smem": operand(slots, TILE, PIECE),
                 "ring_full": plgpu.Barrier(num_barriers=slots),
                 "ring_empty": plgpu.Barrier(num_barriers=slots),
-                "x_smem": operand(group.slice_chunks, columns, PIECE),
-                "h_smem": operand(1, max_used * rank_pieces, columns, PIECE),
+                "x_smem": operand(x_rows, PIECE),
+                "h_smem": operand(pieces, columns, PIECE),
             },
             interpret=interpret,
         )(*refs.values())
