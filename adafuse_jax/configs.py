@@ -268,11 +268,11 @@ class DecodeConfig:
     adapter: str | None = flag(
         "adapter directory written by train.py, or a LoRA of PEFT; default: the bare backbone", None, "DIR"
     )
-    strategy: Strategy = flag(
+    strategy: Strategy | None = flag(
         "how a token's experts act: beside the weights, in one launch (fused) or as single operations (unmerged), merged "
         "into a second copy of them (golden), merged in place, which drifts (switch), merged layer by layer (simple), or, "
-        "a LoRA, merged once before decoding (merged); fused needs a Hopper GPU and 16-bit weights",
-        "unmerged",
+        "a LoRA, merged once before decoding (merged); default: fused on a Hopper GPU with 16-bit weights, else unmerged",
+        None,
     )
     prompt: str | None = flag("one prompt; without a prompt, prompts are read from stdin, one a line", None, "TEXT")
     prompts_file: str | None = flag(
@@ -309,7 +309,7 @@ class DecodeConfig:
             "--batch-size is for the prompts of --prompts-file; give that, or leave --batch-size out",
         )
         require(
-            self.strategy in ("unmerged", "merged") or self.tensor_parallel == 1,
+            self.strategy in (None, "unmerged", "merged") or self.tensor_parallel == 1,
             f"--strategy {self.strategy} runs on one device; leave --tensor-parallel out, or decode unmerged",
         )
         require(
@@ -317,7 +317,7 @@ class DecodeConfig:
             f"--strategy {self.strategy} merges the experts of one prompt; give --batch-size 1, or decode unmerged",
         )
         require(
-            self.strategy in ("fused", "unmerged") or self.adapter is not None,
+            self.strategy in (None, "fused", "unmerged") or self.adapter is not None,
             f"--strategy {self.strategy} merges the experts of an adapter; give --adapter, or leave --strategy out",
         )
         require_text("--prompt", self.prompt)

@@ -4,7 +4,8 @@
 
 writes merged_step.json and merged_step.md. Random bfloat16 weights, adapters on q and v, 8 experts of rank 64, 2 of them per
 token, batch 1, a cache of 512 slots. One step is gate → merge → backbone → sampling in one program (`decode_step`), compiled
-ahead of time; steps are chained without waiting for their tokens. `overhead` is over the bare backbone's step of this run.
+ahead of time, and its backbone one launch where that can run, as in the engine; steps are chained without waiting for their
+tokens. `overhead` is over the bare backbone's step of this run.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.configs import Strategy
 from adafuse_jax.decoding.engine import DecodeState, decode_step
+from adafuse_jax.decoding.fused import Fused, fused_obstacle
 from adafuse_jax.decoding.merging import Merged, with_weights
+from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from benchmarks.decode_costs import SIZES, Shapes
 from benchmarks.decode_rows import NO_REPEATS, adapter_config, model_config, random_adafuse, random_backbone
@@ -66,7 +70,11 @@ def run(
         nothing = jax.eval_shape(lambda: Merged.nothing("golden", model, adapter))
         return replace(nothing, strategy=strategy)
 
-    lowered = {s: decode_step.lower(*arguments(s, abstract(s)), eos_ids=(), pad_id=0) for s in (None, *STRATEGIES)}
+    launches = {s: launch_of(model, None if s is None else adapter) for s in (None, *STRATEGIES)}
+    lowered = {
+        s: decode_step.lower(*arguments(s, abstract(s)), eos_ids=(), pad_id=0, fused=launch)
+        for s, launch in launches.items()
+    }
     with ThreadPoolExecutor(len(lowered)) as pool:
         compiled = dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True))
     rows: list[dict[str, Any]] = []
@@ -83,15 +91,16 @@ def run(
             jax.block_until_ready(state)
             begun = time.perf_counter()
             for _ in range(steps):
-                _, state, merged = step(weights, acting, state, merged, sampling)
+                _, state, merged = step(weights, acting, state, merged, sampling, fused=launches[strategy])
             jax.block_until_ready(state)
             if repeat:  # the first warms up
                 times.append(1e3 * (time.perf_counter() - begun) / steps)
         for _ in range(0 if merged is None else pointer_steps):
-            _, state, merged = step(weights, acting, state, merged, sampling)
+            _, state, merged = step(weights, acting, state, merged, sampling, fused=launches[strategy])
         memory = step.memory_analysis()
         row = {
             "strategy": strategy or "backbone", "targets": "qv" if strategy else "-",
+            "launch": "one" if launches[strategy] else "single operations",
             "ms": statistics.median(times), "spread_ms": max(times) - min(times),
             "adapted_gb": adapted_bytes(merged) / 1e9, "alias_gb": memory.alias_size_in_bytes / 1e9,
             "temporary_gb": memory.temp_size_in_bytes / 1e9,
@@ -104,6 +113,10 @@ def run(
         report(rows)
         del merged, weights
     return rows
+
+
+def launch_of(model: Backbone, adapter: AdaFuse | None) -> Fused | None:
+    return None if fused_obstacle(model) else Fused.of(model, adapter, merged=True)
 
 
 def pointers(merged: Merged | None) -> list[int]:

@@ -174,6 +174,56 @@ class TestEqualsUnmerged:
         assert engine.adapter.router.weight[...].dtype == jnp.float32
 
 
+class TestOneLaunch:
+    """Where all layers can be one launch, it gets the merged weights. Here the modules stand for it."""
+
+    @pytest.fixture(autouse=True)
+    def launch(self, monkeypatch):
+        self.launches = []
+
+        def step(model, adapter, fused, token, positions, cache):
+            self.launches.append((adapter is None, sorted(fused.a)))
+            out = model.run(token[:, None], adapter=adapter, positions=positions[:, None], cache=cache, unroll=True)
+            experts = None if adapter is None else out.routing.experts_of_row()
+            return model.logits(out.hidden[:, 0]), experts, out.cache
+
+        def obstacle(model, batch=1):
+            return "it takes 2 rows" if batch > 2 else None
+
+        monkeypatch.setattr(engine_module, "fused_step", step)
+        monkeypatch.setattr(engine_module, "fused_obstacle", obstacle)
+
+    @pytest.mark.parametrize("strategy", ["golden", "switch"])
+    @cases
+    def test_merged_weights_are_launched(self, models, case, strategy):  # noqa: F811
+        model, adapter = adapted(case, models)
+        prompt = prompt_of(model, 9)
+        wanted = generate(Engine(model, adapter, strategy="unmerged", eos_ids=()), prompt, n=24)
+        engine = Engine(copied(model), adapter, strategy=strategy, eos_ids=())
+        assert generate(engine, prompt, n=24) == wanted
+        assert self.launches == [(True, [])]  # traced once, without an adapter
+
+    def test_default_is_fused_and_large_batches_are_not(self, models):  # noqa: F811
+        model, adapter = adapted(CASES["q_v"], models)
+        engine = Engine(model, adapter, eos_ids=())
+        assert (engine.strategy, Engine(model).strategy) == ("fused", "fused")
+        prompts = [prompt_of(model, n) for n in (4, 9, 6)]
+        assert [t.ids.tolist() for t in engine.generate(prompts[:2], max_new_tokens=5)]
+        assert self.launches == [(False, ["q_proj", "v_proj"])]
+        assert len([t.ids.tolist() for t in engine.generate(prompts, max_new_tokens=5)]) == 5
+        assert len(self.launches) == 1
+        with pytest.raises(UserError, match="fused cannot run: it takes 2 rows; decode fewer"):
+            next(Engine(model, adapter, strategy="fused", eos_ids=()).generate(prompts, max_new_tokens=5))
+
+
+def test_default_without_a_launch_is_unmerged_and_the_log_says_why(models, caplog):  # noqa: F811
+    with caplog.at_level("INFO"):
+        engine = Engine(models("llama_mha"))
+    if jax.default_backend() == "cpu":
+        assert engine.strategy == "unmerged"
+        assert "decoding unmerged: fused cannot run, as it needs a Hopper GPU" in caplog.text
+
+
 class TestTheBackbone:
     @pytest.mark.parametrize("strategy", ["golden", "simple"])
     def test_stays_bit_identical(self, models, strategy):  # noqa: F811
@@ -333,7 +383,7 @@ def random_backbone(num_layers: int, dtype: Any = jnp.float32, width: int = 64) 
 def compiled_step(engine: Engine) -> Any:
     state = engine._empty_state(1, 128, Sampling.of())
     given = engine._model, engine.adapter, state, engine._merged, Sampling.of()
-    return decode_step.lower(*given, eos_ids=(), pad_id=0).compile().memory_analysis()
+    return decode_step.lower(*given, eos_ids=(), pad_id=0, fused=engine._fused).compile().memory_analysis()
 
 
 def nbytes(tree: Any) -> int:

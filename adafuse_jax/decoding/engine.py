@@ -5,7 +5,7 @@
     step      token → gates → adapted backbone → next token; cache, position and merged weights are updated in place
 
 How the experts act in a step is the engine's strategy: *unmerged*, y = W x + Σ_j g_j s B[e_j] (A[e_j] x), the same as one
-launch, *fused*, or one of `merging`'s. Prefill is unmerged with each.
+launch, *fused*, or one of `merging`'s, whose backbone is one launch too where that can run. Prefill is unmerged with each.
 
 Programs depend on a few chunk lengths and cache sizes (powers of two), not on the prompt's length: a new length
 compiles nothing, unless it is the first to need a larger cache.
@@ -13,6 +13,7 @@ compiles nothing, unless it is the first to need a larger cache.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -32,14 +33,17 @@ from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.lora import merged as with_lora
 from adafuse_jax.adapters.methods import AnyAdapter
 from adafuse_jax.configs import TOKEN_STRATEGIES, Strategy
-from adafuse_jax.decoding.fused import Fused, fused_obstacle, fused_step
-from adafuse_jax.decoding.merging import Merged, Merging, unmerge, with_weights
+from adafuse_jax.decoding.fused import Fused, fused_obstacle, fused_step, route
+from adafuse_jax.decoding.merging import Merged, Merging, merged_anew, unmerge, with_weights
 from adafuse_jax.decoding.sampling import Sampling, sample
 from adafuse_jax.decoding.simple import LayerWiseMerging
 from adafuse_jax.errors import UserError
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
+from adafuse_jax.presets import PRESETS
 from adafuse_jax.sharding import mesh_of, place_state
+
+log = logging.getLogger(__name__)
 
 CHUNKS = (16, 64, 256, 1024)
 """Prompt tokens per prefill program; a prompt runs through the largest and then the smallest that holds the rest."""
@@ -145,9 +149,15 @@ def decode_step(
     """Read `state.token`, sample the one after it. Returns ((token, done, experts), state, merged); the old state and
     what was merged are donated. `merged` None decodes unmerged; with `fused` all layers are one launch."""
     if fused is not None:
-        logits, experts, cache = fused_step(model, adapter, fused, state.token, state.position, state.cache)
-        state = _choose(replace(state, cache=cache, position=state.position + 1), logits, sampling, eos_ids, pad_id)
-        return (state.token, state.done, experts), state, None
+        token, position, cache = state.token, state.position, state.cache
+        if merged is None:
+            logits, experts, cache = fused_step(model, adapter, fused, token, position, cache)
+        else:
+            experts, gates = route(model, adapter, fused.table, token, position, cache)
+            merged = merged_anew(adapter, model, merged, experts[0], gates[0], hold=state.done[0])
+            logits, _, cache = fused_step(with_weights(model, merged.weights), None, fused, token, position, cache)
+        state = _choose(replace(state, cache=cache, position=position + 1), logits, sampling, eos_ids, pad_id)
+        return (state.token, state.done, experts), state, merged
     acting: Adapter | None = adapter
     if merged is not None:
         acting = Merging(adapter, model, merged, hold=state.done[0])
@@ -174,7 +184,7 @@ class Engine:
       adapter: its experts are cast to the model's type where they are merged.
       strategy: how the experts act while decoding; *golden*, *switch* and *simple* decode one row at a time. *fused* runs a
         step as one launch, with or without an adapter; *merged* puts a LoRA into a copy of the adapted weights and then
-        decodes the plain backbone.
+        decodes the plain backbone. Default: *fused* where it can run, else *unmerged*; the log says which.
       eos_ids: tokens that end a row; default: the model's own.
 
     Raises:
@@ -187,17 +197,22 @@ class Engine:
         model: Backbone,
         adapter: AnyAdapter | None = None,
         *,
-        strategy: Strategy = "unmerged",
+        strategy: Strategy | None = None,
         eos_ids: Sequence[int] | None = None,
     ):
+        no_launch, self._chosen = fused_obstacle(model), strategy is None
+        if strategy is None:
+            fits = adapter is None or "fused" in PRESETS[adapter.config.adapter].strategies
+            strategy = "fused" if fits and no_launch is None else "unmerged"
+            why = f": fused cannot run, as {no_launch}" if fits and no_launch else ""
+            log.info("decoding %s%s", strategy, why)
         if strategy not in get_args(Strategy):
             raise UserError(f"strategy {strategy!r} is none of {', '.join(get_args(Strategy))}")
         if strategy == "fused":
             if adapter is not None:
                 adapter.config.require_strategy(strategy)
-            why_not = fused_obstacle(model)
-            if why_not is not None:
-                raise UserError(f"strategy fused cannot run: {why_not}; decode unmerged")
+            if no_launch is not None:
+                raise UserError(f"strategy fused cannot run: {no_launch}; decode unmerged")
         self._merged: Merged | None = None
         if strategy not in ("unmerged", "fused"):
             if adapter is None:
@@ -217,8 +232,9 @@ class Engine:
         self._merges = self._merged is not None
         self._model, self.adapter, self.strategy = model, acting, strategy
         self._fused: Fused | None = None
-        if strategy == "fused":
-            self._fused = Fused.of(model, acting if isinstance(acting, AdaFuse) else None)
+        in_merged = strategy in ("golden", "switch", "merged")
+        if strategy == "fused" or (in_merged and no_launch is None):
+            self._fused = Fused.of(model, acting if isinstance(acting, AdaFuse) else None, merged=in_merged)
         config = model.config
         self.context_length = config.max_position_embeddings
         self.eos_ids = tuple(config.eos_token_ids if eos_ids is None else eos_ids)
@@ -287,8 +303,11 @@ class Engine:
                 f"strategy {self.strategy} merges the experts of one row into the weights, and there are {len(prompts)} "
                 "prompts; give one at a time, or decode unmerged"
             )
-        if self.strategy == "fused" and (why_not := fused_obstacle(self._model, len(prompts))):
-            raise UserError(f"strategy fused cannot run: {why_not}; decode fewer prompts together, or unmerged")
+        why_not = None if self._fused is None else fused_obstacle(self._model, len(prompts))
+        if why_not is not None:
+            if self.strategy == "fused" and not self._chosen:
+                raise UserError(f"strategy fused cannot run: {why_not}; decode fewer prompts together, or unmerged")
+            log.info("decoding with single operations instead of one launch: %s", why_not)
         vocab_size, largest = self._model.config.vocab_size, max(int(max(p)) for p in prompts)
         if largest >= vocab_size:
             raise UserError(
@@ -397,6 +416,9 @@ class Engine:
     def _step(self, state: DecodeState, sampling: Sampling) -> tuple[Any, DecodeState]:
         merged = self._present() if self._merges else None
         self._merged, self._switched = None, False  # if the step fails, what it was given is gone
+        fused = self._fused
+        if fused is not None and fused_obstacle(self._model, len(state.token)) is not None:
+            fused = None
         output, state, self._merged = decode_step(
             self._model,
             self.adapter,
@@ -405,7 +427,7 @@ class Engine:
             sampling,
             eos_ids=self.eos_ids,
             pad_id=self.pad_id,
-            fused=self._fused,
+            fused=fused,
         )
         self._switched = self.strategy == "switch"
         return output, state

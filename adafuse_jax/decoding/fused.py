@@ -50,10 +50,11 @@ class Fused:
     table: GateTable | None
 
     @classmethod
-    def of(cls, model: Backbone, adapter: AdaFuse | None) -> Fused:
+    def of(cls, model: Backbone, adapter: AdaFuse | None, *, merged: bool = False) -> Fused:
+        """`merged`: the experts will be in the weights, so their factors are not read."""
         layers, dtype = model.layers, model.dtype
         norms = jnp.stack([layers.input_layernorm.weight[...], layers.post_attention_layernorm.weight[...]], axis=1)
-        experts = {} if adapter is None else dict(adapter.experts.items())
+        experts = {} if adapter is None or merged else dict(adapter.experts.items())
         more = {name: -e.A.shape[2] % PIECE for name, e in experts.items()}
         return cls(
             norms=jnp.concatenate([norms.reshape(-1, norms.shape[-1]), model.norm.weight[...][None]]),

@@ -79,6 +79,30 @@ def unmerge(adapter: AdaFuse, merged: Merged) -> Merged:
     return replace(merged, weights=sgmm(merged.weights, *factors(adapter), terms), gates=nothing[1])
 
 
+def merged_anew(
+    adapter: AdaFuse,
+    model: Backbone,
+    before: Merged,
+    experts: Int[Array, " k"],
+    gates: Float[Array, " k"],
+    *,
+    hold: Bool[Array, ""],
+) -> Merged:
+    """What is merged for the next token; with `hold`, what was for the last. *switch* never reads the adapted weights of
+    `model`, W⁰."""
+    scale = adapter.config.scale
+    experts = jnp.where(hold, before.experts, experts)
+    gates = jnp.where(hold, before.gates, gates)
+    weights = before.weights
+    if before.strategy == "golden":
+        terms, pristine = golden_terms(experts, gates, scale), adapted_weights(model, adapter)
+        weights = sgmm(weights, *factors(adapter), terms, pristine=pristine)
+    elif before.strategy == "switch":
+        terms = switch_terms((before.experts, before.gates), (experts, gates), scale)
+        weights = sgmm(weights, *factors(adapter), terms)
+    return replace(before, weights=weights, experts=experts, gates=gates)
+
+
 class Merging:
     """The `Adapter` that merges: what travels from layer to layer is (routing, what is merged).
 
@@ -107,18 +131,9 @@ class Merging:
 
     def merge(self, x: Float[Array, "1 1 in"]) -> tuple[Routing, Merged]:
         """Route one token by x^1, and merge its experts into the weights of all layers."""
-        before, scale, ab = self.before, self.adapter.config.scale, factors(self.adapter)
         routing = self.adapter.router(x)
-        experts = jnp.where(self.hold, before.experts, routing.experts[0, 0])
-        gates = jnp.where(self.hold, before.gates, routing.gates[0, 0])
-        weights = before.weights
-        if before.strategy == "golden":
-            pristine = adapted_weights(self.model, self.adapter)
-            weights = sgmm(weights, *ab, golden_terms(experts, gates, scale), pristine=pristine)
-        elif before.strategy == "switch":
-            terms = switch_terms((before.experts, before.gates), (experts, gates), scale)
-            weights = sgmm(weights, *ab, terms)
-        return routing, replace(before, weights=weights, experts=experts, gates=gates)
+        chosen = routing.experts[0, 0], routing.gates[0, 0]
+        return routing, merged_anew(self.adapter, self.model, self.before, *chosen, hold=self.hold)
 
 
 class MergingLayer(Hook):

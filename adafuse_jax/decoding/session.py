@@ -73,7 +73,8 @@ class Session:
                 # Merged once, a LoRA is rounded once.
                 dtype=jnp.dtype("float32" if config.strategy == "merged" else dtype),
             )
-            adapter.config.require_strategy(config.strategy)
+            if config.strategy is not None:
+                adapter.config.require_strategy(config.strategy)
         model = load_backbone(directory, dtype)
         if config.tensor_parallel > 1:
             mesh = make_mesh(config.tensor_parallel, model.config)

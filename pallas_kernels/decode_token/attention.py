@@ -128,11 +128,10 @@ class Attention:
                 m_new = m
                 for s in scores:
                     m_new = jnp.maximum(m_new, s.max(axis=0))
-                shrink, p_sum = jnp.exp2(m - m_new), 0.0
-                for half, s in enumerate(scores):
-                    p = jnp.exp2(s - over_rows(m_new, SHAPE))
+                shrink = jnp.exp2(m - m_new)
+                weights = [jnp.exp2(s - over_rows(m_new, SHAPE)) for s in scores]
+                for half, p in enumerate(weights):
                     store_transposed(p_smem.at[half], p)
-                    p_sum += p.sum(axis=0)
                 plgpu.commit_smem()
                 for part, v_smem in enumerate(pieces[self.parts :]):
                     added = self._product(
@@ -141,7 +140,7 @@ class Attention:
                     o[part] = o[part] * over_rows(shrink, SHAPE) + added
                 for i in range(2 * self.parts):
                     self.ring.release(count + i)
-                return *o, m_new, total * shrink + p_sum, count + 2 * self.parts
+                return *o, m_new, total * shrink + sum(p.sum(axis=0) for p in weights), count + 2 * self.parts
 
             *o, m, total, count = lax.fori_loop(0, tiles, tile, (*o, m, total, count))
             if plan.splits == 1:

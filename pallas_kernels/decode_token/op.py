@@ -153,7 +153,7 @@ def decode_token(
         "sin": jnp.pad(jnp.concatenate([-sin, sin], axis=-1), rows),
         "cache_k": cache_k, "cache_v": cache_v, "weights": weights.linears, "biases": weights.biases,
     }  # fmt: skip
-    if weights.q_norm is not None:
+    if weights.q_norm is not None and weights.k_norm is not None:
         inputs |= {"q_norm": to_two(weights.q_norm), "k_norm": to_two(weights.k_norm)}
     if experts is not None:
         mixture, num_used = used_first(experts.mixture)

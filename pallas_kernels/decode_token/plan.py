@@ -22,7 +22,7 @@ RESERVED = 6 * 1024
 """Of the shared memory: for barriers and for reductions."""
 QUERIES = 8
 """Query heads of one key that attention takes together."""
-MAX_SLICES, MAX_SLOTS, MAX_INPUT, MAX_A_PARTS = 16, 12, 48 * 1024, 4
+MAX_SLICES, MAX_SLOTS, SMALL_INPUT, MAX_INPUT, MAX_A_PARTS = 16, 13, 24 * 1024, 48 * 1024, 4
 SPLIT_SLOTS = 512
 """Positions of the cache that one thread block reads at least."""
 
@@ -149,8 +149,9 @@ def make_group(
     columns: int,
     itemsize: int,
 ) -> Group:
-    """The cut into the fewest slices whose longest share is within a twentieth of the shortest there is; a slice of the
-    input takes at most `MAX_INPUT` bytes. `pieces`: of the ranks of all experts in use."""
+    """The cut into the fewest slices whose longest share is within a twentieth of the shortest there is, if possible with
+    `SMALL_INPUT` bytes of a slice of the input at most, and with `MAX_INPUT` at any rate. `pieces`: of the ranks of all
+    experts in use."""
     names = [name for names in passes for name in names]
     outs, in_dim = {name: shapes[name][0] for name in names}, shapes[names[0]][1]
     units, chunks = sum(num_tiles(outs[first]) for first, *_ in passes), in_dim // PIECE
@@ -159,7 +160,9 @@ def make_group(
         length = -(-chunks // slices)
         if length * PIECE * columns * itemsize <= MAX_INPUT:
             shares[slices] = -(-units // (num_blocks // slices)) * length
-    slices = next(s for s, share in shares.items() if share <= 1.05 * min(shares.values()))
+    good = [s for s, share in shares.items() if share <= 1.05 * min(shares.values())]
+    small = [s for s in good if -(-chunks // s) * PIECE * columns * itemsize <= SMALL_INPUT]
+    slices = (small or good)[0]
     members, adapted = num_blocks // slices, tuple(name for name in names if name in adapted)
     a_parts = min(MAX_A_PARTS, members // max(1, len(adapted) * pieces), chunks // slices)
     return Group(
