@@ -204,7 +204,7 @@ class TestOneLaunch:
         assert self.launches == [(True, [])]  # traced once, without an adapter
 
     def test_default_is_fused_and_large_batches_are_not(self, models):  # noqa: F811
-        model, adapter = adapted(CASES["q_v"], models)
+        model, adapter = adapted(CASES[0], models)
         engine = Engine(model, adapter, eos_ids=())
         assert (engine.strategy, Engine(model).strategy) == ("fused", "fused")
         prompts = [prompt_of(model, n) for n in (4, 9, 6)]

@@ -153,7 +153,9 @@ def decode_step(
         if merged is None:
             logits, experts, cache = fused_step(model, adapter, fused, token, position, cache)
         else:
-            experts, gates = route(model, adapter, fused.table, token, position, cache)
+            # Nothing adapted runs before the router: with *switch*, those weights are only named here.
+            whole = with_weights(model, merged.weights)
+            experts, gates = route(whole, adapter, fused.table, token, position, cache)
             merged = merged_anew(adapter, model, merged, experts[0], gates[0], hold=state.done[0])
             logits, _, cache = fused_step(with_weights(model, merged.weights), None, fused, token, position, cache)
         state = _choose(replace(state, cache=cache, position=position + 1), logits, sampling, eos_ids, pad_id)
