@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from adafuse_jax.configs import LINEARS
-from benchmarks import decode, decode_costs, decode_rows, merged_step
+from benchmarks import decode, decode_costs, decode_rows, merged_step, streaming
 from benchmarks.decode_costs import SIZES, costs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -231,3 +231,9 @@ def test_merged_step():
         assert row["same_pointers"] is True
         assert row["alias_gb"] >= row["adapted_gb"] > 0
         assert row["steps"] == 3 * 3 + 4
+
+
+@pytest.mark.parametrize("way", [streaming.WAYS[0], streaming.WAYS[-1]], ids=str)
+def test_streaming_lowers_for_a_gpu_without_one(way):
+    step = jax.jit(streaming.make(way, num_blocks=132))
+    step.trace(*streaming.shapes(132)).lower(lowering_platforms=("cuda",))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -168,6 +169,15 @@ def test_interpreted(name):
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled(name):
     check(COMPILED[name], compiled=True)
+
+
+@pytest.mark.parametrize("case", [Case(), Case(batch=2, targets=("q_proj", "down_proj"))], ids=["bare", "two rows"])
+def test_lowers_for_a_gpu_without_one(case):
+    """With what the interpreter leaves out: semaphores, and shared memory that is used in turn."""
+    model, adapter, cache, tokens, positions = make(case)
+    arguments = jax.eval_shape(lambda: (model, adapter, Fused.of(model, adapter), tokens, positions, cache))
+    step = jax.jit(partial(fused_step, num_blocks=132))
+    step.trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
 LLAMA2_7B = Shape(

@@ -1,0 +1,155 @@
+"""How fast a kernel of one thread block per multiprocessor streams weights through shared memory, and what a barrier costs.
+
+    python -m benchmarks.streaming
+
+prints a row for each way to do it: TB/s, and µs per phase. W [layers, rows, columns] is read in chunks of 16 KiB, one phase
+per layer, by the copies of `pallas_kernels.decode_token` and nothing else: a bound for the decode step in one launch. A
+barrier is over the whole grid, after each phase; `input` also loads what the next phase would multiply with, after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from pallas_kernels.decode_token.linear import ROWS, Ring, load
+from pallas_kernels.decode_token.plan import HALF, PIECE
+
+DTYPE = jnp.bfloat16
+LAYERS, COLUMNS = 32, 3072
+INPUT_ROWS = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """Chunks [rows, columns]; every block reads one of `slices` parts of the columns."""
+
+    rows: int = 128
+    columns: int = PIECE
+    slices: int = 1
+    slots: int = 12
+    barriers: int = 0
+    input: bool = False
+
+    def __str__(self) -> str:
+        text = f"{self.rows} x {self.columns}, {self.slices} slices, {self.slots} slots, {self.barriers} barriers"
+        return text + (", input" if self.input else "")
+
+
+WAYS = (
+    Way(), Way(slices=4), Way(rows=64, columns=128), Way(rows=32, columns=256), Way(slots=6), Way(slices=4, barriers=1),
+    Way(slices=4, barriers=2), Way(slices=4, barriers=1, input=True), Way(slices=4, barriers=2, input=True),
+)  # fmt: skip
+
+
+def make(way: Way, num_blocks: int) -> Callable[[Array, Array], Array]:
+    """f(W [L, blocks · 128, columns], input [INPUT_ROWS, PIECE]) → a number for each block."""
+    members, chunks = num_blocks // way.slices, COLUMNS // way.slices // way.columns
+    per_phase = num_blocks * 128 // way.rows // members * chunks
+
+    def kernel(w, x, done, ring_smem, full, empty, x_smem):
+        block, ring = lax.axis_index("block"), Ring(ring_smem, full, empty)
+        part, member = block % way.slices, block // way.slices
+        arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
+
+        def source(layer, i):
+            rows = pl.ds((member + i // chunks * members) * way.rows, way.rows)
+            return w.at[layer, rows, pl.ds((part * chunks + i % chunks) * way.columns, way.columns)]
+
+        @pl.when(lax.axis_index("group") == 1)
+        def _copy():
+            def phase(layer, count):
+                return lax.fori_loop(0, per_phase, lambda i, count: ring.fill(count, source(layer, i)), count)
+
+            lax.fori_loop(0, LAYERS, phase, jnp.int32(0))
+
+        @pl.when(lax.axis_index("group") == 0)
+        def _take():
+            def take(i, count):
+                ring.take(count)
+                ring.release(count)
+                return count + 1
+
+            def phase(layer, count):
+                if way.input:
+                    for row in range(0, INPUT_ROWS, HALF):
+                        x_smem.at[pl.ds(row, HALF)][...] = load(x.at[pl.ds(row, HALF)], plgpu.Layout.WGMMA_UPCAST_4X)
+                    plgpu.commit_smem()
+                count = lax.fori_loop(0, per_phase, take, count)
+                for i in range(way.barriers):
+                    plgpu.semaphore_signal(arrived, 1, memory_scope="gpu")
+                    number = num_blocks * (layer * way.barriers + i + 1)
+                    plgpu.semaphore_wait(arrived, number, decrement=False, memory_scope="gpu")
+                return count
+
+            count = lax.fori_loop(0, LAYERS, phase, jnp.int32(0))
+            done.at[block][...] = plgpu.layout_cast(jnp.full((HALF,), 1.0, jnp.float32), ROWS) * count
+
+    def operand(*shape: int) -> Any:
+        transforms = plgpu.TilingTransform((8, PIECE)), plgpu.SwizzleTransform(128)  # type: ignore[abstract]
+        return plgpu.SMEM(shape, DTYPE, transforms=transforms)
+
+    def run(w: Array, x: Array) -> Array:
+        done = jax.empty_ref(jax.ShapeDtypeStruct((num_blocks, HALF), jnp.float32))
+        plgpu.kernel(
+            kernel,
+            out_type=(),
+            grid=(num_blocks,),
+            grid_names=("block",),
+            num_threads=2,
+            thread_name="group",
+            scratch_types={
+                "ring_smem": operand(way.slots, way.rows, way.columns),
+                "full": plgpu.Barrier(num_barriers=way.slots),
+                "empty": plgpu.Barrier(num_barriers=way.slots),
+                "x_smem": operand(INPUT_ROWS, PIECE),
+            },
+        )(w, x, done)
+        return jax.freeze(done)
+
+    return run
+
+
+def shapes(num_blocks: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    weights = LAYERS, num_blocks * 128, COLUMNS
+    return jax.ShapeDtypeStruct(weights, DTYPE), jax.ShapeDtypeStruct((INPUT_ROWS, PIECE), DTYPE)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    device = jax.devices()[0]
+    num_blocks = device.core_count
+    print(device.device_kind, jax.__version__)
+    abstract = shapes(num_blocks)
+    w = jax.random.bits(jax.random.key(0, impl="rbg"), abstract[0].shape, jnp.uint16)
+    w, x = lax.bitcast_convert_type(w & 0x3FFF, DTYPE), jnp.ones(abstract[1].shape, DTYPE)
+    with ThreadPoolExecutor() as pool:
+        compiled = list(pool.map(lambda way: jax.jit(make(way, num_blocks)).lower(*abstract).compile(), WAYS))
+    for way, step in zip(WAYS, compiled, strict=True):
+        times = []
+        for _ in range(8):
+            begun = time.perf_counter()
+            jax.block_until_ready([step(w, x) for _ in range(8)])
+            times.append((time.perf_counter() - begun) / 8)
+        seconds, spread = statistics.median(times[1:]), max(times[1:]) - min(times[1:])
+        print(
+            f"{way!s:58} {1e3 * seconds:.3f} ± {1e3 * spread:.3f} ms  {w.nbytes / seconds / 1e12:.3f} TB/s  "
+            f"{1e6 * seconds / LAYERS:.2f} µs per phase",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
