@@ -30,6 +30,7 @@ from pallas_kernels.decode_token.linear import (
     over_columns,
     over_rows,
     share,
+    store,
     store_transposed,
 )
 from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
@@ -148,9 +149,9 @@ class Attention:
             else:
                 place = split, row, head * self.groups + group
                 for part, x in enumerate(o):
-                    memory.o_part.at[*place, part][...] = x
-                memory.max_part.at[*place][...] = m
-                memory.sum_part.at[*place][...] = total
+                    store(memory.o_part.at[*place, part], x)
+                store(memory.max_part.at[*place], m)
+                store(memory.sum_part.at[*place], total)
             return count
 
         return lax.fori_loop(0, number, unit, count)
@@ -201,15 +202,15 @@ class Attention:
         for query in range(min(QUERIES, self.group_size)):
             query_head = head * self.group_size + group * QUERIES + query
 
-            def store(query=query, query_head=query_head):
+            def store_query(query=query, query_head=query_head):
                 for part, x in enumerate(o):
                     target = (query_head * self.parts + part) * self.plan.columns + row
-                    memory.context.at[target][...] = _column(x, query).astype(memory.context.dtype)
+                    store(memory.context.at[target], _column(x, query).astype(memory.context.dtype))
 
             if self.group_size % QUERIES == 0 or self.groups == 1:
-                store()
+                store_query()
             else:
-                pl.when(group * QUERIES + query < self.group_size)(store)
+                pl.when(group * QUERIES + query < self.group_size)(store_query)
 
     @property
     def _scale(self) -> float:
@@ -260,7 +261,7 @@ class Attention:
         @pl.when((split == 0) & (group == 0))
         def _():
             for columns, x in zip(self._columns, k, strict=True):
-                memory.k_new.at[layer, row, head, columns][...] = _column(x, 0).astype(memory.k_new.dtype)
+                store(memory.k_new.at[layer, row, head, columns], _column(x, 0).astype(memory.k_new.dtype))
 
         return sum((x * y).sum(axis=0) for x, y in zip(q, k, strict=True)) * self._scale
 

@@ -41,9 +41,17 @@ def load(ref, layout=plgpu.Layout.WGMMA):
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
+def store(ref, value):
+    """To device memory: from JAX 0.12 on, a plain assignment would refuse what does not fill cache lines."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def store_transposed(ref, tile):
     """ref [N, HALF] = tileᵀ."""
-    ref.transpose((1, 0))[...] = plgpu.layout_cast(tile.astype(ref.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+    store(ref.transpose((1, 0)), plgpu.layout_cast(tile.astype(ref.dtype), plgpu.Layout.WGMMA_TRANSPOSED))
 
 
 def load_transposed(ref):
@@ -260,7 +268,7 @@ class Linears:
                 first, chunks = self._part(part)
                 first -= self.first_chunk
                 t, count = self._products(count, chunks, lambda c: self._x_piece(x_smem, first + c), 1)
-                self.memory.t_part.at[self.slice * group.a_parts + part, place, piece][...] = t
+                store(self.memory.t_part.at[self.slice * group.a_parts + part, place, piece], t)
                 return count
 
             count = lax.fori_loop(0, number, product, count)
@@ -272,7 +280,7 @@ class Linears:
         for name in names:
             *halves, count = self._products(count, self.num_chunks, lambda c: self._x_piece(x_smem, c), 2)
             for half, y in enumerate(halves):
-                self.memory.y_part.at[self.slice, self.group.first_tile(name) + tile, half][...] = y
+                store(self.memory.y_part.at[self.slice, self.group.first_tile(name) + tile, half], y)
         self._signal(1 + self.group.first_unit(names) + tile)
         return count
 
@@ -343,7 +351,7 @@ class Linears:
             numbers = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA) + start
             part = jnp.where(numbers < self.norm_dim // HALF, part, 0).sum(axis=0)
             total += part
-        self.memory.r.at[self.block][...] = lax.rsqrt(total / self.norm_dim + self.eps)
+        store(self.memory.r.at[self.block], lax.rsqrt(total / self.norm_dim + self.eps))
 
     def _gather_h(self, name, layer, r, h_smem):
         """h = r · g_u · Σ_s t_part[s], rounded, as the right operand of B."""

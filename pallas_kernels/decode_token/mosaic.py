@@ -38,6 +38,7 @@ from pallas_kernels.decode_token.linear import (
     load_transposed,
     over_columns,
     silu,
+    store,
     store_transposed,
 )
 from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
@@ -88,11 +89,11 @@ def _phases(
             return partial(store_transposed, m.v_new.at[layer, :, head, pl.ds(part, HALF)])
         raw = m.q_raw if name == "q_proj" else m.k_raw
 
-        def store(value):
+        def put(value):
             for start in range(0, 2 * PIECE, head_dim):  # a head of PIECE dimensions twice
                 store_transposed(raw.at[head, :, pl.ds(start + part, HALF)], value)
 
-        return store
+        return put
 
     def to_residual(next_norm):
         def follow(layer, names, row):
@@ -100,28 +101,28 @@ def _phases(
             x = load_transposed(x_rows).astype(jnp.float32)
             weight = load(m.norms.at[next_norm(layer), pl.ds(row, HALF)], ROWS).astype(jnp.float32)
 
-            def store(value):
+            def put(value):
                 after = rounded(x + rounded(value, m.x.dtype), m.x.dtype)
                 store_transposed(x_rows, after)
                 store_transposed(rows_of(m.x_weighted, row), after * over_columns(weight, after.shape))
-                m.squares.at[row // HALF][...] = (after * after).sum(axis=0)
+                store(m.squares.at[row // HALF], (after * after).sum(axis=0))
 
-            return store
+            return put
 
         return follow
 
     def to_hidden(layer, names, row):
-        def store(gate, up):
+        def put(gate, up):
             gate, up = rounded(gate, m.hidden.dtype), rounded(up, m.hidden.dtype)
             store_transposed(rows_of(m.hidden, row), rounded(silu(gate), m.hidden.dtype) * up)
 
-        return store
+        return put
 
     def to_logits(layer, names, row):
-        def store(value):
-            m.logits.at[pl.ds(row, HALF)][...] = value
+        def put(value):
+            store(m.logits.at[pl.ds(row, HALF)], value)
 
-        return store
+        return put
 
     attention = Attention(plan, m, ring, group_size=model.num_heads // model.num_kv_heads, eps=model.norm_eps)
 
