@@ -24,7 +24,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -193,7 +193,8 @@ class Study:
         """Train, score, and write the run's file, which appears complete or not at all."""
         settings = settings_of(run.method)
         begun = time.perf_counter()
-        trained, params, losses_of = None, None, target_losses
+        trained, params = None, None
+        losses_of: Callable[..., jax.Array] = target_losses
         if run.seeds:
             programs = self.programs(run.method, len(run.seeds)).result()
             rows = self.training_rows(run.data)

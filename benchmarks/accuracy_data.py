@@ -111,8 +111,8 @@ def _llava(row: dict[str, Any]) -> MultipleChoice:
 def targets_of(
     rows: Rows,
 ) -> tuple[Int[np.ndarray, "N K"], Int[np.ndarray, "N K"], Bool[np.ndarray, "N K"]]:
-    """(place, wanted, there): hidden state `place[n, k]` of row n predicts token `wanted[n, k]`, if `there[n, k]`. Few tokens
-    of a row are targets, so logits of these alone are far cheaper. K = T / 8, or more if a row has more targets."""
+    """(place, wanted, there): token `wanted[n, k]` follows token `place[n, k]` of row n and is a target, if `there[n, k]`.
+    Few tokens of a row are targets, and logits of these alone are cheap. K = T / 8, or more if a row has more targets."""
     mask = rows.loss_mask[:, 1:]
     width = max(rows.length // 8, int(mask.sum(1).max()))
     place = np.argsort(~mask, axis=1, kind="stable")[:, :width].astype(np.int32)

@@ -190,7 +190,7 @@ def train(
     peak = np.array(rates, np.float32)
     balance = jnp.float32(settings.get("balance_coefficient", 0.0))
     every, history, tokens = max(1, steps // 40), [], 0
-    window: list[np.ndarray] = []
+    window: list[Array] = []
     begun = first = time.perf_counter()
     for at in range(steps):
         drawn = np.stack([order.locate(at * batch_size + np.arange(batch_size))[1] for order in orders])  # [S, B]
@@ -260,17 +260,15 @@ def compiled(
     """Programs for `lanes` lanes, `batch_size` rows a step with T / 8 targets, and `scored` rows that are scored together.
     May be called in several threads."""
 
-    def integers(*shape: int) -> jax.ShapeDtypeStruct:
+    def integers(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     table = tuple(settings.items())
     begin = _start.lower(integers(lanes), model, table).compile()
     state = jax.eval_shape(partial(_start, settings=table), integers(lanes), model)
     row, target = integers(lanes, batch_size, length), integers(lanes, batch_size, length // 8)
-    batch = LaneRows(
-        tokens=row, positions=row, segment_ids=row, place=target, wanted=target,
-        there=jax.ShapeDtypeStruct(target.shape, jnp.bool_),
-    )  # type: ignore[arg-type]  # fmt: skip
+    there: Any = jax.ShapeDtypeStruct(target.shape, jnp.bool_)
+    batch = LaneRows(tokens=row, positions=row, segment_ids=row, place=target, wanted=target, there=there)
     rates, balance = jax.ShapeDtypeStruct((lanes,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
     remat = low_rank_activations(settings) > REMAT_ABOVE
     optimiser_step = step.lower(state, model, batch, rates, balance, remat=remat).compile()
