@@ -11,7 +11,7 @@ it --budget-seconds, and start it again. Each run trains several lanes together 
     alone       per set and method, the same on one set: accuracy on its test questions
     ablation    AdaFuse with one setting changed, at AdaFuse's learning rate, on the mixture
 
-so that what is there after any number of them compares all methods on the same. The report is written after every run.
+so that what is there after any number of them compares all methods on the same. The report is written after every stage.
 The programs of the methods are compiled in threads while others train; keep JAX's compilation cache between calls.
 """
 
@@ -96,6 +96,7 @@ class Study:
                 f"{self.work / name}.json: was made with {result['identity']}, this study has {self.identity}; "
                 "give another --work",
             )
+        self._rows: dict[str, Rows] = {}
         self._pool = ThreadPoolExecutor(arguments.compile_threads)
         self._programs: dict[tuple[str, int], Future[Programs]] = {}
 
@@ -144,6 +145,12 @@ class Study:
         return pack_candidates(questions[: self.arguments.limit], self.tokenizer, self.arguments.length, self.scored)
 
     def training_rows(self, data: str) -> Rows:
+        """Made once for each set and the mixture."""
+        if data not in self._rows:
+            self._rows[data] = self._pack_training(data)
+        return self._rows[data]
+
+    def _pack_training(self, data: str) -> Rows:
         names = self.sets if data == MIXTURE else (data,)
         examples = [q for name in names for q in self.sets[name].training[: self.arguments.limit]]
         encoded, _ = encode_all(examples, self.tokenizer, self.arguments.length)
@@ -267,8 +274,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ablations", nargs="*", default=list(ABLATIONS), choices=list(ABLATIONS), metavar="ABLATION")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, metavar="SET")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3], help="full: a tenth")
-    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 6e-4, 1.2e-3], help="full: a fifth")
+    parser.add_argument("--epochs", type=float, default=1.3)
     parser.add_argument("--batch-size", type=int, default=8, help="packed rows per lane and step")
     parser.add_argument("--length", type=int, default=512, help="tokens of a packed row")
     parser.add_argument("--lanes", type=int, default=3, help="runs trained together")
@@ -292,29 +299,27 @@ def main(argv: Sequence[str]) -> int:
     study = Study(arguments)
     command = "python -m benchmarks.accuracy " + " ".join(argv)
     machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "python": platform.python_version()}
-    done, stage = 0, ""
+    stage = ""
     for run in study.plan():
         if run.name in study.results:
             continue
         if run.stage != stage:
             stage = run.stage
             study.compile_ahead(stage)
+            accuracy_report.write(study.results, arguments.out, command=command, machine=machine)
         elapsed = time.perf_counter() - begun
         if arguments.budget_seconds is not None and elapsed > arguments.budget_seconds:
             print(f"{elapsed:.0f} s are over the budget; {run.name} is next", file=sys.stderr)
             break
         study.do(run)
-        done += 1
         result = study.results[run.name]
         told = [next(iter(lane.values())) for lane in result["lanes"]]
         print(
             f"[{time.perf_counter() - begun:6.0f} s] {run.name}: {told}, {result['wall_seconds']:.1f} s",
             file=sys.stderr,
         )
-        accuracy_report.write(study.results, arguments.out, command=command, machine=machine)
     study.close()
-    if not done:
-        accuracy_report.write(study.results, arguments.out, command=command, machine=machine)
+    accuracy_report.write(study.results, arguments.out, command=command, machine=machine)
     print((arguments.out / "accuracy.md").read_text(encoding="utf-8"))
     return 0
 

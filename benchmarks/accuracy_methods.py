@@ -34,7 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-RATE_SCALE = {"full": 0.1}
+RATE_SCALE = {"full": 0.2}
 """Of the grid's learning rates: all weights of a backbone want smaller ones than an adapter that starts from B = 0."""
 
 
