@@ -103,8 +103,10 @@ class Study:
     def programs(self, method: str, lanes: int) -> Future[Programs]:
         """Those of a method; the first call starts to compile them in another thread."""
         if (method, lanes) not in self._programs:
-            options = {"batch_size": self.arguments.batch_size, "scored": self.scored, "length": self.arguments.length}
-            made = self._pool.submit(compiled, settings_of(method), self.model, lanes=lanes, **options)
+            made = self._pool.submit(
+                compiled, settings_of(method), self.model, lanes=lanes, batch_size=self.arguments.batch_size,
+                scored=self.scored, length=self.arguments.length, targets=self.arguments.length // 8,
+            )  # fmt: skip
             self._programs[method, lanes] = made
         return self._programs[method, lanes]
 

@@ -255,9 +255,9 @@ def jitted(settings: dict[str, Any]) -> Programs:
 
 
 def compiled(
-    settings: dict[str, Any], model: Backbone, *, lanes: int, batch_size: int, scored: int, length: int
+    settings: dict[str, Any], model: Backbone, *, lanes: int, batch_size: int, scored: int, length: int, targets: int
 ) -> Programs:
-    """Programs for `lanes` lanes, `batch_size` rows a step with T / 8 targets, and `scored` rows that are scored together.
+    """Programs for `lanes` lanes, `batch_size` rows a step with K = `targets`, and `scored` rows that are scored together.
     May be called in several threads."""
 
     def integers(*shape: int) -> Any:
@@ -266,14 +266,14 @@ def compiled(
     table = tuple(settings.items())
     begin = _start.lower(integers(lanes), model, table).compile()
     state = jax.eval_shape(partial(_start, settings=table), integers(lanes), model)
-    row, target = integers(lanes, batch_size, length), integers(lanes, batch_size, length // 8)
+    row, target = integers(lanes, batch_size, length), integers(lanes, batch_size, targets)
     there: Any = jax.ShapeDtypeStruct(target.shape, jnp.bool_)
     batch = LaneRows(tokens=row, positions=row, segment_ids=row, place=target, wanted=target, there=there)
     rates, balance = jax.ShapeDtypeStruct((lanes,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
     remat = low_rank_activations(settings) > REMAT_ABOVE
     optimiser_step = step.lower(state, model, batch, rates, balance, remat=remat).compile()
-    rows, targets = integers(scored, length), integers(scored, length // 4)
-    losses = target_losses.lower(model, state.params, rows, rows, rows, targets, targets).compile()
+    rows, wanted = integers(scored, length), integers(scored, length // 4)
+    losses = target_losses.lower(model, state.params, rows, rows, rows, wanted, wanted).compile()
     return Programs(start=begin, step=optimiser_step, losses=losses)
 
 
