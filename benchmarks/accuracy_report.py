@@ -235,7 +235,7 @@ def plot_experts(result: dict[str, Any], path: Path) -> None:
     present = np.flatnonzero(by_class.sum(1) > 0)
     figure = Figure(figsize=(15, 4.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1.2, 1.2])
-    _shares(left, by_set, list(counts), "by data set (test questions with each candidate)")
+    _shares(left, by_set, list(counts), "by data set (test questions)")
     tokens = by_class.sum(1) / by_class.sum()
     labels = [f"{CLASSES[i]} ({100 * tokens[i]:.0f}%)" for i in present]
     _shares(middle, by_class[present], labels, "by class of token (share of all tokens)")
