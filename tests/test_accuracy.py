@@ -416,3 +416,24 @@ def test_bad_flags(more: tuple[str, ...], says: str, study: Path, tmp_path: Path
     with pytest.raises(UserError) as told:
         accuracy.main([*flags(study, tmp_path), "--methods", "adafuse", "--sets", "scienceqa", *more])
     assert says in str(told.value)
+
+
+def test_the_report_names_what_is_not_run_yet_and_what_is_recovered():
+    from benchmarks import accuracy_report
+
+    table = {
+        "command": "x", "device": "d", "jax": "0", "recovered": {"a": "a log"},
+        "scored_and_left_out": {"validation": [816, 0]},
+        "validation": {"lora": {"0.0003": 0.25, "0.0006": 0.5}},
+        "study": {"sets": {"s": [1, 1, 1]}, "epochs": 2, "batch_size": 8, "length": 512, "dtype": "bfloat16"},
+    }  # fmt: skip
+    bare = {
+        "method": "none", "regime": "bare", "diverged": False, "lanes_trained_together": 0, "mean_accuracy": 0.3,
+        "standard_error": None, "per_set": {"s": {"accuracy": 0.3, "standard_error": None}}, "learning_rate": None,
+        "seeds": [], "seconds_per_seed": 0.0, "trainable_params": 0,
+    }  # fmt: skip
+    text = accuracy_report.markdown([bare], table)
+    assert "| lora | 25.00 (0.0003) | 50.00 (0.0006) |" in text
+    assert "1 of these runs are recovered from a log." in text
+    assert "| adafuse | not run yet |" in text
+    assert "| k=1 | | | not run yet |" in text
