@@ -11,7 +11,8 @@ it --budget-seconds, and start it again. Each run trains several lanes together 
     alone       per set and method, the same on one set: accuracy on its test questions
     ablation    AdaFuse with one setting changed, at AdaFuse's learning rate, on the mixture
 
-so that what is there after any number of them compares all methods on the same. The report is written after every run.
+so that what is there after any number of them compares all methods on the same. The report is written after every stage.
+The programs of the methods are compiled in threads while others train; keep JAX's compilation cache between calls.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import batched
@@ -41,12 +43,23 @@ from adafuse_jax.data.packing import Rows, pack
 from adafuse_jax.errors import run_cli
 from adafuse_jax.interop.huggingface import load_backbone
 from benchmarks import accuracy_report
-from benchmarks.accuracy_data import SETS, Packed, Questions, pack_candidates, read_set
-from benchmarks.accuracy_methods import ABLATIONS, METHODS, available, settings_of
-from benchmarks.accuracy_training import Trained, accuracies, expert_use, train, trainable_parameters
+from benchmarks.accuracy_data import SETS, Packed, Questions, pack_candidates, read_set, targets_of
+from benchmarks.accuracy_methods import ABLATIONS, METHODS, RATE_SCALE, available, settings_of
+from benchmarks.accuracy_training import (
+    Programs,
+    Trained,
+    accuracies,
+    compiled,
+    expert_use,
+    jitted,
+    target_losses,
+    train,
+    trainable_parameters,
+)
 from benchmarks.token_classes import CLASSES, classes_of
 
 MIXTURE = "mixture"
+STAGES = ("bare", "grid", "mixture", "alone", "ablation")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +96,37 @@ class Study:
                 f"{self.work / name}.json: was made with {result['identity']}, this study has {self.identity}; "
                 "give another --work",
             )
+        self._rows: dict[str, Rows] = {}
+        self._pool = ThreadPoolExecutor(arguments.compile_threads)
+        self._programs: dict[tuple[str, int], Future[Programs]] = {}
+
+    def programs(self, method: str, lanes: int) -> Future[Programs]:
+        """Those of a method; the first call starts to compile them in another thread."""
+        if (method, lanes) not in self._programs:
+            made = self._pool.submit(
+                compiled, settings_of(method), self.model, lanes=lanes, batch_size=self.arguments.batch_size,
+                scored=self.scored, length=self.arguments.length, targets=self.arguments.length // 8,
+            )  # fmt: skip
+            self._programs[method, lanes] = made
+        return self._programs[method, lanes]
+
+    def compile_ahead(self, stage: str) -> None:
+        """Start to compile what the unfinished runs of a stage and the next one need. While the grid is not finished, the
+        runs after it are not known."""
+        at = STAGES.index(stage)
+        known = self._grids() if stage in STAGES[:2] else self.plan()
+        for run in known:
+            if run.seeds and run.stage in STAGES[at : at + 2] and run.name not in self.results:
+                self.programs(run.method, len(run.seeds))
+
+    def close(self) -> None:
+        """Compile nothing more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def scored(self) -> int:
+        """Rows that are scored together: more than a step has, as there is no backward pass."""
+        return 4 * self.arguments.batch_size
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -100,10 +144,15 @@ class Study:
         return self._packed([q for questions in self.sets.values() for q in questions.validation])
 
     def _packed(self, questions: list[Any]) -> Packed:
-        rows = self.arguments.batch_size
-        return pack_candidates(questions[: self.arguments.limit], self.tokenizer, self.arguments.length, rows)
+        return pack_candidates(questions[: self.arguments.limit], self.tokenizer, self.arguments.length, self.scored)
 
     def training_rows(self, data: str) -> Rows:
+        """Made once for each set and the mixture."""
+        if data not in self._rows:
+            self._rows[data] = self._pack_training(data)
+        return self._rows[data]
+
+    def _pack_training(self, data: str) -> Rows:
         names = self.sets if data == MIXTURE else (data,)
         examples = [q for name in names for q in self.sets[name].training[: self.arguments.limit]]
         encoded, _ = encode_all(examples, self.tokenizer, self.arguments.length)
@@ -112,12 +161,10 @@ class Study:
 
     def plan(self) -> Iterator[Run]:
         """The runs in order; those after a grid appear when it is finished."""
-        methods = [name for name in self.arguments.methods if name != "none"]
-        seeds, lanes = self.arguments.seeds, self.arguments.lanes
+        methods, seeds, lanes = self.trained_methods, self.arguments.seeds, self.arguments.lanes
         if "none" in self.arguments.methods:
             yield Run(stage="bare", method="none", data=MIXTURE, seeds=(), rates=())
-        for method in methods:
-            yield from self._grid(method)
+        yield from self._grids()
 
         def final(stage: str, method: str, data: str, rate: float) -> Iterator[Run]:
             for some in batched(seeds, lanes):
@@ -132,8 +179,17 @@ class Study:
             for name in self.arguments.ablations:
                 yield from final("ablation", name, MIXTURE, self.best_rate("adafuse"))
 
+    @property
+    def trained_methods(self) -> list[str]:
+        return [name for name in self.arguments.methods if name != "none"]
+
+    def _grids(self) -> Iterator[Run]:
+        for method in self.trained_methods:
+            yield from self._grid(method)
+
     def _grid(self, method: str) -> Iterator[Run]:
-        for rates in batched(self.arguments.learning_rates, self.arguments.lanes):
+        scale = RATE_SCALE.get(method, 1.0)
+        for rates in batched([scale * rate for rate in self.arguments.learning_rates], self.arguments.lanes):
             yield Run(stage="grid", method=method, data=MIXTURE, seeds=(0,) * len(rates), rates=rates)
 
     def best_rate(self, method: str) -> float:
@@ -147,16 +203,23 @@ class Study:
         settings = settings_of(run.method)
         begun = time.perf_counter()
         trained, params = None, None
+        losses_of: Callable[..., jax.Array] = target_losses
         if run.seeds:
+            programs = self.programs(run.method, len(run.seeds)).result()
+            rows = self.training_rows(run.data)
+            if targets_of(rows)[0].shape[1] > self.arguments.length // 8:
+                programs = jitted(settings)  # rows with more targets than are foreseen
             trained = train(
-                settings, self.model, self.training_rows(run.data), seeds=run.seeds, rates=run.rates,
-                epochs=self.arguments.epochs, batch_size=self.arguments.batch_size,
+                settings, self.model, rows, seeds=run.seeds, rates=run.rates,
+                epochs=self.arguments.epochs, batch_size=self.arguments.batch_size, programs=programs,
             )  # fmt: skip
-            params = trained.lanes.params
+            params, losses_of = trained.lanes.params, programs.losses
         scored = {"validation": self.validation} if run.stage == "grid" else self.test
         scored = {name: packed for name, packed in scored.items() if run.data in (MIXTURE, name)}
-        size = self.arguments.batch_size
-        scores = {name: accuracies(self.model, params, packed, batch_size=size) for name, packed in scored.items()}
+        scores = {
+            name: accuracies(self.model, params, packed, batch_size=self.scored, losses_of=losses_of)
+            for name, packed in scored.items()
+        }
         lanes = []
         for at in range(max(1, len(run.seeds))):
             own = {name: values[at] for name, values in scores.items()}
@@ -194,9 +257,10 @@ class Study:
         }
         if run.stage == "mixture" and run.method == "adafuse":
             classes = jnp.array(classes_of(self.tokenizer, self.model.config.vocab_size))
-            size = self.arguments.batch_size
             report["expert_use"] = {  # counts [classes, E] by data set
-                name: expert_use(self.model, trained.lanes, packed, classes, len(CLASSES), batch_size=size).tolist()
+                name: expert_use(
+                    self.model, trained.lanes, packed, classes, len(CLASSES), batch_size=self.scored
+                ).tolist()
                 for name, packed in self.test.items()
             }
         return report
@@ -212,16 +276,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ablations", nargs="*", default=list(ABLATIONS), choices=list(ABLATIONS), metavar="ABLATION")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, metavar="SET")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4, 6e-4, 1e-3, 2e-3])
-    parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument("--batch-size", type=int, default=16, help="packed rows per lane and step")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 6e-4, 1.2e-3], help="full: a fifth")
+    parser.add_argument("--epochs", type=float, default=1.3)
+    parser.add_argument("--batch-size", type=int, default=8, help="packed rows per lane and step")
     parser.add_argument("--length", type=int, default=512, help="tokens of a packed row")
     parser.add_argument("--lanes", type=int, default=3, help="runs trained together")
     parser.add_argument("--limit", type=int, help="questions of each split, at most (to try the script)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--compile-threads", type=int, default=4, help="programs compiled ahead at a time")
     parser.add_argument("--budget-seconds", type=float, help="start no run after so long")
     arguments = parser.parse_args(argv)
-    for name in ("epochs", "batch_size", "length", "lanes", "limit"):
+    for name in ("epochs", "batch_size", "length", "lanes", "limit", "compile_threads"):
         value = getattr(arguments, name)
         require(value is None or value > 0, f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
     missing = [name for name in arguments.methods if name not in available()]
@@ -236,25 +301,27 @@ def main(argv: Sequence[str]) -> int:
     study = Study(arguments)
     command = "python -m benchmarks.accuracy " + " ".join(argv)
     machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "python": platform.python_version()}
-    done = 0
+    stage = ""
     for run in study.plan():
         if run.name in study.results:
             continue
+        if run.stage != stage:
+            stage = run.stage
+            study.compile_ahead(stage)
+            accuracy_report.write(study.results, arguments.out, command=command, machine=machine)
         elapsed = time.perf_counter() - begun
         if arguments.budget_seconds is not None and elapsed > arguments.budget_seconds:
             print(f"{elapsed:.0f} s are over the budget; {run.name} is next", file=sys.stderr)
             break
         study.do(run)
-        done += 1
         result = study.results[run.name]
         told = [next(iter(lane.values())) for lane in result["lanes"]]
         print(
             f"[{time.perf_counter() - begun:6.0f} s] {run.name}: {told}, {result['wall_seconds']:.1f} s",
             file=sys.stderr,
         )
-        accuracy_report.write(study.results, arguments.out, command=command, machine=machine)
-    if not done:
-        accuracy_report.write(study.results, arguments.out, command=command, machine=machine)
+    study.close()
+    accuracy_report.write(study.results, arguments.out, command=command, machine=machine)
     print((arguments.out / "accuracy.md").read_text(encoding="utf-8"))
     return 0
 

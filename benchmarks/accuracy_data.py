@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from adafuse_jax.data.chat import Encoded, encode_choices
 from adafuse_jax.data.examples import MultipleChoice
 from adafuse_jax.data.formats import convert
+from adafuse_jax.data.packing import Rows
 from adafuse_jax.data.sources import held_out_split
 from adafuse_jax.errors import UserError
 
@@ -107,15 +108,32 @@ def _llava(row: dict[str, Any]) -> MultipleChoice:
     return _question(table, "multiple_choice", "ScienceQA")
 
 
+def targets_of(
+    rows: Rows,
+) -> tuple[Int[np.ndarray, "N K"], Int[np.ndarray, "N K"], Bool[np.ndarray, "N K"]]:
+    """(place, wanted, there): token `wanted[n, k]` follows token `place[n, k]` of row n and is a target, if `there[n, k]`.
+    Few tokens of a row are targets, and logits of these alone are cheap. K = T / 8, or more if a row has more targets."""
+    mask = rows.loss_mask[:, 1:]
+    width = max(rows.length // 8, int(mask.sum(1).max()))
+    place = np.argsort(~mask, axis=1, kind="stable")[:, :width].astype(np.int32)
+    there = np.take_along_axis(mask, place, axis=1)
+    return place, np.take_along_axis(rows.tokens, place + 1, axis=1), there
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
     """Candidates of many questions in rows of T tokens, several to a row and masked from each other. The targets of a row
-    are listed: its k-th is token `target[n, k]` of the row and belongs to candidate `owner[n, k]`, −1 for none."""
+    are listed: its k-th is token `wanted[n, k]` after token `place[n, k]` of the row, and counts for candidate
+    `owner[n, k]`, −1 for none.
+
+    Candidates that differ in their last token alone (letters, "answer2") are one text, scored at that token: what they
+    share counts the same for each."""
 
     tokens: Int[np.ndarray, "N T"]
     positions: Int[np.ndarray, "N T"]
     segment_ids: Int[np.ndarray, "N T"]
-    target: Int[np.ndarray, "N K"]
+    place: Int[np.ndarray, "N K"]
+    wanted: Int[np.ndarray, "N K"]
     owner: Int[np.ndarray, "N K"]
     choices: list[int]
     """Candidates of each question, which follow each other."""
@@ -133,37 +151,61 @@ class Packed:
 def pack_candidates(questions: Sequence[MultipleChoice], tokenizer: Any, length: int, rows_multiple: int) -> Packed:
     """One shape for all questions: T = `length`, K = T / 4 targets a row, and a multiple of `rows_multiple` rows."""
     per_row = length // 4
-    candidates: list[Encoded] = []
-    choices, answers = [], []
+    texts: list[_Scored] = []
+    choices: list[int] = []
+    answers = []
     for question in questions:
         encoded = encode_choices(question, tokenizer, length)
         if encoded is not None and all(e.loss_mask.sum() <= per_row for e in encoded):
-            candidates += encoded
+            texts += _scored(encoded, sum(choices))
             choices.append(len(encoded))
             answers.append(question.answer)
-    plan: list[list[int]] = [[]]
+    plan: list[list[_Scored]] = [[]]
     tokens_left, targets_left = length, per_row
-    for i, candidate in enumerate(candidates):
-        size, targets = len(candidate.tokens), int(candidate.loss_mask.sum())
-        if size > tokens_left or targets > targets_left:
+    for text in texts:
+        if len(text.tokens) > tokens_left or len(text.owner) > targets_left:
             plan.append([])
             tokens_left, targets_left = length, per_row
-        plan[-1].append(i)
-        tokens_left, targets_left = tokens_left - size, targets_left - targets
+        plan[-1].append(text)
+        tokens_left, targets_left = tokens_left - len(text.tokens), targets_left - len(text.owner)
     count = -(-len(plan) // rows_multiple) * rows_multiple
     tokens, positions, segment_ids = (np.zeros((count, length), np.int32) for _ in range(3))
-    target, owner = np.ones((count, per_row), np.int32), np.full((count, per_row), -1, np.int32)
+    place, wanted = (np.zeros((count, per_row), np.int32) for _ in range(2))
+    owner = np.full((count, per_row), -1, np.int32)
     for row, members in enumerate(plan):
         at = k = 0
-        for segment, i in enumerate(members, 1):
-            span = slice(at, at + len(candidates[i].tokens))
-            tokens[row, span] = candidates[i].tokens
-            positions[row, span] = np.arange(len(candidates[i].tokens))
+        for segment, text in enumerate(members, 1):
+            span, targets = slice(at, at + len(text.tokens)), slice(k, k + len(text.owner))
+            tokens[row, span] = text.tokens
+            positions[row, span] = np.arange(len(text.tokens))
             segment_ids[row, span] = segment
-            where = at + np.flatnonzero(candidates[i].loss_mask)
-            target[row, k : k + len(where)], owner[row, k : k + len(where)] = where, i
-            at, k = span.stop, k + len(where)
+            place[row, targets], wanted[row, targets], owner[row, targets] = at + text.place, text.wanted, text.owner
+            at, k = span.stop, targets.stop
     return Packed(
-        tokens=tokens, positions=positions, segment_ids=segment_ids, target=target, owner=owner,
+        tokens=tokens, positions=positions, segment_ids=segment_ids, place=place, wanted=wanted, owner=owner,
         choices=choices, answers=answers, left_out=len(questions) - len(choices),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scored:
+    """A text with its targets: token `wanted[k]` after its token `place[k]`, for candidate `owner[k]`."""
+
+    tokens: Int[np.ndarray, " T"]
+    place: Int[np.ndarray, " K"]
+    wanted: Int[np.ndarray, " K"]
+    owner: Int[np.ndarray, " K"]
+
+
+def _scored(encoded: Sequence[Encoded], first: int) -> list[_Scored]:
+    """The texts of a question whose candidates are number `first` and on: one if the last token alone differs."""
+    shared = encoded[0].tokens[:-1]
+    if all(e.loss_mask[-1] and np.array_equal(e.tokens[:-1], shared) for e in encoded):
+        wanted = np.array([e.tokens[-1] for e in encoded])
+        owner = first + np.arange(len(encoded))
+        return [_Scored(tokens=shared, place=np.full(len(encoded), len(shared) - 1), wanted=wanted, owner=owner)]
+    texts = []
+    for i, e in enumerate(encoded, first):
+        where = np.flatnonzero(e.loss_mask)
+        texts.append(_Scored(tokens=e.tokens, place=where - 1, wanted=e.tokens[where], owner=np.full(len(where), i)))
+    return texts

@@ -34,6 +34,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+RATE_SCALE = {"full": 0.2}
+"""Of the grid's learning rates: all weights of a backbone want smaller ones than an adapter that starts from B = 0."""
+
+
 def _ablation(**changes: Any) -> dict[str, Any]:
     rank = changes.get("rank", 16)
     return METHODS["adafuse"] | changes | {"alpha": 2.0 * rank}

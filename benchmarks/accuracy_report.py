@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.accuracy_methods import ABLATIONS, METHODS
 from benchmarks.token_classes import CLASSES
 
 REGIMES = ("bare", "mixture", "alone", "ablation")
@@ -108,6 +109,8 @@ def write(results: Mapping[str, dict[str, Any]], out: Path, *, command: str, mac
         **machine,
         "study": None if some is None else some["identity"],
         "scored_and_left_out": questions,
+        "validation": {name: found for name in METHODS if (found := _grid(results, name))},
+        "recovered": {name: r["recovered_from"] for name, r in sorted(results.items()) if "recovered_from" in r},
         "rows": rows,
     }
     _replace(out / "accuracy.json", json.dumps(table, indent=2) + "\n")
@@ -144,6 +147,10 @@ def markdown(rows: list[dict[str, Any]], table: dict[str, Any]) -> str:
         "Test accuracy in percent by log-likelihood, mean ± standard error over the seeds. The learning rate of each method",
         "is the one with the best accuracy on the validation questions of the mixture.",
     ]
+    lines += _grid_table(table["validation"], table["scored_and_left_out"].get("validation", [0])[0])
+    if table["recovered"]:
+        reason = "; ".join(sorted(set(table["recovered"].values())))
+        lines += ["", f"{len(table['recovered'])} of these runs are recovered from {reason}."]
     titles = {
         "mixture": "Trained on all sets together",
         "alone": "Trained on each set alone",
@@ -152,8 +159,7 @@ def markdown(rows: list[dict[str, Any]], table: dict[str, Any]) -> str:
     bare = [row for row in rows if row["regime"] == "bare"]
     for regime, title in titles.items():
         mine = [row for row in rows if row["regime"] == regime]
-        if not mine:
-            continue
+        missing = [name for name in _planned(regime) if name not in {row["method"] for row in mine}]
         reference = [row for row in rows if (row["regime"], row["method"]) == ("mixture", "adafuse")]
         lines += ["", f"## {title}", ""]
         lines.append(
@@ -169,19 +175,36 @@ def markdown(rows: list[dict[str, Any]], table: dict[str, Any]) -> str:
             seconds = f"{row['seconds_per_seed']:.1f}" if row["seeds"] else ""
             size, seeds = f"{row['trainable_params'] / 1e6:.2f} M", str(len(row["seeds"]) or "")
             lines.append(f"| {' | '.join([row['method'], size, *cells, f'**{average}**', rate, seeds, seconds])} |")
+        lines += [f"| {name} | {'| ' * len(sets)}| not run yet | | | |" for name in missing]
     diverged = [f"{row['method']} ({row['regime']})" for row in rows if row["diverged"]]
     if diverged:
         lines += ["", f"The loss of some seed was not finite: {', '.join(diverged)}."]
     lanes = max(row["lanes_trained_together"] for row in rows)
-    lines += [
-        "",
-        f"Seconds are those of the optimiser steps; up to {lanes} seeds train in one program, which shares their time.",
-    ]
+    if lanes:
+        told = f"up to {lanes} seeds train in one program, which shares their time."
+        lines += ["", f"Seconds are those of the optimiser steps; {told}"]
     left = {name: counts for name, counts in table["scored_and_left_out"].items() if counts[1]}
     if left:
         told = ", ".join(f"{dropped} of {kept + dropped} of {name}" for name, (kept, dropped) in left.items())
         lines += ["", f"Left out because they do not fit {study['length']} tokens: {told}."]
     return "\n".join(lines) + "\n"
+
+
+def _planned(regime: str) -> list[str]:
+    """The rows of a regime when the whole study is done."""
+    return list(ABLATIONS) if regime == "ablation" else [name for name in METHODS if name != "none"]
+
+
+def _grid_table(found: Mapping[str, Mapping[str, float]], questions: int) -> list[str]:
+    """Validation accuracies, which choose the learning rates and compare nothing: one seed, few questions."""
+    width = max((len(rates) for rates in found.values()), default=1)
+    lines = ["", "## Learning rates: accuracy on the validation questions", ""]
+    lines.append(f"Seed 0, {questions} questions of the mixture; in percent, the learning rate in parentheses.")
+    lines += ["", "| method |" + " |" * width, "|---|" + "---|" * width]
+    for name in _planned("mixture"):
+        cells = [f"{100 * accuracy:.2f} ({rate})" for rate, accuracy in found.get(name, {}).items()] or ["not run yet"]
+        lines.append(f"| {' | '.join([name, *cells, *[''] * (width - len(cells))])} |")
+    return lines
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -235,7 +258,7 @@ def plot_experts(result: dict[str, Any], path: Path) -> None:
     present = np.flatnonzero(by_class.sum(1) > 0)
     figure = Figure(figsize=(15, 4.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1.2, 1.2])
-    _shares(left, by_set, list(counts), "by data set (test questions with each candidate)")
+    _shares(left, by_set, list(counts), "by data set (test questions)")
     tokens = by_class.sum(1) / by_class.sum()
     labels = [f"{CLASSES[i]} ({100 * tokens[i]:.0f}%)" for i in present]
     _shares(middle, by_class[present], labels, "by class of token (share of all tokens)")

@@ -4,16 +4,17 @@
     θ_s ← θ_s − η_s · schedule(t) · Adam(clip(∇ loss_s))
 
 θ_s is an adapter, or a whole backbone ("full"), in fp32; every leaf is stacked as [S, …]. Learning rates η [S], the schedule
-and the balance coefficient c are operands, so that one program serves all data sets, learning rates and seeds of a method. A
-lane is trained on its own batches, in the order that its seed gives. A lane that diverges does not disturb the others.
+and the balance coefficient c are operands, so that one program serves all data sets, learning rates and seeds of a method;
+`compiled` makes it ahead of its use. A lane is trained on its own batches, in the order that its seed gives. A lane that
+diverges does not disturb the others.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,14 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from adafuse_jax.adapters.router import Routing, balance_loss, expert_load
-from adafuse_jax.data.batches import Batch, Batches
+from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.packing import Rows
+from adafuse_jax.model.attention import attention_of_lanes
 from adafuse_jax.model.backbone import Backbone
-from adafuse_jax.training.step import token_losses
-from benchmarks.accuracy_data import Packed
+from benchmarks.accuracy_data import Packed, targets_of
 from benchmarks.accuracy_methods import make_adapter
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
@@ -44,6 +45,19 @@ class Lanes:
 
     params: Any
     moments: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneRows:
+    """Rows of every lane, and their targets as `targets_of` lists them."""
+
+    tokens: Int[np.ndarray, "S B T"]
+    positions: Int[np.ndarray, "S B T"]
+    segment_ids: Int[np.ndarray, "S B T"]
+    place: Int[np.ndarray, "S B K"]
+    wanted: Int[np.ndarray, "S B K"]
+    there: Bool[np.ndarray, "S B K"]
 
 
 def start(settings: dict[str, Any], model: Backbone, seeds: Sequence[int]) -> Lanes:
@@ -86,9 +100,9 @@ def _balance(params: Any, routing: Any, real: Array) -> Array:
 
 @partial(jax.jit, static_argnames="remat", donate_argnames="lanes")
 def step(
-    lanes: Lanes, model: Backbone, batch: Batch, rates: Float[Array, " S"], balance: Float[Array, ""], *, remat: bool
+    lanes: Lanes, model: Backbone, batch: LaneRows, rates: Float[Array, " S"], balance: Float[Array, ""], *, remat: bool
 ) -> tuple[Lanes, dict[str, Array]]:
-    """One optimiser step of every lane on its own batch, arrays [S, B, T]. Metrics are [S], `load` [S, E] with AdaFuse."""
+    """One optimiser step of every lane on its own batch. Metrics are [S], `load` [S, E] with AdaFuse."""
 
     def one(lane: Lanes, batch: Any, rate: Array) -> tuple[Lanes, dict[str, Array]]:
         real = batch.segment_ids > 0
@@ -96,10 +110,11 @@ def step(
         def loss_of(params: Any) -> tuple[Array, dict[str, Array]]:
             backbone, adapter = acting(model, params)
             out = backbone.run(
-                batch.tokens, adapter=adapter, positions=batch.positions, segment_ids=batch.segment_ids, remat=remat
-            )
-            losses = token_losses(backbone, out.hidden, batch.tokens, batch.loss_mask)
-            loss = losses.sum() / jnp.maximum(batch.loss_mask[:, 1:].sum(), 1)
+                batch.tokens, adapter=adapter, positions=batch.positions, segment_ids=batch.segment_ids, remat=remat,
+                attention=attention_of_lanes,
+            )  # fmt: skip
+            losses = losses_at(backbone, out.hidden, batch.place, batch.wanted)
+            loss = jnp.sum(losses * batch.there) / jnp.maximum(batch.there.sum(), 1)
             metrics = {"loss": loss}
             if is_pregated(out.routing):
                 metrics["load"] = expert_load(out.routing, real)[0]
@@ -111,6 +126,14 @@ def step(
         return Lanes(params=params, moments=moments), metrics
 
     return jax.vmap(one)(lanes, batch, rates)
+
+
+def losses_at(
+    backbone: Backbone, hidden: Float[Array, "B T D"], place: Int[Array, "B K"], wanted: Int[Array, "B K"]
+) -> Float[Array, "B K"]:
+    """−log p of `wanted` after the tokens at `place`, in nats; no other logits are made."""
+    hidden = jnp.take_along_axis(hidden, place[..., None], axis=1)  # [B, K, D]
+    return optax.softmax_cross_entropy_with_integer_labels(backbone.logits(hidden), wanted)
 
 
 def low_rank_activations(settings: dict[str, Any]) -> int:
@@ -155,21 +178,27 @@ def train(
     rates: Sequence[float],
     epochs: float,
     batch_size: int,
+    programs: Programs | None = None,
 ) -> Trained:
-    """Lane s starts from seed s, sees the rows in the order of seed s, and has learning rate s. `tokens` counts lane 0's."""
-    lanes = start(settings, model, seeds)
+    """Lane s starts from seed s, sees the rows in the order of seed s, and has learning rate s. `tokens` counts lane 0's.
+    `programs` are those of `compiled`; None compiles now."""
+    programs = programs or jitted(settings)
+    lanes = programs.start(jnp.array(seeds), model)
+    place, wanted, there = targets_of(rows)
     orders = [Batches(rows=(rows,), seed=seed, batch_size=batch_size) for seed in seeds]
     steps = max(1, math.ceil(epochs * orders[0].steps_per_epoch))
     peak = np.array(rates, np.float32)
     balance = jnp.float32(settings.get("balance_coefficient", 0.0))
-    remat = low_rank_activations(settings) > REMAT_ABOVE
     every, history, tokens = max(1, steps // 40), [], 0
-    window: list[np.ndarray] = []
+    window: list[Array] = []
     begun = first = time.perf_counter()
     for at in range(steps):
-        parts = [order.at(at) for order in orders]
-        batch = Batch(**{f.name: np.stack([getattr(part, f.name)[0] for part in parts]) for f in fields(Batch)})
-        lanes, metrics = step(lanes, model, batch, peak * schedule(at, steps), balance, remat=remat)
+        drawn = np.stack([order.locate(at * batch_size + np.arange(batch_size))[1] for order in orders])  # [S, B]
+        batch = LaneRows(
+            tokens=rows.tokens[drawn], positions=rows.positions[drawn], segment_ids=rows.segment_ids[drawn],
+            place=place[drawn], wanted=wanted[drawn], there=there[drawn],
+        )  # fmt: skip
+        lanes, metrics = programs.step(lanes, model, batch, peak * np.float32(schedule(at, steps)), balance)
         tokens += int((batch.segment_ids[0] > 0).sum())
         window.append(metrics["loss"])
         if at == 0:
@@ -189,27 +218,74 @@ def train(
 
 @jax.jit
 def target_losses(
-    model: Backbone, params: Any, tokens: Array, positions: Array, segment_ids: Array, target: Int[Array, "B K"]
+    model: Backbone,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    place: Int[Array, "B K"],
+    wanted: Int[Array, "B K"],
 ) -> Float[Array, "S B K"]:
     """−log p of the targets of packed rows under every lane, in nats. `params` None is the bare backbone, S = 1."""
 
     def one(params: Any) -> Array:
         backbone, adapter = acting(model, params)
-        out = backbone.run(tokens, adapter=adapter, positions=positions, segment_ids=segment_ids)
-        hidden = jnp.take_along_axis(out.hidden, target[..., None] - 1, axis=1)  # [B, K, D]
-        wanted = jnp.take_along_axis(tokens, target, axis=1)
-        return optax.softmax_cross_entropy_with_integer_labels(backbone.logits(hidden), wanted)
+        out = backbone.run(
+            tokens, adapter=adapter, positions=positions, segment_ids=segment_ids, attention=attention_of_lanes
+        )
+        return losses_at(backbone, out.hidden, place, wanted)
 
     return one(None)[None] if params is None else jax.vmap(one)(params)
 
 
-def accuracies(model: Backbone, params: Any, packed: Packed, *, batch_size: int) -> list[float]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Programs:
+    """What a method runs: start(seeds, model), step(lanes, model, batch, rates, balance), and losses as `target_losses`."""
+
+    start: Callable[..., Lanes]
+    step: Callable[..., tuple[Lanes, dict[str, Array]]]
+    losses: Callable[..., Array]
+
+
+def jitted(settings: dict[str, Any]) -> Programs:
+    """Programs that compile when they are called first."""
+    remat = low_rank_activations(settings) > REMAT_ABOVE
+    begin = partial(_start, settings=tuple(settings.items()))
+    return Programs(start=begin, step=partial(step, remat=remat), losses=target_losses)
+
+
+def compiled(
+    settings: dict[str, Any], model: Backbone, *, lanes: int, batch_size: int, scored: int, length: int, targets: int
+) -> Programs:
+    """Programs for `lanes` lanes, `batch_size` rows a step with K = `targets`, and `scored` rows that are scored together.
+    May be called in several threads."""
+
+    def integers(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    table = tuple(settings.items())
+    begin = _start.lower(integers(lanes), model, table).compile()
+    state = jax.eval_shape(partial(_start, settings=table), integers(lanes), model)
+    row, target = integers(lanes, batch_size, length), integers(lanes, batch_size, targets)
+    there: Any = jax.ShapeDtypeStruct(target.shape, jnp.bool_)
+    batch = LaneRows(tokens=row, positions=row, segment_ids=row, place=target, wanted=target, there=there)
+    rates, balance = jax.ShapeDtypeStruct((lanes,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    remat = low_rank_activations(settings) > REMAT_ABOVE
+    optimiser_step = step.lower(state, model, batch, rates, balance, remat=remat).compile()
+    rows, wanted = integers(scored, length), integers(scored, length // 4)
+    losses = target_losses.lower(model, state.params, rows, rows, rows, wanted, wanted).compile()
+    return Programs(start=begin, step=optimiser_step, losses=losses)
+
+
+def accuracies(
+    model: Backbone, params: Any, packed: Packed, *, batch_size: int, losses_of: Callable[..., Array] = target_losses
+) -> list[float]:
     """Share of questions that each lane answers right: the candidate with the largest log-likelihood is the answer."""
     parts = []
     for at in range(0, len(packed.tokens), batch_size):
         rows = slice(at, at + batch_size)
-        arrays = (packed.tokens, packed.positions, packed.segment_ids, packed.target)
-        parts.append(target_losses(model, params, *(array[rows] for array in arrays)))
+        arrays = (packed.tokens, packed.positions, packed.segment_ids, packed.place, packed.wanted)
+        parts.append(losses_of(model, params, *(array[rows] for array in arrays)))
     losses = np.concatenate(jax.device_get(parts), axis=1)  # [S, N, K]
     there = packed.owner >= 0
     result = []

@@ -33,12 +33,14 @@ from benchmarks.accuracy_data import (
     _scienceqa,
     pack_candidates,
     read_set,
+    targets_of,
 )
 from benchmarks.accuracy_methods import ABLATIONS, METHODS, available, make_adapter, settings_of
 from benchmarks.accuracy_training import (
     REMAT_ABOVE,
     accuracies,
     acting,
+    compiled,
     low_rank_activations,
     schedule,
     start,
@@ -184,6 +186,17 @@ def test_packed_scores_choose_as_unpacked_ones(loaded: Any, questions: list[Mult
     assert pack_candidates([long, *questions], loaded.tokenizer, LENGTH, rows_multiple=1).left_out == 1
 
 
+def test_candidates_that_differ_in_one_token_share_their_text(loaded: Any):
+    """As many letters as choices after one prompt; chosen as by candidates in rows of their own."""
+    letters = [MultipleChoice(f"Which is {i}?", tuple("ABCD"[: 2 + i % 3]), i % 2) for i in range(9)]
+    packed = pack_candidates(letters, loaded.tokenizer, LENGTH, rows_multiple=BATCH)
+    assert (np.sort(packed.owner[packed.owner >= 0]) == np.arange(sum(packed.choices))).all(), "one target a candidate"
+    assert packed.segment_ids.max(1).sum() == len(letters), "one text a question"
+    chosen = chosen_by_likelihood(loaded, Encoded.encode(letters, loaded.tokenizer, 256), batch_size=4)["accuracy"]
+    expected = np.mean(np.array(chosen) == [q.answer for q in letters])
+    assert accuracies(loaded.model, None, packed, batch_size=BATCH) == [expected]
+
+
 @pytest.fixture(scope="module")
 def rows(questions: list[MultipleChoice], tokenizer: Any) -> Any:
     return pack(encode_all(questions * 2, tokenizer, LENGTH)[0], LENGTH)
@@ -248,6 +261,24 @@ def test_loss_of_a_step_by_hand(loaded: Any, rows: Any):
 @jax.jit
 def forward(model: Any, tokens: Any, **inputs: Any) -> Any:
     return model(tokens, **inputs).logits
+
+
+def test_targets_of_rows(rows: Any):
+    place, wanted, there = targets_of(rows)
+    mask = np.zeros_like(rows.loss_mask)
+    for row, (places, tokens, real) in enumerate(zip(place, wanted, there, strict=True)):
+        mask[row, places[real] + 1] = True
+        np.testing.assert_array_equal(rows.tokens[row, places[real] + 1], tokens[real])
+    np.testing.assert_array_equal(mask, rows.loss_mask)
+
+
+def test_programs_made_ahead_train_alike(loaded: Any, rows: Any):
+    plan = {"seeds": (0, 1), "rates": (1e-2, 1e-3), "epochs": 0.5, "batch_size": BATCH}
+    width = targets_of(rows)[0].shape[1]
+    ahead = compiled(ADAFUSE, loaded.model, lanes=2, batch_size=BATCH, scored=BATCH, length=LENGTH, targets=width)
+    made, now = (train(ADAFUSE, loaded.model, rows, programs=programs, **plan) for programs in (ahead, None))
+    for here, there in zip(jax.tree.leaves(made.lanes.params), jax.tree.leaves(now.lanes.params), strict=True):
+        np.testing.assert_array_equal(here, there)
 
 
 def test_full_training_runs_in_the_backbones_type(loaded: Any):
@@ -385,3 +416,24 @@ def test_bad_flags(more: tuple[str, ...], says: str, study: Path, tmp_path: Path
     with pytest.raises(UserError) as told:
         accuracy.main([*flags(study, tmp_path), "--methods", "adafuse", "--sets", "scienceqa", *more])
     assert says in str(told.value)
+
+
+def test_the_report_names_what_is_not_run_yet_and_what_is_recovered():
+    from benchmarks import accuracy_report
+
+    table = {
+        "command": "x", "device": "d", "jax": "0", "recovered": {"a": "a log"},
+        "scored_and_left_out": {"validation": [816, 0]},
+        "validation": {"lora": {"0.0003": 0.25, "0.0006": 0.5}},
+        "study": {"sets": {"s": [1, 1, 1]}, "epochs": 2, "batch_size": 8, "length": 512, "dtype": "bfloat16"},
+    }  # fmt: skip
+    bare = {
+        "method": "none", "regime": "bare", "diverged": False, "lanes_trained_together": 0, "mean_accuracy": 0.3,
+        "standard_error": None, "per_set": {"s": {"accuracy": 0.3, "standard_error": None}}, "learning_rate": None,
+        "seeds": [], "seconds_per_seed": 0.0, "trainable_params": 0,
+    }  # fmt: skip
+    text = accuracy_report.markdown([bare], table)
+    assert "| lora | 25.00 (0.0003) | 50.00 (0.0006) |" in text
+    assert "1 of these runs are recovered from a log." in text
+    assert "| adafuse | not run yet |" in text
+    assert "| k=1 | | | not run yet |" in text
