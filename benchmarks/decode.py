@@ -11,6 +11,7 @@ are made. The parts can run at different times, and parts of parts, by the names
     python -m benchmarks.decode --out OUT --part merge          # measures nothing
 
     jax     ceilings; the backbone, and every strategy of the engine, with q, v and with all 7 linears adapted
+    methods the methods that AdaFuse is compared with, in the same engine
     layer   one adapted layer: its backbone part and its adapter part, over rank and sequence length
     hf, peft, moe    the peers, see `benchmarks.peers_torch`
 """
@@ -36,9 +37,14 @@ from adafuse_jax.presets import PRESETS
 from benchmarks.decode_costs import SIZES, Shapes
 from benchmarks.decode_report import merge_parts
 
-PARTS = ("jax", "layer", "hf", "peft", "moe")
+PARTS = ("jax", "methods", "layer", "hf", "peft", "moe")
 ONE_ROW = ("golden", "switch", "simple")
 """Strategies that merge one row's experts into the weights, and so decode one row at a time."""
+METHODS = (
+    ("lora", "all7", "unmerged"), ("lora", "all7", "merged"), ("moral", "qv", "unmerged"), ("moral", "all7", "unmerged"),
+    ("moral", "all7", "simple"), ("mola", "all7", "unmerged"), ("pesc", "-", "unmerged"),
+)  # fmt: skip
+"""(method, targets, strategy) of the part `methods`; AdaFuse's own simple merge is in `jax`."""
 BYTES_PER_TOKEN = 4
 RANDOM_PROMPT = 128
 
@@ -57,6 +63,12 @@ def place(method: str, targets: str, strategy: str = "-", batch: int = 1) -> dic
     return {"method": method, "targets": targets, "strategy": strategy, "batch": batch}
 
 
+def rows_job(name: str, method: str, targets: str, strategy: str, batches: list[int]) -> Job:
+    settings = {"kind": "rows", "method": method, "strategy": strategy, "targets": targets, "batches": batches}
+    rows = [place(method, targets, strategy, batch) for batch in batches]
+    return Job(name=name, module="benchmarks.decode_rows", settings=settings, rows=rows)
+
+
 def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
     rows_module, peers_module = "benchmarks.decode_rows", "benchmarks.peers_torch"
     if part == "layer":
@@ -71,10 +83,13 @@ def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
             for targets in ("qv", "all7") if strategy != "-" else ("-",):
                 name = "backbone" if strategy == "-" else f"{strategy}-{targets}"
                 method = "backbone" if strategy == "-" else "adafuse"
-                settings = {"kind": "rows", "strategy": strategy, "targets": targets, "batches": batches}
-                rows = [place(method, targets, strategy, batch) for batch in batches]
-                jobs.append(Job(name=name, module=rows_module, settings=settings, rows=rows))
+                jobs.append(rows_job(name, method, targets, strategy, batches))
         return jobs
+    if part == "methods":
+        return [
+            rows_job(f"{method}-{strategy}" + (f"-{targets}" if targets != "-" else ""), method, targets, strategy, [1])
+            for method, targets, strategy in METHODS
+        ]
     method = {"hf": "hf", "peft": "peft-lora", "moe": "lora-moe"}[part]
     endings = {"eager": "", "compiled": "-compiled"}
     jobs = []

@@ -9,9 +9,15 @@ FLOPs are of one row. Nothing here needs JAX or torch.
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LAYER_WISE = ("moral", "mola", "lora-moe", "lora-moe-compiled")
+STATIC = ("lora", "peft-lora", "peft-lora-compiled")
+"""One expert that every token uses."""
+MOLA_EXPERTS = (2, 4, 6, 8)
+"""By quarters of the layers."""
 TARGETS: dict[str, tuple[str, ...]] = {"qv": ("q_proj", "v_proj"), "all7": LINEARS, "-": ()}
 
 
@@ -41,15 +47,23 @@ class Shapes:
         """Weights of these linears in all layers."""
         return self.num_layers * sum(out * into for out, into in map(self.linear_shape, targets))
 
-    def factor_elements(self, targets: tuple[str, ...]) -> int:
-        """A and B of one expert for these linears in all layers."""
-        return self.num_layers * self.rank * sum(out + into for out, into in map(self.linear_shape, targets))
+    def factor_elements(self, method: str, targets: tuple[str, ...]) -> int:
+        """A and B of one expert, for these linears or, with PESC, for the FFN's output, in all layers."""
+        dims = [(self.embed_dim, self.embed_dim)] if method == "pesc" else map(self.linear_shape, targets)
+        return self.num_layers * self.rank * sum(out + into for out, into in dims)
 
-    def router_elements(self, method: str, targets: tuple[str, ...]) -> int:
-        """One router for the model, or with a layer-wise mixture one for every adapted linear."""
-        if method.startswith("lora-moe"):
-            return self.num_layers * self.num_experts * sum(self.linear_shape(name)[1] for name in targets)
-        return self.num_experts * self.linear_shape(targets[0])[1] if method == "adafuse" else 0
+    def experts_there(self, method: str) -> float:
+        """Experts of a layer; of MoLA's, which has more in later layers, the mean."""
+        if method in STATIC:
+            return 1
+        return statistics.mean(MOLA_EXPERTS) if method == "mola" else self.num_experts
+
+    def router_elements(self, method: str, targets: tuple[str, ...]) -> float:
+        """AdaFuse has one router; PESC one in every layer; the layer-wise mixtures one for every adapted linear."""
+        if method == "adafuse":
+            return self.num_experts * self.linear_shape(targets[0])[1]
+        inputs = {"pesc": self.embed_dim} | dict.fromkeys(LAYER_WISE, sum(self.linear_shape(n)[1] for n in targets))
+        return self.num_layers * self.experts_there(method) * inputs.get(method, 0)
 
 
 SIZES = {
@@ -72,24 +86,23 @@ def costs(
     shapes: Shapes, method: str, targets: str, strategy: str, batch: int, context: float, distinct: float | None = None
 ) -> Costs:
     """Of a step at `context` tokens in the cache. The rows use `distinct` experts together; default: no two share one."""
-    adapted = TARGETS[targets]
-    d, layers, k = shapes.embed_dim, shapes.num_layers, shapes.top_k
+    adapted, has_adapter = TARGETS[targets], method in ("adafuse", "pesc", *LAYER_WISE, *STATIC)
+    d, layers, k = shapes.embed_dim, shapes.num_layers, 1 if method in STATIC else shapes.top_k
     norms, head = (2 * layers + 1) * d, shapes.vocab_size * d
     backbone = shapes.elements(LINEARS) + norms + head
-    one_expert, routers = shapes.factor_elements(adapted), shapes.router_elements(method, adapted)
-    static = method.startswith("peft")
-    num_experts, used = (1, 1.0) if static else (shapes.num_experts, distinct or min(batch * k, shapes.num_experts))
-    merged = strategy in ("golden", "switch", "simple")
+    one_expert = shapes.factor_elements(method, adapted) if has_adapter else 0
+    num_experts, routers = shapes.experts_there(method), shapes.router_elements(method, adapted)
+    used = 1 if method in STATIC else distinct or min(batch * k, num_experts)
     products = {"golden": k, "simple": k, "switch": 2 * k}.get(strategy, 0)
 
     moved = backbone + batch * d + batch * 2 * layers * d * (context + 1)
-    moved += one_expert * (products if merged else used) if adapted else 0
-    if merged:  # switch reads and writes in place, then reads; the others write a copy that is then read
-        moved += 2 * shapes.elements(adapted)
     flops = 2 * (backbone - norms) + 4 * layers * d * context + 2 * routers
-    if adapted:
+    if products:  # switch reads and writes in place, then reads; the others write a copy that is then read
+        moved += products * one_expert + 2 * shapes.elements(adapted)
         flops += 2 * shapes.rank * shapes.elements(adapted) * products
-        flops += 0 if merged else 2 * one_expert * (1 if static else k)
+    elif strategy != "merged":  # merged once, before decoding, a LoRA costs nothing
+        moved += one_expert * used
+        flops += 2 * one_expert * k
     return Costs(
         params_b=(backbone + head + one_expert * num_experts + routers) / 1e9,
         bytes_gb=(moved * shapes.itemsize + 4 * routers) / 1e9,

@@ -12,7 +12,8 @@ KEY = ("method", "targets", "strategy", "batch")
 FIELDS = (
     *KEY, "ms_per_token", "spread_ms", "overhead_pct", "bytes_gb", "read_bandwidth_pct", "peak_gib", "params_b", "flops_g",
 )  # fmt: skip
-STRATEGIES = ("-", "fused", "unmerged", "golden", "switch", "simple")
+METHODS = ("backbone", "adafuse", "lora", "moral", "mola", "pesc")
+STRATEGIES = ("-", "fused", "unmerged", "golden", "switch", "simple", "merged")
 PEERS = ("hf", "hf-compiled", "peft-lora", "peft-lora-compiled", "lora-moe", "lora-moe-compiled")
 NOTES = (
     "ms/token is the time of a step after the first token, which prefill makes: a token of every row of the batch. It is "
@@ -46,8 +47,8 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def rank_of(row: dict[str, Any]) -> tuple[int, ...]:
     """The order of the tables."""
-    first = PEERS.index(row["method"]) if row["method"] in PEERS else STRATEGIES.index(row["strategy"])
-    return first, ("-", "qv", "all7").index(row["targets"]), row["batch"]
+    first = (*METHODS, *PEERS).index(row["method"]), STRATEGIES.index(row["strategy"])
+    return *first, ("-", "qv", "all7").index(row["targets"]), row["batch"]
 
 
 def baseline_of(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -208,7 +209,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     )
     axis = axes[0, 0]
     names = [" ".join(row[key] for key in KEY[:3] if row[key] != "-") for row in rows]
-    colors = {"backbone": "dimgray", "adafuse": "tab:blue"}
+    colors = {"backbone": "dimgray", "adafuse": "tab:blue"} | dict.fromkeys(METHODS[2:], "tab:green")
     bars = axis.barh(
         names, [row["ms_per_token"] for row in rows], color=[colors.get(r["method"], "tab:orange") for r in rows]
     )

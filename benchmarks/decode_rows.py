@@ -30,13 +30,14 @@ from jaxtyping import Array
 from adafuse_jax import runtime
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.base import Adapter
+from adafuse_jax.adapters.methods import make_adapter
 from adafuse_jax.configs import AdapterConfig, ModelConfig
 from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.sampling import Sampling
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
-from benchmarks.decode_costs import SIZES, TARGETS, Shapes
-from benchmarks.decode_layerwise import LayerWise
+from adafuse_jax.presets import PRESETS
+from benchmarks.decode_costs import MOLA_EXPERTS, SIZES, TARGETS, Shapes
 
 NO_REPEATS = Sampling.of(repetition_penalty=1e6)
 LAYERS = 4
@@ -55,11 +56,18 @@ def model_config(shapes: Shapes) -> ModelConfig:
     )  # fmt: skip
 
 
-def adapter_config(shapes: Shapes, targets: str, rank: int | None = None) -> AdapterConfig:
-    return AdapterConfig(
-        targets=TARGETS[targets], num_experts=shapes.num_experts, rank=rank or shapes.rank, top_k=shapes.top_k,
-        alpha=shapes.alpha,
-    )  # fmt: skip
+def adapter_config(shapes: Shapes, targets: str, rank: int | None = None, method: str = "adafuse") -> AdapterConfig:
+    """The same rank, experts and top-k for every method, as far as it has them."""
+    wanted: dict[str, Any] = {
+        "targets": TARGETS[targets], "num_experts": shapes.num_experts, "rank": rank or shapes.rank,
+        "top_k": shapes.top_k, "alpha": shapes.alpha, "experts_per_layer": experts_per_layer(shapes),
+    }  # fmt: skip
+    return AdapterConfig(adapter=method, **{k: v for k, v in wanted.items() if k in PRESETS[method].settings})
+
+
+def experts_per_layer(shapes: Shapes) -> tuple[int, ...]:
+    """MoLA's, in a model that has fewer layers the first of them."""
+    return MOLA_EXPERTS[: shapes.num_layers]
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
@@ -93,6 +101,10 @@ def random_module[Module](make: Callable[[], Module], dtype: Any, seed: int) -> 
 
 def random_backbone(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Backbone:
     return random_module(lambda: Backbone(config, dtype=dtype, rngs=nnx.Rngs(0)), dtype, seed=1)
+
+
+def random_adapter(config: AdapterConfig, model: ModelConfig, dtype: Any = jnp.bfloat16) -> Any:
+    return random_module(lambda: make_adapter(config, model, rngs=nnx.Rngs(0)), dtype, seed=3)
 
 
 def random_adafuse(config: AdapterConfig, model: ModelConfig, dtype: Any = jnp.bfloat16) -> AdaFuse:
@@ -185,12 +197,13 @@ def batches_of(prompts: Sequence[Sequence[int]], batch: int, count: int) -> list
 
 def measure_rows(job: dict[str, Any], tell: Tell) -> None:
     """Rows of one strategy and its targets, batch by batch; `tell` gets all rows so far."""
-    shapes, prompts, strategy, targets = SIZES[job["size"]], job["prompts"], job["strategy"], job["targets"]
-    method, name = ("backbone", "backbone") if strategy == "-" else ("adafuse", f"{strategy} {targets}")
+    shapes, prompts, method = SIZES[job["size"]], job["prompts"], job["method"]
+    strategy, targets = job["strategy"], job["targets"]
+    name = " ".join(word for word in (method, strategy, targets) if word != "-")
     rows: list[dict[str, Any]] = []
     begun = time.perf_counter()
     config = model_config(shapes)
-    adapter = None if strategy == "-" else random_adafuse(adapter_config(shapes, targets), config)
+    adapter = None if method == "backbone" else random_adapter(adapter_config(shapes, targets, None, method), config)
     options = {} if adapter is None else {"strategy": strategy}
     engine = Engine(random_backbone(config), adapter, eos_ids=(), **options)
     del adapter
@@ -248,22 +261,17 @@ def measure_layer(
     bare = {length: per_layer(None, length) for length in lengths}
     print("  bare layer: " + ", ".join(f"T={t} {ms:.4f} ms" for t, ms in bare.items()), flush=True)
     for rank, length in layer_points(ranks, lengths, shapes.rank):
-        mixture = adapter_config(shapes, "all7", rank)
         row: dict[str, Any] = {"rank": rank, "length": length, "backbone_ms": bare[length]}
-        makers: dict[str, Callable[..., Any]] = {"adafuse": random_adafuse, "layerwise": random_layerwise}
-        for name, make in makers.items():
+        for name, method in (("adafuse", "adafuse"), ("layerwise", "moral")):
             try:
-                row[f"{name}_ms"] = per_layer(make(mixture, config), length) - bare[length]
+                adapter = random_adapter(adapter_config(shapes, "all7", rank, method), config)
+                row[f"{name}_ms"] = per_layer(adapter, length) - bare[length]
             except Exception as error:
                 row[f"{name}_error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
         found.append(row)
         told = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
         print("  layer: " + ", ".join(told), flush=True)
         tell({"breakdown": found})
-
-
-def random_layerwise(config: AdapterConfig, model: ModelConfig) -> LayerWise:
-    return random_module(lambda: LayerWise(config, model, rngs=nnx.Rngs(0)), jnp.bfloat16, seed=3)
 
 
 def main() -> None:

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from adafuse_jax.adapters.methods import num_parameters
 from adafuse_jax.configs import LINEARS
-from benchmarks import decode, decode_costs, decode_rows, merged_step, streaming
+from benchmarks import decode, decode_costs, decode_report, decode_rows, merged_step, streaming
 from benchmarks.decode_costs import SIZES, costs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -51,9 +52,21 @@ class TestCosts:
         count = sum(leaf.size for leaf in jax.tree.leaves((model, adapter)))
         assert costs(shapes, "adafuse", "qv", "unmerged", 1, 0).params_b * 1e9 == pytest.approx(count)
         assert costs(shapes, "backbone", "-", "-", 1, 0).params_b * 1e9 == sum(x.size for x in jax.tree.leaves(model))
-        layerwise = decode_rows.random_layerwise(decode_rows.adapter_config(shapes, "all7"), config)
-        count = sum(leaf.size for leaf in jax.tree.leaves((model, layerwise)))
-        assert costs(shapes, "lora-moe", "all7", "-", 1, 0).params_b * 1e9 == pytest.approx(count)
+        for method, targets, _ in decode.METHODS:
+            adapter = decode_rows.random_adapter(decode_rows.adapter_config(shapes, targets, None, method), config)
+            count = sum(leaf.size for leaf in jax.tree.leaves(model)) + num_parameters(adapter)
+            told = costs(shapes, method, targets, "unmerged", 1, 0).params_b * 1e9
+            # the two layers of this size have MoLA's first two numbers of experts, and not all four
+            assert told == pytest.approx(count) or (method == "mola" and told > count)
+        mixture = costs(shapes, "moral", "all7", "unmerged", 1, 0)
+        assert costs(shapes, "lora-moe-compiled", "all7", "-", 1, 0) == mixture
+
+    def test_a_merged_lora_costs_what_the_backbone_does(self):
+        bare = costs(SEVEN_B, "backbone", "-", "-", 1, 100)
+        beside, merged = (costs(SEVEN_B, "lora", "all7", strategy, 1, 100) for strategy in ("unmerged", "merged"))
+        assert (merged.bytes_gb, merged.flops_g) == (bare.bytes_gb, bare.flops_g)
+        assert beside.bytes_gb - bare.bytes_gb == pytest.approx(0.32, abs=0.01)
+        assert costs(SEVEN_B, "peft-lora", "all7", "-", 1, 100) == beside
 
     def test_rows_share_experts(self):
         one, eight = (costs(SEVEN_B, "adafuse", "all7", "unmerged", b, 0) for b in (1, 8))
@@ -77,29 +90,6 @@ class TestRandomModules:
         for leaf in jax.tree.leaves(adapter.experts):
             assert leaf.dtype == jnp.bfloat16
             assert (leaf != 0).mean() > 0.99
-
-    def test_the_layer_wise_mixture_against_float64(self):
-        shapes = SIZES["tiny"]
-        config = decode_rows.model_config(shapes)
-        mixture = decode_rows.random_layerwise(decode_rows.adapter_config(shapes, "all7"), config)
-        mixture = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), mixture)
-        model = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), decode_rows.random_backbone(config))
-        x = jax.random.normal(jax.random.key(5), (1, 6, shapes.hidden_dim))
-        layer, experts = jax.tree.map(lambda leaf: leaf[1], (model.layers, mixture.experts))
-        found = mixture.hook(experts, 1, None, None)("down_proj", layer.down_proj, x)
-        of = mixture.experts["down_proj"]
-        router, a, b, w = (
-            np.asarray(v[...][1], np.float64)
-            for v in (of.router.weight, of.lora.A, of.lora.B, model.layers.down_proj.weight)
-        )
-        for token, y in zip(np.asarray(x[0], np.float64), found[0], strict=True):
-            z = router @ token
-            best = np.argsort(-z)[:2]
-            gates = np.exp(z[best]) / np.exp(z[best]).sum()
-            wanted = w @ token
-            delta = sum(g * of.lora.scale * (b[e] @ (a[e] @ token)) for g, e in zip(gates, best, strict=True))
-            assert np.abs(delta).max() > 1e-3
-            assert np.abs(np.asarray(y) - (wanted + delta)).max() < 1e-5
 
 
 @pytest.fixture
@@ -162,6 +152,13 @@ class TestDecode:
         assert result["rows"][-1]["ms_per_token"] > 0
         assert len(result["rows"]) == 6
         assert (tmp_path / "decode.png").stat().st_size > 10_000
+
+    def test_compared_methods(self, in_process, tmp_path):
+        result = run(tmp_path, "--part=methods")
+        places = [(row["method"], row["targets"], row["strategy"]) for row in result["rows"]]
+        assert sorted(places) == sorted(decode.METHODS)
+        assert [method for method, *_ in places] == sorted((m for m, *_ in places), key=decode_report.METHODS.index)
+        assert all(row["ms_per_token"] > 0 for row in result["rows"]), result["details"]
 
     def test_points_of_the_breakdown(self):
         points = decode_rows.layer_points([8, 64, 128], [1, 128, 512, 2048], 64)
