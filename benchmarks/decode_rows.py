@@ -56,7 +56,7 @@ def model_config(shapes: Shapes) -> ModelConfig:
     )  # fmt: skip
 
 
-def adapter_config(shapes: Shapes, targets: str, rank: int | None = None, method: str = "adafuse") -> AdapterConfig:
+def adapter_config(shapes: Shapes, targets: str, rank: int | None = None, method: Any = "adafuse") -> AdapterConfig:
     """The same rank, experts and top-k for every method, as far as it has them."""
     wanted: dict[str, Any] = {
         "targets": TARGETS[targets], "num_experts": shapes.num_experts, "rank": rank or shapes.rank,
