@@ -110,7 +110,6 @@ def write(results: Mapping[str, dict[str, Any]], out: Path, *, command: str, mac
         "study": None if some is None else some["identity"],
         "scored_and_left_out": questions,
         "validation": {name: found for name in METHODS if (found := _grid(results, name))},
-        "recovered": {name: r["recovered_from"] for name, r in sorted(results.items()) if "recovered_from" in r},
         "rows": rows,
     }
     _replace(out / "accuracy.json", json.dumps(table, indent=2) + "\n")
@@ -148,9 +147,6 @@ def markdown(rows: list[dict[str, Any]], table: dict[str, Any]) -> str:
         "is the one with the best accuracy on the validation questions of the mixture.",
     ]
     lines += _grid_table(table["validation"], table["scored_and_left_out"].get("validation", [0])[0])
-    if table["recovered"]:
-        reason = "; ".join(sorted(set(table["recovered"].values())))
-        lines += ["", f"{len(table['recovered'])} of these runs are recovered from {reason}."]
     titles = {
         "mixture": "Trained on all sets together",
         "alone": "Trained on each set alone",

@@ -418,11 +418,11 @@ def test_bad_flags(more: tuple[str, ...], says: str, study: Path, tmp_path: Path
     assert says in str(told.value)
 
 
-def test_the_report_names_what_is_not_run_yet_and_what_is_recovered():
+def test_the_report_names_what_is_not_run_yet():
     from benchmarks import accuracy_report
 
     table = {
-        "command": "x", "device": "d", "jax": "0", "recovered": {"a": "a log"},
+        "command": "x", "device": "d", "jax": "0",
         "scored_and_left_out": {"validation": [816, 0]},
         "validation": {"lora": {"0.0003": 0.25, "0.0006": 0.5}},
         "study": {"sets": {"s": [1, 1, 1]}, "epochs": 2, "batch_size": 8, "length": 512, "dtype": "bfloat16"},
@@ -434,6 +434,5 @@ def test_the_report_names_what_is_not_run_yet_and_what_is_recovered():
     }  # fmt: skip
     text = accuracy_report.markdown([bare], table)
     assert "| lora | 25.00 (0.0003) | 50.00 (0.0006) |" in text
-    assert "1 of these runs are recovered from a log." in text
     assert "| adafuse | not run yet |" in text
     assert "| k=1 | | | not run yet |" in text
