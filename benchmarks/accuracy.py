@@ -276,7 +276,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ablations", nargs="*", default=list(ABLATIONS), choices=list(ABLATIONS), metavar="ABLATION")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, metavar="SET")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 6e-4, 1.2e-3], help="full: a fifth")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[6e-4, 2e-3, 6e-3], help="full: a fiftieth")
     parser.add_argument("--epochs", type=float, default=1.3)
     parser.add_argument("--batch-size", type=int, default=8, help="packed rows per lane and step")
     parser.add_argument("--length", type=int, default=512, help="tokens of a packed row")
