@@ -35,8 +35,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 RATE_SCALE = {"full": 0.02}
-"""Of the grid's learning rates: all weights of a backbone want smaller ones than an adapter that starts from B = 0. In a first
-grid of 3e-4 to 1.2e-3 the adapters were best at its top, and the full backbone with 6e-5."""
+"""Of the grid's learning rates: all weights of a backbone want smaller ones than an adapter that starts from B = 0. In a
+first grid of 3e-4 to 1.2e-3 the adapters were best at its top, and the full backbone with 6e-5."""
 
 
 def _ablation(**changes: Any) -> dict[str, Any]:
