@@ -12,6 +12,7 @@ are made. The parts can run at different times, and parts of parts, by the names
 
     jax     ceilings; the backbone, and every strategy of the engine, with q, v and with all 7 linears adapted
     methods the methods that AdaFuse is compared with, in the same engine
+    context a step by the length of its context, to the model's longest
     layer   one adapted layer: its backbone part and its adapter part, over rank and sequence length
     hf, peft, moe    the peers, see `benchmarks.peers_torch`
 """
@@ -37,7 +38,7 @@ from adafuse_jax.presets import PRESETS
 from benchmarks.decode_costs import SIZES, Shapes
 from benchmarks.decode_report import merge_parts
 
-PARTS = ("jax", "methods", "layer", "hf", "peft", "moe")
+PARTS = ("jax", "methods", "context", "layer", "hf", "peft", "moe")
 ONE_ROW = ("golden", "switch", "simple")
 """Strategies that merge one row's experts into the weights, and so decode one row at a time."""
 METHODS = (
@@ -75,6 +76,9 @@ def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
         lengths, ranks = ([1, 16], [4, 8]) if arguments.size == "tiny" else ([1, 128, 512, 2048], [8, 16, 32, 64, 128])
         settings = {"kind": "layer", "ranks": ranks, "lengths": lengths, "seconds": 0.2}
         return [Job(name="layer", module=rows_module, settings=settings)]
+    if part == "context":
+        contexts = [16, 64] if arguments.size == "tiny" else [128, 472, 984, 2008, 4056]
+        return [Job(name="context", module=rows_module, settings={"kind": "contexts", "contexts": contexts})]
     if part == "jax":
         jobs = [Job(name="ceilings", module=rows_module, settings={"kind": "ceilings", "seconds": 0.3})]
         strategies = [s for s in PRESETS["adafuse"].strategies if s not in ONE_ROW] + list(ONE_ROW)
@@ -200,7 +204,7 @@ def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
         result, problem = run_job(job, common, arguments.job_seconds, python)
         for fact in ("jax", "torch", "transformers"):
             found["versions"] |= {fact: result[fact]} if fact in result else {}
-        found |= {key: result[key] for key in ("device", "ceilings", "breakdown") if key in result}
+        found |= {key: result[key] for key in ("device", "ceilings", "breakdown", "contexts") if key in result}
         rows = result.get("rows", [])
         there = [{key: row[key] for key in place("", "")} for row in rows]
         rows += [row | {"error": problem or "no result"} for row in job.rows if row not in there]

@@ -90,7 +90,7 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
     versions = {name: version for part in parts for name, version in part["versions"].items()}
     extras = [{k: v for k, v in row.items() if k in KEY or k not in FIELDS} for row in ordered]
     commands, prompts = (list(dict.fromkeys(part[name] for part in parts)) for name in ("command", "prompts"))
-    breakdowns = [part["breakdown"] for part in parts if "breakdown" in part]
+    breakdowns, contexts = ([part[name] for part in parts if name in part] for name in ("breakdown", "contexts"))
     notes = [*(f"Prompts: {told}." for told in prompts), *NOTES]
     for way in ways[-1:]:
         speeds = (f"{kind} by {name} {speed:.2f}" for kind in ("read", "copy") for name, speed in way[kind].items())
@@ -107,6 +107,7 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "rows": [row for key, row in finished.items() if key[0] not in PEERS],
         "peers": [row for key, row in finished.items() if key[0] in PEERS],
         "breakdown": breakdowns[-1] if breakdowns else [],
+        "contexts": contexts[-1] if contexts else [],
         "details": extras,
         "notes": notes,
     }  # fmt: skip
@@ -163,6 +164,24 @@ def layer_table(breakdown: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def context_table(contexts: list[dict[str, Any]], read: float | None) -> list[str]:
+    lines = [
+        "| | tokens in the cache | ms | GB | of read | more than the shortest, ms | its bytes' own, ms |",
+        "|---" * 7 + "|",
+    ]
+    first: dict[str, Any] = {}
+    for row in contexts:
+        start = first.setdefault(row["method"], row)
+        share = bytes_ms = None
+        if read is not None:
+            share, bytes_ms = 100 * row["bytes_gb"] / row["ms"] / read, (row["bytes_gb"] - start["bytes_gb"]) / read
+        cells = [" ".join(row[key] for key in KEY[:3] if row[key] != "-"), str(row["context"]), f"{row['ms']:.3f}"]
+        cells += [f"{row['bytes_gb']:.2f}", number(share, ".0f") + "%" * (share is not None)]
+        cells += [f"{row['ms'] - start['ms']:.3f}", number(bytes_ms, ".3f")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def provenance(result: dict[str, Any]) -> str:
     software = ", ".join(f"{name} {result[name]}" for name in ("jax", "torch", "transformers") if result.get(name))
     experts = "E={num_experts}, R={rank}, k={top_k}".format(**result)
@@ -178,6 +197,8 @@ def to_markdown(result: dict[str, Any]) -> str:
     for title, rows in (("AdaFuse-JAX", result["rows"]), ("Peers in torch", result["peers"])):
         if rows:
             lines += [f"## {title}", "", *table(rows, details), ""]
+    if result["contexts"]:
+        lines += ["## Longer contexts, batch 1, steps alone", "", *context_table(result["contexts"], read), ""]
     if result["breakdown"]:
         lines += ["## One layer, all seven linears adapted", "", *layer_table(result["breakdown"]), ""]
     lines += ["## Notes", "", *(f"- {note}" for note in result["notes"])]
@@ -186,6 +207,11 @@ def to_markdown(result: dict[str, Any]) -> str:
         if "tried" in row:
             tried = "; ".join(f"{way}: {told}" for way, told in row["tried"].items())
             lines.append(f"- {name} ran with {row['configuration']}. {tried}.")
+        if "step_ms" in row:
+            lines.append(
+                f"- {name}: {row['step_ms']:.3f} ms a step when no token is handed to the host, so doing that and looking "
+                f"for the end cost {row['stall_pct']:+.1f}%."
+            )
         if "experts_change_pct" in row:
             lines.append(
                 f"- {name}: a token's experts are others than those before it in {row['experts_change_pct']:.0f}% of the "

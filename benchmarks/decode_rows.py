@@ -32,12 +32,13 @@ from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.base import Adapter
 from adafuse_jax.adapters.methods import make_adapter
 from adafuse_jax.configs import AdapterConfig, ModelConfig
+from adafuse_jax.decoding import engine as engine_module
 from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.sampling import Sampling
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from adafuse_jax.presets import PRESETS
-from benchmarks.decode_costs import MOLA_EXPERTS, SIZES, TARGETS, Shapes
+from benchmarks.decode_costs import MOLA_EXPERTS, SIZES, TARGETS, Shapes, costs
 
 NO_REPEATS = Sampling.of(repetition_penalty=1e6)
 LAYERS = 4
@@ -195,6 +196,46 @@ def batches_of(prompts: Sequence[Sequence[int]], batch: int, count: int) -> list
     return [[prompts[(i * batch + j) % len(prompts)] for j in range(batch)] for i in range(count)]
 
 
+def time_steps(engine: Engine, batch: int, context: int, steps: int = 40, repeats: int = 5) -> float:
+    """ms of a step at `context` tokens in the cache: the median of the repeats. The steps are chained, and no token of
+    theirs is handed to the host."""
+    slots = engine_module.bucket(context + steps, engine_module.MIN_SLOTS)
+    state = engine._empty_state(batch, slots, NO_REPEATS)
+    times = []
+    for _ in range(repeats + 1):
+        state = jax.block_until_ready(replace(state, position=jnp.full(batch, context, jnp.int32)))
+        begun = time.perf_counter()
+        for _ in range(steps):
+            _, state = engine._step(state, NO_REPEATS)
+        jax.block_until_ready(state)
+        times.append(1e3 * (time.perf_counter() - begun) / steps)
+    engine.restore()
+    return statistics.median(times[1:])  # the first compiles
+
+
+def measure_contexts(job: dict[str, Any], tell: Tell) -> None:
+    """ms of a step of one row by the tokens in its cache, for the backbone and for the default with all linears adapted."""
+    shapes, found = SIZES[job["size"]], []
+    config = model_config(shapes)
+    model = random_backbone(config)
+    for method, targets in (("backbone", "-"), ("adafuse", "all7")):
+        adapter = None if method == "backbone" else random_adapter(adapter_config(shapes, targets), config)
+        engine = Engine(model, adapter, eos_ids=())
+        for context in job["contexts"]:
+            moved = costs(shapes, method, targets, engine.strategy, 1, context).bytes_gb
+            row = {
+                "method": method,
+                "targets": targets,
+                "strategy": engine.strategy,
+                "context": context,
+                "bytes_gb": moved,
+            }
+            row["ms"] = time_steps(engine, 1, context)
+            found.append(row)
+            print("  {method} {targets}, {context} tokens: {ms:.3f} ms, {bytes_gb:.3f} GB".format(**row), flush=True)
+            tell({"contexts": found})
+
+
 def measure_rows(job: dict[str, Any], tell: Tell) -> None:
     """Rows of one strategy and its targets, batch by batch; `tell` gets all rows so far."""
     shapes, prompts, method = SIZES[job["size"]], job["prompts"], job["method"]
@@ -215,6 +256,8 @@ def measure_rows(job: dict[str, Any], tell: Tell) -> None:
             longest = max(queries, key=lambda rows: max(map(len, rows)))
             row["warm_up_s"] = warm_up(engine, longest, job["new_tokens"])
             row |= time_rows(engine, queries, job["new_tokens"], job["row_seconds"])
+            row["step_ms"] = time_steps(engine, batch, round(row["context"]))
+            row["stall_pct"] = 100 * (row["ms_per_token"] / row["step_ms"] - 1)
             text = "{ms_per_token:.3f} ± {spread_ms:.3f} ms, {queries} queries, warm-up {warm_up_s:.0f} s".format(**row)
         except Exception as error:
             text = row["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
@@ -290,6 +333,8 @@ def main() -> None:
     tiny = job["size"] == "tiny"
     if job["kind"] == "ceilings":
         tell({"ceilings": measure_ceilings(2**12 if tiny else 2**30, job["seconds"])})
+    elif job["kind"] == "contexts":
+        measure_contexts(job, tell)
     elif job["kind"] == "layer":
         measure_layer(shapes, job["ranks"], job["lengths"], job["seconds"], tell)
     else:

@@ -103,7 +103,9 @@ def in_process(monkeypatch):
         found = {"device": "cpu", "jax": jax.__version__}
         if job.settings["kind"] == "ceilings":
             return found | {"ceilings": decode_rows.measure_ceilings(2**12, seconds=1e-3)}, None
-        if job.settings["kind"] == "layer":
+        if job.settings["kind"] == "contexts":
+            decode_rows.measure_contexts(common | job.settings, found.update)
+        elif job.settings["kind"] == "layer":
             decode_rows.measure_layer(SIZES["tiny"], [8], [1, 8], 1e-3, found.update, num_layers=1)
         else:
             decode_rows.measure_rows(common | job.settings, found.update)
@@ -142,6 +144,7 @@ class TestDecode:
         assert failed["ms_per_token"] is None
         details = {(row["targets"], row["strategy"], row["batch"]): row for row in result["details"]}
         assert details["qv", "golden", 1]["queries"] == 2
+        assert details["qv", "golden", 1]["step_ms"] > 0
         assert details["all7", "unmerged", 2]["distinct_experts"] >= 2
         markdown = (tmp_path / "decode.md").read_text()
         assert "RuntimeError: out of / memory" in markdown
@@ -170,6 +173,17 @@ class TestDecode:
         for row in result["breakdown"]:
             assert row["backbone_ms"] > 0
             assert {"adafuse_ms", "layerwise_ms"} <= row.keys()
+
+    def test_contexts(self, in_process, tmp_path):
+        result = run(tmp_path, "--part=context")
+        assert [(row["method"], row["context"]) for row in result["contexts"]] == [
+            ("backbone", 16), ("backbone", 64), ("adafuse", 16), ("adafuse", 64),
+        ]  # fmt: skip
+        short, long = result["contexts"][:2]
+        cache = 2 * SIZES["tiny"].num_layers * SIZES["tiny"].embed_dim * 2
+        assert long["bytes_gb"] - short["bytes_gb"] == pytest.approx(48 * cache / 1e9)
+        markdown = (tmp_path / "decode.md").read_text()
+        assert f"| backbone | 64 | {long['ms']:.3f} |" in markdown
 
     def test_nothing_measured(self, tmp_path):
         with pytest.raises(SystemExit, match="no part"):

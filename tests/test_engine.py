@@ -112,7 +112,7 @@ class TestPrefill:
         context, pairs, sizes = model.config.max_position_embeddings, set(), set()
         for length in (1, 16, 17, 40, 64, 65, 90, 110):
             generate(engine, prompt_of(model, length), n=3)
-            slots = engine_module._bucket(min(length + 3, context), engine_module.MIN_SLOTS)
+            slots = engine_module.bucket(min(length + 3, context), engine_module.MIN_SLOTS)
             sizes.add(slots)
             pairs |= {(slots, chunk) for chunk in engine_module._chunks(length)}
         after = engine_module._prefill_chunk._cache_size(), engine_module.decode_step._cache_size()

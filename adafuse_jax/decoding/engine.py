@@ -78,7 +78,8 @@ class Token:
     """Host time since the generation of this token's predecessor (of the first token: since the call)."""
 
 
-def _bucket(length: int, smallest: int) -> int:
+def bucket(length: int, smallest: int) -> int:
+    """Slots of the cache that holds `length` tokens: the next power of two."""
     return max(smallest, 1 << (length - 1).bit_length())
 
 
@@ -318,7 +319,7 @@ class Engine:
             )
         sampling = sampling or Sampling.of()
         budgets = np.array([self.max_new_tokens(len(p), max_new_tokens) for p in prompts])
-        budget, slots = int(budgets.max()), _bucket(int((budgets + [len(p) for p in prompts]).max()), MIN_SLOTS)
+        budget, slots = int(budgets.max()), bucket(int((budgets + [len(p) for p in prompts]).max()), MIN_SLOTS)
         state, cached = self._take_kept(prompts, slots, sampling) if keep_cache else (None, [0] * len(prompts))
         if state is None:
             state = self._empty_state(len(prompts), slots, sampling)
