@@ -82,12 +82,14 @@ def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
     if part == "jax":
         jobs = [Job(name="ceilings", module=rows_module, settings={"kind": "ceilings", "seconds": 0.3})]
         strategies = [s for s in PRESETS["adafuse"].strategies if s not in ONE_ROW] + list(ONE_ROW)
-        for strategy in ("-", *strategies):
-            batches = [b for b in sorted(arguments.batches) if b == 1 or strategy not in ONE_ROW]
-            for targets in ("qv", "all7") if strategy != "-" else ("-",):
-                name = "backbone" if strategy == "-" else f"{strategy}-{targets}"
-                method = "backbone" if strategy == "-" else "adafuse"
-                jobs.append(rows_job(name, method, targets, strategy, batches))
+        batches = sorted(arguments.batches)
+        jobs += [rows_job("backbone", "backbone", "-", "-", batches)]
+        jobs += [rows_job("backbone-unmerged", "backbone", "-", "unmerged", batches)]
+        for strategy in strategies:
+            some = [b for b in batches if b == 1 or strategy not in ONE_ROW]
+            jobs += [
+                rows_job(f"{strategy}-{targets}", "adafuse", targets, strategy, some) for targets in ("qv", "all7")
+            ]
         return jobs
     if part == "methods":
         return [

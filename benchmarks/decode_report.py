@@ -20,7 +20,8 @@ NOTES = (
     "the median over the queries, ± their slowest less their fastest. Compilation is in none of the times.",
     "Bytes are computed, per step: weights, norms and head, the cache up to its mean length, the factors of the experts in "
     "use, and what a merge writes and reads again. The share of the read bandwidth is these bytes over the time.",
-    "Over backbone: over the row of the same batch without an adapter; of a peer, over hf in the same form.",
+    "Over backbone: over the row of the same batch without an adapter, which is one launch where that can run; of unmerged "
+    "and simple, over the one that is single operations as they are; of a peer, over hf in the same form.",
     "Our rows decode greedily among the tokens that the text does not have yet, through Engine.generate, which hands every "
     "token to the host; the peers take the likeliest token and hand over none.",
     "Peak memory includes prefill; of our rows it is the process's from its start, of the peers that of the timed queries.",
@@ -54,7 +55,8 @@ def rank_of(row: dict[str, Any]) -> tuple[int, ...]:
 def baseline_of(row: dict[str, Any]) -> tuple[Any, ...]:
     if row["method"] in PEERS:
         return "hf-compiled" if row["method"].endswith("-compiled") else "hf", "-", "-", 1
-    return "backbone", "-", "-", row["batch"]
+    single = row["strategy"] in ("unmerged", "simple")
+    return "backbone", "-", "unmerged" if single else "-", row["batch"]
 
 
 def complete(

@@ -245,7 +245,7 @@ def measure_rows(job: dict[str, Any], tell: Tell) -> None:
     begun = time.perf_counter()
     config = model_config(shapes)
     adapter = None if method == "backbone" else random_adapter(adapter_config(shapes, targets, None, method), config)
-    options = {} if adapter is None else {"strategy": strategy}
+    options = {} if strategy == "-" else {"strategy": strategy}
     engine = Engine(random_backbone(config), adapter, eos_ids=(), **options)
     del adapter
     print(f"  {name}: model made in {time.perf_counter() - begun:.1f} s", flush=True)

@@ -130,7 +130,8 @@ class TestDecode:
         assert all(set(row) == ROW_FIELDS for row in result["rows"])
         places = [(row["method"], row["targets"], row["strategy"], row["batch"]) for row in result["rows"]]
         assert places == [
-            ("backbone", "-", "-", 1), ("backbone", "-", "-", 2), ("adafuse", "all7", "unmerged", 1),
+            ("backbone", "-", "-", 1), ("backbone", "-", "-", 2), ("backbone", "-", "unmerged", 1),
+            ("backbone", "-", "unmerged", 2), ("adafuse", "all7", "unmerged", 1),
             ("adafuse", "all7", "unmerged", 2), ("adafuse", "qv", "golden", 1), ("adafuse", "qv", "simple", 1),
         ]  # fmt: skip
         *measured, failed = result["rows"]
@@ -139,8 +140,9 @@ class TestDecode:
             assert row["spread_ms"] >= 0
             assert row["read_bandwidth_pct"] > 0
             assert row["params_b"] > 0
-        base = {row["batch"]: row["ms_per_token"] for row in measured[:2]}
-        assert measured[3]["overhead_pct"] == pytest.approx(100 * (measured[3]["ms_per_token"] / base[2] - 1), abs=0.1)
+        base = {(row["strategy"], row["batch"]): row["ms_per_token"] for row in measured[:4]}
+        for row, over in ((measured[5], base["unmerged", 2]), (measured[6], base["-", 1])):
+            assert row["overhead_pct"] == pytest.approx(100 * (row["ms_per_token"] / over - 1), abs=0.1)
         assert failed["ms_per_token"] is None
         details = {(row["targets"], row["strategy"], row["batch"]): row for row in result["details"]}
         assert details["qv", "golden", 1]["queries"] == 2
@@ -153,7 +155,7 @@ class TestDecode:
         in_process.clear()
         result = run(tmp_path, "--part=jax", "--only", "simple-qv")
         assert result["rows"][-1]["ms_per_token"] > 0
-        assert len(result["rows"]) == 6
+        assert len(result["rows"]) == 8
         assert (tmp_path / "decode.png").stat().st_size > 10_000
 
     def test_compared_methods(self, in_process, tmp_path):
@@ -183,7 +185,7 @@ class TestDecode:
         cache = 2 * SIZES["tiny"].num_layers * SIZES["tiny"].embed_dim * 2
         assert long["bytes_gb"] - short["bytes_gb"] == pytest.approx(48 * cache / 1e9)
         markdown = (tmp_path / "decode.md").read_text()
-        assert f"| backbone | 64 | {long['ms']:.3f} |" in markdown
+        assert f"| backbone {long['strategy']} | 64 | {long['ms']:.3f} |" in markdown
 
     def test_nothing_measured(self, tmp_path):
         with pytest.raises(SystemExit, match="no part"):
