@@ -255,20 +255,31 @@ def test_route_before_the_token_equals_the_modules(targets):
 
 
 def test_what_it_cannot_do_is_said():
-    for changes, dtype, batch, rank, said in (
-        ({}, jnp.float32, 1, 64, "float32"),
-        ({"head_dim": 96}, jnp.bfloat16, 1, 64, "96 dimensions"),
-        ({"vocab_size": 32001}, jnp.bfloat16, 1, 64, "lm_head is"),
-        ({}, jnp.bfloat16, 33, 64, "33 rows"),
-        ({"hidden_dim": 28672}, jnp.bfloat16, 32, 64, "with 32 rows"),
-        ({}, jnp.bfloat16, 1, 40, "rank 40"),
+    for changes, dtype, options, said in (
+        ({}, jnp.float32, {}, "float32"),
+        ({}, jnp.float16, {}, "float16"),
+        ({"head_dim": 96}, jnp.bfloat16, {}, "96 dimensions"),
+        ({"vocab_size": 32001}, jnp.bfloat16, {}, "lm_head is"),
+        ({}, jnp.bfloat16, {"batch": 33}, "33 rows"),
+        ({"hidden_dim": 28672}, jnp.bfloat16, {"batch": 32}, "with 32 rows"),
+        ({}, jnp.bfloat16, {"rank": 40}, "rank 40"),
+        ({}, jnp.bfloat16, {"batch": 32, "max_used": 32}, "32 experts of rank 64 in use by 32 rows do not fit"),
+        ({}, jnp.bfloat16, {"batch": 32, "max_used": 32, "rank": 256}, "32 experts of rank 256"),
     ):
-        assert said in (obstacle(replace(LLAMA2_7B, **changes), dtype, batch, ("q_proj",), rank) or "")
-    assert obstacle(LLAMA2_7B, jnp.bfloat16, 32, LINEARS, 128) is None
-    assert obstacle(replace(LLAMA2_7B, hidden_dim=28672), jnp.bfloat16, 8, LINEARS, 128) is None
+        options = {"batch": 1, "targets": LINEARS, "rank": 64} | options
+        assert said in (obstacle(replace(LLAMA2_7B, **changes), dtype, **options) or "")
+    assert obstacle(LLAMA2_7B, jnp.bfloat16, 32, LINEARS, rank=128, max_used=8) is None
+    assert obstacle(replace(LLAMA2_7B, hidden_dim=28672), jnp.bfloat16, 8, LINEARS, rank=128, max_used=8) is None
     model, adapter, cache, tokens, positions = make(Case())
     with pytest.raises(ValueError, match="float32"):
-        fused_step(in_fp32(model), adapter, Fused.of(in_fp32(model), None), tokens, positions, in_fp32(cache))
+        fused_step(
+            in_fp32(model), adapter, Fused.of(in_fp32(model), None), tokens, positions, in_fp32(cache), num_blocks=2
+        )  # fmt: skip
+    arguments = model, None, Fused.of(model, None), tokens, positions, cache
+    with pytest.raises(ValueError, match="compiled, all phases are one launch"):
+        fused_step(*arguments, num_blocks=2, one_launch=False)
+    with pytest.raises(ValueError, match="interpreted, several blocks need a launch"):
+        fused_step(*arguments, num_blocks=2, interpret=plgpu.InterpretGPUParams())
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="on a CPU")

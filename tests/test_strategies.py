@@ -187,7 +187,7 @@ class TestOneLaunch:
             experts = None if adapter is None else out.routing.experts_of_row()
             return model.logits(out.hidden[:, 0]), experts, out.cache
 
-        def obstacle(model, batch=1):
+        def obstacle(model, batch=1, adapter=None):
             return "it takes 2 rows" if batch > 2 else None
 
         monkeypatch.setattr(engine_module, "fused_step", step)
@@ -203,15 +203,21 @@ class TestOneLaunch:
         assert generate(engine, prompt, n=24) == wanted
         assert self.launches == [(True, [])]  # traced once, without an adapter
 
-    def test_default_is_fused_and_large_batches_are_not(self, models):  # noqa: F811
+    def test_default_is_fused_and_large_batches_are_not(self, models, caplog):  # noqa: F811
         model, adapter = adapted(CASES[0], models)
         engine = Engine(model, adapter, eos_ids=())
         assert (engine.strategy, Engine(model).strategy) == ("fused", "fused")
         prompts = [prompt_of(model, n) for n in (4, 9, 6)]
         assert [t.ids.tolist() for t in engine.generate(prompts[:2], max_new_tokens=5)]
         assert self.launches == [(False, ["q_proj", "v_proj"])]
-        assert len([t.ids.tolist() for t in engine.generate(prompts, max_new_tokens=5)]) == 5
+        for _ in range(2):
+            with caplog.at_level("INFO"):
+                assert len([t.ids.tolist() for t in engine.generate(prompts, max_new_tokens=5)]) == 5
         assert len(self.launches) == 1
+        assert (engine.strategy_of(2), engine.strategy_of(3)) == ("fused", "unmerged")
+        assert (
+            caplog.text.count("decoding 3 prompts with single operations instead of one launch: it takes 2 rows") == 1
+        )
         with pytest.raises(UserError, match="fused cannot run: it takes 2 rows; decode fewer"):
             next(Engine(model, adapter, strategy="fused", eos_ids=()).generate(prompts, max_new_tokens=5))
 

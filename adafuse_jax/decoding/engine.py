@@ -203,7 +203,8 @@ class Engine:
         strategy: Strategy | None = None,
         eos_ids: Sequence[int] | None = None,
     ):
-        no_launch, self._chosen = fused_obstacle(model), strategy is None
+        readable = adapter if isinstance(adapter, AdaFuse) else None
+        no_launch, self._by_default = fused_obstacle(model, adapter=readable), strategy is None
         if strategy is None:
             fits = adapter is None or "fused" in PRESETS[adapter.config.adapter].strategies
             strategy = "fused" if fits and no_launch is None else "unmerged"
@@ -236,8 +237,13 @@ class Engine:
         self._model, self.adapter, self.strategy = model, acting, strategy
         self._fused: Fused | None = None
         in_merged = strategy in ("golden", "switch", "merged")
+        self._read = None if in_merged else readable
+        no_launch = fused_obstacle(model) if in_merged else no_launch
         if strategy == "fused" or (in_merged and no_launch is None):
             self._fused = Fused.of(model, acting if isinstance(acting, AdaFuse) else None, merged=in_merged)
+        elif in_merged:
+            log.info("decoding %s with single operations: one launch cannot run, as %s", strategy, no_launch)
+        self._obstacles: dict[int, str | None] = {1: no_launch}
         config = model.config
         self.context_length = config.max_position_embeddings
         self.eos_ids = tuple(config.eos_token_ids if eos_ids is None else eos_ids)
@@ -265,6 +271,18 @@ class Engine:
         if self._merged is None:
             raise UserError("a decoding step failed and took the merged weights with it; load the model again")
         return self._merged
+
+    def _obstacle(self, batch: int) -> str | None:
+        """Why a step of so many rows cannot be one launch, which the log says once, or None."""
+        if self._fused is not None and batch not in self._obstacles:
+            self._obstacles[batch] = why_not = fused_obstacle(self._model, batch, self._read)
+            if why_not is not None:
+                log.info("decoding %d prompts with single operations instead of one launch: %s", batch, why_not)
+        return self._obstacles.get(batch)
+
+    def strategy_of(self, batch: int) -> Strategy:
+        """How so many rows are decoded together: `strategy`, or unmerged where that is *fused* by default and cannot run."""
+        return "unmerged" if self.strategy == "fused" and self._obstacle(batch) else self.strategy
 
     def max_new_tokens(self, prompt_tokens: int, asked: int) -> int:
         """`asked`, or what the context has left after the prompt. Raises `UserError` if the prompt alone fills it."""
@@ -306,11 +324,8 @@ class Engine:
                 f"strategy {self.strategy} merges the experts of one row into the weights, and there are {len(prompts)} "
                 "prompts; give one at a time, or decode unmerged"
             )
-        why_not = None if self._fused is None else fused_obstacle(self._model, len(prompts))
-        if why_not is not None:
-            if self.strategy == "fused" and not self._chosen:
-                raise UserError(f"strategy fused cannot run: {why_not}; decode fewer prompts together, or unmerged")
-            log.info("decoding with single operations instead of one launch: %s", why_not)
+        if self.strategy == "fused" and not self._by_default and (why_not := self._obstacle(len(prompts))):
+            raise UserError(f"strategy fused cannot run: {why_not}; decode fewer prompts together, or unmerged")
         vocab_size, largest = self._model.config.vocab_size, max(int(max(p)) for p in prompts)
         if largest >= vocab_size:
             raise UserError(
@@ -419,9 +434,7 @@ class Engine:
     def _step(self, state: DecodeState, sampling: Sampling) -> tuple[Any, DecodeState]:
         merged = self._present() if self._merges else None
         self._merged, self._switched = None, False  # if the step fails, what it was given is gone
-        fused = self._fused
-        if fused is not None and fused_obstacle(self._model, len(state.token)) is not None:
-            fused = None
+        fused = None if self._obstacle(len(state.token)) else self._fused
         output, state, self._merged = decode_step(
             self._model,
             self.adapter,

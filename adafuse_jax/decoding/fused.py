@@ -2,7 +2,8 @@
 
     token → experts, gates (a table lookup where the router sees the token alone) → all layers and the head → logits
 
-The experts stay beside the weights, y = W x + Σ_j g_j s B[e_j] (A[e_j] x), and of their factors only those in use are read.
+The experts stay beside the weights, y = W x + Σ_j g_j s B[e_j] (A[e_j] x), and of their factors only those in use are read;
+or they are in the weights already, and the launch is the backbone's.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class GateTable:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fused:
     """What the step reads besides the model, laid out once: all norms [2L + 1, D]; the experts' factors, the adapter's own
-    arrays unless the rank is no multiple of 64, when they are copies with zeros behind; and the gates of every token."""
+    arrays unless their type is another or the rank is no multiple of 64, when they are copies with zeros behind; and the
+    gates of every token."""
 
     norms: Float[Array, "2L+1 D"]
     a: dict[str, Float[Array, "L E R in"]]
@@ -88,14 +90,22 @@ def shape_of(config: ModelConfig) -> Shape:
     return Shape(**{name: getattr(config, name) for name in Shape.__dataclass_fields__})
 
 
-def fused_obstacle(model: Backbone, batch: int = 1) -> str | None:
-    """Why the fused step cannot decode `batch` rows with this model on this device, or None."""
-    device = jax.devices()[0]
+def fused_obstacle(model: Backbone, batch: int = 1, adapter: AdaFuse | None = None) -> str | None:
+    """Why the fused step cannot decode `batch` rows with this model on its device, or None. `adapter`: the one whose
+    factors it is to read."""
+    device = next(iter(model.embed_tokens[...].devices()))
     if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
         return f"it needs a Hopper GPU, this is {device.device_kind}"
     if mesh_of(model) is not None:
         return "it runs on one device, and the model is cut over several"
-    return obstacle(shape_of(model.config), model.dtype, batch)
+    shape, num_blocks = shape_of(model.config), device.core_count
+    if adapter is None:
+        return obstacle(shape, model.dtype, batch, num_blocks=num_blocks)
+    config = adapter.config
+    return obstacle(
+        shape, model.dtype, batch, tuple(adapter.experts), rank=-(-config.rank // PIECE) * PIECE,
+        max_used=min(config.num_experts, batch * config.top_k), num_blocks=num_blocks,
+    )  # fmt: skip
 
 
 def sees_token_alone(adapter: AdaFuse) -> bool:

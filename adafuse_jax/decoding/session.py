@@ -197,7 +197,7 @@ class _Row:
             prefill_ms=round(1e3 * seconds[0], 3),
             ms_per_token=round(1e3 * float(np.mean(seconds[1:])), 3) if len(seconds) > 1 else None,
             batch=batch,
-            strategy=self.session.engine.strategy if self.session.adapted else None,
+            strategy=self.session.engine.strategy_of(batch) if self.session.adapted else None,
             experts_used=self.experts_used.tolist() if num_experts else None,
             peak_device_gib=runtime.peak_device_gib(),
         )

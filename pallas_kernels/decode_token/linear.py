@@ -105,7 +105,8 @@ class Linears:
     """One group. `memory` has the refs: `weights`, `biases`, `a`, `b` by name; `y_part` [S, tiles, 2, HALF, N]; `t_part`
     [S · parts, targets, U · pieces, PIECE, N]; `experts` [U], `num_used` [1], `gates` [U, N]; `squares` [halves of tiles,
     N]; `r` [blocks, N]. `semaphores` (None where blocks do not run at the same time) has one for each unit, and before
-    those one for A. `steps`: which of STEPS are done; both at once, unit by unit, or first the one and then the other."""
+    those one for A. `steps`: which of STEPS are done; both at once, unit by unit, or first the one and then the other.
+    `turn(layer)`: how many layers have run in this launch before this one."""
 
     def __init__(
         self,
@@ -116,11 +117,12 @@ class Linears:
         semaphores: Any,
         *,
         steps: Sequence[str] = STEPS,
+        turn: Callable[[Any], Any] = lambda layer: layer,
         norm_dim: int | None,
         eps: float,
     ):
         self.group, self.plan, self.memory, self.ring, self.semaphores = group, plan, memory, ring, semaphores
-        self.steps, self.norm_dim, self.eps = steps, norm_dim, eps
+        self.steps, self.turn, self.norm_dim, self.eps = steps, turn, norm_dim, eps
         self.block = lax.axis_index("block")
         self.slice, self.member = self.block % group.slices, self.block // group.slices
         self.first_chunk = self.slice * group.chunks // group.slices
@@ -241,10 +243,10 @@ class Linears:
             plgpu.semaphore_signal(self.semaphores.at[self.group.first_semaphore + number], 1, memory_scope="gpu")
 
     def _wait(self, number, signals, layer):
-        """Until all have signalled in this layer too."""
+        """Until all have signalled, in this layer and in those that ran before it in this launch."""
         if self.semaphores is not None:
             semaphore = self.semaphores.at[self.group.first_semaphore + number]
-            plgpu.semaphore_wait(semaphore, signals * (layer + 1), decrement=False, memory_scope="gpu")
+            plgpu.semaphore_wait(semaphore, signals * (self.turn(layer) + 1), decrement=False, memory_scope="gpu")
 
     def _load_input(self, x, x_smem):
         start = self.first_chunk * self.plan.columns
@@ -312,7 +314,7 @@ class Linears:
         group, memory = self.group, self.memory
         out_dim = group.outs[names[0]]
         rows = [jnp.minimum(tile * TILE + half * HALF, out_dim - HALF) for half in (0, 1)]
-        stores = [follow(names, row) for row in rows]
+        puts = [follow(names, row) for row in rows]
         biases = {
             name: [load(memory.biases[name].at[layer, pl.ds(row, HALF)], ROWS).astype(jnp.float32) for row in rows]
             for name in names
@@ -334,11 +336,11 @@ class Linears:
                 halves = [y + over_columns(bias, shape) for y, bias in zip(halves, biases[name], strict=True)]
             values.append(halves)
         for half in (0, 1):
-            store, these = stores[half], [halves[half] for halves in values]
+            put, these = puts[half], [halves[half] for halves in values]
             if half == 0 or out_dim % TILE == 0:
-                store(*these)
+                put(*these)
             else:
-                pl.when(tile * TILE + HALF < out_dim)(partial(store, *these))
+                pl.when(tile * TILE + HALF < out_dim)(partial(put, *these))
         return count
 
     def _find_r(self):

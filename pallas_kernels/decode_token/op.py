@@ -18,7 +18,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_token.plan import HALF, PIECE, Plan, in_pieces, make_plan, max_in_dim
+from pallas_kernels.decode_token.plan import (
+    HALF,
+    MIN_SLOTS,
+    PIECE,
+    TILE,
+    Plan,
+    in_pieces,
+    make_plan,
+    max_in_dim,
+    no_room,
+)
 from pallas_kernels.pregated_linear.mixture import Mixture, used_first
 
 MAX_BATCH = 32
@@ -75,10 +85,20 @@ class Experts:
     mixture: Mixture
 
 
-def obstacle(shape: Shape, dtype: Any, batch: int, targets: tuple[str, ...] = (), rank: int = PIECE) -> str | None:
-    """Why this cannot run as one launch, whatever the device; or None."""
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-        return f"the weights are {jnp.dtype(dtype)}, and the tensor cores multiply bfloat16 and float16"
+def obstacle(
+    shape: Shape,
+    dtype: Any,
+    batch: int,
+    targets: tuple[str, ...] = (),
+    *,
+    rank: int = PIECE,
+    max_used: int = 1,
+    num_blocks: int = 132,
+) -> str | None:
+    """Why this cannot run as one launch, whatever the device; or None. `max_used`: experts that the rows use together, at
+    most."""
+    if jnp.dtype(dtype) != jnp.bfloat16:  # in float16, an input before its norm may be too large
+        return f"the weights are {jnp.dtype(dtype)}, and it takes bfloat16"
     if shape.head_dim not in (PIECE, 2 * PIECE):
         return f"heads have {shape.head_dim} dimensions, and it takes 64 and 128"
     if batch > MAX_BATCH:
@@ -90,6 +110,12 @@ def obstacle(shape: Shape, dtype: Any, batch: int, targets: tuple[str, ...] = ()
             return f"{name} has {into} inputs, and with {batch} rows it takes {max_in_dim(batch)} at most"
     if targets and rank % PIECE:
         return f"experts have rank {rank}, and it takes multiples of {PIECE}"
+    plan = make_plan(
+        shape.linears(), targets, batch=batch, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
+        cache_slots=TILE, max_used=max_used, rank=rank, num_blocks=num_blocks,
+    )  # fmt: skip
+    if plan.slots < max(MIN_SLOTS, 2 * shape.head_dim // PIECE):
+        return no_room(max_used, rank, batch)
     return None
 
 
@@ -132,11 +158,19 @@ def decode_token(
     from pallas_kernels.decode_token.mosaic import run_token
 
     batch, slots = len(x), cache_k.shape[2]
-    targets, rank = ((), PIECE) if experts is None else (tuple(experts.a), next(iter(experts.a.values())).shape[2])
-    why_not = obstacle(shape, x.dtype, batch, targets, rank)
+    blocks = num_blocks or jax.devices()[0].core_count
+    used: dict[str, Any] = {}
+    if experts is not None:
+        rank = next(iter(experts.a.values())).shape[2]
+        used = {"targets": tuple(experts.a), "rank": rank, "max_used": len(experts.mixture.experts)}
+    why_not = obstacle(shape, x.dtype, batch, **used, num_blocks=blocks)
+    if why_not is None and interpret is False and not one_launch:
+        why_not = "compiled, all phases are one launch"
+    if why_not is None and interpret is not False and one_launch and blocks > 1:
+        why_not = "interpreted, several blocks need a launch for each phase"
     if why_not is not None:
         raise ValueError(f"decode_token cannot run: {why_not}")
-    plan = plan_for(shape, experts, batch, slots, num_blocks or jax.devices()[0].core_count)
+    plan = plan_for(shape, experts, batch, slots, blocks)
     rows = ((0, plan.columns - batch), (0, 0))
     x = jnp.pad(x, rows)
 

@@ -23,6 +23,8 @@ RESERVED = 6 * 1024
 QUERIES = 8
 """Query heads of one key that attention takes together."""
 MAX_SLICES, MAX_SLOTS, SMALL_INPUT, MAX_INPUT, MAX_A_PARTS = 16, 13, 24 * 1024, 48 * 1024, 4
+MIN_SLOTS = 2
+"""Of the ring: a chunk is released when the next one has come. Attention takes all parts of a tile together."""
 SPLIT_SLOTS = 512
 """Positions of the cache that one thread block reads at least."""
 
@@ -132,6 +134,10 @@ def in_pieces(x: Float[Array, "N D"]) -> Float[Array, "R P"]:
     """Activations as the kernel reads them: [D / PIECE · N, PIECE], the rows' piece 0, then their piece 1 …, and `HALF` rows
     more."""
     return jnp.pad(x.reshape(len(x), -1, PIECE).swapaxes(0, 1).reshape(-1, PIECE), ((0, HALF), (0, 0)))
+
+
+def no_room(max_used: int, rank: int, batch: int) -> str:
+    return f"{max_used} experts of rank {rank} in use by {batch} rows do not fit the shared memory beside the weights"
 
 
 def max_in_dim(batch: int, itemsize: int = 2) -> int:

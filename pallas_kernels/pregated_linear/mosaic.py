@@ -23,6 +23,7 @@ from pallas_kernels.decode_token.linear import STEPS, Linears, Ring, store_trans
 from pallas_kernels.decode_token.plan import (
     HALF,
     MAX_SLOTS,
+    MIN_SLOTS,
     PIECE,
     RESERVED,
     SHARED_MEMORY,
@@ -32,6 +33,7 @@ from pallas_kernels.decode_token.plan import (
     input_rows,
     make_group,
     max_in_dim,
+    no_room,
 )
 from pallas_kernels.pregated_linear.mixture import Mixture, used_first
 
@@ -66,7 +68,9 @@ def _kernel(*refs, names, plan, group, steps, compiled, ring_smem, ring_full, ri
     m = SimpleNamespace(**memory)
     ring = Ring(ring_smem, ring_full, ring_empty)
     semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((group.num_units + 1,))) if compiled else None
-    linears = Linears(group, plan, m, ring, semaphores, steps=steps, norm_dim=None, eps=0.0)
+    linears = Linears(
+        group, plan, m, ring, semaphores, steps=steps, turn=lambda layer: 0, norm_dim=None, eps=0.0
+    )  # fmt: skip
     layer = m.layer[0]
 
     def follow(names, row):
@@ -93,7 +97,7 @@ def pregated_linear_mosaic(
     num_blocks: int | None = None,
 ) -> dict[str, Array]:
     """See `pallas_kernels.pregated_linear.pregated_linear`. `num_blocks` thread blocks run (default: one on each
-    multiprocessor); interpreted on the CPU, each phase is a launch. Raises `ValueError` as `obstacle` says."""
+    multiprocessor); interpreted on the CPU, each step is a launch. Raises `ValueError` as `obstacle` says."""
     why_not = obstacle(x, weights, a)
     if why_not is not None:
         raise ValueError(f"pregated_linear cannot run as pallas: {why_not}")
@@ -115,7 +119,7 @@ def pregated_linear_mosaic(
         shapes, tuple((name,) for name in shapes), tuple(a), pieces=pieces, num_blocks=blocks, columns=columns,
         itemsize=itemsize,
     )  # fmt: skip
-    plan = SimpleNamespace(columns=columns, num_blocks=blocks, rank_pieces=rank_pieces)
+    plan = SimpleNamespace(columns=columns, rank_pieces=rank_pieces)
     inputs |= {(kind, name): w for kind, of in (("weights", weights), ("a", a), ("b", b)) for name, w in of.items()}
     buffers: dict[Any, Any] = {"y_part": ((group.slices, group.num_tiles, 2, HALF, columns), jnp.float32)}
     if a:
@@ -136,6 +140,8 @@ def pregated_linear_mosaic(
     x_rows = input_rows(group.slice_chunks, columns)
     left = SHARED_MEMORY - RESERVED - (x_rows + pieces * columns) * PIECE * itemsize
     slots = min(MAX_SLOTS, left // (TILE * PIECE * itemsize))
+    if slots < MIN_SLOTS:
+        raise ValueError(f"pregated_linear cannot run as pallas: {no_room(max_used, PIECE * rank_pieces, batch)}")
     for steps in (STEPS,) if interpret is False else zip(STEPS):
         plgpu.kernel(
             partial(_kernel, names=tuple(refs), plan=plan, group=group, steps=steps, compiled=interpret is False),
