@@ -78,6 +78,11 @@ class Token:
     """Host time since the generation of this token's predecessor (of the first token: since the call)."""
 
 
+def told_at() -> int:
+    """The level of what is said about one launch: on a CPU nobody expects it."""
+    return logging.INFO if jax.default_backend() == "gpu" else logging.DEBUG
+
+
 def bucket(length: int, smallest: int) -> int:
     """Slots of the cache that holds `length` tokens: the next power of two."""
     return max(smallest, 1 << (length - 1).bit_length())
@@ -209,7 +214,7 @@ class Engine:
             fits = adapter is None or "fused" in PRESETS[adapter.config.adapter].strategies
             strategy = "fused" if fits and no_launch is None else "unmerged"
             why = f": fused cannot run, as {no_launch}" if fits and no_launch else ""
-            log.info("decoding %s%s", strategy, why)
+            log.log(told_at(), "decoding %s%s", strategy, why)
         if strategy not in get_args(Strategy):
             raise UserError(f"strategy {strategy!r} is none of {', '.join(get_args(Strategy))}")
         if strategy == "fused":
@@ -242,7 +247,7 @@ class Engine:
         if strategy == "fused" or (in_merged and no_launch is None):
             self._fused = Fused.of(model, acting if isinstance(acting, AdaFuse) else None, merged=in_merged)
         elif in_merged:
-            log.info("decoding %s with single operations: one launch cannot run, as %s", strategy, no_launch)
+            log.log(told_at(), "decoding %s with single operations: one launch cannot run, as %s", strategy, no_launch)
         self._obstacles: dict[int, str | None] = {1: no_launch}
         config = model.config
         self.context_length = config.max_position_embeddings
@@ -277,7 +282,9 @@ class Engine:
         if self._fused is not None and batch not in self._obstacles:
             self._obstacles[batch] = why_not = fused_obstacle(self._model, batch, self._read)
             if why_not is not None:
-                log.info("decoding %d prompts with single operations instead of one launch: %s", batch, why_not)
+                log.log(
+                    told_at(), "decoding %d prompts with single operations instead of one launch: %s", batch, why_not
+                )
         return self._obstacles.get(batch)
 
     def strategy_of(self, batch: int) -> Strategy:
