@@ -271,7 +271,8 @@ class DecodeConfig:
     strategy: Strategy | None = flag(
         "how a token's experts act: beside the weights, in one launch (fused) or as single operations (unmerged), merged "
         "into a second copy of them (golden), merged in place, which drifts (switch), merged layer by layer (simple), or, "
-        "a LoRA, merged once before decoding (merged); default: fused on a Hopper GPU with 16-bit weights, else unmerged",
+        "a LoRA, merged once before decoding (merged); default: fused, for AdaFuse or no adapter, on a Hopper GPU with "
+        "bfloat16 weights, else unmerged",
         None,
     )
     prompt: str | None = flag("one prompt; without a prompt, prompts are read from stdin, one a line", None, "TEXT")

@@ -78,10 +78,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     ceilings, sweep = result["ceilings"], [row for row in result["sweep"] if "ms" in row]
-    swept, targets = (
-        result["sweep"][0]["implementation"],
-        list(dict.fromkeys(row["targets"] for row in result["sweep"])),
-    )
+    swept = result["sweep"][0]["implementation"]
+    targets = list(dict.fromkeys(row["targets"] for row in result["sweep"]))
     ranks, top_ks = (sorted({row[key] for row in sweep}) for key in ("rank", "top_k"))
     colors = dict(zip(ranks, plt.colormaps["viridis"](np.linspace(0, 0.9, len(ranks))), strict=True))
     figure, axes = plt.subplots(len(targets), 2, figsize=(13, 9), sharex=True, sharey=True, squeeze=False)
