@@ -211,7 +211,7 @@ class TestOneLaunch:
         assert [t.ids.tolist() for t in engine.generate(prompts[:2], max_new_tokens=5)]
         assert self.launches == [(False, ["q_proj", "v_proj"])]
         for _ in range(2):
-            with caplog.at_level("DEBUG"):
+            with caplog.at_level("DEBUG", logger=engine_module.__name__):
                 assert len([t.ids.tolist() for t in engine.generate(prompts, max_new_tokens=5)]) == 5
         assert len(self.launches) == 1
         assert (engine.strategy_of(2), engine.strategy_of(3)) == ("fused", "unmerged")
@@ -223,7 +223,7 @@ class TestOneLaunch:
 
 
 def test_default_without_a_launch_is_unmerged_and_the_log_says_why(models, caplog):  # noqa: F811
-    with caplog.at_level("DEBUG"):
+    with caplog.at_level("DEBUG", logger=engine_module.__name__):
         engine = Engine(models("llama_mha"))
     if jax.default_backend() == "cpu":
         assert engine.strategy == "unmerged"
