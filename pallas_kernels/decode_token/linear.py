@@ -3,10 +3,11 @@
     products   y_part[s] = W[:, slice s] x[slice s],   t_part[s] = A[e_u][:, slice s] x[slice s]      for its share of units
     finish     y = r · Σ_s y_part[s] + Σ_u B[e_u] (r · g_u · Σ_s t_part[s]) + bias                   then what follows it
 
-A block first computes all its products, then counts a semaphore up and finishes its part of the units that it shares, as soon
-as the others have counted too. x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one number for
-each row of the batch: a linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N];
-sums are in fp32. Activations lie in device memory in pieces, [pieces · N, PIECE]: the N rows' piece 0, then their piece 1 …
+A block first computes all its products, then counts a semaphore up and finishes its part of the units that it shares, as
+soon as the others have counted too. x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one
+number for each row of the batch: a linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with
+[PIECE, N]; sums are in fp32. Activations lie in device memory in pieces, [pieces · N, PIECE]: the N rows' piece 0, then
+their piece 1 …
 """
 
 from __future__ import annotations
