@@ -4,7 +4,8 @@
 
 prints a row for each way to do it: TB/s, and µs per phase. W [layers, rows, columns] is read in chunks of 16 KiB, one phase
 per layer, by the copies of `pallas_kernels.decode_token` and nothing else: a bound for the decode step in one launch. A
-barrier is over the whole grid, after each phase; `input` also loads what the next phase would multiply with, after it.
+barrier is over the whole grid, after each phase; `stored`: each block stores a tile's sums before it; `input`: it loads what
+the next phase would multiply with after it. Fewer copies in flight let such stores and loads wait less.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.decode_token.linear import ROWS, Ring, load
+from pallas_kernels.decode_token.linear import ROWS, Ring, load, store
 from pallas_kernels.decode_token.plan import HALF, PIECE
 
 DTYPE = jnp.bfloat16
@@ -40,17 +41,22 @@ class Way:
     columns: int = PIECE
     slices: int = 1
     slots: int = 12
+    in_flight: int = 12
     barriers: int = 0
+    stored: bool = False
     input: bool = False
 
     def __str__(self) -> str:
         text = f"{self.rows} x {self.columns}, {self.slices} slices, {self.slots} slots, {self.barriers} barriers"
-        return text + (", input" if self.input else "")
+        text += f", {self.in_flight} in flight" if self.in_flight < self.slots else ""
+        return text + ", stored" * self.stored + ", input" * self.input
 
 
 WAYS = (
     Way(), Way(slices=4), Way(rows=64, columns=128), Way(rows=32, columns=256), Way(slots=6), Way(slices=4, barriers=1),
     Way(slices=4, barriers=2), Way(slices=4, barriers=1, input=True), Way(slices=4, barriers=2, input=True),
+    *(Way(in_flight=n, slices=4) for n in (2, 3, 4, 6)),
+    *(Way(in_flight=n, slices=4, barriers=2, stored=True, input=True) for n in (2, 3, 4, 6, 12)),
 )  # fmt: skip
 
 
@@ -59,8 +65,8 @@ def make(way: Way, num_blocks: int) -> Callable[[Array, Array], Array]:
     members, chunks = num_blocks // way.slices, COLUMNS // way.slices // way.columns
     per_phase = num_blocks * 128 // way.rows // members * chunks
 
-    def kernel(w, x, done, ring_smem, full, empty, x_smem):
-        block, ring = lax.axis_index("block"), Ring(ring_smem, full, empty)
+    def kernel(w, x, sums, done, ring_smem, full, empty, x_smem):
+        block, ring = lax.axis_index("block"), Ring(ring_smem, full, empty, way.in_flight)
         part, member = block % way.slices, block // way.slices
         arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
 
@@ -89,6 +95,9 @@ def make(way: Way, num_blocks: int) -> Callable[[Array, Array], Array]:
                     plgpu.commit_smem()
                 count = lax.fori_loop(0, per_phase, take, count)
                 for i in range(way.barriers):
+                    if way.stored:
+                        tile = lax.broadcast_in_dim(jnp.float32(layer + i), (HALF, 8), ())
+                        store(sums.at[block], plgpu.layout_cast(tile, plgpu.Layout.WGMMA))
                     plgpu.semaphore_signal(arrived, 1, memory_scope="gpu")
                     number = num_blocks * (layer * way.barriers + i + 1)
                     plgpu.semaphore_wait(arrived, number, decrement=False, memory_scope="gpu")
@@ -103,6 +112,7 @@ def make(way: Way, num_blocks: int) -> Callable[[Array, Array], Array]:
 
     def run(w: Array, x: Array) -> Array:
         done = jax.empty_ref(jax.ShapeDtypeStruct((num_blocks, HALF), jnp.float32))
+        sums = jax.empty_ref(jax.ShapeDtypeStruct((num_blocks, HALF, 8), jnp.float32))
         plgpu.kernel(
             kernel,
             out_type=(),
@@ -116,7 +126,7 @@ def make(way: Way, num_blocks: int) -> Callable[[Array, Array], Array]:
                 "empty": plgpu.Barrier(num_barriers=way.slots),
                 "x_smem": operand(INPUT_ROWS, PIECE),
             },
-        )(w, x, done)
+        )(w, x, sums, done)
         return jax.freeze(done)
 
     return run

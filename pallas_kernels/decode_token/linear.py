@@ -3,10 +3,11 @@
     products   y_part[s] = W[:, slice s] x[slice s],   t_part[s] = A[e_u][:, slice s] x[slice s]      for its share of units
     finish     y = r · Σ_s y_part[s] + Σ_u B[e_u] (r · g_u · Σ_s t_part[s]) + bias                   then what follows it
 
-One of the blocks that share a unit finishes it, as soon as the others have counted a semaphore up, while the weights of the
-next unit are on their way. x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one number for
-each row of the batch: a linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N];
-sums are in fp32. Activations lie in device memory in pieces, [pieces · N, PIECE]: the N rows' piece 0, then their piece 1 …
+A block first computes all its products, then counts a semaphore up and finishes its part of the units that it shares, as
+soon as the others have counted too. x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one
+number for each row of the batch: a linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with
+[PIECE, N]; sums are in fp32. Activations lie in device memory in pieces, [pieces · N, PIECE]: the N rows' piece 0, then
+their piece 1 …
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.plan import HALF, PIECE, TILE, Group, Plan, input_rows
+from pallas_kernels.decode_token.plan import HALF, IN_FLIGHT, PIECE, TILE, Group, Plan, input_rows
 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a vector [N], equal in all rows of a tile
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector [HALF], equal in all columns
@@ -70,11 +71,13 @@ def share(base, count, index, step):
 class Ring:
     """Chunks of weights, [TILE, PIECE] or the first rows of that, on their way from device memory to the tensor cores. One
     warpgroup fills the slots and one empties them; both go through the same chunks in the same order, and each keeps a
-    count of those it has passed."""
+    count of those it has passed. No more than `in_flight` copies are under way at once: what a block stores or loads
+    meanwhile waits behind them, so more than the memory needs to be busy only make that slow."""
 
-    def __init__(self, slots_smem: Any, full: Any, empty: Any):
+    def __init__(self, slots_smem: Any, full: Any, empty: Any, in_flight: int = IN_FLIGHT):
         self.slots_smem, self.full, self.empty = slots_smem, full, empty
         self.num_slots = slots_smem.shape[0]
+        self.in_flight = in_flight
 
     def fill(self, count, source_gmem):
         slot = count % self.num_slots
@@ -82,6 +85,12 @@ class Ring:
         @pl.when(count >= self.num_slots)
         def _():
             plgpu.barrier_wait(self.empty.at[slot])
+
+        if self.in_flight < self.num_slots:
+
+            @pl.when(count >= self.in_flight)
+            def _():
+                plgpu.barrier_wait(self.full.at[(count - self.in_flight) % self.num_slots])
 
         rows = source_gmem.shape[0]
         slot_smem = self.slots_smem.at[slot] if rows == TILE else self.slots_smem.at[slot, pl.ds(0, rows)]
@@ -104,8 +113,8 @@ STEPS = "products", "finish"
 class Linears:
     """One group. `memory` has the refs: `weights`, `biases`, `a`, `b` by name; `y_part` [S, tiles, 2, HALF, N]; `t_part`
     [S · parts, targets, U · pieces, PIECE, N]; `experts` [U], `num_used` [1], `gates` [U, N]; `squares` [halves of tiles,
-    N]; `r` [blocks, N]. `semaphores` (None where blocks do not run at the same time) has one for each unit, and before
-    those one for A. `steps`: which of STEPS are done; both at once, unit by unit, or first the one and then the other.
+    N]; `r` [blocks, N]. `semaphores` (None where blocks do not run at the same time) has one for each member, and before
+    those one for A. `steps`: which of STEPS are done.
     `turn(layer)`: how many layers have run in this launch before this one."""
 
     def __init__(
@@ -156,7 +165,8 @@ class Linears:
         return self.first_chunk + low, high - low
 
     def _units(self, names):
-        """(how many units of a pass are this block's, the n-th one's tile, whether this block finishes it)."""
+        """(how many units of a pass are this block's, the n-th one's tile, whether this block finishes it): the blocks of
+        a member finish its units in turn."""
         group = self.group
         base = group.first_unit(names)
         first, number = self._mine(base, group.units(names), self.member)
@@ -165,9 +175,14 @@ class Linears:
             return first + n * group.members
 
         def is_finisher(n):
-            return (base + tile(n)) % group.slices == self.slice
+            return (base + tile(n)) // group.members % group.slices == self.slice
 
         return number, tile, is_finisher
+
+    def _count_a(self):
+        """How many blocks have products of A."""
+        products = len(self.group.adapted) * self._used_pieces * self.group.a_parts
+        return self.group.slices * jnp.minimum(products, self.group.members)
 
     def copy(self, layer, count):
         """Fill the ring with what `compute` takes from it."""
@@ -191,25 +206,33 @@ class Linears:
                 return chunks(count, lambda columns: factor.at[:, columns], *self._part(part))
 
             count = lax.fori_loop(0, number, of_a, count)
-        for names in group.passes:
-            number, tile, is_finisher = self._units(names)
+        for names in group.passes if "products" in self.steps else ():
+            number, tile, _ = self._units(names)
 
-            def unit(n, count, names=names, tile=tile, is_finisher=is_finisher):
+            def of_w(n, count, names=names, tile=tile):
                 rows = pl.ds(tile(n) * TILE, TILE)
-                for name in names if "products" in self.steps else ():
+                for name in names:
                     w = memory.weights[name] if name == "lm_head" else memory.weights[name].at[layer]
                     count = chunks(count, lambda columns, w=w: w.at[rows, columns], self.first_chunk, self.num_chunks)
-                for name in names if "finish" in self.steps else ():
+                return count
+
+            count = lax.fori_loop(0, number, of_w, count)
+        for names in group.passes if "finish" in self.steps else ():
+            number, tile, is_finisher = self._units(names)
+
+            def of_b(n, count, names=names, tile=tile, is_finisher=is_finisher):
+                rows = pl.ds(tile(n) * TILE, TILE)
+                for name in names:
                     if name in group.adapted:
 
-                        def of_b(piece, count, name=name):
+                        def chunk(piece, count, name=name):
                             number, ranks = expert(name, piece)
                             return self.ring.fill(count, memory.b[name].at[layer, number, rows, ranks])
 
-                        count = lax.fori_loop(0, jnp.where(is_finisher(n), self._used_pieces, 0), of_b, count)
+                        count = lax.fori_loop(0, jnp.where(is_finisher(n), self._used_pieces, 0), chunk, count)
                 return count
 
-            count = lax.fori_loop(0, number, unit, count)
+            count = lax.fori_loop(0, number, of_b, count)
         return count
 
     def compute(self, layer, count, x, follow: Callable[..., Callable[..., None]], x_smem, h_smem):
@@ -219,23 +242,32 @@ class Linears:
         if "products" in self.steps:
             with jax.named_scope("input"):
                 self._load_input(x, x_smem)
-            count = self._a_products(layer, count, x_smem)
-        for place, names in enumerate(self.group.passes):
-            number, tile, is_finisher = self._units(names)
-            if place == 0:
-                pl.when(number == 0)(self._find_r)
+            with jax.named_scope("products"):
+                count = self._a_products(count, x_smem)
+                for place, names in enumerate(self.group.passes):
+                    number, tile, _ = self._units(names)
+                    if place == 0:
+                        pl.when(number == 0)(self._find_r)
 
-            def unit(n, count, names=names, place=place, tile=tile, is_finisher=is_finisher):
-                if "products" in self.steps:
-                    count = self._unit_products(layer, count, names, tile(n), x_smem)
-                if place == 0:  # here, where weights are on their way, it makes nobody wait
-                    pl.when(n == 0)(self._find_r)
-                if "finish" in self.steps:
-                    finish = partial(self._finish, layer, names=names, tile=tile(n), follow=follow, h_smem=h_smem)
-                    count = lax.cond(is_finisher(n), finish, lambda count: count, count)
-                return count
+                    def products(n, count, names=names, place=place, tile=tile):
+                        count = self._unit_products(count, names, tile(n), x_smem)
+                        if place == 0:  # here, where weights are on their way, it makes nobody wait
+                            pl.when(n == 0)(self._find_r)
+                        return count
 
-            count = lax.fori_loop(0, number, unit, count)
+                    count = lax.fori_loop(0, number, products, count)
+            with jax.named_scope("signal"):
+                pl.when(self.member < self.group.members)(lambda: self._signal(1 + self.member))
+        if "finish" in self.steps:
+            with jax.named_scope("finish"):
+                for names in self.group.passes:
+                    number, tile, is_finisher = self._units(names)
+
+                    def finish(n, count, names=names, tile=tile, is_finisher=is_finisher):
+                        finish = partial(self._finish, layer, names=names, tile=tile(n), follow=follow, h_smem=h_smem)
+                        return lax.cond(is_finisher(n), finish, lambda count: count, count)
+
+                    count = lax.fori_loop(0, number, finish, count)
         return count
 
     def _signal(self, number):
@@ -243,7 +275,7 @@ class Linears:
             plgpu.semaphore_signal(self.semaphores.at[self.group.first_semaphore + number], 1, memory_scope="gpu")
 
     def _wait(self, number, signals, layer):
-        """Until all have signalled, in this layer and in those that ran before it in this launch."""
+        """Until so many have signalled, in this layer and in those that ran before it in this launch."""
         if self.semaphores is not None:
             semaphore = self.semaphores.at[self.group.first_semaphore + number]
             plgpu.semaphore_wait(semaphore, signals * (self.turn(layer) + 1), decrement=False, memory_scope="gpu")
@@ -261,8 +293,8 @@ class Linears:
     def _x_piece(self, x_smem, c):
         return x_smem.at[pl.ds(c * self.plan.columns, self.plan.columns)]
 
-    def _a_products(self, layer, count, x_smem):
-        group = self.group
+    def _a_products(self, count, x_smem):
+        group, mine = self.group, jnp.int32(0)
         for place, _, number, at in self._a_shares():
 
             def product(n, count, place=place, at=at):
@@ -273,17 +305,16 @@ class Linears:
                 store(self.memory.t_part.at[self.slice * group.a_parts + part, place, piece], t)
                 return count
 
-            count = lax.fori_loop(0, number, product, count)
+            count, mine = lax.fori_loop(0, number, product, count), mine + number
         if group.adapted:
-            pl.when(self.member < group.members)(lambda: self._signal(0))
+            pl.when(mine > 0)(lambda: self._signal(0))
         return count
 
-    def _unit_products(self, layer, count, names, tile, x_smem):
+    def _unit_products(self, count, names, tile, x_smem):
         for name in names:
             *halves, count = self._products(count, self.num_chunks, lambda c: self._x_piece(x_smem, c), 2)
             for half, y in enumerate(halves):
                 store(self.memory.y_part.at[self.slice, self.group.first_tile(name) + tile, half], y)
-        self._signal(1 + self.group.first_unit(names) + tile)
         return count
 
     def _products(self, count, number, right_smem: Callable[[Any], Any], halves: int):
@@ -321,17 +352,20 @@ class Linears:
             if name in memory.biases
         }
         r = None if self.norm_dim is None else load(memory.r.at[self.block], COLUMNS)
-        self._wait(1 + group.first_unit(names) + tile, group.slices, layer)
+        expanded: dict[str, list] = {}
+        for name in names:
+            if name in group.adapted:
+                self._gather_h(name, layer, r, h_smem)
+                *expanded[name], count = self._products(count, self._used_pieces, lambda p: h_smem.at[p], 2)
+        self._wait(1 + self.member, group.slices, layer)
         values = []
         for name in names:
             at, shape = group.first_tile(name) + tile, (HALF, self.plan.columns)
             halves = [sum_of(load(memory.y_part.at[s, at, half]) for s in range(group.slices)) for half in (0, 1)]
             if r is not None:
                 halves = [y * over_rows(r, y.shape) for y in halves]
-            if name in group.adapted:
-                self._gather_h(name, layer, r, h_smem)
-                *expanded, count = self._products(count, self._used_pieces, lambda p: h_smem.at[p], 2)
-                halves = [y + more for y, more in zip(halves, expanded, strict=True)]
+            if name in expanded:
+                halves = [y + more for y, more in zip(halves, expanded[name], strict=True)]
             if name in biases:
                 halves = [y + over_columns(bias, shape) for y, bias in zip(halves, biases[name], strict=True)]
             values.append(halves)
@@ -359,7 +393,7 @@ class Linears:
         """h = r · g_u · Σ_s t_part[s], rounded, as the right operand of B."""
         plan, memory, group = self.plan, self.memory, self.group
         where = group.adapted.index(name)
-        self._wait(0, group.slices * group.members, layer)
+        self._wait(0, self._count_a(), layer)
 
         def piece(p, _):
             t = sum_of(load(memory.t_part.at[s, where, p]) for s in range(group.slices * group.a_parts))

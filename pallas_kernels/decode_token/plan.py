@@ -25,6 +25,8 @@ QUERIES = 8
 MAX_SLICES, MAX_SLOTS, SMALL_INPUT, MAX_INPUT, MAX_A_PARTS = 16, 13, 24 * 1024, 48 * 1024, 4
 MIN_SLOTS = 2
 """Of the ring: a chunk is released when the next one has come. Attention takes all parts of a tile together."""
+IN_FLIGHT = 4
+"""Chunks that a thread block has under way at once: of 16 KiB, about what keeps the memory busy."""
 SPLIT_SLOTS = 512
 """Positions of the cache that one thread block reads at least."""
 
@@ -76,6 +78,11 @@ class Group:
     def first_unit(self, names: tuple[str, ...]) -> int:
         return sum(map(self.units, self.passes[: self.passes.index(names)]))
 
+    @property
+    def num_semaphores(self) -> int:
+        """One for A, and one for each member."""
+        return 1 + self.members
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -117,7 +124,7 @@ class Plan:
 
     @property
     def num_semaphores(self) -> int:
-        return sum(group.num_units + 1 for group in self.groups)
+        return sum(group.num_semaphores for group in self.groups)
 
 
 def columns_for(batch: int) -> int:
@@ -215,7 +222,7 @@ def make_plan(
             itemsize=itemsize,
         )
         parts[name] = replace(group, first_semaphore=first_semaphore)
-        first_semaphore += group.num_units + 1
+        first_semaphore += group.num_semaphores
     units = batch * num_kv_heads * -(-group_size // QUERIES)
     plan = Plan(
         **parts, columns=columns, num_blocks=num_blocks, max_used=max_used, rank_pieces=rank_pieces, slots=0,

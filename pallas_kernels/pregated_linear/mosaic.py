@@ -67,7 +67,7 @@ def _kernel(*refs, names, plan, group, steps, compiled, ring_smem, ring_full, ri
             memory[name] = ref
     m = SimpleNamespace(**memory)
     ring = Ring(ring_smem, ring_full, ring_empty)
-    semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((group.num_units + 1,))) if compiled else None
+    semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((group.num_semaphores,))) if compiled else None
     linears = Linears(
         group, plan, m, ring, semaphores, steps=steps, turn=lambda layer: 0, norm_dim=None, eps=0.0
     )  # fmt: skip
