@@ -24,6 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.decode_token.linear import (
     COLUMNS,
     ROWS,
+    Filled,
     Ring,
     load,
     load_transposed,
@@ -77,23 +78,23 @@ class Attention:
         low, high = tiles * split // self.plan.splits, tiles * (split + 1) // self.plan.splits
         return begin + low, high - low
 
-    def copy(self, layer, count):
+    def copy(self, layer, filled: Filled) -> Filled:
         first, number = self._share(self.plan.splits)
 
-        def unit(n, count):
+        def unit(n, filled):
             row, head, _, split = self._unit(n, first, self.plan.splits)
             start, tiles = self._tiles(layer, row, split)
 
-            def tile(t, count):
+            def tile(t, filled):
                 for cache in (self.memory.cache_k, self.memory.cache_v):
                     here = cache.at[layer, row, pl.ds((start + t) * TILE, TILE), head]
                     for columns in self._columns:
-                        count = self.ring.fill(count, here.at[:, columns])
-                return count
+                        filled = self.ring.fill(filled, here.at[:, columns])
+                return filled
 
-            return lax.fori_loop(0, tiles, tile, count)
+            return lax.fori_loop(0, tiles, tile, filled)
 
-        return lax.fori_loop(0, number, unit, count)
+        return lax.fori_loop(0, number, unit, filled)
 
     def attend(self, layer, count, q_smem, p_smem):
         """`q_smem` [H / PIECE, QUERIES, PIECE] and `p_smem` [TILE / PIECE, QUERIES, PIECE] are operands of the tensor

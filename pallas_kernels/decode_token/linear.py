@@ -1,20 +1,22 @@
 """The linears of one group inside the kernel.
 
-    products   y_part[s] = W[:, slice s] x[slice s],   t_part[s] = A[e_u][:, slice s] x[slice s]      for its share of units
-    finish     y = r · Σ_s y_part[s] + Σ_u B[e_u] (r · g_u · Σ_s t_part[s]) + bias                   then what follows it
+    experts    t_part[s] = A[e_u][:, slice s] x[slice s]                        for this block's share
+    products   y_part[s] = W[:, slice s] x[slice s]                             for its share of units,
+               of one slice s with the experts too:  + Σ_u B[e_u] (g_u · Σ_s t_part[s])
+    finish     y = r · Σ_s y_part[s] + bias                                     for its part of those, then what follows
 
 A block first computes all its products, then counts a semaphore up and finishes its part of the units that it shares, as
-soon as the others have counted too. x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one
-number for each row of the batch: a linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with
-[PIECE, N]; sums are in fp32. Activations lie in device memory in pieces, [pieces · N, PIECE]: the N rows' piece 0, then
-their piece 1 …
+soon as the others have counted too. It adds the experts to the units that it finishes, in the middle of their products, when
+the others' t_part has come. x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one number for
+each row of the batch: a linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N];
+sums are in fp32. Activations lie in device memory in pieces, [pieces · N, PIECE]: the N rows' piece 0, then their piece 1 …
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.plan import HALF, IN_FLIGHT, PIECE, TILE, Group, Plan, input_rows
+from pallas_kernels.decode_token.plan import HALF, IN_FLIGHT, PIECE, QUIET, TILE, Group, Plan, input_rows
 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a vector [N], equal in all rows of a tile
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector [HALF], equal in all columns
@@ -68,34 +70,50 @@ def share(base, count, index, step):
     return first, jnp.maximum(0, (count - first + step - 1) // step)
 
 
+class Filled(NamedTuple):
+    """What the copying warpgroup has done: copies begun, those of them that it has seen land, and where its phase began."""
+
+    count: Any
+    landed: Any
+    start: Any
+
+    def begin(self) -> Filled:
+        """A phase."""
+        return self._replace(start=self.count)
+
+
 class Ring:
     """Chunks of weights, [TILE, PIECE] or the first rows of that, on their way from device memory to the tensor cores. One
     warpgroup fills the slots and one empties them; both go through the same chunks in the same order, and each keeps a
-    count of those it has passed. No more than `in_flight` copies are under way at once: what a block stores or loads
-    meanwhile waits behind them, so more than the memory needs to be busy only make that slow."""
+    count of those it has passed.
 
-    def __init__(self, slots_smem: Any, full: Any, empty: Any, in_flight: int = IN_FLIGHT):
+    No more than `in_flight` copies are under way at once, since what a block stores or loads meanwhile waits behind them;
+    and no more than `quiet` of a phase's first chunks, which come while the blocks exchange what they have found."""
+
+    def __init__(self, slots_smem: Any, full: Any, empty: Any, in_flight: int = IN_FLIGHT, quiet: int = QUIET):
         self.slots_smem, self.full, self.empty = slots_smem, full, empty
         self.num_slots = slots_smem.shape[0]
-        self.in_flight = in_flight
+        self.in_flight, self.quiet = min(in_flight, self.num_slots), min(quiet, self.num_slots)
 
-    def fill(self, count, source_gmem):
+    def filled(self) -> Filled:
+        """Nothing, and no exchange to keep quiet for."""
+        return Filled(jnp.int32(0), jnp.int32(0), jnp.int32(-self.num_slots))
+
+    def fill(self, filled: Filled, source_gmem) -> Filled:
+        count, landed, start = filled
         slot = count % self.num_slots
 
         @pl.when(count >= self.num_slots)
         def _():
             plgpu.barrier_wait(self.empty.at[slot])
 
-        if self.in_flight < self.num_slots:
-
-            @pl.when(count >= self.in_flight)
-            def _():
-                plgpu.barrier_wait(self.full.at[(count - self.in_flight) % self.num_slots])
-
+        limit = jnp.where(count - start < self.num_slots, self.quiet, self.in_flight)
+        must_land = jnp.maximum(landed, count + 1 - limit)
+        lax.fori_loop(landed, must_land, lambda i, _: plgpu.barrier_wait(self.full.at[i % self.num_slots]), None)
         rows = source_gmem.shape[0]
         slot_smem = self.slots_smem.at[slot] if rows == TILE else self.slots_smem.at[slot, pl.ds(0, rows)]
         plgpu.copy_gmem_to_smem(source_gmem, slot_smem, self.full.at[slot])
-        return count + 1
+        return filled._replace(count=count + 1, landed=must_land)
 
     def take(self, count):
         """The next chunk, when it has come."""
@@ -107,7 +125,7 @@ class Ring:
         plgpu.barrier_arrive(self.empty.at[count % self.num_slots])
 
 
-STEPS = "products", "finish"
+STEPS = "experts", "products", "finish"
 
 
 class Linears:
@@ -184,73 +202,76 @@ class Linears:
         products = len(self.group.adapted) * self._used_pieces * self.group.a_parts
         return self.group.slices * jnp.minimum(products, self.group.members)
 
-    def copy(self, layer, count):
+    def copy(self, layer, filled: Filled) -> Filled:
         """Fill the ring with what `compute` takes from it."""
-        memory, group = self.memory, self.group
+        memory = self.memory
 
-        def chunks(count, source, first, number):
-            def chunk(c, count):
-                return self.ring.fill(count, source(pl.ds((first + c) * PIECE, PIECE)))
+        def chunks(filled, source, first, number):
+            def chunk(c, filled):
+                return self.ring.fill(filled, source(pl.ds((first + c) * PIECE, PIECE)))
 
-            return lax.fori_loop(0, number, chunk, count)
+            return lax.fori_loop(0, number, chunk, filled)
 
         def expert(name, piece):
             number, part = divmod_(piece, self.plan.rank_pieces)
             return memory.experts[number], pl.ds(part * PIECE, PIECE)
 
-        for _, name, number, at in self._a_shares() if "products" in self.steps else ():
+        for _, name, number, at in self._a_shares() if "experts" in self.steps else ():
 
-            def of_a(n, count, name=name, at=at):
+            def of_a(n, filled, name=name, at=at):
                 piece, part = at(n)
                 factor = memory.a[name].at[layer, *expert(name, piece)]
-                return chunks(count, lambda columns: factor.at[:, columns], *self._part(part))
+                return chunks(filled, lambda columns: factor.at[:, columns], *self._part(part))
 
-            count = lax.fori_loop(0, number, of_a, count)
-        for names in group.passes if "products" in self.steps else ():
-            number, tile, _ = self._units(names)
+            filled = lax.fori_loop(0, number, of_a, filled)
+        for names in self.group.passes if "products" in self.steps else ():
+            number, tile, is_finisher = self._units(names)
 
-            def of_w(n, count, names=names, tile=tile):
+            def of_unit(n, filled, names=names, tile=tile, is_finisher=is_finisher):
                 rows = pl.ds(tile(n) * TILE, TILE)
                 for name in names:
                     w = memory.weights[name] if name == "lm_head" else memory.weights[name].at[layer]
-                    count = chunks(count, lambda columns, w=w: w.at[rows, columns], self.first_chunk, self.num_chunks)
-                return count
+                    before, after, b_pieces = self._order(name, is_finisher(n))
+                    filled = chunks(filled, lambda columns, w=w: w.at[rows, columns], self.first_chunk, before)
 
-            count = lax.fori_loop(0, number, of_w, count)
-        for names in group.passes if "finish" in self.steps else ():
-            number, tile, is_finisher = self._units(names)
+                    def of_b(piece, filled, name=name):
+                        number, ranks = expert(name, piece)
+                        return self.ring.fill(filled, memory.b[name].at[layer, number, rows, ranks])
 
-            def of_b(n, count, names=names, tile=tile, is_finisher=is_finisher):
-                rows = pl.ds(tile(n) * TILE, TILE)
-                for name in names:
-                    if name in group.adapted:
+                    if name in self.group.adapted:
+                        filled = lax.fori_loop(0, b_pieces, of_b, filled)
+                    filled = chunks(filled, lambda columns, w=w: w.at[rows, columns], self.first_chunk + before, after)
+                return filled
 
-                        def chunk(piece, count, name=name):
-                            number, ranks = expert(name, piece)
-                            return self.ring.fill(count, memory.b[name].at[layer, number, rows, ranks])
+            filled = lax.fori_loop(0, number, of_unit, filled)
+        return filled
 
-                        count = lax.fori_loop(0, jnp.where(is_finisher(n), self._used_pieces, 0), chunk, count)
-                return count
-
-            count = lax.fori_loop(0, number, of_b, count)
-        return count
+    def _order(self, name, is_finisher):
+        """(chunks of a tile of W, then how many more of them, pieces of B between the two)."""
+        if name not in self.group.adapted:
+            return self.num_chunks, 0, 0
+        before = self.num_chunks // 2
+        return before, self.num_chunks - before, jnp.where(is_finisher, self._used_pieces, 0)
 
     def compute(self, layer, count, x, follow: Callable[..., Callable[..., None]], x_smem, h_smem):
         """`x` is the input [pieces · N, PIECE], followed by `HALF` rows that are not used. `follow(names, row)` reads what
         it needs for these rows of the linears `names`, and returns the function that takes their values [HALF, N] and
         stores what comes of them."""
-        if "products" in self.steps:
+        if self.steps != ("finish",):
             with jax.named_scope("input"):
                 self._load_input(x, x_smem)
-            with jax.named_scope("products"):
+        if "experts" in self.steps:
+            with jax.named_scope("experts"):
                 count = self._a_products(count, x_smem)
+        if "products" in self.steps:
+            with jax.named_scope("products"):
                 for place, names in enumerate(self.group.passes):
-                    number, tile, _ = self._units(names)
+                    number, tile, is_finisher = self._units(names)
                     if place == 0:
                         pl.when(number == 0)(self._find_r)
 
-                    def products(n, count, names=names, place=place, tile=tile):
-                        count = self._unit_products(count, names, tile(n), x_smem)
+                    def products(n, count, names=names, place=place, tile=tile, is_finisher=is_finisher):
+                        count = self._unit_products(layer, count, names, tile(n), is_finisher(n), x_smem, h_smem)
                         if place == 0:  # here, where weights are on their way, it makes nobody wait
                             pl.when(n == 0)(self._find_r)
                         return count
@@ -263,11 +284,10 @@ class Linears:
                 for names in self.group.passes:
                     number, tile, is_finisher = self._units(names)
 
-                    def finish(n, count, names=names, tile=tile, is_finisher=is_finisher):
-                        finish = partial(self._finish, layer, names=names, tile=tile(n), follow=follow, h_smem=h_smem)
-                        return lax.cond(is_finisher(n), finish, lambda count: count, count)
+                    def finish(n, _, names=names, tile=tile, is_finisher=is_finisher):
+                        pl.when(is_finisher(n))(partial(self._finish, layer, names, tile(n), follow))
 
-                    count = lax.fori_loop(0, number, finish, count)
+                    lax.fori_loop(0, number, finish, None)
         return count
 
     def _signal(self, number):
@@ -290,9 +310,6 @@ class Linears:
             x_smem.at[pl.ds(i * HALF, HALF)][...] = tile
         plgpu.commit_smem()
 
-    def _x_piece(self, x_smem, c):
-        return x_smem.at[pl.ds(c * self.plan.columns, self.plan.columns)]
-
     def _a_products(self, count, x_smem):
         group, mine = self.group, jnp.int32(0)
         for place, _, number, at in self._a_shares():
@@ -300,8 +317,12 @@ class Linears:
             def product(n, count, place=place, at=at):
                 piece, part = at(n)
                 first, chunks = self._part(part)
-                first -= self.first_chunk
-                t, count = self._products(count, chunks, lambda c: self._x_piece(x_smem, first + c), 1)
+
+                def multiply(acc):
+                    after = self._multiply([acc], count, chunks, self._x_pieces(x_smem, first - self.first_chunk))
+                    return acc[...], after
+
+                t, count = pl.run_scoped(multiply, self._accumulator)
                 store(self.memory.t_part.at[self.slice * group.a_parts + part, place, piece], t)
                 return count
 
@@ -310,39 +331,54 @@ class Linears:
             pl.when(mine > 0)(lambda: self._signal(0))
         return count
 
-    def _unit_products(self, count, names, tile, x_smem):
+    def _unit_products(self, layer, count, names, tile, is_finisher, x_smem, h_smem):
         for name in names:
-            *halves, count = self._products(count, self.num_chunks, lambda c: self._x_piece(x_smem, c), 2)
+            before, more, b_pieces = self._order(name, is_finisher)
+
+            def multiply(*accs, count=count, name=name, before=before, more=more, b_pieces=b_pieces):
+                count = self._multiply(accs, count, before, self._x_pieces(x_smem))
+                if name in self.group.adapted:
+                    pl.when(is_finisher)(lambda: self._gather_h(name, layer, h_smem))
+                    count = self._multiply(accs, count, b_pieces, lambda p: h_smem.at[p])
+                    count = self._multiply(accs, count, more, self._x_pieces(x_smem, before))
+                return *(acc[...] for acc in accs), count
+
+            *halves, count = pl.run_scoped(multiply, self._accumulator, self._accumulator)
             for half, y in enumerate(halves):
                 store(self.memory.y_part.at[self.slice, self.group.first_tile(name) + tile, half], y)
         return count
 
-    def _products(self, count, number, right_smem: Callable[[Any], Any], halves: int):
-        """Σ_c chunk_c right_c of the next `number` chunks, [HALF, N] for each half, and the new count."""
+    @property
+    def _accumulator(self):
+        return plgpu.ACC((HALF, self.plan.columns), jnp.float32)
 
-        def product(*accs):
-            def chunk(c, count):
-                chunk_smem = self.ring.take(count)
-                for half, acc in enumerate(accs):
-                    left = chunk_smem.at[pl.ds(half * HALF, HALF)]
-                    plgpu.wgmma(acc, left, right_smem(c).transpose((1, 0)))
-                plgpu.wgmma_wait(len(accs))  # what came before this chunk is done
+    def _x_pieces(self, x_smem, first=0):
+        """c → the input's piece first + c."""
+        return lambda c: x_smem.at[pl.ds((first + c) * self.plan.columns, self.plan.columns)]
 
-                @pl.when(c > 0)
-                def _():
-                    self.ring.release(count - 1)
+    def _multiply(self, accs, count, number, right_smem: Callable[[Any], Any]):
+        """accs += Σ_c chunk_c right_c of the next `number` chunks, one of the accs for each half; returns the new count."""
 
-                return count + 1
+        def chunk(c, count):
+            chunk_smem = self.ring.take(count)
+            for half, acc in enumerate(accs):
+                left = chunk_smem.at[pl.ds(half * HALF, HALF)]
+                plgpu.wgmma(acc, left, right_smem(c).transpose((1, 0)))
+            plgpu.wgmma_wait(len(accs))  # what came before this chunk is done
 
-            after = lax.fori_loop(0, number, chunk, count)
-            plgpu.wgmma_wait(0)
-            self.ring.release(after - 1)
-            return *(acc[...] for acc in accs), after
+            @pl.when(c > 0)
+            def _():
+                self.ring.release(count - 1)
 
-        return pl.run_scoped(product, *[plgpu.ACC((HALF, self.plan.columns), jnp.float32)] * halves)
+            return count + 1
 
-    def _finish(self, layer, count, *, names, tile, follow, h_smem):
-        group, memory = self.group, self.memory
+        after = lax.fori_loop(0, number, chunk, count)
+        plgpu.wgmma_wait(0)
+        pl.when(number > 0)(lambda: self.ring.release(after - 1))
+        return after
+
+    def _finish(self, layer, names, tile, follow):
+        group, memory, shape = self.group, self.memory, (HALF, self.plan.columns)
         out_dim = group.outs[names[0]]
         rows = [jnp.minimum(tile * TILE + half * HALF, out_dim - HALF) for half in (0, 1)]
         puts = [follow(names, row) for row in rows]
@@ -352,20 +388,13 @@ class Linears:
             if name in memory.biases
         }
         r = None if self.norm_dim is None else load(memory.r.at[self.block], COLUMNS)
-        expanded: dict[str, list] = {}
-        for name in names:
-            if name in group.adapted:
-                self._gather_h(name, layer, r, h_smem)
-                *expanded[name], count = self._products(count, self._used_pieces, lambda p: h_smem.at[p], 2)
         self._wait(1 + self.member, group.slices, layer)
         values = []
         for name in names:
-            at, shape = group.first_tile(name) + tile, (HALF, self.plan.columns)
+            at = group.first_tile(name) + tile
             halves = [sum_of(load(memory.y_part.at[s, at, half]) for s in range(group.slices)) for half in (0, 1)]
             if r is not None:
-                halves = [y * over_rows(r, y.shape) for y in halves]
-            if name in expanded:
-                halves = [y + more for y, more in zip(halves, expanded[name], strict=True)]
+                halves = [y * over_rows(r, shape) for y in halves]
             if name in biases:
                 halves = [y + over_columns(bias, shape) for y, bias in zip(halves, biases[name], strict=True)]
             values.append(halves)
@@ -375,7 +404,6 @@ class Linears:
                 put(*these)
             else:
                 pl.when(tile * TILE + HALF < out_dim)(partial(put, *these))
-        return count
 
     def _find_r(self):
         """r [N] of the group's input, where it has a norm, into `memory.r`."""
@@ -389,17 +417,16 @@ class Linears:
             total += part
         store(self.memory.r.at[self.block], lax.rsqrt(total / self.norm_dim + self.eps))
 
-    def _gather_h(self, name, layer, r, h_smem):
-        """h = r · g_u · Σ_s t_part[s], rounded, as the right operand of B."""
+    def _gather_h(self, name, layer, h_smem):
+        """h = g_u · Σ_s t_part[s], rounded, as the right operand of B."""
         plan, memory, group = self.plan, self.memory, self.group
         where = group.adapted.index(name)
         self._wait(0, self._count_a(), layer)
 
         def piece(p, _):
             t = sum_of(load(memory.t_part.at[s, where, p]) for s in range(group.slices * group.a_parts))
-            factor = load(memory.gates.at[divmod_(p, plan.rank_pieces)[0]], COLUMNS)
-            factor = factor if r is None else factor * r
-            store_transposed(h_smem.at[p], t * over_rows(factor, t.shape))
+            gate = load(memory.gates.at[divmod_(p, plan.rank_pieces)[0]], COLUMNS)
+            store_transposed(h_smem.at[p], t * over_rows(gate, t.shape))
 
         lax.fori_loop(0, self._used_pieces, piece, None)
         plgpu.commit_smem()

@@ -46,7 +46,7 @@ from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
 
 @dataclass(frozen=True)
 class Phase:
-    """`copy(layer, count)` fills the ring, `compute(layer, count)` empties it; both return the new count."""
+    """`copy(layer, filled)` fills the ring, `compute(layer, count)` empties it; both return what is so far."""
 
     copy: Callable[[Any, Any], Any]
     compute: Callable[[Any, Any], Any]
@@ -137,7 +137,7 @@ def _phases(
     layer_phases = [
         *phases_of(plan.qkv, True, m.x_weighted, to_heads),
         Phase(attention.copy, attend),
-        *([Phase(lambda layer, count: count, combine)] if plan.splits > 1 else []),
+        *([Phase(lambda layer, filled: filled, combine)] if plan.splits > 1 else []),
         *phases_of(plan.o, False, m.context, to_residual(lambda layer: 2 * layer + 1)),
         *phases_of(plan.gate_up, True, m.x_weighted, to_hidden),
         *phases_of(plan.down, False, m.hidden, to_residual(lambda layer: 2 * layer + 2)),
@@ -166,24 +166,30 @@ def _kernel(*refs, names, plan, model, span, compiled, **scratch):
                 plgpu.semaphore_signal(arrived, 1, memory_scope="gpu")
                 plgpu.semaphore_wait(arrived, plan.num_blocks * number, decrement=False, memory_scope="gpu")
 
-    def run(phases_do, between):
+    def run(do, so_far, between):
         """All phases in order, with `between(number of phases done)` after each but the last."""
 
-        def of_layer(layer, count):
+        def of_layer(layer, so_far):
             for i, phase in enumerate(layer_phases):
-                count = phases_do(phase)(layer, count)
+                so_far = do(phase, layer, so_far)
                 between((layer - low) * len(layer_phases) + i + 1)
-            return count
+            return so_far
 
-        count = lax.fori_loop(low, high, of_layer, jnp.int32(0))
+        so_far = lax.fori_loop(low, high, of_layer, so_far)
         for i, phase in enumerate(last_phases):
-            count = phases_do(phase)(0, count)
+            so_far = do(phase, 0, so_far)
             if i + 1 < len(last_phases):
                 between((high - low) * len(layer_phases) + i + 1)
 
+    def copy(phase, layer, filled):
+        return phase.copy(layer, filled.begin())
+
+    def compute(phase, layer, count):
+        return phase.compute(layer, count)
+
     is_copier = lax.axis_index("group") == 1
-    pl.when(is_copier)(lambda: run(lambda phase: phase.copy, lambda number: None))
-    pl.when(jnp.logical_not(is_copier))(lambda: run(lambda phase: phase.compute, barrier))
+    pl.when(is_copier)(lambda: run(copy, ring.filled(), lambda number: None))
+    pl.when(jnp.logical_not(is_copier))(lambda: run(compute, jnp.int32(0), barrier))
 
 
 def _nested(names: Sequence[tuple[str, ...]], refs: Sequence[Any]) -> SimpleNamespace:
@@ -243,7 +249,7 @@ def run_token(
         "q_smem": ring(model.head_dim // PIECE, QUERIES, PIECE), "p_smem": ring(TILE // PIECE, QUERIES, PIECE),
     }  # fmt: skip
     x, h, q, p = used_in_turn.values()
-    num_phases = 9 + (plan.splits > 1)  # when every step is one
+    num_phases = 4 * len(STEPS) + 1 + (plan.splits > 1)  # when every step is one
 
     def launch(span):
         plgpu.kernel(
@@ -268,6 +274,6 @@ def run_token(
         for layer in range(model.num_layers):
             for phase in range(num_phases):
                 launch((layer, layer + 1, (phase, phase + 1), (0, 0)))
-        for phase in range(2):
+        for phase in range(len(STEPS)):
             launch((0, 0, (0, 0), (phase, phase + 1)))
     return jax.freeze(refs["logits",]), jax.freeze(refs["k_new",]), jax.freeze(refs["v_new",])

@@ -25,8 +25,9 @@ QUERIES = 8
 MAX_SLICES, MAX_SLOTS, SMALL_INPUT, MAX_INPUT, MAX_A_PARTS = 16, 13, 24 * 1024, 48 * 1024, 4
 MIN_SLOTS = 2
 """Of the ring: a chunk is released when the next one has come. Attention takes all parts of a tile together."""
-IN_FLIGHT = 4
-"""Chunks that a thread block has under way at once: of 16 KiB, about what keeps the memory busy."""
+IN_FLIGHT, QUIET = 6, 2
+"""Chunks that a thread block has under way at once: of 16 KiB, somewhat more than keeps the memory busy; and while blocks
+exchange what they have found, somewhat less."""
 SPLIT_SLOTS = 512
 """Positions of the cache that one thread block reads at least."""
 

@@ -1,7 +1,8 @@
 """Pre-gated linears on Hopper in one launch: one group of linears of the whole-token kernel.
 
-    products   partial products of W, and of A of the experts in use, each block its share of tiles and of columns
-    finish     y = Σ_s y_part[s] + Σ_u B[e_u] (g_u · Σ_s t_part[s]), rounded once
+    experts    partial products of A of the experts in use, each block its share of ranks and of columns
+    products   of W, its share of tiles and of columns, and of one of the blocks that share a tile, of B with what A gave
+    finish     y = Σ_s y_part[s], rounded once
 
 A warpgroup that only copies has B on its way before it can be used. See `pallas_kernels.decode_token.linear`.
 """
@@ -78,7 +79,7 @@ def _kernel(*refs, names, plan, group, steps, compiled, ring_smem, ring_full, ri
 
     @pl.when(lax.axis_index("group") == 1)
     def _copy():
-        linears.copy(layer, jnp.int32(0))
+        linears.copy(layer, ring.filled())
 
     @pl.when(lax.axis_index("group") == 0)
     def _compute():
