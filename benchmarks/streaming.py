@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.decode_token.linear import ROWS, Ring, load, store
-from pallas_kernels.decode_token.plan import HALF, PIECE
+from pallas_kernels.decode_token.plan import COMPILER, HALF, PIECE
 
 DTYPE = jnp.bfloat16
 LAYERS, COLUMNS = 32, 3072
@@ -72,7 +72,10 @@ def make(way: Way, num_blocks: int) -> Callable[[Array, Array], Array]:
     per_phase = num_blocks * 128 // way.rows // members * chunks
 
     def kernel(w, x, sums, done, ring_smem, full, empty, x_smem):
-        block, ring = lax.axis_index("block"), Ring(ring_smem, full, empty, way.in_flight, way.quiet)
+        block, ring = (
+            lax.axis_index("block"),
+            Ring(ring_smem, full, empty, in_flight=way.in_flight, quiet=way.quiet, ahead=0),
+        )
         part, member = block % way.slices, block // way.slices
         arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
 
@@ -133,6 +136,7 @@ def make(way: Way, num_blocks: int) -> Callable[[Array, Array], Array]:
                 "empty": plgpu.Barrier(num_barriers=way.slots),
                 "x_smem": operand(INPUT_ROWS, PIECE),
             },
+            compiler_params=COMPILER,
         )(w, x, sums, done)
         return jax.freeze(done)
 

@@ -113,9 +113,10 @@ class Attention:
             o = [over_columns(value, SHAPE) * has_new for value in values]
             m = score * has_new + LOWEST * (1 - has_new)
             total = plgpu.layout_cast(jnp.full((QUERIES,), 1.0, jnp.float32), COLUMNS) * has_new
+            more = over_rows(total, SHAPE) * 0  # to be added to the total: its sum over the rows
 
             def tile(t, carry):
-                *o, m, total, count = carry
+                *o, m, total, more, count = carry
                 pieces = [self.ring.take(count + i) for i in range(2 * self.parts)]
                 scores = []
                 for half in (0, 1):
@@ -127,9 +128,7 @@ class Attention:
                     slots += (start + t) * TILE + half * HALF
                     seen = (slots < position) & (slots > position - window)
                     scores.append(jnp.where(seen, s * self._scale, LOWEST))
-                m_new = m
-                for s in scores:
-                    m_new = jnp.maximum(m_new, s.max(axis=0))
+                m_new = jnp.maximum(m, jnp.maximum(*scores).max(axis=0))
                 shrink = jnp.exp2(m - m_new)
                 weights = [jnp.exp2(s - over_rows(m_new, SHAPE)) for s in scores]
                 for half, p in enumerate(weights):
@@ -142,9 +141,11 @@ class Attention:
                     o[part] = o[part] * over_rows(shrink, SHAPE) + added
                 for i in range(2 * self.parts):
                     self.ring.release(count + i)
-                return *o, m_new, total * shrink + sum(p.sum(axis=0) for p in weights), count + 2 * self.parts
+                more = more * over_rows(shrink, SHAPE) + weights[0] + weights[1]
+                return *o, m_new, total * shrink, more, count + 2 * self.parts
 
-            *o, m, total, count = lax.fori_loop(0, tiles, tile, (*o, m, total, count))
+            *o, m, total, more, count = lax.fori_loop(0, tiles, tile, (*o, m, total, more, count))
+            total += more.sum(axis=0)
             if plan.splits == 1:
                 self._store(row, head, group, [x / over_rows(total, SHAPE) for x in o])
             else:

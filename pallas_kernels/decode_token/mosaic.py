@@ -41,7 +41,7 @@ from pallas_kernels.decode_token.linear import (
     store,
     store_transposed,
 )
-from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
+from pallas_kernels.decode_token.plan import COMPILER, HALF, PIECE, QUERIES, TILE, Plan
 
 
 @dataclass(frozen=True)
@@ -265,6 +265,7 @@ def run_token(
                 "ring_empty": plgpu.Barrier(num_barriers=plan.slots),
                 **(used_in_turn if interpret else {"in_turn": plgpu.RefUnion([x, h], [q, p])}),
             },
+            compiler_params=COMPILER,
             interpret=interpret,
         )(*refs.values())
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 TILE, HALF = 128, 64
@@ -25,9 +26,11 @@ QUERIES = 8
 MAX_SLICES, MAX_SLOTS, SMALL_INPUT, MAX_INPUT, MAX_A_PARTS = 16, 13, 24 * 1024, 48 * 1024, 4
 MIN_SLOTS = 2
 """Of the ring: a chunk is released when the next one has come. Attention takes all parts of a tile together."""
-IN_FLIGHT, QUIET = 6, 2
-"""Chunks that a thread block has under way at once: of 16 KiB, somewhat more than keeps the memory busy; and while blocks
-exchange what they have found, somewhat less."""
+IN_FLIGHT, QUIET, AHEAD = 12, 2, 4
+"""Chunks that a thread block has under way at once; as many at most while blocks exchange what they have found, which is
+somewhat less than keeps the memory busy; and chunks that it then fetches into the L2 cache before the ring has room."""
+COMPILER = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+"""All layouts are given, so none is inferred: that would take most of the time to compile."""
 SPLIT_SLOTS = 512
 """Positions of the cache that one thread block reads at least."""
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_token.linear import STEPS, Linears, Ring, store_transposed
 from pallas_kernels.decode_token.plan import (
+    COMPILER,
     HALF,
     MAX_SLOTS,
     MIN_SLOTS,
@@ -158,6 +159,7 @@ def pregated_linear_mosaic(
                 "x_smem": operand(x_rows, PIECE),
                 "h_smem": operand(pieces, columns, PIECE),
             },
+            compiler_params=COMPILER,
             interpret=interpret,
         )(*refs.values())
     return {name: jax.freeze(refs["y", name])[:batch] for name in weights}
