@@ -5,8 +5,7 @@
 prints a row for each way to do it: TB/s, and µs per phase. W [layers, rows, columns] is read in chunks of 16 KiB, one phase
 per layer, by the copies of `pallas_kernels.decode_token` and nothing else: a bound for the decode step in one launch. A
 barrier is over the whole grid, after each phase; `stored`: each block stores a tile's sums before it; `input`: it loads what
-the next phase would multiply with after it. Fewer copies in flight, always or of a phase's first chunks, let such stores and
-loads wait less.
+the next phase would multiply with after it. Fewer copies under way at a phase's start let such stores and loads wait less.
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ class Way:
     columns: int = PIECE
     slices: int = 1
     slots: int = 12
-    in_flight: int = 12
     quiet: int = 12
     barriers: int = 0
     stored: bool = False
@@ -50,19 +48,14 @@ class Way:
 
     def __str__(self) -> str:
         text = f"{self.rows} x {self.columns}, {self.slices} slices, {self.slots} slots, {self.barriers} barriers"
-        text += f", {self.in_flight} in flight" if self.in_flight < self.slots else ""
-        text += f", {self.quiet} at first" if self.quiet < self.in_flight else ""
+        text += f", {self.quiet} at first" if self.quiet < self.slots else ""
         return text + ", stored" * self.stored + ", input" * self.input
 
 
 WAYS = (
     Way(), Way(slices=4), Way(rows=64, columns=128), Way(rows=32, columns=256), Way(slots=6), Way(slices=4, barriers=1),
     Way(slices=4, barriers=2), Way(slices=4, barriers=1, input=True), Way(slices=4, barriers=2, input=True),
-    *(Way(in_flight=n, quiet=n, slices=4) for n in (2, 3, 4, 6)),
-    *(
-        Way(in_flight=n, quiet=quiet, slices=4, barriers=2, stored=True, input=True)
-        for n, quiet in ((2, 2), (3, 3), (4, 4), (6, 6), (12, 12), (4, 1), (4, 2), (6, 1), (6, 2), (6, 3), (8, 2))
-    ),
+    *(Way(quiet=n, slices=4, barriers=2, stored=True, input=True) for n in (1, 2, 3, 4, 6, 12)),
 )  # fmt: skip
 
 
@@ -74,7 +67,7 @@ def make(way: Way, num_blocks: int) -> Callable[[Array, Array], Array]:
     def kernel(w, x, sums, done, ring_smem, full, empty, x_smem):
         block, ring = (
             lax.axis_index("block"),
-            Ring(ring_smem, full, empty, in_flight=way.in_flight, quiet=way.quiet, ahead=0),
+            Ring(ring_smem, full, empty, way.quiet),
         )
         part, member = block % way.slices, block // way.slices
         arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
@@ -167,7 +160,7 @@ def main() -> None:
             times.append((time.perf_counter() - begun) / 8)
         seconds, spread = statistics.median(times[1:]), max(times[1:]) - min(times[1:])
         print(
-            f"{way!s:84} {1e3 * seconds:.3f} ± {1e3 * spread:.3f} ms  {w.nbytes / seconds / 1e12:.3f} TB/s  "
+            f"{way!s:70} {1e3 * seconds:.3f} ± {1e3 * spread:.3f} ms  {w.nbytes / seconds / 1e12:.3f} TB/s  "
             f"{1e6 * seconds / LAYERS:.2f} µs per phase",
             flush=True,
         )

@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.plan import AHEAD, HALF, IN_FLIGHT, PIECE, QUIET, TILE, Group, Plan, input_rows
+from pallas_kernels.decode_token.plan import HALF, PIECE, QUIET, TILE, Group, Plan, input_rows
 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a vector [N], equal in all rows of a tile
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector [HALF], equal in all columns
@@ -88,29 +88,18 @@ class Ring:
     count of those it has passed.
 
     A phase's first chunks come while the blocks exchange what they have found, and whatever they store or load meanwhile
-    waits behind copies under way; so until the ring is full, no more than `quiet` are, and the last of them also fetch what
-    comes `ahead` of them into the L2 cache, where it waits for room in the ring. Later, `in_flight` are."""
+    waits behind copies under way; so until it is full again, no more than `quiet` copies are under way at once."""
 
-    def __init__(
-        self,
-        slots_smem: Any,
-        full: Any,
-        empty: Any,
-        *,
-        in_flight: int = IN_FLIGHT,
-        quiet: int = QUIET,
-        ahead: int = AHEAD,
-    ):
+    def __init__(self, slots_smem: Any, full: Any, empty: Any, quiet: int = QUIET):
         self.slots_smem, self.full, self.empty = slots_smem, full, empty
-        self.num_slots, self.ahead = slots_smem.shape[0], ahead
-        self.in_flight, self.quiet = min(in_flight, self.num_slots), min(quiet, self.num_slots)
+        self.num_slots = slots_smem.shape[0]
+        self.quiet = min(quiet, self.num_slots)
 
     def filled(self) -> Filled:
         """Nothing, and no exchange to keep quiet for."""
         return Filled(jnp.int32(0), jnp.int32(0), jnp.int32(-self.num_slots))
 
-    def fill(self, filled: Filled, source_gmem, ahead_gmem=None) -> Filled:
-        """`ahead_gmem`: what comes `ahead` of the source, if it is known."""
+    def fill(self, filled: Filled, source_gmem) -> Filled:
         count, landed, start = filled
         slot = count % self.num_slots
 
@@ -118,19 +107,12 @@ class Ring:
         def _():
             plgpu.barrier_wait(self.empty.at[slot])
 
-        limit = jnp.where(count - start < self.num_slots, self.quiet, self.in_flight)
-        must_land = jnp.maximum(landed, count + 1 - limit)
+        in_flight = jnp.where(count - start < self.num_slots, self.quiet, self.num_slots)
+        must_land = jnp.maximum(landed, count + 1 - in_flight)
         lax.fori_loop(landed, must_land, lambda i, _: plgpu.barrier_wait(self.full.at[i % self.num_slots]), None)
         rows = source_gmem.shape[0]
         slot_smem = self.slots_smem.at[slot] if rows == TILE else self.slots_smem.at[slot, pl.ds(0, rows)]
         plgpu.copy_gmem_to_smem(source_gmem, slot_smem, self.full.at[slot])
-        if self.ahead and ahead_gmem is not None:
-            number = count - start
-
-            @pl.when((number >= self.num_slots - self.ahead) & (number < self.num_slots))
-            def _():
-                plgpu.async_prefetch(ahead_gmem)
-
         return filled._replace(count=count + 1, landed=must_land)
 
     def take(self, count):
@@ -225,12 +207,8 @@ class Linears:
         memory = self.memory
 
         def chunks(filled, source, first, number):
-            def columns(c):
-                return pl.ds((first + c) * PIECE, PIECE)
-
             def chunk(c, filled):
-                ahead = jnp.minimum(c + self.ring.ahead, number - 1)
-                return self.ring.fill(filled, source(columns(c)), source(columns(ahead)))
+                return self.ring.fill(filled, source(pl.ds((first + c) * PIECE, PIECE)))
 
             return lax.fori_loop(0, number, chunk, filled)
 

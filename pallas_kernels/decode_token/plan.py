@@ -26,9 +26,9 @@ QUERIES = 8
 MAX_SLICES, MAX_SLOTS, SMALL_INPUT, MAX_INPUT, MAX_A_PARTS = 16, 13, 24 * 1024, 48 * 1024, 4
 MIN_SLOTS = 2
 """Of the ring: a chunk is released when the next one has come. Attention takes all parts of a tile together."""
-IN_FLIGHT, QUIET, AHEAD = 12, 2, 4
-"""Chunks that a thread block has under way at once; as many at most while blocks exchange what they have found, which is
-somewhat less than keeps the memory busy; and chunks that it then fetches into the L2 cache before the ring has room."""
+QUIET = 2
+"""Chunks that a thread block has under way at once, at most, while blocks exchange what they have found: somewhat fewer than
+keep the memory busy."""
 COMPILER = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 """All layouts are given, so none is inferred: that would take most of the time to compile."""
 SPLIT_SLOTS = 512
