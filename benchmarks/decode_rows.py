@@ -198,9 +198,10 @@ def batches_of(prompts: Sequence[Sequence[int]], batch: int, count: int) -> list
 
 def time_steps(engine: Engine, batch: int, context: int, steps: int = 40, repeats: int = 5) -> float:
     """ms of a step at `context` tokens in the cache: the median of the repeats. The steps are chained, and no token of
-    theirs is handed to the host."""
+    theirs is handed to the host. The rows begin with different tokens, and so use experts of their own."""
     slots = engine_module.bucket(context + steps, engine_module.MIN_SLOTS)
     state = engine._empty_state(batch, slots, NO_REPEATS)
+    state = replace(state, token=jnp.arange(batch, dtype=jnp.int32))
     times = []
     for _ in range(repeats + 1):
         state = jax.block_until_ready(replace(state, position=jnp.full(batch, context, jnp.int32)))

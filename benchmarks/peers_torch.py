@@ -10,8 +10,9 @@ the token included, is one graph for torch.compile and then one CUDA graph, star
 reads its two experts by index inside the reduction, without a copy and without the host. Inductor runs with and
 without coordinate-descent tuning (which also makes its matrix-vector products), the faster of the two counts.
 
-Correct first: the mixture in each form and PEFT's LoRA against plain per-token loops in float64 on a small model; the
-compiled step against the eager one at full size. A process runs one job:
+Correct first: the mixture in each form and PEFT's LoRA against plain per-token loops in float64 on a small model; at full
+size, the compiled step's logits must be as near to those of the same weights in float32 as the eager ones are. A process
+runs one job:
 
     python -m benchmarks.peers_torch --job JOB.json --result RESULT.json     # `benchmarks.decode` does
     python -m benchmarks.peers_torch --check                                 # the small models alone
@@ -20,6 +21,7 @@ compiled step against the eager one at full size. A process runs one job:
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import statistics
@@ -42,8 +44,10 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 EAGER_QUERIES, EAGER_TOKENS = 3, 50
 CHECKED_STEPS = 4
-TOLERANCE = {"hf": 0.03, "peft-lora": 0.03, "lora-moe": 0.15}
-"""‖compiled − eager‖ / ‖eager‖ of bf16 logits; in a mixture, rounding also turns near ties of a router around."""
+METHODS = "hf", "peft-lora", "lora-moe"
+ALLOWED = 1.5
+"""Times the error of the eager logits: how far the compiled ones may be from float32. In a mixture, rounding also turns near
+ties of a router around, in either form."""
 
 
 class MoELinear(nn.Module):
@@ -228,6 +232,11 @@ def stepwise(decoder: Eager | Compiled, prompt: Tensor, tokens: Tensor) -> Tenso
     return torch.stack(rows)
 
 
+def exact_logits(model: LlamaForCausalLM, prompt: Tensor, tokens: Tensor) -> Tensor:
+    """`stepwise` of the same weights in float32, of which a copy is made meanwhile."""
+    return stepwise(Eager(copy.deepcopy(model).float()), prompt, tokens)
+
+
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     """‖found − wanted‖ / ‖wanted‖; NaN counts as infinite."""
     error = ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
@@ -277,7 +286,8 @@ def compile_best(
     seconds: float,
     device: str,
 ) -> tuple[Compiled, dict[str, Any]]:
-    """The fastest configuration that agrees with the eager model; none begins after `seconds`."""
+    """The fastest configuration that is right by the `checks`: tokens, their exact logits, the error allowed. None begins
+    after `seconds`."""
     tokens, wanted, tolerance = checks
     begun, best = time.perf_counter(), None
     tried: dict[str, str] = {}
@@ -291,10 +301,10 @@ def compile_best(
             compiled = time.perf_counter() - start
             error = relative_error(stepwise(decoder, prompt, tokens), wanted)
             if error > tolerance:
-                tried[name] = f"wrong: logits differ from eager ones by {error:.2g}"
+                tried[name] = f"wrong: logits are off by {error:.2g}, and {tolerance:.2g} is allowed"
             else:
                 ms = statistics.median(time_query(decoder, prompt, trial_steps, device) for _ in range(3))
-                tried[name] = f"{ms:.3f} ms/token, logits within {error:.2g} of eager, {compiled:.0f} s to compile"
+                tried[name] = f"{ms:.3f} ms/token, logits off by {error:.2g}, {compiled:.0f} s to compile"
                 if best is None or ms < best[0]:
                     best = ms, name, decoder
         except Exception as error:
@@ -340,7 +350,10 @@ def measure(job: dict[str, Any], tell: Callable[[list[dict[str, Any]]], None]) -
     print(f"  model: {time.perf_counter() - begun:.1f} s", flush=True)
     eager = Eager(model)
     tokens = torch.arange(1, CHECKED_STEPS + 1, device=device)
-    wanted = stepwise(eager, prompts[0], tokens)
+    wanted = exact_logits(model, prompts[0], tokens)
+    gc.collect()
+    tolerance = ALLOWED * relative_error(stepwise(eager, prompts[0], tokens), wanted)
+    print(f"  eager logits are off by {tolerance / ALLOWED:.2g}", flush=True)
 
     def run_eager() -> dict[str, Any]:
         time_query(eager, prompts[0], 8, device)
@@ -349,14 +362,12 @@ def measure(job: dict[str, Any], tell: Callable[[list[dict[str, Any]]], None]) -
         return timing | {"context": context}
 
     def run_compiled() -> dict[str, Any]:
-        checks = tokens, wanted, TOLERANCE[method]
+        checks = tokens, wanted, tolerance
         decoder, how = compile_best(model, slots, prompts[0], checks, min(steps, 32), job["compile_seconds"], device)
         gc.collect()  # what was slower; the graph that stays must not need it
         error = relative_error(stepwise(decoder, prompts[0], tokens), wanted)
-        if error > TOLERANCE[method]:
-            raise RuntimeError(
-                f"logits differ from eager ones by {error:.2g} after the other configurations were freed"
-            )
+        if error > tolerance:
+            raise RuntimeError(f"logits are off by {error:.2g} after the other configurations were freed")
         return time_queries(decoder, prompts, steps, job["row_seconds"], device) | how | {"context": context}
 
     if "eager" in job["forms"]:
@@ -443,7 +454,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path)
     arguments = parser.parse_args()
     if arguments.check:
-        for method in TOLERANCE:
+        for method in METHODS:
             print(method, check(method, arguments.backend), flush=True)
         return
     import transformers

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from adafuse_jax.data.examples import Chat, Example, Message, MultipleChoice, Text
-from adafuse_jax.data.files import quiet
+from adafuse_jax.data.files import without_logs
 from adafuse_jax.errors import UserError
 
 ENCODE_CHUNK = 1024
@@ -58,7 +58,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
         )
     try:
         # transformers warns on import when torch is missing, which is no fault here
-        with mock.patch.dict(os.environ, {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}), quiet():
+        with mock.patch.dict(os.environ, {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}), without_logs():
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)

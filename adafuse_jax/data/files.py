@@ -41,20 +41,30 @@ def canonical_split(name: str) -> str:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no log lines from the data libraries while it lasts."""
-    import datasets
-
+def without_logs() -> Iterator[None]:
+    """No log lines from the libraries of the hub and of data while it lasts."""
     loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
-    levels, bars = [log.level for log in loggers], datasets.are_progress_bars_disabled()
+    levels = [log.level for log in loggers]
     for log in loggers:
         log.setLevel(logging.CRITICAL + 1)
-    datasets.disable_progress_bars()
     try:
         yield
     finally:
         for log, level in zip(loggers, levels, strict=True):
             log.setLevel(level)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of `datasets` either."""
+    import datasets
+
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with without_logs():
+            yield
+    finally:
         if not bars:
             datasets.enable_progress_bars()
 
