@@ -250,7 +250,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.legend(fontsize="small", loc="upper right")
     axis.invert_yaxis()
     axis.margins(x=0.15)
-    axis.set(xscale="log" if rows else "linear", xlabel="ms/token, batch 1", title="decoding")
+    wide = bool(rows) and rows[-1]["ms_per_token"] > 20 * rows[0]["ms_per_token"]
+    axis.set(xscale="log" if wide else "linear", xlabel="ms/token, batch 1", title="decoding")
+    if wide:
+        axis.set_xlim(left=1)
     axis.grid(axis="x", alpha=0.3)
     if result["breakdown"]:
         points = sorted(result["breakdown"], key=lambda row: (row["length"], row["rank"]))
