@@ -14,6 +14,7 @@ are made. The parts can run at different times, and parts of parts, by the names
     methods the methods that AdaFuse is compared with, in the same engine
     context a step by the length of its context, to the model's longest
     layer   one adapted layer: its backbone part and its adapter part, over rank and sequence length
+    devices a step of one row on one GPU, and on two that share the model
     hf, peft, moe    the peers, see `benchmarks.peers_torch`
 """
 
@@ -36,9 +37,9 @@ import numpy as np
 
 from adafuse_jax.presets import PRESETS
 from benchmarks.decode_costs import SIZES, Shapes
-from benchmarks.decode_report import merge_parts
+from benchmarks.decode_report import EXTRA, merge_parts
 
-PARTS = ("jax", "methods", "context", "layer", "hf", "peft", "moe")
+PARTS = ("jax", "methods", "context", "layer", "devices", "hf", "peft", "moe")
 ONE_ROW = ("golden", "switch", "simple")
 """Strategies that merge one row's experts into the weights, and so decode one row at a time."""
 METHODS = (
@@ -79,6 +80,9 @@ def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
     if part == "context":
         contexts = [16, 64] if arguments.size == "tiny" else [128, 472, 984, 2008, 4056]
         return [Job(name="context", module=rows_module, settings={"kind": "contexts", "contexts": contexts})]
+    if part == "devices":
+        settings = {"kind": "devices", "devices": [1, 2], "context": 16 if arguments.size == "tiny" else 236}
+        return [Job(name="devices", module=rows_module, settings=settings)]
     if part == "jax":
         jobs = [Job(name="ceilings", module=rows_module, settings={"kind": "ceilings", "seconds": 0.3})]
         strategies = [s for s in PRESETS["adafuse"].strategies if s not in ONE_ROW] + list(ONE_ROW)
@@ -206,7 +210,7 @@ def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
         result, problem = run_job(job, common, arguments.job_seconds, python)
         for fact in ("jax", "torch", "transformers"):
             found["versions"] |= {fact: result[fact]} if fact in result else {}
-        found |= {key: result[key] for key in ("device", "ceilings", "breakdown", "contexts") if key in result}
+        found |= {key: result[key] for key in ("device", "ceilings", *EXTRA) if key in result}
         rows = result.get("rows", [])
         there = [{key: row[key] for key in place("", "")} for row in rows]
         rows += [row | {"error": problem or "no result"} for row in job.rows if row not in there]

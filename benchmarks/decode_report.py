@@ -12,6 +12,8 @@ KEY = ("method", "targets", "strategy", "batch")
 FIELDS = (
     *KEY, "ms_per_token", "spread_ms", "overhead_pct", "bytes_gb", "read_bandwidth_pct", "peak_gib", "params_b", "flops_g",
 )  # fmt: skip
+EXTRA = ("breakdown", "contexts", "devices")
+"""Lists of a part that are tables of their own; one measured later stands for those before."""
 METHODS = ("backbone", "adafuse", "lora", "moral", "mola", "pesc")
 STRATEGIES = ("-", "fused", "unmerged", "golden", "switch", "simple", "merged")
 PEERS = ("hf", "hf-compiled", "peft-lora", "peft-lora-compiled", "lora-moe", "lora-moe-compiled")
@@ -92,7 +94,9 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
     versions = {name: version for part in parts for name, version in part["versions"].items()}
     extras = [{k: v for k, v in row.items() if k in KEY or k not in FIELDS} for row in ordered]
     commands, prompts = (list(dict.fromkeys(part[name] for part in parts)) for name in ("command", "prompts"))
-    breakdowns, contexts = ([part[name] for part in parts if name in part] for name in ("breakdown", "contexts"))
+    tables: dict[str, list[Any]] = {
+        name: next((part[name] for part in reversed(parts) if name in part), []) for name in EXTRA
+    }
     notes = [*(f"Prompts: {told}." for told in prompts), *NOTES]
     for way in ways[-1:]:
         speeds = (f"{kind} by {name} {speed:.2f}" for kind in ("read", "copy") for name, speed in way[kind].items())
@@ -108,8 +112,7 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "ceilings": ceilings,
         "rows": [row for key, row in finished.items() if key[0] not in PEERS],
         "peers": [row for key, row in finished.items() if key[0] in PEERS],
-        "breakdown": breakdowns[-1] if breakdowns else [],
-        "contexts": contexts[-1] if contexts else [],
+        **tables,
         "details": extras,
         "notes": notes,
     }  # fmt: skip
@@ -184,6 +187,18 @@ def context_table(contexts: list[dict[str, Any]], read: float | None) -> list[st
     return lines
 
 
+def device_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Each step beside that of one device by default, and by the same strategy."""
+    lines = ["| | GPUs | ms | speed over one, its default | over one, the same strategy |", "|---" * 5 + "|"]
+    for row in rows:
+        alone = [r for r in rows if r["devices"] == 1 and r["method"] == row["method"]]
+        same = next((r for r in alone if r["strategy"] == row["strategy"]), None)
+        cells = [" ".join(row[key] for key in KEY[:3] if row[key] != "-"), str(row["devices"]), f"{row['ms']:.3f}"]
+        cells += [f"{base['ms'] / row['ms']:.2f}×" if base else "" for base in (alone[0] if alone else None, same)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def provenance(result: dict[str, Any]) -> str:
     software = ", ".join(f"{name} {result[name]}" for name in ("jax", "torch", "transformers") if result.get(name))
     experts = "E={num_experts}, R={rank}, k={top_k}".format(**result)
@@ -201,6 +216,8 @@ def to_markdown(result: dict[str, Any]) -> str:
             lines += [f"## {title}", "", *table(rows, details), ""]
     if result["contexts"]:
         lines += ["## Longer contexts, batch 1, steps alone", "", *context_table(result["contexts"], read), ""]
+    if result["devices"]:
+        lines += ["## Several GPUs, batch 1, steps alone", "", *device_table(result["devices"]), ""]
     if result["breakdown"]:
         lines += ["## One layer, all seven linears adapted", "", *layer_table(result["breakdown"]), ""]
     lines += ["## Notes", "", *(f"- {note}" for note in result["notes"])]

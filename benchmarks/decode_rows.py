@@ -38,6 +38,7 @@ from adafuse_jax.decoding.sampling import Sampling
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from adafuse_jax.presets import PRESETS
+from adafuse_jax.sharding import make_mesh, shard
 from benchmarks.decode_costs import MOLA_EXPERTS, SIZES, TARGETS, Shapes, costs
 
 NO_REPEATS = Sampling.of(repetition_penalty=1e6)
@@ -204,7 +205,8 @@ def time_steps(engine: Engine, batch: int, context: int, steps: int = 40, repeat
     state = replace(state, token=jnp.arange(batch, dtype=jnp.int32))
     times = []
     for _ in range(repeats + 1):
-        state = jax.block_until_ready(replace(state, position=jnp.full(batch, context, jnp.int32)))
+        state = engine._placed(replace(state, position=jnp.full(batch, context, jnp.int32)))
+        jax.block_until_ready(state)
         begun = time.perf_counter()
         for _ in range(steps):
             _, state = engine._step(state, NO_REPEATS)
@@ -235,6 +237,27 @@ def measure_contexts(job: dict[str, Any], tell: Tell) -> None:
             found.append(row)
             print("  {method} {targets}, {context} tokens: {ms:.3f} ms, {bytes_gb:.3f} GB".format(**row), flush=True)
             tell({"contexts": found})
+
+
+def measure_devices(job: dict[str, Any], tell: Tell) -> None:
+    """ms of a step of one row: on one device, by default and with single operations, and on several that share the model."""
+    shapes, found, most = SIZES[job["size"]], [], max(job["devices"])
+    if jax.device_count() < most:
+        raise SystemExit(f"{most} devices are needed, and there are {jax.device_count()}")
+    config = model_config(shapes)
+    model = random_backbone(config)
+    for method, targets in (("backbone", "-"), ("adafuse", "all7")):
+        adapter = None if method == "backbone" else random_adapter(adapter_config(shapes, targets), config)
+        for devices in job["devices"]:
+            mesh = make_mesh(devices, config)
+            share, its = (model, adapter) if devices == 1 else (shard(model, mesh), adapter and shard(adapter, mesh))
+            for strategy in (None, "unmerged") if devices == 1 else ("unmerged",):
+                engine = Engine(share, its, strategy=strategy, eos_ids=())
+                row = {"method": method, "targets": targets, "strategy": engine.strategy, "devices": devices}
+                row["ms"] = time_steps(engine, 1, job["context"])
+                found.append(row)
+                print("  {method} {targets} {strategy}, {devices} devices: {ms:.3f} ms".format(**row), flush=True)
+                tell({"devices": found})
 
 
 def measure_rows(job: dict[str, Any], tell: Tell) -> None:
@@ -336,6 +359,8 @@ def main() -> None:
         tell({"ceilings": measure_ceilings(2**12 if tiny else 2**30, job["seconds"])})
     elif job["kind"] == "contexts":
         measure_contexts(job, tell)
+    elif job["kind"] == "devices":
+        measure_devices(job, tell)
     elif job["kind"] == "layer":
         measure_layer(shapes, job["ranks"], job["lengths"], job["seconds"], tell)
     else:

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -186,6 +187,22 @@ class TestDecode:
         assert long["bytes_gb"] - short["bytes_gb"] == pytest.approx(48 * cache / 1e9)
         markdown = (tmp_path / "decode.md").read_text()
         assert f"| backbone {long['strategy']} | 64 | {long['ms']:.3f} |" in markdown
+
+    def test_several_devices(self, tmp_path):
+        flags = ["--size=tiny", f"--out={tmp_path}", "--part=devices", "--job-seconds=300"]
+        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        command = [sys.executable, "-m", "benchmarks.decode", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+        assert done.returncode == 0, done.stderr[-1000:]
+        result = json.loads((tmp_path / "decode.json").read_text())
+        places = [(row["method"], row["strategy"], row["devices"]) for row in result["devices"]]
+        assert places == [(m, "unmerged", n) for m in ("backbone", "adafuse") for n in (1, 1, 2)]
+        one, _, two = result["devices"][:3]
+        assert f"| backbone unmerged | 2 | {two['ms']:.3f} | {one['ms'] / two['ms']:.2f}× |" in done.stdout
+
+    def test_too_few_devices(self, tmp_path):
+        with pytest.raises(SystemExit, match="64 devices are needed, and there"):
+            decode_rows.measure_devices({"size": "tiny", "devices": [1, 64]}, print)
 
     def test_nothing_measured(self, tmp_path):
         with pytest.raises(SystemExit, match="no part"):
