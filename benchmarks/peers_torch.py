@@ -11,8 +11,8 @@ reads its two experts by index inside the reduction, without a copy and without 
 without coordinate-descent tuning (which also makes its matrix-vector products), the faster of the two counts.
 
 Correct first: the mixture in each form and PEFT's LoRA against plain per-token loops in float64 on a small model; at full
-size, the compiled step's logits must be as near to those of the same weights in float32 as the eager ones are. A process
-runs one job:
+size, the compiled step's logits may be at most 1.5 times as far from those of the same weights in float32 as the eager ones
+are. A process runs one job:
 
     python -m benchmarks.peers_torch --job JOB.json --result RESULT.json     # `benchmarks.decode` does
     python -m benchmarks.peers_torch --check                                 # the small models alone
@@ -233,7 +233,7 @@ def stepwise(decoder: Eager | Compiled, prompt: Tensor, tokens: Tensor) -> Tenso
 
 
 def exact_logits(model: LlamaForCausalLM, prompt: Tensor, tokens: Tensor) -> Tensor:
-    """`stepwise` of the same weights in float32, of which a copy is made meanwhile."""
+    """`stepwise` of the same weights in float32; needs room for such a copy of them."""
     return stepwise(Eager(copy.deepcopy(model).float()), prompt, tokens)
 
 

@@ -25,8 +25,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.decode_token.linear import ROWS, Ring, load, store
-from pallas_kernels.decode_token.plan import COMPILER, HALF, PIECE
+from pallas_kernels.decode_token.linear import COMPILER, ROWS, load, store
+from pallas_kernels.decode_token.plan import HALF, PIECE
+from pallas_kernels.decode_token.ring import Ring
 
 DTYPE = jnp.bfloat16
 LAYERS, COLUMNS = 32, 3072
@@ -35,7 +36,8 @@ INPUT_ROWS = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """Chunks [rows, columns]; every block reads one of `slices` parts of the columns."""
+    """Chunks [rows, columns]; every block reads one of `slices` parts of the columns, through a ring of `slots`, of which
+    `quiet` are under way at once when a phase begins."""
 
     rows: int = 128
     columns: int = PIECE
@@ -55,7 +57,7 @@ class Way:
 WAYS = (
     Way(), Way(slices=4), Way(rows=64, columns=128), Way(rows=32, columns=256), Way(slots=6), Way(slices=4, barriers=1),
     Way(slices=4, barriers=2), Way(slices=4, barriers=1, input=True), Way(slices=4, barriers=2, input=True),
-    *(Way(quiet=n, slices=4, barriers=2, stored=True, input=True) for n in (1, 2, 3, 4, 6, 12)),
+    *(Way(quiet=n, slices=4, barriers=2, stored=True, input=True) for n in (12, 6, 4, 3, 2, 1)),
 )  # fmt: skip
 
 
@@ -65,10 +67,8 @@ def make(way: Way, num_blocks: int) -> Callable[[Array, Array], Array]:
     per_phase = num_blocks * 128 // way.rows // members * chunks
 
     def kernel(w, x, sums, done, ring_smem, full, empty, x_smem):
-        block, ring = (
-            lax.axis_index("block"),
-            Ring(ring_smem, full, empty, way.quiet),
-        )
+        block = lax.axis_index("block")
+        ring = Ring(ring_smem, full, empty, way.quiet)
         part, member = block % way.slices, block // way.slices
         arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
 
@@ -82,7 +82,7 @@ def make(way: Way, num_blocks: int) -> Callable[[Array, Array], Array]:
                 filled = filled.begin()
                 return lax.fori_loop(0, per_phase, lambda i, filled: ring.fill(filled, source(layer, i)), filled)
 
-            lax.fori_loop(0, LAYERS, phase, ring.filled())
+            lax.fori_loop(0, LAYERS, phase, ring.start())
 
         @pl.when(lax.axis_index("group") == 0)
         def _take():

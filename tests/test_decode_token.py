@@ -211,16 +211,18 @@ def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_blocks):
     plan = plan_of(shape, batch=batch, max_used=min(8, 2 * batch), num_blocks=num_blocks)
     assert plan.columns >= batch
     for group in plan.groups:
-        chunks = Counter()
+        chunks, finished, units = Counter(), Counter(), sum(map(group.units, group.passes))
         for block in range(num_blocks):
             part, member = block % group.slices, block // group.slices
             if member < group.members:
                 low, high = (s * group.chunks // group.slices for s in (part, part + 1))
                 assert 0 < high - low <= group.slice_chunks
-                for unit in range(member, group.num_units, group.members):
+                for unit in range(member, units, group.members):
+                    finished.update([unit] * (group.finisher(unit) == part))
                     chunks.update((unit, c) for c in range(low, high))
         assert set(chunks.values()) == {1}
-        assert len(chunks) == group.num_units * group.in_dim // 64
+        assert len(chunks) == units * group.in_dim // 64
+        assert finished == Counter(range(units))
         assert 1 <= group.a_parts <= group.chunks // group.slices
     assert plan.slots >= 4
     assert plan.slots * 128 * 64 * 2 + (plan.x_rows + plan.pieces * plan.columns) * 64 * 2 < SHARED_MEMORY
@@ -232,8 +234,8 @@ def test_plan_counts_tiles_and_semaphores_once():
         tiles = [group.first_tile(name) + t for name, out in group.outs.items() for t in range(num_tiles(out))]
         units = [group.first_unit(names) + t for names in group.passes for t in range(group.units(names))]
         assert tiles == list(range(group.num_tiles))
-        assert units == list(range(group.num_units))
-    semaphores = [group.first_semaphore + i for group in plan.groups for i in range(group.num_semaphores)]
+        assert units == list(range(len(units)))
+    semaphores = [group.first_semaphore + i for group in plan.groups for i in range(1 + group.members)]
     assert semaphores == list(range(plan.num_semaphores))
 
 

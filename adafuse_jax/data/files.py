@@ -56,7 +56,7 @@ def without_logs() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars of `datasets` either."""
+    """Neither log lines nor the progress bars of `datasets` while it lasts."""
     import datasets
 
     bars = datasets.are_progress_bars_disabled()

@@ -24,8 +24,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.decode_token.linear import (
     COLUMNS,
     ROWS,
-    Filled,
-    Ring,
     load,
     load_transposed,
     over_columns,
@@ -35,6 +33,7 @@ from pallas_kernels.decode_token.linear import (
     store_transposed,
 )
 from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
+from pallas_kernels.decode_token.ring import Filled, Ring
 
 LOWEST = -1e30  # of a score: finite, so that no difference of two is NaN
 SHAPE = HALF, QUERIES
@@ -113,7 +112,7 @@ class Attention:
             o = [over_columns(value, SHAPE) * has_new for value in values]
             m = score * has_new + LOWEST * (1 - has_new)
             total = plgpu.layout_cast(jnp.full((QUERIES,), 1.0, jnp.float32), COLUMNS) * has_new
-            more = over_rows(total, SHAPE) * 0  # to be added to the total: its sum over the rows
+            more = over_rows(total, SHAPE) * 0  # weights that are not summed over the rows yet: once, after the loop
 
             def tile(t, carry):
                 *o, m, total, more, count = carry

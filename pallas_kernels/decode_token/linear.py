@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.plan import HALF, PIECE, QUIET, TILE, Group, Plan, input_rows
+from pallas_kernels.decode_token.plan import HALF, PIECE, TILE, Group, Plan, input_rows
+from pallas_kernels.decode_token.ring import Filled, Ring
 
+COMPILER = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+"""Every layout is given, because inferring them takes most of the time to compile."""
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a vector [N], equal in all rows of a tile
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector [HALF], equal in all columns
 
@@ -68,61 +71,6 @@ def share(base, count, index, step):
     (the first of them, how many)."""
     first = (index + step - base % step) % step
     return first, jnp.maximum(0, (count - first + step - 1) // step)
-
-
-class Filled(NamedTuple):
-    """What the copying warpgroup has done: copies begun, those of them that it has seen land, and where its phase began."""
-
-    count: Any
-    landed: Any
-    start: Any
-
-    def begin(self) -> Filled:
-        """A phase."""
-        return self._replace(start=self.count)
-
-
-class Ring:
-    """Chunks of weights, [TILE, PIECE] or the first rows of that, on their way from device memory to the tensor cores. One
-    warpgroup fills the slots and one empties them; both go through the same chunks in the same order, and each keeps a
-    count of those it has passed.
-
-    A phase's first chunks come while the blocks exchange what they have found, and whatever they store or load meanwhile
-    waits behind copies under way; so until it is full again, no more than `quiet` copies are under way at once."""
-
-    def __init__(self, slots_smem: Any, full: Any, empty: Any, quiet: int = QUIET):
-        self.slots_smem, self.full, self.empty = slots_smem, full, empty
-        self.num_slots = slots_smem.shape[0]
-        self.quiet = min(quiet, self.num_slots)
-
-    def filled(self) -> Filled:
-        """Nothing, and no exchange to keep quiet for."""
-        return Filled(jnp.int32(0), jnp.int32(0), jnp.int32(-self.num_slots))
-
-    def fill(self, filled: Filled, source_gmem) -> Filled:
-        count, landed, start = filled
-        slot = count % self.num_slots
-
-        @pl.when(count >= self.num_slots)
-        def _():
-            plgpu.barrier_wait(self.empty.at[slot])
-
-        in_flight = jnp.where(count - start < self.num_slots, self.quiet, self.num_slots)
-        must_land = jnp.maximum(landed, count + 1 - in_flight)
-        lax.fori_loop(landed, must_land, lambda i, _: plgpu.barrier_wait(self.full.at[i % self.num_slots]), None)
-        rows = source_gmem.shape[0]
-        slot_smem = self.slots_smem.at[slot] if rows == TILE else self.slots_smem.at[slot, pl.ds(0, rows)]
-        plgpu.copy_gmem_to_smem(source_gmem, slot_smem, self.full.at[slot])
-        return filled._replace(count=count + 1, landed=must_land)
-
-    def take(self, count):
-        """The next chunk, when it has come."""
-        slot = count % self.num_slots
-        plgpu.barrier_wait(self.full.at[slot])
-        return self.slots_smem.at[slot]
-
-    def release(self, count):
-        plgpu.barrier_arrive(self.empty.at[count % self.num_slots])
 
 
 STEPS = "experts", "products", "finish"
@@ -193,7 +141,7 @@ class Linears:
             return first + n * group.members
 
         def is_finisher(n):
-            return (base + tile(n)) // group.members % group.slices == self.slice
+            return group.finisher(base + tile(n)) == self.slice
 
         return number, tile, is_finisher
 

@@ -30,10 +30,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_token.attention import Attention, rounded
 from pallas_kernels.decode_token.linear import (
+    COMPILER,
     ROWS,
     STEPS,
     Linears,
-    Ring,
     load,
     load_transposed,
     over_columns,
@@ -41,12 +41,13 @@ from pallas_kernels.decode_token.linear import (
     store,
     store_transposed,
 )
-from pallas_kernels.decode_token.plan import COMPILER, HALF, PIECE, QUERIES, TILE, Plan
+from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
+from pallas_kernels.decode_token.ring import Ring
 
 
 @dataclass(frozen=True)
 class Phase:
-    """`copy(layer, filled)` fills the ring, `compute(layer, count)` empties it; both return what is so far."""
+    """`copy(layer, filled)` fills the ring, `compute(layer, count)` empties it; both return how far they are."""
 
     copy: Callable[[Any, Any], Any]
     compute: Callable[[Any, Any], Any]
@@ -167,7 +168,8 @@ def _kernel(*refs, names, plan, model, span, compiled, **scratch):
                 plgpu.semaphore_wait(arrived, plan.num_blocks * number, decrement=False, memory_scope="gpu")
 
     def run(do, so_far, between):
-        """All phases in order, with `between(number of phases done)` after each but the last."""
+        """do(phase, layer, so_far) → so_far of all phases in order, with between(number of phases done) after each but the
+        last."""
 
         def of_layer(layer, so_far):
             for i, phase in enumerate(layer_phases):
@@ -188,7 +190,7 @@ def _kernel(*refs, names, plan, model, span, compiled, **scratch):
         return phase.compute(layer, count)
 
     is_copier = lax.axis_index("group") == 1
-    pl.when(is_copier)(lambda: run(copy, ring.filled(), lambda number: None))
+    pl.when(is_copier)(lambda: run(copy, ring.start(), lambda number: None))
     pl.when(jnp.logical_not(is_copier))(lambda: run(compute, jnp.int32(0), barrier))
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 TILE, HALF = 128, 64
@@ -29,8 +28,6 @@ MIN_SLOTS = 2
 QUIET = 2
 """Chunks that a thread block has under way at once, at most, while blocks exchange what they have found: somewhat fewer than
 keep the memory busy."""
-COMPILER = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
-"""All layouts are given, so none is inferred: that would take most of the time to compile."""
 SPLIT_SLOTS = 512
 """Positions of the cache that one thread block reads at least."""
 
@@ -75,12 +72,12 @@ class Group:
         """Of a pass."""
         return num_tiles(self.outs[names[0]])
 
-    @property
-    def num_units(self) -> int:
-        return sum(map(self.units, self.passes))
-
     def first_unit(self, names: tuple[str, ...]) -> int:
         return sum(map(self.units, self.passes[: self.passes.index(names)]))
+
+    def finisher(self, unit):
+        """The slice whose block finishes a unit: the blocks of a member take turns."""
+        return unit // self.members % self.slices
 
     @property
     def num_semaphores(self) -> int:

@@ -1,7 +1,7 @@
 """Pre-gated linears on Hopper in one launch: one group of linears of the whole-token kernel.
 
     experts    partial products of A of the experts in use, each block its share of ranks and of columns
-    products   of W, its share of tiles and of columns, and of one of the blocks that share a tile, of B with what A gave
+    products   of W, its share of tiles and of columns; the block that finishes a tile also adds B times what A gave
     finish     y = Σ_s y_part[s], rounded once
 
 A warpgroup that only copies has B on its way before it can be used. See `pallas_kernels.decode_token.linear`.
@@ -20,9 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_token.linear import STEPS, Linears, Ring, store_transposed
+from pallas_kernels.decode_token.linear import COMPILER, STEPS, Linears, store_transposed
 from pallas_kernels.decode_token.plan import (
-    COMPILER,
     HALF,
     MAX_SLOTS,
     MIN_SLOTS,
@@ -37,6 +36,7 @@ from pallas_kernels.decode_token.plan import (
     max_in_dim,
     no_room,
 )
+from pallas_kernels.decode_token.ring import Ring
 from pallas_kernels.pregated_linear.mixture import Mixture, used_first
 
 MAX_BATCH = 32
@@ -80,7 +80,7 @@ def _kernel(*refs, names, plan, group, steps, compiled, ring_smem, ring_full, ri
 
     @pl.when(lax.axis_index("group") == 1)
     def _copy():
-        linears.copy(layer, ring.filled())
+        linears.copy(layer, ring.start())
 
     @pl.when(lax.axis_index("group") == 0)
     def _compute():

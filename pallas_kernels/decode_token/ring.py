@@ -1,0 +1,67 @@
+"""Weights on their way: a ring of chunks in shared memory, which one warpgroup fills and another empties."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.decode_token.plan import QUIET, TILE
+
+
+class Filled(NamedTuple):
+    """What the copying warpgroup has done: copies begun, those of them that it has seen land, and where its phase began."""
+
+    count: Any
+    landed: Any
+    start: Any
+
+    def begin(self) -> Filled:
+        """A new phase begins here."""
+        return self._replace(start=self.count)
+
+
+class Ring:
+    """Chunks of weights, [TILE, PIECE] or the first rows of that, on their way from device memory to the tensor cores. One
+    warpgroup fills the slots and one empties them; both go through the same chunks in the same order, and each keeps a
+    count of those it has passed.
+
+    A phase's first chunks come while the blocks exchange what they have found, and whatever they store or load meanwhile
+    waits behind copies under way; so of as many as the ring holds, no more than `quiet` are under way at once."""
+
+    def __init__(self, slots_smem: Any, full: Any, empty: Any, quiet: int = QUIET):
+        self.slots_smem, self.full, self.empty = slots_smem, full, empty
+        self.num_slots = slots_smem.shape[0]
+        self.quiet = min(quiet, self.num_slots)
+
+    def start(self) -> Filled:
+        """Nothing, and no exchange to keep quiet for."""
+        return Filled(jnp.int32(0), jnp.int32(0), jnp.int32(-self.num_slots))
+
+    def fill(self, filled: Filled, source_gmem) -> Filled:
+        count, landed, start = filled
+        slot = count % self.num_slots
+
+        @pl.when(count >= self.num_slots)
+        def _():
+            plgpu.barrier_wait(self.empty.at[slot])
+
+        in_flight = jnp.where(count - start < self.num_slots, self.quiet, self.num_slots)
+        must_land = jnp.maximum(landed, count + 1 - in_flight)
+        lax.fori_loop(landed, must_land, lambda i, _: plgpu.barrier_wait(self.full.at[i % self.num_slots]), None)
+        rows = source_gmem.shape[0]
+        slot_smem = self.slots_smem.at[slot] if rows == TILE else self.slots_smem.at[slot, pl.ds(0, rows)]
+        plgpu.copy_gmem_to_smem(source_gmem, slot_smem, self.full.at[slot])
+        return filled._replace(count=count + 1, landed=must_land)
+
+    def take(self, count):
+        """The next chunk, when it has come."""
+        slot = count % self.num_slots
+        plgpu.barrier_wait(self.full.at[slot])
+        return self.slots_smem.at[slot]
+
+    def release(self, count):
+        plgpu.barrier_arrive(self.empty.at[count % self.num_slots])
