@@ -228,8 +228,8 @@ def to_markdown(result: dict[str, Any]) -> str:
             lines.append(f"- {name} ran with {row['configuration']}. {tried}.")
         if "step_ms" in row:
             lines.append(
-                f"- {name}: {row['step_ms']:.3f} ms a step when no token is handed to the host; the row, which hands them over "
-                f"and looks for the end, differs by {row['stall_pct']:+.1f}%."
+                f"- {name}: {row['step_ms']:.3f} ms a step when no token is handed to the host; the row, which hands them "
+                f"over and looks for the end, differs by {row['stall_pct']:+.1f}%."
             )
         if "experts_change_pct" in row:
             lines.append(
