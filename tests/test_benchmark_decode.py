@@ -16,7 +16,7 @@ import pytest
 
 from adafuse_jax.adapters.methods import num_parameters
 from adafuse_jax.configs import LINEARS
-from benchmarks import decode, decode_costs, decode_report, decode_rows, merged_step, streaming
+from benchmarks import decode, decode_costs, decode_report, decode_rows, merged_step, streaming, token_step
 from benchmarks.decode_costs import SIZES, costs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -263,7 +263,31 @@ def test_merged_step():
         assert row["steps"] == 3 * 3 + 4
 
 
-@pytest.mark.parametrize("way", [streaming.WAYS[0], streaming.WAYS[-1]], ids=str)
+class TestTokenStep:
+    def test_cases(self):
+        assert [token_step.split(case) for case in ("bare", "qv:8")] == [("bare", 1), ("qv", 8)]
+        for case in ("all", "qv:x", "qv:8:1"):
+            with pytest.raises(SystemExit, match=f"--cases {case}"):
+                token_step.main(["--cases", case])
+
+    def test_timeline(self):
+        """Two warpgroups that compute, one that copies, with scopes in each other."""
+        events = [{"ph": "M", "name": "process"}]
+        for thread, offset in ((1, 0.0), (2, 4.0)):
+            for phase, name, at in (
+                ("B", "products", 10), ("B", "wait", 12), ("E", "wait", 13 + offset), ("E", "products", 20 + offset),
+                ("B", "barrier", 20 + offset), ("E", "barrier", 30),
+            ):  # fmt: skip
+                events.append({"ph": phase, "name": name, "ts": at, "tid": thread})
+        events += [{"ph": phase, "name": "Init", "ts": 0.0, "tid": 3} for phase in "BE"]
+        assert token_step.summarise(events) == [
+            "products   from     0.00 to     0.00, takes 10.00, 12.00, 14.00",
+            "wait       from     2.00 to     2.00, takes 1.00, 3.00, 5.00",
+            "barrier    from    10.00 to    14.00, takes 6.00, 8.00, 10.00",
+        ]
+
+
+@pytest.mark.parametrize("way", [streaming.WAYS[0], streaming.WAYS[-2]], ids=str)
 def test_streaming_lowers_for_a_gpu_without_one(way):
     step = jax.jit(streaming.make(way, num_blocks=132))
     step.trace(*streaming.shapes(132)).lower(lowering_platforms=("cuda",))

@@ -1,0 +1,162 @@
+"""The fused step by itself, at Llama-2-7B's shapes: ms by what is adapted and how many rows, or a timeline of its kernel.
+
+    python -m benchmarks.token_step --cases bare qv all7 all7:8 all7:32      # targets, or targets:rows
+    python -m benchmarks.token_step --cases bare --layers 3 --timeline
+
+for whoever changes the kernel: it compiles no prefill, and prints a case as soon as it is timed. Random weights, a cache of
+512 slots, 128 tokens in it (200 in the timeline); steps are chained, and every row begins with a token of its own. The
+timeline is from Mosaic GPU's own profiler: for each part of each phase of the last of three steps, when it begins and how
+long it takes, in thousands of cycles over all thread blocks. It needs shared memory, which the ring of weights gives up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from adafuse_jax.decoding.engine import DecodeState, decode_step
+from adafuse_jax.decoding.fused import Fused, fused_step
+from adafuse_jax.model.cache import KVCache
+from benchmarks.decode_costs import SIZES, TARGETS
+from benchmarks.decode_rows import NO_REPEATS, adapter_config, model_config, random_adafuse, random_backbone
+from pallas_kernels.decode_token import plan
+from pallas_kernels.decode_token.linear import COMPILER
+
+SHAPES = SIZES["llama2-7b"]
+SLOTS, PROMPT, PROFILED_PROMPT = 512, 128, 200
+EVENTS, PROFILED_SLOTS = 300, 11
+"""Of the profiler, for each warpgroup; and slots of the ring beside it."""
+
+
+def split(case: str) -> tuple[str, int]:
+    """(targets, rows) of `targets` or `targets:rows`."""
+    targets, _, rows = case.partition(":")
+    if targets not in ("bare", *TARGETS) or not (rows or "1").isdecimal():
+        raise SystemExit(
+            f"--cases {case}: give {', '.join(('bare', *TARGETS))}, and perhaps a number of rows, as in qv:8"
+        )
+    return targets, int(rows or 1)
+
+
+def time_cases(cases: Sequence[str], num_layers: int, steps: int, repeats: int) -> None:
+    config = replace(model_config(SHAPES), num_layers=num_layers)
+    model = random_backbone(config)
+    parts: dict[str, Any] = {}
+    for targets, _ in map(split, cases):
+        if targets not in parts:
+            adapter = None if targets == "bare" else random_adafuse(adapter_config(SHAPES, targets), config)
+            parts[targets] = adapter, Fused.of(model, adapter)
+
+    def state_of(batch: int) -> DecodeState:
+        return DecodeState(
+            cache=KVCache.empty(config, batch, SLOTS, model.dtype), token=jnp.arange(batch, dtype=jnp.int32),
+            position=jnp.full(batch, PROMPT, jnp.int32), done=jnp.zeros(batch, bool),
+            seen=jnp.zeros((batch, config.vocab_size), bool), key=jax.random.key(0),
+        )  # fmt: skip
+
+    def compiled(case: str) -> tuple[Any, float]:
+        (targets, batch), begun = split(case), time.perf_counter()
+        adapter, fused = parts[targets]
+        arguments = model, adapter, state_of(batch), None, NO_REPEATS
+        step = decode_step.lower(*arguments, eos_ids=(), pad_id=0, fused=fused).compile()
+        return step, time.perf_counter() - begun
+
+    with ThreadPoolExecutor(1) as pool:  # the next case is compiled meanwhile
+        for case, future in [(case, pool.submit(compiled, case)) for case in cases]:
+            (targets, batch), (step, seconds), times = split(case), future.result(), []
+            adapter, fused = parts[targets]
+            state = state_of(batch)
+            for _ in range(repeats + 1):
+                state = jax.block_until_ready(replace(state, position=jnp.full(batch, PROMPT, jnp.int32)))
+                begun = time.perf_counter()
+                for _ in range(steps):
+                    _, state, _ = step(model, adapter, state, None, NO_REPEATS, fused=fused)
+                jax.block_until_ready(state)
+                times.append(1e3 * (time.perf_counter() - begun) / steps)
+            ms, spread = statistics.median(times[1:]), max(times[1:]) - min(times[1:])
+            print(f"{case}, {num_layers} layers: {ms:.3f} ± {spread:.3f} ms, compiled in {seconds:.0f} s", flush=True)
+
+
+def timeline(case: str, num_layers: int) -> list[str]:
+    """Lines of `summarise` for one case."""
+    config = replace(model_config(SHAPES), num_layers=num_layers)
+    targets, batch = split(case)
+    model = random_backbone(config)
+    adapter = None if targets == "bare" else random_adafuse(adapter_config(SHAPES, targets), config)
+    cache = KVCache.empty(config, batch, SLOTS, model.dtype)
+    tokens, positions = jnp.arange(batch, dtype=jnp.int32), jnp.full(batch, PROFILED_PROMPT, jnp.int32)
+    with tempfile.TemporaryDirectory() as folder:
+        profiled = replace(COMPILER, profile_space=EVENTS, profile_dir=folder)
+        with (
+            mock.patch("pallas_kernels.decode_token.mosaic.COMPILER", profiled),
+            mock.patch.object(plan, "MAX_SLOTS", PROFILED_SLOTS),
+        ):
+            step = jax.jit(fused_step)
+            for _ in range(3):
+                jax.block_until_ready(step(model, adapter, Fused.of(model, adapter), tokens, positions, cache))
+                jax.effects_barrier()
+        newest = max(Path(folder).iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        return summarise(json.loads(newest.read_text())["traceEvents"])
+
+
+def summarise(events: list[dict[str, Any]]) -> list[str]:
+    """A line for each scope that the computing warpgroups go through, in order: its name, its first and last beginning, its
+    shortest, median and longest duration, in the events' own unit. They begin ("B") and end ("E") nested, by "tid"."""
+    threads: dict[Any, list[tuple[str, float, float]]] = defaultdict(list)
+    opened: dict[Any, list[tuple[int, str, float]]] = defaultdict(list)
+    for event in events:
+        thread = event.get("tid")
+        if event.get("ph") == "B":
+            opened[thread].append((len(threads[thread]), event["name"], event["ts"]))
+            threads[thread].append((event["name"], event["ts"], 0.0))
+        elif event.get("ph") == "E":
+            at, name, begun = opened[thread].pop()
+            threads[thread][at] = name, begun, event["ts"] - begun
+    length = max(map(len, threads.values()))  # the copying warpgroups have but one scope
+    computing = [thread for thread in threads.values() if len(thread) == length]
+    start, lines = min(thread[0][1] for thread in computing), []
+    for place in range(length):
+        scopes = [thread[place] for thread in computing]
+        names = "/".join(sorted({name for name, _, _ in scopes}))
+        begins, took = [at - start for _, at, _ in scopes], [duration for _, _, duration in scopes]
+        shortest, median, longest = min(took), statistics.median(took), max(took)
+        lines.append(
+            f"{names:10} from {min(begins):8.2f} to {max(begins):8.2f}, takes {shortest:.2f}, {median:.2f}, {longest:.2f}"
+        )
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=["bare", "qv", "all7", "all7:8", "all7:32"], metavar="CASE")
+    parser.add_argument("--layers", type=int, default=SHAPES.num_layers)
+    parser.add_argument("--steps", type=int, default=60, help="of one repeat")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--timeline", action="store_true", help="of the first case, instead of times")
+    arguments = parser.parse_args(argv)
+    for case in arguments.cases:
+        split(case)
+    if min(arguments.layers, arguments.steps, arguments.repeats) < 1:
+        parser.error("--layers, --steps and --repeats must be at least 1")
+    print(jax.devices()[0].device_kind, jax.__version__, flush=True)
+    if arguments.timeline:
+        print("\n".join(timeline(arguments.cases[0], arguments.layers)))
+    else:
+        time_cases(arguments.cases, arguments.layers, arguments.steps, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()
