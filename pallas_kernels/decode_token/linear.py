@@ -76,6 +76,11 @@ def share(base, count, index, step):
 STEPS = "experts", "products", "finish"
 
 
+def steps_of(group: Group) -> tuple[str, ...]:
+    """Those that it has something to do in."""
+    return STEPS if group.adapted else STEPS[-2:]
+
+
 class Linears:
     """One group. `memory` has the refs: `weights`, `biases`, `a`, `b` by name; `y_part` [S, tiles, 2, HALF, N]; `t_part`
     [S · parts, targets, U · pieces, PIECE, N]; `experts` [U], `num_used` [1], `gates` [U, N]; `squares` [halves of tiles,

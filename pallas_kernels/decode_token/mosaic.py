@@ -32,12 +32,12 @@ from pallas_kernels.decode_token.attention import Attention, rounded
 from pallas_kernels.decode_token.linear import (
     COMPILER,
     ROWS,
-    STEPS,
     Linears,
     load,
     load_transposed,
     over_columns,
     silu,
+    steps_of,
     store,
     store_transposed,
 )
@@ -62,7 +62,7 @@ def _phases(
     def phases_of(group, normed, x, follow):
         """One phase; where blocks do not run at the same time, one for each of its steps."""
         phases = []
-        for steps in (STEPS,) if compiled else zip(STEPS):
+        for steps in (steps_of(group),) if compiled else zip(steps_of(group)):
             linears = Linears(
                 group,
                 plan,
@@ -251,7 +251,7 @@ def run_token(
         "q_smem": ring(model.head_dim // PIECE, QUERIES, PIECE), "p_smem": ring(TILE // PIECE, QUERIES, PIECE),
     }  # fmt: skip
     x, h, q, p = used_in_turn.values()
-    num_phases = 4 * len(STEPS) + 1 + (plan.splits > 1)  # when every step is one
+    *of_layer, of_head = (len(steps_of(group)) for group in plan.groups)  # launches, if every step is one
 
     def launch(span):
         plgpu.kernel(
@@ -275,8 +275,8 @@ def run_token(
         launch((0, model.num_layers, (0, None), (0, None)))
     else:
         for layer in range(model.num_layers):
-            for phase in range(num_phases):
+            for phase in range(sum(of_layer) + 1 + (plan.splits > 1)):
                 launch((layer, layer + 1, (phase, phase + 1), (0, 0)))
-        for phase in range(len(STEPS)):
+        for phase in range(of_head):
             launch((0, 0, (0, 0), (phase, phase + 1)))
     return jax.freeze(refs["logits",]), jax.freeze(refs["k_new",]), jax.freeze(refs["v_new",])

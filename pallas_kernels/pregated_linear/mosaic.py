@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_token.linear import COMPILER, STEPS, Linears, store_transposed
+from pallas_kernels.decode_token.linear import COMPILER, Linears, steps_of, store_transposed
 from pallas_kernels.decode_token.plan import (
     HALF,
     MAX_SLOTS,
@@ -144,7 +144,7 @@ def pregated_linear_mosaic(
     slots = min(MAX_SLOTS, left // (TILE * PIECE * itemsize))
     if slots < MIN_SLOTS:
         raise ValueError(f"pregated_linear cannot run as pallas: {no_room(max_used, PIECE * rank_pieces, batch)}")
-    for steps in (STEPS,) if interpret is False else zip(STEPS):
+    for steps in (steps_of(group),) if interpret is False else zip(steps_of(group)):
         plgpu.kernel(
             partial(_kernel, names=tuple(refs), plan=plan, group=group, steps=steps, compiled=interpret is False),
             out_type=(),
