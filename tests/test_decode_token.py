@@ -225,7 +225,7 @@ def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_blocks):
         assert finished == Counter(range(units))
         assert 1 <= group.a_parts <= group.chunks // group.slices
     assert plan.slots >= 4
-    assert plan.slots * 128 * 64 * 2 + (plan.x_rows + plan.pieces * plan.columns) * 64 * 2 < SHARED_MEMORY
+    assert plan.slots * 128 * 64 * 2 + (plan.x_rows + plan.h_rows) * 64 * 2 < SHARED_MEMORY
 
 
 def test_plan_counts_tiles_and_semaphores_once():

@@ -1,15 +1,17 @@
 """The linears of one group inside the kernel.
 
     experts    t_part[s] = A[e_u][:, slice s] x[slice s]                        for this block's share
+    gather     h_u = g_u · Σ_s t_part[s]                                        for this block's share
     products   y_part[s] = W[:, slice s] x[slice s]                             for its share of units,
-               of one slice s with the experts too:  + Σ_u B[e_u] (g_u · Σ_s t_part[s])
+               of one slice s with the experts too:  + Σ_u B[e_u] h_u
     finish     y = r · Σ_s y_part[s] + bias                                     for its part of those, then what follows
 
 A block first computes all its products, then counts a semaphore up and finishes its part of the units that it shares, as
-soon as the others have counted too. It adds the experts to the units that it finishes, in the middle of their products, when
-the others' t_part has come. x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one number for
-each row of the batch: a linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N];
-sums are in fp32. Activations lie in device memory in pieces, [pieces · N, PIECE]: the N rows' piece 0, then their piece 1 …
+soon as the others have counted too. It gathers early among its products and adds the experts late among those of the units
+that it finishes, so that what they wait for has come. x is the input times its norm's weight, and r = 1 / rms the norm's
+other factor, one number for each row of the batch: a linear commutes with it. The tensor cores multiply halves of tiles,
+[HALF, PIECE], with [PIECE, N]; sums are in fp32. Activations lie in device memory in pieces, [pieces · N, PIECE]: the N
+rows' piece 0, then their piece 1 …
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ def share(base, count, index, step):
     return first, jnp.maximum(0, (count - first + step - 1) // step)
 
 
-STEPS = "experts", "products", "finish"
+STEPS = "experts", "gather", "products", "finish"
 
 
 def steps_of(group: Group) -> tuple[str, ...]:
@@ -83,9 +85,9 @@ def steps_of(group: Group) -> tuple[str, ...]:
 
 class Linears:
     """One group. `memory` has the refs: `weights`, `biases`, `a`, `b` by name; `y_part` [S, tiles, 2, HALF, N]; `t_part`
-    [S · parts, targets, U · pieces, PIECE, N]; `experts` [U], `num_used` [1], `gates` [U, N]; `squares` [halves of tiles,
-    N]; `r` [blocks, N]. `semaphores` (None where blocks do not run at the same time) has one for each member, and before
-    those one for A. `steps`: which of STEPS are done.
+    [S · parts, targets, U · pieces, PIECE, N]; `h` [targets · U · pieces · N + HALF, PIECE]; `experts` [U], `num_used` [1],
+    `gates` [U, N]; `squares` [halves of tiles, N]; `r` [blocks, N]. `semaphores` (None where blocks do not run at the same
+    time) has one for A, one for h, and one for each member. `steps`: which of STEPS are done.
     `turn(layer)`: how many layers have run in this launch before this one."""
 
     def __init__(
@@ -150,11 +152,6 @@ class Linears:
 
         return number, tile, is_finisher
 
-    def _count_a(self):
-        """How many blocks have products of A."""
-        products = len(self.group.adapted) * self._used_pieces * self.group.a_parts
-        return self.group.slices * jnp.minimum(products, self.group.members)
-
     def copy(self, layer, filled: Filled) -> Filled:
         """Fill the ring with what `compute` takes from it."""
         memory = self.memory
@@ -184,7 +181,8 @@ class Linears:
                 rows = pl.ds(tile(n) * TILE, TILE)
                 for name in names:
                     w = memory.weights[name] if name == "lm_head" else memory.weights[name].at[layer]
-                    before, after, b_pieces = self._order(name, is_finisher(n))
+                    first, second, last = self._parts(name)
+                    before = first + second
                     filled = chunks(filled, lambda columns, w=w: w.at[rows, columns], self.first_chunk, before)
 
                     def of_b(piece, filled, name=name):
@@ -192,27 +190,28 @@ class Linears:
                         return self.ring.fill(filled, memory.b[name].at[layer, number, rows, ranks])
 
                     if name in self.group.adapted:
-                        filled = lax.fori_loop(0, b_pieces, of_b, filled)
-                    filled = chunks(filled, lambda columns, w=w: w.at[rows, columns], self.first_chunk + before, after)
+                        filled = lax.fori_loop(0, jnp.where(is_finisher(n), self._used_pieces, 0), of_b, filled)
+                    filled = chunks(filled, lambda columns, w=w: w.at[rows, columns], self.first_chunk + before, last)
                 return filled
 
             filled = lax.fori_loop(0, number, of_unit, filled)
         return filled
 
-    def _order(self, name, is_finisher):
-        """(chunks of a tile of W, then how many more of them, pieces of B between the two)."""
+    def _parts(self, name):
+        """How many chunks of a tile of W come before `_meanwhile`, from there to B, and after B."""
         if name not in self.group.adapted:
             return self.num_chunks, 0, 0
-        before = self.num_chunks // 2
-        return before, self.num_chunks - before, jnp.where(is_finisher, self._used_pieces, 0)
+        quarter = self.num_chunks // 4
+        return quarter, self.num_chunks - 2 * quarter, quarter
 
     def compute(self, layer, count, x, follow: Callable[..., Callable[..., None]], x_smem, h_smem):
         """`x` is the input [pieces · N, PIECE], followed by `HALF` rows that are not used. `follow(names, row)` reads what
         it needs for these rows of the linears `names`, and returns the function that takes their values [HALF, N] and
         stores what comes of them."""
-        if self.steps != ("finish",):
+        if not {"experts", "products"}.isdisjoint(self.steps):
             with jax.named_scope("input"):
-                self._load_input(x, x_smem)
+                slice_rows = input_rows(self.group.slice_chunks, self.plan.columns)
+                self._to_smem(x, self.first_chunk * self.plan.columns, slice_rows, x_smem)
         if "experts" in self.steps:
             with jax.named_scope("experts"):
                 count = self._a_products(count, x_smem)
@@ -221,17 +220,22 @@ class Linears:
                 for place, names in enumerate(self.group.passes):
                     number, tile, is_finisher = self._units(names)
                     if place == 0:
-                        pl.when(number == 0)(self._find_r)
+                        pl.when(number == 0)(lambda: self._meanwhile(layer))
 
                     def products(n, count, names=names, place=place, tile=tile, is_finisher=is_finisher):
-                        count = self._unit_products(layer, count, names, tile(n), is_finisher(n), x_smem, h_smem)
-                        if place == 0:  # here, where weights are on their way, it makes nobody wait
-                            pl.when(n == 0)(self._find_r)
-                        return count
+                        def meanwhile():
+                            if place == 0:
+                                pl.when(n == 0)(lambda: self._meanwhile(layer))
+
+                        return self._unit_products(
+                            layer, count, names, tile(n), is_finisher(n), meanwhile, x_smem, h_smem
+                        )
 
                     count = lax.fori_loop(0, number, products, count)
             with jax.named_scope("signal"):
-                pl.when(self.member < self.group.members)(lambda: self._signal(1 + self.member))
+                pl.when(self.member < self.group.members)(lambda: self._signal(2 + self.member))
+        elif "gather" in self.steps:
+            self._meanwhile(layer)
         if "finish" in self.steps:
             with jax.named_scope("finish"):
                 for names in self.group.passes:
@@ -243,6 +247,13 @@ class Linears:
                     lax.fori_loop(0, number, finish, None)
         return count
 
+    def _meanwhile(self, layer):
+        """What a block does once in a phase, among its products: weights are on their way, so it makes nobody wait."""
+        if "products" in self.steps and self.norm_dim is not None:
+            self._find_r()
+        if "gather" in self.steps and self.group.adapted:
+            self._gather(layer)
+
     def _signal(self, number):
         if self.semaphores is not None:
             plgpu.semaphore_signal(self.semaphores.at[self.group.first_semaphore + number], 1, memory_scope="gpu")
@@ -253,14 +264,13 @@ class Linears:
             semaphore = self.semaphores.at[self.group.first_semaphore + number]
             plgpu.semaphore_wait(semaphore, signals * (self.turn(layer) + 1), decrement=False, memory_scope="gpu")
 
-    def _load_input(self, x, x_smem):
-        start = self.first_chunk * self.plan.columns
+    def _to_smem(self, source, start, rows: int, smem):
+        """As the right operand, `rows` rows of activations from `start` on, a multiple of HALF."""
         tiles = [
-            load(x.at[pl.ds(start + row, HALF)], plgpu.Layout.WGMMA_UPCAST_4X)
-            for row in range(0, input_rows(self.group.slice_chunks, self.plan.columns), HALF)
+            load(source.at[pl.ds(start + row, HALF)], plgpu.Layout.WGMMA_UPCAST_4X) for row in range(0, rows, HALF)
         ]
         for i, tile in enumerate(tiles):
-            x_smem.at[pl.ds(i * HALF, HALF)][...] = tile
+            smem.at[pl.ds(i * HALF, HALF)][...] = tile
         plgpu.commit_smem()
 
     def _a_products(self, count, x_smem):
@@ -272,7 +282,7 @@ class Linears:
                 first, chunks = self._part(part)
 
                 def multiply(acc):
-                    after = self._multiply([acc], count, chunks, self._x_pieces(x_smem, first - self.first_chunk))
+                    after = self._multiply([acc], count, chunks, self._pieces(x_smem, first - self.first_chunk))
                     return acc[...], after
 
                 t, count = pl.run_scoped(multiply, self._accumulator)
@@ -284,16 +294,20 @@ class Linears:
             pl.when(mine > 0)(lambda: self._signal(0))
         return count
 
-    def _unit_products(self, layer, count, names, tile, is_finisher, x_smem, h_smem):
+    def _unit_products(self, layer, count, names, tile, is_finisher, meanwhile, x_smem, h_smem):
         for name in names:
-            before, more, b_pieces = self._order(name, is_finisher)
+            first, second, last = self._parts(name)
 
-            def multiply(*accs, count=count, name=name, before=before, more=more, b_pieces=b_pieces):
-                count = self._multiply(accs, count, before, self._x_pieces(x_smem))
+            def multiply(*accs, count=count, name=name, first=first, second=second, last=last):
+                count = self._multiply(accs, count, first, self._pieces(x_smem))
+                if name == names[0]:
+                    meanwhile()
                 if name in self.group.adapted:
-                    pl.when(is_finisher)(lambda: self._gather_h(name, layer, h_smem))
-                    count = self._multiply(accs, count, b_pieces, lambda p: h_smem.at[p])
-                    count = self._multiply(accs, count, more, self._x_pieces(x_smem, before))
+                    count = self._multiply(accs, count, second, self._pieces(x_smem, first))
+                    pl.when(is_finisher)(lambda: self._take_h(name, layer, h_smem))
+                    b_pieces = jnp.where(is_finisher, self._used_pieces, 0)
+                    count = self._multiply(accs, count, b_pieces, self._pieces(h_smem))
+                    count = self._multiply(accs, count, last, self._pieces(x_smem, first + second))
                 return *(acc[...] for acc in accs), count
 
             *halves, count = pl.run_scoped(multiply, self._accumulator, self._accumulator)
@@ -305,9 +319,9 @@ class Linears:
     def _accumulator(self):
         return plgpu.ACC((HALF, self.plan.columns), jnp.float32)
 
-    def _x_pieces(self, x_smem, first=0):
-        """c → the input's piece first + c."""
-        return lambda c: x_smem.at[pl.ds((first + c) * self.plan.columns, self.plan.columns)]
+    def _pieces(self, smem, first=0):
+        """c → piece first + c of a right operand."""
+        return lambda c: smem.at[pl.ds((first + c) * self.plan.columns, self.plan.columns)]
 
     def _multiply(self, accs, count, number, right_smem: Callable[[Any], Any]):
         """accs += Σ_c chunk_c right_c of the next `number` chunks, one of the accs for each half; returns the new count."""
@@ -341,7 +355,7 @@ class Linears:
             if name in memory.biases
         }
         r = None if self.norm_dim is None else load(memory.r.at[self.block], COLUMNS)
-        self._wait(1 + self.member, group.slices, layer)
+        self._wait(2 + self.member, group.slices, layer)
         values = []
         for name in names:
             at = group.first_tile(name) + tile
@@ -359,9 +373,7 @@ class Linears:
                 pl.when(tile * TILE + HALF < out_dim)(partial(put, *these))
 
     def _find_r(self):
-        """r [N] of the group's input, where it has a norm, into `memory.r`."""
-        if self.norm_dim is None or "products" not in self.steps:
-            return
+        """r [N] of the group's input into `memory.r`."""
         total: Any = 0.0
         for start in range(0, self.memory.squares.shape[0], HALF):
             part = load(self.memory.squares.at[pl.ds(start, HALF)])
@@ -370,19 +382,38 @@ class Linears:
             total += part
         store(self.memory.r.at[self.block], lax.rsqrt(total / self.norm_dim + self.eps))
 
-    def _gather_h(self, name, layer, h_smem):
-        """h = g_u · Σ_s t_part[s], rounded, as the right operand of B."""
-        plan, memory, group = self.plan, self.memory, self.group
-        where = group.adapted.index(name)
-        self._wait(0, self._count_a(), layer)
+    def _gather(self, layer):
+        """h = g_u · Σ_s t_part[s], rounded, of this block's share of pieces."""
+        plan, memory, group, used = self.plan, self.memory, self.group, self._used_pieces
+        first, number = share(0, len(group.adapted) * used, self.block, plan.num_blocks)
+        products = len(group.adapted) * used * group.a_parts
 
-        def piece(p, _):
-            t = sum_of(load(memory.t_part.at[s, where, p]) for s in range(group.slices * group.a_parts))
-            gate = load(memory.gates.at[divmod_(p, plan.rank_pieces)[0]], COLUMNS)
-            store_transposed(h_smem.at[p], t * over_rows(gate, t.shape))
+        def gather(n, _):
+            place, piece = divmod_(first + n * plan.num_blocks, used)
 
-        lax.fori_loop(0, self._used_pieces, piece, None)
-        plgpu.commit_smem()
+            def part(i, total):
+                return total + sum_of(
+                    load(memory.t_part.at[s * group.a_parts + i, place, piece]) for s in range(group.slices)
+                )
+
+            zero = plgpu.layout_cast(jnp.zeros((HALF, plan.columns), jnp.float32), plgpu.Layout.WGMMA)
+            t = lax.fori_loop(0, group.a_parts, part, zero)
+            gate = load(memory.gates.at[divmod_(piece, plan.rank_pieces)[0]], COLUMNS)
+            rows = pl.ds((place * plan.pieces + piece) * plan.columns, plan.columns)
+            store_transposed(memory.h.at[rows], t * over_rows(gate, t.shape))
+
+        @pl.when(number > 0)
+        def _():
+            self._wait(0, group.slices * jnp.minimum(products, group.members), layer)
+            lax.fori_loop(0, number, gather, None)
+            self._signal(1)
+
+    def _take_h(self, name, layer, h_smem):
+        """h of a linear as the right operand of B."""
+        plan, group = self.plan, self.group
+        self._wait(1, jnp.minimum(len(group.adapted) * self._used_pieces, plan.num_blocks), layer)
+        start = group.adapted.index(name) * plan.pieces * plan.columns
+        self._to_smem(self.memory.h, start, input_rows(plan.pieces, plan.columns), h_smem)
 
 
 def sum_of(parts):
@@ -390,8 +421,8 @@ def sum_of(parts):
     return sum(others, first)
 
 
-def divmod_(n, step: int):
-    return (n, 0) if step == 1 else (n // step, n % step)
+def divmod_(n, step):
+    return (n, 0) if isinstance(step, int) and step == 1 else (n // step, n % step)
 
 
 def silu(x: jax.Array) -> jax.Array:

@@ -227,6 +227,7 @@ def run_token(
     if targets:
         parts = max(group.slices * group.a_parts for group in plan.groups)
         buffers["t_part"] = ((parts, targets, plan.pieces, PIECE, n), jnp.float32)
+        buffers["h"] = ((targets * plan.pieces * n + HALF, PIECE), dtype)
     if plan.splits > 1:
         buffers["o_part"] = ((*split, model.head_dim // PIECE, HALF, QUERIES), jnp.float32)
         buffers |= dict.fromkeys(("max_part", "sum_part"), ((*split, QUERIES), jnp.float32))
@@ -247,7 +248,7 @@ def run_token(
 
     # The operands of linears, and of attention: never at the same time, so they take the same place.
     used_in_turn = {
-        "x_smem": ring(plan.x_rows, PIECE), "h_smem": ring(plan.pieces, n, PIECE),
+        "x_smem": ring(plan.x_rows, PIECE), "h_smem": ring(plan.h_rows, PIECE),
         "q_smem": ring(model.head_dim // PIECE, QUERIES, PIECE), "p_smem": ring(TILE // PIECE, QUERIES, PIECE),
     }  # fmt: skip
     x, h, q, p = used_in_turn.values()

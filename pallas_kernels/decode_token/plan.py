@@ -18,7 +18,7 @@ TILE, HALF = 128, 64
 PIECE = 64
 """Columns of a chunk [TILE, PIECE] of weights; ranks of an expert that are multiplied at once."""
 SHARED_MEMORY = 227 * 1024
-RESERVED = 6 * 1024
+RESERVED = 3 * 1024
 """Of the shared memory: for barriers and for reductions."""
 QUERIES = 8
 """Query heads of one key that attention takes together."""
@@ -81,8 +81,8 @@ class Group:
 
     @property
     def num_semaphores(self) -> int:
-        """One for A, and one for each member."""
-        return 1 + self.members
+        """One for A, one for h, and one for each member."""
+        return 2 + self.members
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +122,11 @@ class Plan:
     @property
     def x_rows(self) -> int:
         return max(input_rows(group.slice_chunks, self.columns) for group in self.groups)
+
+    @property
+    def h_rows(self) -> int:
+        """Of the experts' right operand."""
+        return input_rows(self.pieces, self.columns) if any(group.adapted for group in self.groups) else QUERIES
 
     @property
     def num_semaphores(self) -> int:
@@ -229,7 +234,7 @@ def make_plan(
         **parts, columns=columns, num_blocks=num_blocks, max_used=max_used, rank_pieces=rank_pieces, slots=0,
         splits=max(1, min(num_blocks // units, cache_slots // SPLIT_SLOTS, 16)),
     )  # fmt: skip
-    linear_rows = plan.x_rows + plan.pieces * columns
+    linear_rows = plan.x_rows + plan.h_rows
     attention_rows = (head_dim // PIECE + TILE // PIECE) * QUERIES  # the two are never used at the same time
     left = SHARED_MEMORY - RESERVED - max(linear_rows, attention_rows) * PIECE * itemsize
     return replace(plan, slots=min(MAX_SLOTS, left // (TILE * PIECE * itemsize)))
