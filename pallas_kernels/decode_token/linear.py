@@ -250,7 +250,7 @@ class Linears:
     def _meanwhile(self, layer):
         """What a block does once in a phase, among its products: weights are on their way, so it makes nobody wait."""
         if "products" in self.steps and self.norm_dim is not None:
-            self._find_r()
+            self._find_r(self.norm_dim)
         if "gather" in self.steps and self.group.adapted:
             self._gather(layer)
 
@@ -372,15 +372,15 @@ class Linears:
             else:
                 pl.when(tile * TILE + HALF < out_dim)(partial(put, *these))
 
-    def _find_r(self):
+    def _find_r(self, norm_dim: int):
         """r [N] of the group's input into `memory.r`."""
         total: Any = 0.0
         for start in range(0, self.memory.squares.shape[0], HALF):
             part = load(self.memory.squares.at[pl.ds(start, HALF)])
             numbers = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA) + start
-            part = jnp.where(numbers < self.norm_dim // HALF, part, 0).sum(axis=0)
+            part = jnp.where(numbers < norm_dim // HALF, part, 0).sum(axis=0)
             total += part
-        store(self.memory.r.at[self.block], lax.rsqrt(total / self.norm_dim + self.eps))
+        store(self.memory.r.at[self.block], lax.rsqrt(total / norm_dim + self.eps))
 
     def _gather(self, layer):
         """h = g_u · Σ_s t_part[s], rounded, of this block's share of pieces."""

@@ -167,9 +167,10 @@ def make_group(
     num_blocks: int,
     columns: int,
     itemsize: int,
+    small_input: int = SMALL_INPUT,
 ) -> Group:
     """The cut into the fewest slices whose longest share is within a twentieth of the shortest there is, if possible with
-    `SMALL_INPUT` bytes of a slice of the input at most, and with `MAX_INPUT` at any rate. `pieces`: of the ranks of all
+    `small_input` bytes of a slice of the input at most, and with `MAX_INPUT` at any rate. `pieces`: of the ranks of all
     experts in use."""
     names = [name for names in passes for name in names]
     outs, in_dim = {name: shapes[name][0] for name in names}, shapes[names[0]][1]
@@ -180,7 +181,7 @@ def make_group(
         if length * PIECE * columns * itemsize <= MAX_INPUT:
             shares[slices] = -(-units // (num_blocks // slices)) * length
     good = [s for s, share in shares.items() if share <= 1.05 * min(shares.values())]
-    small = [s for s in good if -(-chunks // s) * PIECE * columns * itemsize <= SMALL_INPUT]
+    small = [s for s in good if -(-chunks // s) * PIECE * columns * itemsize <= small_input]
     slices = (small or good)[0]
     members, adapted = num_blocks // slices, tuple(name for name in names if name in adapted)
     a_parts = min(MAX_A_PARTS, members // max(1, len(adapted) * pieces), chunks // slices)
@@ -215,18 +216,19 @@ def make_plan(
         "qkv": (("q_proj",), ("k_proj",), ("v_proj",)), "o": (("o_proj",),), "gate_up": (("gate_proj", "up_proj"),),
         "down": (("down_proj",),), "head": (("lm_head",),),
     }  # fmt: skip
-    parts: dict[str, Group] = {}
+
+    def cut(small_input: int) -> dict[str, Group]:
+        options = {"pieces": max_used * rank_pieces, "num_blocks": num_blocks, "columns": columns, "itemsize": itemsize}
+        return {
+            name: make_group(shapes, own, adapted, **options, small_input=small_input) for name, own in passes.items()
+        }
+
+    parts = cut(SMALL_INPUT)
+    widest = max(group.slice_chunks for group in parts.values()) * PIECE * columns * itemsize
+    if widest > SMALL_INPUT:  # the others may use the room that one of them needs: fewer slices, fewer sums
+        parts = cut(widest)
     first_semaphore = 0
-    for name, own in passes.items():
-        group = make_group(
-            shapes,
-            own,
-            adapted,
-            pieces=max_used * rank_pieces,
-            num_blocks=num_blocks,
-            columns=columns,
-            itemsize=itemsize,
-        )
+    for name, group in parts.items():
         parts[name] = replace(group, first_semaphore=first_semaphore)
         first_semaphore += group.num_semaphores
     units = batch * num_kv_heads * -(-group_size // QUERIES)
