@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import batched
 from typing import Any
 
 import jax
@@ -266,11 +267,10 @@ class Linears:
 
     def _to_smem(self, source, start, rows: int, smem):
         """As the right operand, `rows` rows of activations from `start` on, a multiple of HALF."""
-        tiles = [
-            load(source.at[pl.ds(start + row, HALF)], plgpu.Layout.WGMMA_UPCAST_4X) for row in range(0, rows, HALF)
-        ]
-        for i, tile in enumerate(tiles):
-            smem.at[pl.ds(i * HALF, HALF)][...] = tile
+        for some in batched(range(0, rows, HALF), 4):  # as many as the registers have room for
+            tiles = [load(source.at[pl.ds(start + row, HALF)], plgpu.Layout.WGMMA_UPCAST_4X) for row in some]
+            for row, tile in zip(some, tiles, strict=True):
+                smem.at[pl.ds(row, HALF)][...] = tile
         plgpu.commit_smem()
 
     def _a_products(self, count, x_smem):
