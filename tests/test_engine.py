@@ -9,15 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from goldens.tiny_models import CASES, write_model_dir
 from test_adapters import FAMILIES, POSITIONS, models, random_adapter  # noqa: F401 - a fixture
 
 from adafuse_jax import UserError, load_backbone
+from adafuse_jax.configs import ModelConfig
 from adafuse_jax.data.chat import encode_prompt, load_tokenizer
 from adafuse_jax.data.examples import Message
 from adafuse_jax.decoding import engine as engine_module
 from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.sampling import Sampling
+from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -118,6 +121,19 @@ class TestPrefill:
         after = engine_module._prefill_chunk._cache_size(), engine_module.decode_step._cache_size()
         assert 0 < after[0] - before[0] <= len(pairs)
         assert 0 < after[1] - before[1] <= len(sizes) < 4
+
+    def test_copies_the_weights_of_a_few_linears_at_a_time(self):
+        """And not of a whole layer, which is what scanning over the layers would copy."""
+        config = ModelConfig(
+            model_type="llama", vocab_size=64, embed_dim=512, hidden_dim=1376, num_layers=4, num_heads=4, num_kv_heads=4,
+            head_dim=128, max_position_embeddings=256, norm_eps=1e-5,
+        )  # fmt: skip
+        model = Backbone(config, rngs=nnx.Rngs(0))
+        state = Engine(model, eos_ids=())._empty_state(1, 32, Sampling.of())
+        tokens, logits = np.zeros((1, 16), np.int32), jnp.zeros((1, 64))
+        chunk = engine_module._prefill_chunk.lower(model, None, state, logits, tokens, np.array([16]), pad_id=0)
+        a_layer = sum(leaf.nbytes for leaf in jax.tree.leaves(model.layers)) / config.num_layers
+        assert chunk.compile().memory_analysis().temp_size_in_bytes < 0.6 * a_layer
 
 
 class TestLogits:

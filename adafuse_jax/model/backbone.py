@@ -53,10 +53,17 @@ class DecoderLayer(nnx.Module):
         self.head_dim = config.head_dim
 
     def __call__(
-        self, x: Float[Array, "B T D"], attend: Callable[[Array, Array, Array], Array], adapt: Hook
+        self,
+        x: Float[Array, "B T D"],
+        attend: Callable[[Array, Array, Array], Array],
+        adapt: Hook,
+        cut: Callable[[str, Array], tuple[Linear, Array]] | None = None,
     ) -> Float[Array, "B T D"]:
+        """`cut(name, h)`: a linear and its input, if the layer's own are not to be used."""
+
         def linear(name: str, h: Array) -> Array:
-            return adapt(name, getattr(self, name), h)
+            module, h = (getattr(self, name), h) if cut is None else cut(name, h)
+            return adapt(name, module, h)
 
         def heads(h: Array) -> Array:
             return h.reshape(*h.shape[:2], -1, self.head_dim)  # [B, T, heads, H]
@@ -158,9 +165,14 @@ class Backbone(nnx.Module):
                     k, v = cache.k[index], cache.v[index]
                 return attention(q, k, v, visibility.mask(window))
 
+            def cut(name: str, h: Array) -> tuple[Linear, Array]:
+                # Not before its input is there: a scan copies what it cuts, and would copy all linears of a layer at once.
+                at, h = jax.lax.optimization_barrier((index, h))
+                return jax.tree.map(lambda leaf: leaf[at], getattr(self.layers, name)), h
+
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             hook = Hook() if adapter is None else adapter.hook(experts, index, routing, key)
-            x = layer(x, attend, hook)
+            x = layer(x, attend, hook, None if unroll or cache is None else cut)
             return (x, cache, hook.routing), hook.made
 
         x = self.embed_tokens[...][tokens]  # [B, T, D]
