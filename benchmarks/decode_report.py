@@ -48,6 +48,11 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[key] for key in KEY)
 
 
+def name_of(row: dict[str, Any]) -> str:
+    """Method, targets and strategy, as far as it has them."""
+    return " ".join(row[key] for key in KEY[:3] if row[key] != "-")
+
+
 def rank_of(row: dict[str, Any]) -> tuple[int, ...]:
     """The order of the tables."""
     first = (*METHODS, *PEERS).index(row["method"]), STRATEGIES.index(row["strategy"])
@@ -180,7 +185,7 @@ def context_table(contexts: list[dict[str, Any]], read: float | None) -> list[st
         share = bytes_ms = None
         if read is not None:
             share, bytes_ms = 100 * row["bytes_gb"] / row["ms"] / read, (row["bytes_gb"] - start["bytes_gb"]) / read
-        cells = [" ".join(row[key] for key in KEY[:3] if row[key] != "-"), str(row["context"]), f"{row['ms']:.3f}"]
+        cells = [name_of(row), str(row["context"]), f"{row['ms']:.3f}"]
         cells += [f"{row['bytes_gb']:.2f}", number(share, ".0f") + "%" * (share is not None)]
         cells += [f"{row['ms'] - start['ms']:.3f}", number(bytes_ms, ".3f")]
         lines.append(f"| {' | '.join(cells)} |")
@@ -193,7 +198,7 @@ def device_table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         alone = [r for r in rows if r["devices"] == 1 and r["method"] == row["method"]]
         same = next((r for r in alone if r["strategy"] == row["strategy"]), None)
-        cells = [" ".join(row[key] for key in KEY[:3] if row[key] != "-"), str(row["devices"]), f"{row['ms']:.3f}"]
+        cells = [name_of(row), str(row["devices"]), f"{row['ms']:.3f}"]
         cells += [f"{base['ms'] / row['ms']:.2f}×" if base else "" for base in (alone[0] if alone else None, same)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -253,7 +258,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         1, panels, figsize=(8 * panels, 1.5 + 0.32 * max(len(rows), 12)), layout="constrained", squeeze=False
     )
     axis = axes[0, 0]
-    names = [" ".join(row[key] for key in KEY[:3] if row[key] != "-") for row in rows]
+    names = [name_of(row) for row in rows]
     colors = {"backbone": "dimgray", "adafuse": "tab:blue"} | dict.fromkeys(METHODS[2:], "tab:green")
     bars = axis.barh(
         names, [row["ms_per_token"] for row in rows], color=[colors.get(r["method"], "tab:orange") for r in rows]
@@ -267,7 +272,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.legend(fontsize="small", loc="upper right")
     axis.invert_yaxis()
     axis.margins(x=0.15)
-    wide = bool(rows) and rows[-1]["ms_per_token"] > 20 * rows[0]["ms_per_token"]
+    wide = bool(rows) and rows[-1]["ms_per_token"] > 20 * rows[0]["ms_per_token"]  # else bars begin at 0
     axis.set(xscale="log" if wide else "linear", xlabel="ms/token, batch 1", title="decoding")
     if wide:
         axis.set_xlim(left=1)

@@ -249,8 +249,10 @@ def measure_devices(job: dict[str, Any], tell: Tell) -> None:
     for method, targets in (("backbone", "-"), ("adafuse", "all7")):
         adapter = None if method == "backbone" else random_adapter(adapter_config(shapes, targets), config)
         for devices in job["devices"]:
-            mesh = make_mesh(devices, config)
-            share, its = (model, adapter) if devices == 1 else (shard(model, mesh), adapter and shard(adapter, mesh))
+            share, its = model, adapter
+            if devices > 1:
+                mesh = make_mesh(devices, config)
+                share, its = shard(model, mesh), adapter and shard(adapter, mesh)
             for strategy in (None, "unmerged") if devices == 1 else ("unmerged",):
                 engine = Engine(share, its, strategy=strategy, eos_ids=())
                 row = {"method": method, "targets": targets, "strategy": engine.strategy, "devices": devices}

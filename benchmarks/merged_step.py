@@ -39,12 +39,32 @@ SLOTS, PROMPT = 512, 128
 STRATEGIES: tuple[Strategy, ...] = ("golden", "switch")
 
 
-def fresh_state(config: Any, dtype: Any) -> DecodeState:
+def fresh_state(config: Any, dtype: Any, batch: int = 1) -> DecodeState:
+    """After a prompt; every row has a token of its own."""
     return DecodeState(
-        cache=KVCache.empty(config, 1, SLOTS, dtype), token=jnp.ones(1, jnp.int32),
-        position=jnp.full(1, PROMPT, jnp.int32), done=jnp.zeros(1, bool),
-        seen=jnp.zeros((1, config.vocab_size), bool), key=jax.random.key(0),
+        cache=KVCache.empty(config, batch, SLOTS, dtype), token=1 + jnp.arange(batch, dtype=jnp.int32),
+        position=jnp.full(batch, PROMPT, jnp.int32), done=jnp.zeros(batch, bool),
+        seen=jnp.zeros((batch, config.vocab_size), bool), key=jax.random.key(0),
     )  # fmt: skip
+
+
+def time_steps(
+    step: Callable[[DecodeState, Merged | None], tuple[Any, DecodeState, Merged | None]],
+    state: DecodeState,
+    merged: Merged | None,
+    steps: int,
+    repeats: int,
+) -> tuple[list[float], DecodeState, Merged | None]:
+    """ms per step of each repeat, and what the steps left. Each repeat begins after the prompt; one before them warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        state = jax.block_until_ready(replace(state, position=jnp.full_like(state.position, PROMPT)))
+        begun = time.perf_counter()
+        for _ in range(steps):
+            _, state, merged = step(state, merged)
+        jax.block_until_ready(state)
+        times.append(1e3 * (time.perf_counter() - begun) / steps)
+    return times[1:], state, merged
 
 
 def run(
@@ -80,23 +100,25 @@ def run(
     rows: list[dict[str, Any]] = []
     for strategy, step in compiled.items():
         merged = None if strategy is None else Merged.nothing(strategy, model, adapter)
-        weights, acting, state, _, sampling = arguments(strategy, None)
+        weights, acting, state, *_ = arguments(strategy, None)
         before = pointers(merged)
         if strategy == "switch":
             del model, weights  # its adapted weights are donated: from here on the step has the only ones
             weights = bare
-        times = []
-        for repeat in range(repeats + 1):
-            state = replace(state, position=jnp.full(1, PROMPT, jnp.int32))
-            jax.block_until_ready(state)
-            begun = time.perf_counter()
-            for _ in range(steps):
-                _, state, merged = step(weights, acting, state, merged, sampling, fused=launches[strategy])
-            jax.block_until_ready(state)
-            if repeat:  # the first warms up
-                times.append(1e3 * (time.perf_counter() - begun) / steps)
+
+        def advance(
+            state: DecodeState,
+            merged: Merged | None,
+            step=step,
+            weights=weights,
+            acting=acting,
+            launch=launches[strategy],
+        ) -> tuple[Any, DecodeState, Merged | None]:
+            return step(weights, acting, state, merged, NO_REPEATS, fused=launch)
+
+        times, state, merged = time_steps(advance, state, merged, steps, repeats)
         for _ in range(0 if merged is None else pointer_steps):
-            _, state, merged = step(weights, acting, state, merged, sampling, fused=launches[strategy])
+            _, state, merged = advance(state, merged)
         memory = step.memory_analysis()
         row = {
             "strategy": strategy or "backbone", "targets": "qv" if strategy else "-",
@@ -111,7 +133,7 @@ def run(
         print(in_words(row), flush=True)
         rows.append(row)
         report(rows)
-        del merged, weights
+        del merged, weights, advance
     return rows
 
 

@@ -27,73 +27,61 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from adafuse_jax.decoding.engine import DecodeState, decode_step
+from adafuse_jax.decoding.engine import decode_step
 from adafuse_jax.decoding.fused import Fused, fused_step
 from adafuse_jax.model.cache import KVCache
 from benchmarks.decode_costs import SIZES, TARGETS
 from benchmarks.decode_rows import NO_REPEATS, adapter_config, model_config, random_adafuse, random_backbone
+from benchmarks.merged_step import SLOTS, fresh_state, time_steps
 from pallas_kernels.decode_token import plan
 from pallas_kernels.decode_token.linear import COMPILER
 
 SHAPES = SIZES["llama2-7b"]
-SLOTS, PROMPT, PROFILED_PROMPT = 512, 128, 200
+PROFILED_PROMPT = 200
 EVENTS, PROFILED_SLOTS = 300, 11
 """Of the profiler, for each warpgroup; and slots of the ring beside it."""
 
 
-def split(case: str) -> tuple[str, int]:
+def case_of(text: str) -> tuple[str, int]:
     """(targets, rows) of `targets` or `targets:rows`."""
-    targets, _, rows = case.partition(":")
-    if targets not in ("bare", *TARGETS) or not (rows or "1").isdecimal():
-        raise SystemExit(
-            f"--cases {case}: give {', '.join(('bare', *TARGETS))}, and perhaps a number of rows, as in qv:8"
-        )
+    targets, _, rows = text.partition(":")
+    names = "bare", *(name for name, linears in TARGETS.items() if linears)
+    if targets not in names or not (rows or "1").isdecimal() or rows == "0":
+        raise argparse.ArgumentTypeError(f"{text}: give {', '.join(names)}, and perhaps a number of rows, as in qv:8")
     return targets, int(rows or 1)
 
 
-def time_cases(cases: Sequence[str], num_layers: int, steps: int, repeats: int) -> None:
+def time_cases(cases: Sequence[tuple[str, int]], num_layers: int, steps: int, repeats: int) -> None:
     config = replace(model_config(SHAPES), num_layers=num_layers)
     model = random_backbone(config)
     parts: dict[str, Any] = {}
-    for targets, _ in map(split, cases):
+    for targets, _ in cases:
         if targets not in parts:
             adapter = None if targets == "bare" else random_adafuse(adapter_config(SHAPES, targets), config)
             parts[targets] = adapter, Fused.of(model, adapter)
 
-    def state_of(batch: int) -> DecodeState:
-        return DecodeState(
-            cache=KVCache.empty(config, batch, SLOTS, model.dtype), token=jnp.arange(batch, dtype=jnp.int32),
-            position=jnp.full(batch, PROMPT, jnp.int32), done=jnp.zeros(batch, bool),
-            seen=jnp.zeros((batch, config.vocab_size), bool), key=jax.random.key(0),
-        )  # fmt: skip
-
-    def compiled(case: str) -> tuple[Any, float]:
-        (targets, batch), begun = split(case), time.perf_counter()
-        adapter, fused = parts[targets]
-        arguments = model, adapter, state_of(batch), None, NO_REPEATS
+    def compiled(targets: str, batch: int) -> tuple[Any, float]:
+        begun, (adapter, fused) = time.perf_counter(), parts[targets]
+        arguments = model, adapter, fresh_state(config, model.dtype, batch), None, NO_REPEATS
         step = decode_step.lower(*arguments, eos_ids=(), pad_id=0, fused=fused).compile()
         return step, time.perf_counter() - begun
 
     with ThreadPoolExecutor(1) as pool:  # the next case is compiled meanwhile
-        for case, future in [(case, pool.submit(compiled, case)) for case in cases]:
-            (targets, batch), (step, seconds), times = split(case), future.result(), []
-            adapter, fused = parts[targets]
-            state = state_of(batch)
-            for _ in range(repeats + 1):
-                state = jax.block_until_ready(replace(state, position=jnp.full(batch, PROMPT, jnp.int32)))
-                begun = time.perf_counter()
-                for _ in range(steps):
-                    _, state, _ = step(model, adapter, state, None, NO_REPEATS, fused=fused)
-                jax.block_until_ready(state)
-                times.append(1e3 * (time.perf_counter() - begun) / steps)
-            ms, spread = statistics.median(times[1:]), max(times[1:]) - min(times[1:])
-            print(f"{case}, {num_layers} layers: {ms:.3f} ± {spread:.3f} ms, compiled in {seconds:.0f} s", flush=True)
+        for (targets, batch), future in [(case, pool.submit(compiled, *case)) for case in cases]:
+            (step, seconds), (adapter, fused) = future.result(), parts[targets]
+
+            def advance(state: Any, merged: Any, step=step, adapter=adapter, fused=fused) -> Any:
+                return step(model, adapter, state, merged, NO_REPEATS, fused=fused)
+
+            times, *_ = time_steps(advance, fresh_state(config, model.dtype, batch), None, steps, repeats)
+            ms, spread = statistics.median(times), max(times) - min(times)
+            told = f"{targets}:{batch}, {num_layers} layers: {ms:.3f} ± {spread:.3f} ms, compiled in {seconds:.0f} s"
+            print(told, flush=True)
 
 
-def timeline(case: str, num_layers: int) -> list[str]:
+def timeline(targets: str, batch: int, num_layers: int) -> list[str]:
     """Lines of `summarise` for one case."""
     config = replace(model_config(SHAPES), num_layers=num_layers)
-    targets, batch = split(case)
     model = random_backbone(config)
     adapter = None if targets == "bare" else random_adafuse(adapter_config(SHAPES, targets), config)
     cache = KVCache.empty(config, batch, SLOTS, model.dtype)
@@ -141,19 +129,21 @@ def summarise(events: list[dict[str, Any]]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["bare", "qv", "all7", "all7:8", "all7:32"], metavar="CASE")
+    usual = [("bare", 1), ("qv", 1), ("all7", 1), ("all7", 8), ("all7", 32)]
+    parser.add_argument(
+        "--cases", nargs="+", type=case_of, default=usual, metavar="CASE", help="targets, or targets:rows"
+    )
     parser.add_argument("--layers", type=int, default=SHAPES.num_layers)
     parser.add_argument("--steps", type=int, default=60, help="of one repeat")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--timeline", action="store_true", help="of the first case, instead of times")
     arguments = parser.parse_args(argv)
-    for case in arguments.cases:
-        split(case)
     if min(arguments.layers, arguments.steps, arguments.repeats) < 1:
         parser.error("--layers, --steps and --repeats must be at least 1")
     print(jax.devices()[0].device_kind, jax.__version__, flush=True)
     if arguments.timeline:
-        print("\n".join(timeline(arguments.cases[0], arguments.layers)))
+        targets, batch = arguments.cases[0]
+        print("\n".join(timeline(targets, batch, arguments.layers)))
     else:
         time_cases(arguments.cases, arguments.layers, arguments.steps, arguments.repeats)
 

@@ -264,11 +264,12 @@ def test_merged_step():
 
 
 class TestTokenStep:
-    def test_cases(self):
-        assert [token_step.split(case) for case in ("bare", "qv:8")] == [("bare", 1), ("qv", 8)]
+    def test_cases(self, capsys):
+        assert [token_step.case_of(case) for case in ("bare", "qv:8")] == [("bare", 1), ("qv", 8)]
         for case in ("all", "qv:x", "qv:8:1"):
-            with pytest.raises(SystemExit, match=f"--cases {case}"):
+            with pytest.raises(SystemExit, match="2"):
                 token_step.main(["--cases", case])
+            assert f"--cases: {case}: give bare, qv, all7" in capsys.readouterr().err
 
     def test_timeline(self):
         """Two warpgroups that compute, one that copies, with scopes in each other."""
