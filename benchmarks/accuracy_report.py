@@ -41,7 +41,8 @@ def summarise(results: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
         whole = {seed: scores for seed, scores in by_seed.items() if sorted(scores) == sets}
         if whole:
             rows.append(_row(regime, method, found, sets, whole, _grid(results, method)))
-    return sorted(rows, key=lambda row: REGIMES.index(row["regime"]))
+    names = [*METHODS, *ABLATIONS]
+    return sorted(rows, key=lambda row: (REGIMES.index(row["regime"]), names.index(row["method"])))
 
 
 def _row(

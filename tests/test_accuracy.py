@@ -24,7 +24,7 @@ from adafuse_jax.errors import UserError
 from adafuse_jax.evaluation.loading import load
 from adafuse_jax.evaluation.multiple_choice import Questions as Encoded
 from adafuse_jax.evaluation.multiple_choice import chosen_by_likelihood
-from benchmarks import accuracy
+from benchmarks import accuracy, accuracy_report
 from benchmarks.accuracy_data import (
     FILES,
     SCIENCEQA_TEST,
@@ -395,6 +395,11 @@ def test_study_from_start_to_report(
     gone.unlink()
     assert accuracy.main(flags(study, tmp_path)) == 0
     assert json.loads(gone.read_text())["lanes"] == before["lanes"]
+    again = json.loads((out / "accuracy.json").read_text())["rows"]
+    assert [row["method"] for row in again] == [row["method"] for row in report["rows"]]
+    by_file_name = {path.stem: json.loads(path.read_text()) for path in sorted(work.glob("*.json"))}
+    names = [row["method"] for row in accuracy_report.summarise(by_file_name)]
+    assert names == ["none", "full", "adafuse", "full", "adafuse", "k=4"], "the tables' order is that of METHODS"
     assert {path: path.stat().st_mtime_ns for path in work.iterdir() if path != gone} == kept
     with pytest.raises(UserError, match=r"was made with .*'epochs': 0.5.*'epochs': 2.0.*another --work"):
         accuracy.main(flags(study, tmp_path, "--epochs", "2"))
@@ -419,8 +424,6 @@ def test_bad_flags(more: tuple[str, ...], says: str, study: Path, tmp_path: Path
 
 
 def test_the_report_names_what_is_not_run_yet():
-    from benchmarks import accuracy_report
-
     table = {
         "command": "x", "device": "d", "jax": "0",
         "scored_and_left_out": {"validation": [816, 0]},
