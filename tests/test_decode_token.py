@@ -6,10 +6,13 @@ Here its kernel runs in the interpreter, one launch per phase with several block
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +29,7 @@ from adafuse_jax.errors import UserError
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from pallas_kernels.decode_token import Shape, obstacle
+from pallas_kernels.decode_token.linear import Linears
 from pallas_kernels.decode_token.plan import SHARED_MEMORY, make_plan, num_tiles
 
 interpreted = pytest.mark.skipif(
@@ -225,7 +229,42 @@ def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_blocks):
         assert finished == Counter(range(units))
         assert 1 <= group.a_parts <= group.chunks // group.slices
     assert plan.slots >= 4
-    assert plan.slots * 128 * 64 * 2 + (plan.x_rows + plan.pieces * plan.columns) * 64 * 2 < SHARED_MEMORY
+    assert plan.slots * 128 * 64 * 2 + (plan.x_rows + plan.h_rows) * 64 * 2 < SHARED_MEMORY
+
+
+@pytest.mark.parametrize(("batch", "max_used", "used"), [(1, 2, 2), (1, 4, 1), (8, 8, 7), (32, 8, 8)])
+def test_blocks_share_the_experts_products(batch, max_used, used):
+    """All of A, of the sums h and of B, each once; what waits for A counts the blocks that have some; and no block has more
+    than an eighth more chunks than the mean, or four, if so many experts are in use as are planned for."""
+    plan = plan_of(LLAMA2_7B, batch=batch, max_used=max_used)
+    for group in (plan.qkv, plan.o, plan.gate_up, plan.down):
+        a, h, b, with_a, chunks = Counter(), Counter(), Counter(), 0, np.zeros(plan.num_blocks)
+        for block in range(plan.num_blocks):
+            memory = SimpleNamespace(num_used=[used])
+            with mock.patch("pallas_kernels.decode_token.linear.lax.axis_index", return_value=block):
+                linears = Linears(group, plan, memory, None, None, norm_dim=None, eps=0.0)
+            mine = [
+                (linears.slice, place, *map(int, at(n)))
+                for place, _, number, at in linears._a_shares()
+                for n in range(int(number))
+            ]
+            a.update(mine)
+            with_a += bool(mine)
+            chunks[block] += sum(linears._part(part)[1] for *_, part in mine) / 2
+            first, number = linears._h_share()
+            h.update(int(first + n * group.gatherers) for n in range(int(number)))
+            for names in group.passes:
+                chunks[block] += int(linears._units(names)[0]) * len(names) * linears.num_chunks
+            for _, name, number, at in linears._b_shares():
+                b.update((name, *map(int, at(n))) for n in range(int(number)))
+                chunks[block] += used * int(number) / 2
+        pieces = range(len(group.adapted)), range(used)
+        assert a == Counter(itertools.product(range(group.slices), *pieces, range(group.a_parts)))
+        assert int(linears._a_blocks()) == with_a
+        assert h == Counter(range(len(group.adapted) * used))
+        tiles = [(name, t) for name in group.adapted for t in range(num_tiles(group.outs[name]))]
+        assert b == Counter((*tile, half) for tile in tiles for half in (0, 1))
+        assert used < max_used or chunks.max() <= max(1.125 * chunks.mean(), chunks.mean() + 4)
 
 
 def test_plan_counts_tiles_and_semaphores_once():
@@ -235,7 +274,7 @@ def test_plan_counts_tiles_and_semaphores_once():
         units = [group.first_unit(names) + t for names in group.passes for t in range(group.units(names))]
         assert tiles == list(range(group.num_tiles))
         assert units == list(range(len(units)))
-    semaphores = [group.first_semaphore + i for group in plan.groups for i in range(1 + group.members)]
+    semaphores = [group.first_semaphore + i for group in plan.groups for i in range(2 + group.members)]
     assert semaphores == list(range(plan.num_semaphores))
 
 

@@ -1,21 +1,23 @@
 """The linears of one group inside the kernel.
 
-    experts    t_part[s] = A[e_u][:, slice s] x[slice s]                        for this block's share
-    products   y_part[s] = W[:, slice s] x[slice s]                             for its share of units,
-               of one slice s with the experts too:  + Σ_u B[e_u] (g_u · Σ_s t_part[s])
-    finish     y = r · Σ_s y_part[s] + bias                                     for its part of those, then what follows
+    experts    t_part[s] = A[e_u][:, slice s] x[slice s]         this block's share
+    gather     h_u = g_u · Σ_s t_part[s]                         only in blocks that have less to do than others
+    products   y_part[s] = W[:, slice s] x[slice s]              this block's units
+               y_part[S] = Σ_u B[e_u] h_u                        its share of their halves of tiles
+    finish     y = r · Σ_s y_part[s] + bias                      its share of those units, then what follows
 
-A block first computes all its products, then counts a semaphore up and finishes its part of the units that it shares, as
-soon as the others have counted too. It adds the experts to the units that it finishes, in the middle of their products, when
-the others' t_part has come. x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one number for
-each row of the batch: a linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N];
-sums are in fp32. Activations lie in device memory in pieces, [pieces · N, PIECE]: the N rows' piece 0, then their piece 1 …
+A block counts a semaphore up when its products are done, and finishes as soon as the others of its member have too. From
+A x to B h two exchanges lie between blocks; the products of W hide them. x is the input times its norm's weight, and
+r = 1 / rms the norm's other factor, one number for each row of the batch: a linear commutes with it. The tensor cores
+multiply halves of tiles, [HALF, PIECE], with [PIECE, N]; sums are in fp32. Activations lie in device memory in pieces,
+[pieces · N, PIECE]: the N rows' piece 0, then their piece 1 …
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import batched
 from typing import Any
 
 import jax
@@ -73,7 +75,7 @@ def share(base, count, index, step):
     return first, jnp.maximum(0, (count - first + step - 1) // step)
 
 
-STEPS = "experts", "products", "finish"
+STEPS = "experts", "gather", "products", "finish"
 
 
 def steps_of(group: Group) -> tuple[str, ...]:
@@ -82,10 +84,10 @@ def steps_of(group: Group) -> tuple[str, ...]:
 
 
 class Linears:
-    """One group. `memory` has the refs: `weights`, `biases`, `a`, `b` by name; `y_part` [S, tiles, 2, HALF, N]; `t_part`
-    [S · parts, targets, U · pieces, PIECE, N]; `experts` [U], `num_used` [1], `gates` [U, N]; `squares` [halves of tiles,
-    N]; `r` [blocks, N]. `semaphores` (None where blocks do not run at the same time) has one for each member, and before
-    those one for A. `steps`: which of STEPS are done.
+    """One group. `memory` has the refs: `weights`, `biases`, `a`, `b` by name; `y_part` [S + 1, tiles, 2, HALF, N]; `t_part`
+    [S · parts, targets, U · pieces, PIECE, N]; `h` [targets · U · pieces · N + HALF, PIECE]; `experts` [U], `num_used` [1],
+    `gates` [U, N]; `squares` [halves of tiles, N]; `r` [blocks, N]. `semaphores` (None where blocks do not run at the same
+    time) has one for A, one for h, and one for each member. `steps`: which of STEPS are done.
     `turn(layer)`: how many layers have run in this launch before this one."""
 
     def __init__(
@@ -112,23 +114,40 @@ class Linears:
     def _used_pieces(self):
         return self.memory.num_used[0] * self.plan.rank_pieces
 
-    def _mine(self, base, count, member):
-        """(first, how many) of the `count` things from number `base` on that go to `member` of all members."""
-        first, number = share(base, count, member, self.group.members)
-        return first, jnp.where(self.member < self.group.members, number, 0)
-
     def _a_shares(self):
-        """By adapted linear: (its place, its name, how many products are this block's, the n-th one's piece and part).
-        They are dealt from the last member on, which has the fewest units of W."""
-        parts = self.group.a_parts
-        for place, name in enumerate(self.group.adapted):
-            each = self._used_pieces * parts
-            first, number = self._mine(place * each, each, self.group.members - 1 - self.member)
+        """By adapted linear: (its place, its name, how many products are this block's, the n-th one's piece and part). Light
+        members take their quota first, and the others the rest, from the last one on: the first have more halves of B."""
+        group = self.group
+        heavy, quota = group.members - group.light, group.light * group.quota
+        is_light = self.member >= heavy
+        low, high = (
+            jnp.where(is_light, 0, quota),
+            jnp.where(is_light, quota, len(group.adapted) * self._a_products_each),
+        )
+        index = jnp.where(is_light, self.member - heavy, heavy - 1 - self.member)
+        step = jnp.where(is_light, max(1, group.light), heavy)
+        for place, name in enumerate(group.adapted):
+            start = place * self._a_products_each
+            begin, end = jnp.maximum(low, start), jnp.minimum(high, start + self._a_products_each)
+            first, number = share(begin - low, end - begin, index, step)
+            number = jnp.where(self.member < group.members, number, 0)
 
-            def at(n, first=first):
-                return divmod_(first + n * self.group.members, parts)
+            def at(n, first=begin - start + first, step=step):
+                return divmod_(first + n * step, group.a_parts)
 
             yield place, name, number, at
+
+    @property
+    def _a_products_each(self):
+        """Products of A for one slice of one linear."""
+        return self._used_pieces * self.group.a_parts
+
+    def _a_blocks(self):
+        """How many blocks have products of A."""
+        group, number = self.group, len(self.group.adapted) * self._a_products_each
+        quota = group.light * group.quota
+        light = jnp.minimum(number, group.light if group.quota else 0)
+        return group.slices * (light + jnp.clip(number - quota, 0, group.members - group.light))
 
     def _part(self, part):
         """(first chunk, how many) of a part of this block's slice."""
@@ -140,7 +159,8 @@ class Linears:
         a member finish its units in turn."""
         group = self.group
         base = group.first_unit(names)
-        first, number = self._mine(base, group.units(names), self.member)
+        first, number = share(base, group.units(names), self.member, group.members)
+        number = jnp.where(self.member < group.members, number, 0)
 
         def tile(n):
             return first + n * group.members
@@ -150,10 +170,31 @@ class Linears:
 
         return number, tile, is_finisher
 
-    def _count_a(self):
-        """How many blocks have products of A."""
-        products = len(self.group.adapted) * self._used_pieces * self.group.a_parts
-        return self.group.slices * jnp.minimum(products, self.group.members)
+    def _h_share(self):
+        """(the first piece of h that this block gathers, how many): of those of all adapted linears in turn."""
+        group, from_last = self.group, self.plan.num_blocks - 1 - self.block
+        first, number = share(0, len(group.adapted) * self._used_pieces, from_last, group.gatherers)
+        return first, jnp.where(from_last < group.gatherers, number, 0)
+
+    def _b_shares(self):
+        """By adapted linear: (its place, its name, how many halves of its tiles are this block's, the n-th one's tile and
+        half): the blocks of a member share those of its units."""
+        for names in self.group.passes:
+            units, tile, _ = self._units(names)
+            for name in names:
+                if name in self.group.adapted:
+                    place = self.group.adapted.index(name)
+                    first, number = share(2 * place, 2 * units, self.slice, self.group.slices)
+
+                    def at(n, first=first, tile=tile):
+                        unit, half = divmod_(first + n * self.group.slices, 2)
+                        return tile(unit), half
+
+                    yield place, name, number, at
+
+    def _half_row(self, name, tile, half):
+        """The first row of half a tile; one that is not there gives another's, which nobody uses."""
+        return jnp.minimum(tile * TILE + half * HALF, self.group.outs[name] - HALF)
 
     def copy(self, layer, filled: Filled) -> Filled:
         """Fill the ring with what `compute` takes from it."""
@@ -178,60 +219,51 @@ class Linears:
 
             filled = lax.fori_loop(0, number, of_a, filled)
         for names in self.group.passes if "products" in self.steps else ():
-            number, tile, is_finisher = self._units(names)
+            number, tile, _ = self._units(names)
 
-            def of_unit(n, filled, names=names, tile=tile, is_finisher=is_finisher):
+            def of_unit(n, filled, names=names, tile=tile):
                 rows = pl.ds(tile(n) * TILE, TILE)
                 for name in names:
                     w = memory.weights[name] if name == "lm_head" else memory.weights[name].at[layer]
-                    before, after, b_pieces = self._order(name, is_finisher(n))
-                    filled = chunks(filled, lambda columns, w=w: w.at[rows, columns], self.first_chunk, before)
-
-                    def of_b(piece, filled, name=name):
-                        number, ranks = expert(name, piece)
-                        return self.ring.fill(filled, memory.b[name].at[layer, number, rows, ranks])
-
-                    if name in self.group.adapted:
-                        filled = lax.fori_loop(0, b_pieces, of_b, filled)
-                    filled = chunks(filled, lambda columns, w=w: w.at[rows, columns], self.first_chunk + before, after)
+                    filled = chunks(filled, lambda columns, w=w: w.at[rows, columns], self.first_chunk, self.num_chunks)
                 return filled
 
             filled = lax.fori_loop(0, number, of_unit, filled)
-        return filled
+        for _, name, number, at in self._b_shares() if "products" in self.steps else ():
 
-    def _order(self, name, is_finisher):
-        """(chunks of a tile of W, then how many more of them, pieces of B between the two)."""
-        if name not in self.group.adapted:
-            return self.num_chunks, 0, 0
-        before = self.num_chunks // 2
-        return before, self.num_chunks - before, jnp.where(is_finisher, self._used_pieces, 0)
+            def of_b(n, filled, name=name, at=at):
+                rows = pl.ds(self._half_row(name, *at(n)), HALF)
+
+                def ranks(piece, filled):
+                    number, columns = expert(name, piece)
+                    return self.ring.fill(filled, memory.b[name].at[layer, number, rows, columns])
+
+                return lax.fori_loop(0, self._used_pieces, ranks, filled)
+
+            filled = lax.fori_loop(0, number, of_b, filled)
+        return filled
 
     def compute(self, layer, count, x, follow: Callable[..., Callable[..., None]], x_smem, h_smem):
         """`x` is the input [pieces · N, PIECE], followed by `HALF` rows that are not used. `follow(names, row)` reads what
         it needs for these rows of the linears `names`, and returns the function that takes their values [HALF, N] and
         stores what comes of them."""
-        if self.steps != ("finish",):
+        if not {"experts", "products"}.isdisjoint(self.steps):
             with jax.named_scope("input"):
-                self._load_input(x, x_smem)
+                slice_rows = input_rows(self.group.slice_chunks, self.plan.columns)
+                self._to_smem(x, self.first_chunk * self.plan.columns, slice_rows, x_smem)
         if "experts" in self.steps:
             with jax.named_scope("experts"):
                 count = self._a_products(count, x_smem)
+        if "gather" in self.steps:
+            with jax.named_scope("gather"):
+                self._gather(layer)
         if "products" in self.steps:
             with jax.named_scope("products"):
-                for place, names in enumerate(self.group.passes):
-                    number, tile, is_finisher = self._units(names)
-                    if place == 0:
-                        pl.when(number == 0)(self._find_r)
-
-                    def products(n, count, names=names, place=place, tile=tile, is_finisher=is_finisher):
-                        count = self._unit_products(layer, count, names, tile(n), is_finisher(n), x_smem, h_smem)
-                        if place == 0:  # here, where weights are on their way, it makes nobody wait
-                            pl.when(n == 0)(self._find_r)
-                        return count
-
-                    count = lax.fori_loop(0, number, products, count)
+                count = self._w_products(count, x_smem)
+            with jax.named_scope("experts"):
+                count = self._b_products(layer, count, h_smem)
             with jax.named_scope("signal"):
-                pl.when(self.member < self.group.members)(lambda: self._signal(1 + self.member))
+                pl.when(self.member < self.group.members)(lambda: self._signal(2 + self.member))
         if "finish" in self.steps:
             with jax.named_scope("finish"):
                 for names in self.group.passes:
@@ -253,14 +285,12 @@ class Linears:
             semaphore = self.semaphores.at[self.group.first_semaphore + number]
             plgpu.semaphore_wait(semaphore, signals * (self.turn(layer) + 1), decrement=False, memory_scope="gpu")
 
-    def _load_input(self, x, x_smem):
-        start = self.first_chunk * self.plan.columns
-        tiles = [
-            load(x.at[pl.ds(start + row, HALF)], plgpu.Layout.WGMMA_UPCAST_4X)
-            for row in range(0, input_rows(self.group.slice_chunks, self.plan.columns), HALF)
-        ]
-        for i, tile in enumerate(tiles):
-            x_smem.at[pl.ds(i * HALF, HALF)][...] = tile
+    def _to_smem(self, source, start, rows: int, smem):
+        """As the right operand, `rows` rows of activations from `start` on, a multiple of HALF."""
+        for some in batched(range(0, rows, HALF), 4):  # as many as the registers have room for
+            tiles = [load(source.at[pl.ds(start + row, HALF)], plgpu.Layout.WGMMA_UPCAST_4X) for row in some]
+            for row, tile in zip(some, tiles, strict=True):
+                smem.at[pl.ds(row, HALF)][...] = tile
         plgpu.commit_smem()
 
     def _a_products(self, count, x_smem):
@@ -272,7 +302,7 @@ class Linears:
                 first, chunks = self._part(part)
 
                 def multiply(acc):
-                    after = self._multiply([acc], count, chunks, self._x_pieces(x_smem, first - self.first_chunk))
+                    after = self._multiply([acc], count, chunks, self._pieces(x_smem, first - self.first_chunk))
                     return acc[...], after
 
                 t, count = pl.run_scoped(multiply, self._accumulator)
@@ -284,30 +314,54 @@ class Linears:
             pl.when(mine > 0)(lambda: self._signal(0))
         return count
 
-    def _unit_products(self, layer, count, names, tile, is_finisher, x_smem, h_smem):
-        for name in names:
-            before, more, b_pieces = self._order(name, is_finisher)
+    def _w_products(self, count, x_smem):
+        for place, names in enumerate(self.group.passes):
+            number, tile, _ = self._units(names)
+            if place == 0:
+                pl.when(number == 0)(self._find_r)
 
-            def multiply(*accs, count=count, name=name, before=before, more=more, b_pieces=b_pieces):
-                count = self._multiply(accs, count, before, self._x_pieces(x_smem))
-                if name in self.group.adapted:
-                    pl.when(is_finisher)(lambda: self._gather_h(name, layer, h_smem))
-                    count = self._multiply(accs, count, b_pieces, lambda p: h_smem.at[p])
-                    count = self._multiply(accs, count, more, self._x_pieces(x_smem, before))
-                return *(acc[...] for acc in accs), count
+            def unit(n, count, names=names, place=place, tile=tile):
+                for name in names:
 
-            *halves, count = pl.run_scoped(multiply, self._accumulator, self._accumulator)
-            for half, y in enumerate(halves):
-                store(self.memory.y_part.at[self.slice, self.group.first_tile(name) + tile, half], y)
+                    def multiply(*accs, count=count):
+                        after = self._multiply(accs, count, self.num_chunks, self._pieces(x_smem))
+                        return *(acc[...] for acc in accs), after
+
+                    *halves, count = pl.run_scoped(multiply, self._accumulator, self._accumulator)
+                    for half, y in enumerate(halves):
+                        store(self.memory.y_part.at[self.slice, self.group.first_tile(name) + tile(n), half], y)
+                if place == 0:  # here, where weights are on their way, it makes nobody wait
+                    pl.when(n == 0)(self._find_r)
+                return count
+
+            count = lax.fori_loop(0, number, unit, count)
+        return count
+
+    def _b_products(self, layer, count, h_smem):
+        for place, name, number, at in self._b_shares():
+            pl.when(number > 0)(partial(self._take_h, place, layer, h_smem))
+
+            def product(n, count, name=name, at=at):
+                tile, half = at(n)
+
+                def multiply(acc):
+                    after = self._multiply([acc], count, self._used_pieces, self._pieces(h_smem))
+                    return acc[...], after
+
+                y, count = pl.run_scoped(multiply, self._accumulator)
+                store(self.memory.y_part.at[self.group.slices, self.group.first_tile(name) + tile, half], y)
+                return count
+
+            count = lax.fori_loop(0, number, product, count)
         return count
 
     @property
     def _accumulator(self):
         return plgpu.ACC((HALF, self.plan.columns), jnp.float32)
 
-    def _x_pieces(self, x_smem, first=0):
-        """c → the input's piece first + c."""
-        return lambda c: x_smem.at[pl.ds((first + c) * self.plan.columns, self.plan.columns)]
+    def _pieces(self, smem, first=0):
+        """c → piece first + c of a right operand."""
+        return lambda c: smem.at[pl.ds((first + c) * self.plan.columns, self.plan.columns)]
 
     def _multiply(self, accs, count, number, right_smem: Callable[[Any], Any]):
         """accs += Σ_c chunk_c right_c of the next `number` chunks, one of the accs for each half; returns the new count."""
@@ -333,7 +387,7 @@ class Linears:
     def _finish(self, layer, names, tile, follow):
         group, memory, shape = self.group, self.memory, (HALF, self.plan.columns)
         out_dim = group.outs[names[0]]
-        rows = [jnp.minimum(tile * TILE + half * HALF, out_dim - HALF) for half in (0, 1)]
+        rows = [self._half_row(names[0], tile, half) for half in (0, 1)]
         puts = [follow(names, row) for row in rows]
         biases = {
             name: [load(memory.biases[name].at[layer, pl.ds(row, HALF)], ROWS).astype(jnp.float32) for row in rows]
@@ -341,11 +395,12 @@ class Linears:
             if name in memory.biases
         }
         r = None if self.norm_dim is None else load(memory.r.at[self.block], COLUMNS)
-        self._wait(1 + self.member, group.slices, layer)
+        self._wait(2 + self.member, group.slices, layer)
         values = []
         for name in names:
             at = group.first_tile(name) + tile
-            halves = [sum_of(load(memory.y_part.at[s, at, half]) for s in range(group.slices)) for half in (0, 1)]
+            parts = range(group.slices + (name in group.adapted))
+            halves = [sum_of(load(memory.y_part.at[s, at, half]) for s in parts) for half in (0, 1)]
             if r is not None:
                 halves = [y * over_rows(r, shape) for y in halves]
             if name in biases:
@@ -360,7 +415,7 @@ class Linears:
 
     def _find_r(self):
         """r [N] of the group's input, where it has a norm, into `memory.r`."""
-        if self.norm_dim is None or "products" not in self.steps:
+        if self.norm_dim is None:
             return
         total: Any = 0.0
         for start in range(0, self.memory.squares.shape[0], HALF):
@@ -370,19 +425,37 @@ class Linears:
             total += part
         store(self.memory.r.at[self.block], lax.rsqrt(total / self.norm_dim + self.eps))
 
-    def _gather_h(self, name, layer, h_smem):
-        """h = g_u · Σ_s t_part[s], rounded, as the right operand of B."""
+    def _gather(self, layer):
+        """h = g_u · Σ_s t_part[s], rounded, of this block's share of pieces."""
         plan, memory, group = self.plan, self.memory, self.group
-        where = group.adapted.index(name)
-        self._wait(0, self._count_a(), layer)
+        first, number = self._h_share()
 
-        def piece(p, _):
-            t = sum_of(load(memory.t_part.at[s, where, p]) for s in range(group.slices * group.a_parts))
-            gate = load(memory.gates.at[divmod_(p, plan.rank_pieces)[0]], COLUMNS)
-            store_transposed(h_smem.at[p], t * over_rows(gate, t.shape))
+        def gather(n, _):
+            place, piece = divmod_(first + n * group.gatherers, self._used_pieces)
 
-        lax.fori_loop(0, self._used_pieces, piece, None)
-        plgpu.commit_smem()
+            def part(i, total):
+                return total + sum_of(
+                    load(memory.t_part.at[s * group.a_parts + i, place, piece]) for s in range(group.slices)
+                )
+
+            zero = plgpu.layout_cast(jnp.zeros((HALF, plan.columns), jnp.float32), plgpu.Layout.WGMMA)
+            t = lax.fori_loop(0, group.a_parts, part, zero)
+            gate = load(memory.gates.at[divmod_(piece, plan.rank_pieces)[0]], COLUMNS)
+            rows = pl.ds((place * plan.pieces + piece) * plan.columns, plan.columns)
+            store_transposed(memory.h.at[rows], t * over_rows(gate, t.shape))
+
+        @pl.when(number > 0)
+        def _():
+            self._wait(0, self._a_blocks(), layer)
+            lax.fori_loop(0, number, gather, None)
+            self._signal(1)
+
+    def _take_h(self, place, layer, h_smem):
+        """h of a linear as the right operand of B."""
+        plan, group = self.plan, self.group
+        self._wait(1, jnp.minimum(len(group.adapted) * self._used_pieces, group.gatherers), layer)
+        start = place * plan.pieces * plan.columns
+        self._to_smem(self.memory.h, start, input_rows(plan.pieces, plan.columns), h_smem)
 
 
 def sum_of(parts):
@@ -390,8 +463,8 @@ def sum_of(parts):
     return sum(others, first)
 
 
-def divmod_(n, step: int):
-    return (n, 0) if step == 1 else (n // step, n % step)
+def divmod_(n, step):
+    return (n, 0) if isinstance(step, int) and step == 1 else (n // step, n % step)
 
 
 def silu(x: jax.Array) -> jax.Array:

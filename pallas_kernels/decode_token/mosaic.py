@@ -217,7 +217,7 @@ def run_token(
     split = (plan.splits, n, model.num_kv_heads * -(-model.num_heads // model.num_kv_heads // QUERIES))
     heads_dim = model.num_heads * model.head_dim
     buffers = {
-        "y_part": ((plan.max_slices, tiles, 2, HALF, n), jnp.float32),
+        "y_part": ((plan.max_slices + bool(targets), tiles, 2, HALF, n), jnp.float32),
         "r": ((plan.num_blocks, n), jnp.float32),
         "q_raw": ((model.num_heads + QUERIES, n, 2 * PIECE), dtype), "k_raw": ((model.num_kv_heads, n, 2 * PIECE), dtype),
         "context": ((heads_dim // PIECE * n + HALF, PIECE), dtype),
@@ -227,6 +227,7 @@ def run_token(
     if targets:
         parts = max(group.slices * group.a_parts for group in plan.groups)
         buffers["t_part"] = ((parts, targets, plan.pieces, PIECE, n), jnp.float32)
+        buffers["h"] = ((targets * plan.pieces * n + HALF, PIECE), dtype)
     if plan.splits > 1:
         buffers["o_part"] = ((*split, model.head_dim // PIECE, HALF, QUERIES), jnp.float32)
         buffers |= dict.fromkeys(("max_part", "sum_part"), ((*split, QUERIES), jnp.float32))
@@ -247,7 +248,7 @@ def run_token(
 
     # The operands of linears, and of attention: never at the same time, so they take the same place.
     used_in_turn = {
-        "x_smem": ring(plan.x_rows, PIECE), "h_smem": ring(plan.pieces, n, PIECE),
+        "x_smem": ring(plan.x_rows, PIECE), "h_smem": ring(plan.h_rows, PIECE),
         "q_smem": ring(model.head_dim // PIECE, QUERIES, PIECE), "p_smem": ring(TILE // PIECE, QUERIES, PIECE),
     }  # fmt: skip
     x, h, q, p = used_in_turn.values()

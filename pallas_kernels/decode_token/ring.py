@@ -30,12 +30,13 @@ class Ring:
     count of those it has passed.
 
     A phase's first chunks come while the blocks exchange what they have found, and whatever they store or load meanwhile
-    waits behind copies under way; so of as many as the ring holds, no more than `quiet` are under way at once."""
+    waits behind copies under way; so of as many as the ring holds, no more than `quiet`, or as many bytes of smaller ones,
+    are under way at once."""
 
     def __init__(self, slots_smem: Any, full: Any, empty: Any, quiet: int = QUIET):
         self.slots_smem, self.full, self.empty = slots_smem, full, empty
         self.num_slots = slots_smem.shape[0]
-        self.quiet = min(quiet, self.num_slots)
+        self.quiet = quiet
 
     def start(self) -> Filled:
         """Nothing, and no exchange to keep quiet for."""
@@ -49,10 +50,11 @@ class Ring:
         def _():
             plgpu.barrier_wait(self.empty.at[slot])
 
-        in_flight = jnp.where(count - start < self.num_slots, self.quiet, self.num_slots)
+        rows = source_gmem.shape[0]
+        quiet = min(self.quiet * TILE // rows, self.num_slots)
+        in_flight = jnp.where(count - start < self.num_slots, quiet, self.num_slots)
         must_land = jnp.maximum(landed, count + 1 - in_flight)
         lax.fori_loop(landed, must_land, lambda i, _: plgpu.barrier_wait(self.full.at[i % self.num_slots]), None)
-        rows = source_gmem.shape[0]
         slot_smem = self.slots_smem.at[slot] if rows == TILE else self.slots_smem.at[slot, pl.ds(0, rows)]
         plgpu.copy_gmem_to_smem(source_gmem, slot_smem, self.full.at[slot])
         return filled._replace(count=count + 1, landed=must_land)

@@ -1,7 +1,8 @@
 """Pre-gated linears on Hopper in one launch: one group of linears of the whole-token kernel.
 
-    experts    partial products of A of the experts in use, each block its share of ranks and of columns
-    products   of W, its share of tiles and of columns; the block that finishes a tile also adds B times what A gave
+    experts    t_part[s] = A[e_u] x of slice s, each block its share of ranks and of columns
+    gather     h_u = g_u · Σ_s t_part[s]
+    products   y_part[s] = W x of slice s, its share of tiles; y_part[S] = Σ_u B[e_u] h_u, its share of halves of them
     finish     y = Σ_s y_part[s], rounded once
 
 A warpgroup that only copies has B on its way before it can be used. See `pallas_kernels.decode_token.linear`.
@@ -26,6 +27,7 @@ from pallas_kernels.decode_token.plan import (
     MAX_SLOTS,
     MIN_SLOTS,
     PIECE,
+    QUERIES,
     RESERVED,
     SHARED_MEMORY,
     TILE,
@@ -121,11 +123,12 @@ def pregated_linear_mosaic(
         shapes, tuple((name,) for name in shapes), tuple(a), pieces=pieces, num_blocks=blocks, columns=columns,
         itemsize=itemsize,
     )  # fmt: skip
-    plan = SimpleNamespace(columns=columns, rank_pieces=rank_pieces)
+    plan = SimpleNamespace(columns=columns, rank_pieces=rank_pieces, pieces=pieces, num_blocks=blocks)
     inputs |= {(kind, name): w for kind, of in (("weights", weights), ("a", a), ("b", b)) for name, w in of.items()}
-    buffers: dict[Any, Any] = {"y_part": ((group.slices, group.num_tiles, 2, HALF, columns), jnp.float32)}
+    buffers: dict[Any, Any] = {"y_part": ((group.slices + bool(a), group.num_tiles, 2, HALF, columns), jnp.float32)}
     if a:
         buffers["t_part"] = ((group.slices * group.a_parts, len(a), pieces, PIECE, columns), jnp.float32)
+        buffers["h"] = ((len(a) * pieces * columns + HALF, PIECE), dtype)
     buffers |= {("y", name): ((columns, out), dtype) for name, (out, _) in shapes.items()}
     refs = dict(inputs)
     for name, (of_shape, of_type) in buffers.items():
@@ -139,8 +142,8 @@ def pregated_linear_mosaic(
         tiling = plgpu.TilingTransform((8, width // itemsize))  # type: ignore[abstract]
         return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(width)))  # type: ignore[abstract]
 
-    x_rows = input_rows(group.slice_chunks, columns)
-    left = SHARED_MEMORY - RESERVED - (x_rows + pieces * columns) * PIECE * itemsize
+    x_rows, h_rows = input_rows(group.slice_chunks, columns), input_rows(pieces, columns) if a else QUERIES
+    left = SHARED_MEMORY - RESERVED - (x_rows + h_rows) * PIECE * itemsize
     slots = min(MAX_SLOTS, left // (TILE * PIECE * itemsize))
     if slots < MIN_SLOTS:
         raise ValueError(f"pregated_linear cannot run as pallas: {no_room(max_used, PIECE * rank_pieces, batch)}")
@@ -157,7 +160,7 @@ def pregated_linear_mosaic(
                 "ring_full": plgpu.Barrier(num_barriers=slots),
                 "ring_empty": plgpu.Barrier(num_barriers=slots),
                 "x_smem": operand(x_rows, PIECE),
-                "h_smem": operand(pieces, columns, PIECE),
+                "h_smem": operand(h_rows, PIECE),
             },
             compiler_params=COMPILER,
             interpret=interpret,
