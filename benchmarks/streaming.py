@@ -68,7 +68,7 @@ def make(way: Way, num_blocks: int) -> Callable[[Array, Array], Array]:
 
     def kernel(w, x, sums, done, ring_smem, full, empty, x_smem):
         block = lax.axis_index("block")
-        ring = Ring(ring_smem, full, empty, way.quiet)
+        ring = Ring(ring_smem, full, empty, quiet=way.quiet)
         part, member = block % way.slices, block // way.slices
         arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
 

@@ -1,16 +1,19 @@
 """The linears of one group inside the kernel.
 
     experts    t_part[s] = A[e_u][:, slice s] x[slice s]         this block's share
-    gather     h_u = g_u · Σ_s t_part[s]                         only in blocks that have less to do than others
-    products   y_part[s] = W[:, slice s] x[slice s]              this block's units
-               y_part[S] = Σ_u B[e_u] h_u                        its share of their halves of tiles
-    finish     y = r · Σ_s y_part[s] + bias                      its share of those units, then what follows
+    gather     h_u = g_u · Σ_s t_part[s]                         its share of pieces
+    products   y_part[s] = W[:, slice s] x[slice s]              its units
+               y_part[S] = Σ_u B[e_u] h_u                        its share of their tiles
+    finish     y = r · Σ_s y_part[s] + bias                      its share of its units, then what follows
 
-A block counts a semaphore up when its products are done, and finishes as soon as the others of its member have too. From
-A x to B h two exchanges lie between blocks; the products of W hide them. x is the input times its norm's weight, and
-r = 1 / rms the norm's other factor, one number for each row of the batch: a linear commutes with it. The tensor cores
-multiply halves of tiles, [HALF, PIECE], with [PIECE, N]; sums are in fp32. Activations lie in device memory in pieces,
-[pieces · N, PIECE]: the N rows' piece 0, then their piece 1 …
+From A x to B h blocks exchange twice. So A comes first, and most of it in blocks that have less of W; h is gathered by
+blocks that have nothing else to do, or else late; and B comes in the middle of a block's last products of W. Whoever waits
+there makes nobody wait, as the ring goes on filling. A block counts a semaphore up when its products are done, and finishes
+as soon as the others of its member have too.
+
+x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one number for each row of the batch: a
+linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N]; sums are in fp32.
+Activations lie in device memory in pieces, [pieces · N, PIECE]: the N rows' piece 0, then their piece 1 …
 """
 
 from __future__ import annotations
@@ -85,9 +88,9 @@ def steps_of(group: Group) -> tuple[str, ...]:
 
 class Linears:
     """One group. `memory` has the refs: `weights`, `biases`, `a`, `b` by name; `y_part` [S + 1, tiles, 2, HALF, N]; `t_part`
-    [S · parts, targets, U · pieces, PIECE, N]; `h` [targets · U · pieces · N + HALF, PIECE]; `experts` [U], `num_used` [1],
-    `gates` [U, N]; `squares` [halves of tiles, N]; `r` [blocks, N]. `semaphores` (None where blocks do not run at the same
-    time) has one for A, one for h, and one for each member. `steps`: which of STEPS are done.
+    [S · parts, targets, 2 · pairs of pieces, PIECE, N]; `h` [targets · U · pieces · N + HALF, PIECE]; `experts` [U],
+    `num_used` [1], `gates` [U, N]; `squares` [halves of tiles, N]; `r` [blocks, N]. `semaphores` (None where blocks do not
+    run at the same time) has one for A, one for h, and one for each member. `steps`: which of STEPS are done.
     `turn(layer)`: how many layers have run in this launch before this one."""
 
     def __init__(
@@ -109,30 +112,27 @@ class Linears:
         self.slice, self.member = self.block % group.slices, self.block // group.slices
         self.first_chunk = self.slice * group.chunks // group.slices
         self.num_chunks = (self.slice + 1) * group.chunks // group.slices - self.first_chunk
+        self.gather_first = group.gatherers < plan.num_blocks
 
     @property
     def _used_pieces(self):
         return self.memory.num_used[0] * self.plan.rank_pieces
 
     def _a_shares(self):
-        """By adapted linear: (its place, its name, how many products are this block's, the n-th one's piece and part). Light
-        members take their quota first, and the others the rest, from the last one on: the first have more halves of B."""
+        """By adapted linear: (its place, its name, how many products are this block's, the n-th one's pair of pieces and
+        part). Light members take their quota first, and the others the rest, from the last one on."""
         group = self.group
         heavy, quota = group.members - group.light, group.light * group.quota
-        is_light = self.member >= heavy
-        low, high = (
-            jnp.where(is_light, 0, quota),
-            jnp.where(is_light, quota, len(group.adapted) * self._a_products_each),
-        )
+        is_light, each = self.member >= heavy, self._a_products_each
+        low, high = jnp.where(is_light, 0, quota), jnp.where(is_light, quota, len(group.adapted) * each)
         index = jnp.where(is_light, self.member - heavy, heavy - 1 - self.member)
         step = jnp.where(is_light, max(1, group.light), heavy)
         for place, name in enumerate(group.adapted):
-            start = place * self._a_products_each
-            begin, end = jnp.maximum(low, start), jnp.minimum(high, start + self._a_products_each)
+            begin, end = jnp.maximum(low, place * each), jnp.minimum(high, (place + 1) * each)
             first, number = share(begin - low, end - begin, index, step)
             number = jnp.where(self.member < group.members, number, 0)
 
-            def at(n, first=begin - start + first, step=step):
+            def at(n, first=begin - place * each + first, step=step):
                 return divmod_(first + n * step, group.a_parts)
 
             yield place, name, number, at
@@ -140,14 +140,14 @@ class Linears:
     @property
     def _a_products_each(self):
         """Products of A for one slice of one linear."""
-        return self._used_pieces * self.group.a_parts
+        return (self._used_pieces + 1) // 2 * self.group.a_parts
 
     def _a_blocks(self):
         """How many blocks have products of A."""
         group, number = self.group, len(self.group.adapted) * self._a_products_each
-        quota = group.light * group.quota
         light = jnp.minimum(number, group.light if group.quota else 0)
-        return group.slices * (light + jnp.clip(number - quota, 0, group.members - group.light))
+        others = jnp.clip(number - group.light * group.quota, 0, group.members - group.light)
+        return group.slices * (light + others)
 
     def _part(self, part):
         """(first chunk, how many) of a part of this block's slice."""
@@ -177,24 +177,35 @@ class Linears:
         return first, jnp.where(from_last < group.gatherers, number, 0)
 
     def _b_shares(self):
-        """By adapted linear: (its place, its name, how many halves of its tiles are this block's, the n-th one's tile and
-        half): the blocks of a member share those of its units."""
+        """By adapted linear: (its place, its name, how many of its tiles are this block's, the n-th one): the blocks of a
+        member share those of its units."""
         for names in self.group.passes:
             units, tile, _ = self._units(names)
             for name in names:
                 if name in self.group.adapted:
                     place = self.group.adapted.index(name)
-                    first, number = share(2 * place, 2 * units, self.slice, self.group.slices)
+                    first, number = share(place * units, units, self.slice, self.group.slices)
 
                     def at(n, first=first, tile=tile):
-                        unit, half = divmod_(first + n * self.group.slices, 2)
-                        return tile(unit), half
+                        return tile(first + n * self.group.slices)
 
                     yield place, name, number, at
 
-    def _half_row(self, name, tile, half):
-        """The first row of half a tile; one that is not there gives another's, which nobody uses."""
-        return jnp.minimum(tile * TILE + half * HALF, self.group.outs[name] - HALF)
+    def _order(self, names, n, number):
+        """Of the n-th of a block's `number` units of a pass: (of each name, how many chunks of W come first and how many
+        last; whether B comes between those). Without a unit of the last pass there is B alone."""
+        last = self._has_b(names)
+        chunks = jnp.where(number > 0, self.num_chunks, 0) if last else self.num_chunks
+        split = chunks // 2 if last else chunks
+        yield from ((name, chunks, 0, False) for name in names[:-1])
+        yield names[-1], split, chunks - split, last and n + 1 >= number
+
+    def _rounds(self, names, number):
+        """How many units `_order` tells of."""
+        return jnp.maximum(number, 1) if self._has_b(names) else number
+
+    def _has_b(self, names):
+        return bool(self.group.adapted) and names == self.group.passes[-1]
 
     def copy(self, layer, filled: Filled) -> Filled:
         """Fill the ring with what `compute` takes from it."""
@@ -202,45 +213,55 @@ class Linears:
 
         def chunks(filled, source, first, number):
             def chunk(c, filled):
-                return self.ring.fill(filled, source(pl.ds((first + c) * PIECE, PIECE)))
+                return self.ring.fill(filled, *source(pl.ds((first + c) * PIECE, PIECE)))
 
             return lax.fori_loop(0, number, chunk, filled)
 
         def expert(name, piece):
-            number, part = divmod_(piece, self.plan.rank_pieces)
+            number, part = divmod_(jnp.minimum(piece, self._used_pieces - 1), self.plan.rank_pieces)
             return memory.experts[number], pl.ds(part * PIECE, PIECE)
+
+        def of_b(filled, when):
+            for _, name, number, at in self._b_shares():
+
+                def of_tile(n, filled, name=name, at=at):
+                    rows = pl.ds(at(n) * TILE, TILE)
+
+                    def ranks(piece, filled):
+                        number, columns = expert(name, piece)
+                        return self.ring.fill(filled, memory.b[name].at[layer, number, rows, columns])
+
+                    return lax.fori_loop(0, self._used_pieces, ranks, filled)
+
+                filled = lax.fori_loop(0, jnp.where(when, number, 0), of_tile, filled)
+            return filled
 
         for _, name, number, at in self._a_shares() if "experts" in self.steps else ():
 
             def of_a(n, filled, name=name, at=at):
-                piece, part = at(n)
-                factor = memory.a[name].at[layer, *expert(name, piece)]
-                return chunks(filled, lambda columns: factor.at[:, columns], *self._part(part))
+                pair, part = at(n)
+                one, other = (memory.a[name].at[layer, *expert(name, 2 * pair + half)] for half in (0, 1))
+                return chunks(filled, lambda columns: (one.at[:, columns], other.at[:, columns]), *self._part(part))
 
             filled = lax.fori_loop(0, number, of_a, filled)
         for names in self.group.passes if "products" in self.steps else ():
             number, tile, _ = self._units(names)
 
-            def of_unit(n, filled, names=names, tile=tile):
+            def of_unit(n, filled, names=names, number=number, tile=tile):
                 rows = pl.ds(tile(n) * TILE, TILE)
-                for name in names:
+                for name, first, last, with_b in self._order(names, n, number):
                     w = memory.weights[name] if name == "lm_head" else memory.weights[name].at[layer]
-                    filled = chunks(filled, lambda columns, w=w: w.at[rows, columns], self.first_chunk, self.num_chunks)
+
+                    def of_w(columns, w=w):
+                        return (w.at[rows, columns],)
+
+                    filled = chunks(filled, of_w, self.first_chunk, first)
+                    if with_b is not False:
+                        filled = of_b(filled, with_b)
+                        filled = chunks(filled, of_w, self.first_chunk + first, last)
                 return filled
 
-            filled = lax.fori_loop(0, number, of_unit, filled)
-        for _, name, number, at in self._b_shares() if "products" in self.steps else ():
-
-            def of_b(n, filled, name=name, at=at):
-                rows = pl.ds(self._half_row(name, *at(n)), HALF)
-
-                def ranks(piece, filled):
-                    number, columns = expert(name, piece)
-                    return self.ring.fill(filled, memory.b[name].at[layer, number, rows, columns])
-
-                return lax.fori_loop(0, self._used_pieces, ranks, filled)
-
-            filled = lax.fori_loop(0, number, of_b, filled)
+            filled = lax.fori_loop(0, self._rounds(names, number), of_unit, filled)
         return filled
 
     def compute(self, layer, count, x, follow: Callable[..., Callable[..., None]], x_smem, h_smem):
@@ -254,14 +275,12 @@ class Linears:
         if "experts" in self.steps:
             with jax.named_scope("experts"):
                 count = self._a_products(count, x_smem)
-        if "gather" in self.steps:
+        if "gather" in self.steps and (self.gather_first or "products" not in self.steps):
             with jax.named_scope("gather"):
                 self._gather(layer)
         if "products" in self.steps:
             with jax.named_scope("products"):
-                count = self._w_products(count, x_smem)
-            with jax.named_scope("experts"):
-                count = self._b_products(layer, count, h_smem)
+                count = self._products(layer, count, x_smem, h_smem)
             with jax.named_scope("signal"):
                 pl.when(self.member < self.group.members)(lambda: self._signal(2 + self.member))
         if "finish" in self.steps:
@@ -298,15 +317,17 @@ class Linears:
         for place, _, number, at in self._a_shares():
 
             def product(n, count, place=place, at=at):
-                piece, part = at(n)
+                pair, part = at(n)
                 first, chunks = self._part(part)
 
-                def multiply(acc):
-                    after = self._multiply([acc], count, chunks, self._pieces(x_smem, first - self.first_chunk))
-                    return acc[...], after
+                def multiply(*accs):
+                    right = self._pieces(x_smem, first - self.first_chunk)
+                    after = self._multiply(accs, count, chunks, right, in_halves=True)
+                    return *(acc[...] for acc in accs), after
 
-                t, count = pl.run_scoped(multiply, self._accumulator)
-                store(self.memory.t_part.at[self.slice * group.a_parts + part, place, piece], t)
+                *halves, count = pl.run_scoped(multiply, self._accumulator, self._accumulator)
+                for half, t in enumerate(halves):
+                    store(self.memory.t_part.at[self.slice * group.a_parts + part, place, 2 * pair + half], t)
                 return count
 
             count, mine = lax.fori_loop(0, number, product, count), mine + number
@@ -314,42 +335,51 @@ class Linears:
             pl.when(mine > 0)(lambda: self._signal(0))
         return count
 
-    def _w_products(self, count, x_smem):
+    def _products(self, layer, count, x_smem, h_smem):
+        """Those of W, and in the middle of the last ones those of B."""
         for place, names in enumerate(self.group.passes):
             number, tile, _ = self._units(names)
             if place == 0:
                 pl.when(number == 0)(self._find_r)
 
-            def unit(n, count, names=names, place=place, tile=tile):
-                for name in names:
+            def unit(n, count, names=names, place=place, number=number, tile=tile):
+                if self._has_b(names) and "gather" in self.steps and not self.gather_first:
+                    pl.when(n == number // 2)(lambda: self._gather(layer))
+                for name, first, last, with_b in self._order(names, n, number):
 
-                    def multiply(*accs, count=count):
-                        after = self._multiply(accs, count, self.num_chunks, self._pieces(x_smem))
-                        return *(acc[...] for acc in accs), after
+                    def multiply(*accs, count=count, first=first, last=last, with_b=with_b):
+                        count = self._multiply(accs, count, first, self._pieces(x_smem))
+                        if with_b is not False:
+                            count = self._b_products(layer, count, with_b, h_smem)
+                            count = self._multiply(accs, count, last, self._pieces(x_smem, first))
+                        return *(acc[...] for acc in accs), count
 
                     *halves, count = pl.run_scoped(multiply, self._accumulator, self._accumulator)
-                    for half, y in enumerate(halves):
-                        store(self.memory.y_part.at[self.slice, self.group.first_tile(name) + tile(n), half], y)
+                    put = partial(self._store_part, self.slice, name, tile(n), halves)
+                    pl.when(number > 0)(put) if self._has_b(names) else put()
                 if place == 0:  # here, where weights are on their way, it makes nobody wait
-                    pl.when(n == 0)(self._find_r)
+                    pl.when((n == 0) & (number > 0))(self._find_r)
                 return count
 
-            count = lax.fori_loop(0, number, unit, count)
+            count = lax.fori_loop(0, self._rounds(names, number), unit, count)
         return count
 
-    def _b_products(self, layer, count, h_smem):
+    def _store_part(self, part, name, tile, halves):
+        for half, y in enumerate(halves):
+            store(self.memory.y_part.at[part, self.group.first_tile(name) + tile, half], y)
+
+    def _b_products(self, layer, count, when, h_smem):
         for place, name, number, at in self._b_shares():
+            number = jnp.where(when, number, 0)
             pl.when(number > 0)(partial(self._take_h, place, layer, h_smem))
 
             def product(n, count, name=name, at=at):
-                tile, half = at(n)
+                def multiply(*accs):
+                    after = self._multiply(accs, count, self._used_pieces, self._pieces(h_smem))
+                    return *(acc[...] for acc in accs), after
 
-                def multiply(acc):
-                    after = self._multiply([acc], count, self._used_pieces, self._pieces(h_smem))
-                    return acc[...], after
-
-                y, count = pl.run_scoped(multiply, self._accumulator)
-                store(self.memory.y_part.at[self.group.slices, self.group.first_tile(name) + tile, half], y)
+                *halves, count = pl.run_scoped(multiply, self._accumulator, self._accumulator)
+                self._store_part(self.group.slices, name, at(n), halves)
                 return count
 
             count = lax.fori_loop(0, number, product, count)
@@ -363,11 +393,11 @@ class Linears:
         """c → piece first + c of a right operand."""
         return lambda c: smem.at[pl.ds((first + c) * self.plan.columns, self.plan.columns)]
 
-    def _multiply(self, accs, count, number, right_smem: Callable[[Any], Any]):
+    def _multiply(self, accs, count, number, right_smem: Callable[[Any], Any], in_halves: bool = False):
         """accs += Σ_c chunk_c right_c of the next `number` chunks, one of the accs for each half; returns the new count."""
 
         def chunk(c, count):
-            chunk_smem = self.ring.take(count)
+            chunk_smem = self.ring.take(count, in_halves)
             for half, acc in enumerate(accs):
                 left = chunk_smem.at[pl.ds(half * HALF, HALF)]
                 plgpu.wgmma(acc, left, right_smem(c).transpose((1, 0)))
@@ -387,7 +417,7 @@ class Linears:
     def _finish(self, layer, names, tile, follow):
         group, memory, shape = self.group, self.memory, (HALF, self.plan.columns)
         out_dim = group.outs[names[0]]
-        rows = [self._half_row(names[0], tile, half) for half in (0, 1)]
+        rows = [jnp.minimum(tile * TILE + half * HALF, out_dim - HALF) for half in (0, 1)]
         puts = [follow(names, row) for row in rows]
         biases = {
             name: [load(memory.biases[name].at[layer, pl.ds(row, HALF)], ROWS).astype(jnp.float32) for row in rows]
@@ -433,13 +463,11 @@ class Linears:
         def gather(n, _):
             place, piece = divmod_(first + n * group.gatherers, self._used_pieces)
 
-            def part(i, total):
-                return total + sum_of(
-                    load(memory.t_part.at[s * group.a_parts + i, place, piece]) for s in range(group.slices)
-                )
-
-            zero = plgpu.layout_cast(jnp.zeros((HALF, plan.columns), jnp.float32), plgpu.Layout.WGMMA)
-            t = lax.fori_loop(0, group.a_parts, part, zero)
+            at_once = 256 // plan.columns  # as many as the registers have room for
+            parts = range(group.slices * group.a_parts)
+            t = sum_of(
+                sum_of(load(memory.t_part.at[s, place, piece]) for s in some) for some in batched(parts, at_once)
+            )
             gate = load(memory.gates.at[divmod_(piece, plan.rank_pieces)[0]], COLUMNS)
             rows = pl.ds((place * plan.pieces + piece) * plan.columns, plan.columns)
             store_transposed(memory.h.at[rows], t * over_rows(gate, t.shape))

@@ -151,7 +151,7 @@ def _kernel(*refs, names, plan, model, span, compiled, **scratch):
     m, s = _nested(names, refs), SimpleNamespace(**scratch)
     if "in_turn" in scratch:
         (s.x_smem, s.h_smem), (s.q_smem, s.p_smem) = scratch["in_turn"]
-    ring = Ring(s.ring_smem, s.ring_full, s.ring_empty)
+    ring = Ring(s.ring_smem, s.ring_full, s.ring_empty, s.ring_other_full)
     arrived, semaphores = None, None
     if compiled:
         arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
@@ -226,7 +226,7 @@ def run_token(
     }  # fmt: skip
     if targets:
         parts = max(group.slices * group.a_parts for group in plan.groups)
-        buffers["t_part"] = ((parts, targets, plan.pieces, PIECE, n), jnp.float32)
+        buffers["t_part"] = ((parts, targets, plan.pieces + plan.pieces % 2, PIECE, n), jnp.float32)
         buffers["h"] = ((targets * plan.pieces * n + HALF, PIECE), dtype)
     if plan.splits > 1:
         buffers["o_part"] = ((*split, model.head_dim // PIECE, HALF, QUERIES), jnp.float32)
@@ -265,6 +265,7 @@ def run_token(
             scratch_types={
                 "ring_smem": ring(plan.slots, TILE, PIECE),
                 "ring_full": plgpu.Barrier(num_barriers=plan.slots),
+                "ring_other_full": plgpu.Barrier(num_barriers=plan.slots),
                 "ring_empty": plgpu.Barrier(num_barriers=plan.slots),
                 **(used_in_turn if interpret else {"in_turn": plgpu.RefUnion([x, h], [q, p])}),
             },

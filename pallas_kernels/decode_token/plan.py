@@ -28,6 +28,9 @@ MIN_SLOTS = 2
 QUIET = 2
 """Chunks that a thread block has under way at once, at most, while blocks exchange what they have found: somewhat fewer than
 keep the memory busy."""
+LATE = 24
+"""Chunks that a block takes in a phase after it must have done its products of A: so many are in the ring at first, or come
+while blocks exchange."""
 SPLIT_SLOTS = 512
 """Positions of the cache that one thread block reads at least."""
 
@@ -191,29 +194,28 @@ def make_group(
     slices = (small or good)[0]
     members, adapted = num_blocks // slices, tuple(name for name in names if name in adapted)
     light = -units % members
-    unit_chunks = len(passes[0]) * -(-chunks // slices)
+    slice_chunks, pairs, others = -(-chunks // slices), len(adapted) * -(-pieces // 2), members - light
+    unit_chunks, idle = len(passes[0]) * slice_chunks, num_blocks - others * slices
     a_parts, quota = _cut_a(
-        len(adapted) * pieces, -(-chunks // slices), members - light, light,
-        limit=min(unit_chunks, -(-units // members) * unit_chunks / 3), max_parts=min(MAX_A_PARTS, chunks // slices),
+        pairs, slice_chunks, others, light, max_parts=min(MAX_A_PARTS, chunks // slices),
+        limit=min(unit_chunks, -(-units // members) * unit_chunks - LATE),
     )  # fmt: skip
     return Group(
         passes=passes, outs=outs, in_dim=in_dim, slices=slices, members=members, adapted=adapted, a_parts=a_parts,
-        light=light, quota=quota, gatherers=num_blocks - (members - light) * slices or num_blocks,
+        light=light, quota=quota, gatherers=idle if len(adapted) * pieces <= idle else num_blocks,
     )  # fmt: skip
 
 
-def _cut_a(pieces: int, slice_chunks: int, heavy: int, light: int, *, limit: float, max_parts: int) -> tuple[int, int]:
-    """(parts of a slice of A, products that a light member takes). A product of a part costs half its chunks. Light members
-    take as many as `limit` chunks: what the others are ahead, and a third of a phase, so that h comes in time. The others
-    take the rest, and the fewest parts are best with which it is within a chunk of the shortest there is."""
+def _cut_a(pairs: int, slice_chunks: int, heavy: int, light: int, *, limit: int, max_parts: int) -> tuple[int, int]:
+    """(parts of a slice of A, products that a light member takes): the fewest parts with which the others' share of the
+    products of so many pairs is the shortest there is, when light members take up to `limit` chunks."""
     costs = {}
     for parts in range(1, max_parts + 1):
-        cost = -(-slice_chunks // parts) / 2
-        quota = int(limit / cost) if light else 0
-        rest = max(0, pieces * parts - light * quota)
-        costs[parts] = -(-rest // heavy) * cost, quota
-    shortest = min(cost for cost, _ in costs.values())
-    return next((parts, quota) for parts, (cost, quota) in costs.items() if cost <= shortest + 1)
+        chunks = -(-slice_chunks // parts)
+        quota = max(0, limit) // chunks if light else 0
+        costs[parts] = -(-max(0, pairs * parts - light * quota) // heavy) * chunks, quota
+    parts = min(costs, key=lambda parts: (costs[parts][0], parts))
+    return parts, costs[parts][1]
 
 
 def make_plan(

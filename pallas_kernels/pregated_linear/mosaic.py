@@ -2,7 +2,7 @@
 
     experts    t_part[s] = A[e_u] x of slice s, each block its share of ranks and of columns
     gather     h_u = g_u · Σ_s t_part[s]
-    products   y_part[s] = W x of slice s, its share of tiles; y_part[S] = Σ_u B[e_u] h_u, its share of halves of them
+    products   y_part[s] = W x of slice s, its share of tiles; y_part[S] = Σ_u B[e_u] h_u, its share of them
     finish     y = Σ_s y_part[s], rounded once
 
 A warpgroup that only copies has B on its way before it can be used. See `pallas_kernels.decode_token.linear`.
@@ -61,7 +61,9 @@ def obstacle(x: Array, weights: dict[str, Array], a: dict[str, Array]) -> str | 
     return None
 
 
-def _kernel(*refs, names, plan, group, steps, compiled, ring_smem, ring_full, ring_empty, x_smem, h_smem):
+def _kernel(
+    *refs, names, plan, group, steps, compiled, ring_smem, ring_full, ring_other_full, ring_empty, x_smem, h_smem
+):
     """`steps`: those that this launch runs."""
     memory: dict[str, Any] = {"biases": {}, "weights": {}, "a": {}, "b": {}, "y": {}}
     for name, ref in zip(names, refs, strict=True):
@@ -70,7 +72,7 @@ def _kernel(*refs, names, plan, group, steps, compiled, ring_smem, ring_full, ri
         else:
             memory[name] = ref
     m = SimpleNamespace(**memory)
-    ring = Ring(ring_smem, ring_full, ring_empty)
+    ring = Ring(ring_smem, ring_full, ring_empty, ring_other_full)
     semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((group.num_semaphores,))) if compiled else None
     linears = Linears(
         group, plan, m, ring, semaphores, steps=steps, turn=lambda layer: 0, norm_dim=None, eps=0.0
@@ -127,7 +129,7 @@ def pregated_linear_mosaic(
     inputs |= {(kind, name): w for kind, of in (("weights", weights), ("a", a), ("b", b)) for name, w in of.items()}
     buffers: dict[Any, Any] = {"y_part": ((group.slices + bool(a), group.num_tiles, 2, HALF, columns), jnp.float32)}
     if a:
-        buffers["t_part"] = ((group.slices * group.a_parts, len(a), pieces, PIECE, columns), jnp.float32)
+        buffers["t_part"] = ((group.slices * group.a_parts, len(a), pieces + pieces % 2, PIECE, columns), jnp.float32)
         buffers["h"] = ((len(a) * pieces * columns + HALF, PIECE), dtype)
     buffers |= {("y", name): ((columns, out), dtype) for name, (out, _) in shapes.items()}
     refs = dict(inputs)
@@ -158,6 +160,7 @@ def pregated_linear_mosaic(
             scratch_types={
                 "ring_smem": operand(slots, TILE, PIECE),
                 "ring_full": plgpu.Barrier(num_barriers=slots),
+                "ring_other_full": plgpu.Barrier(num_barriers=slots),
                 "ring_empty": plgpu.Barrier(num_barriers=slots),
                 "x_smem": operand(x_rows, PIECE),
                 "h_smem": operand(h_rows, PIECE),
