@@ -29,7 +29,7 @@ from adafuse_jax.errors import UserError
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from pallas_kernels.decode_token import Shape, obstacle
-from pallas_kernels.decode_token.linear import Linears
+from pallas_kernels.decode_token.linear import Linears, Scalars
 from pallas_kernels.decode_token.plan import SHARED_MEMORY, make_plan, num_tiles
 
 interpreted = pytest.mark.skipif(
@@ -240,7 +240,7 @@ def test_blocks_share_the_experts_products(batch, max_used, used):
     for group in (plan.qkv, plan.o, plan.gate_up, plan.down):
         a, h, b, with_a, chunks = Counter(), Counter(), Counter(), 0, np.zeros(plan.num_blocks)
         for block in range(plan.num_blocks):
-            memory = SimpleNamespace(num_used=[used])
+            memory = SimpleNamespace(scalars=Scalars(list(range(used)), used, []))
             with mock.patch("pallas_kernels.decode_token.linear.lax.axis_index", return_value=block):
                 linears = Linears(group, plan, memory, None, None, norm_dim=None, eps=0.0)
             mine = [

@@ -28,6 +28,7 @@ from pallas_kernels.decode_token.linear import (
     load_transposed,
     over_columns,
     over_rows,
+    pick,
     share,
     store,
     store_transposed,
@@ -69,9 +70,8 @@ class Attention:
         unit, group = unit // self.groups, unit % self.groups
         return unit // self.num_kv_heads, unit % self.num_kv_heads, group, split
 
-    def _tiles(self, layer, row, split):
+    def _tiles(self, layer, position, split):
         """(first, how many) tiles of the cache belong to this part: those with positions in the window, shared evenly."""
-        position = self.memory.positions[row]
         begin = jnp.maximum(position - self.memory.windows[layer] + 1, 0) // TILE
         tiles = (position + TILE - 1) // TILE - begin
         low, high = tiles * split // self.plan.splits, tiles * (split + 1) // self.plan.splits
@@ -82,7 +82,7 @@ class Attention:
 
         def unit(n, filled):
             row, head, _, split = self._unit(n, first, self.plan.splits)
-            start, tiles = self._tiles(layer, row, split)
+            start, tiles = self._tiles(layer, pick(self.memory.scalars.positions, row), split)
 
             def tile(t, filled):
                 for cache in (self.memory.cache_k, self.memory.cache_v):
@@ -103,8 +103,8 @@ class Attention:
 
         def unit(n, count):
             row, head, group, split = self._unit(n, first, plan.splits)
-            start, tiles = self._tiles(layer, row, split)
             position, window = memory.positions[row], memory.windows[layer]
+            start, tiles = self._tiles(layer, position, split)
             values = [load(memory.v_new.at[layer, row, head, c], ROWS).astype(jnp.float32) for c in self._columns]
             score = self._prepare(layer, row, head, group, split, q_smem)
             # Before the first tile: the new token alone for the first part, nothing for the others.

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import batched
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,33 @@ def share(base, count, index, step):
     return first, jnp.maximum(0, (count - first + step - 1) // step)
 
 
+class Scalars(NamedTuple):
+    """What decides where weights are read, in registers from the launch's start: each of them is a way to the L2 cache and
+    back, which the copies of a phase would wait for."""
+
+    experts: list[Any]
+    """[U]: those in use, first."""
+    num_used: Any
+    positions: list[Any]
+    """[N]: where the rows' tokens are; none where that does not matter."""
+
+    @classmethod
+    def of(cls, memory: Any) -> Scalars:
+        def all_of(name):
+            ref = getattr(memory, name, None)
+            return [] if ref is None else [ref[i] for i in range(ref.shape[0])]
+
+        return cls(all_of("experts"), *(all_of("num_used") or [0]), all_of("positions"))
+
+
+def pick(values: Sequence[Any], index):
+    """values[index]."""
+    chosen = values[0]
+    for i, value in enumerate(values[1:], 1):
+        chosen = jnp.where(index == i, value, chosen)
+    return chosen
+
+
 STEPS = "experts", "gather", "products", "finish"
 
 
@@ -88,8 +115,8 @@ def steps_of(group: Group) -> tuple[str, ...]:
 
 class Linears:
     """One group. `memory` has the refs: `weights`, `biases`, `a`, `b` by name; `y_part` [S + 1, tiles, 2, HALF, N]; `t_part`
-    [S · parts, targets, 2 · pairs of pieces, PIECE, N]; `h` [targets · U · pieces · N + HALF, PIECE]; `experts` [U],
-    `num_used` [1], `gates` [U, N]; `squares` [halves of tiles, N]; `r` [blocks, N]. `semaphores` (None where blocks do not
+    [S · parts, targets, 2 · pairs of pieces, PIECE, N]; `h` [targets · U · pieces · N + HALF, PIECE]; `scalars`;
+    `gates` [U, N]; `squares` [halves of tiles, N]; `r` [blocks, N]. `semaphores` (None where blocks do not
     run at the same time) has one for A, one for h, and one for each member. `steps`: which of STEPS are done.
     `turn(layer)`: how many layers have run in this launch before this one."""
 
@@ -116,7 +143,7 @@ class Linears:
 
     @property
     def _used_pieces(self):
-        return self.memory.num_used[0] * self.plan.rank_pieces
+        return self.memory.scalars.num_used * self.plan.rank_pieces
 
     def _a_shares(self):
         """By adapted linear: (its place, its name, how many products are this block's, the n-th one's pair of pieces and
@@ -219,7 +246,7 @@ class Linears:
 
         def expert(name, piece):
             number, part = divmod_(jnp.minimum(piece, self._used_pieces - 1), self.plan.rank_pieces)
-            return memory.experts[number], pl.ds(part * PIECE, PIECE)
+            return pick(memory.scalars.experts, number), pl.ds(part * PIECE, PIECE)
 
         def of_b(filled, when):
             for _, name, number, at in self._b_shares():

@@ -33,6 +33,7 @@ from pallas_kernels.decode_token.linear import (
     COMPILER,
     ROWS,
     Linears,
+    Scalars,
     load,
     load_transposed,
     over_columns,
@@ -151,6 +152,7 @@ def _kernel(*refs, names, plan, model, span, compiled, **scratch):
     m, s = _nested(names, refs), SimpleNamespace(**scratch)
     if "in_turn" in scratch:
         (s.x_smem, s.h_smem), (s.q_smem, s.p_smem) = scratch["in_turn"]
+    m.scalars = Scalars.of(m)
     ring = Ring(s.ring_smem, s.ring_full, s.ring_empty, s.ring_other_full)
     arrived, semaphores = None, None
     if compiled:

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_token.linear import COMPILER, Linears, steps_of, store_transposed
+from pallas_kernels.decode_token.linear import COMPILER, Linears, Scalars, steps_of, store_transposed
 from pallas_kernels.decode_token.plan import (
     HALF,
     MAX_SLOTS,
@@ -72,6 +72,7 @@ def _kernel(
         else:
             memory[name] = ref
     m = SimpleNamespace(**memory)
+    m.scalars = Scalars.of(m)
     ring = Ring(ring_smem, ring_full, ring_empty, ring_other_full)
     semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((group.num_semaphores,))) if compiled else None
     linears = Linears(
