@@ -215,18 +215,16 @@ def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_blocks):
     plan = plan_of(shape, batch=batch, max_used=min(8, 2 * batch), num_blocks=num_blocks)
     assert plan.columns >= batch
     for group in plan.groups:
-        chunks, finished, units = Counter(), Counter(), sum(map(group.units, group.passes))
+        chunks, units = Counter(), sum(map(group.units, group.passes))
         for block in range(num_blocks):
             part, member = block % group.slices, block // group.slices
             if member < group.members:
                 low, high = (s * group.chunks // group.slices for s in (part, part + 1))
                 assert 0 < high - low <= group.slice_chunks
                 for unit in range(member, units, group.members):
-                    finished.update([unit] * (group.finisher(unit) == part))
                     chunks.update((unit, c) for c in range(low, high))
         assert set(chunks.values()) == {1}
         assert len(chunks) == units * group.in_dim // 64
-        assert finished == Counter(range(units))
         assert 1 <= group.a_parts <= group.chunks // group.slices
     assert plan.slots >= 4
     assert plan.slots * 128 * 64 * 2 + (plan.x_rows + plan.h_rows) * 64 * 2 < SHARED_MEMORY
@@ -234,11 +232,12 @@ def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_blocks):
 
 @pytest.mark.parametrize(("batch", "max_used", "used"), [(1, 2, 2), (1, 4, 1), (8, 8, 7), (32, 8, 8)])
 def test_blocks_share_the_experts_products(batch, max_used, used):
-    """All of A, of the sums h and of B, each once; what waits for A counts the blocks that have some; and no block has more
-    than an eighth more chunks than the mean, or two tiles of B, if so many experts are in use as are planned for."""
+    """All of A, of the sums h, of B and of the sums y, each once; what waits for A counts the blocks that have some; and no
+    block has more than an eighth more chunks than the mean, or two tiles of B, if so many experts are in use as planned."""
     plan = plan_of(LLAMA2_7B, batch=batch, max_used=max_used)
     for group in (plan.qkv, plan.o, plan.gate_up, plan.down):
-        a, h, b, with_a, chunks = Counter(), Counter(), Counter(), 0, np.zeros(plan.num_blocks)
+        a, h, b, y = Counter(), Counter(), Counter(), Counter()
+        with_a, chunks = 0, np.zeros(plan.num_blocks)
         for block in range(plan.num_blocks):
             memory = SimpleNamespace(scalars=Scalars(list(range(used)), used, []))
             with mock.patch("pallas_kernels.decode_token.linear.lax.axis_index", return_value=block):
@@ -253,15 +252,22 @@ def test_blocks_share_the_experts_products(batch, max_used, used):
             chunks[block] += sum(linears._part(part)[1] for *_, part in mine)
             first, number = linears._h_share()
             h.update(int(first + n * group.gatherers) for n in range(int(number)))
-            for names in group.passes:
+            for place, names in enumerate(group.passes):
                 chunks[block] += int(linears._units(names)[0]) * len(names) * linears.num_chunks
+                number, at = linears._finish_share(place, names)
+                for n in range(int(number)):
+                    tile, half, columns = at(n)
+                    y.update([(names, int(tile), int(half), int(columns.start))])
             for _, name, number, at in linears._b_shares():
                 b.update((name, int(at(n))) for n in range(int(number)))
                 chunks[block] += used * int(number)
         pairs = range(len(group.adapted)), range(-(-used // 2))
         assert a == Counter(itertools.product(range(group.slices), *pairs, range(group.a_parts)))
         assert int(linears._a_blocks()) == with_a
-        assert h == Counter(range(len(group.adapted) * used))
+        starts = range(0, plan.columns, 8)
+        assert h == Counter(range(len(group.adapted) * used * len(starts)))
+        units = [(names, tile) for names in group.passes for tile in range(group.units(names))]
+        assert y == Counter((*unit, half, start) for unit in units for half in (0, 1) for start in starts)
         assert b == Counter((name, t) for name in group.adapted for t in range(num_tiles(group.outs[name])))
         assert used < max_used or chunks.max() <= max(1.13 * chunks.mean(), chunks.mean() + 2 * max_used)
 

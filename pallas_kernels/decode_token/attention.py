@@ -24,6 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.decode_token.linear import (
     COLUMNS,
     ROWS,
+    column,
     load,
     load_transposed,
     over_columns,
@@ -206,7 +207,7 @@ class Attention:
             def store_query(query=query, query_head=query_head):
                 for part, x in enumerate(o):
                     target = (query_head * self.parts + part) * self.plan.columns + row
-                    store(memory.context.at[target], _column(x, query).astype(memory.context.dtype))
+                    store(memory.context.at[target], column(x, query).astype(memory.context.dtype))
 
             if self.group_size % QUERIES == 0 or self.groups == 1:
                 store_query()
@@ -262,12 +263,6 @@ class Attention:
         @pl.when((split == 0) & (group == 0))
         def _():
             for columns, x in zip(self._columns, k, strict=True):
-                store(memory.k_new.at[layer, row, head, columns], _column(x, 0).astype(memory.k_new.dtype))
+                store(memory.k_new.at[layer, row, head, columns], column(x, 0).astype(memory.k_new.dtype))
 
         return sum((x * y).sum(axis=0) for x, y in zip(q, k, strict=True)) * self._scale
-
-
-def _column(x, number: int):
-    """[HALF] of [HALF, QUERIES]."""
-    numbers = plgpu.broadcasted_iota(jnp.int32, SHAPE, 1, layout=plgpu.Layout.WGMMA)
-    return jnp.where(numbers == number, x, 0).sum(axis=1)

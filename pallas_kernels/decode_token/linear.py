@@ -4,7 +4,7 @@
     gather     h_u = g_u · Σ_s t_part[s]                         its share of pieces
     products   y_part[s] = W[:, slice s] x[slice s]              its units
                y_part[S] = Σ_u B[e_u] h_u                        its share of their tiles
-    finish     y = r · Σ_s y_part[s] + bias                      its share of its units, then what follows
+    finish     y = r · Σ_s y_part[s] + bias                      its share of its units' pieces, then what follows
 
 From A x to B h blocks exchange twice. So A comes first, and most of it in blocks that have less of W; h is gathered by
 blocks that have nothing else to do, or else late; and B comes in the middle of a block's last products of W. Whoever waits
@@ -12,7 +12,9 @@ there makes nobody wait, as the ring goes on filling. A block counts a semaphore
 as soon as the others of its member have too.
 
 x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one number for each row of the batch: a
-linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N]; sums are in fp32.
+linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N]; sums are in fp32. A block
+reads others' sums at no more than some 6 bytes a cycle while copies are under way, so they are shared out in narrow pieces,
+[HALF, QUERIES], and of a single row only its column is stored.
 Activations lie in device memory in pieces, [pieces · N, PIECE]: the N rows' piece 0, then their piece 1 …
 """
 
@@ -29,13 +31,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.plan import HALF, PIECE, TILE, Group, Plan, input_rows
+from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Group, Plan, input_rows
 from pallas_kernels.decode_token.ring import Filled, Ring
 
 COMPILER = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 """Every layout is given, because inferring them takes most of the time to compile."""
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a vector [N], equal in all rows of a tile
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector [HALF], equal in all columns
+AT_ONCE = 32  # parts of a sum that the registers have room for
 
 
 def over_rows(vector, shape):
@@ -71,6 +74,17 @@ def load_transposed(ref):
     return plgpu.layout_cast(tile, plgpu.Layout.WGMMA)
 
 
+def column(tile, number: int):
+    """[HALF] of [HALF, columns]."""
+    numbers = plgpu.broadcasted_iota(jnp.int32, tile.shape, 1, layout=plgpu.Layout.WGMMA)
+    return jnp.where(numbers == number, tile, 0).sum(axis=1)
+
+
+def part_shape(single: bool, columns: int) -> tuple[int, ...]:
+    """Of half a tile of a sum in device memory: of a single row its column."""
+    return (HALF,) if single else (HALF, columns)
+
+
 def share(base, count, index, step):
     """Which of `count` things, the first of which has number `base`, have a number that is `index` modulo `step`:
     (the first of them, how many)."""
@@ -94,7 +108,7 @@ class Scalars(NamedTuple):
             ref = getattr(memory, name, None)
             return [] if ref is None else [ref[i] for i in range(ref.shape[0])]
 
-        return cls(all_of("experts"), *(all_of("num_used") or [0]), all_of("positions"))
+        return cls(all_of("experts"), (all_of("num_used") or [0])[0], all_of("positions"))
 
 
 def pick(values: Sequence[Any], index):
@@ -114,10 +128,10 @@ def steps_of(group: Group) -> tuple[str, ...]:
 
 
 class Linears:
-    """One group. `memory` has the refs: `weights`, `biases`, `a`, `b` by name; `y_part` [S + 1, tiles, 2, HALF, N]; `t_part`
-    [S · parts, targets, 2 · pairs of pieces, PIECE, N]; `h` [targets · U · pieces · N + HALF, PIECE]; `scalars`;
-    `gates` [U, N]; `squares` [halves of tiles, N]; `r` [blocks, N]. `semaphores` (None where blocks do not
-    run at the same time) has one for A, one for h, and one for each member. `steps`: which of STEPS are done.
+    """One group. `memory` has the refs `weights`, `biases`, `a`, `b` by name, `y_part` [S + 1, tiles, 2, *part] and `t_part`
+    [S · parts, targets, 2 · pairs of pieces, *part], with part as `part_shape` says; `h` [targets · U · pieces · N + HALF,
+    PIECE]; `gates` [U, N]; `squares` [halves of tiles, N]; `r` [blocks, N]; and the `scalars`. `semaphores` (None where
+    blocks do not run at the same time) has one for A, one for h, and one for each member. `steps`: which of STEPS are done.
     `turn(layer)`: how many layers have run in this launch before this one."""
 
     def __init__(
@@ -182,32 +196,51 @@ class Linears:
         return self.first_chunk + low, high - low
 
     def _units(self, names):
-        """(how many units of a pass are this block's, the n-th one's tile, whether this block finishes it): the blocks of
-        a member finish its units in turn."""
+        """(how many units of a pass are this block's, the n-th one's tile)."""
         group = self.group
-        base = group.first_unit(names)
-        first, number = share(base, group.units(names), self.member, group.members)
+        first, number = share(group.first_unit(names), group.units(names), self.member, group.members)
         number = jnp.where(self.member < group.members, number, 0)
 
         def tile(n):
             return first + n * group.members
 
-        def is_finisher(n):
-            return group.finisher(base + tile(n)) == self.slice
+        return number, tile
 
-        return number, tile, is_finisher
+    @property
+    def _narrow(self):
+        """Pieces of `QUERIES` columns that a tile's columns are."""
+        return self.plan.columns // QUERIES
+
+    def _finish_share(self, place, names):
+        """(how many pieces of a pass's tiles this block finishes, the n-th one's tile, half, and columns): the blocks of a
+        member share those of its units."""
+        units, tile = self._units(names)
+        each = 2 * self._narrow
+        first, number = share(place * units * each, units * each, self.slice, self.group.slices)
+
+        def at(n):
+            unit, piece = divmod_(first + n * self.group.slices, each)
+            half, columns = divmod_(piece, self._narrow)
+            return tile(unit), half, pl.ds(columns * QUERIES, QUERIES)
+
+        return number, at
+
+    @property
+    def _h_pieces(self):
+        """Of all adapted linears, [PIECE, QUERIES]."""
+        return len(self.group.adapted) * self._used_pieces * self._narrow
 
     def _h_share(self):
-        """(the first piece of h that this block gathers, how many): of those of all adapted linears in turn."""
+        """(the first piece of h that this block gathers, how many)."""
         group, from_last = self.group, self.plan.num_blocks - 1 - self.block
-        first, number = share(0, len(group.adapted) * self._used_pieces, from_last, group.gatherers)
+        first, number = share(0, self._h_pieces, from_last, group.gatherers)
         return first, jnp.where(from_last < group.gatherers, number, 0)
 
     def _b_shares(self):
         """By adapted linear: (its place, its name, how many of its tiles are this block's, the n-th one): the blocks of a
         member share those of its units."""
         for names in self.group.passes:
-            units, tile, _ = self._units(names)
+            units, tile = self._units(names)
             for name in names:
                 if name in self.group.adapted:
                     place = self.group.adapted.index(name)
@@ -272,7 +305,7 @@ class Linears:
 
             filled = lax.fori_loop(0, number, of_a, filled)
         for names in self.group.passes if "products" in self.steps else ():
-            number, tile, _ = self._units(names)
+            number, tile = self._units(names)
 
             def of_unit(n, filled, names=names, number=number, tile=tile):
                 rows = pl.ds(tile(n) * TILE, TILE)
@@ -292,9 +325,9 @@ class Linears:
         return filled
 
     def compute(self, layer, count, x, follow: Callable[..., Callable[..., None]], x_smem, h_smem):
-        """`x` is the input [pieces · N, PIECE], followed by `HALF` rows that are not used. `follow(names, row)` reads what
-        it needs for these rows of the linears `names`, and returns the function that takes their values [HALF, N] and
-        stores what comes of them."""
+        """`x` is the input [pieces · N, PIECE], followed by `HALF` rows that are not used. `follow(names, row, columns)`
+        reads what it needs for `HALF` rows and `QUERIES` columns of the linears `names`, and returns the function that
+        takes their values and stores what comes of them."""
         if not {"experts", "products"}.isdisjoint(self.steps):
             with jax.named_scope("input"):
                 slice_rows = input_rows(self.group.slice_chunks, self.plan.columns)
@@ -312,11 +345,11 @@ class Linears:
                 pl.when(self.member < self.group.members)(lambda: self._signal(2 + self.member))
         if "finish" in self.steps:
             with jax.named_scope("finish"):
-                for names in self.group.passes:
-                    number, tile, is_finisher = self._units(names)
+                for place, names in enumerate(self.group.passes):
+                    number, at = self._finish_share(place, names)
 
-                    def finish(n, _, names=names, tile=tile, is_finisher=is_finisher):
-                        pl.when(is_finisher(n))(partial(self._finish, layer, names, tile(n), follow))
+                    def finish(n, _, names=names, at=at):
+                        self._finish(layer, n, names, at, follow)
 
                     lax.fori_loop(0, number, finish, None)
         return count
@@ -354,7 +387,7 @@ class Linears:
 
                 *halves, count = pl.run_scoped(multiply, self._accumulator, self._accumulator)
                 for half, t in enumerate(halves):
-                    store(self.memory.t_part.at[self.slice * group.a_parts + part, place, 2 * pair + half], t)
+                    self._put(self.memory.t_part.at[self.slice * group.a_parts + part, place, 2 * pair + half], t)
                 return count
 
             count, mine = lax.fori_loop(0, number, product, count), mine + number
@@ -365,7 +398,7 @@ class Linears:
     def _products(self, layer, count, x_smem, h_smem):
         """Those of W, and in the middle of the last ones those of B."""
         for place, names in enumerate(self.group.passes):
-            number, tile, _ = self._units(names)
+            number, tile = self._units(names)
             if place == 0:
                 pl.when(number == 0)(self._find_r)
 
@@ -393,7 +426,17 @@ class Linears:
 
     def _store_part(self, part, name, tile, halves):
         for half, y in enumerate(halves):
-            store(self.memory.y_part.at[part, self.group.first_tile(name) + tile, half], y)
+            self._put(self.memory.y_part.at[part, self.group.first_tile(name) + tile, half], y)
+
+    def _put(self, ref, tile):
+        """A part [HALF, N] of a sum."""
+        store(ref, column(tile, 0) if self.plan.single else tile)
+
+    def _sum(self, refs, columns):
+        """Σ of parts, [HALF, QUERIES] of it."""
+        if self.plan.single:
+            return over_columns(sum_of(load(ref, ROWS) for ref in refs), (HALF, QUERIES))
+        return sum_of(load(ref.at[:, columns]) for ref in refs)
 
     def _b_products(self, layer, count, when, h_smem):
         for place, name, number, at in self._b_shares():
@@ -441,34 +484,31 @@ class Linears:
         pl.when(number > 0)(lambda: self.ring.release(after - 1))
         return after
 
-    def _finish(self, layer, names, tile, follow):
-        group, memory, shape = self.group, self.memory, (HALF, self.plan.columns)
+    def _finish(self, layer, n, names, at, follow):
+        tile, half, columns = at(n)
+        group, memory, shape = self.group, self.memory, (HALF, QUERIES)
         out_dim = group.outs[names[0]]
-        rows = [jnp.minimum(tile * TILE + half * HALF, out_dim - HALF) for half in (0, 1)]
-        puts = [follow(names, row) for row in rows]
+        row = jnp.minimum(tile * TILE + half * HALF, out_dim - HALF)
+        put = follow(names, row, columns)
         biases = {
-            name: [load(memory.biases[name].at[layer, pl.ds(row, HALF)], ROWS).astype(jnp.float32) for row in rows]
-            for name in names
-            if name in memory.biases
+            name: load(memory.biases[name].at[layer, pl.ds(row, HALF)], ROWS) for name in names if name in memory.biases
         }
-        r = None if self.norm_dim is None else load(memory.r.at[self.block], COLUMNS)
-        self._wait(2 + self.member, group.slices, layer)
+        r = None if self.norm_dim is None else load(memory.r.at[self.block, columns], COLUMNS)
+        pl.when(n == 0)(lambda: self._wait(2 + self.member, group.slices, layer))
         values = []
         for name in names:
-            at = group.first_tile(name) + tile
+            number = group.first_tile(name) + tile
             parts = range(group.slices + (name in group.adapted))
-            halves = [sum_of(load(memory.y_part.at[s, at, half]) for s in parts) for half in (0, 1)]
+            y = self._sum([memory.y_part.at[s, number, half] for s in parts], columns)
             if r is not None:
-                halves = [y * over_rows(r, shape) for y in halves]
+                y = y * over_rows(r, shape)
             if name in biases:
-                halves = [y + over_columns(bias, shape) for y, bias in zip(halves, biases[name], strict=True)]
-            values.append(halves)
-        for half in (0, 1):
-            put, these = puts[half], [halves[half] for halves in values]
-            if half == 0 or out_dim % TILE == 0:
-                put(*these)
-            else:
-                pl.when(tile * TILE + HALF < out_dim)(partial(put, *these))
+                y = y + over_columns(biases[name].astype(jnp.float32), shape)
+            values.append(y)
+        if out_dim % TILE == 0:
+            put(*values)
+        else:
+            pl.when(tile * TILE + half * HALF < out_dim)(partial(put, *values))
 
     def _find_r(self):
         """r [N] of the group's input, where it has a norm, into `memory.r`."""
@@ -488,15 +528,14 @@ class Linears:
         first, number = self._h_share()
 
         def gather(n, _):
-            place, piece = divmod_(first + n * group.gatherers, self._used_pieces)
-
-            at_once = 256 // plan.columns  # as many as the registers have room for
-            parts = range(group.slices * group.a_parts)
-            t = sum_of(
-                sum_of(load(memory.t_part.at[s, place, piece]) for s in some) for some in batched(parts, at_once)
-            )
-            gate = load(memory.gates.at[divmod_(piece, plan.rank_pieces)[0]], COLUMNS)
-            rows = pl.ds((place * plan.pieces + piece) * plan.columns, plan.columns)
+            tile, columns = divmod_(first + n * group.gatherers, self._narrow)
+            place, piece = divmod_(tile, self._used_pieces)
+            columns = columns * QUERIES
+            parts = [memory.t_part.at[s, place, piece] for s in range(group.slices * group.a_parts)]
+            t = sum_of(self._sum(some, pl.ds(columns, QUERIES)) for some in batched(parts, AT_ONCE))
+            expert = divmod_(piece, plan.rank_pieces)[0]
+            gate = load(memory.gates.at[expert, pl.ds(columns, QUERIES)], COLUMNS)
+            rows = pl.ds((place * plan.pieces + piece) * plan.columns + columns, QUERIES)
             store_transposed(memory.h.at[rows], t * over_rows(gate, t.shape))
 
         @pl.when(number > 0)
@@ -508,7 +547,7 @@ class Linears:
     def _take_h(self, place, layer, h_smem):
         """h of a linear as the right operand of B."""
         plan, group = self.plan, self.group
-        self._wait(1, jnp.minimum(len(group.adapted) * self._used_pieces, group.gatherers), layer)
+        self._wait(1, jnp.minimum(self._h_pieces, group.gatherers), layer)
         start = place * plan.pieces * plan.columns
         self._to_smem(self.memory.h, start, input_rows(plan.pieces, plan.columns), h_smem)
 

@@ -37,6 +37,7 @@ from pallas_kernels.decode_token.linear import (
     load,
     load_transposed,
     over_columns,
+    part_shape,
     silu,
     steps_of,
     store,
@@ -81,48 +82,48 @@ def _phases(
             phases.append(Phase(linears.copy, compute))
         return phases
 
-    def rows_of(ref, row):
-        """[N, HALF] of activations in pieces."""
-        return ref.at[pl.ds(row // PIECE * plan.columns, plan.columns)]
+    def rows_of(ref, row, columns):
+        """[QUERIES, HALF] of activations in pieces."""
+        return ref.at[pl.ds(row // PIECE * plan.columns + columns.start, columns.size)]
 
-    def to_heads(layer, names, row):
+    def to_heads(layer, names, row, columns):
         (name,), head, part = names, row // head_dim, row % head_dim
         if name == "v_proj":
-            return partial(store_transposed, m.v_new.at[layer, :, head, pl.ds(part, HALF)])
+            return partial(store_transposed, m.v_new.at[layer, columns, head, pl.ds(part, HALF)])
         raw = m.q_raw if name == "q_proj" else m.k_raw
 
         def put(value):
             for start in range(0, 2 * PIECE, head_dim):  # a head of PIECE dimensions twice
-                store_transposed(raw.at[head, :, pl.ds(start + part, HALF)], value)
+                store_transposed(raw.at[head, columns, pl.ds(start + part, HALF)], value)
 
         return put
 
     def to_residual(next_norm):
-        def follow(layer, names, row):
-            x_rows = rows_of(m.x, row)
+        def follow(layer, names, row, columns):
+            x_rows = rows_of(m.x, row, columns)
             x = load_transposed(x_rows).astype(jnp.float32)
             weight = load(m.norms.at[next_norm(layer), pl.ds(row, HALF)], ROWS).astype(jnp.float32)
 
             def put(value):
                 after = rounded(x + rounded(value, m.x.dtype), m.x.dtype)
                 store_transposed(x_rows, after)
-                store_transposed(rows_of(m.x_weighted, row), after * over_columns(weight, after.shape))
-                store(m.squares.at[row // HALF], (after * after).sum(axis=0))
+                store_transposed(rows_of(m.x_weighted, row, columns), after * over_columns(weight, after.shape))
+                store(m.squares.at[row // HALF, columns], (after * after).sum(axis=0))
 
             return put
 
         return follow
 
-    def to_hidden(layer, names, row):
+    def to_hidden(layer, names, row, columns):
         def put(gate, up):
             gate, up = rounded(gate, m.hidden.dtype), rounded(up, m.hidden.dtype)
-            store_transposed(rows_of(m.hidden, row), rounded(silu(gate), m.hidden.dtype) * up)
+            store_transposed(rows_of(m.hidden, row, columns), rounded(silu(gate), m.hidden.dtype) * up)
 
         return put
 
-    def to_logits(layer, names, row):
+    def to_logits(layer, names, row, columns):
         def put(value):
-            store(m.logits.at[pl.ds(row, HALF)], value)
+            store(m.logits.at[pl.ds(row, HALF), columns], value)
 
         return put
 
@@ -213,13 +214,14 @@ def run_token(
     """(logits [V, N], k_new and v_new [L, N, K, H]). `inputs` are the arrays that `_phases` reads, nested by name; see
     `pallas_kernels.decode_token.op`."""
     dtype, n = inputs["x"].dtype, plan.columns
+    part = part_shape(plan.single, n)
     tiles = max(group.num_tiles for group in plan.groups)
     targets = max(len(group.adapted) for group in plan.groups)
     new = (model.num_layers, n, model.num_kv_heads, model.head_dim)
     split = (plan.splits, n, model.num_kv_heads * -(-model.num_heads // model.num_kv_heads // QUERIES))
     heads_dim = model.num_heads * model.head_dim
     buffers = {
-        "y_part": ((plan.max_slices + bool(targets), tiles, 2, HALF, n), jnp.float32),
+        "y_part": ((plan.max_slices + bool(targets), tiles, 2, *part), jnp.float32),
         "r": ((plan.num_blocks, n), jnp.float32),
         "q_raw": ((model.num_heads + QUERIES, n, 2 * PIECE), dtype), "k_raw": ((model.num_kv_heads, n, 2 * PIECE), dtype),
         "context": ((heads_dim // PIECE * n + HALF, PIECE), dtype),
@@ -228,7 +230,7 @@ def run_token(
     }  # fmt: skip
     if targets:
         parts = max(group.slices * group.a_parts for group in plan.groups)
-        buffers["t_part"] = ((parts, targets, plan.pieces + plan.pieces % 2, PIECE, n), jnp.float32)
+        buffers["t_part"] = ((parts, targets, plan.pieces + plan.pieces % 2, *part), jnp.float32)
         buffers["h"] = ((targets * plan.pieces * n + HALF, PIECE), dtype)
     if plan.splits > 1:
         buffers["o_part"] = ((*split, model.head_dim // PIECE, HALF, QUERIES), jnp.float32)

@@ -3,7 +3,7 @@
 Linears that share their input are a `Group`. The weights of each are cut into tiles of `TILE` rows, a tile into chunks of
 `PIECE` columns, and the columns into `slices`. A unit is the same tile of the linears that are finished together. Thread
 block b computes slice b % slices of the units that are b // slices modulo `members`, so it needs only its own slice of the
-input; one of the `slices` blocks of a unit finishes it.
+input; the `slices` blocks of a unit share what is to do with their sums.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHARED_MEMORY = 227 * 1024
 RESERVED = 3 * 1024
 """Of the shared memory: for barriers and for reductions."""
 QUERIES = 8
-"""Query heads of one key that attention takes together."""
+"""Columns that the tensor cores multiply at least: query heads of one key that attention takes together."""
 MAX_SLICES, MAX_SLOTS, SMALL_INPUT, MAX_INPUT, MAX_A_PARTS = 16, 13, 24 * 1024, 48 * 1024, 8
 MIN_SLOTS = 2
 """Of the ring: a chunk is released when the next one has come. Attention takes all parts of a tile together."""
@@ -84,10 +84,6 @@ class Group:
     def first_unit(self, names: tuple[str, ...]) -> int:
         return sum(map(self.units, self.passes[: self.passes.index(names)]))
 
-    def finisher(self, unit):
-        """The slice whose block finishes a unit: the blocks of a member take turns."""
-        return unit // self.members % self.slices
-
     @property
     def num_semaphores(self) -> int:
         """One for A, one for h, and one for each member."""
@@ -105,6 +101,8 @@ class Plan:
     head: Group
     columns: int
     """N: rows of the batch, padded to what the tensor cores multiply."""
+    single: bool
+    """Whether the batch is one row."""
     num_blocks: int
     splits: int
     """Thread blocks that share the context of one row and key-value head."""
@@ -202,7 +200,7 @@ def make_group(
     )  # fmt: skip
     return Group(
         passes=passes, outs=outs, in_dim=in_dim, slices=slices, members=members, adapted=adapted, a_parts=a_parts,
-        light=light, quota=quota, gatherers=idle if len(adapted) * pieces <= idle else num_blocks,
+        light=light, quota=quota, gatherers=idle if len(adapted) * pieces * (columns // QUERIES) <= idle else num_blocks,
     )  # fmt: skip
 
 
@@ -255,7 +253,8 @@ def make_plan(
         first_semaphore += group.num_semaphores
     units = batch * num_kv_heads * -(-group_size // QUERIES)
     plan = Plan(
-        **parts, columns=columns, num_blocks=num_blocks, max_used=max_used, rank_pieces=rank_pieces, slots=0,
+        **parts, columns=columns, single=batch == 1, num_blocks=num_blocks, max_used=max_used, rank_pieces=rank_pieces,
+        slots=0,
         splits=max(1, min(num_blocks // units, cache_slots // SPLIT_SLOTS, 16)),
     )  # fmt: skip
     linear_rows = plan.x_rows + plan.h_rows

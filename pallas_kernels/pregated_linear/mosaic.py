@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_token.linear import COMPILER, Linears, Scalars, steps_of, store_transposed
+from pallas_kernels.decode_token.linear import COMPILER, Linears, Scalars, part_shape, steps_of, store_transposed
 from pallas_kernels.decode_token.plan import (
     HALF,
     MAX_SLOTS,
@@ -80,8 +80,8 @@ def _kernel(
     )  # fmt: skip
     layer = m.layer[0]
 
-    def follow(names, row):
-        return partial(store_transposed, m.y[names[0]].at[:, pl.ds(row, HALF)])
+    def follow(names, row, columns):
+        return partial(store_transposed, m.y[names[0]].at[columns, pl.ds(row, HALF)])
 
     @pl.when(lax.axis_index("group") == 1)
     def _copy():
@@ -126,11 +126,14 @@ def pregated_linear_mosaic(
         shapes, tuple((name,) for name in shapes), tuple(a), pieces=pieces, num_blocks=blocks, columns=columns,
         itemsize=itemsize,
     )  # fmt: skip
-    plan = SimpleNamespace(columns=columns, rank_pieces=rank_pieces, pieces=pieces, num_blocks=blocks)
+    part = part_shape(batch == 1, columns)
+    plan = SimpleNamespace(
+        single=batch == 1, columns=columns, rank_pieces=rank_pieces, pieces=pieces, num_blocks=blocks
+    )
     inputs |= {(kind, name): w for kind, of in (("weights", weights), ("a", a), ("b", b)) for name, w in of.items()}
-    buffers: dict[Any, Any] = {"y_part": ((group.slices + bool(a), group.num_tiles, 2, HALF, columns), jnp.float32)}
+    buffers: dict[Any, Any] = {"y_part": ((group.slices + bool(a), group.num_tiles, 2, *part), jnp.float32)}
     if a:
-        buffers["t_part"] = ((group.slices * group.a_parts, len(a), pieces + pieces % 2, PIECE, columns), jnp.float32)
+        buffers["t_part"] = ((group.slices * group.a_parts, len(a), pieces + pieces % 2, *part), jnp.float32)
         buffers["h"] = ((len(a) * pieces * columns + HALF, PIECE), dtype)
     buffers |= {("y", name): ((columns, out), dtype) for name, (out, _) in shapes.items()}
     refs = dict(inputs)
