@@ -256,18 +256,17 @@ def test_blocks_share_the_experts_products(batch, max_used, used):
                 chunks[block] += int(linears._units(names)[0]) * len(names) * linears.num_chunks
                 number, at = linears._finish_share(place, names)
                 for n in range(int(number)):
-                    tile, half, columns = at(n)
-                    y.update([(names, int(tile), int(half), int(columns.start))])
+                    y.update([(names, *map(int, at(n)))])
             for _, name, number, at in linears._b_shares():
                 b.update((name, int(at(n))) for n in range(int(number)))
                 chunks[block] += used * int(number)
         pairs = range(len(group.adapted)), range(-(-used // 2))
         assert a == Counter(itertools.product(range(group.slices), *pairs, range(group.a_parts)))
         assert int(linears._a_blocks()) == with_a
-        starts = range(0, plan.columns, 8)
-        assert h == Counter(range(len(group.adapted) * used * len(starts)))
+        narrow = range(plan.columns // 8)
+        assert h == Counter(range(len(group.adapted) * used * len(narrow)))
         units = [(names, tile) for names in group.passes for tile in range(group.units(names))]
-        assert y == Counter((*unit, half, start) for unit in units for half in (0, 1) for start in starts)
+        assert y == Counter((*unit, half, i) for unit in units for half in (0, 1) for i in narrow)
         assert b == Counter((name, t) for name in group.adapted for t in range(num_tiles(group.outs[name])))
         assert used < max_used or chunks.max() <= max(1.13 * chunks.mean(), chunks.mean() + 2 * max_used)
 

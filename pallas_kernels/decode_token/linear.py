@@ -1,20 +1,20 @@
 """The linears of one group inside the kernel.
 
     experts    t_part[s] = A[e_u][:, slice s] x[slice s]         this block's share
-    gather     h_u = g_u · Σ_s t_part[s]                         its share of pieces
+    gather     h_u = g_u · Σ_s t_part[s]                         its share of pieces; of a single row what it needs, later
     products   y_part[s] = W[:, slice s] x[slice s]              its units
                y_part[S] = Σ_u B[e_u] h_u                        its share of their tiles
     finish     y = r · Σ_s y_part[s] + bias                      its share of its units' pieces, then what follows
 
-From A x to B h blocks exchange twice. So A comes first, and most of it in blocks that have less of W; h is gathered by
-blocks that have nothing else to do, or else late; and B comes in the middle of a block's last products of W. Whoever waits
-there makes nobody wait, as the ring goes on filling. A block counts a semaphore up when its products are done, and finishes
-as soon as the others of its member have too.
+From A x to B h blocks exchange. So A comes first, and most of it in blocks that have less of W; h is gathered by blocks that
+have nothing else to do, or else late; and B comes in the middle of a block's last products of W. Whoever waits there makes
+nobody wait, as the ring goes on filling. A block counts a semaphore up when its products are done, and finishes as soon as
+the others of its member have too.
 
 x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one number for each row of the batch: a
-linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N]; sums are in fp32. A block
-reads others' sums at no more than some 6 bytes a cycle while copies are under way, so they are shared out in narrow pieces,
-[HALF, QUERIES], and of a single row only its column is stored.
+linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N]; sums are in fp32. While
+copies are under way a block reads other blocks' sums at no more than a cache line in some 14 cycles, so they are shared out
+in narrow pieces, [HALF, QUERIES], each in one place, and of a single row only its column is stored.
 Activations lie in device memory in pieces, [pieces · N, PIECE]: the N rows' piece 0, then their piece 1 …
 """
 
@@ -81,8 +81,8 @@ def column(tile, number: int):
 
 
 def part_shape(single: bool, columns: int) -> tuple[int, ...]:
-    """Of half a tile of a sum in device memory: of a single row its column."""
-    return (HALF,) if single else (HALF, columns)
+    """Of half a tile of a sum in device memory: narrow pieces, or of a single row its column."""
+    return (HALF,) if single else (columns // QUERIES, HALF, QUERIES)
 
 
 def share(base, count, index, step):
@@ -122,9 +122,9 @@ def pick(values: Sequence[Any], index):
 STEPS = "experts", "gather", "products", "finish"
 
 
-def steps_of(group: Group) -> tuple[str, ...]:
+def steps_of(group: Group, single: bool) -> tuple[str, ...]:
     """Those that it has something to do in."""
-    return STEPS if group.adapted else STEPS[-2:]
+    return tuple(step for step in STEPS if group.adapted or step not in STEPS[:2] if not (single and step == "gather"))
 
 
 class Linears:
@@ -165,15 +165,22 @@ class Linears:
         group = self.group
         heavy, quota = group.members - group.light, group.light * group.quota
         is_light, each = self.member >= heavy, self._a_products_each
-        low, high = jnp.where(is_light, 0, quota), jnp.where(is_light, quota, len(group.adapted) * each)
-        index = jnp.where(is_light, self.member - heavy, heavy - 1 - self.member)
         step = jnp.where(is_light, max(1, group.light), heavy)
-        for place, name in enumerate(group.adapted):
-            begin, end = jnp.maximum(low, place * each), jnp.minimum(high, (place + 1) * each)
+
+        def part_of(begin, end, low, high, index, step):
+            """(first, how many) of those from begin on that are also from low on; dealt from there."""
+            begin, end = jnp.maximum(low, begin), jnp.minimum(high, end)
             first, number = share(begin - low, end - begin, index, step)
+            return begin + first, number
+
+        for place, name in enumerate(group.adapted):
+            begin, end = place * each, (place + 1) * each
+            of_light = part_of(begin, end, 0, quota, self.member - heavy, max(1, group.light))
+            of_heavy = part_of(begin, end, quota, len(group.adapted) * each, heavy - 1 - self.member, heavy)
+            first, number = (jnp.where(is_light, *pair) for pair in zip(of_light, of_heavy, strict=True))
             number = jnp.where(self.member < group.members, number, 0)
 
-            def at(n, first=begin - place * each + first, step=step):
+            def at(n, first=first - begin):
                 return divmod_(first + n * step, group.a_parts)
 
             yield place, name, number, at
@@ -212,16 +219,16 @@ class Linears:
         return self.plan.columns // QUERIES
 
     def _finish_share(self, place, names):
-        """(how many pieces of a pass's tiles this block finishes, the n-th one's tile, half, and columns): the blocks of a
-        member share those of its units."""
+        """(how many narrow pieces of a pass's tiles this block finishes, the n-th one's tile, half, and place there): the
+        blocks of a member share those of its units."""
         units, tile = self._units(names)
         each = 2 * self._narrow
         first, number = share(place * units * each, units * each, self.slice, self.group.slices)
 
         def at(n):
             unit, piece = divmod_(first + n * self.group.slices, each)
-            half, columns = divmod_(piece, self._narrow)
-            return tile(unit), half, pl.ds(columns * QUERIES, QUERIES)
+            half, i = divmod_(piece, self._narrow)
+            return tile(unit), half, i
 
         return number, at
 
@@ -430,13 +437,17 @@ class Linears:
 
     def _put(self, ref, tile):
         """A part [HALF, N] of a sum."""
-        store(ref, column(tile, 0) if self.plan.single else tile)
+        if self.plan.single:
+            store(ref, column(tile, 0))
+        else:
+            for i in range(self._narrow):
+                store(ref.at[i], tile[:, i * QUERIES : (i + 1) * QUERIES])
 
-    def _sum(self, refs, columns):
-        """Σ of parts, [HALF, QUERIES] of it."""
+    def _sum(self, refs, i):
+        """Σ of parts, its i-th narrow piece."""
         if self.plan.single:
             return over_columns(sum_of(load(ref, ROWS) for ref in refs), (HALF, QUERIES))
-        return sum_of(load(ref.at[:, columns]) for ref in refs)
+        return sum_of(load(ref.at[i]) for ref in refs)
 
     def _b_products(self, layer, count, when, h_smem):
         for place, name, number, at in self._b_shares():
@@ -485,7 +496,8 @@ class Linears:
         return after
 
     def _finish(self, layer, n, names, at, follow):
-        tile, half, columns = at(n)
+        tile, half, i = at(n)
+        columns = pl.ds(i * QUERIES, QUERIES)
         group, memory, shape = self.group, self.memory, (HALF, QUERIES)
         out_dim = group.outs[names[0]]
         row = jnp.minimum(tile * TILE + half * HALF, out_dim - HALF)
@@ -499,7 +511,7 @@ class Linears:
         for name in names:
             number = group.first_tile(name) + tile
             parts = range(group.slices + (name in group.adapted))
-            y = self._sum([memory.y_part.at[s, number, half] for s in parts], columns)
+            y = self._sum([memory.y_part.at[s, number, half] for s in parts], i)
             if r is not None:
                 y = y * over_rows(r, shape)
             if name in biases:
@@ -528,15 +540,10 @@ class Linears:
         first, number = self._h_share()
 
         def gather(n, _):
-            tile, columns = divmod_(first + n * group.gatherers, self._narrow)
+            tile, i = divmod_(first + n * group.gatherers, self._narrow)
             place, piece = divmod_(tile, self._used_pieces)
-            columns = columns * QUERIES
-            parts = [memory.t_part.at[s, place, piece] for s in range(group.slices * group.a_parts)]
-            t = sum_of(self._sum(some, pl.ds(columns, QUERIES)) for some in batched(parts, AT_ONCE))
-            expert = divmod_(piece, plan.rank_pieces)[0]
-            gate = load(memory.gates.at[expert, pl.ds(columns, QUERIES)], COLUMNS)
-            rows = pl.ds((place * plan.pieces + piece) * plan.columns + columns, QUERIES)
-            store_transposed(memory.h.at[rows], t * over_rows(gate, t.shape))
+            rows = pl.ds((place * plan.pieces + piece) * plan.columns + i * QUERIES, QUERIES)
+            store_transposed(memory.h.at[rows], self._h_piece(place, piece, i))
 
         @pl.when(number > 0)
         def _():
@@ -544,12 +551,29 @@ class Linears:
             lax.fori_loop(0, number, gather, None)
             self._signal(1)
 
+    def _h_piece(self, place, piece, i):
+        """[PIECE, QUERIES] of h, in fp32."""
+        parts = [self.memory.t_part.at[s, place, piece] for s in range(self.group.slices * self.group.a_parts)]
+        t = sum_of(self._sum(some, i) for some in batched(parts, AT_ONCE))
+        expert = divmod_(piece, self.plan.rank_pieces)[0]
+        gate = load(self.memory.gates.at[expert, pl.ds(i * QUERIES, QUERIES)], COLUMNS)
+        return t * over_rows(gate, t.shape)
+
     def _take_h(self, place, layer, h_smem):
         """h of a linear as the right operand of B."""
         plan, group = self.plan, self.group
-        self._wait(1, jnp.minimum(self._h_pieces, group.gatherers), layer)
-        start = place * plan.pieces * plan.columns
-        self._to_smem(self.memory.h, start, input_rows(plan.pieces, plan.columns), h_smem)
+        if plan.single:  # to gather it oneself is less than an exchange more
+            self._wait(0, self._a_blocks(), layer)
+
+            def gather(piece, _):
+                store_transposed(h_smem.at[pl.ds(piece * QUERIES, QUERIES)], self._h_piece(place, piece, 0))
+
+            lax.fori_loop(0, self._used_pieces, gather, None)
+            plgpu.commit_smem()
+        else:
+            self._wait(1, jnp.minimum(self._h_pieces, group.gatherers), layer)
+            start = place * plan.pieces * plan.columns
+            self._to_smem(self.memory.h, start, input_rows(plan.pieces, plan.columns), h_smem)
 
 
 def sum_of(parts):

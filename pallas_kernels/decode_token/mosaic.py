@@ -64,14 +64,15 @@ def _phases(
     def phases_of(group, normed, x, follow):
         """One phase; where blocks do not run at the same time, one for each of its steps."""
         phases = []
-        for steps in (steps_of(group),) if compiled else zip(steps_of(group)):
+        steps = steps_of(group, plan.single)
+        for these in (steps,) if compiled else zip(steps):
             linears = Linears(
                 group,
                 plan,
                 m,
                 ring,
                 semaphores,
-                steps=steps,
+                steps=these,
                 norm_dim=embed_dim if normed else None,
                 eps=model.norm_eps,
             )
@@ -256,7 +257,7 @@ def run_token(
         "q_smem": ring(model.head_dim // PIECE, QUERIES, PIECE), "p_smem": ring(TILE // PIECE, QUERIES, PIECE),
     }  # fmt: skip
     x, h, q, p = used_in_turn.values()
-    *of_layer, of_head = (len(steps_of(group)) for group in plan.groups)  # launches, if every step is one
+    *of_layer, of_head = (len(steps_of(group, plan.single)) for group in plan.groups)  # launches, if every step is one
 
     def launch(span):
         plgpu.kernel(

@@ -153,9 +153,10 @@ def pregated_linear_mosaic(
     slots = min(MAX_SLOTS, left // (TILE * PIECE * itemsize))
     if slots < MIN_SLOTS:
         raise ValueError(f"pregated_linear cannot run as pallas: {no_room(max_used, PIECE * rank_pieces, batch)}")
-    for steps in (steps_of(group),) if interpret is False else zip(steps_of(group)):
+    steps = steps_of(group, plan.single)
+    for these in (steps,) if interpret is False else zip(steps):
         plgpu.kernel(
-            partial(_kernel, names=tuple(refs), plan=plan, group=group, steps=steps, compiled=interpret is False),
+            partial(_kernel, names=tuple(refs), plan=plan, group=group, steps=these, compiled=interpret is False),
             out_type=(),
             grid=(blocks,),
             grid_names=("block",),
