@@ -25,9 +25,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.decode_token.linear import COMPILER, ROWS, load, store
 from pallas_kernels.decode_token.plan import HALF, PIECE
 from pallas_kernels.decode_token.ring import Ring
+from pallas_kernels.decode_token.tiles import COMPILER, ROWS, load, store
 
 DTYPE = jnp.bfloat16
 LAYERS, COLUMNS = 32, 3072

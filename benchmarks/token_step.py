@@ -33,7 +33,7 @@ from benchmarks.decode_costs import SIZES, TARGETS
 from benchmarks.decode_rows import NO_REPEATS, adapter_config, model_config, random_adafuse, random_backbone
 from benchmarks.merged_step import SLOTS, fresh_state, time_steps
 from pallas_kernels.decode_token import plan
-from pallas_kernels.decode_token.linear import COMPILER
+from pallas_kernels.decode_token.tiles import COMPILER
 
 SHAPES = SIZES["llama2-7b"]
 PROFILED_PROMPT = 200

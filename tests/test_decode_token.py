@@ -10,9 +10,7 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +27,8 @@ from adafuse_jax.errors import UserError
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from pallas_kernels.decode_token import Shape, obstacle
-from pallas_kernels.decode_token.linear import Linears, Scalars
 from pallas_kernels.decode_token.plan import SHARED_MEMORY, make_plan, num_tiles
+from pallas_kernels.decode_token.shares import Scalars, Shares
 
 interpreted = pytest.mark.skipif(
     jax.__version_info__ < (0, 12) or jax.default_backend() != "cpu",
@@ -235,34 +233,33 @@ def test_blocks_share_the_experts_products(batch, max_used, used):
     """All of A, of the sums h, of B and of the sums y, each once; what waits for A counts the blocks that have some; and no
     block has more than an eighth more chunks than the mean, or two tiles of B, if so many experts are in use as planned."""
     plan = plan_of(LLAMA2_7B, batch=batch, max_used=max_used)
+    scalars = Scalars(list(range(used)), used, [])
     for group in (plan.qkv, plan.o, plan.gate_up, plan.down):
         a, h, b, y = Counter(), Counter(), Counter(), Counter()
         with_a, chunks = 0, np.zeros(plan.num_blocks)
         for block in range(plan.num_blocks):
-            memory = SimpleNamespace(scalars=Scalars(list(range(used)), used, []))
-            with mock.patch("pallas_kernels.decode_token.linear.lax.axis_index", return_value=block):
-                linears = Linears(group, plan, memory, None, None, norm_dim=None, eps=0.0)
+            shares = Shares(group, plan, scalars, block)
             mine = [
-                (linears.slice, place, *map(int, at(n)))
-                for place, _, number, at in linears._a_shares()
+                (shares.slice, place, *map(int, at(n)))
+                for place, _, number, at in shares.a_shares()
                 for n in range(int(number))
             ]
             a.update(mine)
             with_a += bool(mine)
-            chunks[block] += sum(linears._part(part)[1] for *_, part in mine)
-            first, number = linears._h_share()
+            chunks[block] += sum(shares.part(part)[1] for *_, part in mine)
+            first, number = shares.h_share()
             h.update(int(first + n * group.gatherers) for n in range(int(number)))
             for place, names in enumerate(group.passes):
-                chunks[block] += int(linears._units(names)[0]) * len(names) * linears.num_chunks
-                number, at = linears._finish_share(place, names)
+                chunks[block] += int(shares.units(names)[0]) * len(names) * shares.num_chunks
+                number, at = shares.finish_share(place, names)
                 for n in range(int(number)):
                     y.update([(names, *map(int, at(n)))])
-            for _, name, number, at in linears._b_shares():
+            for _, name, number, at in shares.b_shares():
                 b.update((name, int(at(n))) for n in range(int(number)))
                 chunks[block] += used * int(number)
         pairs = range(len(group.adapted)), range(-(-used // 2))
         assert a == Counter(itertools.product(range(group.slices), *pairs, range(group.a_parts)))
-        assert int(linears._a_blocks()) == with_a
+        assert int(shares.a_blocks()) == with_a
         narrow = range(plan.columns // 8)
         assert h == Counter(range(len(group.adapted) * used * len(narrow)))
         units = [(names, tile) for names in group.passes for tile in range(group.units(names))]

@@ -21,7 +21,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.linear import (
+from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
+from pallas_kernels.decode_token.ring import Filled, Ring
+from pallas_kernels.decode_token.shares import pick, share
+from pallas_kernels.decode_token.tiles import (
     COLUMNS,
     ROWS,
     column,
@@ -29,13 +32,9 @@ from pallas_kernels.decode_token.linear import (
     load_transposed,
     over_columns,
     over_rows,
-    pick,
-    share,
     store,
     store_transposed,
 )
-from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
-from pallas_kernels.decode_token.ring import Filled, Ring
 
 LOWEST = -1e30  # of a score: finite, so that no difference of two is NaN
 SHAPE = HALF, QUERIES

@@ -29,22 +29,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_token.attention import Attention, rounded
-from pallas_kernels.decode_token.linear import (
+from pallas_kernels.decode_token.linear import Linears, part_shape, steps_of
+from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
+from pallas_kernels.decode_token.ring import Ring
+from pallas_kernels.decode_token.shares import Scalars
+from pallas_kernels.decode_token.tiles import (
     COMPILER,
     ROWS,
-    Linears,
-    Scalars,
     load,
     load_transposed,
     over_columns,
-    part_shape,
     silu,
-    steps_of,
     store,
     store_transposed,
 )
-from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
-from pallas_kernels.decode_token.ring import Ring
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_token.linear import COMPILER, Linears, Scalars, part_shape, steps_of, store_transposed
+from pallas_kernels.decode_token.linear import Linears, part_shape, steps_of
 from pallas_kernels.decode_token.plan import (
     HALF,
     MAX_SLOTS,
@@ -39,6 +39,8 @@ from pallas_kernels.decode_token.plan import (
     no_room,
 )
 from pallas_kernels.decode_token.ring import Ring
+from pallas_kernels.decode_token.shares import Scalars
+from pallas_kernels.decode_token.tiles import COMPILER, store_transposed
 from pallas_kernels.pregated_linear.mixture import Mixture, used_first
 
 MAX_BATCH = 32
