@@ -25,9 +25,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.decode_token.linear import COMPILER, ROWS, load, store
 from pallas_kernels.decode_token.plan import HALF, PIECE
 from pallas_kernels.decode_token.ring import Ring
+from pallas_kernels.decode_token.tiles import COMPILER, ROWS, load, store
 
 DTYPE = jnp.bfloat16
 LAYERS, COLUMNS = 32, 3072
@@ -68,7 +68,7 @@ def make(way: Way, num_blocks: int) -> Callable[[Array, Array], Array]:
 
     def kernel(w, x, sums, done, ring_smem, full, empty, x_smem):
         block = lax.axis_index("block")
-        ring = Ring(ring_smem, full, empty, way.quiet)
+        ring = Ring(ring_smem, full, empty, quiet=way.quiet)
         part, member = block % way.slices, block // way.slices
         arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
 

@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,12 +33,12 @@ from benchmarks.decode_costs import SIZES, TARGETS
 from benchmarks.decode_rows import NO_REPEATS, adapter_config, model_config, random_adafuse, random_backbone
 from benchmarks.merged_step import SLOTS, fresh_state, time_steps
 from pallas_kernels.decode_token import plan
-from pallas_kernels.decode_token.linear import COMPILER
+from pallas_kernels.decode_token.tiles import COMPILER
 
 SHAPES = SIZES["llama2-7b"]
 PROFILED_PROMPT = 200
-EVENTS, PROFILED_SLOTS = 300, 11
-"""Of the profiler, for each warpgroup; and slots of the ring beside it."""
+EVENTS, PROFILER_BYTES = 300, 16 * 1024
+"""Of the profiler, for each warpgroup; and the shared memory that they take from the ring."""
 
 
 def case_of(text: str) -> tuple[str, int]:
@@ -66,17 +65,16 @@ def time_cases(cases: Sequence[tuple[str, int]], num_layers: int, steps: int, re
         step = decode_step.lower(*arguments, eos_ids=(), pad_id=0, fused=fused).compile()
         return step, time.perf_counter() - begun
 
-    with ThreadPoolExecutor(1) as pool:  # the next case is compiled meanwhile
-        for (targets, batch), future in [(case, pool.submit(compiled, *case)) for case in cases]:
-            (step, seconds), (adapter, fused) = future.result(), parts[targets]
+    for targets, batch in cases:  # not while another is compiled: that delays the steps
+        (step, seconds), (adapter, fused) = compiled(targets, batch), parts[targets]
 
-            def advance(state: Any, merged: Any, step=step, adapter=adapter, fused=fused) -> Any:
-                return step(model, adapter, state, merged, NO_REPEATS, fused=fused)
+        def advance(state: Any, merged: Any, step=step, adapter=adapter, fused=fused) -> Any:
+            return step(model, adapter, state, merged, NO_REPEATS, fused=fused)
 
-            times, *_ = time_steps(advance, fresh_state(config, model.dtype, batch), None, steps, repeats)
-            ms, spread = statistics.median(times), max(times) - min(times)
-            told = f"{targets}:{batch}, {num_layers} layers: {ms:.3f} ± {spread:.3f} ms, compiled in {seconds:.0f} s"
-            print(told, flush=True)
+        times, *_ = time_steps(advance, fresh_state(config, model.dtype, batch), None, steps, repeats)
+        ms, spread = statistics.median(times), max(times) - min(times)
+        told = f"{targets}:{batch}, {num_layers} layers: {ms:.3f} ± {spread:.3f} ms, compiled in {seconds:.0f} s"
+        print(told, flush=True)
 
 
 def timeline(targets: str, batch: int, num_layers: int) -> list[str]:
@@ -90,7 +88,7 @@ def timeline(targets: str, batch: int, num_layers: int) -> list[str]:
         profiled = replace(COMPILER, profile_space=EVENTS, profile_dir=folder)
         with (
             mock.patch("pallas_kernels.decode_token.mosaic.COMPILER", profiled),
-            mock.patch.object(plan, "MAX_SLOTS", PROFILED_SLOTS),
+            mock.patch.object(plan, "SHARED_MEMORY", plan.SHARED_MEMORY - PROFILER_BYTES),
         ):
             step = jax.jit(fused_step)
             for _ in range(3):

@@ -6,6 +6,7 @@ Here its kernel runs in the interpreter, one launch per phase with several block
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +28,7 @@ from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from pallas_kernels.decode_token import Shape, obstacle
 from pallas_kernels.decode_token.plan import SHARED_MEMORY, make_plan, num_tiles
+from pallas_kernels.decode_token.shares import Scalars, Shares
 
 interpreted = pytest.mark.skipif(
     jax.__version_info__ < (0, 12) or jax.default_backend() != "cpu",
@@ -211,21 +213,59 @@ def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_blocks):
     plan = plan_of(shape, batch=batch, max_used=min(8, 2 * batch), num_blocks=num_blocks)
     assert plan.columns >= batch
     for group in plan.groups:
-        chunks, finished, units = Counter(), Counter(), sum(map(group.units, group.passes))
+        chunks, units = Counter(), sum(map(group.units, group.passes))
         for block in range(num_blocks):
             part, member = block % group.slices, block // group.slices
             if member < group.members:
                 low, high = (s * group.chunks // group.slices for s in (part, part + 1))
                 assert 0 < high - low <= group.slice_chunks
                 for unit in range(member, units, group.members):
-                    finished.update([unit] * (group.finisher(unit) == part))
                     chunks.update((unit, c) for c in range(low, high))
         assert set(chunks.values()) == {1}
         assert len(chunks) == units * group.in_dim // 64
-        assert finished == Counter(range(units))
         assert 1 <= group.a_parts <= group.chunks // group.slices
     assert plan.slots >= 4
-    assert plan.slots * 128 * 64 * 2 + (plan.x_rows + plan.pieces * plan.columns) * 64 * 2 < SHARED_MEMORY
+    assert plan.slots * 128 * 64 * 2 + (plan.x_rows + plan.h_rows) * 64 * 2 < SHARED_MEMORY
+
+
+@pytest.mark.parametrize(("batch", "max_used", "used"), [(1, 2, 2), (1, 4, 1), (8, 8, 7), (32, 8, 8)])
+def test_blocks_share_the_experts_products(batch, max_used, used):
+    """All of A, of the sums h, of B and of the sums y, each once; what waits for A counts the blocks that have some; and no
+    block has more than an eighth more chunks than the mean, or two tiles of B, if so many experts are in use as planned."""
+    plan = plan_of(LLAMA2_7B, batch=batch, max_used=max_used)
+    scalars = Scalars(list(range(used)), used, [])
+    for group in (plan.qkv, plan.o, plan.gate_up, plan.down):
+        a, h, b, y = Counter(), Counter(), Counter(), Counter()
+        with_a, chunks = 0, np.zeros(plan.num_blocks)
+        for block in range(plan.num_blocks):
+            shares = Shares(group, plan, scalars, block)
+            mine = [
+                (shares.slice, place, *map(int, at(n)))
+                for place, _, number, at in shares.a_shares()
+                for n in range(int(number))
+            ]
+            a.update(mine)
+            with_a += bool(mine)
+            chunks[block] += sum(shares.part(part)[1] for *_, part in mine)
+            first, number = shares.h_share()
+            h.update(int(first + n * group.gatherers) for n in range(int(number)))
+            for place, names in enumerate(group.passes):
+                chunks[block] += int(shares.units(names)[0]) * len(names) * shares.num_chunks
+                number, at = shares.finish_share(place, names)
+                for n in range(int(number)):
+                    y.update([(names, *map(int, at(n)))])
+            for _, name, number, at in shares.b_shares():
+                b.update((name, int(at(n))) for n in range(int(number)))
+                chunks[block] += used * int(number)
+        pairs = range(len(group.adapted)), range(-(-used // 2))
+        assert a == Counter(itertools.product(range(group.slices), *pairs, range(group.a_parts)))
+        assert int(shares.a_blocks()) == with_a
+        narrow = range(plan.columns // 8)
+        assert h == Counter(range(len(group.adapted) * used * len(narrow)))
+        units = [(names, tile) for names in group.passes for tile in range(group.units(names))]
+        assert y == Counter((*unit, half, i) for unit in units for half in (0, 1) for i in narrow)
+        assert b == Counter((name, t) for name in group.adapted for t in range(num_tiles(group.outs[name])))
+        assert used < max_used or chunks.max() <= max(1.13 * chunks.mean(), chunks.mean() + 2 * max_used)
 
 
 def test_plan_counts_tiles_and_semaphores_once():
@@ -235,7 +275,7 @@ def test_plan_counts_tiles_and_semaphores_once():
         units = [group.first_unit(names) + t for names in group.passes for t in range(group.units(names))]
         assert tiles == list(range(group.num_tiles))
         assert units == list(range(len(units)))
-    semaphores = [group.first_semaphore + i for group in plan.groups for i in range(1 + group.members)]
+    semaphores = [group.first_semaphore + i for group in plan.groups for i in range(2 + group.members)]
     assert semaphores == list(range(plan.num_semaphores))
 
 

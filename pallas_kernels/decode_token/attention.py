@@ -21,19 +21,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.linear import (
+from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
+from pallas_kernels.decode_token.ring import Filled, Ring
+from pallas_kernels.decode_token.shares import pick, share
+from pallas_kernels.decode_token.tiles import (
     COLUMNS,
     ROWS,
+    column,
     load,
     load_transposed,
     over_columns,
     over_rows,
-    share,
     store,
     store_transposed,
 )
-from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
-from pallas_kernels.decode_token.ring import Filled, Ring
 
 LOWEST = -1e30  # of a score: finite, so that no difference of two is NaN
 SHAPE = HALF, QUERIES
@@ -69,9 +70,8 @@ class Attention:
         unit, group = unit // self.groups, unit % self.groups
         return unit // self.num_kv_heads, unit % self.num_kv_heads, group, split
 
-    def _tiles(self, layer, row, split):
+    def _tiles(self, layer, position, split):
         """(first, how many) tiles of the cache belong to this part: those with positions in the window, shared evenly."""
-        position = self.memory.positions[row]
         begin = jnp.maximum(position - self.memory.windows[layer] + 1, 0) // TILE
         tiles = (position + TILE - 1) // TILE - begin
         low, high = tiles * split // self.plan.splits, tiles * (split + 1) // self.plan.splits
@@ -82,7 +82,7 @@ class Attention:
 
         def unit(n, filled):
             row, head, _, split = self._unit(n, first, self.plan.splits)
-            start, tiles = self._tiles(layer, row, split)
+            start, tiles = self._tiles(layer, pick(self.memory.scalars.positions, row), split)
 
             def tile(t, filled):
                 for cache in (self.memory.cache_k, self.memory.cache_v):
@@ -103,8 +103,8 @@ class Attention:
 
         def unit(n, count):
             row, head, group, split = self._unit(n, first, plan.splits)
-            start, tiles = self._tiles(layer, row, split)
             position, window = memory.positions[row], memory.windows[layer]
+            start, tiles = self._tiles(layer, position, split)
             values = [load(memory.v_new.at[layer, row, head, c], ROWS).astype(jnp.float32) for c in self._columns]
             score = self._prepare(layer, row, head, group, split, q_smem)
             # Before the first tile: the new token alone for the first part, nothing for the others.
@@ -206,7 +206,7 @@ class Attention:
             def store_query(query=query, query_head=query_head):
                 for part, x in enumerate(o):
                     target = (query_head * self.parts + part) * self.plan.columns + row
-                    store(memory.context.at[target], _column(x, query).astype(memory.context.dtype))
+                    store(memory.context.at[target], column(x, query).astype(memory.context.dtype))
 
             if self.group_size % QUERIES == 0 or self.groups == 1:
                 store_query()
@@ -262,12 +262,6 @@ class Attention:
         @pl.when((split == 0) & (group == 0))
         def _():
             for columns, x in zip(self._columns, k, strict=True):
-                store(memory.k_new.at[layer, row, head, columns], _column(x, 0).astype(memory.k_new.dtype))
+                store(memory.k_new.at[layer, row, head, columns], column(x, 0).astype(memory.k_new.dtype))
 
         return sum((x * y).sum(axis=0) for x, y in zip(q, k, strict=True)) * self._scale
-
-
-def _column(x, number: int):
-    """[HALF] of [HALF, QUERIES]."""
-    numbers = plgpu.broadcasted_iota(jnp.int32, SHAPE, 1, layout=plgpu.Layout.WGMMA)
-    return jnp.where(numbers == number, x, 0).sum(axis=1)

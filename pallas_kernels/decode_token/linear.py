@@ -1,21 +1,28 @@
 """The linears of one group inside the kernel.
 
-    experts    t_part[s] = A[e_u][:, slice s] x[slice s]                        for this block's share
-    products   y_part[s] = W[:, slice s] x[slice s]                             for its share of units,
-               of one slice s with the experts too:  + Σ_u B[e_u] (g_u · Σ_s t_part[s])
-    finish     y = r · Σ_s y_part[s] + bias                                     for its part of those, then what follows
+    experts    t_part[s] = A[e_u][:, slice s] x[slice s]         this block's share
+    gather     h_u = g_u · Σ_s t_part[s]                         its share of pieces; of a single row what it needs, later
+    products   y_part[s] = W[:, slice s] x[slice s]              its units
+               y_part[S] = Σ_u B[e_u] h_u                        its share of their tiles
+    finish     y = r · Σ_s y_part[s] + bias                      its share of its units' pieces, then what follows
 
-A block first computes all its products, then counts a semaphore up and finishes its part of the units that it shares, as
-soon as the others have counted too. It adds the experts to the units that it finishes, in the middle of their products, when
-the others' t_part has come. x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one number for
-each row of the batch: a linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N];
-sums are in fp32. Activations lie in device memory in pieces, [pieces · N, PIECE]: the N rows' piece 0, then their piece 1 …
+From A x to B h blocks exchange. So A comes first, and most of it in blocks that have less of W; h is gathered by blocks that
+have nothing else to do, or else late; and B comes in the middle of a block's last products of W. Whoever waits there makes
+nobody wait, as the ring goes on filling. A block counts a semaphore up when its products are done, and finishes as soon as
+the others of its member have too.
+
+x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one number for each row of the batch: a
+linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N]; sums are in fp32. While
+copies are under way a block reads other blocks' sums at no more than a cache line in some 14 cycles, so they are shared out
+in narrow pieces, [HALF, QUERIES], each in one place, and of a single row only its column is stored.
+Activations lie in device memory in pieces, [pieces · N, PIECE]: the N rows' piece 0, then their piece 1 …
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import batched
 from typing import Any
 
 import jax
@@ -24,68 +31,41 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.plan import HALF, PIECE, TILE, Group, Plan, input_rows
+from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Group, Plan, input_rows
 from pallas_kernels.decode_token.ring import Filled, Ring
+from pallas_kernels.decode_token.shares import Shares, divmod_, pick
+from pallas_kernels.decode_token.tiles import (
+    COLUMNS,
+    ROWS,
+    column,
+    load,
+    over_columns,
+    over_rows,
+    store,
+    store_transposed,
+    sum_of,
+)
 
-COMPILER = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
-"""Every layout is given, because inferring them takes most of the time to compile."""
-COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a vector [N], equal in all rows of a tile
-ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector [HALF], equal in all columns
-
-
-def over_rows(vector, shape):
-    """[N] → [HALF, N]."""
-    return lax.broadcast_in_dim(vector, shape, [1])
-
-
-def over_columns(vector, shape):
-    """[HALF] → [HALF, N]."""
-    return lax.broadcast_in_dim(vector, shape, [0])
-
-
-def load(ref, layout=plgpu.Layout.WGMMA):
-    return plgpu.load(ref, layout=layout, optimized=False)
+AT_ONCE = 32
+"""Parts of a sum that the registers have room for."""
+STEPS = "experts", "gather", "products", "finish"
 
 
-def store(ref, value):
-    """To device memory: from JAX 0.12 on, a plain assignment would refuse what does not fill cache lines."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
-
-
-def store_transposed(ref, tile):
-    """ref [N, HALF] = tileᵀ."""
-    store(ref.transpose((1, 0)), plgpu.layout_cast(tile.astype(ref.dtype), plgpu.Layout.WGMMA_TRANSPOSED))
-
-
-def load_transposed(ref):
-    """[HALF, N] of ref [N, HALF]."""
-    tile = load(ref.transpose((1, 0)), plgpu.Layout.WGMMA_TRANSPOSED)
-    return plgpu.layout_cast(tile, plgpu.Layout.WGMMA)
-
-
-def share(base, count, index, step):
-    """Which of `count` things, the first of which has number `base`, have a number that is `index` modulo `step`:
-    (the first of them, how many)."""
-    first = (index + step - base % step) % step
-    return first, jnp.maximum(0, (count - first + step - 1) // step)
-
-
-STEPS = "experts", "products", "finish"
-
-
-def steps_of(group: Group) -> tuple[str, ...]:
+def steps_of(group: Group, single: bool) -> tuple[str, ...]:
     """Those that it has something to do in."""
-    return STEPS if group.adapted else STEPS[-2:]
+    return tuple(step for step in STEPS if group.adapted or step not in STEPS[:2] if not (single and step == "gather"))
+
+
+def part_shape(single: bool, columns: int) -> tuple[int, ...]:
+    """Of half a tile of a sum in device memory: narrow pieces, or of a single row its column."""
+    return (HALF,) if single else (columns // QUERIES, HALF, QUERIES)
 
 
 class Linears:
-    """One group. `memory` has the refs: `weights`, `biases`, `a`, `b` by name; `y_part` [S, tiles, 2, HALF, N]; `t_part`
-    [S · parts, targets, U · pieces, PIECE, N]; `experts` [U], `num_used` [1], `gates` [U, N]; `squares` [halves of tiles,
-    N]; `r` [blocks, N]. `semaphores` (None where blocks do not run at the same time) has one for each member, and before
-    those one for A. `steps`: which of STEPS are done.
+    """One group. `memory` has the refs `weights`, `biases`, `a`, `b` by name, `y_part` [S + 1, tiles, 2, *part] and `t_part`
+    [S · parts, targets, 2 · pairs of pieces, *part], with part as `part_shape` says; `h` [targets · U · pieces · N + HALF,
+    PIECE]; `gates` [U, N]; `squares` [halves of tiles, N]; `r` [blocks, N]; and the `scalars`. `semaphores` (None where
+    blocks do not run at the same time) has one for A, one for h, and one for each member. `steps`: which of STEPS are done.
     `turn(layer)`: how many layers have run in this launch before this one."""
 
     def __init__(
@@ -103,57 +83,8 @@ class Linears:
     ):
         self.group, self.plan, self.memory, self.ring, self.semaphores = group, plan, memory, ring, semaphores
         self.steps, self.turn, self.norm_dim, self.eps = steps, turn, norm_dim, eps
-        self.block = lax.axis_index("block")
-        self.slice, self.member = self.block % group.slices, self.block // group.slices
-        self.first_chunk = self.slice * group.chunks // group.slices
-        self.num_chunks = (self.slice + 1) * group.chunks // group.slices - self.first_chunk
-
-    @property
-    def _used_pieces(self):
-        return self.memory.num_used[0] * self.plan.rank_pieces
-
-    def _mine(self, base, count, member):
-        """(first, how many) of the `count` things from number `base` on that go to `member` of all members."""
-        first, number = share(base, count, member, self.group.members)
-        return first, jnp.where(self.member < self.group.members, number, 0)
-
-    def _a_shares(self):
-        """By adapted linear: (its place, its name, how many products are this block's, the n-th one's piece and part).
-        They are dealt from the last member on, which has the fewest units of W."""
-        parts = self.group.a_parts
-        for place, name in enumerate(self.group.adapted):
-            each = self._used_pieces * parts
-            first, number = self._mine(place * each, each, self.group.members - 1 - self.member)
-
-            def at(n, first=first):
-                return divmod_(first + n * self.group.members, parts)
-
-            yield place, name, number, at
-
-    def _part(self, part):
-        """(first chunk, how many) of a part of this block's slice."""
-        low, high = (self.num_chunks * i // self.group.a_parts for i in (part, part + 1))
-        return self.first_chunk + low, high - low
-
-    def _units(self, names):
-        """(how many units of a pass are this block's, the n-th one's tile, whether this block finishes it): the blocks of
-        a member finish its units in turn."""
-        group = self.group
-        base = group.first_unit(names)
-        first, number = self._mine(base, group.units(names), self.member)
-
-        def tile(n):
-            return first + n * group.members
-
-        def is_finisher(n):
-            return group.finisher(base + tile(n)) == self.slice
-
-        return number, tile, is_finisher
-
-    def _count_a(self):
-        """How many blocks have products of A."""
-        products = len(self.group.adapted) * self._used_pieces * self.group.a_parts
-        return self.group.slices * jnp.minimum(products, self.group.members)
+        self.shares = Shares(group, plan, memory.scalars, lax.axis_index("block"))
+        self.gather_first = group.gatherers < plan.num_blocks
 
     def copy(self, layer, filled: Filled) -> Filled:
         """Fill the ring with what `compute` takes from it."""
@@ -161,84 +92,85 @@ class Linears:
 
         def chunks(filled, source, first, number):
             def chunk(c, filled):
-                return self.ring.fill(filled, source(pl.ds((first + c) * PIECE, PIECE)))
+                return self.ring.fill(filled, *source(pl.ds((first + c) * PIECE, PIECE)))
 
             return lax.fori_loop(0, number, chunk, filled)
 
         def expert(name, piece):
-            number, part = divmod_(piece, self.plan.rank_pieces)
-            return memory.experts[number], pl.ds(part * PIECE, PIECE)
+            number, part = divmod_(jnp.minimum(piece, self.shares.used_pieces - 1), self.plan.rank_pieces)
+            return pick(memory.scalars.experts, number), pl.ds(part * PIECE, PIECE)
 
-        for _, name, number, at in self._a_shares() if "experts" in self.steps else ():
+        def of_b(filled, when):
+            for _, name, number, at in self.shares.b_shares():
+
+                def of_tile(n, filled, name=name, at=at):
+                    rows = pl.ds(at(n) * TILE, TILE)
+
+                    def ranks(piece, filled):
+                        number, columns = expert(name, piece)
+                        return self.ring.fill(filled, memory.b[name].at[layer, number, rows, columns])
+
+                    return lax.fori_loop(0, self.shares.used_pieces, ranks, filled)
+
+                filled = lax.fori_loop(0, jnp.where(when, number, 0), of_tile, filled)
+            return filled
+
+        for _, name, number, at in self.shares.a_shares() if "experts" in self.steps else ():
 
             def of_a(n, filled, name=name, at=at):
-                piece, part = at(n)
-                factor = memory.a[name].at[layer, *expert(name, piece)]
-                return chunks(filled, lambda columns: factor.at[:, columns], *self._part(part))
+                pair, part = at(n)
+                one, other = (memory.a[name].at[layer, *expert(name, 2 * pair + half)] for half in (0, 1))
+                return chunks(
+                    filled, lambda columns: (one.at[:, columns], other.at[:, columns]), *self.shares.part(part)
+                )
 
             filled = lax.fori_loop(0, number, of_a, filled)
         for names in self.group.passes if "products" in self.steps else ():
-            number, tile, is_finisher = self._units(names)
+            number, tile = self.shares.units(names)
 
-            def of_unit(n, filled, names=names, tile=tile, is_finisher=is_finisher):
+            def of_unit(n, filled, names=names, number=number, tile=tile):
                 rows = pl.ds(tile(n) * TILE, TILE)
-                for name in names:
+                for name, first, last, with_b in self.shares.order(names, n, number):
                     w = memory.weights[name] if name == "lm_head" else memory.weights[name].at[layer]
-                    before, after, b_pieces = self._order(name, is_finisher(n))
-                    filled = chunks(filled, lambda columns, w=w: w.at[rows, columns], self.first_chunk, before)
 
-                    def of_b(piece, filled, name=name):
-                        number, ranks = expert(name, piece)
-                        return self.ring.fill(filled, memory.b[name].at[layer, number, rows, ranks])
+                    def of_w(columns, w=w):
+                        return (w.at[rows, columns],)
 
-                    if name in self.group.adapted:
-                        filled = lax.fori_loop(0, b_pieces, of_b, filled)
-                    filled = chunks(filled, lambda columns, w=w: w.at[rows, columns], self.first_chunk + before, after)
+                    filled = chunks(filled, of_w, self.shares.first_chunk, first)
+                    if with_b is not False:
+                        filled = of_b(filled, with_b)
+                        filled = chunks(filled, of_w, self.shares.first_chunk + first, last)
                 return filled
 
-            filled = lax.fori_loop(0, number, of_unit, filled)
+            filled = lax.fori_loop(0, self.shares.rounds(names, number), of_unit, filled)
         return filled
 
-    def _order(self, name, is_finisher):
-        """(chunks of a tile of W, then how many more of them, pieces of B between the two)."""
-        if name not in self.group.adapted:
-            return self.num_chunks, 0, 0
-        before = self.num_chunks // 2
-        return before, self.num_chunks - before, jnp.where(is_finisher, self._used_pieces, 0)
-
     def compute(self, layer, count, x, follow: Callable[..., Callable[..., None]], x_smem, h_smem):
-        """`x` is the input [pieces · N, PIECE], followed by `HALF` rows that are not used. `follow(names, row)` reads what
-        it needs for these rows of the linears `names`, and returns the function that takes their values [HALF, N] and
-        stores what comes of them."""
-        if self.steps != ("finish",):
+        """`x` is the input [pieces · N, PIECE], followed by `HALF` rows that are not used. `follow(names, row, columns)`
+        reads what it needs for `HALF` rows and `QUERIES` columns of the linears `names`, and returns the function that
+        takes their values and stores what comes of them."""
+        if not {"experts", "products"}.isdisjoint(self.steps):
             with jax.named_scope("input"):
-                self._load_input(x, x_smem)
+                slice_rows = input_rows(self.group.slice_chunks, self.plan.columns)
+                self._to_smem(x, self.shares.first_chunk * self.plan.columns, slice_rows, x_smem)
         if "experts" in self.steps:
             with jax.named_scope("experts"):
                 count = self._a_products(count, x_smem)
+        if "gather" in self.steps and (self.gather_first or "products" not in self.steps):
+            with jax.named_scope("gather"):
+                self._gather(layer)
         if "products" in self.steps:
             with jax.named_scope("products"):
-                for place, names in enumerate(self.group.passes):
-                    number, tile, is_finisher = self._units(names)
-                    if place == 0:
-                        pl.when(number == 0)(self._find_r)
-
-                    def products(n, count, names=names, place=place, tile=tile, is_finisher=is_finisher):
-                        count = self._unit_products(layer, count, names, tile(n), is_finisher(n), x_smem, h_smem)
-                        if place == 0:  # here, where weights are on their way, it makes nobody wait
-                            pl.when(n == 0)(self._find_r)
-                        return count
-
-                    count = lax.fori_loop(0, number, products, count)
+                count = self._products(layer, count, x_smem, h_smem)
             with jax.named_scope("signal"):
-                pl.when(self.member < self.group.members)(lambda: self._signal(1 + self.member))
+                pl.when(self.shares.member < self.group.members)(lambda: self._signal(2 + self.shares.member))
         if "finish" in self.steps:
             with jax.named_scope("finish"):
-                for names in self.group.passes:
-                    number, tile, is_finisher = self._units(names)
+                for place, names in enumerate(self.group.passes):
+                    number, at = self.shares.finish_share(place, names)
 
-                    def finish(n, _, names=names, tile=tile, is_finisher=is_finisher):
-                        pl.when(is_finisher(n))(partial(self._finish, layer, names, tile(n), follow))
+                    def finish(n, _, names=names, at=at):
+                        self._finish(layer, n, names, at, follow)
 
                     lax.fori_loop(0, number, finish, None)
         return count
@@ -253,30 +185,32 @@ class Linears:
             semaphore = self.semaphores.at[self.group.first_semaphore + number]
             plgpu.semaphore_wait(semaphore, signals * (self.turn(layer) + 1), decrement=False, memory_scope="gpu")
 
-    def _load_input(self, x, x_smem):
-        start = self.first_chunk * self.plan.columns
-        tiles = [
-            load(x.at[pl.ds(start + row, HALF)], plgpu.Layout.WGMMA_UPCAST_4X)
-            for row in range(0, input_rows(self.group.slice_chunks, self.plan.columns), HALF)
-        ]
-        for i, tile in enumerate(tiles):
-            x_smem.at[pl.ds(i * HALF, HALF)][...] = tile
+    def _to_smem(self, source, start, rows: int, smem):
+        """As the right operand, `rows` rows of activations from `start` on, a multiple of HALF."""
+        for some in batched(range(0, rows, HALF), 4):  # as many as the registers have room for
+            tiles = [load(source.at[pl.ds(start + row, HALF)], plgpu.Layout.WGMMA_UPCAST_4X) for row in some]
+            for row, tile in zip(some, tiles, strict=True):
+                smem.at[pl.ds(row, HALF)][...] = tile
         plgpu.commit_smem()
 
     def _a_products(self, count, x_smem):
         group, mine = self.group, jnp.int32(0)
-        for place, _, number, at in self._a_shares():
+        for place, _, number, at in self.shares.a_shares():
 
             def product(n, count, place=place, at=at):
-                piece, part = at(n)
-                first, chunks = self._part(part)
+                pair, part = at(n)
+                first, chunks = self.shares.part(part)
 
-                def multiply(acc):
-                    after = self._multiply([acc], count, chunks, self._x_pieces(x_smem, first - self.first_chunk))
-                    return acc[...], after
+                def multiply(*accs):
+                    right = self._pieces(x_smem, first - self.shares.first_chunk)
+                    after = self._multiply(accs, count, chunks, right, in_halves=True)
+                    return *(acc[...] for acc in accs), after
 
-                t, count = pl.run_scoped(multiply, self._accumulator)
-                store(self.memory.t_part.at[self.slice * group.a_parts + part, place, piece], t)
+                *halves, count = pl.run_scoped(multiply, self._accumulator, self._accumulator)
+                for half, t in enumerate(halves):
+                    self._put(
+                        self.memory.t_part.at[self.shares.slice * group.a_parts + part, place, 2 * pair + half], t
+                    )
                 return count
 
             count, mine = lax.fori_loop(0, number, product, count), mine + number
@@ -284,36 +218,83 @@ class Linears:
             pl.when(mine > 0)(lambda: self._signal(0))
         return count
 
-    def _unit_products(self, layer, count, names, tile, is_finisher, x_smem, h_smem):
-        for name in names:
-            before, more, b_pieces = self._order(name, is_finisher)
+    def _products(self, layer, count, x_smem, h_smem):
+        """Those of W, and in the middle of the last ones those of B."""
+        for place, names in enumerate(self.group.passes):
+            number, tile = self.shares.units(names)
+            if place == 0:
+                pl.when(number == 0)(self._find_r)
 
-            def multiply(*accs, count=count, name=name, before=before, more=more, b_pieces=b_pieces):
-                count = self._multiply(accs, count, before, self._x_pieces(x_smem))
-                if name in self.group.adapted:
-                    pl.when(is_finisher)(lambda: self._gather_h(name, layer, h_smem))
-                    count = self._multiply(accs, count, b_pieces, lambda p: h_smem.at[p])
-                    count = self._multiply(accs, count, more, self._x_pieces(x_smem, before))
-                return *(acc[...] for acc in accs), count
+            def unit(n, count, names=names, place=place, number=number, tile=tile):
+                if self.shares.has_b(names) and "gather" in self.steps and not self.gather_first:
+                    pl.when(n == number // 2)(lambda: self._gather(layer))
+                for name, first, last, with_b in self.shares.order(names, n, number):
 
-            *halves, count = pl.run_scoped(multiply, self._accumulator, self._accumulator)
-            for half, y in enumerate(halves):
-                store(self.memory.y_part.at[self.slice, self.group.first_tile(name) + tile, half], y)
+                    def multiply(*accs, count=count, first=first, last=last, with_b=with_b):
+                        count = self._multiply(accs, count, first, self._pieces(x_smem))
+                        if with_b is not False:
+                            count = self._b_products(layer, count, with_b, h_smem)
+                            count = self._multiply(accs, count, last, self._pieces(x_smem, first))
+                        return *(acc[...] for acc in accs), count
+
+                    *halves, count = pl.run_scoped(multiply, self._accumulator, self._accumulator)
+                    put = partial(self._store_part, self.shares.slice, name, tile(n), halves)
+                    pl.when(number > 0)(put) if self.shares.has_b(names) else put()
+                if place == 0:  # here, where weights are on their way, it makes nobody wait
+                    pl.when((n == 0) & (number > 0))(self._find_r)
+                return count
+
+            count = lax.fori_loop(0, self.shares.rounds(names, number), unit, count)
+        return count
+
+    def _store_part(self, part, name, tile, halves):
+        for half, y in enumerate(halves):
+            self._put(self.memory.y_part.at[part, self.group.first_tile(name) + tile, half], y)
+
+    def _put(self, ref, tile):
+        """A part [HALF, N] of a sum."""
+        if self.plan.single:
+            store(ref, column(tile, 0))
+        else:
+            for i in range(self.shares.narrow):
+                store(ref.at[i], tile[:, i * QUERIES : (i + 1) * QUERIES])
+
+    def _sum(self, refs, i):
+        """Σ of parts, its i-th narrow piece."""
+        if self.plan.single:
+            return over_columns(sum_of(load(ref, ROWS) for ref in refs), (HALF, QUERIES))
+        return sum_of(load(ref.at[i]) for ref in refs)
+
+    def _b_products(self, layer, count, when, h_smem):
+        for place, name, number, at in self.shares.b_shares():
+            number = jnp.where(when, number, 0)
+            pl.when(number > 0)(partial(self._take_h, place, layer, h_smem))
+
+            def product(n, count, name=name, at=at):
+                def multiply(*accs):
+                    after = self._multiply(accs, count, self.shares.used_pieces, self._pieces(h_smem))
+                    return *(acc[...] for acc in accs), after
+
+                *halves, count = pl.run_scoped(multiply, self._accumulator, self._accumulator)
+                self._store_part(self.group.slices, name, at(n), halves)
+                return count
+
+            count = lax.fori_loop(0, number, product, count)
         return count
 
     @property
     def _accumulator(self):
         return plgpu.ACC((HALF, self.plan.columns), jnp.float32)
 
-    def _x_pieces(self, x_smem, first=0):
-        """c → the input's piece first + c."""
-        return lambda c: x_smem.at[pl.ds((first + c) * self.plan.columns, self.plan.columns)]
+    def _pieces(self, smem, first=0):
+        """c → piece first + c of a right operand."""
+        return lambda c: smem.at[pl.ds((first + c) * self.plan.columns, self.plan.columns)]
 
-    def _multiply(self, accs, count, number, right_smem: Callable[[Any], Any]):
+    def _multiply(self, accs, count, number, right_smem: Callable[[Any], Any], in_halves: bool = False):
         """accs += Σ_c chunk_c right_c of the next `number` chunks, one of the accs for each half; returns the new count."""
 
         def chunk(c, count):
-            chunk_smem = self.ring.take(count)
+            chunk_smem = self.ring.take(count, in_halves)
             for half, acc in enumerate(accs):
                 left = chunk_smem.at[pl.ds(half * HALF, HALF)]
                 plgpu.wgmma(acc, left, right_smem(c).transpose((1, 0)))
@@ -330,37 +311,36 @@ class Linears:
         pl.when(number > 0)(lambda: self.ring.release(after - 1))
         return after
 
-    def _finish(self, layer, names, tile, follow):
-        group, memory, shape = self.group, self.memory, (HALF, self.plan.columns)
+    def _finish(self, layer, n, names, at, follow):
+        tile, half, i = at(n)
+        columns = pl.ds(i * QUERIES, QUERIES)
+        group, memory, shape = self.group, self.memory, (HALF, QUERIES)
         out_dim = group.outs[names[0]]
-        rows = [jnp.minimum(tile * TILE + half * HALF, out_dim - HALF) for half in (0, 1)]
-        puts = [follow(names, row) for row in rows]
+        row = jnp.minimum(tile * TILE + half * HALF, out_dim - HALF)
+        put = follow(names, row, columns)
         biases = {
-            name: [load(memory.biases[name].at[layer, pl.ds(row, HALF)], ROWS).astype(jnp.float32) for row in rows]
-            for name in names
-            if name in memory.biases
+            name: load(memory.biases[name].at[layer, pl.ds(row, HALF)], ROWS) for name in names if name in memory.biases
         }
-        r = None if self.norm_dim is None else load(memory.r.at[self.block], COLUMNS)
-        self._wait(1 + self.member, group.slices, layer)
+        r = None if self.norm_dim is None else load(memory.r.at[self.shares.block, columns], COLUMNS)
+        pl.when(n == 0)(lambda: self._wait(2 + self.shares.member, group.slices, layer))
         values = []
         for name in names:
-            at = group.first_tile(name) + tile
-            halves = [sum_of(load(memory.y_part.at[s, at, half]) for s in range(group.slices)) for half in (0, 1)]
+            number = group.first_tile(name) + tile
+            parts = range(group.slices + (name in group.adapted))
+            y = self._sum([memory.y_part.at[s, number, half] for s in parts], i)
             if r is not None:
-                halves = [y * over_rows(r, shape) for y in halves]
+                y = y * over_rows(r, shape)
             if name in biases:
-                halves = [y + over_columns(bias, shape) for y, bias in zip(halves, biases[name], strict=True)]
-            values.append(halves)
-        for half in (0, 1):
-            put, these = puts[half], [halves[half] for halves in values]
-            if half == 0 or out_dim % TILE == 0:
-                put(*these)
-            else:
-                pl.when(tile * TILE + HALF < out_dim)(partial(put, *these))
+                y = y + over_columns(biases[name].astype(jnp.float32), shape)
+            values.append(y)
+        if out_dim % TILE == 0:
+            put(*values)
+        else:
+            pl.when(tile * TILE + half * HALF < out_dim)(partial(put, *values))
 
     def _find_r(self):
         """r [N] of the group's input, where it has a norm, into `memory.r`."""
-        if self.norm_dim is None or "products" not in self.steps:
+        if self.norm_dim is None:
             return
         total: Any = 0.0
         for start in range(0, self.memory.squares.shape[0], HALF):
@@ -368,31 +348,45 @@ class Linears:
             numbers = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA) + start
             part = jnp.where(numbers < self.norm_dim // HALF, part, 0).sum(axis=0)
             total += part
-        store(self.memory.r.at[self.block], lax.rsqrt(total / self.norm_dim + self.eps))
+        store(self.memory.r.at[self.shares.block], lax.rsqrt(total / self.norm_dim + self.eps))
 
-    def _gather_h(self, name, layer, h_smem):
-        """h = g_u · Σ_s t_part[s], rounded, as the right operand of B."""
+    def _gather(self, layer):
+        """h = g_u · Σ_s t_part[s], rounded, of this block's share of pieces."""
         plan, memory, group = self.plan, self.memory, self.group
-        where = group.adapted.index(name)
-        self._wait(0, self._count_a(), layer)
+        first, number = self.shares.h_share()
 
-        def piece(p, _):
-            t = sum_of(load(memory.t_part.at[s, where, p]) for s in range(group.slices * group.a_parts))
-            gate = load(memory.gates.at[divmod_(p, plan.rank_pieces)[0]], COLUMNS)
-            store_transposed(h_smem.at[p], t * over_rows(gate, t.shape))
+        def gather(n, _):
+            tile, i = divmod_(first + n * group.gatherers, self.shares.narrow)
+            place, piece = divmod_(tile, self.shares.used_pieces)
+            rows = pl.ds((place * plan.pieces + piece) * plan.columns + i * QUERIES, QUERIES)
+            store_transposed(memory.h.at[rows], self._h_piece(place, piece, i))
 
-        lax.fori_loop(0, self._used_pieces, piece, None)
-        plgpu.commit_smem()
+        @pl.when(number > 0)
+        def _():
+            self._wait(0, self.shares.a_blocks(), layer)
+            lax.fori_loop(0, number, gather, None)
+            self._signal(1)
 
+    def _h_piece(self, place, piece, i):
+        """[PIECE, QUERIES] of h, in fp32."""
+        parts = [self.memory.t_part.at[s, place, piece] for s in range(self.group.slices * self.group.a_parts)]
+        t = sum_of(self._sum(some, i) for some in batched(parts, AT_ONCE))
+        expert = divmod_(piece, self.plan.rank_pieces)[0]
+        gate = load(self.memory.gates.at[expert, pl.ds(i * QUERIES, QUERIES)], COLUMNS)
+        return t * over_rows(gate, t.shape)
 
-def sum_of(parts):
-    first, *others = parts
-    return sum(others, first)
+    def _take_h(self, place, layer, h_smem):
+        """h of a linear as the right operand of B."""
+        plan, group = self.plan, self.group
+        if plan.single:  # to gather it oneself is less than an exchange more
+            self._wait(0, self.shares.a_blocks(), layer)
 
+            def gather(piece, _):
+                store_transposed(h_smem.at[pl.ds(piece * QUERIES, QUERIES)], self._h_piece(place, piece, 0))
 
-def divmod_(n, step: int):
-    return (n, 0) if step == 1 else (n // step, n % step)
-
-
-def silu(x: jax.Array) -> jax.Array:
-    return x / (1 + jnp.exp(-x))
+            lax.fori_loop(0, self.shares.used_pieces, gather, None)
+            plgpu.commit_smem()
+        else:
+            self._wait(1, jnp.minimum(self.shares.h_pieces, group.gatherers), layer)
+            start = place * plan.pieces * plan.columns
+            self._to_smem(self.memory.h, start, input_rows(plan.pieces, plan.columns), h_smem)

@@ -29,20 +29,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_token.attention import Attention, rounded
-from pallas_kernels.decode_token.linear import (
+from pallas_kernels.decode_token.linear import Linears, part_shape, steps_of
+from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
+from pallas_kernels.decode_token.ring import Ring
+from pallas_kernels.decode_token.shares import Scalars
+from pallas_kernels.decode_token.tiles import (
     COMPILER,
     ROWS,
-    Linears,
     load,
     load_transposed,
     over_columns,
     silu,
-    steps_of,
     store,
     store_transposed,
 )
-from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
-from pallas_kernels.decode_token.ring import Ring
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,15 @@ def _phases(
     def phases_of(group, normed, x, follow):
         """One phase; where blocks do not run at the same time, one for each of its steps."""
         phases = []
-        for steps in (steps_of(group),) if compiled else zip(steps_of(group)):
+        steps = steps_of(group, plan.single)
+        for these in (steps,) if compiled else zip(steps):
             linears = Linears(
                 group,
                 plan,
                 m,
                 ring,
                 semaphores,
-                steps=steps,
+                steps=these,
                 norm_dim=embed_dim if normed else None,
                 eps=model.norm_eps,
             )
@@ -80,48 +81,48 @@ def _phases(
             phases.append(Phase(linears.copy, compute))
         return phases
 
-    def rows_of(ref, row):
-        """[N, HALF] of activations in pieces."""
-        return ref.at[pl.ds(row // PIECE * plan.columns, plan.columns)]
+    def rows_of(ref, row, columns):
+        """[QUERIES, HALF] of activations in pieces."""
+        return ref.at[pl.ds(row // PIECE * plan.columns + columns.start, columns.size)]
 
-    def to_heads(layer, names, row):
+    def to_heads(layer, names, row, columns):
         (name,), head, part = names, row // head_dim, row % head_dim
         if name == "v_proj":
-            return partial(store_transposed, m.v_new.at[layer, :, head, pl.ds(part, HALF)])
+            return partial(store_transposed, m.v_new.at[layer, columns, head, pl.ds(part, HALF)])
         raw = m.q_raw if name == "q_proj" else m.k_raw
 
         def put(value):
             for start in range(0, 2 * PIECE, head_dim):  # a head of PIECE dimensions twice
-                store_transposed(raw.at[head, :, pl.ds(start + part, HALF)], value)
+                store_transposed(raw.at[head, columns, pl.ds(start + part, HALF)], value)
 
         return put
 
     def to_residual(next_norm):
-        def follow(layer, names, row):
-            x_rows = rows_of(m.x, row)
+        def follow(layer, names, row, columns):
+            x_rows = rows_of(m.x, row, columns)
             x = load_transposed(x_rows).astype(jnp.float32)
             weight = load(m.norms.at[next_norm(layer), pl.ds(row, HALF)], ROWS).astype(jnp.float32)
 
             def put(value):
                 after = rounded(x + rounded(value, m.x.dtype), m.x.dtype)
                 store_transposed(x_rows, after)
-                store_transposed(rows_of(m.x_weighted, row), after * over_columns(weight, after.shape))
-                store(m.squares.at[row // HALF], (after * after).sum(axis=0))
+                store_transposed(rows_of(m.x_weighted, row, columns), after * over_columns(weight, after.shape))
+                store(m.squares.at[row // HALF, columns], (after * after).sum(axis=0))
 
             return put
 
         return follow
 
-    def to_hidden(layer, names, row):
+    def to_hidden(layer, names, row, columns):
         def put(gate, up):
             gate, up = rounded(gate, m.hidden.dtype), rounded(up, m.hidden.dtype)
-            store_transposed(rows_of(m.hidden, row), rounded(silu(gate), m.hidden.dtype) * up)
+            store_transposed(rows_of(m.hidden, row, columns), rounded(silu(gate), m.hidden.dtype) * up)
 
         return put
 
-    def to_logits(layer, names, row):
+    def to_logits(layer, names, row, columns):
         def put(value):
-            store(m.logits.at[pl.ds(row, HALF)], value)
+            store(m.logits.at[pl.ds(row, HALF), columns], value)
 
         return put
 
@@ -151,7 +152,8 @@ def _kernel(*refs, names, plan, model, span, compiled, **scratch):
     m, s = _nested(names, refs), SimpleNamespace(**scratch)
     if "in_turn" in scratch:
         (s.x_smem, s.h_smem), (s.q_smem, s.p_smem) = scratch["in_turn"]
-    ring = Ring(s.ring_smem, s.ring_full, s.ring_empty)
+    m.scalars = Scalars.of(m)
+    ring = Ring(s.ring_smem, s.ring_full, s.ring_empty, s.ring_other_full)
     arrived, semaphores = None, None
     if compiled:
         arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
@@ -211,13 +213,14 @@ def run_token(
     """(logits [V, N], k_new and v_new [L, N, K, H]). `inputs` are the arrays that `_phases` reads, nested by name; see
     `pallas_kernels.decode_token.op`."""
     dtype, n = inputs["x"].dtype, plan.columns
+    part = part_shape(plan.single, n)
     tiles = max(group.num_tiles for group in plan.groups)
     targets = max(len(group.adapted) for group in plan.groups)
     new = (model.num_layers, n, model.num_kv_heads, model.head_dim)
     split = (plan.splits, n, model.num_kv_heads * -(-model.num_heads // model.num_kv_heads // QUERIES))
     heads_dim = model.num_heads * model.head_dim
     buffers = {
-        "y_part": ((plan.max_slices, tiles, 2, HALF, n), jnp.float32),
+        "y_part": ((plan.max_slices + bool(targets), tiles, 2, *part), jnp.float32),
         "r": ((plan.num_blocks, n), jnp.float32),
         "q_raw": ((model.num_heads + QUERIES, n, 2 * PIECE), dtype), "k_raw": ((model.num_kv_heads, n, 2 * PIECE), dtype),
         "context": ((heads_dim // PIECE * n + HALF, PIECE), dtype),
@@ -226,7 +229,8 @@ def run_token(
     }  # fmt: skip
     if targets:
         parts = max(group.slices * group.a_parts for group in plan.groups)
-        buffers["t_part"] = ((parts, targets, plan.pieces, PIECE, n), jnp.float32)
+        buffers["t_part"] = ((parts, targets, plan.pieces + plan.pieces % 2, *part), jnp.float32)
+        buffers["h"] = ((targets * plan.pieces * n + HALF, PIECE), dtype)
     if plan.splits > 1:
         buffers["o_part"] = ((*split, model.head_dim // PIECE, HALF, QUERIES), jnp.float32)
         buffers |= dict.fromkeys(("max_part", "sum_part"), ((*split, QUERIES), jnp.float32))
@@ -247,11 +251,11 @@ def run_token(
 
     # The operands of linears, and of attention: never at the same time, so they take the same place.
     used_in_turn = {
-        "x_smem": ring(plan.x_rows, PIECE), "h_smem": ring(plan.pieces, n, PIECE),
+        "x_smem": ring(plan.x_rows, PIECE), "h_smem": ring(plan.h_rows, PIECE),
         "q_smem": ring(model.head_dim // PIECE, QUERIES, PIECE), "p_smem": ring(TILE // PIECE, QUERIES, PIECE),
     }  # fmt: skip
     x, h, q, p = used_in_turn.values()
-    *of_layer, of_head = (len(steps_of(group)) for group in plan.groups)  # launches, if every step is one
+    *of_layer, of_head = (len(steps_of(group, plan.single)) for group in plan.groups)  # launches, if every step is one
 
     def launch(span):
         plgpu.kernel(
@@ -264,6 +268,7 @@ def run_token(
             scratch_types={
                 "ring_smem": ring(plan.slots, TILE, PIECE),
                 "ring_full": plgpu.Barrier(num_barriers=plan.slots),
+                "ring_other_full": plgpu.Barrier(num_barriers=plan.slots),
                 "ring_empty": plgpu.Barrier(num_barriers=plan.slots),
                 **(used_in_turn if interpret else {"in_turn": plgpu.RefUnion([x, h], [q, p])}),
             },

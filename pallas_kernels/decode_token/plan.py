@@ -3,7 +3,7 @@
 Linears that share their input are a `Group`. The weights of each are cut into tiles of `TILE` rows, a tile into chunks of
 `PIECE` columns, and the columns into `slices`. A unit is the same tile of the linears that are finished together. Thread
 block b computes slice b % slices of the units that are b // slices modulo `members`, so it needs only its own slice of the
-input; one of the `slices` blocks of a unit finishes it.
+input; the `slices` blocks of a unit share what is to do with their sums.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ TILE, HALF = 128, 64
 PIECE = 64
 """Columns of a chunk [TILE, PIECE] of weights; ranks of an expert that are multiplied at once."""
 SHARED_MEMORY = 227 * 1024
-RESERVED = 6 * 1024
+RESERVED = 3 * 1024
 """Of the shared memory: for barriers and for reductions."""
 QUERIES = 8
-"""Query heads of one key that attention takes together."""
-MAX_SLICES, MAX_SLOTS, SMALL_INPUT, MAX_INPUT, MAX_A_PARTS = 16, 13, 24 * 1024, 48 * 1024, 4
+"""Columns that the tensor cores multiply at least: query heads of one key that attention takes together."""
+MAX_SLICES, MAX_SLOTS, SMALL_INPUT, MAX_INPUT, MAX_A_PARTS = 16, 13, 24 * 1024, 48 * 1024, 8
 MIN_SLOTS = 2
 """Of the ring: a chunk is released when the next one has come. Attention takes all parts of a tile together."""
 QUIET = 2
 """Chunks that a thread block has under way at once, at most, while blocks exchange what they have found: somewhat fewer than
 keep the memory busy."""
+LATE = 24
+"""Chunks that a block takes in a phase after it must have done its products of A: so many are in the ring at first, or come
+while blocks exchange."""
 SPLIT_SLOTS = 512
 """Positions of the cache that one thread block reads at least."""
 
@@ -49,6 +52,12 @@ class Group:
     adapted: tuple[str, ...]
     a_parts: int
     """Of each slice of an expert's A."""
+    light: int
+    """Members, the last ones, that have one unit less than the others, or none."""
+    quota: int
+    """Products of A that a light member takes before others take any."""
+    gatherers: int
+    """Blocks, the last ones, that add up the products of A."""
     first_semaphore: int = 0
 
     @property
@@ -75,14 +84,10 @@ class Group:
     def first_unit(self, names: tuple[str, ...]) -> int:
         return sum(map(self.units, self.passes[: self.passes.index(names)]))
 
-    def finisher(self, unit):
-        """The slice whose block finishes a unit: the blocks of a member take turns."""
-        return unit // self.members % self.slices
-
     @property
     def num_semaphores(self) -> int:
-        """One for A, and one for each member."""
-        return 1 + self.members
+        """One for A, one for h, and one for each member."""
+        return 2 + self.members
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +101,8 @@ class Plan:
     head: Group
     columns: int
     """N: rows of the batch, padded to what the tensor cores multiply."""
+    single: bool
+    """Whether the batch is one row."""
     num_blocks: int
     splits: int
     """Thread blocks that share the context of one row and key-value head."""
@@ -122,6 +129,11 @@ class Plan:
     @property
     def x_rows(self) -> int:
         return max(input_rows(group.slice_chunks, self.columns) for group in self.groups)
+
+    @property
+    def h_rows(self) -> int:
+        """Of the experts' right operand."""
+        return input_rows(self.pieces, self.columns) if any(group.adapted for group in self.groups) else QUERIES
 
     @property
     def num_semaphores(self) -> int:
@@ -162,9 +174,10 @@ def make_group(
     num_blocks: int,
     columns: int,
     itemsize: int,
+    small_input: int = SMALL_INPUT,
 ) -> Group:
     """The cut into the fewest slices whose longest share is within a twentieth of the shortest there is, if possible with
-    `SMALL_INPUT` bytes of a slice of the input at most, and with `MAX_INPUT` at any rate. `pieces`: of the ranks of all
+    `small_input` bytes of a slice of the input at most, and with `MAX_INPUT` at any rate. `pieces`: of the ranks of all
     experts in use."""
     names = [name for names in passes for name in names]
     outs, in_dim = {name: shapes[name][0] for name in names}, shapes[names[0]][1]
@@ -175,19 +188,32 @@ def make_group(
         if length * PIECE * columns * itemsize <= MAX_INPUT:
             shares[slices] = -(-units // (num_blocks // slices)) * length
     good = [s for s, share in shares.items() if share <= 1.05 * min(shares.values())]
-    small = [s for s in good if -(-chunks // s) * PIECE * columns * itemsize <= SMALL_INPUT]
+    small = [s for s in good if -(-chunks // s) * PIECE * columns * itemsize <= small_input]
     slices = (small or good)[0]
     members, adapted = num_blocks // slices, tuple(name for name in names if name in adapted)
-    a_parts = min(MAX_A_PARTS, members // max(1, len(adapted) * pieces), chunks // slices)
+    light = -units % members
+    slice_chunks, pairs, others = -(-chunks // slices), len(adapted) * -(-pieces // 2), members - light
+    unit_chunks, idle = len(passes[0]) * slice_chunks, num_blocks - others * slices
+    a_parts, quota = _cut_a(
+        pairs, slice_chunks, others, light, max_parts=min(MAX_A_PARTS, chunks // slices),
+        limit=min(unit_chunks, -(-units // members) * unit_chunks - LATE),
+    )  # fmt: skip
     return Group(
-        passes=passes,
-        outs=outs,
-        in_dim=in_dim,
-        slices=slices,
-        members=members,
-        adapted=adapted,
-        a_parts=max(1, a_parts),
-    )
+        passes=passes, outs=outs, in_dim=in_dim, slices=slices, members=members, adapted=adapted, a_parts=a_parts,
+        light=light, quota=quota, gatherers=idle if len(adapted) * pieces * (columns // QUERIES) <= idle else num_blocks,
+    )  # fmt: skip
+
+
+def _cut_a(pairs: int, slice_chunks: int, heavy: int, light: int, *, limit: int, max_parts: int) -> tuple[int, int]:
+    """(parts of a slice of A, products that a light member takes): the fewest parts with which the others' share of the
+    products of so many pairs is the shortest there is, when light members take up to `limit` chunks."""
+    costs = {}
+    for parts in range(1, max_parts + 1):
+        chunks = -(-slice_chunks // parts)
+        quota = max(0, limit) // chunks if light else 0
+        costs[parts] = -(-max(0, pairs * parts - light * quota) // heavy) * chunks, quota
+    parts = min(costs, key=lambda parts: (costs[parts][0], parts))
+    return parts, costs[parts][1]
 
 
 def make_plan(
@@ -210,26 +236,28 @@ def make_plan(
         "qkv": (("q_proj",), ("k_proj",), ("v_proj",)), "o": (("o_proj",),), "gate_up": (("gate_proj", "up_proj"),),
         "down": (("down_proj",),), "head": (("lm_head",),),
     }  # fmt: skip
-    parts: dict[str, Group] = {}
+
+    def cut(small_input: int) -> dict[str, Group]:
+        options = {"pieces": max_used * rank_pieces, "num_blocks": num_blocks, "columns": columns, "itemsize": itemsize}
+        return {
+            name: make_group(shapes, own, adapted, **options, small_input=small_input) for name, own in passes.items()
+        }
+
+    parts = cut(SMALL_INPUT)
+    widest = max(group.slice_chunks for group in parts.values()) * PIECE * columns * itemsize
+    if widest > SMALL_INPUT:  # the others may use the room that one of them needs: fewer slices, fewer sums
+        parts = cut(widest)
     first_semaphore = 0
-    for name, own in passes.items():
-        group = make_group(
-            shapes,
-            own,
-            adapted,
-            pieces=max_used * rank_pieces,
-            num_blocks=num_blocks,
-            columns=columns,
-            itemsize=itemsize,
-        )
+    for name, group in parts.items():
         parts[name] = replace(group, first_semaphore=first_semaphore)
         first_semaphore += group.num_semaphores
     units = batch * num_kv_heads * -(-group_size // QUERIES)
     plan = Plan(
-        **parts, columns=columns, num_blocks=num_blocks, max_used=max_used, rank_pieces=rank_pieces, slots=0,
+        **parts, columns=columns, single=batch == 1, num_blocks=num_blocks, max_used=max_used, rank_pieces=rank_pieces,
+        slots=0,
         splits=max(1, min(num_blocks // units, cache_slots // SPLIT_SLOTS, 16)),
     )  # fmt: skip
-    linear_rows = plan.x_rows + plan.pieces * columns
+    linear_rows = plan.x_rows + plan.h_rows
     attention_rows = (head_dim // PIECE + TILE // PIECE) * QUERIES  # the two are never used at the same time
     left = SHARED_MEMORY - RESERVED - max(linear_rows, attention_rows) * PIECE * itemsize
     return replace(plan, slots=min(MAX_SLOTS, left // (TILE * PIECE * itemsize)))

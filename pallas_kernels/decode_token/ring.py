@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.plan import QUIET, TILE
+from pallas_kernels.decode_token.plan import HALF, QUIET, TILE
 
 
 class Filled(NamedTuple):
@@ -29,11 +29,12 @@ class Ring:
     warpgroup fills the slots and one empties them; both go through the same chunks in the same order, and each keeps a
     count of those it has passed.
 
-    A phase's first chunks come while the blocks exchange what they have found, and whatever they store or load meanwhile
-    waits behind copies under way; so of as many as the ring holds, no more than `quiet` are under way at once."""
+    A chunk may come in two halves from two places. A phase's first chunks come while the blocks exchange what they have
+    found, and whatever they store or load meanwhile waits behind copies under way; so of as many as the ring holds, no more
+    than `quiet` are under way at once."""
 
-    def __init__(self, slots_smem: Any, full: Any, empty: Any, quiet: int = QUIET):
-        self.slots_smem, self.full, self.empty = slots_smem, full, empty
+    def __init__(self, slots_smem: Any, full: Any, empty: Any, other_full: Any = None, quiet: int = QUIET):
+        self.slots_smem, self.full, self.empty, self.other_full = slots_smem, full, empty, other_full
         self.num_slots = slots_smem.shape[0]
         self.quiet = min(quiet, self.num_slots)
 
@@ -41,7 +42,8 @@ class Ring:
         """Nothing, and no exchange to keep quiet for."""
         return Filled(jnp.int32(0), jnp.int32(0), jnp.int32(-self.num_slots))
 
-    def fill(self, filled: Filled, source_gmem) -> Filled:
+    def fill(self, filled: Filled, source_gmem, other_gmem=None) -> Filled:
+        """The next chunk, or, from two sources, its halves."""
         count, landed, start = filled
         slot = count % self.num_slots
 
@@ -52,15 +54,22 @@ class Ring:
         in_flight = jnp.where(count - start < self.num_slots, self.quiet, self.num_slots)
         must_land = jnp.maximum(landed, count + 1 - in_flight)
         lax.fori_loop(landed, must_land, lambda i, _: plgpu.barrier_wait(self.full.at[i % self.num_slots]), None)
-        rows = source_gmem.shape[0]
-        slot_smem = self.slots_smem.at[slot] if rows == TILE else self.slots_smem.at[slot, pl.ds(0, rows)]
-        plgpu.copy_gmem_to_smem(source_gmem, slot_smem, self.full.at[slot])
+        if other_gmem is None:
+            plgpu.copy_gmem_to_smem(source_gmem, self._rows(slot, 0, source_gmem.shape[0]), self.full.at[slot])
+        else:
+            plgpu.copy_gmem_to_smem(source_gmem, self._rows(slot, 0, HALF), self.full.at[slot])
+            plgpu.copy_gmem_to_smem(other_gmem, self._rows(slot, HALF, HALF), self.other_full.at[slot])
         return filled._replace(count=count + 1, landed=must_land)
 
-    def take(self, count):
+    def _rows(self, slot, first: int, number: int):
+        return self.slots_smem.at[slot] if number == TILE else self.slots_smem.at[slot, pl.ds(first, number)]
+
+    def take(self, count, in_halves: bool = False):
         """The next chunk, when it has come."""
         slot = count % self.num_slots
         plgpu.barrier_wait(self.full.at[slot])
+        if in_halves:
+            plgpu.barrier_wait(self.other_full.at[slot])
         return self.slots_smem.at[slot]
 
     def release(self, count):

@@ -1,7 +1,8 @@
 """Pre-gated linears on Hopper in one launch: one group of linears of the whole-token kernel.
 
-    experts    partial products of A of the experts in use, each block its share of ranks and of columns
-    products   of W, its share of tiles and of columns; the block that finishes a tile also adds B times what A gave
+    experts    t_part[s] = A[e_u] x of slice s, each block its share of ranks and of columns
+    gather     h_u = g_u · Σ_s t_part[s]
+    products   y_part[s] = W x of slice s, its share of tiles; y_part[S] = Σ_u B[e_u] h_u, its share of them
     finish     y = Σ_s y_part[s], rounded once
 
 A warpgroup that only copies has B on its way before it can be used. See `pallas_kernels.decode_token.linear`.
@@ -20,12 +21,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_token.linear import COMPILER, Linears, steps_of, store_transposed
+from pallas_kernels.decode_token.linear import Linears, part_shape, steps_of
 from pallas_kernels.decode_token.plan import (
     HALF,
     MAX_SLOTS,
     MIN_SLOTS,
     PIECE,
+    QUERIES,
     RESERVED,
     SHARED_MEMORY,
     TILE,
@@ -37,6 +39,8 @@ from pallas_kernels.decode_token.plan import (
     no_room,
 )
 from pallas_kernels.decode_token.ring import Ring
+from pallas_kernels.decode_token.shares import Scalars
+from pallas_kernels.decode_token.tiles import COMPILER, store_transposed
 from pallas_kernels.pregated_linear.mixture import Mixture, used_first
 
 MAX_BATCH = 32
@@ -59,7 +63,9 @@ def obstacle(x: Array, weights: dict[str, Array], a: dict[str, Array]) -> str | 
     return None
 
 
-def _kernel(*refs, names, plan, group, steps, compiled, ring_smem, ring_full, ring_empty, x_smem, h_smem):
+def _kernel(
+    *refs, names, plan, group, steps, compiled, ring_smem, ring_full, ring_other_full, ring_empty, x_smem, h_smem
+):
     """`steps`: those that this launch runs."""
     memory: dict[str, Any] = {"biases": {}, "weights": {}, "a": {}, "b": {}, "y": {}}
     for name, ref in zip(names, refs, strict=True):
@@ -68,15 +74,16 @@ def _kernel(*refs, names, plan, group, steps, compiled, ring_smem, ring_full, ri
         else:
             memory[name] = ref
     m = SimpleNamespace(**memory)
-    ring = Ring(ring_smem, ring_full, ring_empty)
+    m.scalars = Scalars.of(m)
+    ring = Ring(ring_smem, ring_full, ring_empty, ring_other_full)
     semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((group.num_semaphores,))) if compiled else None
     linears = Linears(
         group, plan, m, ring, semaphores, steps=steps, turn=lambda layer: 0, norm_dim=None, eps=0.0
     )  # fmt: skip
     layer = m.layer[0]
 
-    def follow(names, row):
-        return partial(store_transposed, m.y[names[0]].at[:, pl.ds(row, HALF)])
+    def follow(names, row, columns):
+        return partial(store_transposed, m.y[names[0]].at[columns, pl.ds(row, HALF)])
 
     @pl.when(lax.axis_index("group") == 1)
     def _copy():
@@ -121,11 +128,15 @@ def pregated_linear_mosaic(
         shapes, tuple((name,) for name in shapes), tuple(a), pieces=pieces, num_blocks=blocks, columns=columns,
         itemsize=itemsize,
     )  # fmt: skip
-    plan = SimpleNamespace(columns=columns, rank_pieces=rank_pieces)
+    part = part_shape(batch == 1, columns)
+    plan = SimpleNamespace(
+        single=batch == 1, columns=columns, rank_pieces=rank_pieces, pieces=pieces, num_blocks=blocks
+    )
     inputs |= {(kind, name): w for kind, of in (("weights", weights), ("a", a), ("b", b)) for name, w in of.items()}
-    buffers: dict[Any, Any] = {"y_part": ((group.slices, group.num_tiles, 2, HALF, columns), jnp.float32)}
+    buffers: dict[Any, Any] = {"y_part": ((group.slices + bool(a), group.num_tiles, 2, *part), jnp.float32)}
     if a:
-        buffers["t_part"] = ((group.slices * group.a_parts, len(a), pieces, PIECE, columns), jnp.float32)
+        buffers["t_part"] = ((group.slices * group.a_parts, len(a), pieces + pieces % 2, *part), jnp.float32)
+        buffers["h"] = ((len(a) * pieces * columns + HALF, PIECE), dtype)
     buffers |= {("y", name): ((columns, out), dtype) for name, (out, _) in shapes.items()}
     refs = dict(inputs)
     for name, (of_shape, of_type) in buffers.items():
@@ -139,14 +150,15 @@ def pregated_linear_mosaic(
         tiling = plgpu.TilingTransform((8, width // itemsize))  # type: ignore[abstract]
         return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(width)))  # type: ignore[abstract]
 
-    x_rows = input_rows(group.slice_chunks, columns)
-    left = SHARED_MEMORY - RESERVED - (x_rows + pieces * columns) * PIECE * itemsize
+    x_rows, h_rows = input_rows(group.slice_chunks, columns), input_rows(pieces, columns) if a else QUERIES
+    left = SHARED_MEMORY - RESERVED - (x_rows + h_rows) * PIECE * itemsize
     slots = min(MAX_SLOTS, left // (TILE * PIECE * itemsize))
     if slots < MIN_SLOTS:
         raise ValueError(f"pregated_linear cannot run as pallas: {no_room(max_used, PIECE * rank_pieces, batch)}")
-    for steps in (steps_of(group),) if interpret is False else zip(steps_of(group)):
+    steps = steps_of(group, plan.single)
+    for these in (steps,) if interpret is False else zip(steps):
         plgpu.kernel(
-            partial(_kernel, names=tuple(refs), plan=plan, group=group, steps=steps, compiled=interpret is False),
+            partial(_kernel, names=tuple(refs), plan=plan, group=group, steps=these, compiled=interpret is False),
             out_type=(),
             grid=(blocks,),
             grid_names=("block",),
@@ -155,9 +167,10 @@ def pregated_linear_mosaic(
             scratch_types={
                 "ring_smem": operand(slots, TILE, PIECE),
                 "ring_full": plgpu.Barrier(num_barriers=slots),
+                "ring_other_full": plgpu.Barrier(num_barriers=slots),
                 "ring_empty": plgpu.Barrier(num_barriers=slots),
                 "x_smem": operand(x_rows, PIECE),
-                "h_smem": operand(pieces, columns, PIECE),
+                "h_smem": operand(h_rows, PIECE),
             },
             compiler_params=COMPILER,
             interpret=interpret,
