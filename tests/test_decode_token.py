@@ -104,8 +104,9 @@ def check(case: Case, *, compiled: bool, **options: Any) -> None:
     model, adapter, cache, tokens, positions = make(case)
     exact, _, exact_cache = by_modules(in_fp32(model), in_fp32(adapter), in_fp32(cache), tokens, positions)
     usual, routing, usual_cache = by_modules(model, adapter, cache, tokens, positions)
-    call: Any = jax.jit(fused_step) if compiled else fused_step
-    logits, experts, after = call(model, adapter, Fused.of(model, adapter), tokens, positions, cache, **options)
+    step = partial(fused_step, **options)
+    call: Any = jax.jit(step) if compiled else step
+    logits, experts, after = call(model, adapter, Fused.of(model, adapter), tokens, positions, cache)
 
     def error(x: jax.Array, wanted: jax.Array) -> float:
         x, wanted = np.asarray(x, np.float64), np.asarray(wanted, np.float64)
@@ -143,6 +144,7 @@ INTERPRETED = {
 }  # fmt: skip
 COMPILED = {
     "bare": Case(num_layers=3),
+    "one piece of ranks": Case(num_layers=2, targets=LINEARS, top_k=1),
     "q, v": Case(num_layers=2, targets=("q_proj", "v_proj")),
     "all 7, two rows": Case(num_layers=2, batch=2, targets=LINEARS),
     "norms, biases": Case(
@@ -171,6 +173,13 @@ def test_interpreted(name):
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled(name):
     check(COMPILED[name], compiled=True)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_compiled_with_few_blocks():
+    """Several units for each, A in those that have fewer of them, and sums gathered among products."""
+    check(COMPILED["32 rows"], compiled=True, num_blocks=2)
 
 
 @pytest.mark.parametrize("case", [Case(), Case(batch=2, targets=("q_proj", "down_proj"))], ids=["bare", "two rows"])

@@ -53,19 +53,16 @@ STEPS = "experts", "gather", "products", "finish"
 
 def steps_of(group: Group, single: bool) -> tuple[str, ...]:
     """Those that it has something to do in."""
-    return tuple(step for step in STEPS if group.adapted or step not in STEPS[:2] if not (single and step == "gather"))
-
-
-def part_shape(single: bool, columns: int) -> tuple[int, ...]:
-    """Of half a tile of a sum in device memory: narrow pieces, or of a single row its column."""
-    return (HALF,) if single else (columns // QUERIES, HALF, QUERIES)
+    if not group.adapted:
+        return "products", "finish"
+    return ("experts", "products", "finish") if single else STEPS
 
 
 class Linears:
-    """One group. `memory` has the refs `weights`, `biases`, `a`, `b` by name, `y_part` [S + 1, tiles, 2, *part] and `t_part`
-    [S · parts, targets, 2 · pairs of pieces, *part], with part as `part_shape` says; `h` [targets · U · pieces · N + HALF,
-    PIECE]; `gates` [U, N]; `squares` [halves of tiles, N]; `r` [blocks, N]; and the `scalars`. `semaphores` (None where
-    blocks do not run at the same time) has one for A, one for h, and one for each member. `steps`: which of STEPS are done.
+    """One group. `memory` has the refs `weights`, `biases`, `a`, `b` by name; `y_part` [S + 1, tiles, 2, *part], `t_part`
+    [S · parts, targets, 2 · pairs of pieces, *part] and `h` [targets · U · pieces · N + HALF, PIECE] of `plan.exchanged`;
+    `gates` [U, N]; `squares` [halves of tiles, N]; `r` [blocks, N]; and the `scalars`. `semaphores` (None where blocks do
+    not run at the same time) has one for A, one for h, and one for each member. `steps`: which of STEPS are done.
     `turn(layer)`: how many layers have run in this launch before this one."""
 
     def __init__(
@@ -96,8 +93,8 @@ class Linears:
 
             return lax.fori_loop(0, number, chunk, filled)
 
-        def expert(name, piece):
-            number, part = divmod_(jnp.minimum(piece, self.shares.used_pieces - 1), self.plan.rank_pieces)
+        def expert(piece):
+            number, part = divmod_(piece, self.plan.rank_pieces)
             return pick(memory.scalars.experts, number), pl.ds(part * PIECE, PIECE)
 
         def of_b(filled, when):
@@ -107,7 +104,7 @@ class Linears:
                     rows = pl.ds(at(n) * TILE, TILE)
 
                     def ranks(piece, filled):
-                        number, columns = expert(name, piece)
+                        number, columns = expert(piece)
                         return self.ring.fill(filled, memory.b[name].at[layer, number, rows, columns])
 
                     return lax.fori_loop(0, self.shares.used_pieces, ranks, filled)
@@ -119,7 +116,11 @@ class Linears:
 
             def of_a(n, filled, name=name, at=at):
                 pair, part = at(n)
-                one, other = (memory.a[name].at[layer, *expert(name, 2 * pair + half)] for half in (0, 1))
+                pieces = (
+                    2 * pair,
+                    jnp.minimum(2 * pair + 1, self.shares.used_pieces - 1),
+                )  # the last one of an odd number twice
+                one, other = (memory.a[name].at[layer, *expert(piece)] for piece in pieces)
                 return chunks(
                     filled, lambda columns: (one.at[:, columns], other.at[:, columns]), *self.shares.part(part)
                 )
@@ -137,7 +138,7 @@ class Linears:
                         return (w.at[rows, columns],)
 
                     filled = chunks(filled, of_w, self.shares.first_chunk, first)
-                    if with_b is not False:
+                    if with_b is not None:
                         filled = of_b(filled, with_b)
                         filled = chunks(filled, of_w, self.shares.first_chunk + first, last)
                 return filled
@@ -232,7 +233,7 @@ class Linears:
 
                     def multiply(*accs, count=count, first=first, last=last, with_b=with_b):
                         count = self._multiply(accs, count, first, self._pieces(x_smem))
-                        if with_b is not False:
+                        if with_b is not None:
                             count = self._b_products(layer, count, with_b, h_smem)
                             count = self._multiply(accs, count, last, self._pieces(x_smem, first))
                         return *(acc[...] for acc in accs), count

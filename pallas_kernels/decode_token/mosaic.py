@@ -29,8 +29,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_token.attention import Attention, rounded
-from pallas_kernels.decode_token.linear import Linears, part_shape, steps_of
-from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
+from pallas_kernels.decode_token.linear import Linears, steps_of
+from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan, exchanged
 from pallas_kernels.decode_token.ring import Ring
 from pallas_kernels.decode_token.shares import Scalars
 from pallas_kernels.decode_token.tiles import (
@@ -213,24 +213,17 @@ def run_token(
     """(logits [V, N], k_new and v_new [L, N, K, H]). `inputs` are the arrays that `_phases` reads, nested by name; see
     `pallas_kernels.decode_token.op`."""
     dtype, n = inputs["x"].dtype, plan.columns
-    part = part_shape(plan.single, n)
-    tiles = max(group.num_tiles for group in plan.groups)
-    targets = max(len(group.adapted) for group in plan.groups)
     new = (model.num_layers, n, model.num_kv_heads, model.head_dim)
     split = (plan.splits, n, model.num_kv_heads * -(-model.num_heads // model.num_kv_heads // QUERIES))
     heads_dim = model.num_heads * model.head_dim
     buffers = {
-        "y_part": ((plan.max_slices + bool(targets), tiles, 2, *part), jnp.float32),
+        **exchanged(plan.groups, plan, dtype),
         "r": ((plan.num_blocks, n), jnp.float32),
         "q_raw": ((model.num_heads + QUERIES, n, 2 * PIECE), dtype), "k_raw": ((model.num_kv_heads, n, 2 * PIECE), dtype),
         "context": ((heads_dim // PIECE * n + HALF, PIECE), dtype),
         "hidden": ((model.hidden_dim // PIECE * n + HALF, PIECE), dtype),
         "logits": ((model.vocab_size, n), jnp.float32), "k_new": (new, dtype), "v_new": (new, dtype),
     }  # fmt: skip
-    if targets:
-        parts = max(group.slices * group.a_parts for group in plan.groups)
-        buffers["t_part"] = ((parts, targets, plan.pieces + plan.pieces % 2, *part), jnp.float32)
-        buffers["h"] = ((targets * plan.pieces * n + HALF, PIECE), dtype)
     if plan.splits > 1:
         buffers["o_part"] = ((*split, model.head_dim // PIECE, HALF, QUERIES), jnp.float32)
         buffers |= dict.fromkeys(("max_part", "sum_part"), ((*split, QUERIES), jnp.float32))

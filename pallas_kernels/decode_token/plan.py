@@ -8,7 +8,9 @@ input; the `slices` blocks of a unit share what is to do with their sums.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -53,11 +55,11 @@ class Group:
     a_parts: int
     """Of each slice of an expert's A."""
     light: int
-    """Members, the last ones, that have one unit less than the others, or none."""
+    """Members, the last ones, that have one unit less than the others; 0 if all have as many."""
     quota: int
     """Products of A that a light member takes before others take any."""
     gatherers: int
-    """Blocks, the last ones, that add up the products of A."""
+    """Blocks, the last ones, that add up the products of A, if the batch is not a single row."""
     first_semaphore: int = 0
 
     @property
@@ -116,10 +118,6 @@ class Plan:
     @property
     def groups(self) -> tuple[Group, ...]:
         return self.qkv, self.o, self.gate_up, self.down, self.head
-
-    @property
-    def max_slices(self) -> int:
-        return max(group.slices for group in self.groups)
 
     @property
     def pieces(self) -> int:
@@ -187,6 +185,10 @@ def make_group(
         length = -(-chunks // slices)
         if length * PIECE * columns * itemsize <= MAX_INPUT:
             shares[slices] = -(-units // (num_blocks // slices)) * length
+    if not shares:
+        raise ValueError(
+            f"{names[0]} has {in_dim} columns: slices for {num_blocks} thread blocks do not fit the shared memory"
+        )
     good = [s for s, share in shares.items() if share <= 1.05 * min(shares.values())]
     small = [s for s in good if -(-chunks // s) * PIECE * columns * itemsize <= small_input]
     slices = (small or good)[0]
@@ -212,7 +214,7 @@ def _cut_a(pairs: int, slice_chunks: int, heavy: int, light: int, *, limit: int,
         chunks = -(-slice_chunks // parts)
         quota = max(0, limit) // chunks if light else 0
         costs[parts] = -(-max(0, pairs * parts - light * quota) // heavy) * chunks, quota
-    parts = min(costs, key=lambda parts: (costs[parts][0], parts))
+    parts = min(costs, key=lambda parts: costs[parts][0])
     return parts, costs[parts][1]
 
 
@@ -261,3 +263,17 @@ def make_plan(
     attention_rows = (head_dim // PIECE + TILE // PIECE) * QUERIES  # the two are never used at the same time
     left = SHARED_MEMORY - RESERVED - max(linear_rows, attention_rows) * PIECE * itemsize
     return replace(plan, slots=min(MAX_SLOTS, left // (TILE * PIECE * itemsize)))
+
+
+def exchanged(groups: Sequence[Group], plan: Any, dtype: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """{name: (shape, dtype)} of what the blocks leave each other in device memory. A part is half a tile of a sum, in
+    narrow pieces, or of a single row its column."""
+    part = (HALF,) if plan.single else (plan.columns // QUERIES, HALF, QUERIES)
+    slices, targets = max(group.slices for group in groups), max(len(group.adapted) for group in groups)
+    buffers = {"y_part": ((slices + bool(targets), max(group.num_tiles for group in groups), 2, *part), jnp.float32)}
+    if targets:
+        parts = max(group.slices * group.a_parts for group in groups)
+        buffers["t_part"] = ((parts, targets, plan.pieces + plan.pieces % 2, *part), jnp.float32)
+    if targets and not plan.single:
+        buffers["h"] = ((targets * plan.pieces * plan.columns + HALF, PIECE), dtype)
+    return buffers

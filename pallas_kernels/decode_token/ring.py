@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.plan import HALF, QUIET, TILE
+from pallas_kernels.decode_token.plan import HALF, QUIET
 
 
 class Filled(NamedTuple):
@@ -25,11 +25,12 @@ class Filled(NamedTuple):
 
 
 class Ring:
-    """Chunks of weights, [TILE, PIECE] or the first rows of that, on their way from device memory to the tensor cores. One
+    """Chunks of weights, as large as a slot, on their way from device memory to the tensor cores. One
     warpgroup fills the slots and one empties them; both go through the same chunks in the same order, and each keeps a
     count of those it has passed.
 
-    A chunk may come in two halves from two places. A phase's first chunks come while the blocks exchange what they have
+    A chunk may come in two halves from two places, each with a barrier of its own, `full` and `other_full`: each would
+    complete one that waits for one arrival. A phase's first chunks come while the blocks exchange what they have
     found, and whatever they store or load meanwhile waits behind copies under way; so of as many as the ring holds, no more
     than `quiet` are under way at once."""
 
@@ -55,14 +56,12 @@ class Ring:
         must_land = jnp.maximum(landed, count + 1 - in_flight)
         lax.fori_loop(landed, must_land, lambda i, _: plgpu.barrier_wait(self.full.at[i % self.num_slots]), None)
         if other_gmem is None:
-            plgpu.copy_gmem_to_smem(source_gmem, self._rows(slot, 0, source_gmem.shape[0]), self.full.at[slot])
+            plgpu.copy_gmem_to_smem(source_gmem, self.slots_smem.at[slot], self.full.at[slot])
         else:
-            plgpu.copy_gmem_to_smem(source_gmem, self._rows(slot, 0, HALF), self.full.at[slot])
-            plgpu.copy_gmem_to_smem(other_gmem, self._rows(slot, HALF, HALF), self.other_full.at[slot])
+            halves = ((source_gmem, 0, self.full), (other_gmem, HALF, self.other_full))
+            for half_gmem, row, barriers in halves:
+                plgpu.copy_gmem_to_smem(half_gmem, self.slots_smem.at[slot, pl.ds(row, HALF)], barriers.at[slot])
         return filled._replace(count=count + 1, landed=must_land)
-
-    def _rows(self, slot, first: int, number: int):
-        return self.slots_smem.at[slot] if number == TILE else self.slots_smem.at[slot, pl.ds(first, number)]
 
     def take(self, count, in_halves: bool = False):
         """The next chunk, when it has come."""

@@ -25,7 +25,7 @@ class Scalars(NamedTuple):
     """[U]: those in use, first."""
     num_used: Any
     positions: list[Any]
-    """[N]: where the rows' tokens are; none where that does not matter."""
+    """[B]: where the rows' tokens are; none where that does not matter."""
 
     @classmethod
     def of(cls, memory: Any) -> Scalars:
@@ -162,12 +162,12 @@ class Shares:
 
     def order(self, names, n, number):
         """Of the n-th of a block's `number` units of a pass: (of each name, how many chunks of W come first and how many
-        last; whether B comes between those). Without a unit of the last pass there is B alone."""
+        last; whether B comes between those, or None if it never does). Without a unit of the last pass there is B alone."""
         last = self.has_b(names)
         chunks = jnp.where(number > 0, self.num_chunks, 0) if last else self.num_chunks
         split = chunks // 2 if last else chunks
-        yield from ((name, chunks, 0, False) for name in names[:-1])
-        yield names[-1], split, chunks - split, last and n + 1 >= number
+        yield from ((name, chunks, 0, None) for name in names[:-1])
+        yield names[-1], split, chunks - split, n + 1 >= number if last else None
 
     def rounds(self, names, number):
         """How many units `order` tells of."""

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_token.linear import Linears, part_shape, steps_of
+from pallas_kernels.decode_token.linear import Linears, steps_of
 from pallas_kernels.decode_token.plan import (
     HALF,
     MAX_SLOTS,
@@ -32,6 +32,7 @@ from pallas_kernels.decode_token.plan import (
     SHARED_MEMORY,
     TILE,
     columns_for,
+    exchanged,
     in_pieces,
     input_rows,
     make_group,
@@ -128,15 +129,11 @@ def pregated_linear_mosaic(
         shapes, tuple((name,) for name in shapes), tuple(a), pieces=pieces, num_blocks=blocks, columns=columns,
         itemsize=itemsize,
     )  # fmt: skip
-    part = part_shape(batch == 1, columns)
     plan = SimpleNamespace(
         single=batch == 1, columns=columns, rank_pieces=rank_pieces, pieces=pieces, num_blocks=blocks
     )
     inputs |= {(kind, name): w for kind, of in (("weights", weights), ("a", a), ("b", b)) for name, w in of.items()}
-    buffers: dict[Any, Any] = {"y_part": ((group.slices + bool(a), group.num_tiles, 2, *part), jnp.float32)}
-    if a:
-        buffers["t_part"] = ((group.slices * group.a_parts, len(a), pieces + pieces % 2, *part), jnp.float32)
-        buffers["h"] = ((len(a) * pieces * columns + HALF, PIECE), dtype)
+    buffers: dict[Any, Any] = {**exchanged([group], plan, dtype)}
     buffers |= {("y", name): ((columns, out), dtype) for name, (out, _) in shapes.items()}
     refs = dict(inputs)
     for name, (of_shape, of_type) in buffers.items():
