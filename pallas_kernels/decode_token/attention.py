@@ -70,19 +70,20 @@ class Attention:
         unit, group = unit // self.groups, unit % self.groups
         return unit // self.num_kv_heads, unit % self.num_kv_heads, group, split
 
-    def _tiles(self, layer, position, split):
+    def _tiles(self, position, window, split):
         """(first, how many) tiles of the cache belong to this part: those with positions in the window, shared evenly."""
-        begin = jnp.maximum(position - self.memory.windows[layer] + 1, 0) // TILE
+        begin = jnp.maximum(position - window + 1, 0) // TILE
         tiles = (position + TILE - 1) // TILE - begin
         low, high = tiles * split // self.plan.splits, tiles * (split + 1) // self.plan.splits
         return begin + low, high - low
 
     def copy(self, layer, filled: Filled) -> Filled:
         first, number = self._share(self.plan.splits)
+        window = self.memory.windows[layer]
 
         def unit(n, filled):
             row, head, _, split = self._unit(n, first, self.plan.splits)
-            start, tiles = self._tiles(layer, pick(self.memory.scalars.positions, row), split)
+            start, tiles = self._tiles(pick(self.memory.scalars.positions, row), window, split)
 
             def tile(t, filled):
                 for cache in (self.memory.cache_k, self.memory.cache_v):
@@ -104,7 +105,7 @@ class Attention:
         def unit(n, count):
             row, head, group, split = self._unit(n, first, plan.splits)
             position, window = memory.positions[row], memory.windows[layer]
-            start, tiles = self._tiles(layer, position, split)
+            start, tiles = self._tiles(position, window, split)
             values = [load(memory.v_new.at[layer, row, head, c], ROWS).astype(jnp.float32) for c in self._columns]
             score = self._prepare(layer, row, head, group, split, q_smem)
             # Before the first tile: the new token alone for the first part, nothing for the others.

@@ -14,7 +14,7 @@ the others of its member have too.
 x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one number for each row of the batch: a
 linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N]; sums are in fp32. While
 copies are under way a block reads other blocks' sums at no more than a cache line in some 14 cycles, so they are shared out
-in narrow pieces, [HALF, QUERIES], each in one place, and of a single row only its column is stored.
+in narrow pieces, [HALF, QUERIES], each in one place, and of a single row the columns of eight parts are one such piece.
 Activations lie in device memory in pieces, [pieces · N, PIECE]: the N rows' piece 0, then their piece 1 …
 """
 
@@ -209,9 +209,8 @@ class Linears:
 
                 *halves, count = pl.run_scoped(multiply, self._accumulator, self._accumulator)
                 for half, t in enumerate(halves):
-                    self._put(
-                        self.memory.t_part.at[self.shares.slice * group.a_parts + part, place, 2 * pair + half], t
-                    )
+                    where = place, 2 * pair + half
+                    self._put(self.memory.t_part, self.shares.slice * group.a_parts + part, where, t)
                 return count
 
             count, mine = lax.fori_loop(0, number, product, count), mine + number
@@ -250,21 +249,29 @@ class Linears:
 
     def _store_part(self, part, name, tile, halves):
         for half, y in enumerate(halves):
-            self._put(self.memory.y_part.at[part, self.group.first_tile(name) + tile, half], y)
+            self._put(self.memory.y_part, part, (self.group.first_tile(name) + tile, half), y)
 
-    def _put(self, ref, tile):
+    def _put(self, parts_gmem, part, where, tile):
         """A part [HALF, N] of a sum."""
         if self.plan.single:
-            store(ref, column(tile, 0))
+            store(parts_gmem.at[part // QUERIES, *where, 0, :, part % QUERIES], column(tile, 0))
         else:
             for i in range(self.shares.narrow):
-                store(ref.at[i], tile[:, i * QUERIES : (i + 1) * QUERIES])
+                store(parts_gmem.at[part, *where, i], tile[:, i * QUERIES : (i + 1) * QUERIES])
 
-    def _sum(self, refs, i):
-        """Σ of parts, its i-th narrow piece."""
-        if self.plan.single:
-            return over_columns(sum_of(load(ref, ROWS) for ref in refs), (HALF, QUERIES))
-        return sum_of(load(ref.at[i]) for ref in refs)
+    def _sum(self, parts_gmem, parts: int, where, i):
+        """Σ of the first `parts` parts, its i-th narrow piece."""
+        if not self.plan.single:
+            groups = batched(range(parts), AT_ONCE)
+            return sum_of(sum_of(load(parts_gmem.at[part, *where, i]) for part in some) for some in groups)
+        total: Any = 0.0
+        for start in range(0, parts, QUERIES):
+            tile = load(parts_gmem.at[start // QUERIES, *where, 0])
+            if parts - start < QUERIES:
+                numbers = plgpu.broadcasted_iota(jnp.int32, tile.shape, 1, layout=plgpu.Layout.WGMMA)
+                tile = jnp.where(numbers < parts - start, tile, 0)
+            total += tile
+        return over_columns(total.sum(axis=1), (HALF, QUERIES))
 
     def _b_products(self, layer, count, when, h_smem):
         for place, name, number, at in self.shares.b_shares():
@@ -327,8 +334,7 @@ class Linears:
         values = []
         for name in names:
             number = group.first_tile(name) + tile
-            parts = range(group.slices + (name in group.adapted))
-            y = self._sum([memory.y_part.at[s, number, half] for s in parts], i)
+            y = self._sum(memory.y_part, group.slices + (name in group.adapted), (number, half), i)
             if r is not None:
                 y = y * over_rows(r, shape)
             if name in biases:
@@ -370,8 +376,7 @@ class Linears:
 
     def _h_piece(self, place, piece, i):
         """[PIECE, QUERIES] of h, in fp32."""
-        parts = [self.memory.t_part.at[s, place, piece] for s in range(self.group.slices * self.group.a_parts)]
-        t = sum_of(self._sum(some, i) for some in batched(parts, AT_ONCE))
+        t = self._sum(self.memory.t_part, self.group.slices * self.group.a_parts, (place, piece), i)
         expert = divmod_(piece, self.plan.rank_pieces)[0]
         gate = load(self.memory.gates.at[expert, pl.ds(i * QUERIES, QUERIES)], COLUMNS)
         return t * over_rows(gate, t.shape)

@@ -165,7 +165,7 @@ class Shares:
         last; whether B comes between those, or None if it never does). Without a unit of the last pass there is B alone."""
         last = self.has_b(names)
         chunks = jnp.where(number > 0, self.num_chunks, 0) if last else self.num_chunks
-        split = chunks // 2 if last else chunks
+        split = jnp.where(n + 1 >= number, chunks // 2, chunks) if last else chunks
         yield from ((name, chunks, 0, None) for name in names[:-1])
         yield names[-1], split, chunks - split, n + 1 >= number if last else None
 

@@ -127,7 +127,7 @@ def pregated_linear_mosaic(
     pieces = max_used * rank_pieces
     group = make_group(
         shapes, tuple((name,) for name in shapes), tuple(a), pieces=pieces, num_blocks=blocks, columns=columns,
-        itemsize=itemsize,
+        itemsize=itemsize, single=batch == 1,
     )  # fmt: skip
     plan = SimpleNamespace(
         single=batch == 1, columns=columns, rank_pieces=rank_pieces, pieces=pieces, num_blocks=blocks
