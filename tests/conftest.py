@@ -24,6 +24,14 @@ def forget_programs():
     gc.collect()
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For files whose time is XLA's on many small programs (three fifths of it then): most of its optimisations are off."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The `shared` folder beside the repository, with real data, models and tools. Without it the tests that need it are

@@ -29,6 +29,8 @@ from adafuse_jax.model.cache import KVCache
 from adafuse_jax.presets import PRESETS
 from adafuse_jax.training.step import TrainState, make_optimizer, train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SMALL = {
     "lora": {"rank": 3, "alpha": 6.0},
     "moral": {"num_experts": 4, "rank": 3, "alpha": 6.0},

@@ -21,6 +21,8 @@ from adafuse_jax.data.packing import pack
 from adafuse_jax.evaluation.heldout import HeldOut, score
 from adafuse_jax.training.step import TrainState, learning_rate, make_optimizer, token_losses, train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module", params=["llama_mqa_sharded", "qwen2_window"])
 def model(request, tmp_path_factory):
