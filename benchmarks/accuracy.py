@@ -276,7 +276,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ablations", nargs="*", default=list(ABLATIONS), choices=list(ABLATIONS), metavar="ABLATION")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, metavar="SET")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="full: a 25th")
+    parser.add_argument(
+        "--learning-rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help=f"times {RATE_SCALE}"
+    )
     parser.add_argument("--epochs", type=float, default=4.0)
     parser.add_argument("--batch-size", type=int, default=8, help="packed rows per lane and step")
     parser.add_argument("--length", type=int, default=512, help="tokens of a packed row")

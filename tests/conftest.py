@@ -27,9 +27,10 @@ def forget_programs():
 @pytest.fixture(scope="module")
 def quick_compilation():
     """For files whose time is XLA's on many small programs (three fifths of it then): most of its optimisations are off."""
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

@@ -255,7 +255,7 @@ def test_blocks_share_the_experts_products(batch, max_used, used):
             ]
             a.update(mine)
             with_a += bool(mine)
-            chunks[block] += sum(shares.part(part)[1] for *_, part in mine)
+            chunks[block] += sum(shares.chunks_of(part)[1] for *_, part in mine)
             first, number = shares.h_share()
             h.update(int(first + n * group.gatherers) for n in range(int(number)))
             for place, names in enumerate(group.passes):
@@ -321,6 +321,8 @@ def test_what_it_cannot_do_is_said():
         assert said in (obstacle(replace(LLAMA2_7B, **changes), dtype, **options) or "")
     assert obstacle(LLAMA2_7B, jnp.bfloat16, 32, LINEARS, rank=128, max_used=8) is None
     assert obstacle(replace(LLAMA2_7B, hidden_dim=28672), jnp.bfloat16, 8, LINEARS, rank=128, max_used=8) is None
+    with pytest.raises(ValueError, match="q_proj has 4096 columns: slices for 3 thread blocks do not fit"):
+        plan_of(LLAMA2_7B, batch=17, num_blocks=3)
     model, adapter, cache, tokens, positions = make(Case())
     with pytest.raises(ValueError, match="float32"):
         fused_step(

@@ -14,8 +14,8 @@ the others of its member have too.
 x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one number for each row of the batch: a
 linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N]; sums are in fp32. While
 copies are under way a block reads other blocks' sums at no more than a cache line in some 14 cycles, so they are shared out
-in narrow pieces, [HALF, QUERIES], each in one place, and of a single row only its column is stored.
-Activations lie in device memory in pieces, [pieces · N, PIECE]: the N rows' piece 0, then their piece 1 …
+in narrow pieces, [HALF, QUERIES], each in one place, and of a single row only its column is stored. Activations lie in
+device memory in pieces, [pieces · N, PIECE]: the N rows' piece 0, then their piece 1 …
 """
 
 from __future__ import annotations
@@ -116,14 +116,11 @@ class Linears:
 
             def of_a(n, filled, name=name, at=at):
                 pair, part = at(n)
-                pieces = (
-                    2 * pair,
-                    jnp.minimum(2 * pair + 1, self.shares.used_pieces - 1),
-                )  # the last one of an odd number twice
+                last = self.shares.used_pieces - 1  # of an odd number, it comes twice
+                pieces = 2 * pair, jnp.minimum(2 * pair + 1, last)
                 one, other = (memory.a[name].at[layer, *expert(piece)] for piece in pieces)
-                return chunks(
-                    filled, lambda columns: (one.at[:, columns], other.at[:, columns]), *self.shares.part(part)
-                )
+                first, number = self.shares.chunks_of(part)
+                return chunks(filled, lambda columns: (one.at[:, columns], other.at[:, columns]), first, number)
 
             filled = lax.fori_loop(0, number, of_a, filled)
         for names in self.group.passes if "products" in self.steps else ():
@@ -200,18 +197,12 @@ class Linears:
 
             def product(n, count, place=place, at=at):
                 pair, part = at(n)
-                first, chunks = self.shares.part(part)
-
-                def multiply(*accs):
-                    right = self._pieces(x_smem, first - self.shares.first_chunk)
-                    after = self._multiply(accs, count, chunks, right, in_halves=True)
-                    return *(acc[...] for acc in accs), after
-
-                *halves, count = pl.run_scoped(multiply, self._accumulator, self._accumulator)
+                first, chunks = self.shares.chunks_of(part)
+                right = self._pieces(x_smem, first - self.shares.first_chunk)
+                where = self.shares.slice * group.a_parts + part
+                halves, count = self._tile(lambda accs: self._multiply(accs, count, chunks, right, in_halves=True))
                 for half, t in enumerate(halves):
-                    self._put(
-                        self.memory.t_part.at[self.shares.slice * group.a_parts + part, place, 2 * pair + half], t
-                    )
+                    self._put(self.memory.t_part.at[where, place, 2 * pair + half], t)
                 return count
 
             count, mine = lax.fori_loop(0, number, product, count), mine + number
@@ -231,14 +222,14 @@ class Linears:
                     pl.when(n == number // 2)(lambda: self._gather(layer))
                 for name, first, last, with_b in self.shares.order(names, n, number):
 
-                    def multiply(*accs, count=count, first=first, last=last, with_b=with_b):
+                    def multiply(accs, count=count, first=first, last=last, with_b=with_b):
                         count = self._multiply(accs, count, first, self._pieces(x_smem))
                         if with_b is not None:
                             count = self._b_products(layer, count, with_b, h_smem)
                             count = self._multiply(accs, count, last, self._pieces(x_smem, first))
-                        return *(acc[...] for acc in accs), count
+                        return count
 
-                    *halves, count = pl.run_scoped(multiply, self._accumulator, self._accumulator)
+                    halves, count = self._tile(multiply)
                     put = partial(self._store_part, self.shares.slice, name, tile(n), halves)
                     pl.when(number > 0)(put) if self.shares.has_b(names) else put()
                 if place == 0:  # here, where weights are on their way, it makes nobody wait
@@ -272,20 +263,23 @@ class Linears:
             pl.when(number > 0)(partial(self._take_h, place, layer, h_smem))
 
             def product(n, count, name=name, at=at):
-                def multiply(*accs):
-                    after = self._multiply(accs, count, self.shares.used_pieces, self._pieces(h_smem))
-                    return *(acc[...] for acc in accs), after
-
-                *halves, count = pl.run_scoped(multiply, self._accumulator, self._accumulator)
+                pieces, right = self.shares.used_pieces, self._pieces(h_smem)
+                halves, count = self._tile(lambda accs: self._multiply(accs, count, pieces, right))
                 self._store_part(self.group.slices, name, at(n), halves)
                 return count
 
             count = lax.fori_loop(0, number, product, count)
         return count
 
-    @property
-    def _accumulator(self):
-        return plgpu.ACC((HALF, self.plan.columns), jnp.float32)
+    def _tile(self, multiply: Callable[[Sequence[Any]], Any]):
+        """(the halves of a tile, the new count), as `multiply(accs)` adds them to accumulators and returns the count."""
+
+        def halves(*accs):
+            count = multiply(accs)
+            return [acc[...] for acc in accs], count
+
+        acc = plgpu.ACC((HALF, self.plan.columns), jnp.float32)
+        return pl.run_scoped(halves, acc, acc)
 
     def _pieces(self, smem, first=0):
         """c → piece first + c of a right operand."""

@@ -87,6 +87,11 @@ class Group:
         return sum(map(self.units, self.passes[: self.passes.index(names)]))
 
     @property
+    def heavy(self) -> int:
+        """Members that are not light."""
+        return self.members - self.light
+
+    @property
     def num_semaphores(self) -> int:
         """One for A, one for h, and one for each member."""
         return 2 + self.members
@@ -131,7 +136,7 @@ class Plan:
     @property
     def h_rows(self) -> int:
         """Of the experts' right operand."""
-        return input_rows(self.pieces, self.columns) if any(group.adapted for group in self.groups) else QUERIES
+        return expert_rows(self.groups, self.pieces, self.columns)
 
     @property
     def num_semaphores(self) -> int:
@@ -146,6 +151,16 @@ def columns_for(batch: int) -> int:
 def input_rows(chunks: int, columns: int) -> int:
     """Rows of `PIECE` numbers that a slice of the input takes, as they are loaded: `HALF` at once."""
     return -(-chunks * columns // HALF) * HALF
+
+
+def expert_rows(groups: Sequence[Group], pieces: int, columns: int) -> int:
+    """Rows of `PIECE` numbers that h takes, as they are loaded; without experts what is the least."""
+    return input_rows(pieces, columns) if any(group.adapted for group in groups) else QUERIES
+
+
+def slots_beside(rows: int, itemsize: int) -> int:
+    """Of the ring, that the shared memory has room for beside operands of so many rows."""
+    return min(MAX_SLOTS, (SHARED_MEMORY - RESERVED - rows * PIECE * itemsize) // (TILE * PIECE * itemsize))
 
 
 def in_pieces(x: Float[Array, "N D"]) -> Float[Array, "R P"]:
@@ -261,8 +276,7 @@ def make_plan(
     )  # fmt: skip
     linear_rows = plan.x_rows + plan.h_rows
     attention_rows = (head_dim // PIECE + TILE // PIECE) * QUERIES  # the two are never used at the same time
-    left = SHARED_MEMORY - RESERVED - max(linear_rows, attention_rows) * PIECE * itemsize
-    return replace(plan, slots=min(MAX_SLOTS, left // (TILE * PIECE * itemsize)))
+    return replace(plan, slots=slots_beside(max(linear_rows, attention_rows), itemsize))
 
 
 def exchanged(groups: Sequence[Group], plan: Any, dtype: Any) -> dict[str, tuple[tuple[int, ...], Any]]:

@@ -65,7 +65,7 @@ class Shares:
         """By adapted linear: (its place, its name, how many products are this block's, the n-th one's pair of pieces and
         part). Light members take their quota first, and the others the rest, from the last one on."""
         group = self.group
-        heavy, quota = group.members - group.light, group.light * group.quota
+        heavy, quota = group.heavy, group.light * group.quota
         is_light, each = self.member >= heavy, self._a_products_each
         step = jnp.where(is_light, max(1, group.light), heavy)
 
@@ -96,10 +96,10 @@ class Shares:
         """How many blocks have products of A."""
         group, number = self.group, len(self.group.adapted) * self._a_products_each
         light = jnp.minimum(number, group.light if group.quota else 0)
-        others = jnp.clip(number - group.light * group.quota, 0, group.members - group.light)
+        others = jnp.clip(number - group.light * group.quota, 0, group.heavy)
         return group.slices * (light + others)
 
-    def part(self, part):
+    def chunks_of(self, part):
         """(first chunk, how many) of a part of this block's slice."""
         low, high = (self.num_chunks * i // self.group.a_parts for i in (part, part + 1))
         return self.first_chunk + low, high - low

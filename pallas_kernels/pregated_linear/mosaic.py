@@ -24,20 +24,18 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.decode_token.linear import Linears, steps_of
 from pallas_kernels.decode_token.plan import (
     HALF,
-    MAX_SLOTS,
     MIN_SLOTS,
     PIECE,
-    QUERIES,
-    RESERVED,
-    SHARED_MEMORY,
     TILE,
     columns_for,
     exchanged,
+    expert_rows,
     in_pieces,
     input_rows,
     make_group,
     max_in_dim,
     no_room,
+    slots_beside,
 )
 from pallas_kernels.decode_token.ring import Ring
 from pallas_kernels.decode_token.shares import Scalars
@@ -147,9 +145,8 @@ def pregated_linear_mosaic(
         tiling = plgpu.TilingTransform((8, width // itemsize))  # type: ignore[abstract]
         return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(width)))  # type: ignore[abstract]
 
-    x_rows, h_rows = input_rows(group.slice_chunks, columns), input_rows(pieces, columns) if a else QUERIES
-    left = SHARED_MEMORY - RESERVED - (x_rows + h_rows) * PIECE * itemsize
-    slots = min(MAX_SLOTS, left // (TILE * PIECE * itemsize))
+    x_rows, h_rows = input_rows(group.slice_chunks, columns), expert_rows([group], pieces, columns)
+    slots = slots_beside(x_rows + h_rows, itemsize)
     if slots < MIN_SLOTS:
         raise ValueError(f"pregated_linear cannot run as pallas: {no_room(max_used, PIECE * rank_pieces, batch)}")
     steps = steps_of(group, plan.single)
