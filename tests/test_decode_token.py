@@ -248,31 +248,27 @@ def test_blocks_share_the_experts_products(batch, max_used, used):
         with_a, chunks = 0, np.zeros(plan.num_blocks)
         for block in range(plan.num_blocks):
             shares = Shares(group, plan, scalars, block)
-            mine = [
-                (shares.slice, place, *map(int, at(n)))
-                for place, _, number, at in shares.a_shares()
-                for n in range(int(number))
-            ]
+            number, at = shares.a_products()
+            mine = [(shares.slice, *map(int, at(n))) for n in range(int(number))]
             a.update(mine)
             with_a += bool(mine)
             chunks[block] += sum(shares.chunks_of(part)[1] for *_, part in mine)
             first, number = shares.h_share()
             h.update(int(first + n * group.gatherers) for n in range(int(number)))
-            for place, names in enumerate(group.passes):
-                chunks[block] += int(shares.units(names)[0]) * len(names) * shares.num_chunks
-                number, at = shares.finish_share(place, names)
-                for n in range(int(number)):
-                    y.update([(names, *map(int, at(n)))])
-            for _, name, number, at in shares.b_shares():
-                b.update((name, int(at(n))) for n in range(int(number)))
-                chunks[block] += used * int(number)
+            chunks[block] += int(shares.num_w) * shares.num_chunks
+            number, at = shares.finish_share()
+            y.update(tuple(map(int, at(n))) for n in range(int(number)))
+            number, at = shares.b_tiles()
+            for linear, tile, place, pieces in (map(int, at(n)) for n in range(int(number))):
+                assert group.adapted[place] == list(group.outs)[linear]
+                b.update([(group.adapted[place], tile)])
+                chunks[block] += pieces
         pairs = range(len(group.adapted)), range(-(-used // 2))
         assert a == Counter(itertools.product(range(group.slices), *pairs, range(group.a_parts)))
         assert int(shares.a_blocks()) == with_a
         narrow = range(plan.columns // 8)
         assert h == Counter(range(len(group.adapted) * used * len(narrow)))
-        units = [(names, tile) for names in group.passes for tile in range(group.units(names))]
-        assert y == Counter((*unit, half, i) for unit in units for half in (0, 1) for i in narrow)
+        assert y == Counter(itertools.product(range(group.num_units), (0, 1), narrow))
         assert b == Counter((name, t) for name in group.adapted for t in range(num_tiles(group.outs[name])))
         assert used < max_used or chunks.max() <= max(1.13 * chunks.mean(), chunks.mean() + 2 * max_used)
 

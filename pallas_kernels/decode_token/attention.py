@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
 from pallas_kernels.decode_token.ring import Filled, Ring
-from pallas_kernels.decode_token.shares import pick, share
+from pallas_kernels.decode_token.shares import divmod_, pick, share
 from pallas_kernels.decode_token.tiles import (
     COLUMNS,
     ROWS,
@@ -70,26 +70,33 @@ class Attention:
         unit, group = unit // self.groups, unit % self.groups
         return unit // self.num_kv_heads, unit % self.num_kv_heads, group, split
 
-    def _tiles(self, layer, position, split):
+    def _tiles(self, position, window, split):
         """(first, how many) tiles of the cache belong to this part: those with positions in the window, shared evenly."""
-        begin = jnp.maximum(position - self.memory.windows[layer] + 1, 0) // TILE
+        begin = jnp.maximum(position - window + 1, 0) // TILE
         tiles = (position + TILE - 1) // TILE - begin
         low, high = tiles * split // self.plan.splits, tiles * (split + 1) // self.plan.splits
         return begin + low, high - low
 
     def copy(self, layer, filled: Filled) -> Filled:
         first, number = self._share(self.plan.splits)
+        window = self.memory.windows[layer]
 
         def unit(n, filled):
             row, head, _, split = self._unit(n, first, self.plan.splits)
-            start, tiles = self._tiles(layer, pick(self.memory.scalars.positions, row), split)
+            start, tiles = self._tiles(pick(self.memory.scalars.positions, row), window, split)
 
             def tile(t, filled):
-                for cache in (self.memory.cache_k, self.memory.cache_v):
-                    here = cache.at[layer, row, pl.ds((start + t) * TILE, TILE), head]
-                    for columns in self._columns:
-                        filled = self.ring.fill(filled, here.at[:, columns])
-                return filled
+                rows = pl.ds((start + t) * TILE, TILE)
+
+                def part(n, filled):
+                    kind, at = divmod_(n, self.parts)
+
+                    def of(cache):
+                        return lambda: (cache.at[layer, row, rows, head, pl.ds(at * PIECE, PIECE)],)
+
+                    return self.ring.fill(filled, [of(self.memory.cache_k), of(self.memory.cache_v)], kind)
+
+                return lax.fori_loop(0, 2 * self.parts, part, filled)
 
             return lax.fori_loop(0, tiles, tile, filled)
 
@@ -104,7 +111,7 @@ class Attention:
         def unit(n, count):
             row, head, group, split = self._unit(n, first, plan.splits)
             position, window = memory.positions[row], memory.windows[layer]
-            start, tiles = self._tiles(layer, position, split)
+            start, tiles = self._tiles(position, window, split)
             values = [load(memory.v_new.at[layer, row, head, c], ROWS).astype(jnp.float32) for c in self._columns]
             score = self._prepare(layer, row, head, group, split, q_smem)
             # Before the first tile: the new token alone for the first part, nothing for the others.

@@ -7,15 +7,18 @@
     finish     y = r · Σ_s y_part[s] + bias                      its share of its units' pieces, then what follows
 
 From A x to B h blocks exchange. So A comes first, and most of it in blocks that have less of W; h is gathered by blocks that
-have nothing else to do, or else late; and B comes in the middle of a block's last products of W. Whoever waits there makes
-nobody wait, as the ring goes on filling. A block counts a semaphore up when its products are done, and finishes as soon as
-the others of its member have too.
+have nothing else to do, or else late; and B comes last. A block counts a semaphore up when its products are done, and
+finishes as soon as the others of its member have too.
+
+All products of a group go through one loop, and so do all copies, though that means to find out each time which it is: the
+kernel runs through its instructions once a layer, and once they are more than the 128 KB that a multiprocessor keeps,
+each of them comes from the L2 cache every time.
 
 x is the input times its norm's weight, and r = 1 / rms the norm's other factor, one number for each row of the batch: a
 linear commutes with it. The tensor cores multiply halves of tiles, [HALF, PIECE], with [PIECE, N]; sums are in fp32. While
 copies are under way a block reads other blocks' sums at no more than a cache line in some 14 cycles, so they are shared out
-in narrow pieces, [HALF, QUERIES], each in one place, and of a single row only its column is stored. Activations lie in
-device memory in pieces, [pieces · N, PIECE]: the N rows' piece 0, then their piece 1 …
+in narrow pieces, [HALF, QUERIES], each in one place, and of a single row the columns of eight parts are one such piece.
+Activations lie in device memory in pieces, [pieces · N, PIECE]: the N rows' piece 0, then their piece 1 …
 """
 
 from __future__ import annotations
@@ -83,94 +86,68 @@ class Linears:
         self.shares = Shares(group, plan, memory.scalars, lax.axis_index("block"))
         self.gather_first = group.gatherers < plan.num_blocks
 
+    def _span(self):
+        """(first, last + 1) of the block's products that belong to the steps."""
+        shares = self.shares
+        begin = 0 if "experts" in self.steps else shares.num_a
+        return begin, shares.num_a + (shares.num_w + shares.num_b if "products" in self.steps else 0)
+
     def copy(self, layer, filled: Filled) -> Filled:
         """Fill the ring with what `compute` takes from it."""
-        memory = self.memory
-
-        def chunks(filled, source, first, number):
-            def chunk(c, filled):
-                return self.ring.fill(filled, *source(pl.ds((first + c) * PIECE, PIECE)))
-
-            return lax.fori_loop(0, number, chunk, filled)
+        memory, group = self.memory, self.group
 
         def expert(piece):
             number, part = divmod_(piece, self.plan.rank_pieces)
             return pick(memory.scalars.experts, number), pl.ds(part * PIECE, PIECE)
 
-        def of_b(filled, when):
-            for _, name, number, at in self.shares.b_shares():
+        def product(n, filled):
+            of = self.shares.product(n)
+            rows = pl.ds(of.tile * TILE, TILE)
 
-                def of_tile(n, filled, name=name, at=at):
-                    rows = pl.ds(at(n) * TILE, TILE)
+            def chunk(c, filled):
+                columns = pl.ds((of.first + c) * PIECE, PIECE)
 
-                    def ranks(piece, filled):
-                        number, columns = expert(piece)
-                        return self.ring.fill(filled, memory.b[name].at[layer, number, rows, columns])
+                def of_a(name):
+                    last = self.shares.used_pieces - 1  # of an odd number, it comes twice
+                    pieces = 2 * of.tile, jnp.minimum(2 * of.tile + 1, last)
+                    return [memory.a[name].at[layer, *expert(piece), columns] for piece in pieces]
 
-                    return lax.fori_loop(0, self.shares.used_pieces, ranks, filled)
+                def of_w(name):
+                    w = memory.weights[name]
+                    return [w.at[rows, columns] if name == "lm_head" else w.at[layer, rows, columns]]
 
-                filled = lax.fori_loop(0, jnp.where(when, number, 0), of_tile, filled)
-            return filled
+                def of_b(name):
+                    number, ranks = expert(c)
+                    return [memory.b[name].at[layer, number, rows, ranks]]
 
-        for _, name, number, at in self.shares.a_shares() if "experts" in self.steps else ():
+                kinds = (of_a, group.adapted), (of_w, group.outs), (of_b, group.adapted)
+                sources = [partial(kind, name) for kind, names in kinds for name in names]
+                return self.ring.fill(filled, sources, of.source)
 
-            def of_a(n, filled, name=name, at=at):
-                pair, part = at(n)
-                last = self.shares.used_pieces - 1  # of an odd number, it comes twice
-                pieces = 2 * pair, jnp.minimum(2 * pair + 1, last)
-                one, other = (memory.a[name].at[layer, *expert(piece)] for piece in pieces)
-                first, number = self.shares.chunks_of(part)
-                return chunks(filled, lambda columns: (one.at[:, columns], other.at[:, columns]), first, number)
+            return lax.fori_loop(0, of.chunks, chunk, filled)
 
-            filled = lax.fori_loop(0, number, of_a, filled)
-        for names in self.group.passes if "products" in self.steps else ():
-            number, tile = self.shares.units(names)
+        begin, end = self._span()
+        return lax.fori_loop(begin, end, product, filled)
 
-            def of_unit(n, filled, names=names, number=number, tile=tile):
-                rows = pl.ds(tile(n) * TILE, TILE)
-                for name, first, last, with_b in self.shares.order(names, n, number):
-                    w = memory.weights[name] if name == "lm_head" else memory.weights[name].at[layer]
-
-                    def of_w(columns, w=w):
-                        return (w.at[rows, columns],)
-
-                    filled = chunks(filled, of_w, self.shares.first_chunk, first)
-                    if with_b is not None:
-                        filled = of_b(filled, with_b)
-                        filled = chunks(filled, of_w, self.shares.first_chunk + first, last)
-                return filled
-
-            filled = lax.fori_loop(0, self.shares.rounds(names, number), of_unit, filled)
-        return filled
-
-    def compute(self, layer, count, x, follow: Callable[..., Callable[..., None]], x_smem, h_smem):
+    def compute(self, layer, count, x, follow: Callable[..., Callable[..., None]], operand_smem):
         """`x` is the input [pieces · N, PIECE], followed by `HALF` rows that are not used. `follow(names, row, columns)`
         reads what it needs for `HALF` rows and `QUERIES` columns of the linears `names`, and returns the function that
         takes their values and stores what comes of them."""
         if not {"experts", "products"}.isdisjoint(self.steps):
             with jax.named_scope("input"):
                 slice_rows = input_rows(self.group.slice_chunks, self.plan.columns)
-                self._to_smem(x, self.shares.first_chunk * self.plan.columns, slice_rows, x_smem)
-        if "experts" in self.steps:
-            with jax.named_scope("experts"):
-                count = self._a_products(count, x_smem)
-        if "gather" in self.steps and (self.gather_first or "products" not in self.steps):
-            with jax.named_scope("gather"):
-                self._gather(layer)
-        if "products" in self.steps:
+                self._to_smem(x, self.shares.first_chunk * self.plan.columns, slice_rows, operand_smem, 0)
             with jax.named_scope("products"):
-                count = self._products(layer, count, x_smem, h_smem)
+                count = self._products(layer, count, operand_smem)
+        elif "gather" in self.steps:
+            self._gather(layer)
+        if "products" in self.steps:
             with jax.named_scope("signal"):
                 pl.when(self.shares.member < self.group.members)(lambda: self._signal(2 + self.shares.member))
         if "finish" in self.steps:
             with jax.named_scope("finish"):
-                for place, names in enumerate(self.group.passes):
-                    number, at = self.shares.finish_share(place, names)
-
-                    def finish(n, _, names=names, at=at):
-                        self._finish(layer, n, names, at, follow)
-
-                    lax.fori_loop(0, number, finish, None)
+                number, at = self.shares.finish_share()
+                lax.fori_loop(0, number, lambda n, _: self._finish(layer, n, at, follow), None)
         return count
 
     def _signal(self, number):
@@ -183,116 +160,104 @@ class Linears:
             semaphore = self.semaphores.at[self.group.first_semaphore + number]
             plgpu.semaphore_wait(semaphore, signals * (self.turn(layer) + 1), decrement=False, memory_scope="gpu")
 
-    def _to_smem(self, source, start, rows: int, smem):
-        """As the right operand, `rows` rows of activations from `start` on, a multiple of HALF."""
+    def _to_smem(self, source, start, rows: int, operand_smem, place: int):
+        """As the right operand, `rows` rows of activations from `start` on, a multiple of HALF, from row `place` on."""
         for some in batched(range(0, rows, HALF), 4):  # as many as the registers have room for
             tiles = [load(source.at[pl.ds(start + row, HALF)], plgpu.Layout.WGMMA_UPCAST_4X) for row in some]
             for row, tile in zip(some, tiles, strict=True):
-                smem.at[pl.ds(row, HALF)][...] = tile
+                operand_smem.at[pl.ds(place + row, HALF)][...] = tile
         plgpu.commit_smem()
 
-    def _a_products(self, count, x_smem):
-        group, mine = self.group, jnp.int32(0)
-        for place, _, number, at in self.shares.a_shares():
+    def _products(self, layer, count, operand_smem):
+        """Those of A, W and B in one loop, so that there is one piece of code for all; on the way, h and r are found: late,
+        where weights are under way, they make nobody wait."""
+        group, plan, shares = self.group, self.plan, self.shares
+        begin, end = self._span()
+        first_w, gather_at = shares.num_a, None
+        if "gather" in self.steps:
+            units = shares.num_units
+            late = first_w + group.width * jnp.maximum(units - 1 - units // 4, 0)
+            gather_at = first_w if self.gather_first else late
 
-            def product(n, count, place=place, at=at):
-                pair, part = at(n)
-                first, chunks = self.shares.chunks_of(part)
-                right = self._pieces(x_smem, first - self.shares.first_chunk)
-                where = self.shares.slice * group.a_parts + part
-                halves, count = self._tile(lambda accs: self._multiply(accs, count, chunks, right, in_halves=True))
-                for half, t in enumerate(halves):
-                    self._put(self.memory.t_part.at[where, place, 2 * pair + half], t)
-                return count
+        def product(n, count):
+            of = shares.product(n)
+            if gather_at is not None:
+                pl.when(n == gather_at)(lambda: self._gather(layer))
+            wanted = True if gather_at is None else n < end
+            row, chunks = (of.first - shares.first_chunk) * plan.columns, of.chunks
+            if group.adapted:
+                row = jnp.where(of.of_b, plan.x_rows, row)
+                wanted &= of.chunks > 0
+                pl.when(wanted & of.of_b)(lambda: self._take_h(of.place, layer, operand_smem))
+                chunks = jnp.where(wanted, chunks, 0)
 
-            count, mine = lax.fori_loop(0, number, product, count), mine + number
-        if group.adapted:
-            pl.when(mine > 0)(lambda: self._signal(0))
-        return count
+            def multiply(*accs):
+                after = self._multiply(accs, count, chunks, operand_smem, row, of.of_a)
+                return [acc[...] for acc in accs], after
 
-    def _products(self, layer, count, x_smem, h_smem):
-        """Those of W, and in the middle of the last ones those of B."""
-        for place, names in enumerate(self.group.passes):
-            number, tile = self.shares.units(names)
-            if place == 0:
-                pl.when(number == 0)(self._find_r)
+            acc = plgpu.ACC((HALF, plan.columns), jnp.float32)
+            halves, count = pl.run_scoped(multiply, acc, acc)
+            columns = [self._columns_of(half) for half in halves]
 
-            def unit(n, count, names=names, place=place, number=number, tile=tile):
-                if self.shares.has_b(names) and "gather" in self.steps and not self.gather_first:
-                    pl.when(n == number // 2)(lambda: self._gather(layer))
-                for name, first, last, with_b in self.shares.order(names, n, number):
+            def put_t():
+                for half, values in enumerate(columns):
+                    self._put(self.memory.t_part, of.part, (of.place, 2 * of.tile + half), values)
 
-                    def multiply(accs, count=count, first=first, last=last, with_b=with_b):
-                        count = self._multiply(accs, count, first, self._pieces(x_smem))
-                        if with_b is not None:
-                            count = self._b_products(layer, count, with_b, h_smem)
-                            count = self._multiply(accs, count, last, self._pieces(x_smem, first))
-                        return count
+            def put_y():
+                tile = pick([group.first_tile(name) for name in group.outs], of.linear) + of.tile
+                for half, values in enumerate(columns):
+                    self._put(self.memory.y_part, of.part, (tile, half), values)
 
-                    halves, count = self._tile(multiply)
-                    put = partial(self._store_part, self.shares.slice, name, tile(n), halves)
-                    pl.when(number > 0)(put) if self.shares.has_b(names) else put()
-                if place == 0:  # here, where weights are on their way, it makes nobody wait
-                    pl.when((n == 0) & (number > 0))(self._find_r)
-                return count
+            if group.adapted:
+                pl.when(wanted & of.of_a)(put_t)
+                pl.when(n == first_w - 1)(lambda: self._signal(0))
+                pl.when(wanted & jnp.logical_not(of.of_a))(put_y)
+            else:
+                put_y()
+            pl.when(n == first_w)(self._find_r)
+            return count
 
-            count = lax.fori_loop(0, self.shares.rounds(names, number), unit, count)
-        return count
+        rounds = end if gather_at is None else jnp.maximum(end, gather_at + 1)
+        return lax.fori_loop(begin, rounds, product, count)
 
-    def _store_part(self, part, name, tile, halves):
-        for half, y in enumerate(halves):
-            self._put(self.memory.y_part.at[part, self.group.first_tile(name) + tile, half], y)
-
-    def _put(self, ref, tile):
-        """A part [HALF, N] of a sum."""
+    def _columns_of(self, tile):
+        """What is kept of a part [HALF, N] of a sum: narrow pieces, or of a single row its column."""
         if self.plan.single:
-            store(ref, column(tile, 0))
-        else:
-            for i in range(self.shares.narrow):
-                store(ref.at[i], tile[:, i * QUERIES : (i + 1) * QUERIES])
+            return [column(tile, 0)]
+        return [tile[:, i * QUERIES : (i + 1) * QUERIES] for i in range(self.shares.narrow)]
 
-    def _sum(self, refs, i):
-        """Σ of parts, its i-th narrow piece."""
-        if self.plan.single:
-            return over_columns(sum_of(load(ref, ROWS) for ref in refs), (HALF, QUERIES))
-        return sum_of(load(ref.at[i]) for ref in refs)
+    def _put(self, parts_gmem, part, where, columns):
+        for i, values in enumerate(columns):
+            if self.plan.single:
+                store(parts_gmem.at[part // QUERIES, *where, 0, :, part % QUERIES], values)
+            else:
+                store(parts_gmem.at[part, *where, i], values)
 
-    def _b_products(self, layer, count, when, h_smem):
-        for place, name, number, at in self.shares.b_shares():
-            number = jnp.where(when, number, 0)
-            pl.when(number > 0)(partial(self._take_h, place, layer, h_smem))
+    def _sum(self, parts_gmem, parts: int, where, i, more: Any = False):
+        """Σ of the first `parts` parts, and of the next one if there are `more`, its i-th narrow piece."""
+        if not self.plan.single:
+            groups = batched(range(parts), AT_ONCE)
+            total = sum_of(sum_of(load(parts_gmem.at[part, *where, i]) for part in some) for some in groups)
+            return total if more is False else total + jnp.where(more, load(parts_gmem.at[parts, *where, i]), 0)
+        total, least, most = 0.0, parts + (more is True), parts + (more is not False)
+        for start in range(0, most, QUERIES):
+            tile = load(parts_gmem.at[start // QUERIES, *where, 0])
+            if start + QUERIES > least:
+                numbers = plgpu.broadcasted_iota(jnp.int32, tile.shape, 1, layout=plgpu.Layout.WGMMA) + start
+                tile = jnp.where(numbers < parts + jnp.where(more, 1, 0), tile, 0)
+            total += tile
+        return over_columns(total.sum(axis=1), (HALF, QUERIES))
 
-            def product(n, count, name=name, at=at):
-                pieces, right = self.shares.used_pieces, self._pieces(h_smem)
-                halves, count = self._tile(lambda accs: self._multiply(accs, count, pieces, right))
-                self._store_part(self.group.slices, name, at(n), halves)
-                return count
-
-            count = lax.fori_loop(0, number, product, count)
-        return count
-
-    def _tile(self, multiply: Callable[[Sequence[Any]], Any]):
-        """(the halves of a tile, the new count), as `multiply(accs)` adds them to accumulators and returns the count."""
-
-        def halves(*accs):
-            count = multiply(accs)
-            return [acc[...] for acc in accs], count
-
-        acc = plgpu.ACC((HALF, self.plan.columns), jnp.float32)
-        return pl.run_scoped(halves, acc, acc)
-
-    def _pieces(self, smem, first=0):
-        """c → piece first + c of a right operand."""
-        return lambda c: smem.at[pl.ds((first + c) * self.plan.columns, self.plan.columns)]
-
-    def _multiply(self, accs, count, number, right_smem: Callable[[Any], Any], in_halves: bool = False):
-        """accs += Σ_c chunk_c right_c of the next `number` chunks, one of the accs for each half; returns the new count."""
+    def _multiply(self, accs, count, number, operand_smem, row, in_halves):
+        """accs += Σ_c chunk_c right_c of the next `number` chunks, one of the accs for each half; returns the new count. The
+        right operands are in `operand_smem`, from `row` on."""
+        columns = self.plan.columns
 
         def chunk(c, count):
             chunk_smem = self.ring.take(count, in_halves)
+            right = operand_smem.at[pl.ds(row + c * columns, columns)]
             for half, acc in enumerate(accs):
-                left = chunk_smem.at[pl.ds(half * HALF, HALF)]
-                plgpu.wgmma(acc, left, right_smem(c).transpose((1, 0)))
+                plgpu.wgmma(acc, chunk_smem.at[pl.ds(half * HALF, HALF)], right.transpose((1, 0)))
             plgpu.wgmma_wait(len(accs))  # what came before this chunk is done
 
             @pl.when(c > 0)
@@ -306,32 +271,39 @@ class Linears:
         pl.when(number > 0)(lambda: self.ring.release(after - 1))
         return after
 
-    def _finish(self, layer, n, names, at, follow):
-        tile, half, i = at(n)
-        columns = pl.ds(i * QUERIES, QUERIES)
-        group, memory, shape = self.group, self.memory, (HALF, QUERIES)
-        out_dim = group.outs[names[0]]
-        row = jnp.minimum(tile * TILE + half * HALF, out_dim - HALF)
-        put = follow(names, row, columns)
-        biases = {
-            name: load(memory.biases[name].at[layer, pl.ds(row, HALF)], ROWS) for name in names if name in memory.biases
-        }
+    def _finish(self, layer, n, at, follow):
+        unit, half, i = at(n)
+        linear, tile = self.shares.linear_of(unit, 0)
+        group, memory, shape, columns = self.group, self.memory, (HALF, QUERIES), pl.ds(i * QUERIES, QUERIES)
+
+        def row_of(names):
+            return jnp.minimum(tile * TILE + half * HALF, group.outs[names[0]] - HALF)
+
+        first, *others = group.passes
+        put_first = None if others else follow(first, row_of(first), columns)  # before the wait, if it is certain
         r = None if self.norm_dim is None else load(memory.r.at[self.shares.block, columns], COLUMNS)
         pl.when(n == 0)(lambda: self._wait(2 + self.shares.member, group.slices, layer))
         values = []
-        for name in names:
-            number = group.first_tile(name) + tile
-            parts = range(group.slices + (name in group.adapted))
-            y = self._sum([memory.y_part.at[s, number, half] for s in parts], i)
-            if r is not None:
-                y = y * over_rows(r, shape)
-            if name in biases:
-                y = y + over_columns(biases[name].astype(jnp.float32), shape)
-            values.append(y)
-        if out_dim % TILE == 0:
-            put(*values)
-        else:
-            pl.when(tile * TILE + half * HALF < out_dim)(partial(put, *values))
+        for place in range(group.width):
+            number = pick([group.first_tile(name) for name in group.outs], linear + place) + tile
+            y = self._sum(memory.y_part, group.slices, (number, half), i, more=self.shares.is_adapted(linear + place))
+            values.append(y if r is None else y * over_rows(r, shape))
+
+        def finish(names):
+            put, biased = put_first or follow(names, row_of(names), columns), []
+            for name, y in zip(names, values, strict=True):
+                if name in memory.biases:
+                    bias = load(memory.biases[name].at[layer, pl.ds(row_of(names), HALF)], ROWS).astype(jnp.float32)
+                    y = y + over_columns(bias, shape)
+                biased.append(y)
+            put(*biased)
+
+        for number, names in enumerate(group.passes):
+            there = [linear == number * group.width] if others else []
+            if group.outs[names[0]] % TILE:
+                there.append(tile * TILE + half * HALF < group.outs[names[0]])
+            do = partial(finish, names)
+            pl.when(there[0] & there[-1])(do) if there else do()
 
     def _find_r(self):
         """r [N] of the group's input, where it has a norm, into `memory.r`."""
@@ -364,24 +336,26 @@ class Linears:
 
     def _h_piece(self, place, piece, i):
         """[PIECE, QUERIES] of h, in fp32."""
-        parts = [self.memory.t_part.at[s, place, piece] for s in range(self.group.slices * self.group.a_parts)]
-        t = sum_of(self._sum(some, i) for some in batched(parts, AT_ONCE))
+        t = self._sum(self.memory.t_part, self.group.slices * self.group.a_parts, (place, piece), i)
         expert = divmod_(piece, self.plan.rank_pieces)[0]
         gate = load(self.memory.gates.at[expert, pl.ds(i * QUERIES, QUERIES)], COLUMNS)
         return t * over_rows(gate, t.shape)
 
-    def _take_h(self, place, layer, h_smem):
-        """h of a linear as the right operand of B."""
+    def _take_h(self, place, layer, operand_smem):
+        """h of a linear as the right operand of B, after x."""
         plan, group = self.plan, self.group
         if plan.single:  # to gather it oneself is less than an exchange more
             self._wait(0, self.shares.a_blocks(), layer)
 
-            def gather(piece, _):
-                store_transposed(h_smem.at[pl.ds(piece * QUERIES, QUERIES)], self._h_piece(place, piece, 0))
+            def gather(pair, _):
+                pieces = [jnp.minimum(2 * pair + i, self.shares.used_pieces - 1) for i in (0, 1)]
+                found = [self._h_piece(place, piece, 0) for piece in pieces]  # both are on their way at once
+                for piece, h in zip(pieces, found, strict=True):
+                    store_transposed(operand_smem.at[pl.ds(plan.x_rows + piece * QUERIES, QUERIES)], h)
 
-            lax.fori_loop(0, self.shares.used_pieces, gather, None)
+            lax.fori_loop(0, (self.shares.used_pieces + 1) // 2, gather, None)
             plgpu.commit_smem()
         else:
             self._wait(1, jnp.minimum(self.shares.h_pieces, group.gatherers), layer)
             start = place * plan.pieces * plan.columns
-            self._to_smem(self.memory.h, start, input_rows(plan.pieces, plan.columns), h_smem)
+            self._to_smem(self.memory.h, start, input_rows(plan.pieces, plan.columns), operand_smem, plan.x_rows)

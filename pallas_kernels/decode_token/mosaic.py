@@ -76,7 +76,7 @@ def _phases(
             )
 
             def compute(layer, count, linears=linears):
-                return linears.compute(layer, count, x, partial(follow, layer), s.x_smem, s.h_smem)
+                return linears.compute(layer, count, x, partial(follow, layer), s.operand_smem)
 
             phases.append(Phase(linears.copy, compute))
         return phases
@@ -151,7 +151,7 @@ def _kernel(*refs, names, plan, model, span, compiled, **scratch):
     """`span`: (first layer, last layer + 1, phases of a layer, phases after the last) to run."""
     m, s = _nested(names, refs), SimpleNamespace(**scratch)
     if "in_turn" in scratch:
-        (s.x_smem, s.h_smem), (s.q_smem, s.p_smem) = scratch["in_turn"]
+        (s.operand_smem,), (s.q_smem, s.p_smem) = scratch["in_turn"]
     m.scalars = Scalars.of(m)
     ring = Ring(s.ring_smem, s.ring_full, s.ring_empty, s.ring_other_full)
     arrived, semaphores = None, None
@@ -244,10 +244,10 @@ def run_token(
 
     # The operands of linears, and of attention: never at the same time, so they take the same place.
     used_in_turn = {
-        "x_smem": ring(plan.x_rows, PIECE), "h_smem": ring(plan.h_rows, PIECE),
+        "operand_smem": ring(plan.x_rows + plan.h_rows, PIECE),
         "q_smem": ring(model.head_dim // PIECE, QUERIES, PIECE), "p_smem": ring(TILE // PIECE, QUERIES, PIECE),
     }  # fmt: skip
-    x, h, q, p = used_in_turn.values()
+    operand, q, p = used_in_turn.values()
     *of_layer, of_head = (len(steps_of(group, plan.single)) for group in plan.groups)  # launches, if every step is one
 
     def launch(span):
@@ -263,7 +263,7 @@ def run_token(
                 "ring_full": plgpu.Barrier(num_barriers=plan.slots),
                 "ring_other_full": plgpu.Barrier(num_barriers=plan.slots),
                 "ring_empty": plgpu.Barrier(num_barriers=plan.slots),
-                **(used_in_turn if interpret else {"in_turn": plgpu.RefUnion([x, h], [q, p])}),
+                **(used_in_turn if interpret else {"in_turn": plgpu.RefUnion([operand], [q, p])}),
             },
             compiler_params=COMPILER,
             interpret=interpret,

@@ -33,6 +33,8 @@ keep the memory busy."""
 LATE = 24
 """Chunks that a block takes in a phase after it must have done its products of A: so many are in the ring at first, or come
 while blocks exchange."""
+PART_COST = {False: 0.17, True: 0.05}
+"""By whether the batch is a single row: how many chunks come while a block adds one more part of A x up."""
 SPLIT_SLOTS = 512
 """Positions of the cache that one thread block reads at least."""
 
@@ -82,6 +84,15 @@ class Group:
     def units(self, names: tuple[str, ...]) -> int:
         """Of a pass."""
         return num_tiles(self.outs[names[0]])
+
+    @property
+    def num_units(self) -> int:
+        return sum(map(self.units, self.passes))
+
+    @property
+    def width(self) -> int:
+        """Linears of a pass."""
+        return len(self.passes[0])
 
     def first_unit(self, names: tuple[str, ...]) -> int:
         return sum(map(self.units, self.passes[: self.passes.index(names)]))
@@ -186,6 +197,7 @@ def make_group(
     pieces: int,
     num_blocks: int,
     columns: int,
+    single: bool,
     itemsize: int,
     small_input: int = SMALL_INPUT,
 ) -> Group:
@@ -213,7 +225,7 @@ def make_group(
     unit_chunks, idle = len(passes[0]) * slice_chunks, num_blocks - others * slices
     a_parts, quota = _cut_a(
         pairs, slice_chunks, others, light, max_parts=min(MAX_A_PARTS, chunks // slices),
-        limit=min(unit_chunks, -(-units // members) * unit_chunks - LATE),
+        limit=min(unit_chunks, -(-units // members) * unit_chunks - LATE), part_cost=slices * PART_COST[single],
     )  # fmt: skip
     return Group(
         passes=passes, outs=outs, in_dim=in_dim, slices=slices, members=members, adapted=adapted, a_parts=a_parts,
@@ -221,14 +233,17 @@ def make_group(
     )  # fmt: skip
 
 
-def _cut_a(pairs: int, slice_chunks: int, heavy: int, light: int, *, limit: int, max_parts: int) -> tuple[int, int]:
-    """(parts of a slice of A, products that a light member takes): the fewest parts with which the others' share of the
-    products of so many pairs is the shortest there is, when light members take up to `limit` chunks."""
+def _cut_a(
+    pairs: int, slice_chunks: int, heavy: int, light: int, *, limit: int, max_parts: int, part_cost: float
+) -> tuple[int, int]:
+    """(parts of a slice of A, products that a light member takes): the parts with which the others' share of the products of
+    so many pairs, and then the sum of the parts, take the shortest, when light members take up to `limit` chunks."""
     costs = {}
     for parts in range(1, max_parts + 1):
         chunks = -(-slice_chunks // parts)
         quota = max(0, limit) // chunks if light else 0
-        costs[parts] = -(-max(0, pairs * parts - light * quota) // heavy) * chunks, quota
+        share = -(-max(0, pairs * parts - light * quota) // heavy) * chunks
+        costs[parts] = share + parts * part_cost, quota
     parts = min(costs, key=lambda parts: costs[parts][0])
     return parts, costs[parts][1]
 
@@ -255,10 +270,9 @@ def make_plan(
     }  # fmt: skip
 
     def cut(small_input: int) -> dict[str, Group]:
-        options = {"pieces": max_used * rank_pieces, "num_blocks": num_blocks, "columns": columns, "itemsize": itemsize}
-        return {
-            name: make_group(shapes, own, adapted, **options, small_input=small_input) for name, own in passes.items()
-        }
+        options: dict[str, Any] = {"pieces": max_used * rank_pieces, "num_blocks": num_blocks, "columns": columns}
+        options |= {"single": batch == 1, "itemsize": itemsize, "small_input": small_input}
+        return {name: make_group(shapes, own, adapted, **options) for name, own in passes.items()}
 
     parts = cut(SMALL_INPUT)
     widest = max(group.slice_chunks for group in parts.values()) * PIECE * columns * itemsize
@@ -280,14 +294,19 @@ def make_plan(
 
 
 def exchanged(groups: Sequence[Group], plan: Any, dtype: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """{name: (shape, dtype)} of what the blocks leave each other in device memory. A part is half a tile of a sum, in
-    narrow pieces, or of a single row its column."""
-    part = (HALF,) if plan.single else (plan.columns // QUERIES, HALF, QUERIES)
+    """{name: (shape, dtype)} of what the blocks leave each other in device memory. The parts of a sum, [HALF, N] each, are
+    narrow pieces, or of a single row the columns of such pieces: [parts or tiles of them, …, pieces, HALF, QUERIES]."""
     slices, targets = max(group.slices for group in groups), max(len(group.adapted) for group in groups)
-    buffers = {"y_part": ((slices + bool(targets), max(group.num_tiles for group in groups), 2, *part), jnp.float32)}
+
+    def of_parts(parts, *what):
+        if plan.single:
+            return (-(-parts // QUERIES), *what, 1, HALF, QUERIES), jnp.float32
+        return (parts, *what, plan.columns // QUERIES, HALF, QUERIES), jnp.float32
+
+    buffers = {"y_part": of_parts(slices + bool(targets), max(group.num_tiles for group in groups), 2)}
     if targets:
         parts = max(group.slices * group.a_parts for group in groups)
-        buffers["t_part"] = ((parts, targets, plan.pieces + plan.pieces % 2, *part), jnp.float32)
+        buffers["t_part"] = of_parts(parts, targets, plan.pieces + plan.pieces % 2)
     if targets and not plan.single:
         buffers["h"] = ((targets * plan.pieces * plan.columns + HALF, PIECE), dtype)
     return buffers

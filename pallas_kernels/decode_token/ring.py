@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -43,8 +45,9 @@ class Ring:
         """Nothing, and no exchange to keep quiet for."""
         return Filled(jnp.int32(0), jnp.int32(0), jnp.int32(-self.num_slots))
 
-    def fill(self, filled: Filled, source_gmem, other_gmem=None) -> Filled:
-        """The next chunk, or, from two sources, its halves."""
+    def fill(self, filled: Filled, sources: Sequence[Callable[[], Sequence[Any]]], which: Any = 0) -> Filled:
+        """The next chunk, from the `which`-th of the sources: a source gives the chunk, or its two halves. Waiting takes
+        most of the instructions, so whatever comes in one loop shares it."""
         count, landed, start = filled
         slot = count % self.num_slots
 
@@ -55,20 +58,25 @@ class Ring:
         in_flight = jnp.where(count - start < self.num_slots, self.quiet, self.num_slots)
         must_land = jnp.maximum(landed, count + 1 - in_flight)
         lax.fori_loop(landed, must_land, lambda i, _: plgpu.barrier_wait(self.full.at[i % self.num_slots]), None)
-        if other_gmem is None:
-            plgpu.copy_gmem_to_smem(source_gmem, self.slots_smem.at[slot], self.full.at[slot])
-        else:
-            halves = ((source_gmem, 0, self.full), (other_gmem, HALF, self.other_full))
-            for half_gmem, row, barriers in halves:
-                plgpu.copy_gmem_to_smem(half_gmem, self.slots_smem.at[slot, pl.ds(row, HALF)], barriers.at[slot])
+
+        def copy(source):
+            parts = source()
+            for number, (part_gmem, barriers) in enumerate(zip(parts, (self.full, self.other_full), strict=False)):
+                part_smem = self.slots_smem.at[slot]
+                if len(parts) > 1:
+                    part_smem = self.slots_smem.at[slot, pl.ds(number * HALF, HALF)]
+                plgpu.copy_gmem_to_smem(part_gmem, part_smem, barriers.at[slot])
+
+        for number, source in enumerate(sources):
+            pl.when(which == number)(partial(copy, source)) if len(sources) > 1 else copy(source)
         return filled._replace(count=count + 1, landed=must_land)
 
-    def take(self, count, in_halves: bool = False):
+    def take(self, count, in_halves: Any = False):
         """The next chunk, when it has come."""
         slot = count % self.num_slots
         plgpu.barrier_wait(self.full.at[slot])
-        if in_halves:
-            plgpu.barrier_wait(self.other_full.at[slot])
+        if in_halves is not False:
+            pl.when(in_halves)(lambda: plgpu.barrier_wait(self.other_full.at[slot]))
         return self.slots_smem.at[slot]
 
     def release(self, count):

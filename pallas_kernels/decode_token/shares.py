@@ -44,8 +44,36 @@ def pick(values: Sequence[Any], index):
     return chosen
 
 
+def divmod_by_comparing(n, step, most):
+    """(n // step, n % step) of a quotient below `most`."""
+    quotient = sum((jnp.where(n >= i * step, 1, 0) for i in range(1, most)), start=jnp.int32(0))
+    return quotient, n - quotient * step
+
+
 def divmod_(n, step):
     return (n, 0) if isinstance(step, int) and step == 1 else (n // step, n % step)
+
+
+class Product(NamedTuple):
+    """Chunks of a row of tiles of A, W or B times what they need of the input: a part of a sum. A tile of A is two pieces of
+    ranks, each half a tile."""
+
+    of_a: Any
+    of_b: Any
+    source: Any
+    """Which of the group's weights: the adapted linears' A, then all linears' W, then the adapted ones' B."""
+    first: Any
+    """Of the chunks; those of B are pieces of ranks."""
+    chunks: Any
+    """How many there are: none where a linear has no B."""
+    linear: Any
+    """Of W and B: its number in the group."""
+    place: Any
+    """Of A and B: the linear's place among the adapted ones."""
+    tile: Any
+    """Of A, the pair of pieces."""
+    part: Any
+    """Of the sum."""
 
 
 class Shares:
@@ -56,36 +84,35 @@ class Shares:
         self.slice, self.member = block % group.slices, block // group.slices
         self.first_chunk = self.slice * group.chunks // group.slices
         self.num_chunks = (self.slice + 1) * group.chunks // group.slices - self.first_chunk
+        self.num_units, self.unit = self.units()
+        self.num_w = self.num_units * group.width
+        self.num_a: Any = 0
+        self.num_b: Any = 0
+        if group.adapted:
+            self.num_a, self.a_product = self.a_products()
+            self.num_b, self.b_tile = self.b_tiles()
 
     @property
     def used_pieces(self):
         return self.scalars.num_used * self.plan.rank_pieces
 
-    def a_shares(self):
-        """By adapted linear: (its place, its name, how many products are this block's, the n-th one's pair of pieces and
-        part). Light members take their quota first, and the others the rest, from the last one on."""
-        group = self.group
-        heavy, quota = group.heavy, group.light * group.quota
-        is_light, each = self.member >= heavy, self._a_products_each
-        step = jnp.where(is_light, max(1, group.light), heavy)
+    def a_products(self):
+        """(how many products of A are this block's, the n-th one's linear, pair of pieces and part). Light members take
+        their quota first, and the others the rest, from the last one on."""
+        group, each = self.group, self._a_products_each
+        total = len(group.adapted) * each
+        quota = jnp.minimum(total, group.light * group.quota)
+        is_light, light = self.member >= group.heavy, max(1, group.light)
+        step = jnp.where(is_light, light, group.heavy)
+        of_light = share(0, quota, self.member - group.heavy, light)
+        first, of_heavy = share(0, total - quota, group.heavy - 1 - self.member, group.heavy)
+        first, number = (jnp.where(is_light, *pair) for pair in zip(of_light, (quota + first, of_heavy), strict=True))
 
-        def part_of(begin, end, low, high, index, step):
-            """(first, how many) of those from begin on that are also from low on; dealt from there."""
-            begin, end = jnp.maximum(low, begin), jnp.minimum(high, end)
-            first, number = share(begin - low, end - begin, index, step)
-            return begin + first, number
+        def at(n):
+            place, product = divmod_by_comparing(first + n * step, each, len(group.adapted))
+            return place, *divmod_(product, group.a_parts)
 
-        for place, name in enumerate(group.adapted):
-            begin, end = place * each, (place + 1) * each
-            of_light = part_of(begin, end, 0, quota, self.member - heavy, max(1, group.light))
-            of_heavy = part_of(begin, end, quota, len(group.adapted) * each, heavy - 1 - self.member, heavy)
-            first, number = (jnp.where(is_light, *pair) for pair in zip(of_light, of_heavy, strict=True))
-            number = jnp.where(self.member < group.members, number, 0)
-
-            def at(n, first=first - begin):
-                return divmod_(first + n * step, group.a_parts)
-
-            yield place, name, number, at
+        return jnp.where(self.member < group.members, number, 0), at
 
     @property
     def _a_products_each(self):
@@ -104,33 +131,55 @@ class Shares:
         low, high = (self.num_chunks * i // self.group.a_parts for i in (part, part + 1))
         return self.first_chunk + low, high - low
 
-    def units(self, names):
-        """(how many units of a pass are this block's, the n-th one's tile)."""
-        group = self.group
-        first, number = share(group.first_unit(names), group.units(names), self.member, group.members)
-        number = jnp.where(self.member < group.members, number, 0)
+    def units(self):
+        """(how many units are this block's, the n-th one)."""
+        first, number = share(0, self.group.num_units, self.member, self.group.members)
+        number = jnp.where(self.member < self.group.members, number, 0)
+        return number, lambda n: first + n * self.group.members
 
-        def tile(n):
-            return first + n * group.members
+    def linear_of(self, unit, place):
+        """(the number of a linear of the group, its tile) at a place of one of all units."""
+        number: Any = 0
+        tile = unit
+        for names in self.group.passes[1:]:
+            begin = self.group.first_unit(names)
+            number, tile = jnp.where(unit >= begin, number + 1, number), jnp.where(unit >= begin, unit - begin, tile)
+        return number * self.group.width + place, tile
 
-        return number, tile
+    def product(self, n):
+        """The n-th of this block's products: `num_a` of A, then `num_w` of W and `num_b` of B."""
+        group, first_w, first_b = self.group, self.num_a, self.num_a + self.num_w
+        of_a, of_b, adapted, linears = n < first_w, n >= first_b, len(group.adapted), len(group.outs)
+
+        index, i = divmod_(n - first_w, group.width)
+        linear, tile = self.linear_of(self.unit(index), i)
+        w = Product(of_a, of_b, adapted + linear, self.first_chunk, self.num_chunks, linear, 0, tile, self.slice)
+        if not group.adapted:
+            return w._replace(of_a=False, of_b=False)
+
+        place, pair, part = self.a_product(n)
+        first, chunks = self.chunks_of(part)
+        a = Product(of_a, of_b, place, first, chunks, 0, place, pair, self.slice * group.a_parts + part)
+
+        linear, tile, place, pieces = self.b_tile(n - first_b)
+        b = Product(of_a, of_b, adapted + linears + place, 0, pieces, linear, place, tile, group.slices)
+        return Product(*(jnp.where(of_a, i, jnp.where(of_b, j, k)) for i, j, k in zip(a, b, w, strict=True)))
 
     @property
     def narrow(self):
         """Pieces of `QUERIES` columns that a tile's columns are."""
         return self.plan.columns // QUERIES
 
-    def finish_share(self, place, names):
-        """(how many narrow pieces of a pass's tiles this block finishes, the n-th one's tile, half, and place there): the
-        blocks of a member share those of its units."""
-        units, tile = self.units(names)
+    def finish_share(self):
+        """(how many narrow pieces of units this block finishes, the n-th one's unit, half, and place there): the blocks of a
+        member share those of its units."""
         each = 2 * self.narrow
-        first, number = share(place * units * each, units * each, self.slice, self.group.slices)
+        first, number = share(0, self.num_units * each, self.slice, self.group.slices)
 
         def at(n):
-            unit, piece = divmod_(first + n * self.group.slices, each)
+            index, piece = divmod_(first + n * self.group.slices, each)
             half, i = divmod_(piece, self.narrow)
-            return tile(unit), half, i
+            return self.unit(index), half, i
 
         return number, at
 
@@ -145,33 +194,21 @@ class Shares:
         first, number = share(0, self.h_pieces, from_last, group.gatherers)
         return first, jnp.where(from_last < group.gatherers, number, 0)
 
-    def b_shares(self):
-        """By adapted linear: (its place, its name, how many of its tiles are this block's, the n-th one): the blocks of a
-        member share those of its units."""
-        for names in self.group.passes:
-            units, tile = self.units(names)
-            for name in names:
-                if name in self.group.adapted:
-                    place = self.group.adapted.index(name)
-                    first, number = share(place * units, units, self.slice, self.group.slices)
+    def b_tiles(self):
+        """(how many tiles are this block's to add B's products to, the n-th one's linear, tile, place among the adapted, and
+        how many pieces it has: none if it is not adapted). The blocks of a member share those of its units."""
+        group = self.group
+        first, number = share(0, self.num_units * group.width, self.slice, group.slices)
+        places = [group.adapted.index(name) if name in group.adapted else 0 for name in group.outs]
 
-                    def at(n, first=first, tile=tile):
-                        return tile(first + n * self.group.slices)
+        def at(n):
+            index, place = divmod_(first + n * group.slices, group.width)
+            linear, tile = self.linear_of(self.unit(index), place)
+            return linear, tile, pick(places, linear), jnp.where(self.is_adapted(linear), self.used_pieces, 0)
 
-                    yield place, name, number, at
+        return number, at
 
-    def order(self, names, n, number):
-        """Of the n-th of a block's `number` units of a pass: (of each name, how many chunks of W come first and how many
-        last; whether B comes between those, or None if it never does). Without a unit of the last pass there is B alone."""
-        last = self.has_b(names)
-        chunks = jnp.where(number > 0, self.num_chunks, 0) if last else self.num_chunks
-        split = chunks // 2 if last else chunks
-        yield from ((name, chunks, 0, None) for name in names[:-1])
-        yield names[-1], split, chunks - split, n + 1 >= number if last else None
-
-    def rounds(self, names, number):
-        """How many units `order` tells of."""
-        return jnp.maximum(number, 1) if self.has_b(names) else number
-
-    def has_b(self, names):
-        return bool(self.group.adapted) and names == self.group.passes[-1]
+    def is_adapted(self, linear):
+        """By number; False or True where it is the same for all."""
+        those = [name in self.group.adapted for name in self.group.outs]
+        return those[0] if len(set(those)) == 1 else pick(those, linear)

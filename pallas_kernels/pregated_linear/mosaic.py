@@ -63,7 +63,7 @@ def obstacle(x: Array, weights: dict[str, Array], a: dict[str, Array]) -> str | 
 
 
 def _kernel(
-    *refs, names, plan, group, steps, compiled, ring_smem, ring_full, ring_other_full, ring_empty, x_smem, h_smem
+    *refs, names, plan, group, steps, compiled, ring_smem, ring_full, ring_other_full, ring_empty, operand_smem
 ):
     """`steps`: those that this launch runs."""
     memory: dict[str, Any] = {"biases": {}, "weights": {}, "a": {}, "b": {}, "y": {}}
@@ -90,7 +90,7 @@ def _kernel(
 
     @pl.when(lax.axis_index("group") == 0)
     def _compute():
-        linears.compute(layer, jnp.int32(0), m.x, follow, x_smem, h_smem)
+        linears.compute(layer, jnp.int32(0), m.x, follow, operand_smem)
 
 
 def pregated_linear_mosaic(
@@ -125,11 +125,12 @@ def pregated_linear_mosaic(
     pieces = max_used * rank_pieces
     group = make_group(
         shapes, tuple((name,) for name in shapes), tuple(a), pieces=pieces, num_blocks=blocks, columns=columns,
-        itemsize=itemsize,
+        itemsize=itemsize, single=batch == 1,
     )  # fmt: skip
     plan = SimpleNamespace(
-        single=batch == 1, columns=columns, rank_pieces=rank_pieces, pieces=pieces, num_blocks=blocks
-    )
+        single=batch == 1, columns=columns, rank_pieces=rank_pieces, pieces=pieces, num_blocks=blocks,
+        x_rows=input_rows(group.slice_chunks, columns),
+    )  # fmt: skip
     inputs |= {(kind, name): w for kind, of in (("weights", weights), ("a", a), ("b", b)) for name, w in of.items()}
     buffers: dict[Any, Any] = {**exchanged([group], plan, dtype)}
     buffers |= {("y", name): ((columns, out), dtype) for name, (out, _) in shapes.items()}
@@ -145,8 +146,8 @@ def pregated_linear_mosaic(
         tiling = plgpu.TilingTransform((8, width // itemsize))  # type: ignore[abstract]
         return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(width)))  # type: ignore[abstract]
 
-    x_rows, h_rows = input_rows(group.slice_chunks, columns), expert_rows([group], pieces, columns)
-    slots = slots_beside(x_rows + h_rows, itemsize)
+    h_rows = expert_rows([group], pieces, columns)
+    slots = slots_beside(plan.x_rows + h_rows, itemsize)
     if slots < MIN_SLOTS:
         raise ValueError(f"pregated_linear cannot run as pallas: {no_room(max_used, PIECE * rank_pieces, batch)}")
     steps = steps_of(group, plan.single)
@@ -163,8 +164,7 @@ def pregated_linear_mosaic(
                 "ring_full": plgpu.Barrier(num_barriers=slots),
                 "ring_other_full": plgpu.Barrier(num_barriers=slots),
                 "ring_empty": plgpu.Barrier(num_barriers=slots),
-                "x_smem": operand(x_rows, PIECE),
-                "h_smem": operand(h_rows, PIECE),
+                "operand_smem": operand(plan.x_rows + h_rows, PIECE),
             },
             compiler_params=COMPILER,
             interpret=interpret,
