@@ -3,6 +3,8 @@
 All mixtures have E = 8 experts, k = 2, and about as many trainable parameters as AdaFuse on all linears (PESC through its
 width; MoLA's 2/4/6/8 experts and the methods on the FFN alone have fewer, and are listed with their number). LoRA comes
 twice: with the rank of one expert, and with that of all eight together. No dropout and one balance coefficient everywhere.
+AdaFuse's one router sees the token alone if q, k or v is adapted, so an expert learns from an eighth of the vocabulary at
+first; `adafuse-tied` has the experts learn as one LoRA for the first half of the steps, and then each on its own.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from adafuse_jax.adapters import methods
 from adafuse_jax.configs import FFN_LINEARS, LINEARS, AdapterConfig, ModelConfig
 
 NO_ADAPTER = ("none", "full")
+TIED = "tied"
+"""A setting that is the recipe's and not the adapter's: the share of the steps in which all experts learn as one."""
 BALANCE = 0.01
 _MIXTURE: dict[str, Any] = {"rank": 16, "alpha": 32.0, "top_k": 2, "dropout": 0.0, "balance_coefficient": BALANCE}
 _LORA: dict[str, Any] = {"adapter": "lora", "targets": LINEARS, "dropout": 0.0}
@@ -31,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "pesc": {**_MIXTURE, "adapter": "pesc", "num_experts": 8, "rank": 128, "alpha": 128.0},
     "adafuse": {**_MIXTURE, "adapter": "adafuse", "targets": LINEARS, "num_experts": 8},
     "adafuse-ffn": {**_MIXTURE, "adapter": "adafuse", "targets": FFN_LINEARS, "num_experts": 8},
+    "adafuse-tied": {**_MIXTURE, "adapter": "adafuse", "targets": LINEARS, "num_experts": 8, TIED: 0.5},
 }
 
 
@@ -74,4 +79,5 @@ def settings_of(name: str) -> dict[str, Any]:
 
 def make_adapter(settings: dict[str, Any], model: ModelConfig, key: jax.Array) -> Any:
     """The adapter of the settings, with initial values drawn from `key`."""
-    return methods.make_adapter(AdapterConfig(**settings), model, rngs=nnx.Rngs(params=key))
+    config = AdapterConfig(**{name: value for name, value in settings.items() if name != TIED})
+    return methods.make_adapter(config, model, rngs=nnx.Rngs(params=key))

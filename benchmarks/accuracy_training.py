@@ -7,6 +7,9 @@
 and the balance coefficient c are operands, so that one program serves all data sets, learning rates and seeds of a method;
 `compiled` makes it ahead of its use. A lane is trained on its own batches, in the order that its seed gives. A lane that
 diverges does not disturb the others.
+
+Tied experts begin with one A and move by the mean of their gradients. As the gates sum to 1 and Adam takes no notice of a
+gradient's scale, they are one LoRA of their rank until they are let go; the router learns balance alone until then.
 """
 
 from __future__ import annotations
@@ -24,13 +27,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from adafuse_jax.adapters.low_rank import LoRAExperts
 from adafuse_jax.adapters.router import Routing, balance_loss, expert_load
 from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.packing import Rows
 from adafuse_jax.model.attention import attention_of_lanes
 from adafuse_jax.model.backbone import Backbone
 from benchmarks.accuracy_data import Packed, targets_of
-from benchmarks.accuracy_methods import make_adapter
+from benchmarks.accuracy_methods import TIED, make_adapter
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 WARMUP, FINAL_SHARE = 0.05, 0.1
@@ -74,9 +78,22 @@ def _start(seeds: Int[Array, " S"], model: Backbone, settings: tuple[tuple[str, 
             params: Any = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model)
         else:
             params = make_adapter(table, model.config, jax.random.key(seed))
+        if TIED in table:
+            params = _over_experts(lambda leaf: leaf[:, :1], params)
         return Lanes(params=params, moments=OPTIMIZER.init(params))
 
     return jax.vmap(one)(seeds)
+
+
+def _over_experts(merge: Callable[[Array], Array], tree: Any) -> Any:
+    """With merge([L, E, …]) → [L, 1, …] in the place of every expert's A and B."""
+
+    def of(node: Any) -> Any:
+        if not isinstance(node, LoRAExperts):
+            return node
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(merge(leaf), leaf.shape), node)
+
+    return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, LoRAExperts))
 
 
 def acting(model: Backbone, params: Any) -> tuple[Backbone, Any]:
@@ -100,9 +117,17 @@ def _balance(params: Any, routing: Any, real: Array) -> Array:
 
 @partial(jax.jit, static_argnames="remat", donate_argnames="lanes")
 def step(
-    lanes: Lanes, model: Backbone, batch: LaneRows, rates: Float[Array, " S"], balance: Float[Array, ""], *, remat: bool
+    lanes: Lanes,
+    model: Backbone,
+    batch: LaneRows,
+    rates: Float[Array, " S"],
+    balance: Float[Array, ""],
+    tied: Bool[Array, ""] | None,
+    *,
+    remat: bool,
 ) -> tuple[Lanes, dict[str, Array]]:
-    """One optimiser step of every lane on its own batch. Metrics are [S], `load` [S, E] with AdaFuse."""
+    """One optimiser step of every lane on its own batch. Metrics are [S], `load` [S, E] with AdaFuse. `tied`: whether the
+    experts move as one; None if they never do."""
 
     def one(lane: Lanes, batch: Any, rate: Array) -> tuple[Lanes, dict[str, Array]]:
         real = batch.segment_ids > 0
@@ -121,6 +146,9 @@ def step(
             return loss + balance * _balance(params, out.routing, real), metrics
 
         grads, metrics = jax.grad(loss_of, has_aux=True)(lane.params)
+        if tied is not None:
+            means = _over_experts(lambda leaf: leaf.mean(1, keepdims=True), grads)
+            grads = jax.tree.map(partial(jnp.where, tied), means, grads)
         updates, moments = OPTIMIZER.update(grads, lane.moments, lane.params)
         params = jax.tree.map(lambda p, u: p - rate * u, lane.params, updates)
         return Lanes(params=params, moments=moments), metrics
@@ -189,6 +217,7 @@ def train(
     steps = max(1, math.ceil(epochs * orders[0].steps_per_epoch))
     peak = np.array(rates, np.float32)
     balance = jnp.float32(settings.get("balance_coefficient", 0.0))
+    free = math.ceil(settings.get(TIED, 0.0) * steps)  # the first step of experts on their own
     every, history, tokens = max(1, steps // 40), [], 0
     window: list[Array] = []
     begun = first = time.perf_counter()
@@ -198,7 +227,8 @@ def train(
             tokens=rows.tokens[drawn], positions=rows.positions[drawn], segment_ids=rows.segment_ids[drawn],
             place=place[drawn], wanted=wanted[drawn], there=there[drawn],
         )  # fmt: skip
-        lanes, metrics = programs.step(lanes, model, batch, peak * np.float32(schedule(at, steps)), balance)
+        tied = jnp.bool_(at < free) if TIED in settings else None
+        lanes, metrics = programs.step(lanes, model, batch, peak * np.float32(schedule(at, steps)), balance, tied)
         tokens += int((batch.segment_ids[0] > 0).sum())
         window.append(metrics["loss"])
         if at == 0:
@@ -240,7 +270,8 @@ def target_losses(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Programs:
-    """What a method runs: start(seeds, model), step(lanes, model, batch, rates, balance), and losses as `target_losses`."""
+    """What a method runs: start(seeds, model), step(lanes, model, batch, rates, balance, tied), and losses as
+    `target_losses`."""
 
     start: Callable[..., Lanes]
     step: Callable[..., tuple[Lanes, dict[str, Array]]]
@@ -271,7 +302,8 @@ def compiled(
     batch = LaneRows(tokens=row, positions=row, segment_ids=row, place=target, wanted=target, there=there)
     rates, balance = jax.ShapeDtypeStruct((lanes,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
     remat = low_rank_activations(settings) > REMAT_ABOVE
-    optimiser_step = step.lower(state, model, batch, rates, balance, remat=remat).compile()
+    tied = jax.ShapeDtypeStruct((), jnp.bool_) if TIED in settings else None
+    optimiser_step = step.lower(state, model, batch, rates, balance, tied, remat=remat).compile()
     rows, wanted = integers(scored, length), integers(scored, length // 4)
     losses = target_losses.lower(model, state.params, rows, rows, rows, wanted, wanted).compile()
     return Programs(start=begin, step=optimiser_step, losses=losses)

@@ -38,12 +38,14 @@ from benchmarks.accuracy_data import (
 from benchmarks.accuracy_methods import ABLATIONS, METHODS, available, make_adapter, settings_of
 from benchmarks.accuracy_training import (
     REMAT_ABOVE,
+    LaneRows,
     accuracies,
     acting,
     compiled,
     low_rank_activations,
     schedule,
     start,
+    step,
     train,
     trainable_parameters,
 )
@@ -226,6 +228,35 @@ def test_every_method_learns(name: str, loaded: Any, rows: Any):
     assert all(np.array_equal(after[1], old[1]) for after, old in still)
     if name != "mola":
         assert trainable_parameters(settings, loaded.model) == sum(leaf[0].size for leaf in jax.tree.leaves(before))
+
+
+def test_tied_experts_learn_as_one_lora_and_then_apart(loaded: Any, rows: Any):
+    """Their update is that of the LoRA which they are; let go, they differ."""
+    tied, lora = small("adafuse") | {"tied": 1.0, "balance_coefficient": 0.0}, small("lora")
+    plan = {"seeds": (0, 1), "rates": (1e-2, 1e-2), "epochs": 2.0, "batch_size": BATCH}
+    together, halfway = (
+        train(settings, loaded.model, rows, **plan).lanes.params.experts["q_proj"]
+        for settings in (tied, tied | {"tied": 0.5})
+    )
+    for factor in (together.A[...], together.B[...]):  # [S, L, E, …]
+        assert np.array_equal(factor, np.broadcast_to(factor[:, :, :1], factor.shape))
+    for factor in (halfway.A[...], halfway.B[...]):
+        assert all(not np.allclose(factor[:, :, 0], factor[:, :, e], atol=1e-5) for e in range(1, factor.shape[2]))
+
+    those, that = start(tied, loaded.model, (0, 1)), start(lora, loaded.model, (0, 1))
+    for name, experts in those.params.experts.items():
+        that.params.experts[name].A[...] = experts.A[:, :, :1]
+    place, wanted, there = targets_of(rows)
+    drawn = np.array([[0, 1], [2, 0]])
+    batch = LaneRows(
+        tokens=rows.tokens[drawn], positions=rows.positions[drawn], segment_ids=rows.segment_ids[drawn],
+        place=place[drawn], wanted=wanted[drawn], there=there[drawn],
+    )  # fmt: skip
+    rates = jnp.full(2, 1e-2)
+    those, _ = step(those, loaded.model, batch, rates, jnp.float32(0), jnp.bool_(True), remat=False)
+    that, _ = step(that, loaded.model, batch, rates, jnp.float32(0), None, remat=False)
+    for name, experts in those.params.experts.items():
+        np.testing.assert_allclose(experts.B[:, :, 3], that.params.experts[name].B[:, :, 0], rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.skipif("mola" not in available(), reason="MoLA is not in this version")
