@@ -27,9 +27,9 @@ import jax.numpy as jnp
 
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.configs import Strategy
-from adafuse_jax.decoding.engine import DecodeState, decode_step
 from adafuse_jax.decoding.fused import Fused, fused_obstacle
 from adafuse_jax.decoding.merging import Merged, with_weights
+from adafuse_jax.decoding.steps import DecodeState, decode_step
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from benchmarks.decode_costs import SIZES, Shapes

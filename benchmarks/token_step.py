@@ -26,8 +26,8 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from adafuse_jax.decoding.engine import decode_step
 from adafuse_jax.decoding.fused import Fused, fused_step
+from adafuse_jax.decoding.steps import decode_step
 from adafuse_jax.model.cache import KVCache
 from benchmarks.decode_costs import SIZES, TARGETS
 from benchmarks.decode_rows import NO_REPEATS, adapter_config, model_config, random_adafuse, random_backbone

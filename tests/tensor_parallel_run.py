@@ -14,7 +14,7 @@ from test_engine import generate, prompt_of
 from test_methods import FEW, random_method
 
 from adafuse_jax import load_backbone
-from adafuse_jax.decoding import engine as engine_module
+from adafuse_jax.decoding import steps
 from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.sharding import make_mesh, shard
 
@@ -28,7 +28,7 @@ def run(family: str, targets: tuple[str, ...], devices: int) -> dict:
     alone = generate(Engine(model, adapter, eos_ids=()), *prompts, n=12)
     mesh = make_mesh(devices, model.config)
     cut, cut_adapter = shard(model, mesh), shard(adapter, mesh)
-    engine_module.decode_step.clear_cache()
+    steps.decode_step.clear_cache()
     engine = Engine(cut, cut_adapter, eos_ids=())
     together = [generate(engine, *prompts, n=12) for _ in range(2)]
 
@@ -42,7 +42,7 @@ def run(family: str, targets: tuple[str, ...], devices: int) -> dict:
     experts = {name: (share(e.A[...]), share(e.B[...])) for name, e in cut_adapter.experts.items()}
     return {
         "alone": alone, "together": together, "linears": linears, "experts": experts,
-        "programs": engine_module.decode_step._cache_size(),
+        "programs": steps.decode_step._cache_size(),
     }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from adafuse_jax.configs import ModelConfig
 from adafuse_jax.data.chat import encode_prompt, load_tokenizer
 from adafuse_jax.data.examples import Message
 from adafuse_jax.decoding import engine as engine_module
+from adafuse_jax.decoding import steps
 from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.sampling import Sampling
 from adafuse_jax.model.backbone import Backbone
@@ -101,24 +102,24 @@ class TestPrefill:
         model = models("llama_gqa")
         engine = Engine(model, random_adapter(model.config))
         generate(engine, prompt_of(model, 20), n=4)
-        programs = engine_module._prefill_chunk._cache_size(), engine_module.decode_step._cache_size()
+        programs = steps.prefill_chunk._cache_size(), steps.decode_step._cache_size()
         for length in range(17, 60, 5):
             generate(engine, prompt_of(model, length), n=4)
-        assert (engine_module._prefill_chunk._cache_size(), engine_module.decode_step._cache_size()) == programs
+        assert (steps.prefill_chunk._cache_size(), steps.decode_step._cache_size()) == programs
 
     def test_no_more_programs_than_buckets(self, models, monkeypatch):  # noqa: F811
         """Prompts of 1 … 110 tokens: at most a step for each cache size, a prefill for each pair of sizes that occurs."""
         monkeypatch.setattr(engine_module, "MIN_SLOTS", 32)
         model = models("qwen3")
         engine = Engine(model, eos_ids=())
-        before = engine_module._prefill_chunk._cache_size(), engine_module.decode_step._cache_size()
+        before = steps.prefill_chunk._cache_size(), steps.decode_step._cache_size()
         context, pairs, sizes = model.config.max_position_embeddings, set(), set()
         for length in (1, 16, 17, 40, 64, 65, 90, 110):
             generate(engine, prompt_of(model, length), n=3)
             slots = engine_module.bucket(min(length + 3, context), engine_module.MIN_SLOTS)
             sizes.add(slots)
             pairs |= {(slots, chunk) for chunk in engine_module._chunks(length)}
-        after = engine_module._prefill_chunk._cache_size(), engine_module.decode_step._cache_size()
+        after = steps.prefill_chunk._cache_size(), steps.decode_step._cache_size()
         assert 0 < after[0] - before[0] <= len(pairs)
         assert 0 < after[1] - before[1] <= len(sizes) < 4
 
@@ -131,7 +132,7 @@ class TestPrefill:
         model = Backbone(config, rngs=nnx.Rngs(0))
         state = Engine(model, eos_ids=())._empty_state(1, 32, Sampling.of())
         tokens, logits = np.zeros((1, 16), np.int32), jnp.zeros((1, 64))
-        chunk = engine_module._prefill_chunk.lower(model, None, state, logits, tokens, np.array([16]), pad_id=0)
+        chunk = steps.prefill_chunk.lower(model, None, state, logits, tokens, np.array([16]), pad_id=0)
         a_layer = sum(leaf.nbytes for leaf in jax.tree.leaves(model.layers)) / config.num_layers
         assert chunk.compile().memory_analysis().temp_size_in_bytes < 0.6 * a_layer
 

@@ -18,9 +18,10 @@ from adafuse_jax.configs import LINEARS, ModelConfig
 from adafuse_jax.data.chat import encode_prompt, load_tokenizer
 from adafuse_jax.data.examples import Message
 from adafuse_jax.decoding import engine as engine_module
-from adafuse_jax.decoding.engine import Engine, decode_step
+from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.merging import Merged, Merging, unmerge
 from adafuse_jax.decoding.sampling import Sampling
+from adafuse_jax.decoding.steps import decode_step
 from adafuse_jax.model.cache import KVCache
 
 MERGING = ("golden", "switch", "simple")

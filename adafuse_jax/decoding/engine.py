@@ -1,14 +1,8 @@
-"""Prefill and single-token decoding as two jitted programs over one donated state.
+"""Generation: prompts in, tokens out, with the programs of `steps` and the strategy for the experts.
 
-    prefill   writes a prompt into the cache, in chunks whose lengths come from a few buckets, every prompt token with its
-              own gates; then samples the first token
-    step      token → gates → adapted backbone → next token; cache, position and merged weights are updated in place
-
-How the experts act in a step is the engine's strategy: *unmerged*, y = W x + Σ_j g_j s B[e_j] (A[e_j] x), the same as one
-launch, *fused*, or one of `merging`'s, whose backbone is one launch too where that can run. Prefill is unmerged with each.
-
-Programs depend on a few chunk lengths and cache sizes (powers of two), not on the prompt's length: a new length
-compiles nothing, unless it is the first to need a larger cache.
+Prompts run through prefill in chunks whose lengths come from a few buckets. So programs depend on a few chunk lengths and
+cache sizes (powers of two), not on the prompt's length: a new length compiles nothing, unless it is the first to need a
+larger cache.
 """
 
 from __future__ import annotations
@@ -18,25 +12,23 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Key
 
 from adafuse_jax.adapters.adafuse import AdaFuse
-from adafuse_jax.adapters.base import Adapter
 from adafuse_jax.adapters.layerwise import LayerWise
 from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.lora import merged as with_lora
 from adafuse_jax.adapters.methods import AnyAdapter
 from adafuse_jax.configs import TOKEN_STRATEGIES, Strategy
-from adafuse_jax.decoding.fused import Fused, fused_obstacle, fused_step, route
-from adafuse_jax.decoding.merging import Merged, Merging, merged_anew, unmerge, with_weights
-from adafuse_jax.decoding.sampling import Sampling, sample
+from adafuse_jax.decoding.fused import Fused, fused_obstacle
+from adafuse_jax.decoding.merging import Merged, unmerge, with_weights
+from adafuse_jax.decoding.sampling import Sampling
 from adafuse_jax.decoding.simple import LayerWiseMerging
+from adafuse_jax.decoding.steps import NOT_FINITE, DecodeState, decode_step, first_token, prefill_chunk
 from adafuse_jax.errors import UserError
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
@@ -48,22 +40,8 @@ log = logging.getLogger(__name__)
 CHUNKS = (16, 64, 256, 1024)
 """Prompt tokens per prefill program; a prompt runs through the largest and then the smallest that holds the rest."""
 MIN_SLOTS = 128
-NOT_FINITE = -1
 LOOKAHEAD = 2
 """Steps queued on the device before the host waits for a token, so that reading tokens never stalls the device."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeState:
-    """Everything a step reads and replaces. `token` is sampled but not yet in the cache; it will take slot `position`."""
-
-    cache: KVCache
-    token: Int[Array, " B"]
-    position: Int[Array, " B"]
-    done: Bool[Array, " B"]
-    seen: Bool[Array, "B V"] | None
-    key: Key[Array, ""]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,92 +70,6 @@ def _chunks(length: int) -> list[int]:
     """Chunk lengths that hold a prompt: the largest as often as it is filled, then the smallest for the rest."""
     whole, rest = divmod(length, CHUNKS[-1])
     return [CHUNKS[-1]] * whole + [next(c for c in CHUNKS if c >= rest)] * (rest > 0)
-
-
-@partial(jax.jit, static_argnames="pad_id", donate_argnames=("state", "logits"))
-def _prefill_chunk(
-    model: Backbone,
-    adapter: Any,
-    state: DecodeState,
-    logits: Array,
-    tokens: Array,
-    lengths: Array,
-    pad_id: int,
-) -> tuple[DecodeState, Array]:
-    """Put tokens[b, :lengths[b]] into the cache; `logits` [B, V] of rows that have tokens here are replaced."""
-    offset = jnp.arange(tokens.shape[1])
-    inside = offset < lengths[:, None]  # [B, T]
-    slots = jnp.where(inside, state.position[:, None] + offset, state.cache.slots)
-    out = model.run(jnp.where(inside, tokens, pad_id), adapter=adapter, positions=slots, cache=state.cache)
-    last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]  # [B, D]
-    assert out.cache is not None
-    seen = state.seen
-    if seen is not None:
-        seen = seen.at[jnp.arange(len(lengths))[:, None], jnp.where(inside, tokens, seen.shape[1])].set(
-            True, mode="drop"
-        )
-    logits = jnp.where((lengths > 0)[:, None], model.logits(last), logits)
-    return replace(state, cache=out.cache, position=state.position + lengths, seen=seen), logits
-
-
-def _choose(
-    state: DecodeState, logits: Array, sampling: Sampling, eos_ids: tuple[int, ...], pad_id: int
-) -> DecodeState:
-    """Sample the next token of every row that has not ended. Logits that are not finite give the token NOT_FINITE."""
-    key, draw = jax.random.split(state.key)
-    token = jnp.where(jnp.isfinite(logits).all(axis=-1), sample(logits, sampling, draw, state.seen), NOT_FINITE)
-    token = jnp.where(state.done, pad_id, token)
-    done = state.done | jnp.isin(token, jnp.array(eos_ids, jnp.int32))
-    seen = None if state.seen is None else state.seen.at[jnp.arange(len(token)), jnp.maximum(token, 0)].set(True)
-    return replace(state, token=token, done=done, seen=seen, key=key)
-
-
-@partial(jax.jit, static_argnames=("eos_ids", "pad_id"), donate_argnames="state")
-def _first_token(
-    state: DecodeState, logits: Array, sampling: Sampling, eos_ids: tuple[int, ...], pad_id: int
-) -> tuple[Any, DecodeState]:
-    """Sample after the prompt."""
-    state = _choose(state, logits, sampling, eos_ids, pad_id)
-    return (state.token, state.done, None), state
-
-
-@partial(jax.jit, static_argnames=("eos_ids", "pad_id"), donate_argnames=("state", "merged"))
-def decode_step(
-    model: Backbone,
-    adapter: Any,
-    state: DecodeState,
-    merged: Merged | None,
-    sampling: Sampling,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
-    fused: Fused | None = None,
-) -> tuple[Any, DecodeState, Merged | None]:
-    """Read `state.token`, sample the one after it. Returns ((token, done, experts), state, merged); the old state and
-    what was merged are donated. `merged` None decodes unmerged; with `fused` all layers are one launch."""
-    if fused is not None:
-        token, position, cache = state.token, state.position, state.cache
-        if merged is None:
-            logits, experts, cache = fused_step(model, adapter, fused, token, position, cache)
-        else:
-            # Nothing adapted runs before the router: with *switch*, those weights are only named here.
-            whole = with_weights(model, merged.weights)
-            experts, gates = route(whole, adapter, fused.table, token, position, cache)
-            merged = merged_anew(adapter, model, merged, experts[0], gates[0], hold=state.done[0])
-            logits, _, cache = fused_step(with_weights(model, merged.weights), None, fused, token, position, cache)
-        state = _choose(replace(state, cache=cache, position=position + 1), logits, sampling, eos_ids, pad_id)
-        return (state.token, state.done, experts), state, merged
-    acting: Adapter | None = adapter
-    if merged is not None:
-        acting = Merging(adapter, model, merged, hold=state.done[0])
-    out = model.run(
-        state.token[:, None], adapter=acting, positions=state.position[:, None], cache=state.cache, unroll=True
-    )
-    assert out.cache is not None
-    routing, merged = (out.routing, None) if merged is None else out.routing
-    experts = None if routing is None else routing.experts_of_row()
-    state = replace(state, cache=out.cache, position=state.position + 1)
-    state = _choose(state, model.logits(out.hidden[:, 0]), sampling, eos_ids, pad_id)
-    return (state.token, state.done, experts), state, merged
 
 
 class Engine:
@@ -470,6 +362,6 @@ class Engine:
             lengths = np.array([min(max(len(p) - start, 0), size) for p in prompts], np.int32)
             for row, prompt, n in zip(tokens, prompts, lengths, strict=True):
                 row[:n] = prompt[start : start + n]
-            state, logits = _prefill_chunk(model, self.adapter, state, logits, tokens, lengths, pad_id=self.pad_id)
+            state, logits = prefill_chunk(model, self.adapter, state, logits, tokens, lengths, pad_id=self.pad_id)
             start += size
-        return _first_token(state, logits, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id)
+        return first_token(state, logits, sampling, eos_ids=self.eos_ids, pad_id=self.pad_id)
