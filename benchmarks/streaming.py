@@ -80,7 +80,11 @@ def make(way: Way, num_blocks: int) -> Callable[[Array, Array], Array]:
         def _copy():
             def phase(layer, filled):
                 filled = filled.begin()
-                return lax.fori_loop(0, per_phase, lambda i, filled: ring.fill(filled, source(layer, i)), filled)
+
+                def fill(i, filled):
+                    return ring.fill(filled, [lambda: [source(layer, i)]])
+
+                return lax.fori_loop(0, per_phase, fill, filled)
 
             lax.fori_loop(0, LAYERS, phase, ring.start())
 

@@ -137,8 +137,8 @@ INTERPRETED = {
     "more query heads than attention takes together": (
         Case(heads=(11, 1, 64), embed_dim=704, position=100), {"num_blocks": 2, "one_launch": False}
     ),
-    "context in parts, window, router in the FFN": (
-        Case(batch=2, slots=1024, heads=(4, 1, 64), position=900, window=600, targets=("gate_proj", "up_proj")),
+    "context in parts, window, router in the FFN, one of two adapted": (
+        Case(batch=2, slots=1024, heads=(4, 1, 64), position=900, window=600, targets=("gate_proj",)),
         {"num_blocks": 5, "one_launch": False},
     ),
 }  # fmt: skip
@@ -147,6 +147,7 @@ COMPILED = {
     "one piece of ranks": Case(num_layers=2, targets=LINEARS, top_k=1),
     "q, v": Case(num_layers=2, targets=("q_proj", "v_proj")),
     "all 7, two rows": Case(num_layers=2, batch=2, targets=LINEARS),
+    "k, gate, two rows": Case(num_layers=2, batch=2, targets=("k_proj", "gate_proj")),
     "norms, biases": Case(
         num_layers=2, embed_dim=192, hidden_dim=320, heads=(4, 2, 128), targets=LINEARS, rank=128, top_k=1, bias=True,
         qk_norm=True,
@@ -209,10 +210,10 @@ SMOLLM2 = Shape(
 
 def plan_of(shape: Shape, **changes: Any) -> Any:
     options = {
-        "batch": 1, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "cache_slots": 512, "max_used": 2,
-        "rank": 64, "num_blocks": 132,
+        "adapted": LINEARS, "batch": 1, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "cache_slots": 512,
+        "max_used": 2, "rank": 64, "num_blocks": 132,
     }  # fmt: skip
-    return make_plan(shape.linears(), LINEARS, **(options | changes))
+    return make_plan(shape.linears(), **(options | changes))
 
 
 @pytest.mark.parametrize("shape", [LLAMA2_7B, SMOLLM2])
@@ -238,10 +239,14 @@ def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_blocks):
 
 
 @pytest.mark.parametrize(("batch", "max_used", "used"), [(1, 2, 2), (1, 4, 1), (8, 8, 7), (32, 8, 8)])
-def test_blocks_share_the_experts_products(batch, max_used, used):
-    """All of A, of the sums h, of B and of the sums y, each once; what waits for A counts the blocks that have some; and no
-    block has more than an eighth more chunks than the mean, or two tiles of B, if so many experts are in use as planned."""
-    plan = plan_of(LLAMA2_7B, batch=batch, max_used=max_used)
+@pytest.mark.parametrize(
+    "adapted", [LINEARS, ("q_proj", "v_proj"), ("k_proj", "up_proj")], ids=["all 7", "q, v", "k, up"]
+)
+def test_blocks_share_the_experts_products(batch, max_used, used, adapted):
+    """All of A, of the sums h, of B and of the sums y, each once; what waits for A counts the blocks that have some; no
+    block has more than an eighth more chunks than the mean, or two tiles of B, if so many experts are in use as planned;
+    and none takes a linear's h twice."""
+    plan = plan_of(LLAMA2_7B, batch=batch, max_used=max_used, adapted=adapted)
     scalars = Scalars(list(range(used)), used, [])
     for group in (plan.qkv, plan.o, plan.gate_up, plan.down):
         a, h, b, y = Counter(), Counter(), Counter(), Counter()
@@ -259,10 +264,13 @@ def test_blocks_share_the_experts_products(batch, max_used, used):
             number, at = shares.finish_share()
             y.update(tuple(map(int, at(n))) for n in range(int(number)))
             number, at = shares.b_tiles()
-            for linear, tile, place, pieces in (map(int, at(n)) for n in range(int(number))):
-                assert group.adapted[place] == list(group.outs)[linear]
-                b.update([(group.adapted[place], tile)])
-                chunks[block] += pieces
+            tiles = [tuple(map(int, at(n))) for n in range(int(number))]
+            tiles = [(list(group.outs)[linear], *others) for linear, *others in tiles if others[-1]]
+            for name, tile, place, pieces in tiles:
+                assert (group.adapted[place], pieces) == (name, used)
+                b.update([(name, tile)])
+            chunks[block] += used * len(tiles)
+            assert len({name for name, *_ in tiles}) == len(tiles)
         pairs = range(len(group.adapted)), range(-(-used // 2))
         assert a == Counter(itertools.product(range(group.slices), *pairs, range(group.a_parts)))
         assert int(shares.a_blocks()) == with_a

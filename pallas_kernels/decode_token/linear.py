@@ -62,11 +62,11 @@ def steps_of(group: Group, single: bool) -> tuple[str, ...]:
 
 
 class Linears:
-    """One group. `memory` has the refs `weights`, `biases`, `a`, `b` by name; `y_part` [S + 1, tiles, 2, *part], `t_part`
-    [S · parts, targets, 2 · pairs of pieces, *part] and `h` [targets · U · pieces · N + HALF, PIECE] of `plan.exchanged`;
-    `gates` [U, N]; `squares` [halves of tiles, N]; `r` [blocks, N]; and the `scalars`. `semaphores` (None where blocks do
-    not run at the same time) has one for A, one for h, and one for each member. `steps`: which of STEPS are done.
-    `turn(layer)`: how many layers have run in this launch before this one."""
+    """One group. `memory` has the refs `weights`, `biases`, `a`, `b` by name; of `plan.exchanged` the parts of sums
+    `y_part`, S + 1 of every half of a tile, and `t_part`, S · parts of every piece of ranks of every target, and `h`
+    [targets · U · pieces · N + HALF, PIECE]; `gates` [U, N]; `squares` [halves of tiles, N]; `r` [blocks, N]; and the `scalars`.
+    `semaphores` (None where blocks do not run at the same time) has one for A, one for h, and one for each member. `steps`:
+    which of STEPS are done. `turn(layer)`: how many layers have run in this launch before this one."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Linears:
         ring: Ring,
         semaphores: Any,
         *,
-        steps: Sequence[str] = STEPS,
+        steps: Sequence[str],
         turn: Callable[[Any], Any] = lambda layer: layer,
         norm_dim: int | None,
         eps: float,
@@ -169,8 +169,9 @@ class Linears:
         plgpu.commit_smem()
 
     def _products(self, layer, count, operand_smem):
-        """Those of A, W and B in one loop, so that there is one piece of code for all; on the way, h and r are found: late,
-        where weights are under way, they make nobody wait."""
+        """Those of A, W and B in one loop, so that there is one piece of code for all. On the way r is found, after the
+        first product of W, and h gathered: by idle blocks at once, or by all before their last units; a single row's where
+        it is needed. Weights are under way then, and nobody else waits."""
         group, plan, shares = self.group, self.plan, self.shares
         begin, end = self._span()
         first_w, gather_at = shares.num_a, None
@@ -217,6 +218,7 @@ class Linears:
             pl.when(n == first_w)(self._find_r)
             return count
 
+        # A block that has no products of W goes round once more to gather, without a product that is `wanted`.
         rounds = end if gather_at is None else jnp.maximum(end, gather_at + 1)
         return lax.fori_loop(begin, rounds, product, count)
 

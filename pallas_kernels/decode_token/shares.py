@@ -45,7 +45,7 @@ def pick(values: Sequence[Any], index):
 
 
 def divmod_by_comparing(n, step, most):
-    """(n // step, n % step) of a quotient below `most`."""
+    """(n // step, n % step) of a quotient below `most`; of a larger one, something."""
     quotient = sum((jnp.where(n >= i * step, 1, 0) for i in range(1, most)), start=jnp.int32(0))
     return quotient, n - quotient * step
 
@@ -147,7 +147,8 @@ class Shares:
         return number * self.group.width + place, tile
 
     def product(self, n):
-        """The n-th of this block's products: `num_a` of A, then `num_w` of W and `num_b` of B."""
+        """The n-th of this block's products: `num_a` of A, then `num_w` of W and `num_b` of B. What it would be of each
+        kind is found out for every n, and is nonsense for two of them."""
         group, first_w, first_b = self.group, self.num_a, self.num_a + self.num_w
         of_a, of_b, adapted, linears = n < first_w, n >= first_b, len(group.adapted), len(group.outs)
 
@@ -202,7 +203,8 @@ class Shares:
         places = [group.adapted.index(name) if name in group.adapted else 0 for name in group.outs]
 
         def at(n):
-            index, place = divmod_(first + n * group.slices, group.width)
+            # Those of one linear after the other: a slice would get the same linear of every unit, and its h every time.
+            place, index = divmod_by_comparing(first + n * group.slices, self.num_units, group.width)
             linear, tile = self.linear_of(self.unit(index), place)
             return linear, tile, pick(places, linear), jnp.where(self.is_adapted(linear), self.used_pieces, 0)
 
