@@ -27,7 +27,7 @@ from adafuse_jax.errors import UserError
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from pallas_kernels.decode_token import Shape, obstacle
-from pallas_kernels.decode_token.plan import SHARED_MEMORY, make_plan, num_tiles
+from pallas_kernels.decode_token.plan import B_COST, SHARED_MEMORY, make_plan, num_tiles
 from pallas_kernels.decode_token.shares import Scalars, Shares
 
 interpreted = pytest.mark.skipif(
@@ -227,13 +227,14 @@ def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_blocks):
         for block in range(num_blocks):
             part, member = block % group.slices, block // group.slices
             if member < group.members:
-                low, high = (s * group.chunks // group.slices for s in (part, part + 1))
+                low, high = group.bounds[part : part + 2]
                 assert 0 < high - low <= group.slice_chunks
                 for unit in range(member, units, group.members):
                     chunks.update((unit, c) for c in range(low, high))
         assert set(chunks.values()) == {1}
         assert len(chunks) == units * group.in_dim // 64
-        assert 1 <= group.a_parts <= group.chunks // group.slices
+        assert 1 <= group.a_parts <= min(group.lengths)
+        assert group.lengths[-1] == group.slice_chunks, "what is read beyond it is no more than what follows the input"
     assert plan.slots >= 4
     assert plan.slots * 128 * 64 * 2 + (plan.x_rows + plan.h_rows) * 64 * 2 < SHARED_MEMORY
 
@@ -245,7 +246,7 @@ def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_blocks):
 def test_blocks_share_the_experts_products(batch, max_used, used, adapted):
     """All of A, of the sums h, of B and of the sums y, each once; what waits for A counts the blocks that have some; no
     block has more than an eighth more chunks than the mean, or two tiles of B, if so many experts are in use as planned;
-    and none takes a linear's h twice."""
+    and none takes a linear's h twice. Of a single row, B costs as many chunks as the plan says."""
     plan = plan_of(LLAMA2_7B, batch=batch, max_used=max_used, adapted=adapted)
     scalars = Scalars(list(range(used)), used, [])
     for group in (plan.qkv, plan.o, plan.gate_up, plan.down):
@@ -269,7 +270,7 @@ def test_blocks_share_the_experts_products(batch, max_used, used, adapted):
             for name, tile, place, pieces in tiles:
                 assert (group.adapted[place], pieces) == (name, used)
                 b.update([(name, tile)])
-            chunks[block] += used * len(tiles)
+            chunks[block] += (used if batch > 1 else B_COST["short"]) * len(tiles)
             assert len({name for name, *_ in tiles}) == len(tiles)
         pairs = range(len(group.adapted)), range(-(-used // 2))
         assert a == Counter(itertools.product(range(group.slices), *pairs, range(group.a_parts)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import jax.numpy as jnp
@@ -35,6 +36,9 @@ LATE = 24
 while blocks exchange."""
 PART_COST = {False: 0.17, True: 0.05}
 """By whether the batch is a single row: how many chunks come while a block adds one more part of A x up."""
+B_COST = {"long": 6, "short": 8}
+"""Chunks of W that come while a block of a single row's step adds B's products of one tile: it waits for h, gathers it, and
+comes later to the exchange than others. In a short phase all chunks are in the ring already, and take less time."""
 SPLIT_SLOTS = 512
 """Positions of the cache that one thread block reads at least."""
 
@@ -51,7 +55,8 @@ class Group:
     """The linears of a pass have equal shapes and are finished together."""
     outs: dict[str, int]
     in_dim: int
-    slices: int
+    bounds: tuple[int, ...]
+    """Slice s is the chunks from bounds[s] up to bounds[s + 1]."""
     members: int
     adapted: tuple[str, ...]
     a_parts: int
@@ -69,9 +74,18 @@ class Group:
         return self.in_dim // PIECE
 
     @property
+    def slices(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Chunks of each slice."""
+        return tuple(end - begin for begin, end in pairwise(self.bounds))
+
+    @property
     def slice_chunks(self) -> int:
         """Chunks of the longest slice."""
-        return -(-self.chunks // self.slices)
+        return max(self.lengths)
 
     @property
     def num_tiles(self) -> int:
@@ -221,16 +235,34 @@ def make_group(
     slices = (small or good)[0]
     members, adapted = num_blocks // slices, tuple(name for name in names if name in adapted)
     light = -units % members
-    slice_chunks, pairs, others = -(-chunks // slices), len(adapted) * -(-pieces // 2), members - light
+    bounds = _bounds(chunks, slices, -(-units // members) * len(passes[0]) if single and adapted else 0)
+    longest = max(end - begin for begin, end in pairwise(bounds))
+    if longest * PIECE * columns * itemsize > MAX_INPUT:
+        bounds = _bounds(chunks, slices, 0)
+    lengths = [end - begin for begin, end in pairwise(bounds)]
+    slice_chunks, pairs, others = max(lengths), len(adapted) * -(-pieces // 2), members - light
     unit_chunks, idle = len(passes[0]) * slice_chunks, num_blocks - others * slices
     a_parts, quota = _cut_a(
-        pairs, slice_chunks, others, light, max_parts=min(MAX_A_PARTS, chunks // slices),
+        pairs, slice_chunks, others, light, max_parts=min(MAX_A_PARTS, *lengths),
         limit=min(unit_chunks, -(-units // members) * unit_chunks - LATE), part_cost=slices * PART_COST[single],
     )  # fmt: skip
     return Group(
-        passes=passes, outs=outs, in_dim=in_dim, slices=slices, members=members, adapted=adapted, a_parts=a_parts,
+        passes=passes, outs=outs, in_dim=in_dim, bounds=bounds, members=members, adapted=adapted, a_parts=a_parts,
         light=light, quota=quota, gatherers=idle if len(adapted) * pieces * (columns // QUERIES) <= idle else num_blocks,
     )  # fmt: skip
+
+
+def _bounds(chunks: int, slices: int, tiles: int) -> tuple[int, ...]:
+    """Of slices of equal lengths; or, of `tiles` that a member has, to which B is added by the slices in turn, of lengths
+    with which all blocks are ready at the same time."""
+    with_b = [len(range(s, tiles, slices)) for s in range(slices)]
+    cost = B_COST["long" if tiles * chunks > LATE * slices else "short"]
+    each = (tiles * chunks + cost * sum(with_b)) / slices
+    ends = [0.0]
+    for number in with_b:
+        ends.append(ends[-1] + ((each - cost * number) / tiles if tiles else chunks / slices))
+    bounds = tuple(map(int, (*ends[:-1], chunks)))
+    return bounds if min(end - begin for begin, end in pairwise(bounds)) > 0 else _bounds(chunks, slices, 0)
 
 
 def _cut_a(

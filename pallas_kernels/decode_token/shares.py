@@ -82,8 +82,7 @@ class Shares:
     def __init__(self, group: Group, plan: Plan, scalars: Scalars, block: Any):
         self.group, self.plan, self.scalars, self.block = group, plan, scalars, block
         self.slice, self.member = block % group.slices, block // group.slices
-        self.first_chunk = self.slice * group.chunks // group.slices
-        self.num_chunks = (self.slice + 1) * group.chunks // group.slices - self.first_chunk
+        self.first_chunk, self.num_chunks = (pick(of, self.slice) for of in (group.bounds[:-1], group.lengths))
         self.num_units, self.unit = self.units()
         self.num_w = self.num_units * group.width
         self.num_a: Any = 0
