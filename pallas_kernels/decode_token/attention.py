@@ -107,10 +107,11 @@ class Attention:
         cores."""
         memory, plan = self.memory, self.plan
         first, number = self._share(plan.splits)
+        window = memory.windows[layer]
 
         def unit(n, count):
             row, head, group, split = self._unit(n, first, plan.splits)
-            position, window = memory.positions[row], memory.windows[layer]
+            position = pick(memory.scalars.positions, row)
             start, tiles = self._tiles(position, window, split)
             values = [load(memory.v_new.at[layer, row, head, c], ROWS).astype(jnp.float32) for c in self._columns]
             score = self._prepare(layer, row, head, group, split, q_smem)
