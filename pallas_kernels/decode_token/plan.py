@@ -235,7 +235,8 @@ def make_group(
     slices = (small or good)[0]
     members, adapted = num_blocks // slices, tuple(name for name in names if name in adapted)
     light = -units % members
-    bounds = _bounds(chunks, slices, -(-units // members) * len(passes[0]) if single and adapted else 0)
+    everywhere = single and len(adapted) == len(names)
+    bounds = _bounds(chunks, slices, -(-units // members) * len(passes[0]) if everywhere else 0)
     longest = max(end - begin for begin, end in pairwise(bounds))
     if longest * PIECE * columns * itemsize > MAX_INPUT:
         bounds = _bounds(chunks, slices, 0)
