@@ -71,7 +71,7 @@ class TestFiles:
         else:
             csv = "text,n\r\n" + "".join(f"row {i},{i}\r\n" for i in range(5))
             data = csv.encode() if ".csv" in name else jsonl(ROWS) if "jsonl" in name else json.dumps(ROWS).encode()
-            path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+            path.write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
         before = files_under(tmp_path)
         assert texts(path) == [row["text"] for row in ROWS]
         assert available_splits(DatasetSpec(source=str(path))) == ("train",)
@@ -189,12 +189,12 @@ BAD_FILES = [
     ("a.json", b"[]", "no rows"),
     ("a.parquet", b"", "empty file"),
     ("a.parquet", b"PAR1 not really", "cannot read"),
-    ("a.jsonl.gz", gzip.compress(GOOD_LINE * 9)[:-12], "truncated gzip"),
+    ("a.jsonl.gz", gzip.compress(GOOD_LINE * 9, mtime=0)[:-12], "truncated gzip"),
     ("a.jsonl.gz", GOOD_LINE, "broken gzip file"),
-    ("a.jsonl.gz", gzip.compress(GOOD_LINE * 9)[:-8] + b"\0" * 8, "broken gzip file.*CRC"),
-    ("a.jsonl.gz", gzip.compress(GOOD_LINE)[:10] + b"\xff" * 30, "broken gzip file"),
-    ("a.jsonl.gz", gzip.compress(GOOD_LINE + b"{"), "malformed JSON.*line 2"),
-    ("a.jsonl.gz", gzip.compress(b""), "empty file"),
+    ("a.jsonl.gz", gzip.compress(GOOD_LINE * 9, mtime=0)[:-8] + b"\0" * 8, "broken gzip file.*CRC"),
+    ("a.jsonl.gz", gzip.compress(GOOD_LINE, mtime=0)[:10] + b"\xff" * 30, "broken gzip file"),
+    ("a.jsonl.gz", gzip.compress(GOOD_LINE + b"{", mtime=0), "malformed JSON.*line 2"),
+    ("a.jsonl.gz", gzip.compress(b"", mtime=0), "empty file"),
     ("a.txt", b"hello", "unknown file type.*jsonl"),
 ]
 
