@@ -18,6 +18,7 @@ from adafuse_jax.configs import LINEARS, ModelConfig
 from adafuse_jax.data.chat import encode_prompt, load_tokenizer
 from adafuse_jax.data.examples import Message
 from adafuse_jax.decoding import engine as engine_module
+from adafuse_jax.decoding import steps as steps_module
 from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.merging import Merged, Merging, unmerge
 from adafuse_jax.decoding.sampling import Sampling
@@ -191,7 +192,7 @@ class TestOneLaunch:
         def obstacle(model, batch=1, adapter=None):
             return "it takes 2 rows" if batch > 2 else None
 
-        monkeypatch.setattr(engine_module, "fused_step", step)
+        monkeypatch.setattr(steps_module, "fused_step", step)
         monkeypatch.setattr(engine_module, "fused_obstacle", obstacle)
 
     @pytest.mark.parametrize("strategy", ["golden", "switch"])
