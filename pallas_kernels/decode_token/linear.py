@@ -205,7 +205,7 @@ class Linears:
                     self._put(self.memory.t_part, of.part, (of.place, 2 * of.tile + half), values)
 
             def put_y():
-                tile = pick([group.first_tile(name) for name in group.outs], of.linear) + of.tile
+                tile = shares.tile_number(of.linear, of.tile)
                 for half, values in enumerate(columns):
                     self._put(self.memory.y_part, of.part, (tile, half), values)
 
@@ -287,7 +287,7 @@ class Linears:
         pl.when(n == 0)(lambda: self._wait(2 + self.shares.member, group.slices, layer))
         values = []
         for place in range(group.width):
-            number = pick([group.first_tile(name) for name in group.outs], linear + place) + tile
+            number = self.shares.tile_number(linear + place, tile)
             y = self._sum(memory.y_part, group.slices, (number, half), i, more=self.shares.is_adapted(linear + place))
             values.append(y if r is None else y * over_rows(r, shape))
 

@@ -146,6 +146,10 @@ class Shares:
             number, tile = jnp.where(unit >= begin, number + 1, number), jnp.where(unit >= begin, unit - begin, tile)
         return number * self.group.width + place, tile
 
+    def tile_number(self, linear, tile):
+        """Of a linear's tile, among those of all linears of the group."""
+        return pick([self.group.first_tile(name) for name in self.group.outs], linear) + tile
+
     def product(self, n):
         """The n-th of this block's products: `num_a` of A, then `num_w` of W and `num_b` of B. What it would be of each
         kind is found out for every n, and is nonsense for two of them."""
