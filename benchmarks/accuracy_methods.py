@@ -4,7 +4,8 @@ All mixtures have E = 8 experts, k = 2, and about as many trainable parameters a
 width; MoLA's 2/4/6/8 experts and the methods on the FFN alone have fewer, and are listed with their number). LoRA comes
 twice: with the rank of one expert, and with that of all eight together. No dropout and one balance coefficient everywhere.
 AdaFuse's one router sees the token alone if q, k or v is adapted, so an expert learns from an eighth of the vocabulary at
-first; `adafuse-tied` has the experts learn as one LoRA for the first half of the steps, and then each on its own.
+first; `adafuse-tied` has the experts learn as one LoRA for the first half of the steps, and then each on its own, and
+`adafuse-tied-long` for three quarters.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "adafuse": {**_MIXTURE, "adapter": "adafuse", "targets": LINEARS, "num_experts": 8},
     "adafuse-ffn": {**_MIXTURE, "adapter": "adafuse", "targets": FFN_LINEARS, "num_experts": 8},
     "adafuse-tied": {**_MIXTURE, "adapter": "adafuse", "targets": LINEARS, "num_experts": 8, TIED: 0.5},
+    "adafuse-tied-long": {**_MIXTURE, "adapter": "adafuse", "targets": LINEARS, "num_experts": 8, TIED: 0.75},
 }
 
 
