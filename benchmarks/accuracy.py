@@ -9,7 +9,7 @@ it --budget-seconds, and start it again. Each run trains several lanes together 
     grid        per method, the learning rates of the grid, seed 0, on the mixture: accuracy on the validation questions
     mixture     per method, all seeds at its best learning rate, on the mixture: accuracy on each set's test questions
     alone       per set and method, the same on one set: accuracy on its test questions
-    ablation    AdaFuse with one setting changed, at AdaFuse's learning rate, on the mixture
+    ablation    tied AdaFuse with one setting changed, at its learning rate, on the mixture
 
 so that what is there after any number of them compares all methods on the same. The report is written after every stage.
 The programs of the methods are compiled in threads while others train; keep JAX's compilation cache between calls.
@@ -44,7 +44,7 @@ from adafuse_jax.errors import run_cli
 from adafuse_jax.interop.huggingface import load_backbone
 from benchmarks import accuracy_report
 from benchmarks.accuracy_data import SETS, Packed, Questions, pack_candidates, read_set, targets_of
-from benchmarks.accuracy_methods import ABLATIONS, METHODS, RATE_SCALE, available, settings_of
+from benchmarks.accuracy_methods import ABLATED, ABLATIONS, METHODS, RATE_SCALE, available, settings_of
 from benchmarks.accuracy_training import (
     Programs,
     Trained,
@@ -175,9 +175,9 @@ class Study:
         for data in self.sets if len(self.sets) > 1 else ():
             for method in methods:
                 yield from final("alone", method, data, self.best_rate(method))
-        if "adafuse" in methods:
+        if ABLATED in methods:
             for name in self.arguments.ablations:
-                yield from final("ablation", name, MIXTURE, self.best_rate("adafuse"))
+                yield from final("ablation", name, MIXTURE, self.best_rate(ABLATED))
 
     @property
     def trained_methods(self) -> list[str]:
@@ -255,7 +255,7 @@ class Study:
             "first_step_seconds": round(trained.first_step_seconds, 3),
             "history": trained.history,
         }
-        if run.stage == "mixture" and run.method == "adafuse":
+        if run.stage == "mixture" and run.method in ("adafuse", ABLATED):
             classes = jnp.array(classes_of(self.tokenizer, self.model.config.vocab_size))
             report["expert_use"] = {  # counts [classes, E] by data set
                 name: expert_use(

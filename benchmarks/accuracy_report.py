@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy_methods import ABLATIONS, METHODS
+from benchmarks.accuracy_methods import ABLATED, ABLATIONS, METHODS
 from benchmarks.token_classes import CLASSES
 
 REGIMES = ("bare", "mixture", "alone", "ablation")
@@ -117,9 +117,8 @@ def write(results: Mapping[str, dict[str, Any]], out: Path, *, command: str, mac
     _replace(out / "accuracy.md", markdown(rows, table))
     if rows:
         plot(rows, out / "accuracy.png")
-    used = next((r for r in results.values() if "expert_use" in r), None)
-    if used is not None:
-        plot_experts(used, out / "accuracy_experts.png")
+    for used in (result for result in results.values() if "expert_use" in result):
+        plot_experts(used, out / f"accuracy_experts_{used['run']['method']}.png")
 
 
 def _replace(path: Path, text: str) -> None:
@@ -151,13 +150,13 @@ def markdown(rows: list[dict[str, Any]], table: dict[str, Any]) -> str:
     titles = {
         "mixture": "Trained on all sets together",
         "alone": "Trained on each set alone",
-        "ablation": "AdaFuse with one setting changed, trained on all sets together",
+        "ablation": "Tied AdaFuse with one setting changed, trained on all sets together",
     }
     bare = [row for row in rows if row["regime"] == "bare"]
     for regime, title in titles.items():
         mine = [row for row in rows if row["regime"] == regime]
         missing = [name for name in _planned(regime) if name not in {row["method"] for row in mine}]
-        reference = [row for row in rows if (row["regime"], row["method"]) == ("mixture", "adafuse")]
+        reference = [row for row in rows if (row["regime"], row["method"]) == ("mixture", ABLATED)]
         lines += ["", f"## {title}", ""]
         lines.append(
             "| method | trainable | " + " | ".join(sets) + " | average | learning rate | seeds | seconds a seed |"
@@ -212,8 +211,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     methods = [row for row in rows if row["regime"] in LABELS]
     ablations = [row for row in rows if row["regime"] == "ablation"]
     if ablations:
-        ablations = [row for row in methods if (row["regime"], row["method"]) == ("mixture", "adafuse")] + ablations
-    panels = {title: p for title, p in (("Methods", methods), ("AdaFuse, one setting changed", ablations)) if p}
+        ablations = [row for row in methods if (row["regime"], row["method"]) == ("mixture", ABLATED)] + ablations
+    panels = {title: p for title, p in (("Methods", methods), ("Tied AdaFuse, one setting changed", ablations)) if p}
     if not panels:
         return
     lines = max(len({row["method"] for row in panel}) for panel in panels.values())

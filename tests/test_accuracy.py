@@ -35,7 +35,7 @@ from benchmarks.accuracy_data import (
     read_set,
     targets_of,
 )
-from benchmarks.accuracy_methods import ABLATIONS, METHODS, available, make_adapter, settings_of
+from benchmarks.accuracy_methods import ABLATED, ABLATIONS, METHODS, available, make_adapter, settings_of
 from benchmarks.accuracy_training import (
     REMAT_ABOVE,
     LaneRows,
@@ -336,9 +336,9 @@ def test_settings_of_all_methods_are_consistent():
         if settings["adapter"] not in ("none", "full"):
             jax.eval_shape(lambda settings=settings: make_adapter(settings, SHAPES, jax.random.key(0)))
     for name, settings in ABLATIONS.items():
-        changed = {key for key in settings if settings[key] != METHODS["adafuse"].get(key)} - {"alpha", "renormalize"}
+        changed = {key for key in settings if settings[key] != METHODS[ABLATED].get(key)} - {"alpha", "renormalize"}
         assert len(changed) == 1, name
-        assert settings["alpha"] / settings["rank"] == METHODS["adafuse"]["alpha"] / METHODS["adafuse"]["rank"]
+        assert settings["alpha"] / settings["rank"] == METHODS[ABLATED]["alpha"] / METHODS[ABLATED]["rank"]
     assert METHODS["lora-matched"]["rank"] == METHODS["adafuse"]["rank"] * METHODS["adafuse"]["num_experts"]
     assert low_rank_activations(settings_of("R=64")) == 8 * 64 * 7 > REMAT_ABOVE
     assert max(low_rank_activations(settings_of(name)) for name in METHODS) <= REMAT_ABOVE
@@ -371,7 +371,7 @@ def test_classes_of_a_vocabulary(tokenizer: Any):
 def flags(study: Path, tmp_path: Path, *more: str) -> list[str]:
     return [
         "--model", str(study / "model"), "--data", str(study / "data"), "--work", str(tmp_path / "work"),
-        "--out", str(tmp_path / "out"), "--methods", "none", "full", "adafuse", "--ablations", "k=4",
+        "--out", str(tmp_path / "out"), "--methods", "none", "full", ABLATED, "--ablations", "k=4",
         "--seeds", "0", "1", "--lanes", "2", "--learning-rates", "1e-3", "1e-2", "--epochs", "0.5",
         "--batch-size", str(BATCH), "--length", str(LENGTH), "--dtype", "float32", *more,
     ]  # fmt: skip
@@ -380,8 +380,8 @@ def flags(study: Path, tmp_path: Path, *more: str) -> list[str]:
 def test_study_from_start_to_report(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setitem(METHODS, "adafuse", ADAFUSE)
-    monkeypatch.setitem(ABLATIONS, "k=4", ADAFUSE | {"top_k": 4})
+    monkeypatch.setitem(METHODS, ABLATED, ADAFUSE | {"tied": 0.5})
+    monkeypatch.setitem(ABLATIONS, "k=4", ADAFUSE | {"tied": 0.5, "top_k": 4})
     assert accuracy.main(flags(study, tmp_path, "--budget-seconds", "0")) == 0
     work, out = tmp_path / "work", tmp_path / "out"
     assert not list(work.iterdir()), "nothing starts beyond the budget"
@@ -391,7 +391,7 @@ def test_study_from_start_to_report(
     report = json.loads((out / "accuracy.json").read_text())
     rows = {(row["regime"], row["method"]): row for row in report["rows"]}
     assert set(rows) == {
-        ("bare", "none"), ("mixture", "full"), ("mixture", "adafuse"), ("alone", "full"), ("alone", "adafuse"),
+        ("bare", "none"), ("mixture", "full"), ("mixture", ABLATED), ("alone", "full"), ("alone", ABLATED),
         ("ablation", "k=4"),
     }  # fmt: skip
     for (regime, _), row in rows.items():
@@ -404,14 +404,14 @@ def test_study_from_start_to_report(
         assert row["standard_error"] == pytest.approx(np.std(per_seed, ddof=1) / np.sqrt(2))
         grid = {float(rate): value for rate, value in row["validation_accuracy_by_learning_rate"].items()}
         assert regime == "ablation" or row["learning_rate"] == max(grid, key=lambda rate: (grid[rate], -rate))
-    assert rows["ablation", "k=4"]["learning_rate"] == rows["mixture", "adafuse"]["learning_rate"]
+    assert rows["ablation", "k=4"]["learning_rate"] == rows["mixture", ABLATED]["learning_rate"]
     table = (out / "accuracy.md").read_text()
     assert capsys.readouterr().out.endswith(table + "\n")
     for row in rows.values():
         assert f"| {row['method']} | " in table
         assert f"**{100 * row['mean_accuracy']:.2f}" in table
     assert (out / "accuracy.png").stat().st_size > 10_000
-    assert (out / "accuracy_experts.png").stat().st_size > 10_000
+    assert (out / f"accuracy_experts_{ABLATED}.png").stat().st_size > 10_000
     used = json.loads(next(work.glob("mixture-*adafuse*.json")).read_text())["expert_use"]
     tokens = {name: np.array(table).sum() / ADAFUSE["top_k"] for name, table in used.items()}
     tokenizer = load_tokenizer(study / "model")
@@ -430,7 +430,7 @@ def test_study_from_start_to_report(
     assert [row["method"] for row in again] == [row["method"] for row in report["rows"]]
     by_file_name = {path.stem: json.loads(path.read_text()) for path in sorted(work.glob("*.json"))}
     names = [row["method"] for row in accuracy_report.summarise(by_file_name)]
-    assert names == ["none", "full", "adafuse", "full", "adafuse", "k=4"], "the tables' order is that of METHODS"
+    assert names == ["none", "full", ABLATED, "full", ABLATED, "k=4"], "the tables' order is that of METHODS"
     assert {path: path.stat().st_mtime_ns for path in work.iterdir() if path != gone} == kept
     with pytest.raises(UserError, match=r"was made with .*'epochs': 0.5.*'epochs': 2.0.*another --work"):
         accuracy.main(flags(study, tmp_path, "--epochs", "2"))
@@ -443,14 +443,14 @@ def test_study_from_start_to_report(
         (("--epochs", "-1"), "--epochs is -1.0: it must be greater than 0"),
         (
             ("--learning-rates", "1e37", "1e38", "--epochs", "2"),
-            "adafuse: the loss is not finite with any of --learning-rates",
+            f"{ABLATED}: the loss is not finite with any of --learning-rates",
         ),
     ],
 )
 def test_bad_flags(more: tuple[str, ...], says: str, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(METHODS, "adafuse", ADAFUSE)
+    monkeypatch.setitem(METHODS, ABLATED, ADAFUSE | {"tied": 0.5})
     with pytest.raises(UserError) as told:
-        accuracy.main([*flags(study, tmp_path), "--methods", "adafuse", "--sets", "scienceqa", *more])
+        accuracy.main([*flags(study, tmp_path), "--methods", ABLATED, "--sets", "scienceqa", *more])
     assert says in str(told.value)
 
 
