@@ -279,7 +279,9 @@ class DecodeConfig:
     prompts_file: str | None = flag(
         "prompts, one a line: text, or JSON with a 'prompt' or 'messages' (.jsonl)", None, "FILE"
     )
-    tensor_parallel: int = flag("devices that share the model and decode together, unmerged or with a merged LoRA", 1)
+    tensor_parallel: int = flag(
+        "devices that share the model and decode together, fused, unmerged or with a merged LoRA", 1
+    )
     batch_size: int | None = flag(
         "prompts of --prompts-file decoded together; default: 8, and 1 with a strategy that merges each token's experts",
         None,
@@ -310,7 +312,7 @@ class DecodeConfig:
             "--batch-size is for the prompts of --prompts-file; give that, or leave --batch-size out",
         )
         require(
-            self.strategy in (None, "unmerged", "merged") or self.tensor_parallel == 1,
+            self.strategy in (None, "fused", "unmerged", "merged") or self.tensor_parallel == 1,
             f"--strategy {self.strategy} runs on one device; leave --tensor-parallel out, or decode unmerged",
         )
         require(

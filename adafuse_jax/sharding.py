@@ -33,6 +33,11 @@ TABLE: tuple[tuple[str, PartitionSpec], ...] = (
 CACHE = PartitionSpec(None, None, None, AXIS)
 
 
+def cut_of(name: str) -> PartitionSpec:
+    """Of a leaf, by its path in a backbone or an adapter."""
+    return next((spec for pattern, spec in TABLE if re.search(pattern, name)), PartitionSpec())
+
+
 def make_mesh(num_devices: int, model: ModelConfig) -> Mesh:
     """The first `num_devices` devices. Raises `UserError` if there are fewer, or if they cannot share the model evenly."""
     devices = jax.devices()
@@ -55,9 +60,7 @@ def shard[Module](module: Module, mesh: Mesh) -> Module:
     """A backbone or an adapter over the mesh, cut as `TABLE` says."""
 
     def place(path: tuple, leaf: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path)
-        spec = next((spec for pattern, spec in TABLE if re.search(pattern, name)), PartitionSpec())
-        return jax.device_put(leaf, NamedSharding(mesh, spec))
+        return jax.device_put(leaf, NamedSharding(mesh, cut_of(jax.tree_util.keystr(path))))
 
     return jax.tree_util.tree_map_with_path(place, module)
 

@@ -240,7 +240,7 @@ def measure_contexts(job: dict[str, Any], tell: Tell) -> None:
 
 
 def measure_devices(job: dict[str, Any], tell: Tell) -> None:
-    """ms of a step of one row: on one device, by default and with single operations, and on several that share the model."""
+    """ms of a step of one row, by default and with single operations: on one device, and on several that share the model."""
     shapes, found, most = SIZES[job["size"]], [], max(job["devices"])
     if jax.device_count() < most:
         raise SystemExit(f"{most} devices are needed, and there are {jax.device_count()}")
@@ -253,7 +253,7 @@ def measure_devices(job: dict[str, Any], tell: Tell) -> None:
             if devices > 1:
                 mesh = make_mesh(devices, config)
                 share, its = shard(model, mesh), adapter and shard(adapter, mesh)
-            for strategy in (None, "unmerged") if devices == 1 else ("unmerged",):
+            for strategy in (None, "unmerged"):
                 engine = Engine(share, its, strategy=strategy, eos_ids=())
                 row = {"method": method, "targets": targets, "strategy": engine.strategy, "devices": devices}
                 row["ms"] = time_steps(engine, 1, job["context"])

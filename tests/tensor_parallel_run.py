@@ -8,15 +8,23 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from goldens.tiny_models import CASES, write_model_dir
+from jax import lax
 from test_adapters import family_case, random_adapter
+from test_decode_token import Case, by_modules, in_fp32, make
 from test_engine import generate, prompt_of
 from test_methods import FEW, random_method
 
 from adafuse_jax import load_backbone
+from adafuse_jax.configs import LINEARS
 from adafuse_jax.decoding import steps
 from adafuse_jax.decoding.engine import Engine
-from adafuse_jax.sharding import make_mesh, shard
+from adafuse_jax.decoding.fused import Fused, fused_step
+from adafuse_jax.sharding import make_mesh, place_state, shard
+from pallas_kernels.decode_token import mosaic
+from pallas_kernels.decode_token.plan import PIECE
 
 
 def run(family: str, targets: tuple[str, ...], devices: int) -> dict:
@@ -62,10 +70,93 @@ def run_methods(family: str, devices: int) -> dict[str, bool]:
     return same
 
 
+def one_share(inputs, plan, model, *, axis, **_):
+    """What the kernel leaves, of one device's share, in plain fp32."""
+    n, f32 = plan.columns, jnp.float32
+    inputs = jax.tree.map(lambda leaf: leaf.astype(f32) if leaf.dtype == jnp.bfloat16 else leaf, inputs)
+    x = inputs["x"][: model.embed_dim // PIECE * n].reshape(-1, n, PIECE).swapaxes(0, 1).reshape(n, -1)
+    head_dim, rows = model.head_dim, len(inputs["positions"])
+
+    def normed(x, weight):
+        return x * lax.rsqrt((x * x).mean(-1, keepdims=True) + model.norm_eps) * weight
+
+    def linear(name, layer, h):
+        y = h @ inputs["weights"][name][layer].T + (inputs["biases"][name][layer] if name in inputs["biases"] else 0)
+        if name in inputs.get("a", ()):
+            for expert, gates in zip(inputs["experts"], inputs["gates"], strict=True):
+                y += gates[:, None] * (h @ inputs["a"][name][layer, expert].T @ inputs["b"][name][layer, expert].T)
+        return y
+
+    def rotated(heads, norm, layer):
+        if norm is not None:
+            heads = normed(heads, norm[layer, :head_dim])
+        partners = jnp.roll(heads, head_dim // 2, axis=-1)
+        return heads * inputs["cos"][:, None] + partners * inputs["sin"][:, None]
+
+    def attention(q, k, v, layer):
+        out = []
+        for row in range(rows):
+            slots, position = jnp.arange(inputs["cache_k"].shape[2]), inputs["positions"][row]
+            seen = (slots < position) & (slots > position - inputs["windows"][layer])
+            keys, values = (
+                jnp.repeat(
+                    jnp.concatenate([inputs[c][layer, row], new[row][None]]), model.num_heads // model.num_kv_heads, 1
+                )
+                for c, new in (("cache_k", k), ("cache_v", v))
+            )
+            scores = jnp.einsum("hd,shd->hs", q[row], keys) * head_dim**-0.5
+            weights = jax.nn.softmax(jnp.where(jnp.append(seen, True), scores, -jnp.inf), axis=-1)
+            out.append(jnp.einsum("hs,shd->hd", weights, values).reshape(-1))
+        return jnp.pad(jnp.stack(out), ((0, n - rows), (0, 0)))
+
+    k_new, v_new = [], []
+    for layer in range(model.num_layers):
+        h = normed(x, inputs["norms"][2 * layer])
+        q, k, v = (linear(f"{c}_proj", layer, h).reshape(n, -1, head_dim) for c in "qkv")
+        q, k = (rotated(heads, inputs.get(f"{c}_norm"), layer) for c, heads in (("q", q), ("k", k)))
+        x += lax.psum(linear("o_proj", layer, attention(q, k, v, layer)), axis)
+        h = normed(x, inputs["norms"][2 * layer + 1])
+        hidden = jax.nn.silu(linear("gate_proj", layer, h)) * linear("up_proj", layer, h)
+        x += lax.psum(linear("down_proj", layer, hidden), axis)
+        k_new, v_new = [*k_new, k], [*v_new, v]
+    logits = normed(x, inputs["norms"][-1]) @ inputs["weights"]["lm_head"].T
+    return logits.T, *(jnp.stack(new).astype(jnp.bfloat16) for new in (k_new, v_new))
+
+
+def run_fused(devices: int) -> dict:
+    """Case → how far the shares' logits and new keys are from those of the modules, in fp32; and what the launch needs when
+    it is compiled for GPUs."""
+    cases = {
+        "all 7, two rows": Case(targets=LINEARS, num_layers=2, batch=2, hidden_dim=256, bias=True, position=100),
+        "norms, context router": Case(targets=("o_proj", "up_proj"), hidden_dim=256, qk_norm=True, window=50, rank=40),
+        "bare": Case(hidden_dim=256, num_layers=2),
+    }
+    found, kernel = {}, mosaic.run_token
+    for name, case in cases.items():
+        model, adapter, cache, tokens, positions = make(case)
+        mesh = make_mesh(devices, model.config)
+        cut, cut_adapter, cut_cache = shard(model, mesh), adapter and shard(adapter, mesh), place_state(cache, mesh)
+        arguments = cut, cut_adapter, Fused.of(cut, cut_adapter), tokens, positions, cut_cache
+        exact, _, after = by_modules(in_fp32(model), in_fp32(adapter), in_fp32(cache), tokens, positions)
+        mosaic.run_token = one_share
+        logits, _, cut_after = jax.jit(lambda *arguments: fused_step(*arguments, num_blocks=3))(*arguments)
+        mosaic.run_token = kernel
+        pairs = (logits, exact), (cut_after.k, after.k), (cut_after.v, after.v)
+        pairs = [[np.asarray(x, np.float64) for x in pair] for pair in pairs]
+        found[name] = [float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in pairs]
+        assert cut_after.k.sharding.is_equivalent_to(cut_cache.k.sharding, 5)
+    step = jax.jit(lambda *arguments: fused_step(*arguments, num_blocks=132))
+    text = step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return {"errors": found, "peers": 'xla_replica_ids = "0,1"' in text, "multicast": "symmetric_memory" in text}
+
+
 if __name__ == "__main__":
     assert jax.device_count() >= 2
     family, what, devices = sys.argv[1:]
-    found = (
-        run_methods(family, int(devices)) if what == "methods" else run(family, tuple(what.split(",")), int(devices))
-    )
+    if what == "fused":
+        found = run_fused(int(devices))
+    elif what == "methods":
+        found = run_methods(family, int(devices))
+    else:
+        found = run(family, tuple(what.split(",")), int(devices))
     print(json.dumps(found))

@@ -196,8 +196,8 @@ class TestDecode:
         assert done.returncode == 0, done.stderr[-1000:]
         result = json.loads((tmp_path / "decode.json").read_text())
         places = [(row["method"], row["strategy"], row["devices"]) for row in result["devices"]]
-        assert places == [(m, "unmerged", n) for m in ("backbone", "adafuse") for n in (1, 1, 2)]
-        one, _, two = result["devices"][:3]
+        assert places == [(m, "unmerged", n) for m in ("backbone", "adafuse") for n in (1, 1, 2, 2)]
+        one, _, two, _ = result["devices"][:4]
         assert f"| backbone unmerged | 2 | {two['ms']:.3f} | {one['ms'] / two['ms']:.2f}× |" in done.stdout
 
     def test_too_few_devices(self, tmp_path):

@@ -26,6 +26,7 @@ from adafuse_jax.decoding.fused import Fused, fused_obstacle, fused_step, route,
 from adafuse_jax.errors import UserError
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
+from adafuse_jax.sharding import make_mesh, place_state, shard
 from pallas_kernels.decode_token import Shape, obstacle
 from pallas_kernels.decode_token.plan import SHARED_MEMORY, make_plan, num_tiles
 from pallas_kernels.decode_token.shares import Scalars, Shares
@@ -98,15 +99,19 @@ def in_fp32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
 
 
-def check(case: Case, *, compiled: bool, **options: Any) -> None:
+def check(case: Case, *, compiled: bool, devices: int = 1, **options: Any) -> None:
     """The errors against the fp32 modules are those of the bfloat16 modules, give or take one draw of their roundings, and
-    the experts are the same."""
+    the experts are the same. `devices` that share the model."""
     model, adapter, cache, tokens, positions = make(case)
     exact, _, exact_cache = by_modules(in_fp32(model), in_fp32(adapter), in_fp32(cache), tokens, positions)
     usual, routing, usual_cache = by_modules(model, adapter, cache, tokens, positions)
     step = partial(fused_step, **options)
     call: Any = jax.jit(step) if compiled else step
-    logits, experts, after = call(model, adapter, Fused.of(model, adapter), tokens, positions, cache)
+    before = cache
+    if devices > 1:
+        mesh = make_mesh(devices, model.config)
+        model, adapter, before = shard(model, mesh), adapter and shard(adapter, mesh), place_state(cache, mesh)
+    logits, experts, after = call(model, adapter, Fused.of(model, adapter), tokens, positions, before)
 
     def error(x: jax.Array, wanted: jax.Array) -> float:
         x, wanted = np.asarray(x, np.float64), np.asarray(wanted, np.float64)
@@ -181,6 +186,37 @@ def test_compiled(name):
 def test_compiled_with_few_blocks():
     """Several units for each, A in those that have fewer of them, and sums gathered among products."""
     check(COMPILED["32 rows"], compiled=True, num_blocks=2)
+
+
+TOGETHER = {
+    "bare": Case(hidden_dim=256, num_layers=2),
+    "all 7": Case(targets=LINEARS, hidden_dim=1024, num_layers=6, embed_dim=512, heads=(8, 4, 128), vocab_size=1024),
+    "32 rows": Case(batch=32, targets=LINEARS, hidden_dim=1024, num_layers=3, embed_dim=512, heads=(8, 4, 64)),
+    "biases, context router": Case(batch=3, targets=("o_proj", "up_proj"), hidden_dim=256, bias=True, rank=40),
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu" or jax.device_count() < 2, reason="not two GPUs")
+@pytest.mark.parametrize("name", TOGETHER)
+def test_compiled_for_two_devices(name):
+    check(TOGETHER[name], compiled=True, devices=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu" or jax.device_count() < 2, reason="not two GPUs")
+def test_two_devices_keep_in_step():
+    """Many steps one after the other: the tokens of one device, and the same x in both."""
+    model, adapter, _, _, _ = make(replace(TOGETHER["all 7"], vocab_size=256))
+    prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
+    mesh = make_mesh(2, model.config)
+    engines = (
+        Engine(model, adapter, eos_ids=(), strategy="fused"),
+        Engine(shard(model, mesh), shard(adapter, mesh), eos_ids=(), strategy="fused"),
+    )  # fmt: skip
+    alone, together = ([t.ids.tolist() for t in e.generate(prompts, max_new_tokens=200)] for e in engines)
+    same = np.mean([a == b for a, b in zip(alone, together, strict=True)])
+    assert same > 0.9, f"{same:.0%} of the tokens are the same; sums in another order turn few around"
 
 
 @pytest.mark.parametrize("case", [Case(), Case(batch=2, targets=("q_proj", "down_proj"))], ids=["bare", "two rows"])

@@ -51,6 +51,16 @@ def test_same_tokens_and_half_of_everything(family, targets):
         assert shares == ([0.5, 1.0] if name in ("o_proj", "down_proj") else [1.0, 0.5]), name
 
 
+def test_fused_shares_add_up():
+    """With the kernel's phases in plain fp32, a device's share at a time; and what it asks of the GPUs when it is compiled:
+    each other's addresses, and no multicast memory."""
+    found = json.loads(with_devices(2, "tensor_parallel_run.py", "-", "fused", 2))
+    for name, (logits, *new) in found["errors"].items():
+        assert logits < 2e-3, name
+        assert max(new) < 1e-3, name
+    assert (found["peers"], found["multicast"]) == (True, False)
+
+
 def test_decode_script(tmp_path):
     folder = tiny.write_folder(tmp_path)
     flags = [*tiny.decode_flags(folder, max_new_tokens=8, dtype="float32"), "--json"]

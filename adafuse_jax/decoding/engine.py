@@ -79,8 +79,8 @@ class Engine:
     turn of a conversation), only the rest is prefilled.
 
     Args:
-      model: may be cut over several devices (`adafuse_jax.sharding.shard`), to decode unmerged. With strategy *switch* the
-        engine takes its adapted weights over and changes them: use `engine.model` instead.
+      model: may be cut over several devices (`adafuse_jax.sharding.shard`), to decode fused or unmerged. With strategy
+        *switch* the engine takes its adapted weights over and changes them: use `engine.model` instead.
       adapter: its experts are cast to the model's type where they are merged or read by one launch.
       strategy: how the experts act while decoding; *golden*, *switch* and *simple* decode one row at a time. *fused* runs a
         step as one launch, with or without an adapter; *merged* puts a LoRA into a copy of the adapted weights and then

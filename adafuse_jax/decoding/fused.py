@@ -3,16 +3,20 @@
     token → experts, gates (a table lookup where the router sees the token alone) → all layers and the head → logits
 
 The experts stay beside the weights, y = W x + Σ_j g_j s B[e_j] (A[e_j] x), and of their factors only those in use are read;
-or they are in the weights already, and the launch is the backbone's.
+or they are in the weights already, and the launch is the backbone's. Devices that share the model launch it together.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from adafuse_jax.adapters.adafuse import AdaFuse
@@ -21,7 +25,7 @@ from adafuse_jax.model.attention import Visibility, attention
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from adafuse_jax.model.layers import apply_rope, rope_frequencies, rope_tables
-from adafuse_jax.sharding import mesh_of
+from adafuse_jax.sharding import AXIS, CACHE, cut_of, mesh_of
 from pallas_kernels.decode_token import Experts, Shape, Weights, decode_token, obstacle
 from pallas_kernels.decode_token.plan import PIECE
 from pallas_kernels.pregated_linear import make_mixture
@@ -43,13 +47,15 @@ class GateTable:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fused:
     """What the step reads besides the model, laid out once: all norms [2L + 1, D]; the experts' factors, the adapter's own
-    arrays unless their type is another or the rank is no multiple of 64, when they are copies with zeros behind; and the
-    gates of every token."""
+    arrays unless their type is another or the rank is no multiple of 64, when they are copies with zeros behind; the gates
+    of every token; and where several devices share the model, their mesh, and embeddings that are the head too, cut."""
 
     norms: Float[Array, "2L+1 D"]
     a: dict[str, Float[Array, "L E R in"]]
     b: dict[str, Float[Array, "L E out R"]]
     table: GateTable | None
+    head: Float[Array, "V D"] | None = None
+    mesh: Mesh | None = field(default=None, metadata={"static": True})
 
     @classmethod
     def of(cls, model: Backbone, adapter: AdaFuse | None, *, merged: bool = False) -> Fused:
@@ -58,24 +64,31 @@ class Fused:
         norms = jnp.stack([layers.input_layernorm.weight[...], layers.post_attention_layernorm.weight[...]], axis=1)
         experts = {} if adapter is None or merged else dict(adapter.experts.items())
         more = {name: -e.A.shape[2] % PIECE for name, e in experts.items()}
+        mesh, head = mesh_of(model), None
+        if mesh is not None and model.lm_head is None:
+            head = jax.device_put(model.embed_tokens[...], NamedSharding(mesh, cut_of("lm_head")))
         return cls(
             norms=jnp.concatenate([norms.reshape(-1, norms.shape[-1]), model.norm.weight[...][None]]),
             a={name: _padded(e.A[...].astype(dtype), 2, more[name]) for name, e in experts.items()},
             b={name: _padded(e.B[...].astype(dtype), 3, more[name]) for name, e in experts.items()},
             table=None if adapter is None or not sees_token_alone(adapter) else tabulate(model, adapter),
+            head=head,
+            mesh=mesh,
         )
 
 
-def weights_of(model: Backbone, norms: Array) -> Weights:
+def weights_of(model: Backbone, fused: Fused) -> Weights:
     """The model's own arrays by name."""
     config, layers = model.config, model.layers
-    head = model.embed_tokens if model.lm_head is None else model.lm_head
+    head = fused.head
+    if head is None:
+        head = (model.embed_tokens if model.lm_head is None else model.lm_head)[...]
     windows = config.sliding_windows or (None,) * config.num_layers
     linears = {name: getattr(layers, name) for name in LINEARS}
     return Weights(
-        linears={name: linear.weight[...] for name, linear in linears.items()} | {"lm_head": head[...]},
+        linears={name: linear.weight[...] for name, linear in linears.items()} | {"lm_head": head},
         biases={name: linear.bias[...] for name, linear in linears.items() if linear.bias is not None},
-        norms=norms,
+        norms=fused.norms,
         q_norm=None if layers.q_norm is None else layers.q_norm.weight[...],
         k_norm=None if layers.k_norm is None else layers.k_norm.weight[...],
         windows=jnp.array([w or jnp.iinfo(jnp.int32).max // 2 for w in windows], jnp.int32),
@@ -86,8 +99,11 @@ def _padded(x: Array, axis: int, more: int) -> Array:
     return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)]) if more else x
 
 
-def shape_of(config: ModelConfig) -> Shape:
-    return Shape(**{name: getattr(config, name) for name in Shape.__dataclass_fields__})
+def shape_of(config: ModelConfig, devices: int = 1) -> Shape:
+    """Of one device's share."""
+    shared = "hidden_dim", "num_heads", "num_kv_heads", "vocab_size"
+    sizes = {name: getattr(config, name) for name in Shape.__dataclass_fields__}
+    return Shape(**sizes | {name: sizes[name] // devices for name in shared})
 
 
 def fused_obstacle(model: Backbone, batch: int = 1, adapter: AdaFuse | None = None) -> str | None:
@@ -96,9 +112,10 @@ def fused_obstacle(model: Backbone, batch: int = 1, adapter: AdaFuse | None = No
     device = next(iter(model.embed_tokens[...].devices()))
     if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
         return f"it needs a Hopper GPU, this is {device.device_kind}"
-    if mesh_of(model) is not None:
-        return "it runs on one device, and the model is cut over several"
-    shape, num_blocks = shape_of(model.config), device.core_count
+    mesh = mesh_of(model)
+    if mesh is not None and jax.process_count() > 1:
+        return "the model is cut over devices of several processes"
+    shape, num_blocks = shape_of(model.config, 1 if mesh is None else mesh.size), device.core_count
     if adapter is None:
         return obstacle(shape, model.dtype, batch, num_blocks=num_blocks)
     config = adapter.config
@@ -172,12 +189,40 @@ def fused_step(
         chosen, gates = route(model, adapter, fused.table, token, positions, cache)
         mixture = make_mixture(chosen, gates, adapter.config.scale, adapter.config.num_experts)
         experts = Experts(a=fused.a, b=fused.b, mixture=mixture)
-    weights = weights_of(model, fused.norms)
+    weights = weights_of(model, fused)
     cos, sin = rope_tables(positions, rope_frequencies(config.rope, config.head_dim))
-    logits, k, v = decode_token(
-        shape_of(config), weights, experts, model.embed_tokens[...][token], cache.k, cache.v, positions,
-        cos[:, 0], sin[:, 0], **options,
-    )  # fmt: skip
+    x = model.embed_tokens[...][token]
+    run: Callable[..., Any] = partial(decode_token, shape_of(config), **options)
+    if fused.mesh is not None:
+        run = _over_devices(fused.mesh, config, weights, experts, **options)
+    logits, k, v = run(weights, experts, x, cache.k, cache.v, positions, cos[:, 0], sin[:, 0])
     at = slice(None), jnp.arange(len(token)), positions
     written = (old.at[at].set(new, mode="drop") for old, new in ((cache.k, k), (cache.v, v)))
     return logits, chosen, KVCache(*written)
+
+
+def _over_devices(
+    mesh: Mesh, config: ModelConfig, weights: Weights, experts: Experts | None, **options: Any
+) -> Callable[..., Any]:
+    """`decode_token` by all devices of the mesh, each with its share; every one has all logits in the end."""
+    whole = PartitionSpec()
+
+    def cut(part: str, leaf: str, arrays: dict[str, Array]) -> Any:
+        return {name: cut_of(f"{part}.{name}.{leaf}") for name in arrays}
+
+    of_weights, of_experts = jax.tree.map(lambda _: whole, (weights, experts))
+    of_weights.linears.update(cut("layers", "weight", weights.linears))
+    of_weights.biases.update(cut("layers", "bias", weights.biases))
+    if experts is not None:
+        of_experts.a.update(cut("experts", "A", experts.a))
+        of_experts.b.update(cut("experts", "B", experts.b))
+
+    def token(*arguments: Any) -> tuple[Array, Array, Array]:
+        logits, k, v = decode_token(shape_of(config, mesh.size), *arguments, axis=AXIS, **options)
+        return lax.all_gather(logits, AXIS, axis=1, tiled=True), k, v
+
+    new = PartitionSpec(None, None, AXIS)
+    return jax.shard_map(
+        token, mesh=mesh, in_specs=(of_weights, of_experts, whole, CACHE, CACHE, whole, whole, whole),
+        out_specs=(whole, new, new), check_vma=False,
+    )  # fmt: skip

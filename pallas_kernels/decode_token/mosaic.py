@@ -12,10 +12,13 @@ the ring has room. While the other warpgroup waits for its peers, the device mem
     o, down      the context, the hidden          x + y, its norm
     gate, up     the norm of x                    silu(gate) · up
     head         the norm of x                    logits
+
+Several devices run it together on the model's shares: then the y of o and down is the sum over all of them (peers.py).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_token.attention import Attention, rounded
 from pallas_kernels.decode_token.linear import Linears, steps_of
+from pallas_kernels.decode_token.peers import Peers, places
 from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan, exchanged
 from pallas_kernels.decode_token.ring import Ring
 from pallas_kernels.decode_token.shares import Scalars
@@ -54,7 +58,14 @@ class Phase:
 
 
 def _phases(
-    plan: Plan, m: SimpleNamespace, s: SimpleNamespace, ring: Ring, semaphores: Any, model: Any, compiled: bool
+    plan: Plan,
+    m: SimpleNamespace,
+    s: SimpleNamespace,
+    ring: Ring,
+    semaphores: Any,
+    peers: Peers | None,
+    model: Any,
+    compiled: bool,
 ) -> tuple[list[Phase], list[Phase]]:
     """(of a layer, after the last layer). `m` are refs of device memory, `s` of shared memory."""
     head_dim, embed_dim = model.head_dim, model.embed_dim
@@ -97,13 +108,15 @@ def _phases(
 
         return put
 
-    def to_residual(next_norm):
+    def to_residual(linear, next_norm):
         def follow(layer, names, row, columns):
             x_rows = rows_of(m.x, row, columns)
             x = load_transposed(x_rows).astype(jnp.float32)
             weight = load(m.norms.at[next_norm(layer), pl.ds(row, HALF)], ROWS).astype(jnp.float32)
 
             def put(value):
+                if peers is not None:
+                    value = peers.sum(layer, linear, row // HALF, columns.start // QUERIES, value)
                 after = rounded(x + rounded(value, m.x.dtype), m.x.dtype)
                 store_transposed(x_rows, after)
                 store_transposed(rows_of(m.x_weighted, row, columns), after * over_columns(weight, after.shape))
@@ -140,25 +153,29 @@ def _phases(
         *phases_of(plan.qkv, True, m.x_weighted, to_heads),
         Phase(attention.copy, attend),
         *([Phase(lambda layer, filled: filled, combine)] if plan.splits > 1 else []),
-        *phases_of(plan.o, False, m.context, to_residual(lambda layer: 2 * layer + 1)),
+        *phases_of(plan.o, False, m.context, to_residual("o_proj", lambda layer: 2 * layer + 1)),
         *phases_of(plan.gate_up, True, m.x_weighted, to_hidden),
-        *phases_of(plan.down, False, m.hidden, to_residual(lambda layer: 2 * layer + 2)),
+        *phases_of(plan.down, False, m.hidden, to_residual("down_proj", lambda layer: 2 * layer + 2)),
     ]
     return layer_phases, phases_of(plan.head, True, m.x_weighted, to_logits)
 
 
-def _kernel(*refs, names, plan, model, span, compiled, **scratch):
-    """`span`: (first layer, last layer + 1, phases of a layer, phases after the last) to run."""
+def _kernel(*refs, names, plan, model, span, axis, compiled, **scratch):
+    """`span`: (first layer, last layer + 1, phases of a layer, phases after the last) to run. `axis`: of the mesh whose
+    devices share the model, or None."""
     m, s = _nested(names, refs), SimpleNamespace(**scratch)
     if "in_turn" in scratch:
         (s.operand_smem,), (s.q_smem, s.p_smem) = scratch["in_turn"]
     m.scalars = Scalars.of(m)
     ring = Ring(s.ring_smem, s.ring_full, s.ring_empty, s.ring_other_full)
-    arrived, semaphores = None, None
+    arrived, semaphores, peers = None, None, None
     if compiled:
         arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
         semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((plan.num_semaphores,)))
-    layer_phases, last_phases = _phases(plan, m, s, ring, semaphores, model, compiled)
+        if axis is not None:
+            of_peers = plgpu.SemaphoreType.REGULAR((math.prod(places(model.embed_dim, plan.columns)),))
+            peers = Peers(axis, m.received, pl.get_global(of_peers))
+    layer_phases, last_phases = _phases(plan, m, s, ring, semaphores, peers, model, compiled)
     low, high, these, last = span
     layer_phases, last_phases = layer_phases[slice(*these)], last_phases[slice(*last)]
 
@@ -208,10 +225,16 @@ def _nested(names: Sequence[tuple[str, ...]], refs: Sequence[Any]) -> SimpleName
 
 
 def run_token(
-    inputs: dict[str, Any], plan: Plan, model: Any, *, interpret: Any = False, one_launch: bool = True
+    inputs: dict[str, Any],
+    plan: Plan,
+    model: Any,
+    *,
+    axis: str | None = None,
+    interpret: Any = False,
+    one_launch: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(logits [V, N], k_new and v_new [L, N, K, H]). `inputs` are the arrays that `_phases` reads, nested by name; see
-    `pallas_kernels.decode_token.op`."""
+    `pallas_kernels.decode_token.op`. `axis`: of the mesh whose devices share the model."""
     dtype, n = inputs["x"].dtype, plan.columns
     new = (model.num_layers, n, model.num_kv_heads, model.head_dim)
     split = (plan.splits, n, model.num_kv_heads * -(-model.num_heads // model.num_kv_heads // QUERIES))
@@ -227,6 +250,9 @@ def run_token(
     if plan.splits > 1:
         buffers["o_part"] = ((*split, model.head_dim // PIECE, HALF, QUERIES), jnp.float32)
         buffers |= dict.fromkeys(("max_part", "sum_part"), ((*split, QUERIES), jnp.float32))
+    if axis is not None:
+        linears, *pieces = places(model.embed_dim, n)
+        buffers["received"] = ((linears, lax.axis_size(axis), *pieces, HALF, QUERIES), jnp.float32)
     flat: list[tuple[tuple[str, ...], Any]] = [((k,), v) for k, v in inputs.items() if not isinstance(v, dict)]
     flat += [((k, name), v) for k, d in inputs.items() if isinstance(d, dict) for name, v in d.items()]
     changed = ("x", "x_weighted", "squares")
@@ -252,7 +278,9 @@ def run_token(
 
     def launch(span):
         plgpu.kernel(
-            partial(_kernel, names=tuple(refs), plan=plan, model=model, span=span, compiled=interpret is False),
+            partial(
+                _kernel, names=tuple(refs), plan=plan, model=model, span=span, axis=axis, compiled=interpret is False
+            ),
             out_type=(),
             grid=(plan.num_blocks,),
             grid_names=("block",),

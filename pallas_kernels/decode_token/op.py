@@ -16,8 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.decode_token.peers import ADDED_UP
 from pallas_kernels.decode_token.plan import (
     HALF,
     MIN_SLOTS,
@@ -139,17 +141,22 @@ def decode_token(
     cos: Float[Array, "B H/2"],
     sin: Float[Array, "B H/2"],
     *,
+    axis: str | None = None,
     interpret: Any = False,
     num_blocks: int | None = None,
     one_launch: bool = True,
 ) -> tuple[Float[Array, "B V"], Float[Array, "L B K H"], Float[Array, "L B K H"]]:
     """Logits (fp32), and the keys and values of the token, which the caller writes into the cache.
 
+    Several devices do it together in a `jax.shard_map` over `axis`: each has the query and key-value heads, hidden units and
+    tokens of its own, `shape` tells how many, and arrays that are not cut by them are whole. So are x and the experts.
+
     Args:
       x: embeddings of the tokens.
       cache_k, cache_v: keys and values of positions 0 … positions[b] − 1; S is a multiple of 128.
       positions: of the tokens; a row whose position is S or more reads the whole cache.
       cos, sin: of the positions' angles, fp32.
+      axis: of a mesh that has no other; its devices belong to one process and reach each other's memory.
       num_blocks: default, one on each multiprocessor; `interpret` on the CPU; without `one_launch` a launch per phase.
 
     Raises:
@@ -168,9 +175,15 @@ def decode_token(
         why_not = "compiled, all phases are one launch"
     if why_not is None and interpret is not False and one_launch and blocks > 1:
         why_not = "interpreted, several blocks need a launch for each phase"
+    if why_not is None and interpret is not False and axis is not None:
+        why_not = "interpreted, devices do not reach each other's memory"
     if why_not is not None:
         raise ValueError(f"decode_token cannot run: {why_not}")
     plan = plan_for(shape, experts, batch, slots, blocks)
+    biases = weights.biases
+    if axis is not None:  # what is added up over the devices must be there once
+        first = lax.axis_index(axis) == 0
+        biases = {name: jnp.where(first | (name not in ADDED_UP), bias, 0) for name, bias in biases.items()}
     rows = ((0, plan.columns - batch), (0, 0))
     x = jnp.pad(x, rows)
 
@@ -185,7 +198,7 @@ def decode_token(
         "positions": jnp.minimum(positions, slots).astype(jnp.int32), "windows": weights.windows,
         "cos": jnp.pad(jnp.concatenate([cos, cos], axis=-1), rows), "norms": weights.norms,
         "sin": jnp.pad(jnp.concatenate([-sin, sin], axis=-1), rows),
-        "cache_k": cache_k, "cache_v": cache_v, "weights": weights.linears, "biases": weights.biases,
+        "cache_k": cache_k, "cache_v": cache_v, "weights": weights.linears, "biases": biases,
     }  # fmt: skip
     if weights.q_norm is not None and weights.k_norm is not None:
         inputs |= {"q_norm": to_two(weights.q_norm), "k_norm": to_two(weights.k_norm)}
@@ -194,5 +207,5 @@ def decode_token(
         gates = jnp.pad(mixture.gates, ((0, 0), (0, plan.columns - batch)))
         inputs |= {"experts": mixture.experts, "num_used": num_used, "gates": gates}
         inputs |= {"a": experts.a, "b": experts.b}
-    logits, k_new, v_new = run_token(inputs, plan, shape, interpret=interpret, one_launch=one_launch)
+    logits, k_new, v_new = run_token(inputs, plan, shape, axis=axis, interpret=interpret, one_launch=one_launch)
     return logits[:, :batch].T, k_new[:, :batch], v_new[:, :batch]
