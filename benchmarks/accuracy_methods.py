@@ -4,7 +4,10 @@ All mixtures have E = 8 experts, k = 2, and about as many trainable parameters a
 width; MoLA's 2/4/6/8 experts and the methods on the FFN alone have fewer, and are listed with their number). LoRA comes
 twice: with the rank of one expert, and with that of all eight together. No dropout and one balance coefficient everywhere.
 AdaFuse's one router sees the token alone if q, k or v is adapted, so an expert learns from an eighth of the vocabulary at
-first; `adafuse-tied` has the experts learn as one LoRA for the first half of the steps, and then each on its own.
+first; `adafuse-tied` has the experts learn as one LoRA for the first half of the steps, and then each on its own. With the
+rate of its experts the router never settles: an expert's share of the tokens goes from 1% to 20% and back within tens of
+steps, and a token that changes its experts loses what they have learned for it. `adafuse-slow` has a router of a tenth of
+the rate, and `adafuse-tied-slow` both.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from adafuse_jax.configs import FFN_LINEARS, LINEARS, AdapterConfig, ModelConfig
 NO_ADAPTER = ("none", "full")
 TIED = "tied"
 """A setting that is the recipe's and not the adapter's: the share of the steps in which all experts learn as one."""
+ROUTER_RATE = "router_rate"
+"""Another one: the learning rate of the routers, as a share of the experts'."""
 BALANCE = 0.01
 _MIXTURE: dict[str, Any] = {"rank": 16, "alpha": 32.0, "top_k": 2, "dropout": 0.0, "balance_coefficient": BALANCE}
 _LORA: dict[str, Any] = {"adapter": "lora", "targets": LINEARS, "dropout": 0.0}
@@ -36,6 +41,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "adafuse": {**_MIXTURE, "adapter": "adafuse", "targets": LINEARS, "num_experts": 8},
     "adafuse-ffn": {**_MIXTURE, "adapter": "adafuse", "targets": FFN_LINEARS, "num_experts": 8},
     "adafuse-tied": {**_MIXTURE, "adapter": "adafuse", "targets": LINEARS, "num_experts": 8, TIED: 0.5},
+    "adafuse-slow": {**_MIXTURE, "adapter": "adafuse", "targets": LINEARS, "num_experts": 8, ROUTER_RATE: 0.1},
+    "adafuse-tied-slow": {
+        **_MIXTURE,
+        "adapter": "adafuse",
+        "targets": LINEARS,
+        "num_experts": 8,
+        TIED: 0.5,
+        ROUTER_RATE: 0.1,
+    },
 }
 
 
@@ -84,5 +98,5 @@ def settings_of(name: str) -> dict[str, Any]:
 
 def make_adapter(settings: dict[str, Any], model: ModelConfig, key: jax.Array) -> Any:
     """The adapter of the settings, with initial values drawn from `key`."""
-    config = AdapterConfig(**{name: value for name, value in settings.items() if name != TIED})
+    config = AdapterConfig(**{name: value for name, value in settings.items() if name not in (TIED, ROUTER_RATE)})
     return methods.make_adapter(config, model, rngs=nnx.Rngs(params=key))

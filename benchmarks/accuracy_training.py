@@ -34,7 +34,7 @@ from adafuse_jax.data.packing import Rows
 from adafuse_jax.model.attention import attention_of_lanes
 from adafuse_jax.model.backbone import Backbone
 from benchmarks.accuracy_data import Packed, targets_of
-from benchmarks.accuracy_methods import TIED, make_adapter
+from benchmarks.accuracy_methods import ROUTER_RATE, TIED, make_adapter
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 WARMUP, FINAL_SHARE = 0.05, 0.1
@@ -115,7 +115,7 @@ def _balance(params: Any, routing: Any, real: Array) -> Array:
     return balance_loss(routing, real) if own is None else own(routing, real)
 
 
-@partial(jax.jit, static_argnames="remat", donate_argnames="lanes")
+@partial(jax.jit, static_argnames=("remat", "router_rate"), donate_argnames="lanes")
 def step(
     lanes: Lanes,
     model: Backbone,
@@ -125,9 +125,10 @@ def step(
     tied: Bool[Array, ""] | None,
     *,
     remat: bool,
+    router_rate: float = 1.0,
 ) -> tuple[Lanes, dict[str, Array]]:
     """One optimiser step of every lane on its own batch. Metrics are [S], `load` [S, E] with AdaFuse. `tied`: whether the
-    experts move as one; None if they never do."""
+    experts move as one; None if they never do. Routers move with `router_rate` times a lane's rate."""
 
     def one(lane: Lanes, batch: Any, rate: Array) -> tuple[Lanes, dict[str, Array]]:
         real = batch.segment_ids > 0
@@ -150,6 +151,10 @@ def step(
             means = _over_experts(lambda leaf: leaf.mean(1, keepdims=True), grads)
             grads = jax.tree.map(partial(jnp.where, tied), means, grads)
         updates, moments = OPTIMIZER.update(grads, lane.moments, lane.params)
+        if router_rate != 1:
+            updates = jax.tree_util.tree_map_with_path(
+                lambda path, u: router_rate * u if "router" in jax.tree_util.keystr(path) else u, updates
+            )
         params = jax.tree.map(lambda p, u: p - rate * u, lane.params, updates)
         return Lanes(params=params, moments=moments), metrics
 
@@ -280,9 +285,14 @@ class Programs:
 
 def jitted(settings: dict[str, Any]) -> Programs:
     """Programs that compile when they are called first."""
-    remat = low_rank_activations(settings) > REMAT_ABOVE
     begin = partial(_start, settings=tuple(settings.items()))
-    return Programs(start=begin, step=partial(step, remat=remat), losses=target_losses)
+    return Programs(start=begin, step=partial(step, **_fixed(settings)), losses=target_losses)
+
+
+def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a method's step is compiled for."""
+    remat = low_rank_activations(settings) > REMAT_ABOVE
+    return {"remat": remat, "router_rate": settings.get(ROUTER_RATE, 1.0)}
 
 
 def compiled(
@@ -301,9 +311,8 @@ def compiled(
     there: Any = jax.ShapeDtypeStruct(target.shape, jnp.bool_)
     batch = LaneRows(tokens=row, positions=row, segment_ids=row, place=target, wanted=target, there=there)
     rates, balance = jax.ShapeDtypeStruct((lanes,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
-    remat = low_rank_activations(settings) > REMAT_ABOVE
     tied = jax.ShapeDtypeStruct((), jnp.bool_) if TIED in settings else None
-    optimiser_step = step.lower(state, model, batch, rates, balance, tied, remat=remat).compile()
+    optimiser_step = step.lower(state, model, batch, rates, balance, tied, **_fixed(settings)).compile()
     rows, wanted = integers(scored, length), integers(scored, length // 4)
     losses = target_losses.lower(model, state.params, rows, rows, rows, wanted, wanted).compile()
     return Programs(start=begin, step=optimiser_step, losses=losses)

@@ -243,6 +243,13 @@ def test_tied_experts_learn_as_one_lora_and_then_apart(loaded: Any, rows: Any):
     for factor in (halfway.A[...], halfway.B[...]):
         assert all(not np.allclose(factor[:, :, 0], factor[:, :, e], atol=1e-5) for e in range(1, factor.shape[2]))
 
+    slow = train(tied | {"router_rate": 0.1}, loaded.model, rows, **plan).lanes.params
+    usual = train(tied, loaded.model, rows, **plan).lanes.params
+    first = start(tied, loaded.model, (0, 1)).params.router.weight[...]
+    moved = [np.abs(params.router.weight[...] - first).mean() for params in (slow, usual)]
+    assert moved[0] < 0.3 * moved[1], "a router of a tenth of the rate moves less"
+    np.testing.assert_allclose(slow.experts["q_proj"].A[...], usual.experts["q_proj"].A[...], atol=1e-5)
+
     those, that = start(tied, loaded.model, (0, 1)), start(lora, loaded.model, (0, 1))
     for name, experts in those.params.experts.items():
         that.params.experts[name].A[...] = experts.A[:, :, :1]

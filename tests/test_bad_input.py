@@ -150,6 +150,7 @@ TRAIN = [
     Case("dropout 1", ("--dropout is 1.0", "[0, 1)"), {"dropout": 1.0}),
     Case("learning rate nan", ("--learning-rate is nan", "finite"), {"learning_rate": "nan"}),
     Case("learning rate inf", ("--learning-rate is inf", "finite"), {"learning_rate": "inf"}),
+    Case("router rate zero", ("--router-rate is 0.0", "greater than 0"), {"router_rate": 0.0}),
     Case("learning rate negative", ("--learning-rate is -0.1", "greater than 0"), {"learning_rate": -0.1}),
     Case("epochs inf", ("--epochs is inf", "finite"), {"epochs": "inf", "steps": None}),
     Case("weight decay nan", ("--weight-decay is nan", "finite"), {"weight_decay": "nan"}),

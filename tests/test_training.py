@@ -183,6 +183,16 @@ class TestSchedule:
         assert jnp.abs(updates.router.weight[...]).max() == 0
         assert jnp.abs(updates.experts["q_proj"].A[...]).max() > 0
 
+    def test_routers_move_with_their_share_of_the_rate(self, model):
+        adapter = random_adapter(model.config)
+        some = jax.tree.map(jnp.ones_like, adapter)
+        usual, slow = (
+            optimizer.update(some, optimizer.init(adapter), adapter)[0]
+            for optimizer in (make_optimizer(config(router_rate=rate), 10) for rate in (1.0, 0.25))
+        )
+        np.testing.assert_allclose(slow.router.weight[...], 0.25 * usual.router.weight[...], rtol=1e-6)
+        np.testing.assert_array_equal(slow.experts["q_proj"].A[...], usual.experts["q_proj"].A[...])
+
 
 class TestHeldOut:
     def test_accuracy_picks_the_likelier_candidate(self, model):

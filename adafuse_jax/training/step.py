@@ -53,11 +53,20 @@ def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW; weight decay spares routers, norms and biases."""
+    """Clipping by global norm, then AdamW; weight decay spares routers, norms and biases. Routers move with their share of
+    the learning rate."""
+
+    def of_router(path: tuple, _: Array) -> bool:
+        return "router" in jax.tree_util.keystr(path)
 
     def decays(path: tuple, _: Array) -> bool:
         return not any(word in jax.tree_util.keystr(path) for word in ("router", "norm", "bias"))
 
+    slower = () if config.router_rate == 1 else (
+        optax.masked(
+            optax.scale(config.router_rate), lambda trained: jax.tree_util.tree_map_with_path(of_router, trained)
+        ),
+    )  # fmt: skip
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -67,6 +76,7 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
             weight_decay=config.weight_decay,
             mask=lambda trained: jax.tree_util.tree_map_with_path(decays, trained),
         ),
+        *slower,
     )
 
 
