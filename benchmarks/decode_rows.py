@@ -31,9 +31,10 @@ from adafuse_jax import runtime
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.base import Adapter
 from adafuse_jax.adapters.methods import make_adapter
-from adafuse_jax.configs import AdapterConfig, ModelConfig
+from adafuse_jax.configs import AdapterConfig, ModelConfig, Strategy
 from adafuse_jax.decoding import engine as engine_module
 from adafuse_jax.decoding.engine import Engine
+from adafuse_jax.decoding.fused import fused_obstacle
 from adafuse_jax.decoding.sampling import Sampling
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
@@ -240,7 +241,8 @@ def measure_contexts(job: dict[str, Any], tell: Tell) -> None:
 
 
 def measure_devices(job: dict[str, Any], tell: Tell) -> None:
-    """ms of a step of one row, by default and with single operations: on one device, and on several that share the model."""
+    """ms of a step of one row, as one launch where that can run, and with single operations: on one device, and on several
+    that share the model."""
     shapes, found, most = SIZES[job["size"]], [], max(job["devices"])
     if jax.device_count() < most:
         raise SystemExit(f"{most} devices are needed, and there are {jax.device_count()}")
@@ -253,7 +255,8 @@ def measure_devices(job: dict[str, Any], tell: Tell) -> None:
             if devices > 1:
                 mesh = make_mesh(devices, config)
                 share, its = shard(model, mesh), adapter and shard(adapter, mesh)
-            for strategy in (None, "unmerged"):
+            launch: Strategy = "unmerged" if fused_obstacle(share, adapter=its) else "fused"
+            for strategy in (launch, "unmerged"):
                 engine = Engine(share, its, strategy=strategy, eos_ids=())
                 row = {"method": method, "targets": targets, "strategy": engine.strategy, "devices": devices}
                 row["ms"] = time_steps(engine, 1, job["context"])

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from goldens.tiny_models import CASES, write_model_dir
 from jax import lax
+from jax.sharding import Mesh
 from test_adapters import family_case, random_adapter
 from test_decode_token import Case, by_modules, in_fp32, make
 from test_engine import generate, prompt_of
@@ -21,8 +22,8 @@ from adafuse_jax import load_backbone
 from adafuse_jax.configs import LINEARS
 from adafuse_jax.decoding import steps
 from adafuse_jax.decoding.engine import Engine
-from adafuse_jax.decoding.fused import Fused, fused_step
-from adafuse_jax.sharding import make_mesh, place_state, shard
+from adafuse_jax.decoding.fused import Fused, fused_obstacle, fused_step
+from adafuse_jax.sharding import AXIS, make_mesh, place_state, shard
 from pallas_kernels.decode_token import mosaic
 from pallas_kernels.decode_token.plan import PIECE
 
@@ -129,7 +130,7 @@ def run_fused(devices: int) -> dict:
     cases = {
         "all 7, two rows": Case(targets=LINEARS, num_layers=2, batch=2, hidden_dim=256, bias=True, position=100),
         "norms, context router": Case(targets=("o_proj", "up_proj"), hidden_dim=256, qk_norm=True, window=50, rank=40),
-        "bare": Case(hidden_dim=256, num_layers=2),
+        "bare, tied": Case(embed_dim=192, hidden_dim=256, num_layers=2, tied=True),
     }
     found, kernel = {}, mosaic.run_token
     for name, case in cases.items():
@@ -147,7 +148,16 @@ def run_fused(devices: int) -> dict:
         assert cut_after.k.sharding.is_equivalent_to(cut_cache.k.sharding, 5)
     step = jax.jit(lambda *arguments: fused_step(*arguments, num_blocks=132))
     text = step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    return {"errors": found, "peers": 'xla_replica_ids = "0,1"' in text, "multicast": "symmetric_memory" in text}
+    needs = {name: f"{name} = true" in text for name in ("uses_xla_collective_metadata", "skip_device_barrier")}
+    obstacles = [
+        fused_obstacle(shard(model, Mesh(devices, axes)))
+        for devices, axes in (
+            (jax.devices()[1:], (AXIS,)),
+            (jax.devices()[:1], (AXIS,)),
+            (mesh.devices[None], ("data", AXIS)),
+        )
+    ]
+    return {"errors": found, "multicast": "symmetric_memory" in text, "obstacles": obstacles} | needs
 
 
 if __name__ == "__main__":

@@ -79,17 +79,17 @@ class Engine:
     turn of a conversation), only the rest is prefilled.
 
     Args:
-      model: may be cut over several devices (`adafuse_jax.sharding.shard`), to decode fused or unmerged. With strategy
+      model: may be cut over several devices (`adafuse_jax.sharding.shard`), to decode unmerged, or fused. With strategy
         *switch* the engine takes its adapted weights over and changes them: use `engine.model` instead.
       adapter: its experts are cast to the model's type where they are merged or read by one launch.
       strategy: how the experts act while decoding; *golden*, *switch* and *simple* decode one row at a time. *fused* runs a
         step as one launch, with or without an adapter; *merged* puts a LoRA into a copy of the adapted weights and then
-        decodes the plain backbone. Default: *fused* where it can run, else *unmerged*; the log says which.
+        decodes the plain backbone. Default: *fused* where it can run on one device, else *unmerged*; the log says which.
       eos_ids: tokens that end a row; default: the model's own.
 
     Raises:
-      UserError: an unknown strategy, one that merges and no adapter, one that does not fit the adapter, or *fused* where it
-        cannot run.
+      UserError: an unknown strategy, one that merges and no adapter, one that does not fit the adapter or several devices,
+        or *fused* where it cannot run.
     """
 
     def __init__(
@@ -100,15 +100,21 @@ class Engine:
         strategy: Strategy | None = None,
         eos_ids: Sequence[int] | None = None,
     ):
+        self._mesh = mesh_of(model)
         readable = adapter if isinstance(adapter, AdaFuse) else None
         no_launch, self._by_default = fused_obstacle(model, adapter=readable), strategy is None
         if strategy is None:
             fits = adapter is None or "fused" in PRESETS[adapter.config.adapter].strategies
+            fits = fits and self._mesh is None  # over several devices it has not been run yet
             strategy = "fused" if fits and no_launch is None else "unmerged"
             why = f": fused cannot run, as {no_launch}" if fits and no_launch else ""
             log.log(told_at(), "decoding %s%s", strategy, why)
         if strategy not in get_args(Strategy):
             raise UserError(f"strategy {strategy!r} is none of {', '.join(get_args(Strategy))}")
+        if strategy in TOKEN_STRATEGIES and self._mesh is not None:
+            raise UserError(
+                f"strategy {strategy} runs on one device, and the model is on {self._mesh.size}; decode unmerged"
+            )
         if strategy == "fused":
             if adapter is not None:
                 adapter.config.require_strategy(strategy)
@@ -148,7 +154,6 @@ class Engine:
         self._kept: tuple[DecodeState, list[list[int]]] | None = None
         self._warm: set = set()
         self._switched = False
-        self._mesh = mesh_of(model)
 
     @property
     def model(self) -> Backbone:

@@ -109,12 +109,11 @@ def shape_of(config: ModelConfig, devices: int = 1) -> Shape:
 def fused_obstacle(model: Backbone, batch: int = 1, adapter: AdaFuse | None = None) -> str | None:
     """Why the fused step cannot decode `batch` rows with this model on its device, or None. `adapter`: the one whose
     factors it is to read."""
-    device = next(iter(model.embed_tokens[...].devices()))
+    device, mesh = next(iter(model.embed_tokens[...].devices())), mesh_of(model)
+    if mesh is not None and (mesh.axis_names != (AXIS,) or [*mesh.devices] != jax.local_devices()[: mesh.size]):
+        return f"it runs on a mesh of one axis over the first devices of one process, and this is {mesh}"
     if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
         return f"it needs a Hopper GPU, this is {device.device_kind}"
-    mesh = mesh_of(model)
-    if mesh is not None and jax.process_count() > 1:
-        return "the model is cut over devices of several processes"
     shape, num_blocks = shape_of(model.config, 1 if mesh is None else mesh.size), device.core_count
     if adapter is None:
         return obstacle(shape, model.dtype, batch, num_blocks=num_blocks)
@@ -218,7 +217,8 @@ def _over_devices(
         of_experts.b.update(cut("experts", "B", experts.b))
 
     def token(*arguments: Any) -> tuple[Array, Array, Array]:
-        logits, k, v = decode_token(shape_of(config, mesh.size), *arguments, axis=AXIS, **options)
+        axis = AXIS if mesh.size > 1 else None
+        logits, k, v = decode_token(shape_of(config, mesh.size), *arguments, axis=axis, **options)
         return lax.all_gather(logits, AXIS, axis=1, tiled=True), k, v
 
     new = PartitionSpec(None, None, AXIS)
