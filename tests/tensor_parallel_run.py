@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +27,7 @@ from adafuse_jax.decoding import steps
 from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.fused import Fused, fused_obstacle, fused_step
 from adafuse_jax.sharding import AXIS, make_mesh, place_state, shard
-from pallas_kernels.decode_token import mosaic
+from pallas_kernels.decode_token import decode_token, mosaic
 from pallas_kernels.decode_token.plan import PIECE
 
 
@@ -110,15 +113,18 @@ def one_share(inputs, plan, model, *, axis, **_):
             out.append(jnp.einsum("hs,shd->hd", weights, values).reshape(-1))
         return jnp.pad(jnp.stack(out), ((0, n - rows), (0, 0)))
 
+    def over_devices(y):
+        return y if axis is None else lax.psum(y, axis)
+
     k_new, v_new = [], []
     for layer in range(model.num_layers):
         h = normed(x, inputs["norms"][2 * layer])
         q, k, v = (linear(f"{c}_proj", layer, h).reshape(n, -1, head_dim) for c in "qkv")
         q, k = (rotated(heads, inputs.get(f"{c}_norm"), layer) for c, heads in (("q", q), ("k", k)))
-        x += lax.psum(linear("o_proj", layer, attention(q, k, v, layer)), axis)
+        x += over_devices(linear("o_proj", layer, attention(q, k, v, layer)))
         h = normed(x, inputs["norms"][2 * layer + 1])
         hidden = jax.nn.silu(linear("gate_proj", layer, h)) * linear("up_proj", layer, h)
-        x += lax.psum(linear("down_proj", layer, hidden), axis)
+        x += over_devices(linear("down_proj", layer, hidden))
         k_new, v_new = [*k_new, k], [*v_new, v]
     logits = normed(x, inputs["norms"][-1]) @ inputs["weights"]["lm_head"].T
     return logits.T, *(jnp.stack(new).astype(jnp.bfloat16) for new in (k_new, v_new))
@@ -132,16 +138,15 @@ def run_fused(devices: int) -> dict:
         "norms, context router": Case(targets=("o_proj", "up_proj"), hidden_dim=256, qk_norm=True, window=50, rank=40),
         "bare, tied": Case(embed_dim=192, hidden_dim=256, num_layers=2, tied=True),
     }
-    found, kernel = {}, mosaic.run_token
+    found = {}
     for name, case in cases.items():
         model, adapter, cache, tokens, positions = make(case)
         mesh = make_mesh(devices, model.config)
         cut, cut_adapter, cut_cache = shard(model, mesh), adapter and shard(adapter, mesh), place_state(cache, mesh)
         arguments = cut, cut_adapter, Fused.of(cut, cut_adapter), tokens, positions, cut_cache
         exact, _, after = by_modules(in_fp32(model), in_fp32(adapter), in_fp32(cache), tokens, positions)
-        mosaic.run_token = one_share
-        logits, _, cut_after = jax.jit(lambda *arguments: fused_step(*arguments, num_blocks=3))(*arguments)
-        mosaic.run_token = kernel
+        with mock.patch.object(mosaic, "run_token", one_share):
+            logits, _, cut_after = jax.jit(lambda *arguments: fused_step(*arguments, num_blocks=3))(*arguments)
         pairs = (logits, exact), (cut_after.k, after.k), (cut_after.v, after.v)
         pairs = [[np.asarray(x, np.float64) for x in pair] for pair in pairs]
         found[name] = [float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in pairs]
@@ -157,7 +162,26 @@ def run_fused(devices: int) -> dict:
             (mesh.devices[None], ("data", AXIS)),
         )
     ]
-    return {"errors": found, "multicast": "symmetric_memory" in text, "obstacles": obstacles} | needs
+    model, adapter, *_ = make(replace(cases["all 7, two rows"], vocab_size=512))
+    tokens, programs = [], []
+    whole = [(model, adapter), (shard(model, mesh), shard(adapter, mesh))]
+    with (
+        mock.patch.object(mosaic, "run_token", one_share),
+        mock.patch("adafuse_jax.decoding.engine.fused_obstacle", return_value=None),
+        mock.patch("adafuse_jax.decoding.fused.decode_token", partial(decode_token, num_blocks=3)),
+    ):
+        for parts in whole:
+            steps.decode_step.clear_cache()
+            engine = Engine(*parts, eos_ids=(), strategy="fused")
+            tokens.append([generate(engine, *([5, 3, 8], [7]), n=12) for _ in range(2)])
+            programs.append(steps.decode_step._cache_size())
+    return {
+        "errors": found,
+        "tokens": tokens,
+        "programs": programs,
+        "multicast": "symmetric_memory" in text,
+        "obstacles": obstacles,
+    } | needs
 
 
 if __name__ == "__main__":

@@ -57,6 +57,9 @@ def test_fused_shares_add_up():
     found = json.loads(with_devices(2, "tensor_parallel_run.py", "-", "fused", 2))
     for name, (logits, *new) in found["errors"].items():
         assert max(logits, *new) < 1e-3, name
+    (alone, _), together = found["tokens"]
+    assert together == [alone] * 2, "an engine on both devices, twice"
+    assert found["programs"] == [1, 1]
     assert found["uses_xla_collective_metadata"]
     assert not found["skip_device_barrier"]
     assert not found["multicast"]
