@@ -9,7 +9,7 @@ it --budget-seconds, and start it again. Each run trains several lanes together 
     grid        per method, the learning rates of the grid, seed 0, on the mixture: accuracy on the validation questions
     mixture     per method, all seeds at its best learning rate, on the mixture: accuracy on each set's test questions
     alone       per set and method, the same on one set: accuracy on its test questions
-    ablation    tied AdaFuse with one setting changed, at its learning rate, on the mixture
+    ablation    the AdaFuse that was best in the grid, with one setting changed, at its learning rate, on the mixture
 
 so that what is there after any number of them compares all methods on the same. The report is written after every stage.
 The programs of the methods are compiled in threads while others train; keep JAX's compilation cache between calls.
@@ -44,7 +44,7 @@ from adafuse_jax.errors import run_cli
 from adafuse_jax.interop.huggingface import load_backbone
 from benchmarks import accuracy_report
 from benchmarks.accuracy_data import SETS, Packed, Questions, pack_candidates, read_set, targets_of
-from benchmarks.accuracy_methods import ABLATED, ABLATIONS, METHODS, RATE_SCALE, available, settings_of
+from benchmarks.accuracy_methods import ABLATIONS, METHODS, RATE_SCALE, VARIANTS, ablated, available, settings_of
 from benchmarks.accuracy_training import (
     Programs,
     Trained,
@@ -104,7 +104,7 @@ class Study:
         """Those of a method; the first call starts to compile them in another thread."""
         if (method, lanes) not in self._programs:
             made = self._pool.submit(
-                compiled, settings_of(method), self.model, lanes=lanes, batch_size=self.arguments.batch_size,
+                compiled, self.settings_of(method), self.model, lanes=lanes, batch_size=self.arguments.batch_size,
                 scored=self.scored, length=self.arguments.length, targets=self.arguments.length // 8,
             )  # fmt: skip
             self._programs[method, lanes] = made
@@ -175,9 +175,9 @@ class Study:
         for data in self.sets if len(self.sets) > 1 else ():
             for method in methods:
                 yield from final("alone", method, data, self.best_rate(method))
-        if ABLATED in methods:
+        if set(VARIANTS) & set(methods):
             for name in self.arguments.ablations:
-                yield from final("ablation", name, MIXTURE, self.best_rate(ABLATED))
+                yield from final("ablation", name, MIXTURE, self.best_rate(self.ablated))
 
     @property
     def trained_methods(self) -> list[str]:
@@ -198,9 +198,18 @@ class Study:
         require(bool(found), f"{method}: the loss is not finite with any of --learning-rates; give smaller ones")
         return max(found, key=lambda lane: (lane["validation_accuracy"], -lane["learning_rate"]))["learning_rate"]
 
+    @property
+    def ablated(self) -> str:
+        """The AdaFuse that the ablations change, known when the grids are finished."""
+        return ablated({name: accuracy_report.grid_of(self.results, name) for name in self.trained_methods})
+
+    def settings_of(self, method: str) -> dict[str, Any]:
+        """Of a method or an ablation."""
+        return settings_of(method, self.ablated)
+
     def do(self, run: Run) -> None:
         """Train, score, and write the run's file, which appears complete or not at all."""
-        settings = settings_of(run.method)
+        settings = self.settings_of(run.method)
         begun = time.perf_counter()
         trained, params = None, None
         losses_of: Callable[..., jax.Array] = target_losses
@@ -255,7 +264,7 @@ class Study:
             "first_step_seconds": round(trained.first_step_seconds, 3),
             "history": trained.history,
         }
-        if run.stage == "mixture" and run.method in ("adafuse", ABLATED):
+        if run.stage == "mixture" and run.method in VARIANTS:
             classes = jnp.array(classes_of(self.tokenizer, self.model.config.vocab_size))
             report["expert_use"] = {  # counts [classes, E] by data set
                 name: expert_use(

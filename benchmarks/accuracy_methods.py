@@ -13,6 +13,7 @@ the rate, and `adafuse-tied-slow` both.
 from __future__ import annotations
 
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -58,32 +59,31 @@ RATE_SCALE = {"full": 0.04}
 first grid, of two epochs, the adapters were best at 1.2e-3, its top, and the full backbone with 6e-5."""
 
 
-ABLATED = "adafuse-tied"
-"""The method that the ablations change: the better of AdaFuse's two on the validation questions. `adafuse` is tied=0."""
-
-
-def _ablation(**changes: Any) -> dict[str, Any]:
-    rank = changes.get("rank", 16)
-    return METHODS[ABLATED] | changes | {"alpha": 2.0 * rank}
-
-
+VARIANTS = ("adafuse", "adafuse-tied", "adafuse-slow", "adafuse-tied-slow")
+"""AdaFuse on all linears, by its recipe. The ablations change the one that is best on the validation questions."""
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "k=1": _ablation(top_k=1, renormalize=False),
-    "k=4": _ablation(top_k=4),
-    "E=4": _ablation(num_experts=4),
-    "E=16": _ablation(num_experts=16),
-    "R=8": _ablation(rank=8),
-    "R=32": _ablation(rank=32),
-    "R=64": _ablation(rank=64),
-    "R=128": _ablation(rank=128),
-    "balance=0": _ablation(balance_coefficient=0.0),
-    "balance=0.1": _ablation(balance_coefficient=0.1),
-    "tied=0.75": _ablation(**{TIED: 0.75}),
-    "targets=q,v": _ablation(targets=("q_proj", "v_proj")),
-    "targets=o,FFN": _ablation(targets=("o_proj", *FFN_LINEARS)),
+    "k=1": {"top_k": 1, "renormalize": False},
+    "k=4": {"top_k": 4},
+    "E=4": {"num_experts": 4},
+    "E=16": {"num_experts": 16},
+    "R=8": {"rank": 8, "alpha": 16.0},
+    "R=32": {"rank": 32, "alpha": 64.0},
+    "R=64": {"rank": 64, "alpha": 128.0},
+    "R=128": {"rank": 128, "alpha": 256.0},
+    "balance=0": {"balance_coefficient": 0.0},
+    "balance=0.1": {"balance_coefficient": 0.1},
+    "tied=0.75": {TIED: 0.75},
+    "targets=q,v": {"targets": ("q_proj", "v_proj")},
+    "targets=o,FFN": {"targets": ("o_proj", *FFN_LINEARS)},
 }
-"""One setting of `ABLATED` changed each. k = 1 without renormalising, or its router would get no gradient. With q, k or v
-among the targets the router sees the token alone; with o and FFN linears, the context."""
+"""What each changes. k = 1 without renormalising, or its router would get no gradient. With q, k or v among the targets
+the router sees the token alone; with o and FFN linears, the context."""
+
+
+def ablated(validation: Mapping[str, Mapping[Any, float]]) -> str:
+    """The variant with the best validation accuracy, of {method: {learning rate: accuracy}}; the first of equal ones."""
+    found = [name for name in VARIANTS if validation.get(name)]
+    return max(found, key=lambda name: max(validation[name].values()), default=VARIANTS[0])
 
 
 def available() -> list[str]:
@@ -92,8 +92,9 @@ def available() -> list[str]:
     return [name for name, settings in METHODS.items() if settings["adapter"] in (*known, *NO_ADAPTER)]
 
 
-def settings_of(name: str) -> dict[str, Any]:
-    return (METHODS | ABLATIONS)[name]
+def settings_of(name: str, base: str = VARIANTS[0]) -> dict[str, Any]:
+    """Of a method, or of an ablation of `base`."""
+    return METHODS[name] if name in METHODS else METHODS[base] | ABLATIONS[name]
 
 
 def make_adapter(settings: dict[str, Any], model: ModelConfig, key: jax.Array) -> Any:

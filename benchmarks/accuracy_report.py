@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy_methods import ABLATED, ABLATIONS, METHODS
+from benchmarks.accuracy_methods import ABLATIONS, METHODS, ablated
 from benchmarks.token_classes import CLASSES
 
 REGIMES = ("bare", "mixture", "alone", "ablation")
@@ -40,7 +40,7 @@ def summarise(results: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
                 by_seed[lane.get("seed")] |= lane["test_accuracy"]
         whole = {seed: scores for seed, scores in by_seed.items() if sorted(scores) == sets}
         if whole:
-            rows.append(_row(regime, method, found, sets, whole, _grid(results, method)))
+            rows.append(_row(regime, method, found, sets, whole, grid_of(results, method)))
     names = [*METHODS, *ABLATIONS]
     return sorted(rows, key=lambda row: (REGIMES.index(row["regime"]), names.index(row["method"])))
 
@@ -88,7 +88,8 @@ def _runs_per_seed(trained: list[dict[str, Any]]) -> int:
     return len({result["run"]["data"] for result in trained})
 
 
-def _grid(results: Mapping[str, dict[str, Any]], method: str) -> dict[str, float]:
+def grid_of(results: Mapping[str, dict[str, Any]], method: str) -> dict[str, float]:
+    """Validation accuracy by learning rate, as far as it has been run."""
     found = [r for r in results.values() if (r["run"]["stage"], r["run"]["method"]) == ("grid", method)]
     lanes = [lane for result in found for lane in result["lanes"]]
     return {f"{lane['learning_rate']:g}": lane["validation_accuracy"] for lane in lanes}
@@ -110,13 +111,13 @@ def write(results: Mapping[str, dict[str, Any]], out: Path, *, command: str, mac
         **machine,
         "study": None if some is None else some["identity"],
         "scored_and_left_out": questions,
-        "validation": {name: found for name in METHODS if (found := _grid(results, name))},
+        "validation": {name: found for name in METHODS if (found := grid_of(results, name))},
         "rows": rows,
     }
     _replace(out / "accuracy.json", json.dumps(table, indent=2) + "\n")
     _replace(out / "accuracy.md", markdown(rows, table))
     if rows:
-        plot(rows, out / "accuracy.png")
+        plot(rows, ablated(table["validation"]), out / "accuracy.png")
     for used in (result for result in results.values() if "expert_use" in result):
         plot_experts(used, out / f"accuracy_experts_{used['run']['method']}.png")
 
@@ -147,16 +148,17 @@ def markdown(rows: list[dict[str, Any]], table: dict[str, Any]) -> str:
         "is the one with the best accuracy on the validation questions of the mixture.",
     ]
     lines += _grid_table(table["validation"], table["scored_and_left_out"].get("validation", [0])[0])
+    base = ablated(table["validation"])
     titles = {
         "mixture": "Trained on all sets together",
         "alone": "Trained on each set alone",
-        "ablation": "Tied AdaFuse with one setting changed, trained on all sets together",
+        "ablation": f"{base} with one setting changed, trained on all sets together",
     }
     bare = [row for row in rows if row["regime"] == "bare"]
     for regime, title in titles.items():
         mine = [row for row in rows if row["regime"] == regime]
         missing = [name for name in _planned(regime) if name not in {row["method"] for row in mine}]
-        reference = [row for row in rows if (row["regime"], row["method"]) == ("mixture", ABLATED)]
+        reference = [row for row in rows if (row["regime"], row["method"]) == ("mixture", base)]
         lines += ["", f"## {title}", ""]
         lines.append(
             "| method | trainable | " + " | ".join(sets) + " | average | learning rate | seeds | seconds a seed |"
@@ -203,16 +205,16 @@ def _grid_table(found: Mapping[str, Mapping[str, float]], questions: int) -> lis
     return lines
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Mean accuracy of every row with its error, one panel for the methods and one for the ablations."""
+def plot(rows: list[dict[str, Any]], base: str, path: Path) -> None:
+    """Mean accuracy of every row with its error, one panel for the methods and one for the ablations of `base`."""
     from matplotlib.figure import Figure
 
     bare = next((row["mean_accuracy"] for row in rows if row["regime"] == "bare"), None)
     methods = [row for row in rows if row["regime"] in LABELS]
     ablations = [row for row in rows if row["regime"] == "ablation"]
     if ablations:
-        ablations = [row for row in methods if (row["regime"], row["method"]) == ("mixture", ABLATED)] + ablations
-    panels = {title: p for title, p in (("Methods", methods), ("Tied AdaFuse, one setting changed", ablations)) if p}
+        ablations = [row for row in methods if (row["regime"], row["method"]) == ("mixture", base)] + ablations
+    panels = {title: p for title, p in (("Methods", methods), (f"{base}, one setting changed", ablations)) if p}
     if not panels:
         return
     lines = max(len({row["method"] for row in panel}) for panel in panels.values())

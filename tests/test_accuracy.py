@@ -35,7 +35,7 @@ from benchmarks.accuracy_data import (
     read_set,
     targets_of,
 )
-from benchmarks.accuracy_methods import ABLATED, ABLATIONS, METHODS, available, make_adapter, settings_of
+from benchmarks.accuracy_methods import ABLATIONS, METHODS, VARIANTS, ablated, available, make_adapter, settings_of
 from benchmarks.accuracy_training import (
     REMAT_ABOVE,
     LaneRows,
@@ -342,13 +342,23 @@ def test_settings_of_all_methods_are_consistent():
         settings = settings_of(name)
         if settings["adapter"] not in ("none", "full"):
             jax.eval_shape(lambda settings=settings: make_adapter(settings, SHAPES, jax.random.key(0)))
-    for name, settings in ABLATIONS.items():
-        changed = {key for key in settings if settings[key] != METHODS[ABLATED].get(key)} - {"alpha", "renormalize"}
-        assert len(changed) == 1, name
-        assert settings["alpha"] / settings["rank"] == METHODS[ABLATED]["alpha"] / METHODS[ABLATED]["rank"]
+    for base in VARIANTS:
+        for name in ABLATIONS:
+            settings = settings_of(name, base)
+            changed = {key for key in settings if settings[key] != METHODS[base].get(key)} - {"alpha", "renormalize"}
+            assert len(changed) == 1, name
+            assert settings["alpha"] / settings["rank"] == METHODS[base]["alpha"] / METHODS[base]["rank"]
     assert METHODS["lora-matched"]["rank"] == METHODS["adafuse"]["rank"] * METHODS["adafuse"]["num_experts"]
     assert low_rank_activations(settings_of("R=64")) == 8 * 64 * 7 > REMAT_ABOVE
     assert max(low_rank_activations(settings_of(name)) for name in METHODS) <= REMAT_ABOVE
+
+
+def test_ablations_change_the_best_variant():
+    grids: dict[str, dict[float, float]] = {"mola": {1e-3: 0.9}, "adafuse": {1e-3: 0.5, 2e-3: 0.6}}
+    assert ablated(grids) == "adafuse"
+    assert ablated(grids | {"adafuse-slow": {1e-3: 0.6}}) == "adafuse", "of equal ones the first"
+    assert ablated(grids | {"adafuse-tied": {1e-3: 0.7}, "adafuse-slow": {}}) == "adafuse-tied"
+    assert settings_of("k=4", "adafuse-tied") == METHODS["adafuse-tied"] | {"top_k": 4}
 
 
 @pytest.mark.parametrize(
@@ -375,10 +385,13 @@ def test_classes_of_a_vocabulary(tokenizer: Any):
     assert (classes[260:] == CLASSES.index("other")).all()
 
 
+TIED_ADAFUSE = "adafuse-tied"
+
+
 def flags(study: Path, tmp_path: Path, *more: str) -> list[str]:
     return [
         "--model", str(study / "model"), "--data", str(study / "data"), "--work", str(tmp_path / "work"),
-        "--out", str(tmp_path / "out"), "--methods", "none", "full", ABLATED, "--ablations", "k=4",
+        "--out", str(tmp_path / "out"), "--methods", "none", "full", TIED_ADAFUSE, "--ablations", "k=4",
         "--seeds", "0", "1", "--lanes", "2", "--learning-rates", "1e-3", "1e-2", "--epochs", "0.5",
         "--batch-size", str(BATCH), "--length", str(LENGTH), "--dtype", "float32", *more,
     ]  # fmt: skip
@@ -387,8 +400,7 @@ def flags(study: Path, tmp_path: Path, *more: str) -> list[str]:
 def test_study_from_start_to_report(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setitem(METHODS, ABLATED, ADAFUSE | {"tied": 0.5})
-    monkeypatch.setitem(ABLATIONS, "k=4", ADAFUSE | {"tied": 0.5, "top_k": 4})
+    monkeypatch.setitem(METHODS, TIED_ADAFUSE, ADAFUSE | {"tied": 0.5})
     assert accuracy.main(flags(study, tmp_path, "--budget-seconds", "0")) == 0
     work, out = tmp_path / "work", tmp_path / "out"
     assert not list(work.iterdir()), "nothing starts beyond the budget"
@@ -398,7 +410,7 @@ def test_study_from_start_to_report(
     report = json.loads((out / "accuracy.json").read_text())
     rows = {(row["regime"], row["method"]): row for row in report["rows"]}
     assert set(rows) == {
-        ("bare", "none"), ("mixture", "full"), ("mixture", ABLATED), ("alone", "full"), ("alone", ABLATED),
+        ("bare", "none"), ("mixture", "full"), ("mixture", TIED_ADAFUSE), ("alone", "full"), ("alone", TIED_ADAFUSE),
         ("ablation", "k=4"),
     }  # fmt: skip
     for (regime, _), row in rows.items():
@@ -411,14 +423,14 @@ def test_study_from_start_to_report(
         assert row["standard_error"] == pytest.approx(np.std(per_seed, ddof=1) / np.sqrt(2))
         grid = {float(rate): value for rate, value in row["validation_accuracy_by_learning_rate"].items()}
         assert regime == "ablation" or row["learning_rate"] == max(grid, key=lambda rate: (grid[rate], -rate))
-    assert rows["ablation", "k=4"]["learning_rate"] == rows["mixture", ABLATED]["learning_rate"]
+    assert rows["ablation", "k=4"]["learning_rate"] == rows["mixture", TIED_ADAFUSE]["learning_rate"]
     table = (out / "accuracy.md").read_text()
     assert capsys.readouterr().out.endswith(table + "\n")
     for row in rows.values():
         assert f"| {row['method']} | " in table
         assert f"**{100 * row['mean_accuracy']:.2f}" in table
     assert (out / "accuracy.png").stat().st_size > 10_000
-    assert (out / f"accuracy_experts_{ABLATED}.png").stat().st_size > 10_000
+    assert (out / f"accuracy_experts_{TIED_ADAFUSE}.png").stat().st_size > 10_000
     used = json.loads(next(work.glob("mixture-*adafuse*.json")).read_text())["expert_use"]
     tokens = {name: np.array(table).sum() / ADAFUSE["top_k"] for name, table in used.items()}
     tokenizer = load_tokenizer(study / "model")
@@ -437,7 +449,7 @@ def test_study_from_start_to_report(
     assert [row["method"] for row in again] == [row["method"] for row in report["rows"]]
     by_file_name = {path.stem: json.loads(path.read_text()) for path in sorted(work.glob("*.json"))}
     names = [row["method"] for row in accuracy_report.summarise(by_file_name)]
-    assert names == ["none", "full", ABLATED, "full", ABLATED, "k=4"], "the tables' order is that of METHODS"
+    assert names == ["none", "full", TIED_ADAFUSE, "full", TIED_ADAFUSE, "k=4"], "the tables' order is that of METHODS"
     assert {path: path.stat().st_mtime_ns for path in work.iterdir() if path != gone} == kept
     with pytest.raises(UserError, match=r"was made with .*'epochs': 0.5.*'epochs': 2.0.*another --work"):
         accuracy.main(flags(study, tmp_path, "--epochs", "2"))
@@ -450,14 +462,14 @@ def test_study_from_start_to_report(
         (("--epochs", "-1"), "--epochs is -1.0: it must be greater than 0"),
         (
             ("--learning-rates", "1e37", "1e38", "--epochs", "2"),
-            f"{ABLATED}: the loss is not finite with any of --learning-rates",
+            f"{TIED_ADAFUSE}: the loss is not finite with any of --learning-rates",
         ),
     ],
 )
 def test_bad_flags(more: tuple[str, ...], says: str, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(METHODS, ABLATED, ADAFUSE | {"tied": 0.5})
+    monkeypatch.setitem(METHODS, TIED_ADAFUSE, ADAFUSE | {"tied": 0.5})
     with pytest.raises(UserError) as told:
-        accuracy.main([*flags(study, tmp_path), "--methods", ABLATED, "--sets", "scienceqa", *more])
+        accuracy.main([*flags(study, tmp_path), "--methods", TIED_ADAFUSE, "--sets", "scienceqa", *more])
     assert says in str(told.value)
 
 
