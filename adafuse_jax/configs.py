@@ -313,7 +313,7 @@ class DecodeConfig:
             "--batch-size is for the prompts of --prompts-file; give that, or leave --batch-size out",
         )
         require(
-            self.strategy in (None, "fused", "unmerged", "merged") or self.tensor_parallel == 1,
+            self.strategy not in TOKEN_STRATEGIES or self.tensor_parallel == 1,
             f"--strategy {self.strategy} runs on one device; leave --tensor-parallel out, or decode unmerged",
         )
         require(

@@ -29,6 +29,7 @@ ROUTER_RATE = "router_rate"
 """Another one: the learning rate of the routers, as a share of the experts'."""
 BALANCE = 0.01
 _MIXTURE: dict[str, Any] = {"rank": 16, "alpha": 32.0, "top_k": 2, "dropout": 0.0, "balance_coefficient": BALANCE}
+_ADAFUSE: dict[str, Any] = {**_MIXTURE, "adapter": "adafuse", "targets": LINEARS, "num_experts": 8}
 _LORA: dict[str, Any] = {"adapter": "lora", "targets": LINEARS, "dropout": 0.0}
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -39,18 +40,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "moral": {**_MIXTURE, "adapter": "moral", "targets": FFN_LINEARS, "num_experts": 8},
     "mola": {**_MIXTURE, "adapter": "mola", "targets": LINEARS, "experts_per_layer": (2, 4, 6, 8)},
     "pesc": {**_MIXTURE, "adapter": "pesc", "num_experts": 8, "rank": 128, "alpha": 128.0},
-    "adafuse": {**_MIXTURE, "adapter": "adafuse", "targets": LINEARS, "num_experts": 8},
-    "adafuse-ffn": {**_MIXTURE, "adapter": "adafuse", "targets": FFN_LINEARS, "num_experts": 8},
-    "adafuse-tied": {**_MIXTURE, "adapter": "adafuse", "targets": LINEARS, "num_experts": 8, TIED: 0.5},
-    "adafuse-slow": {**_MIXTURE, "adapter": "adafuse", "targets": LINEARS, "num_experts": 8, ROUTER_RATE: 0.1},
-    "adafuse-tied-slow": {
-        **_MIXTURE,
-        "adapter": "adafuse",
-        "targets": LINEARS,
-        "num_experts": 8,
-        TIED: 0.5,
-        ROUTER_RATE: 0.1,
-    },
+    "adafuse": _ADAFUSE,
+    "adafuse-ffn": _ADAFUSE | {"targets": FFN_LINEARS},
+    "adafuse-tied": _ADAFUSE | {TIED: 0.5},
+    "adafuse-slow": _ADAFUSE | {ROUTER_RATE: 0.1},
+    "adafuse-tied-slow": _ADAFUSE | {TIED: 0.5, ROUTER_RATE: 0.1},
 }
 
 

@@ -28,7 +28,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from adafuse_jax.adapters.low_rank import LoRAExperts
-from adafuse_jax.adapters.router import Routing, balance_loss, expert_load
+from adafuse_jax.adapters.router import Routing, balance_loss, expert_load, is_router
 from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.packing import Rows
 from adafuse_jax.model.attention import attention_of_lanes
@@ -153,7 +153,7 @@ def step(
         updates, moments = OPTIMIZER.update(grads, lane.moments, lane.params)
         if router_rate != 1:
             updates = jax.tree_util.tree_map_with_path(
-                lambda path, u: router_rate * u if "router" in jax.tree_util.keystr(path) else u, updates
+                lambda path, u: router_rate * u if is_router(path) else u, updates
             )
         params = jax.tree.map(lambda p, u: p - rate * u, lane.params, updates)
         return Lanes(params=params, moments=moments), metrics

@@ -21,7 +21,7 @@ from test_decode_token import Case, by_modules, in_fp32, make
 from test_engine import generate, prompt_of
 from test_methods import FEW, random_method
 
-from adafuse_jax import load_backbone
+from adafuse_jax import UserError, load_backbone
 from adafuse_jax.configs import LINEARS
 from adafuse_jax.decoding import steps
 from adafuse_jax.decoding.engine import Engine
@@ -175,7 +175,17 @@ def run_fused(devices: int) -> dict:
             engine = Engine(*parts, eos_ids=(), strategy="fused")
             tokens.append([generate(engine, *([5, 3, 8], [7]), n=12) for _ in range(2)])
             programs.append(steps.decode_step._cache_size())
+        unasked = Engine(*whole[1]).strategy
+        lora = shard(random_method("lora", model.config, **FEW["lora"]), mesh)
+        launched = Engine(whole[1][0], lora, strategy="merged")._fused is not None
+        try:
+            refused = Engine(*whole[1], strategy="golden").strategy
+        except UserError as error:
+            refused = str(error)
     return {
+        "unasked": unasked,
+        "launched": launched,
+        "refused": refused,
         "errors": found,
         "tokens": tokens,
         "programs": programs,

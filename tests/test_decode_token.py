@@ -114,7 +114,7 @@ def check(case: Case, *, compiled: bool, devices: int = 1, **options: Any) -> No
         mesh = make_mesh(devices, model.config)
         model, adapter, before = shard(model, mesh), adapter and shard(adapter, mesh), place_state(cache, mesh)
     logits, experts, after = call(model, adapter, Fused.of(model, adapter), tokens, positions, before)
-    first, *others = (np.asarray(shard.data) for shard in logits.addressable_shards)
+    first, *others = (np.asarray(part.data) for part in logits.addressable_shards)
     for other in others:
         np.testing.assert_array_equal(other, first)
 
@@ -383,6 +383,8 @@ def test_what_it_cannot_do_is_said():
         fused_step(*arguments, num_blocks=2, one_launch=False)
     with pytest.raises(ValueError, match="interpreted, several blocks need a launch"):
         fused_step(*arguments, num_blocks=2, interpret=plgpu.InterpretGPUParams())
+    with pytest.raises(ValueError, match="interpreted, devices do not reach each other's memory"):
+        fused_step(*arguments, num_blocks=1, interpret=plgpu.InterpretGPUParams(), axis="model")
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="on a CPU")

@@ -15,6 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 from adafuse_jax.adapters.low_rank import LoRAParam
 
 
+def is_router(path: tuple) -> bool:
+    """Whether a leaf of an adapter is a router's, by its path in the pytree."""
+    return "router" in jax.tree_util.keystr(path)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class Routing:

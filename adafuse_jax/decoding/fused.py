@@ -191,8 +191,9 @@ def fused_step(
     weights = weights_of(model, fused)
     cos, sin = rope_tables(positions, rope_frequencies(config.rope, config.head_dim))
     x = model.embed_tokens[...][token]
-    run: Callable[..., Any] = partial(decode_token, shape_of(config), **options)
-    if fused.mesh is not None:
+    if fused.mesh is None:
+        run: Callable[..., Any] = partial(decode_token, shape_of(config), **options)
+    else:
         run = _over_devices(fused.mesh, config, weights, experts, **options)
     logits, k, v = run(weights, experts, x, cache.k, cache.v, positions, cos[:, 0], sin[:, 0])
     at = slice(None), jnp.arange(len(token)), positions

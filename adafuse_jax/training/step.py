@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from adafuse_jax.adapters.full import FullWeights
 from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.methods import AnyAdapter, in_use
-from adafuse_jax.adapters.router import router_statistics
+from adafuse_jax.adapters.router import is_router, router_statistics
 from adafuse_jax.configs import TrainConfig
 from adafuse_jax.data.batches import Batch
 from adafuse_jax.model.backbone import Backbone
@@ -56,17 +56,13 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
     """Clipping by global norm, then AdamW; weight decay spares routers, norms and biases. Routers move with their share of
     the learning rate."""
 
-    def of_router(path: tuple, _: Array) -> bool:
-        return "router" in jax.tree_util.keystr(path)
-
     def decays(path: tuple, _: Array) -> bool:
-        return not any(word in jax.tree_util.keystr(path) for word in ("router", "norm", "bias"))
+        return not (is_router(path) or any(word in jax.tree_util.keystr(path) for word in ("norm", "bias")))
 
-    slower = () if config.router_rate == 1 else (
-        optax.masked(
-            optax.scale(config.router_rate), lambda trained: jax.tree_util.tree_map_with_path(of_router, trained)
-        ),
-    )  # fmt: skip
+    def scale_routers() -> optax.GradientTransformation:
+        scale = optax.scale(config.router_rate)
+        return optax.masked(scale, partial(jax.tree_util.tree_map_with_path, lambda path, _: is_router(path)))
+
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -76,7 +72,7 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
             weight_decay=config.weight_decay,
             mask=lambda trained: jax.tree_util.tree_map_with_path(decays, trained),
         ),
-        *slower,
+        *([scale_routers()] if config.router_rate != 1 else []),
     )
 
 

@@ -34,7 +34,7 @@ class Peers:
     [linears · halves · pieces] count them. `axis`: of the mesh."""
 
     def __init__(self, axis: str, received: Any, semaphores: Any):
-        self.axis, self.received, self.semaphores = axis, received, semaphores
+        self.received, self.semaphores = received, semaphores
         self.number, self.own = lax.axis_size(axis), lax.axis_index(axis)
 
     def sum(self, layer, linear: str, half, i, value):
