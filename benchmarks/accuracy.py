@@ -44,7 +44,16 @@ from adafuse_jax.errors import run_cli
 from adafuse_jax.interop.huggingface import load_backbone
 from benchmarks import accuracy_report
 from benchmarks.accuracy_data import SETS, Packed, Questions, pack_candidates, read_set, targets_of
-from benchmarks.accuracy_methods import ABLATIONS, METHODS, RATE_SCALE, VARIANTS, ablated, available, settings_of
+from benchmarks.accuracy_methods import (
+    ABLATIONS,
+    METHODS,
+    RATE_SCALE,
+    VARIANTS,
+    ablated,
+    available,
+    changes,
+    settings_of,
+)
 from benchmarks.accuracy_training import (
     Programs,
     Trained,
@@ -95,6 +104,11 @@ class Study:
                 result["identity"] == self.identity,
                 f"{self.work / name}.json: was made with {result['identity']}, this study has {self.identity}; "
                 "give another --work",
+            )
+            method = result["run"]["method"]
+            require(
+                method not in METHODS or result["settings"] == json.loads(json.dumps(METHODS[method])),
+                f"{self.work / name}.json: was made with {result['settings']}, which {method} no longer is; remove it",
             )
         self._rows: dict[str, Rows] = {}
         self._pool = ThreadPoolExecutor(arguments.compile_threads)
@@ -176,7 +190,7 @@ class Study:
             for method in methods:
                 yield from final("alone", method, data, self.best_rate(method))
         if set(VARIANTS) & set(methods):
-            for name in self.arguments.ablations:
+            for name in (name for name in self.arguments.ablations if changes(name, self.ablated)):
                 yield from final("ablation", name, MIXTURE, self.best_rate(self.ablated))
 
     @property

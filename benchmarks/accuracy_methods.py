@@ -3,11 +3,13 @@
 All mixtures have E = 8 experts, k = 2, and about as many trainable parameters as AdaFuse on all linears (PESC through its
 width; MoLA's 2/4/6/8 experts and the methods on the FFN alone have fewer, and are listed with their number). LoRA comes
 twice: with the rank of one expert, and with that of all eight together. No dropout and one balance coefficient everywhere.
-AdaFuse's one router sees the token alone if q, k or v is adapted, so an expert learns from an eighth of the vocabulary at
-first; `adafuse-tied` has the experts learn as one LoRA for the first half of the steps, and then each on its own. With the
-rate of its experts the router never settles: an expert's share of the tokens goes from 1% to 20% and back within tens of
-steps, and a token that changes its experts loses what they have learned for it. `adafuse-slow` has a router of a tenth of
-the rate, and `adafuse-tied-slow` both.
+AdaFuse's one router sees the token alone if q, k or v is adapted, and at Llama's first norm its input is so small (a root
+mean square of 0.06 here) that the gates stay equal and the slightest step changes who is chosen. The balance loss cannot
+be met, as a frequent token is one expert's or another's as a whole, and so it moves the most frequent ones back and forth to
+the end: the line break among them, after which comes the answer. A token that changes its experts loses what they have
+learned for it. Hence two recipes, both AdaFuse: `adafuse-settled` stops its router after a tenth of the steps, when the load
+is even; `adafuse-tied` does so too, and its experts learn as one LoRA until half of the steps are done, and then each on its
+own. `adafuse-tied-4` has four experts of twice the rank, as many parameters.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from adafuse_jax.configs import FFN_LINEARS, LINEARS, AdapterConfig, ModelConfig
 NO_ADAPTER = ("none", "full")
 TIED = "tied"
 """A setting that is the recipe's and not the adapter's: the share of the steps in which all experts learn as one."""
-ROUTER_RATE = "router_rate"
-"""Another one: the learning rate of the routers, as a share of the experts'."""
+SETTLED = "settled"
+"""Another one: the share of the steps after which routers stay as they are; they learn to the end without it."""
 BALANCE = 0.01
 _MIXTURE: dict[str, Any] = {"rank": 16, "alpha": 32.0, "top_k": 2, "dropout": 0.0, "balance_coefficient": BALANCE}
 _ADAFUSE: dict[str, Any] = {**_MIXTURE, "adapter": "adafuse", "targets": LINEARS, "num_experts": 8}
@@ -42,9 +44,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "pesc": {**_MIXTURE, "adapter": "pesc", "num_experts": 8, "rank": 128, "alpha": 128.0},
     "adafuse": _ADAFUSE,
     "adafuse-ffn": _ADAFUSE | {"targets": FFN_LINEARS},
-    "adafuse-tied": _ADAFUSE | {TIED: 0.5},
-    "adafuse-slow": _ADAFUSE | {ROUTER_RATE: 0.1},
-    "adafuse-tied-slow": _ADAFUSE | {TIED: 0.5, ROUTER_RATE: 0.1},
+    "adafuse-settled": _ADAFUSE | {SETTLED: 0.1},
+    "adafuse-tied": _ADAFUSE | {SETTLED: 0.1, TIED: 0.5},
+    "adafuse-tied-4": _ADAFUSE | {"num_experts": 4, "rank": 32, "alpha": 64.0, SETTLED: 0.1, TIED: 0.5},
 }
 
 
@@ -53,31 +55,41 @@ RATE_SCALE = {"full": 0.04}
 first grid, of two epochs, the adapters were best at 1.2e-3, its top, and the full backbone with 6e-5."""
 
 
-VARIANTS = ("adafuse", "adafuse-tied", "adafuse-slow", "adafuse-tied-slow")
+VARIANTS = ("adafuse", "adafuse-settled", "adafuse-tied", "adafuse-tied-4")
 """AdaFuse on all linears, by its recipe. The ablations change the one that is best on the validation questions."""
 ABLATIONS: dict[str, dict[str, Any]] = {
     "k=1": {"top_k": 1, "renormalize": False},
     "k=4": {"top_k": 4},
     "E=4": {"num_experts": 4},
+    "E=8": {"num_experts": 8},
     "E=16": {"num_experts": 16},
     "R=8": {"rank": 8, "alpha": 16.0},
+    "R=16": {"rank": 16, "alpha": 32.0},
     "R=32": {"rank": 32, "alpha": 64.0},
     "R=64": {"rank": 64, "alpha": 128.0},
     "R=128": {"rank": 128, "alpha": 256.0},
     "balance=0": {"balance_coefficient": 0.0},
     "balance=0.1": {"balance_coefficient": 0.1},
+    "settled=1": {SETTLED: 1.0},
     "tied=0.75": {TIED: 0.75},
     "targets=q,v": {"targets": ("q_proj", "v_proj")},
     "targets=o,FFN": {"targets": ("o_proj", *FFN_LINEARS)},
 }
-"""What each changes. k = 1 without renormalising, or its router would get no gradient. With q, k or v among the targets
-the router sees the token alone; with o and FFN linears, the context."""
+"""What each changes; one that changes nothing of the AdaFuse in question is left out. k = 1 without renormalising, or its
+router would get no gradient. With q, k or v among the targets the router sees the token alone; with o and FFN linears, the
+context."""
 
 
 def ablated(validation: Mapping[str, Mapping[Any, float]]) -> str:
     """The variant with the best validation accuracy, of {method: {learning rate: accuracy}}; the first of equal ones."""
     found = [name for name in VARIANTS if validation.get(name)]
     return max(found, key=lambda name: max(validation[name].values()), default=VARIANTS[0])
+
+
+def changes(ablation: str, base: str) -> bool:
+    """Whether an ablation is another adapter or recipe than `base`."""
+    usual: dict[str, Any] = {TIED: 0.0, SETTLED: 1.0}
+    return usual | settings_of(ablation, base) != usual | METHODS[base]
 
 
 def available() -> list[str]:
@@ -93,5 +105,5 @@ def settings_of(name: str, base: str = VARIANTS[0]) -> dict[str, Any]:
 
 def make_adapter(settings: dict[str, Any], model: ModelConfig, key: jax.Array) -> Any:
     """The adapter of the settings, with initial values drawn from `key`."""
-    config = AdapterConfig(**{name: value for name, value in settings.items() if name not in (TIED, ROUTER_RATE)})
+    config = AdapterConfig(**{name: value for name, value in settings.items() if name not in (TIED, SETTLED)})
     return methods.make_adapter(config, model, rngs=nnx.Rngs(params=key))

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy_methods import ABLATIONS, METHODS, ablated
+from benchmarks.accuracy_methods import ABLATIONS, METHODS, ablated, changes
 from benchmarks.token_classes import CLASSES
 
 REGIMES = ("bare", "mixture", "alone", "ablation")
@@ -157,7 +157,7 @@ def markdown(rows: list[dict[str, Any]], table: dict[str, Any]) -> str:
     bare = [row for row in rows if row["regime"] == "bare"]
     for regime, title in titles.items():
         mine = [row for row in rows if row["regime"] == regime]
-        missing = [name for name in _planned(regime) if name not in {row["method"] for row in mine}]
+        missing = [name for name in _planned(regime, base) if name not in {row["method"] for row in mine}]
         reference = [row for row in rows if (row["regime"], row["method"]) == ("mixture", base)]
         lines += ["", f"## {title}", ""]
         lines.append(
@@ -188,9 +188,11 @@ def markdown(rows: list[dict[str, Any]], table: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _planned(regime: str) -> list[str]:
+def _planned(regime: str, base: str) -> list[str]:
     """The rows of a regime when the whole study is done."""
-    return list(ABLATIONS) if regime == "ablation" else [name for name in METHODS if name != "none"]
+    if regime == "ablation":
+        return [name for name in ABLATIONS if changes(name, base)]
+    return [name for name in METHODS if name != "none"]
 
 
 def _grid_table(found: Mapping[str, Mapping[str, float]], questions: int) -> list[str]:
@@ -199,7 +201,7 @@ def _grid_table(found: Mapping[str, Mapping[str, float]], questions: int) -> lis
     lines = ["", "## Learning rates: accuracy on the validation questions", ""]
     lines.append(f"Seed 0, {questions} questions of the mixture; in percent, the learning rate in parentheses.")
     lines += ["", "| method |" + " |" * width, "|---|" + "---|" * width]
-    for name in _planned("mixture"):
+    for name in (name for name in METHODS if name != "none"):
         cells = [f"{100 * accuracy:.2f} ({rate})" for rate, accuracy in found.get(name, {}).items()] or ["not run yet"]
         lines.append(f"| {' | '.join([name, *cells, *[''] * (width - len(cells))])} |")
     return lines

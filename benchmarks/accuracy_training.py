@@ -8,8 +8,9 @@ and the balance coefficient c are operands, so that one program serves all data 
 `compiled` makes it ahead of its use. A lane is trained on its own batches, in the order that its seed gives. A lane that
 diverges does not disturb the others.
 
-Tied experts begin with one A and move by the mean of their gradients. As the gates sum to 1 and Adam takes no notice of a
-gradient's scale, they are one LoRA of their rank until they are let go; the router learns balance alone until then.
+Tied experts begin with one A and move by Σ_e ∇_e / √E. As the gates sum to 1 and Adam takes no notice of a gradient's
+scale, they are one LoRA of their rank, its global norm included, until they are let go; the router learns balance alone
+until then. The scale matters when they are let go: Adam's second moments must fit the gradients that an expert then has.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from adafuse_jax.data.packing import Rows
 from adafuse_jax.model.attention import attention_of_lanes
 from adafuse_jax.model.backbone import Backbone
 from benchmarks.accuracy_data import Packed, targets_of
-from benchmarks.accuracy_methods import ROUTER_RATE, TIED, make_adapter
+from benchmarks.accuracy_methods import SETTLED, TIED, make_adapter
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 WARMUP, FINAL_SHARE = 0.05, 0.1
@@ -115,7 +116,7 @@ def _balance(params: Any, routing: Any, real: Array) -> Array:
     return balance_loss(routing, real) if own is None else own(routing, real)
 
 
-@partial(jax.jit, static_argnames=("remat", "router_rate"), donate_argnames="lanes")
+@partial(jax.jit, static_argnames="remat", donate_argnames="lanes")
 def step(
     lanes: Lanes,
     model: Backbone,
@@ -123,12 +124,12 @@ def step(
     rates: Float[Array, " S"],
     balance: Float[Array, ""],
     tied: Bool[Array, ""] | None,
+    settled: Bool[Array, ""] | None,
     *,
     remat: bool,
-    router_rate: float = 1.0,
 ) -> tuple[Lanes, dict[str, Array]]:
     """One optimiser step of every lane on its own batch. Metrics are [S], `load` [S, E] with AdaFuse. `tied`: whether the
-    experts move as one; None if they never do. Routers move with `router_rate` times a lane's rate."""
+    experts move as one; `settled`: whether routers stay as they are. None is a step of a method that never does."""
 
     def one(lane: Lanes, batch: Any, rate: Array) -> tuple[Lanes, dict[str, Array]]:
         real = batch.segment_ids > 0
@@ -148,12 +149,12 @@ def step(
 
         grads, metrics = jax.grad(loss_of, has_aux=True)(lane.params)
         if tied is not None:
-            means = _over_experts(lambda leaf: leaf.mean(1, keepdims=True), grads)
-            grads = jax.tree.map(partial(jnp.where, tied), means, grads)
+            sums = _over_experts(lambda leaf: leaf.sum(1, keepdims=True) * leaf.shape[1] ** -0.5, grads)
+            grads = jax.tree.map(partial(jnp.where, tied), sums, grads)
         updates, moments = OPTIMIZER.update(grads, lane.moments, lane.params)
-        if router_rate != 1:
+        if settled is not None:
             updates = jax.tree_util.tree_map_with_path(
-                lambda path, u: router_rate * u if is_router(path) else u, updates
+                lambda path, u: jnp.where(settled, 0, u) if is_router(path) else u, updates
             )
         params = jax.tree.map(lambda p, u: p - rate * u, lane.params, updates)
         return Lanes(params=params, moments=moments), metrics
@@ -222,7 +223,8 @@ def train(
     steps = max(1, math.ceil(epochs * orders[0].steps_per_epoch))
     peak = np.array(rates, np.float32)
     balance = jnp.float32(settings.get("balance_coefficient", 0.0))
-    free = math.ceil(settings.get(TIED, 0.0) * steps)  # the first step of experts on their own
+    shares = {name: settings[name] for name in (TIED, SETTLED) if name in settings}
+    ends = {name: math.ceil(share * steps) for name, share in shares.items()}  # the first step after it
     every, history, tokens = max(1, steps // 40), [], 0
     window: list[Array] = []
     begun = first = time.perf_counter()
@@ -232,8 +234,11 @@ def train(
             tokens=rows.tokens[drawn], positions=rows.positions[drawn], segment_ids=rows.segment_ids[drawn],
             place=place[drawn], wanted=wanted[drawn], there=there[drawn],
         )  # fmt: skip
-        tied = jnp.bool_(at < free) if TIED in settings else None
-        lanes, metrics = programs.step(lanes, model, batch, peak * np.float32(schedule(at, steps)), balance, tied)
+        tied = jnp.bool_(at < ends[TIED]) if TIED in ends else None
+        settled = jnp.bool_(at >= ends[SETTLED]) if SETTLED in ends else None
+        lanes, metrics = programs.step(
+            lanes, model, batch, peak * np.float32(schedule(at, steps)), balance, tied, settled
+        )
         tokens += int((batch.segment_ids[0] > 0).sum())
         window.append(metrics["loss"])
         if at == 0:
@@ -275,7 +280,7 @@ def target_losses(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Programs:
-    """What a method runs: start(seeds, model), step(lanes, model, batch, rates, balance, tied), and losses as
+    """What a method runs: start(seeds, model), step(lanes, model, batch, rates, balance, tied, settled), and losses as
     `target_losses`."""
 
     start: Callable[..., Lanes]
@@ -286,13 +291,11 @@ class Programs:
 def jitted(settings: dict[str, Any]) -> Programs:
     """Programs that compile when they are called first."""
     begin = partial(_start, settings=tuple(settings.items()))
-    return Programs(start=begin, step=partial(step, **_fixed(settings)), losses=target_losses)
+    return Programs(start=begin, step=partial(step, remat=needs_remat(settings)), losses=target_losses)
 
 
-def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a method's step is compiled for."""
-    remat = low_rank_activations(settings) > REMAT_ABOVE
-    return {"remat": remat, "router_rate": settings.get(ROUTER_RATE, 1.0)}
+def needs_remat(settings: dict[str, Any]) -> bool:
+    return low_rank_activations(settings) > REMAT_ABOVE
 
 
 def compiled(
@@ -311,8 +314,11 @@ def compiled(
     there: Any = jax.ShapeDtypeStruct(target.shape, jnp.bool_)
     batch = LaneRows(tokens=row, positions=row, segment_ids=row, place=target, wanted=target, there=there)
     rates, balance = jax.ShapeDtypeStruct((lanes,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
-    tied = jax.ShapeDtypeStruct((), jnp.bool_) if TIED in settings else None
-    optimiser_step = step.lower(state, model, batch, rates, balance, tied, **_fixed(settings)).compile()
+    flag = jax.ShapeDtypeStruct((), jnp.bool_)
+    tied, settled = (flag if name in settings else None for name in (TIED, SETTLED))
+    optimiser_step = step.lower(
+        state, model, batch, rates, balance, tied, settled, remat=needs_remat(settings)
+    ).compile()
     rows, wanted = integers(scored, length), integers(scored, length // 4)
     losses = target_losses.lower(model, state.params, rows, rows, rows, wanted, wanted).compile()
     return Programs(start=begin, step=optimiser_step, losses=losses)
