@@ -84,7 +84,7 @@ class Engine:
       adapter: its experts are cast to the model's type where they are merged or read by one launch.
       strategy: how the experts act while decoding; *golden*, *switch* and *simple* decode one row at a time. *fused* runs a
         step as one launch, with or without an adapter; *merged* puts a LoRA into a copy of the adapted weights and then
-        decodes the plain backbone. Default: *fused* where it can run on one device, else *unmerged*; the log says which.
+        decodes the plain backbone. Default: *fused* where it can run, else *unmerged*; the log says which.
       eos_ids: tokens that end a row; default: the model's own.
 
     Raises:
@@ -103,14 +103,10 @@ class Engine:
         self._mesh = mesh_of(model)
         readable = adapter if isinstance(adapter, AdaFuse) else None
         no_launch, self._by_default = fused_obstacle(model, adapter=readable), strategy is None
-        unasked = None if self._mesh is None else "over several devices it is used only if asked for"  # it is new there
         if strategy is None:
-            fits, why_not = (
-                adapter is None or "fused" in PRESETS[adapter.config.adapter].strategies,
-                no_launch or unasked,
-            )
-            strategy = "fused" if fits and why_not is None else "unmerged"
-            why = f": fused cannot run, as {why_not}" if fits and why_not else ""
+            fits = adapter is None or "fused" in PRESETS[adapter.config.adapter].strategies
+            strategy = "fused" if fits and no_launch is None else "unmerged"
+            why = f": fused cannot run, as {no_launch}" if fits and no_launch else ""
             log.log(told_at(), "decoding %s%s", strategy, why)
         if strategy not in get_args(Strategy):
             raise UserError(f"strategy {strategy!r} is none of {', '.join(get_args(Strategy))}")
@@ -144,7 +140,7 @@ class Engine:
         self._fused: Fused | None = None
         in_merged = strategy in ("golden", "switch", "merged")
         self._read = None if in_merged else readable
-        no_launch = fused_obstacle(model) or unasked if in_merged else no_launch
+        no_launch = fused_obstacle(model) if in_merged else no_launch
         if strategy == "fused" or (in_merged and no_launch is None):
             self._fused = Fused.of(model, acting if isinstance(acting, AdaFuse) else None, merged=in_merged)
         elif in_merged:
