@@ -180,12 +180,24 @@ def markdown(rows: list[dict[str, Any]], table: dict[str, Any]) -> str:
     lanes = max(row["lanes_trained_together"] for row in rows)
     if lanes:
         told = f"up to {lanes} seeds train in one program, which shares their time."
-        lines += ["", f"Seconds are those of the optimiser steps; {told}"]
+        lines += ["", f"Seconds are those of the optimiser steps; {told}", *_which_device(rows)]
     left = {name: counts for name, counts in table["scored_and_left_out"].items() if counts[1]}
     if left:
         told = ", ".join(f"{dropped} of {kept + dropped} of {name}" for name, (kept, dropped) in left.items())
         lines += ["", f"Left out because they do not fit {study['length']} tokens: {told}."]
     return "\n".join(lines) + "\n"
+
+
+def _which_device(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each device or pair of them that rows were trained on, if they are not all the same."""
+    by_devices: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        by_devices[" and ".join(row["devices"])].append(f"{row['method']} ({row['regime']})")
+    return (
+        [f"Run on {devices}: {', '.join(those)}." for devices, those in by_devices.items()]
+        if len(by_devices) > 1
+        else []
+    )
 
 
 def _planned(regime: str, base: str) -> list[str]:

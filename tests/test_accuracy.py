@@ -506,9 +506,12 @@ def test_the_report_names_what_is_not_run_yet():
     bare = {
         "method": "none", "regime": "bare", "diverged": False, "lanes_trained_together": 0, "mean_accuracy": 0.3,
         "standard_error": None, "per_set": {"s": {"accuracy": 0.3, "standard_error": None}}, "learning_rate": None,
-        "seeds": [], "seconds_per_seed": 0.0, "trainable_params": 0,
+        "seeds": [], "seconds_per_seed": 0.0, "trainable_params": 0, "devices": ["A"],
     }  # fmt: skip
     text = accuracy_report.markdown([bare], table)
+    assert "Run on" not in text
+    other = bare | {"method": "lora", "devices": ["A", "B"], "lanes_trained_together": 1}
+    assert "Run on A: none (bare).\nRun on A and B: lora (bare)." in accuracy_report.markdown([bare, other], table)
     assert "| lora | 25.00 (0.0003) | 50.00 (0.0006) |" in text
     assert "| adafuse | not run yet |" in text
     assert "| k=1 | | | not run yet |" in text
