@@ -227,7 +227,8 @@ class TrainConfig:
     max_length: int = flag("tokens per sequence; longer examples are cut", 1024)
     packing: bool = flag("pack several examples into a sequence, masked from each other", True)
     learning_rate: float = flag("peak learning rate of AdamW", 2e-4)
-    router_rate: float = flag("learning rate of routers, as a share of the experts'", 1.0)
+    tied_share: float = flag("share of the steps in which AdaFuse's experts learn as one LoRA", 0.0)
+    router_share: float = flag("share of the steps in which routers learn; then they stay as they are", 1.0)
     min_lr_ratio: float = flag("final learning rate of the cosine, as a share of the peak", 0.1)
     warmup_ratio: float = flag("share of the steps spent warming up", 0.03)
     weight_decay: float = flag("AdamW weight decay on the experts' matrices", 0.0)
@@ -245,13 +246,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_finite(self)
         require_positive(
-            self, "steps", "epochs", "batch_size", "grad_accum", "max_length", "learning_rate", "router_rate", "clip_norm",
+            self, "steps", "epochs", "batch_size", "grad_accum", "max_length", "learning_rate", "clip_norm",
             "checkpoint_every", "keep_checkpoints", "log_every", "eval_every",
         )  # fmt: skip
         require(self.max_length >= 8, f"--max-length is {self.max_length}: it must be at least 8 tokens")
         for name in ("min_lr_ratio", "warmup_ratio", "eval_fraction"):
             value = getattr(self, name)
             require(0 <= value < 1, f"--{name.replace('_', '-')} is {value}: it must be in [0, 1)")
+        for name in ("tied_share", "router_share"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"--{name.replace('_', '-')} is {value}: it must be in [0, 1]")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"--{name} is {getattr(self, name)}: it must be in [0, 1)")
         for name in ("weight_decay", "eval_examples"):

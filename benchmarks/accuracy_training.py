@@ -8,9 +8,7 @@ and the balance coefficient c are operands, so that one program serves all data 
 `compiled` makes it ahead of its use. A lane is trained on its own batches, in the order that its seed gives. A lane that
 diverges does not disturb the others.
 
-Tied experts begin with one A and move by Σ_e ∇_e / √E. As the gates sum to 1 and Adam takes no notice of a gradient's
-scale, they are one LoRA of their rank, its global norm included, until they are let go; the router learns balance alone
-until then. The scale matters when they are let go: Adam's second moments must fit the gradients that an expert then has.
+Tied experts and settled routers are those of `adafuse_jax.training.recipe`.
 """
 
 from __future__ import annotations
@@ -28,12 +26,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from adafuse_jax.adapters.low_rank import LoRAExperts
-from adafuse_jax.adapters.router import Routing, balance_loss, expert_load, is_router
+from adafuse_jax.adapters.router import Routing, balance_loss, expert_load
 from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.packing import Rows
 from adafuse_jax.model.attention import attention_of_lanes
 from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.training.recipe import steps_of, tied_gradients, zero_routers
+from adafuse_jax.training.recipe import tied as tied_together
 from benchmarks.accuracy_data import Packed, targets_of
 from benchmarks.accuracy_methods import SETTLED, TIED, make_adapter
 
@@ -80,21 +79,10 @@ def _start(seeds: Int[Array, " S"], model: Backbone, settings: tuple[tuple[str, 
         else:
             params = make_adapter(table, model.config, jax.random.key(seed))
         if TIED in table:
-            params = _over_experts(lambda leaf: leaf[:, :1], params)
+            params = tied_together(params)
         return Lanes(params=params, moments=OPTIMIZER.init(params))
 
     return jax.vmap(one)(seeds)
-
-
-def _over_experts(merge: Callable[[Array], Array], tree: Any) -> Any:
-    """With merge([L, E, …]) → [L, 1, …] in the place of every expert's A and B."""
-
-    def of(node: Any) -> Any:
-        if not isinstance(node, LoRAExperts):
-            return node
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(merge(leaf), leaf.shape), node)
-
-    return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, LoRAExperts))
 
 
 def acting(model: Backbone, params: Any) -> tuple[Backbone, Any]:
@@ -149,13 +137,10 @@ def step(
 
         grads, metrics = jax.grad(loss_of, has_aux=True)(lane.params)
         if tied is not None:
-            sums = _over_experts(lambda leaf: leaf.sum(1, keepdims=True) * leaf.shape[1] ** -0.5, grads)
-            grads = jax.tree.map(partial(jnp.where, tied), sums, grads)
+            grads = jax.tree.map(partial(jnp.where, tied), tied_gradients(grads), grads)
         updates, moments = OPTIMIZER.update(grads, lane.moments, lane.params)
         if settled is not None:
-            updates = jax.tree_util.tree_map_with_path(
-                lambda path, u: jnp.where(settled, 0, u) if is_router(path) else u, updates
-            )
+            updates = jax.tree.map(partial(jnp.where, settled), zero_routers(updates), updates)
         params = jax.tree.map(lambda p, u: p - rate * u, lane.params, updates)
         return Lanes(params=params, moments=moments), metrics
 
@@ -223,8 +208,7 @@ def train(
     steps = max(1, math.ceil(epochs * orders[0].steps_per_epoch))
     peak = np.array(rates, np.float32)
     balance = jnp.float32(settings.get("balance_coefficient", 0.0))
-    shares = {name: settings[name] for name in (TIED, SETTLED) if name in settings}
-    ends = {name: math.ceil(share * steps) for name, share in shares.items()}  # the first step after it
+    ends = {name: steps_of(settings[name], steps) for name in (TIED, SETTLED) if name in settings}
     every, history, tokens = max(1, steps // 40), [], 0
     window: list[Array] = []
     begun = first = time.perf_counter()

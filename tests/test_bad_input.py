@@ -114,6 +114,8 @@ def other_backbone(folder: Path) -> None:
 
 FULL = {"adapter": "full", "num_experts": None, "rank": None}
 MOLA = {"adapter": "mola", "num_experts": None}
+OTHERS = {name: {"adapter": name, "num_experts": None} for name in ("mola", "lora")}
+"""Flags of methods that have no --num-experts, which the flags here give."""
 TRAIN = [
     # flags
     Case("unknown flag", ("--bogus", "--help"), {"bogus": 1}),
@@ -150,7 +152,10 @@ TRAIN = [
     Case("dropout 1", ("--dropout is 1.0", "[0, 1)"), {"dropout": 1.0}),
     Case("learning rate nan", ("--learning-rate is nan", "finite"), {"learning_rate": "nan"}),
     Case("learning rate inf", ("--learning-rate is inf", "finite"), {"learning_rate": "inf"}),
-    Case("router rate zero", ("--router-rate is 0.0", "greater than 0"), {"router_rate": 0.0}),
+    Case("router share above 1", ("--router-share is 1.5", "[0, 1]"), {"router_share": 1.5}),
+    Case("tied share negative", ("--tied-share is -0.1", "[0, 1]"), {"tied_share": -0.1}),
+    Case("tied mola", ("--tied-share 0.5", "mola", "leave it out"), {"tied_share": 0.5} | OTHERS["mola"]),
+    Case("router of a LoRA", ("--router-share 0.5", "no router", "leave"), {"router_share": 0.5} | OTHERS["lora"]),
     Case("learning rate negative", ("--learning-rate is -0.1", "greater than 0"), {"learning_rate": -0.1}),
     Case("epochs inf", ("--epochs is inf", "finite"), {"epochs": "inf", "steps": None}),
     Case("weight decay nan", ("--weight-decay is nan", "finite"), {"weight_decay": "nan"}),

@@ -253,6 +253,17 @@ def short_run(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
     return train_here(folder, output, **({"steps": 4, "checkpoint_every": 1, "eval_examples": 0} | changes))
 
 
+def test_a_run_with_tied_experts_is_a_loras(folder: Path, tmp_path: Path):
+    """Every expert of the adapter that it leaves is the same, and they have learned."""
+    short_run(folder, tmp_path / "run", tied_share=1.0, router_share=0.5)
+    leaves = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    factors = {name: leaf for name, leaf in leaves.items() if name.endswith((".A", ".B"))}
+    assert factors
+    for name, leaf in factors.items():  # [L, E, …]
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:, :1], leaf.shape), err_msg=name)
+        assert np.abs(leaf).max() > 0, name
+
+
 def test_divergence_names_the_step_and_the_last_good_checkpoint(folder: Path, tmp_path: Path):
     """And that checkpoint can be resumed from: it diverges at the same step."""
     told = []

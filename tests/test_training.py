@@ -19,6 +19,7 @@ from adafuse_jax.data.batches import Batch
 from adafuse_jax.data.chat import Encoded
 from adafuse_jax.data.packing import pack
 from adafuse_jax.evaluation.heldout import HeldOut, score
+from adafuse_jax.training.recipe import tied_gradients
 from adafuse_jax.training.step import TrainState, learning_rate, make_optimizer, token_losses, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -183,15 +184,27 @@ class TestSchedule:
         assert jnp.abs(updates.router.weight[...]).max() == 0
         assert jnp.abs(updates.experts["q_proj"].A[...]).max() > 0
 
-    def test_routers_move_with_their_share_of_the_rate(self, model):
+    def test_experts_are_tied_and_routers_move_in_their_share_of_the_steps(self, model):
+        """Of four steps: tied in two, and routers learn in three."""
         adapter = random_adapter(model.config)
-        some = jax.tree.map(jnp.ones_like, adapter)
-        usual, slow = (
-            optimizer.update(some, optimizer.init(adapter), adapter)[0]
-            for optimizer in (make_optimizer(config(router_rate=rate), 10) for rate in (1.0, 0.25))
-        )
-        np.testing.assert_allclose(slow.router.weight[...], 0.25 * usual.router.weight[...], rtol=1e-6)
-        np.testing.assert_array_equal(slow.experts["q_proj"].A[...], usual.experts["q_proj"].A[...])
+        optimizer = make_optimizer(config(tied_share=0.5, router_share=0.6, warmup_ratio=0.0), 4)
+        usual = make_optimizer(config(warmup_ratio=0.0), 4)
+        moments, of_usual = optimizer.init(adapter), usual.init(adapter)
+        for at in range(4):
+            some = random_adapter(model.config, seed=at)
+            updates, moments = optimizer.update(some, moments, adapter)
+            free, of_usual = usual.update(some, of_usual, adapter)
+            moved = updates.experts["q_proj"].A[...]  # [L, E, R, in]
+            assert np.array_equal(moved, np.broadcast_to(moved[:, :1], moved.shape)) == (at < 2)
+            assert (jnp.abs(updates.router.weight[...]).max() == 0) == (at == 3)
+            assert jnp.abs(free.router.weight[...]).max() > 0
+
+    def test_tied_gradients_have_the_norm_of_a_lora_s(self, model):
+        """∂/∂θ of f(θ, …, θ) is the sum of the parts."""
+        found = tied_gradients(random_adapter(model.config))
+        parts = random_adapter(model.config).experts["q_proj"].B[...]
+        norm = jnp.sqrt(jnp.sum(jnp.square(found.experts["q_proj"].B[...])))
+        np.testing.assert_allclose(norm, jnp.sqrt(jnp.sum(jnp.square(parts.sum(1)))), rtol=1e-5)
 
 
 class TestHeldOut:

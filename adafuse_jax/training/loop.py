@@ -38,6 +38,7 @@ from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.training.checkpoint import Checkpoints
 from adafuse_jax.training.initial import digest, initial_weights, read_initial_lora
 from adafuse_jax.training.prepare import Data, prepare_data
+from adafuse_jax.training.recipe import require_recipe, tied
 from adafuse_jax.training.report import Report, plot_training, read_metrics
 from adafuse_jax.training.step import TrainState, learning_rate, make_optimizer, train_step
 from adafuse_jax.training.untrained import evaluate_only, require_evaluation
@@ -80,6 +81,7 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
     _check_output(output, resume=config.resume)
     if adapter_config.adapter == "none":
         require_evaluation(config)
+    require_recipe(config, adapter_config)
     directory = model_directory(config.model)
     model_config = read_model_config(directory)
     if config.max_length > model_config.max_position_embeddings:
@@ -111,6 +113,8 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
     def initial_state(model: Backbone, lora: LoRA | None) -> TrainState:
         init_key, state_key = jax.random.split(jax.random.key(config.seed))
         trained = initial_weights(adapter_config, model, lora, init_key)
+        if config.tied_share > 0:
+            trained = tied(trained)
         return TrainState(step=jnp.int32(0), adapter=trained, moments=optimizer.init(trained), key=state_key)
 
     abstract = jax.eval_shape(lambda: Backbone(model_config, dtype=config.dtype, rngs=nnx.Rngs(0)))

@@ -23,6 +23,7 @@ from adafuse_jax.adapters.router import is_router, router_statistics
 from adafuse_jax.configs import TrainConfig
 from adafuse_jax.data.batches import Batch
 from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.training.recipe import in_its_time
 
 LOSS_CHUNK = 256
 """Positions whose logits exist at the same time; the whole [B, T, V] never does."""
@@ -53,17 +54,12 @@ def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW; weight decay spares routers, norms and biases. Routers move with their share of
-    the learning rate."""
+    """Clipping by global norm, then AdamW, by the run's recipe; weight decay spares routers, norms and biases."""
 
     def decays(path: tuple, _: Array) -> bool:
         return not (is_router(path) or any(word in jax.tree_util.keystr(path) for word in ("norm", "bias")))
 
-    def scale_routers() -> optax.GradientTransformation:
-        scale = optax.scale(config.router_rate)
-        return optax.masked(scale, partial(jax.tree_util.tree_map_with_path, lambda path, _: is_router(path)))
-
-    return optax.chain(
+    adamw = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             learning_rate(config, steps),
@@ -72,8 +68,8 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
             weight_decay=config.weight_decay,
             mask=lambda trained: jax.tree_util.tree_map_with_path(decays, trained),
         ),
-        *([scale_routers()] if config.router_rate != 1 else []),
     )
+    return in_its_time(config, steps, adamw)
 
 
 def token_losses(

@@ -1,0 +1,84 @@
+"""What experts and routers do in the first part of a run, so that an expert keeps what it learns.
+
+A router that sees the token alone has a small input in Llama-like models (the first norm's weights are), so its logits lie
+close together, and the balance loss cannot be met, as a frequent token belongs to an expert as a whole: it goes on moving
+the most frequent tokens from expert to expert. A router that has *settled* stays as it is after a share of the steps.
+
+*Tied* experts begin with one A and move by Σ_e ∇_e / √E. As the gates sum to 1 and Adam takes no notice of a gradient's
+scale, they are one LoRA of their rank, its global norm included, until they are let go; the router learns balance alone
+until then. The scale matters when they are let go: Adam's second moments must fit the gradients that an expert then has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from adafuse_jax.adapters.low_rank import LoRAExperts
+from adafuse_jax.adapters.router import is_router
+from adafuse_jax.configs import AdapterConfig, TrainConfig
+from adafuse_jax.errors import UserError
+
+
+def require_recipe(config: TrainConfig, adapter: AdapterConfig) -> None:
+    """Raises `UserError` if a share is asked for that the adapter has no use for."""
+    if config.tied_share > 0 and adapter.adapter != "adafuse":
+        raise UserError(
+            f"--tied-share {config.tied_share}: is for --adapter adafuse, this is {adapter.adapter}; leave it out"
+        )
+    if config.router_share < 1 and adapter.adapter in ("lora", "full", "none"):
+        raise UserError(f"--router-share {config.router_share}: {adapter.adapter} has no router; leave it out")
+
+
+def _over_experts(merge: Callable[[Array], Array], tree: Any) -> Any:
+    """With merge([L, E, …]) → [L, 1, …] in the place of every expert's A and B."""
+
+    def of(node: Any) -> Any:
+        if not isinstance(node, LoRAExperts):
+            return node
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(merge(leaf), leaf.shape), node)
+
+    return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, LoRAExperts))
+
+
+def tied(adapter: Any) -> Any:
+    """The adapter with the first expert in the place of all."""
+    return _over_experts(lambda leaf: leaf[:, :1], adapter)
+
+
+def tied_gradients(gradients: Any) -> Any:
+    """Σ_e ∇_e / √E for every expert."""
+    return _over_experts(lambda leaf: leaf.sum(1, keepdims=True) * leaf.shape[1] ** -0.5, gradients)
+
+
+def zero_routers(updates: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, u: jnp.zeros_like(u) if is_router(path) else u, updates)
+
+
+def steps_of(share: float, steps: int) -> int:
+    """How many of a run's steps a share is, rounded up."""
+    return math.ceil(share * steps)
+
+
+def in_its_time(
+    config: TrainConfig, steps: int, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """`optimizer`, on gradients of tied experts at first, and without updates of the routers after their share."""
+    parts = [optimizer]
+    if config.tied_share > 0:
+        until = steps_of(config.tied_share, steps)
+        parts.insert(0, _when(lambda step: step < until, tied_gradients))
+    if config.router_share < 1:
+        after = steps_of(config.router_share, steps)
+        parts.append(_when(lambda step: step >= after, zero_routers))
+    return optax.chain(*parts) if len(parts) > 1 else optimizer
+
+
+def _when(condition: Callable[[Any], Any], change: Callable[[Any], Any]) -> optax.GradientTransformation:
+    return optax.conditionally_transform(optax.stateless(lambda updates, _: change(updates)), condition)
