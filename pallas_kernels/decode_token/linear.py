@@ -34,7 +34,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Group, Plan, input_rows
+from pallas_kernels.decode_token.peers import Peers
+from pallas_kernels.decode_token.plan import ADDED_UP, HALF, PIECE, QUERIES, TILE, Group, Plan, input_rows
 from pallas_kernels.decode_token.ring import Filled, Ring
 from pallas_kernels.decode_token.shares import Shares, divmod_, pick
 from pallas_kernels.decode_token.tiles import (
@@ -66,7 +67,8 @@ class Linears:
     `y_part`, S + 1 of every half of a tile, and `t_part`, S · parts of every piece of ranks of every target, and `h`
     [targets · U · pieces · N + HALF, PIECE]; `gates` [U, N]; `squares` [halves of tiles, N]; `r` [blocks, N]; and the
     `scalars`. `semaphores` (None where blocks do not run at the same time) has one for A, one for h, and one for each
-    member. `steps`: which of STEPS are done. `turn(layer)`: how many layers have run in this launch before this one."""
+    member. `peers`: the devices whose parts of y are added to this one's, in `y_of_all` [ADDED_UP, devices, …], or None.
+    `steps`: which of STEPS are done. `turn(layer)`: how many layers have run in this launch before this one."""
 
     def __init__(
         self,
@@ -80,9 +82,10 @@ class Linears:
         turn: Callable[[Any], Any] = lambda layer: layer,
         norm_dim: int | None,
         eps: float,
+        peers: Peers | None = None,
     ):
         self.group, self.plan, self.memory, self.ring, self.semaphores = group, plan, memory, ring, semaphores
-        self.steps, self.turn, self.norm_dim, self.eps = steps, turn, norm_dim, eps
+        self.steps, self.turn, self.norm_dim, self.eps, self.peers = steps, turn, norm_dim, eps, peers
         self.shares = Shares(group, plan, memory.scalars, lax.axis_index("block"))
         self.gather_first = group.gatherers < plan.num_blocks
 
@@ -143,7 +146,7 @@ class Linears:
             self._gather(layer)
         if "products" in self.steps:
             with jax.named_scope("signal"):
-                pl.when(self.shares.member < self.group.members)(lambda: self._signal(2 + self.shares.member))
+                pl.when(self.shares.member < self.group.members)(self._signal_finished)
         if "finish" in self.steps:
             with jax.named_scope("finish"):
                 number, at = self.shares.finish_share()
@@ -159,6 +162,23 @@ class Linears:
         if self.semaphores is not None:
             semaphore = self.semaphores.at[self.group.first_semaphore + number]
             plgpu.semaphore_wait(semaphore, signals * (self.turn(layer) + 1), decrement=False, memory_scope="gpu")
+
+    def _signal_finished(self):
+        """The products of this block's units are done."""
+        number = 2 + self.shares.member
+        if self.peers is None:
+            self._signal(number)
+        else:
+            self.peers.signal(self.semaphores.at[self.group.first_semaphore + number])
+
+    def _wait_for_finished(self, layer):
+        """Those of all slices of this block's units are, on all devices."""
+        number, slices = 2 + self.shares.member, self.group.slices
+        if self.peers is None:
+            self._wait(number, slices, layer)
+        else:
+            signals = self.peers.number * slices * (self.turn(layer) + 1)
+            self.peers.wait(self.semaphores.at[self.group.first_semaphore + number], signals)
 
     def _to_smem(self, source, start, rows: int, operand_smem, place: int):
         """As the right operand, `rows` rows of activations from `start` on, a multiple of HALF, from row `place` on."""
@@ -207,7 +227,7 @@ class Linears:
             def put_y():
                 tile = shares.tile_number(of.linear, of.tile)
                 for half, values in enumerate(columns):
-                    self._put(self.memory.y_part, of.part, (tile, half), values)
+                    self._put_y(of.part, (tile, half), values)
 
             if group.adapted:
                 pl.when(wanted & of.of_a)(put_t)
@@ -228,12 +248,30 @@ class Linears:
             return [column(tile, 0)]
         return [tile[:, i * QUERIES : (i + 1) * QUERIES] for i in range(self.shares.narrow)]
 
-    def _put(self, parts_gmem, part, where, columns):
+    def _put(self, parts_gmem, part, where, columns, put=store):
         for i, values in enumerate(columns):
             if self.plan.single:
-                store(parts_gmem.at[part // QUERIES, *where, 0, :, part % QUERIES], values)
+                put(parts_gmem.at[part // QUERIES, *where, 0, :, part % QUERIES], values)
             else:
-                store(parts_gmem.at[part, *where, i], values)
+                put(parts_gmem.at[part, *where, i], values)
+
+    def _put_y(self, part, where, columns):
+        if self.peers is None:
+            self._put(self.memory.y_part, part, where, columns)
+        else:
+            self._put(self._y_of(self.peers.own), part, where, columns, self.peers.store)
+
+    def _y_of(self, device):
+        """The parts of y that a device has found."""
+        (linear,) = self.group.outs
+        return self.memory.y_of_all.at[ADDED_UP.index(linear), device]
+
+    def _sum_y(self, where, i, more):
+        """Of all parts, of all devices."""
+        slices = self.group.slices
+        if self.peers is None:
+            return self._sum(self.memory.y_part, slices, where, i, more=more)
+        return sum_of([self._sum(self._y_of(d), slices, where, i, more=more) for d in range(self.peers.number)])
 
     def _sum(self, parts_gmem, parts: int, where, i, more: Any = False):
         """Σ of the first `parts` parts, and of the next one if there are `more`, its i-th narrow piece."""
@@ -284,11 +322,11 @@ class Linears:
         first, *others = group.passes
         put_first = None if others else follow(first, row_of(first), columns)  # before the wait, if it is certain
         r = None if self.norm_dim is None else load(memory.r.at[self.shares.block, columns], COLUMNS)
-        pl.when(n == 0)(lambda: self._wait(2 + self.shares.member, group.slices, layer))
+        pl.when(n == 0)(lambda: self._wait_for_finished(layer))
         values = []
         for place in range(group.width):
             number = self.shares.tile_number(linear + place, tile)
-            y = self._sum(memory.y_part, group.slices, (number, half), i, more=self.shares.is_adapted(linear + place))
+            y = self._sum_y((number, half), i, more=self.shares.is_adapted(linear + place))
             values.append(y if r is None else y * over_rows(r, shape))
 
         def finish(names):

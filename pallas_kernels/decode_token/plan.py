@@ -22,6 +22,8 @@ PIECE = 64
 SHARED_MEMORY = 227 * 1024
 RESERVED = 3 * 1024
 """Of the shared memory: for barriers and for reductions."""
+ADDED_UP = "o_proj", "down_proj"
+"""Linears whose outputs devices that share the model have in parts."""
 QUERIES = 8
 """Columns that the tensor cores multiply at least: query heads of one key that attention takes together."""
 MAX_SLICES, MAX_SLOTS, SMALL_INPUT, MAX_INPUT, MAX_A_PARTS = 16, 13, 24 * 1024, 48 * 1024, 8
@@ -101,6 +103,11 @@ class Group:
     def heavy(self) -> int:
         """Members that are not light."""
         return self.members - self.light
+
+    @property
+    def added_up(self) -> bool:
+        """Whether it is one of `ADDED_UP`."""
+        return set(self.outs) <= set(ADDED_UP)
 
     @property
     def num_semaphores(self) -> int:
