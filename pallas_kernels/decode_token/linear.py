@@ -190,11 +190,13 @@ class Linears:
 
     def _products(self, layer, count, operand_smem):
         """Those of A, W and B in one loop, so that there is one piece of code for all. On the way r is found, after the
-        first product of W, and h gathered: by idle blocks at once, or by all before their last units; a single row's where
-        it is needed. Weights are under way then, and nobody else waits."""
+        first product of W, and h gathered: by idle blocks at once, or by all before their last units; a single row's by
+        those who need it, before their last product of W. Weights are under way then, and nobody else waits."""
         group, plan, shares = self.group, self.plan, self.shares
         begin, end = self._span()
         first_w, gather_at = shares.num_a, None
+        # Before the last of several products of W, whose chunks come meanwhile; a short phase has but one, and h later.
+        own_h_at = first_w + shares.num_w - jnp.where(shares.num_w > 1, 1, 0)
         if "gather" in self.steps:
             units = shares.num_units
             late = first_w + group.width * jnp.maximum(units - 1 - units // 4, 0)
@@ -207,10 +209,14 @@ class Linears:
             wanted = True if gather_at is None else n < end
             row, chunks = (of.first - shares.first_chunk) * plan.columns, of.chunks
             if group.adapted:
-                row = jnp.where(of.of_b, plan.x_rows, row)
                 wanted &= of.chunks > 0
-                pl.when(wanted & of.of_b)(lambda: self._take_h(of.place, layer, operand_smem))
                 chunks = jnp.where(wanted, chunks, 0)
+            if group.adapted and plan.single:
+                row = jnp.where(of.of_b, plan.x_rows + of.place * plan.pieces * QUERIES, row)
+                pl.when((n == own_h_at) & (shares.num_b > 0))(lambda: self._gather_own_h(layer, operand_smem))
+            elif group.adapted:
+                row = jnp.where(of.of_b, plan.x_rows, row)
+                pl.when(wanted & of.of_b)(lambda: self._take_h(of.place, layer, operand_smem))
 
             def multiply(*accs):
                 after = self._multiply(accs, count, chunks, operand_smem, row, of.of_a)
@@ -383,19 +389,27 @@ class Linears:
 
     def _take_h(self, place, layer, operand_smem):
         """h of a linear as the right operand of B, after x."""
-        plan, group = self.plan, self.group
-        if plan.single:  # to gather it oneself is less than an exchange more
-            self._wait(0, self.shares.a_blocks(), layer)
+        plan = self.plan
+        self._wait(1, jnp.minimum(self.shares.h_pieces, self.group.gatherers), layer)
+        start = place * plan.pieces * plan.columns
+        self._to_smem(self.memory.h, start, input_rows(plan.pieces, plan.columns), operand_smem, plan.x_rows)
+
+    def _gather_own_h(self, layer, operand_smem):
+        """h of a single row, of each linear of whose B this block has tiles, after x: to gather it oneself is less than an
+        exchange more."""
+        self._wait(0, self.shares.a_blocks(), layer)
+
+        def of_tile(n, _):
+            _, _, place, number = self.shares.b_tile(n)
 
             def gather(pair, _):
-                pieces = [jnp.minimum(2 * pair + i, self.shares.used_pieces - 1) for i in (0, 1)]
+                pieces = [jnp.minimum(2 * pair + i, number - 1) for i in (0, 1)]
                 found = [self._h_piece(place, piece, 0) for piece in pieces]  # both are on their way at once
                 for piece, h in zip(pieces, found, strict=True):
-                    store_transposed(operand_smem.at[pl.ds(plan.x_rows + piece * QUERIES, QUERIES)], h)
+                    row = self.plan.x_rows + (place * self.plan.pieces + piece) * QUERIES
+                    store_transposed(operand_smem.at[pl.ds(row, QUERIES)], h)
 
-            lax.fori_loop(0, (self.shares.used_pieces + 1) // 2, gather, None)
-            plgpu.commit_smem()
-        else:
-            self._wait(1, jnp.minimum(self.shares.h_pieces, group.gatherers), layer)
-            start = place * plan.pieces * plan.columns
-            self._to_smem(self.memory.h, start, input_rows(plan.pieces, plan.columns), operand_smem, plan.x_rows)
+            lax.fori_loop(0, (number + 1) // 2, gather, None)
+
+        lax.fori_loop(0, self.shares.num_b, of_tile, None)
+        plgpu.commit_smem()

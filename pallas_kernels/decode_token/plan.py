@@ -154,7 +154,7 @@ class Plan:
     @property
     def h_rows(self) -> int:
         """Of the experts' right operand."""
-        return expert_rows(self.groups, self.pieces, self.columns)
+        return expert_rows(self.groups, self.pieces, self.columns, self.single)
 
     @property
     def num_semaphores(self) -> int:
@@ -171,9 +171,11 @@ def input_rows(chunks: int, columns: int) -> int:
     return -(-chunks * columns // HALF) * HALF
 
 
-def expert_rows(groups: Sequence[Group], pieces: int, columns: int) -> int:
-    """Rows of `PIECE` numbers that h takes, as they are loaded; without experts what is the least."""
-    return input_rows(pieces, columns) if any(group.adapted for group in groups) else QUERIES
+def expert_rows(groups: Sequence[Group], pieces: int, columns: int, single: bool) -> int:
+    """Rows of `PIECE` numbers that h takes, as they are loaded: of a linear, or of a single row of all that are finished
+    together; without experts what is the least."""
+    most = max(len(group.adapted) for group in groups)
+    return input_rows(pieces * (most if single else 1), columns) if most else QUERIES
 
 
 def slots_beside(rows: int, itemsize: int) -> int:
