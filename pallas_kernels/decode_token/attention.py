@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
+from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan, div
 from pallas_kernels.decode_token.ring import Filled, Ring
 from pallas_kernels.decode_token.shares import divmod_, pick, share
 from pallas_kernels.decode_token.tiles import (
@@ -66,15 +66,15 @@ class Attention:
     def _unit(self, n, first, splits):
         """(row, key-value head, group of its queries, part of the context)."""
         unit = first + n * self.plan.num_blocks
-        unit, split = unit // splits, unit % splits
-        unit, group = unit // self.groups, unit % self.groups
-        return unit // self.num_kv_heads, unit % self.num_kv_heads, group, split
+        unit, split = divmod_(unit, splits)
+        unit, group = divmod_(unit, self.groups)
+        return *divmod_(unit, self.num_kv_heads), group, split
 
     def _tiles(self, position, window, split):
         """(first, how many) tiles of the cache belong to this part: those with positions in the window, shared evenly."""
-        begin = jnp.maximum(position - window + 1, 0) // TILE
-        tiles = (position + TILE - 1) // TILE - begin
-        low, high = tiles * split // self.plan.splits, tiles * (split + 1) // self.plan.splits
+        begin = div(jnp.maximum(position - window + 1, 0), TILE)
+        tiles = div(position + TILE - 1, TILE) - begin
+        low, high = (div(tiles * i, self.plan.splits) for i in (split, split + 1))
         return begin + low, high - low
 
     def copy(self, layer, filled: Filled) -> Filled:
@@ -115,7 +115,7 @@ class Attention:
             values = [load(memory.v_new.at[layer, row, head, c], ROWS).astype(jnp.float32) for c in self._columns]
             score = self._prepare(layer, row, head, group, split, q_smem)
             # Before the first tile: the new token alone for the first part, nothing for the others.
-            has_new = (split == 0).astype(jnp.float32)
+            has_new = jnp.float32(split == 0)
             o = [over_columns(value, SHAPE) * has_new for value in values]
             m = score * has_new + LOWEST * (1 - has_new)
             total = plgpu.layout_cast(jnp.full((QUERIES,), 1.0, jnp.float32), COLUMNS) * has_new

@@ -35,7 +35,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_token.peers import Peers
-from pallas_kernels.decode_token.plan import ADDED_UP, HALF, PIECE, QUERIES, TILE, Group, Plan, input_rows
+from pallas_kernels.decode_token.plan import ADDED_UP, HALF, PIECE, QUERIES, TILE, Group, Plan, div, input_rows, rem
 from pallas_kernels.decode_token.ring import Filled, Ring
 from pallas_kernels.decode_token.shares import Shares, divmod_, pick
 from pallas_kernels.decode_token.tiles import (
@@ -199,7 +199,7 @@ class Linears:
         own_h_at = first_w + shares.num_w - jnp.where(shares.num_w > 1, 1, 0)
         if "gather" in self.steps:
             units = shares.num_units
-            late = first_w + group.width * jnp.maximum(units - 1 - units // 4, 0)
+            late = first_w + group.width * jnp.maximum(units - 1 - div(units, 4), 0)
             gather_at = first_w if self.gather_first else late
 
         def product(n, count):
@@ -257,7 +257,7 @@ class Linears:
     def _put(self, parts_gmem, part, where, columns, put=store):
         for i, values in enumerate(columns):
             if self.plan.single:
-                put(parts_gmem.at[part // QUERIES, *where, 0, :, part % QUERIES], values)
+                put(parts_gmem.at[div(part, QUERIES), *where, 0, :, rem(part, QUERIES)], values)
             else:
                 put(parts_gmem.at[part, *where, i], values)
 
@@ -409,7 +409,7 @@ class Linears:
                     row = self.plan.x_rows + (place * self.plan.pieces + piece) * QUERIES
                     store_transposed(operand_smem.at[pl.ds(row, QUERIES)], h)
 
-            lax.fori_loop(0, (number + 1) // 2, gather, None)
+            lax.fori_loop(0, div(number + 1, 2), gather, None)
 
         lax.fori_loop(0, self.shares.num_b, of_tile, None)
         plgpu.commit_smem()

@@ -33,7 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.decode_token.attention import Attention, rounded
 from pallas_kernels.decode_token.linear import Linears, steps_of
 from pallas_kernels.decode_token.peers import Peers
-from pallas_kernels.decode_token.plan import ADDED_UP, HALF, PIECE, QUERIES, TILE, Plan, exchanged
+from pallas_kernels.decode_token.plan import ADDED_UP, HALF, PIECE, QUERIES, TILE, Plan, div, exchanged, rem
 from pallas_kernels.decode_token.ring import Ring
 from pallas_kernels.decode_token.shares import Scalars
 from pallas_kernels.decode_token.tiles import (
@@ -94,10 +94,10 @@ def _phases(
 
     def rows_of(ref, row, columns):
         """[QUERIES, HALF] of activations in pieces."""
-        return ref.at[pl.ds(row // PIECE * plan.columns + columns.start, columns.size)]
+        return ref.at[pl.ds(div(row, PIECE) * plan.columns + columns.start, columns.size)]
 
     def to_heads(layer, names, row, columns):
-        (name,), head, part = names, row // head_dim, row % head_dim
+        (name,), head, part = names, div(row, head_dim), rem(row, head_dim)
         if name == "v_proj":
             return partial(store_transposed, m.v_new.at[layer, columns, head, pl.ds(part, HALF)])
         raw = m.q_raw if name == "q_proj" else m.k_raw
@@ -118,7 +118,7 @@ def _phases(
                 after = rounded(x + rounded(value, m.x.dtype), m.x.dtype)
                 store_transposed(x_rows, after)
                 store_transposed(rows_of(m.x_weighted, row, columns), after * over_columns(weight, after.shape))
-                store(m.squares.at[row // HALF, columns], (after * after).sum(axis=0))
+                store(m.squares.at[div(row, HALF), columns], (after * after).sum(axis=0))
 
             return put
 

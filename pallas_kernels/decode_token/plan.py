@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 TILE, HALF = 128, 64
@@ -39,6 +40,17 @@ PART_COST = {False: 0.17, True: 0.05}
 """By whether the batch is a single row: how many chunks come while a block adds one more part of A x up."""
 SPLIT_SLOTS = 512
 """Positions of the cache that one thread block reads at least."""
+
+
+def div(n: Any, d: Any) -> Any:
+    """⌊n / d⌋ of what is not negative, as all numbers in the kernels: `//` would ask for the sign first, as `%` would, which
+    takes a third of the time to compile."""
+    return n // d if isinstance(n, int) and isinstance(d, int) else lax.div(n, jnp.int32(d))
+
+
+def rem(n: Any, d: Any) -> Any:
+    """n modulo d, of what is not negative."""
+    return n % d if isinstance(n, int) and isinstance(d, int) else lax.rem(n, jnp.int32(d))
 
 
 def num_tiles(out_dim: int) -> int:

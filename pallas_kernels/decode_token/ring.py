@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.plan import HALF, QUIET
+from pallas_kernels.decode_token.plan import HALF, QUIET, rem
 
 
 class Filled(NamedTuple):
@@ -49,7 +49,7 @@ class Ring:
         """The next chunk, from the `which`-th of the sources: a source gives the chunk, or its two halves. Waiting takes
         most of the instructions, so whatever comes in one loop shares it."""
         count, landed, start = filled
-        slot = count % self.num_slots
+        slot = rem(count, self.num_slots)
 
         @pl.when(count >= self.num_slots)
         def _():
@@ -57,7 +57,7 @@ class Ring:
 
         in_flight = jnp.where(count - start < self.num_slots, self.quiet, self.num_slots)
         must_land = jnp.maximum(landed, count + 1 - in_flight)
-        lax.fori_loop(landed, must_land, lambda i, _: plgpu.barrier_wait(self.full.at[i % self.num_slots]), None)
+        lax.fori_loop(landed, must_land, lambda i, _: plgpu.barrier_wait(self.full.at[rem(i, self.num_slots)]), None)
 
         def copy(source):
             parts = source()
@@ -73,11 +73,11 @@ class Ring:
 
     def take(self, count, in_halves: Any = False):
         """The next chunk, when it has come."""
-        slot = count % self.num_slots
+        slot = rem(count, self.num_slots)
         plgpu.barrier_wait(self.full.at[slot])
         if in_halves is not False:
             pl.when(in_halves)(lambda: plgpu.barrier_wait(self.other_full.at[slot]))
         return self.slots_smem.at[slot]
 
     def release(self, count):
-        plgpu.barrier_arrive(self.empty.at[count % self.num_slots])
+        plgpu.barrier_arrive(self.empty.at[rem(count, self.num_slots)])

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.decode_token.plan import QUERIES, Group, Plan
+from pallas_kernels.decode_token.plan import QUERIES, Group, Plan, div, rem
 
 
 def share(base, count, index, step):
     """Which of `count` things, the first of which has number `base`, have a number that is `index` modulo `step`:
     (the first of them, how many)."""
-    first = (index + step - base % step) % step
-    return first, jnp.maximum(0, (count - first + step - 1) // step)
+    first = rem(index + step - rem(base, step), step)
+    return first, div(jnp.maximum(0, count - first + step - 1), step)
 
 
 class Scalars(NamedTuple):
@@ -51,7 +51,7 @@ def divmod_by_comparing(n, step, most):
 
 
 def divmod_(n, step):
-    return (n, 0) if isinstance(step, int) and step == 1 else (n // step, n % step)
+    return (n, 0) if isinstance(step, int) and step == 1 else (div(n, step), rem(n, step))
 
 
 class Product(NamedTuple):
@@ -81,9 +81,9 @@ class Shares:
 
     def __init__(self, group: Group, plan: Plan, scalars: Scalars, block: Any):
         self.group, self.plan, self.scalars, self.block = group, plan, scalars, block
-        self.slice, self.member = block % group.slices, block // group.slices
-        self.first_chunk = self.slice * group.chunks // group.slices
-        self.num_chunks = (self.slice + 1) * group.chunks // group.slices - self.first_chunk
+        self.slice, self.member = rem(block, group.slices), div(block, group.slices)
+        self.first_chunk = div(self.slice * group.chunks, group.slices)
+        self.num_chunks = div((self.slice + 1) * group.chunks, group.slices) - self.first_chunk
         self.num_units, self.unit = self.units()
         self.num_w = self.num_units * group.width
         self.num_a: Any = 0
@@ -117,7 +117,7 @@ class Shares:
     @property
     def _a_products_each(self):
         """Products of A for one slice of one linear."""
-        return (self.used_pieces + 1) // 2 * self.group.a_parts
+        return div(self.used_pieces + 1, 2) * self.group.a_parts
 
     def a_blocks(self):
         """How many blocks have products of A."""
@@ -128,7 +128,7 @@ class Shares:
 
     def chunks_of(self, part):
         """(first chunk, how many) of a part of this block's slice."""
-        low, high = (self.num_chunks * i // self.group.a_parts for i in (part, part + 1))
+        low, high = (div(self.num_chunks * i, self.group.a_parts) for i in (part, part + 1))
         return self.first_chunk + low, high - low
 
     def units(self):
