@@ -85,20 +85,17 @@ class Attention:
             row, head, _, split = self._unit(n, first, self.plan.splits)
             start, tiles = self._tiles(pick(self.memory.scalars.positions, row), window, split)
 
-            def tile(t, filled):
-                rows = pl.ds((start + t) * TILE, TILE)
+            def part(n, filled):
+                tile, place = divmod_(n, 2 * self.parts)
+                kind, at = divmod_(place, self.parts)
+                rows = pl.ds((start + tile) * TILE, TILE)
 
-                def part(n, filled):
-                    kind, at = divmod_(n, self.parts)
+                def of(cache):
+                    return lambda: (cache.at[layer, row, rows, head, pl.ds(at * PIECE, PIECE)],)
 
-                    def of(cache):
-                        return lambda: (cache.at[layer, row, rows, head, pl.ds(at * PIECE, PIECE)],)
+                return self.ring.fill(filled, [of(self.memory.cache_k), of(self.memory.cache_v)], kind)
 
-                    return self.ring.fill(filled, [of(self.memory.cache_k), of(self.memory.cache_v)], kind)
-
-                return lax.fori_loop(0, 2 * self.parts, part, filled)
-
-            return lax.fori_loop(0, tiles, tile, filled)
+            return lax.fori_loop(0, tiles * 2 * self.parts, part, filled)
 
         return lax.fori_loop(0, number, unit, filled)
 
