@@ -8,7 +8,8 @@
 
 From A x to B h blocks exchange. So A comes first, and most of it in blocks that have less of W; h is gathered by blocks that
 have nothing else to do, or else late; and B comes last. A block counts a semaphore up when its products are done, and
-finishes as soon as the others of its member have too.
+finishes as soon as the others of its member have too. Of a single row, attention has multiplied o's A already, head by head:
+the phase is too short to hide an exchange.
 
 All products of a group go through one loop, and so do all copies, though that means to find out each time which it is: the
 kernel runs through its instructions once a layer, and once they are more than the 128 KB that a multiprocessor keeps,
@@ -35,9 +36,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_token.peers import Peers
-from pallas_kernels.decode_token.plan import ADDED_UP, HALF, PIECE, QUERIES, TILE, Group, Plan, div, input_rows, rem
+from pallas_kernels.decode_token.plan import ADDED_UP, HALF, PIECE, QUERIES, TILE, Group, Plan, div, input_rows
 from pallas_kernels.decode_token.ring import Filled, Ring
-from pallas_kernels.decode_token.shares import Shares, divmod_, pick
+from pallas_kernels.decode_token.shares import Shares, divmod_, ranks_of
 from pallas_kernels.decode_token.tiles import (
     COLUMNS,
     ROWS,
@@ -45,6 +46,7 @@ from pallas_kernels.decode_token.tiles import (
     load,
     over_columns,
     over_rows,
+    part_of_single,
     store,
     store_transposed,
     sum_of,
@@ -58,6 +60,8 @@ STEPS = "experts", "gather", "products", "finish"
 def steps_of(group: Group, single: bool) -> tuple[str, ...]:
     """Those that it has something to do in."""
     if not group.adapted:
+        return "products", "finish"
+    if not group.a_parts:
         return "products", "finish"
     return ("experts", "products", "finish") if single else STEPS
 
@@ -98,10 +102,7 @@ class Linears:
     def copy(self, layer, filled: Filled) -> Filled:
         """Fill the ring with what `compute` takes from it."""
         memory, group = self.memory, self.group
-
-        def expert(piece):
-            number, part = divmod_(piece, self.plan.rank_pieces)
-            return pick(memory.scalars.experts, number), pl.ds(part * PIECE, PIECE)
+        expert = partial(ranks_of, memory.scalars, self.plan)
 
         def product(n, filled):
             of = self.shares.product(n)
@@ -123,7 +124,7 @@ class Linears:
                     number, ranks = expert(c)
                     return [memory.b[name].at[layer, number, rows, ranks]]
 
-                kinds = (of_a, group.adapted), (of_w, group.outs), (of_b, group.adapted)
+                kinds = (of_a, group.adapted if group.a_parts else ()), (of_w, group.outs), (of_b, group.adapted)
                 sources = [partial(kind, name) for kind, names in kinds for name in names]
                 return self.ring.fill(filled, sources, of.source)
 
@@ -235,10 +236,12 @@ class Linears:
                 for half, values in enumerate(columns):
                     self._put_y(of.part, (tile, half), values)
 
-            if group.adapted:
+            if group.a_parts:
                 pl.when(wanted & of.of_a)(put_t)
                 pl.when(n == first_w - 1)(lambda: self._signal(0))
                 pl.when(wanted & jnp.logical_not(of.of_a))(put_y)
+            elif group.adapted:
+                pl.when(wanted)(put_y)
             else:
                 put_y()
             pl.when(n == first_w)(self._find_r)
@@ -257,7 +260,7 @@ class Linears:
     def _put(self, parts_gmem, part, where, columns, put=store):
         for i, values in enumerate(columns):
             if self.plan.single:
-                put(parts_gmem.at[div(part, QUERIES), *where, 0, :, rem(part, QUERIES)], values)
+                put(part_of_single(parts_gmem, part, where), values)
             else:
                 put(parts_gmem.at[part, *where, i], values)
 
@@ -382,7 +385,7 @@ class Linears:
 
     def _h_piece(self, place, piece, i):
         """[PIECE, QUERIES] of h, in fp32."""
-        t = self._sum(self.memory.t_part, self.group.slices * self.group.a_parts, (place, piece), i)
+        t = self._sum(self.memory.t_part, self.group.a_sum, (place, piece), i)
         expert = divmod_(piece, self.plan.rank_pieces)[0]
         gate = load(self.memory.gates.at[expert, pl.ds(i * QUERIES, QUERIES)], COLUMNS)
         return t * over_rows(gate, t.shape)
@@ -397,7 +400,8 @@ class Linears:
     def _gather_own_h(self, layer, operand_smem):
         """h of a single row, of each linear of whose B this block has tiles, after x: to gather it oneself is less than an
         exchange more."""
-        self._wait(0, self.shares.a_blocks(), layer)
+        if self.group.a_parts:
+            self._wait(0, self.shares.a_blocks(), layer)
 
         def of_tile(n, _):
             _, _, place, number = self.shares.b_tile(n)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
-from pallas_kernels.decode_token.plan import QUERIES, Group, Plan, div, rem
+from pallas_kernels.decode_token.plan import PIECE, QUERIES, Group, Plan, div, rem
 
 
 def share(base, count, index, step):
@@ -34,6 +35,12 @@ class Scalars(NamedTuple):
             return [] if ref is None else [ref[i] for i in range(ref.shape[0])]
 
         return cls(all_of("experts"), (all_of("num_used") or [0])[0], all_of("positions"))
+
+
+def ranks_of(scalars: Scalars, plan: Plan, piece: Any) -> tuple[Any, Any]:
+    """(expert, its ranks) of a piece of the ranks of all experts in use."""
+    number, part = divmod_(piece, plan.rank_pieces)
+    return pick(scalars.experts, number), pl.ds(part * PIECE, PIECE)
 
 
 def pick(values: Sequence[Any], index):
@@ -89,7 +96,8 @@ class Shares:
         self.num_a: Any = 0
         self.num_b: Any = 0
         if group.adapted:
-            self.num_a, self.a_product = self.a_products()
+            if group.a_parts:
+                self.num_a, self.a_product = self.a_products()
             self.num_b, self.b_tile = self.b_tiles()
 
     @property
@@ -154,21 +162,25 @@ class Shares:
         """The n-th of this block's products: `num_a` of A, then `num_w` of W and `num_b` of B. What it would be of each
         kind is found out for every n, and is nonsense for two of them."""
         group, first_w, first_b = self.group, self.num_a, self.num_a + self.num_w
-        of_a, of_b, adapted, linears = n < first_w, n >= first_b, len(group.adapted), len(group.outs)
+        of_a, of_b, linears = n < first_w, n >= first_b, len(group.outs)
+        factors = len(group.adapted) if group.a_parts else 0  # A among the sources
 
         index, i = divmod_(n - first_w, group.width)
         linear, tile = self.linear_of(self.unit(index), i)
-        w = Product(of_a, of_b, adapted + linear, self.first_chunk, self.num_chunks, linear, 0, tile, self.slice)
+        w = Product(of_a, of_b, factors + linear, self.first_chunk, self.num_chunks, linear, 0, tile, self.slice)
         if not group.adapted:
             return w._replace(of_a=False, of_b=False)
+
+        linear, tile, place, pieces = self.b_tile(n - first_b)
+        b = Product(of_a, of_b, factors + linears + place, 0, pieces, linear, place, tile, group.slices)
+        either = Product(*(jnp.where(of_b, i, j) for i, j in zip(b, w, strict=True)))
+        if not group.a_parts:
+            return either._replace(of_a=False)
 
         place, pair, part = self.a_product(n)
         first, chunks = self.chunks_of(part)
         a = Product(of_a, of_b, place, first, chunks, 0, place, pair, self.slice * group.a_parts + part)
-
-        linear, tile, place, pieces = self.b_tile(n - first_b)
-        b = Product(of_a, of_b, adapted + linears + place, 0, pieces, linear, place, tile, group.slices)
-        return Product(*(jnp.where(of_a, i, jnp.where(of_b, j, k)) for i, j, k in zip(a, b, w, strict=True)))
+        return Product(*(jnp.where(of_a, i, j) for i, j in zip(a, either, strict=True)))
 
     @property
     def narrow(self):
