@@ -227,8 +227,10 @@ class TrainConfig:
     max_length: int = flag("tokens per sequence; longer examples are cut", 1024)
     packing: bool = flag("pack several examples into a sequence, masked from each other", True)
     learning_rate: float = flag("peak learning rate of AdamW", 2e-4)
-    tied_share: float = flag("share of the steps in which AdaFuse's experts learn as one LoRA", 0.0)
-    router_share: float = flag("share of the steps in which routers learn; then they stay as they are", 1.0)
+    tied_share: float = flag("share of the steps, from the first, in which AdaFuse's experts learn as one LoRA", 0.0)
+    router_share: float = flag(
+        "share of the steps, from the first, in which routers learn; then they stay as they are", 1.0
+    )
     min_lr_ratio: float = flag("final learning rate of the cosine, as a share of the peak", 0.1)
     warmup_ratio: float = flag("share of the steps spent warming up", 0.03)
     weight_decay: float = flag("AdamW weight decay on the experts' matrices", 0.0)

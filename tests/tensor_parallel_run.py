@@ -175,7 +175,9 @@ def run_fused(devices: int) -> dict:
             engine = Engine(*parts, eos_ids=(), strategy="fused")
             tokens.append([generate(engine, *([5, 3, 8], [7]), n=12) for _ in range(2)])
             programs.append(steps.decode_step._cache_size())
-        unasked = Engine(*whole[1]).strategy
+        unasked = [Engine(*whole[1]).strategy]
+        with mock.patch("adafuse_jax.decoding.engine.TRIED_DEVICES", 1):
+            unasked += [Engine(*whole[1]).strategy, Engine(*whole[1], strategy="fused").strategy]
         lora = shard(random_method("lora", model.config, **FEW["lora"]), mesh)
         launched = Engine(whole[1][0], lora, strategy="merged")._fused is not None
         try:

@@ -155,6 +155,7 @@ TRAIN = [
     Case("router share above 1", ("--router-share is 1.5", "[0, 1]"), {"router_share": 1.5}),
     Case("tied share negative", ("--tied-share is -0.1", "[0, 1]"), {"tied_share": -0.1}),
     Case("tied mola", ("--tied-share 0.5", "mola", "leave it out"), {"tied_share": 0.5} | OTHERS["mola"]),
+    Case("tied, gates below 1", ("--tied-share 0.5", "--no-renormalize"), {"tied_share": 0.5, "no_renormalize": True}),
     Case("router of a LoRA", ("--router-share 0.5", "no router", "leave"), {"router_share": 0.5} | OTHERS["lora"]),
     Case("learning rate negative", ("--learning-rate is -0.1", "greater than 0"), {"learning_rate": -0.1}),
     Case("epochs inf", ("--epochs is inf", "finite"), {"epochs": "inf", "steps": None}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -40,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(folder: Path, output: str, **changes: Any) -> list[str]:
-    """A run in which everything random matters: dropout, two micro-batches, a weighted mixture, a held-out part."""
+    """A run in which everything random matters: dropout, two micro-batches, a weighted mixture, a held-out part; and in
+    which experts are let go and routers settle on the way."""
     settings = {
         "steps": STEPS,
         "checkpoint_every": CHECKPOINT_EVERY,
@@ -50,6 +52,8 @@ def flags(folder: Path, output: str, **changes: Any) -> list[str]:
         "eval_examples": 4,
         "eval_every": 25,
         "warmup_ratio": 0.1,
+        "tied_share": 0.3,
+        "router_share": 0.6,
     }
     return tiny.train_flags(folder, output, **(settings | changes))
 
@@ -254,9 +258,13 @@ def short_run(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
 
 
 def test_a_run_with_tied_experts_is_a_loras(folder: Path, tmp_path: Path):
-    """Every expert of the adapter that it leaves is the same, and they have learned."""
-    short_run(folder, tmp_path / "run", tied_share=1.0, router_share=0.5)
-    leaves = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    """Every expert of the adapter that it leaves is the same, and they have learned. Its router has, too, in its half."""
+    run = tmp_path / "run"
+    short_run(folder, run, tied_share=1.0, router_share=0.5, keep_checkpoints=4)
+    leaves = load_file(run / "adapter" / "adapter_model.safetensors")
+    (router,) = [name for name in saved_state(run, 4) if name.startswith("adapter.") and "router" in name]
+    routers = [saved_state(run, step)[router] for step in (1, 2, 3, 4)]
+    assert [np.array_equal(a, b) for a, b in itertools.pairwise(routers)] == [False, True, True]
     factors = {name: leaf for name, leaf in leaves.items() if name.endswith((".A", ".B"))}
     assert factors
     for name, leaf in factors.items():  # [L, E, …]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from adafuse_jax.data.batches import Batch
 from adafuse_jax.data.chat import Encoded
 from adafuse_jax.data.packing import pack
 from adafuse_jax.evaluation.heldout import HeldOut, score
-from adafuse_jax.training.recipe import tied_gradients
+from adafuse_jax.training.recipe import Recipe, tied, tied_gradients
 from adafuse_jax.training.step import TrainState, learning_rate, make_optimizer, token_losses, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -185,19 +186,23 @@ class TestSchedule:
         assert jnp.abs(updates.experts["q_proj"].A[...]).max() > 0
 
     def test_experts_are_tied_and_routers_move_in_their_share_of_the_steps(self, model):
-        """Of four steps: tied in two, and routers learn in three."""
-        adapter = random_adapter(model.config)
-        optimizer = make_optimizer(config(tied_share=0.5, router_share=0.6, warmup_ratio=0.0), 4)
-        usual = make_optimizer(config(warmup_ratio=0.0), 4)
-        moments, of_usual = optimizer.init(adapter), usual.init(adapter)
+        """Of four steps: tied in two, and routers learn in three. The norm that is told is the one that is clipped."""
+        rows = pack(examples(model, (30, 20, 25, 31)), 32, packing=False)
+        recipe = Recipe.of(config(tied_share=0.5, router_share=0.6), 4)
+        assert recipe == Recipe(tied=2, routers=3)
+        assert Recipe.of(config(tied_share=0.07, router_share=0.55), 100) == Recipe(tied=7, routers=55)
+        assert Recipe.of(config(), 4) == Recipe()
+        optimizer = make_optimizer(config(warmup_ratio=0.0, learning_rate=1e-2), 4)
+        state = state_of(tied(random_adapter(model.config)), optimizer)
+        step = partial(train_step, model=model, batch=as_batch(rows, 1), optimizer=optimizer, remat=False)
         for at in range(4):
-            some = random_adapter(model.config, seed=at)
-            updates, moments = optimizer.update(some, moments, adapter)
-            free, of_usual = usual.update(some, of_usual, adapter)
-            moved = updates.experts["q_proj"].A[...]  # [L, E, R, in]
-            assert np.array_equal(moved, np.broadcast_to(moved[:, :1], moved.shape)) == (at < 2)
-            assert (jnp.abs(updates.router.weight[...]).max() == 0) == (at == 3)
-            assert jnp.abs(free.router.weight[...]).max() > 0
+            before = np.array(state.adapter.router.weight[...])
+            _, usual = step(jax.tree.map(jnp.copy, state))
+            state, metrics = step(state, recipe=recipe)
+            b = np.array(state.adapter.experts["q_proj"].B[...])  # [L, E, out, R]
+            assert np.array_equal(b, np.broadcast_to(b[:, :1], b.shape)) == (at < 2)
+            assert np.array_equal(state.adapter.router.weight[...], before) == (at == 3)
+            assert np.isclose(metrics["grad_norm"], usual["grad_norm"], rtol=1e-4) == (at >= 2)
 
     def test_tied_gradients_have_the_norm_of_a_lora_s(self, model):
         """∂/∂θ of f(θ, …, θ) is the sum of the parts."""

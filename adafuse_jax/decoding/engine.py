@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 CHUNKS = (16, 64, 256, 1024)
 """Prompt tokens per prefill program; a prompt runs through the largest and then the smallest that holds the rest."""
 MIN_SLOTS = 128
+TRIED_DEVICES = 2
+"""Devices that a launch has run on together, at most."""
 LOOKAHEAD = 2
 """Steps queued on the device before the host waits for a token, so that reading tokens never stalls the device."""
 
@@ -84,7 +86,8 @@ class Engine:
       adapter: its experts are cast to the model's type where they are merged or read by one launch.
       strategy: how the experts act while decoding; *golden*, *switch* and *simple* decode one row at a time. *fused* runs a
         step as one launch, with or without an adapter; *merged* puts a LoRA into a copy of the adapted weights and then
-        decodes the plain backbone. Default: *fused* where it can run, else *unmerged*; the log says which.
+        decodes the plain backbone. Default: *fused* where it can run, on two devices at most, else *unmerged*; the log
+        says which.
       eos_ids: tokens that end a row; default: the model's own.
 
     Raises:
@@ -103,10 +106,15 @@ class Engine:
         self._mesh = mesh_of(model)
         readable = adapter if isinstance(adapter, AdaFuse) else None
         no_launch, self._by_default = fused_obstacle(model, adapter=readable), strategy is None
+        several = 1 if self._mesh is None else self._mesh.size
+        untried = f"over more than {TRIED_DEVICES} devices it must be asked for" if several > TRIED_DEVICES else None
         if strategy is None:
-            fits = adapter is None or "fused" in PRESETS[adapter.config.adapter].strategies
-            strategy = "fused" if fits and no_launch is None else "unmerged"
-            why = f": fused cannot run, as {no_launch}" if fits and no_launch else ""
+            fits, why_not = (
+                adapter is None or "fused" in PRESETS[adapter.config.adapter].strategies,
+                no_launch or untried,
+            )
+            strategy = "fused" if fits and why_not is None else "unmerged"
+            why = f": fused is not used, as {why_not}" if fits and why_not else ""
             log.log(told_at(), "decoding %s%s", strategy, why)
         if strategy not in get_args(Strategy):
             raise UserError(f"strategy {strategy!r} is none of {', '.join(get_args(Strategy))}")
@@ -140,7 +148,7 @@ class Engine:
         self._fused: Fused | None = None
         in_merged = strategy in ("golden", "switch", "merged")
         self._read = None if in_merged else readable
-        no_launch = fused_obstacle(model) if in_merged else no_launch
+        no_launch = fused_obstacle(model) or untried if in_merged else no_launch
         if strategy == "fused" or (in_merged and no_launch is None):
             self._fused = Fused.of(model, acting if isinstance(acting, AdaFuse) else None, merged=in_merged)
         elif in_merged:

@@ -67,10 +67,11 @@ class Checkpoints:
             raise UserError(
                 f"{where}: the checkpoint cannot be read ({error}); delete it to use the one before"
             ) from error
-        for key, value in self.identity.items():
-            if saved.get(key) != value:
+        for key in (*self.identity, *saved):
+            if saved.get(key) != self.identity.get(key):
+                was, now = (_short(identity[key]) if key in identity else "none" for identity in (saved, self.identity))
                 raise UserError(
-                    f"{where}: was made with {key} {_short(saved.get(key))}, this run has {_short(value)}; "
+                    f"{where}: was made with {key} {was}, this run has {now}; "
                     "resume with the same, or start a new run in another directory"
                 )
         wanted = _named(like)

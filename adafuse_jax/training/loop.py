@@ -38,7 +38,7 @@ from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.training.checkpoint import Checkpoints
 from adafuse_jax.training.initial import digest, initial_weights, read_initial_lora
 from adafuse_jax.training.prepare import Data, prepare_data
-from adafuse_jax.training.recipe import require_recipe, tied
+from adafuse_jax.training.recipe import Recipe, require_recipe, tied
 from adafuse_jax.training.report import Report, plot_training, read_metrics
 from adafuse_jax.training.step import TrainState, learning_rate, make_optimizer, train_step
 from adafuse_jax.training.untrained import evaluate_only, require_evaluation
@@ -58,6 +58,9 @@ NOT_IDENTITY = (
     "log_every", "resume", "steps", "epochs", "remat", "init_lora",
 )  # fmt: skip
 """Settings that a resumed run may change, or that `backbone`, `data`, `total_steps`, `initial` of the identity stand for."""
+
+LATER = {"tied_share": 0.0, "router_share": 1.0}
+"""Settings that came later than the first checkpoints, and what a run without them had."""
 
 FINITE = ("loss", "balance", "grad_norm")
 """Metrics whose overflow ends a run."""
@@ -167,7 +170,7 @@ def _run(
     report: Report,
 ) -> tuple[TrainState, float]:
     """All remaining steps. Returns the last state and the seconds spent in steps (evaluation and saving excluded)."""
-    schedule = learning_rate(config, steps)
+    schedule, recipe = learning_rate(config, steps), Recipe.of(config, steps)
     step, seconds = int(state.step), 0.0
 
     def evaluate() -> None:
@@ -181,7 +184,9 @@ def _run(
     with _stop_signals() as stop_asked:
         while step < steps:
             begun = time.perf_counter()
-            state, device_metrics = train_step(state, model, batch, optimizer=optimizer, remat=config.remat)
+            state, device_metrics = train_step(
+                state, model, batch, optimizer=optimizer, remat=config.remat, recipe=recipe
+            )
             next_batch = data.batches.at(step + 1)  # made while the device works
             metrics = jax.device_get(device_metrics)
             step += 1
@@ -243,6 +248,9 @@ def _stop_signals() -> Iterator[Callable[[], int]]:
 
 def _identity(config: TrainConfig, adapter: AdapterConfig, **more: Any) -> dict[str, Any]:
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IDENTITY}
+    for name, usual in LATER.items():  # checkpoints from before are without it
+        if settings[name] == usual:
+            del settings[name]
     return json.loads(json.dumps({**settings, **adapter.table(), **more}))
 
 

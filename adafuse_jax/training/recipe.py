@@ -1,8 +1,8 @@
 """What experts and routers do in the first part of a run, so that an expert keeps what it learns.
 
-A router that sees the token alone has a small input in Llama-like models (the first norm's weights are), so its logits lie
-close together, and the balance loss cannot be met, as a frequent token belongs to an expert as a whole: it goes on moving
-the most frequent tokens from expert to expert. A router that has *settled* stays as it is after a share of the steps.
+A router that sees the token alone has a small input in Llama-like models, whose first norm has small weights. So its logits
+lie close together, and the balance loss cannot be met, as a frequent token belongs to an expert as a whole: it goes on
+moving the most frequent tokens from expert to expert. A router that has *settled* stays as it is after a share of the steps.
 
 *Tied* experts begin with one A and move by Σ_e ∇_e / √E. As the gates sum to 1 and Adam takes no notice of a gradient's
 scale, they are one LoRA of their rank, its global norm included, until they are let go; the router learns balance alone
@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from adafuse_jax.adapters.low_rank import LoRAExperts
 from adafuse_jax.adapters.router import is_router
@@ -31,6 +32,11 @@ def require_recipe(config: TrainConfig, adapter: AdapterConfig) -> None:
     if config.tied_share > 0 and adapter.adapter != "adafuse":
         raise UserError(
             f"--tied-share {config.tied_share}: is for --adapter adafuse, this is {adapter.adapter}; leave it out"
+        )
+    if config.tied_share > 0 and not adapter.renormalize:
+        raise UserError(
+            f"--tied-share {config.tied_share}: tied experts are one LoRA only if the gates sum to 1; leave out "
+            "--no-renormalize, or this"
         )
     if config.router_share < 1 and adapter.adapter in ("lora", "full", "none"):
         raise UserError(f"--router-share {config.router_share}: {adapter.adapter} has no router; leave it out")
@@ -63,22 +69,30 @@ def zero_routers(updates: Any) -> Any:
 
 def steps_of(share: float, steps: int) -> int:
     """How many of a run's steps a share is, rounded up."""
-    return math.ceil(share * steps)
+    return math.ceil(round(share * steps, 6))
 
 
-def in_its_time(
-    config: TrainConfig, steps: int, optimizer: optax.GradientTransformation
-) -> optax.GradientTransformation:
-    """`optimizer`, on gradients of tied experts at first, and without updates of the routers after their share."""
-    parts = [optimizer]
-    if config.tied_share > 0:
-        until = steps_of(config.tied_share, steps)
-        parts.insert(0, _when(lambda step: step < until, tied_gradients))
-    if config.router_share < 1:
-        after = steps_of(config.router_share, steps)
-        parts.append(_when(lambda step: step >= after, zero_routers))
-    return optax.chain(*parts) if len(parts) > 1 else optimizer
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """In which steps experts are tied, and routers learn: those below these numbers; None is all."""
 
+    tied: int = 0
+    routers: int | None = None
 
-def _when(condition: Callable[[Any], Any], change: Callable[[Any], Any]) -> optax.GradientTransformation:
-    return optax.conditionally_transform(optax.stateless(lambda updates, _: change(updates)), condition)
+    @classmethod
+    def of(cls, config: TrainConfig, steps: int) -> Recipe:
+        """Of a run of so many steps."""
+        routers = None if config.router_share == 1 else steps_of(config.router_share, steps)
+        return cls(tied=steps_of(config.tied_share, steps), routers=routers)
+
+    def gradients(self, gradients: Any, step: Int[Array, ""]) -> Any:
+        """What is clipped: in the gradients' place, those of tied experts. A settled router's count, though it stays."""
+        if self.tied == 0:
+            return gradients
+        return jax.tree.map(partial(jnp.where, step < self.tied), tied_gradients(gradients), gradients)
+
+    def updates(self, updates: Any, step: Int[Array, ""]) -> Any:
+        """What is added to the parameters."""
+        if self.routers is None:
+            return updates
+        return jax.tree.map(partial(jnp.where, step >= self.routers), zero_routers(updates), updates)

@@ -23,8 +23,9 @@ from adafuse_jax.adapters.router import is_router, router_statistics
 from adafuse_jax.configs import TrainConfig
 from adafuse_jax.data.batches import Batch
 from adafuse_jax.model.backbone import Backbone
-from adafuse_jax.training.recipe import in_its_time
+from adafuse_jax.training.recipe import Recipe
 
+PLAIN = Recipe()
 LOSS_CHUNK = 256
 """Positions whose logits exist at the same time; the whole [B, T, V] never does."""
 
@@ -54,12 +55,12 @@ def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW, by the run's recipe; weight decay spares routers, norms and biases."""
+    """Clipping by global norm, then AdamW; weight decay spares routers, norms and biases."""
 
     def decays(path: tuple, _: Array) -> bool:
         return not (is_router(path) or any(word in jax.tree_util.keystr(path) for word in ("norm", "bias")))
 
-    adamw = optax.chain(
+    return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             learning_rate(config, steps),
@@ -69,7 +70,6 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
             mask=lambda trained: jax.tree_util.tree_map_with_path(decays, trained),
         ),
     )
-    return in_its_time(config, steps, adamw)
 
 
 def token_losses(
@@ -97,9 +97,15 @@ def token_losses(
     return jax.lax.scan(add_chunk, jnp.zeros(batch), inputs)[0]
 
 
-@partial(jax.jit, static_argnames=("optimizer", "remat"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("optimizer", "remat", "recipe"), donate_argnames="state")
 def train_step(
-    state: TrainState, model: Backbone, batch: Batch, *, optimizer: optax.GradientTransformation, remat: bool
+    state: TrainState,
+    model: Backbone,
+    batch: Batch,
+    *,
+    optimizer: optax.GradientTransformation,
+    remat: bool,
+    recipe: Recipe = PLAIN,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step over a batch of [A, B, T] arrays: gradients of all A micro-batches, normalised by all their targets. Balance
     loss and statistics are means over the micro-batches, weighted by their tokens.
@@ -142,7 +148,8 @@ def train_step(
     )
     (grads, metrics), _ = jax.lax.scan(add_micro, zeros, (batch, jnp.arange(batch.tokens.shape[0])))
 
+    grads = recipe.gradients(grads, state.step)
     updates, moments = optimizer.update(grads, state.moments, state.adapter)
     metrics["grad_norm"] = optax.tree.norm(grads)
-    adapter = optax.apply_updates(state.adapter, updates)
+    adapter = optax.apply_updates(state.adapter, recipe.updates(updates, state.step))
     return TrainState(step=state.step + 1, adapter=adapter, moments=moments, key=key), metrics
