@@ -88,7 +88,7 @@ class Attention:
             row, head, group, split = self._unit(n, first, self.plan.splits)
             start, tiles = self._tiles(pick(self.memory.scalars.positions, row), window, split)
 
-            def part(n, filled):
+            def part(n):
                 tile, place = divmod_(n, 2 * self.parts)
                 kind, at = divmod_(place, self.parts)
                 rows = pl.ds((start + tile) * TILE, TILE)
@@ -96,9 +96,9 @@ class Attention:
                 def of(cache):
                     return lambda: (cache.at[layer, row, rows, head, pl.ds(at * PIECE, PIECE)],)
 
-                return self.ring.fill(filled, [of(self.memory.cache_k), of(self.memory.cache_v)], kind)
+                return [of(self.memory.cache_k), of(self.memory.cache_v)], kind
 
-            filled = lax.fori_loop(0, tiles * 2 * self.parts, part, filled)
+            filled = self.ring.fill(filled, tiles * 2 * self.parts, part)
             return filled if not self.plan.o.a_before else self._copy_a(layer, head, group, filled)
 
         return lax.fori_loop(0, number, unit, filled)
@@ -172,7 +172,7 @@ class Attention:
         """Columns of the used experts' A of o_proj that belong to a unit's heads, two pieces of ranks a chunk."""
         used = self.memory.scalars.num_used * self.plan.rank_pieces
 
-        def chunk(n, filled):
+        def chunk(n):
             query, place = divmod_(n, self._pairs * self.parts)
             pair, part = divmod_(place, self.parts)
             columns = pl.ds((self._query_head(head, group, query) * self.parts + part) * PIECE, PIECE)
@@ -182,9 +182,9 @@ class Attention:
                 experts = (ranks_of(self.memory.scalars, self.plan, piece) for piece in pieces)
                 return [self.memory.a["o_proj"].at[layer, *expert, columns] for expert in experts]
 
-            return self.ring.fill(filled, [of_a])
+            return [of_a], 0
 
-        return lax.fori_loop(0, self._queries * self._pairs * self.parts, chunk, filled)
+        return self.ring.fill(filled, self._queries * self._pairs * self.parts, chunk)
 
     def _multiply_a(self, count, head, group, o, q_smem):
         """A part of A x of o_proj, x the context, for each query head of the unit. The context takes the place of the

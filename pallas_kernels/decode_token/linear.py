@@ -108,7 +108,7 @@ class Linears:
             of = self.shares.product(n)
             rows = pl.ds(of.tile * TILE, TILE)
 
-            def chunk(c, filled):
+            def chunk(c):
                 columns = pl.ds((of.first + c) * PIECE, PIECE)
 
                 def of_a(name):
@@ -126,9 +126,9 @@ class Linears:
 
                 kinds = (of_a, group.adapted if group.a_parts else ()), (of_w, group.outs), (of_b, group.adapted)
                 sources = [partial(kind, name) for kind, names in kinds for name in names]
-                return self.ring.fill(filled, sources, of.source)
+                return sources, of.source
 
-            return lax.fori_loop(0, of.chunks, chunk, filled)
+            return self.ring.fill(filled, of.chunks, chunk)
 
         begin, end = self._span()
         return lax.fori_loop(begin, end, product, filled)
