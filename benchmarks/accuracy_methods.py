@@ -3,8 +3,8 @@
 All mixtures have E = 8 experts, k = 2, and about as many trainable parameters as AdaFuse on all linears (PESC through its
 width; MoLA's 2/4/6/8 experts and the methods on the FFN alone have fewer, and are listed with their number). LoRA comes
 twice: with the rank of one expert, and with that of all eight together. No dropout and one balance coefficient everywhere.
-AdaFuse's one router sees the token alone if q, k or v is adapted, and at Llama's first norm its input is so small (a root
-mean square of 0.06 here) that the gates stay equal and the slightest step changes who is chosen. The balance loss cannot
+AdaFuse's one router sees the token alone if q, k or v is adapted, and after Llama's first norm its input is so small
+that the gates stay equal and the slightest step changes who is chosen. The balance loss cannot
 be met, as a frequent token is one expert's or another's as a whole, and so it moves the most frequent ones back and forth to
 the end: the line break among them, after which comes the answer. A token that changes its experts loses what they have
 learned for it. Hence two recipes, both AdaFuse: `adafuse-settled` stops its router after a tenth of the steps, when the load
@@ -29,6 +29,8 @@ TIED = "tied"
 """A setting that is the recipe's and not the adapter's: the share of the steps in which all experts learn as one."""
 SETTLED = "settled"
 """Another one: the share of the steps after which routers stay as they are; they learn to the end without it."""
+USUAL: dict[str, Any] = {TIED: 0.0, SETTLED: 1.0}
+"""Both, where a method has none of its own."""
 BALANCE = 0.01
 _MIXTURE: dict[str, Any] = {"rank": 16, "alpha": 32.0, "top_k": 2, "dropout": 0.0, "balance_coefficient": BALANCE}
 _ADAFUSE: dict[str, Any] = {**_MIXTURE, "adapter": "adafuse", "targets": LINEARS, "num_experts": 8}
@@ -89,8 +91,7 @@ def ablated(validation: Mapping[str, Mapping[Any, float]]) -> str:
 
 def changes(ablation: str, base: str) -> bool:
     """Whether an ablation is another adapter or recipe than `base`."""
-    usual: dict[str, Any] = {TIED: 0.0, SETTLED: 1.0}
-    return usual | settings_of(ablation, base) != usual | METHODS[base]
+    return USUAL | settings_of(ablation, base) != USUAL | METHODS[base]
 
 
 def available() -> list[str]:
@@ -106,5 +107,5 @@ def settings_of(name: str, base: str = VARIANTS[0]) -> dict[str, Any]:
 
 def make_adapter(settings: dict[str, Any], model: ModelConfig, key: jax.Array) -> Any:
     """The adapter of the settings, with initial values drawn from `key`."""
-    config = AdapterConfig(**{name: value for name, value in settings.items() if name not in (TIED, SETTLED)})
+    config = AdapterConfig(**{name: value for name, value in settings.items() if name not in USUAL})
     return methods.make_adapter(config, model, rngs=nnx.Rngs(params=key))

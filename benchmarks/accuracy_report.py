@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks.accuracy_methods import ABLATIONS, METHODS, ablated, changes
 from benchmarks.token_classes import CLASSES
 
+TRAINED = [name for name in METHODS if name != "none"]
 REGIMES = ("bare", "mixture", "alone", "ablation")
 LABELS = {"mixture": "trained on the mixture", "alone": "on each set alone"}
 COLOURS = {"mixture": "tab:blue", "alone": "tab:orange", "ablation": "tab:green", "bare": "0.4"}
@@ -193,18 +194,16 @@ def _which_device(rows: list[dict[str, Any]]) -> list[str]:
     by_devices: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         by_devices[" and ".join(row["devices"])].append(f"{row['method']} ({row['regime']})")
-    return (
-        [f"Run on {devices}: {', '.join(those)}." for devices, those in by_devices.items()]
-        if len(by_devices) > 1
-        else []
-    )
+    if len(by_devices) < 2:
+        return []
+    return [f"Run on {devices}: {', '.join(those)}." for devices, those in by_devices.items()]
 
 
 def _planned(regime: str, base: str) -> list[str]:
     """The rows of a regime when the whole study is done."""
     if regime == "ablation":
         return [name for name in ABLATIONS if changes(name, base)]
-    return [name for name in METHODS if name != "none"]
+    return TRAINED
 
 
 def _grid_table(found: Mapping[str, Mapping[str, float]], questions: int) -> list[str]:
@@ -213,7 +212,7 @@ def _grid_table(found: Mapping[str, Mapping[str, float]], questions: int) -> lis
     lines = ["", "## Learning rates: accuracy on the validation questions", ""]
     lines.append(f"Seed 0, {questions} questions of the mixture; in percent, the learning rate in parentheses.")
     lines += ["", "| method |" + " |" * width, "|---|" + "---|" * width]
-    for name in (name for name in METHODS if name != "none"):
+    for name in TRAINED:
         cells = [f"{100 * accuracy:.2f} ({rate})" for rate, accuracy in found.get(name, {}).items()] or ["not run yet"]
         lines.append(f"| {' | '.join([name, *cells, *[''] * (width - len(cells))])} |")
     return lines

@@ -31,10 +31,9 @@ from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.packing import Rows
 from adafuse_jax.model.attention import attention_of_lanes
 from adafuse_jax.model.backbone import Backbone
-from adafuse_jax.training.recipe import steps_of, tied_gradients, zero_routers
-from adafuse_jax.training.recipe import tied as tied_together
+from adafuse_jax.training.recipe import Recipe
 from benchmarks.accuracy_data import Packed, targets_of
-from benchmarks.accuracy_methods import SETTLED, TIED, make_adapter
+from benchmarks.accuracy_methods import SETTLED, TIED, USUAL, make_adapter
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 WARMUP, FINAL_SHARE = 0.05, 0.1
@@ -78,11 +77,16 @@ def _start(seeds: Int[Array, " S"], model: Backbone, settings: tuple[tuple[str, 
             params: Any = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model)
         else:
             params = make_adapter(table, model.config, jax.random.key(seed))
-        if TIED in table:
-            params = tied_together(params)
+        params = recipe_of(table, steps=1).start(params)
         return Lanes(params=params, moments=OPTIMIZER.init(params))
 
     return jax.vmap(one)(seeds)
+
+
+def recipe_of(settings: dict[str, Any], steps: int) -> Recipe:
+    """Of a run of so many steps."""
+    table = USUAL | settings
+    return Recipe.of(table[TIED], table[SETTLED], steps)
 
 
 def acting(model: Backbone, params: Any) -> tuple[Backbone, Any]:
@@ -111,13 +115,13 @@ def step(
     batch: LaneRows,
     rates: Float[Array, " S"],
     balance: Float[Array, ""],
-    tied: Bool[Array, ""] | None,
-    settled: Bool[Array, ""] | None,
+    at: Int[Array, ""],
+    recipe: Recipe,
     *,
     remat: bool,
 ) -> tuple[Lanes, dict[str, Array]]:
-    """One optimiser step of every lane on its own batch. Metrics are [S], `load` [S, E] with AdaFuse. `tied`: whether the
-    experts move as one; `settled`: whether routers stay as they are. None is a step of a method that never does."""
+    """One optimiser step of every lane on its own batch. Metrics are [S], `load` [S, E] with AdaFuse. `at`: how many
+    steps came before."""
 
     def one(lane: Lanes, batch: Any, rate: Array) -> tuple[Lanes, dict[str, Array]]:
         real = batch.segment_ids > 0
@@ -136,12 +140,8 @@ def step(
             return loss + balance * _balance(params, out.routing, real), metrics
 
         grads, metrics = jax.grad(loss_of, has_aux=True)(lane.params)
-        if tied is not None:
-            grads = jax.tree.map(partial(jnp.where, tied), tied_gradients(grads), grads)
-        updates, moments = OPTIMIZER.update(grads, lane.moments, lane.params)
-        if settled is not None:
-            updates = jax.tree.map(partial(jnp.where, settled), zero_routers(updates), updates)
-        params = jax.tree.map(lambda p, u: p - rate * u, lane.params, updates)
+        updates, moments = OPTIMIZER.update(recipe.gradients(grads, at), lane.moments, lane.params)
+        params = jax.tree.map(lambda p, u: p - rate * u, lane.params, recipe.updates(updates, at))
         return Lanes(params=params, moments=moments), metrics
 
     return jax.vmap(one)(lanes, batch, rates)
@@ -208,7 +208,7 @@ def train(
     steps = max(1, math.ceil(epochs * orders[0].steps_per_epoch))
     peak = np.array(rates, np.float32)
     balance = jnp.float32(settings.get("balance_coefficient", 0.0))
-    ends = {name: steps_of(settings[name], steps) for name in (TIED, SETTLED) if name in settings}
+    recipe = recipe_of(settings, steps)
     every, history, tokens = max(1, steps // 40), [], 0
     window: list[Array] = []
     begun = first = time.perf_counter()
@@ -218,11 +218,8 @@ def train(
             tokens=rows.tokens[drawn], positions=rows.positions[drawn], segment_ids=rows.segment_ids[drawn],
             place=place[drawn], wanted=wanted[drawn], there=there[drawn],
         )  # fmt: skip
-        tied = jnp.bool_(at < ends[TIED]) if TIED in ends else None
-        settled = jnp.bool_(at >= ends[SETTLED]) if SETTLED in ends else None
-        lanes, metrics = programs.step(
-            lanes, model, batch, peak * np.float32(schedule(at, steps)), balance, tied, settled
-        )
+        rate = peak * np.float32(schedule(at, steps))
+        lanes, metrics = programs.step(lanes, model, batch, rate, balance, np.int32(at), recipe)
         tokens += int((batch.segment_ids[0] > 0).sum())
         window.append(metrics["loss"])
         if at == 0:
@@ -264,7 +261,7 @@ def target_losses(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Programs:
-    """What a method runs: start(seeds, model), step(lanes, model, batch, rates, balance, tied, settled), and losses as
+    """What a method runs: start(seeds, model), step(lanes, model, batch, rates, balance, at, recipe), and losses as
     `target_losses`."""
 
     start: Callable[..., Lanes]
@@ -298,10 +295,9 @@ def compiled(
     there: Any = jax.ShapeDtypeStruct(target.shape, jnp.bool_)
     batch = LaneRows(tokens=row, positions=row, segment_ids=row, place=target, wanted=target, there=there)
     rates, balance = jax.ShapeDtypeStruct((lanes,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
-    flag = jax.ShapeDtypeStruct((), jnp.bool_)
-    tied, settled = (flag if name in settings else None for name in (TIED, SETTLED))
+    recipe = jax.tree.map(lambda _: integers(), recipe_of(settings, steps=1))
     optimiser_step = step.lower(
-        state, model, batch, rates, balance, tied, settled, remat=needs_remat(settings)
+        state, model, batch, rates, balance, integers(), recipe, remat=needs_remat(settings)
     ).compile()
     rows, wanted = integers(scored, length), integers(scored, length // 4)
     losses = target_losses.lower(model, state.params, rows, rows, rows, wanted, wanted).compile()

@@ -24,6 +24,7 @@ from adafuse_jax.errors import UserError
 from adafuse_jax.evaluation.loading import load
 from adafuse_jax.evaluation.multiple_choice import Questions as Encoded
 from adafuse_jax.evaluation.multiple_choice import chosen_by_likelihood
+from adafuse_jax.training.recipe import Recipe
 from benchmarks import accuracy, accuracy_report
 from benchmarks.accuracy_data import (
     FILES,
@@ -262,8 +263,10 @@ def test_tied_experts_learn_as_one_lora_and_then_apart(loaded: Any, rows: Any):
         place=place[drawn], wanted=wanted[drawn], there=there[drawn],
     )  # fmt: skip
     rates = jnp.full(2, 1e-2)
-    those, _ = step(those, loaded.model, batch, rates, jnp.float32(0), jnp.bool_(True), None, remat=False)
-    that, _ = step(that, loaded.model, batch, rates, jnp.float32(0), None, None, remat=False)
+    those, _ = step(
+        those, loaded.model, batch, rates, jnp.float32(0), jnp.int32(0), Recipe(tied=jnp.int32(1)), remat=False
+    )
+    that, _ = step(that, loaded.model, batch, rates, jnp.float32(0), jnp.int32(0), Recipe(), remat=False)
     for name, experts in those.params.experts.items():
         np.testing.assert_allclose(experts.B[:, :, 3], that.params.experts[name].B[:, :, 0], rtol=1e-2, atol=1e-6)
     one, two = (jax.tree.leaves(state.moments)[1:] for state in (those, that))  # their global norms are equal, too
@@ -474,6 +477,10 @@ def test_study_from_start_to_report(
     names = [row["method"] for row in accuracy_report.summarise(by_file_name)]
     assert names == ["none", "full", TIED_ADAFUSE, "full", TIED_ADAFUSE, "k=4"], "the tables' order is that of METHODS"
     assert {path: path.stat().st_mtime_ns for path in work.iterdir() if path != gone} == kept
+    with pytest.MonkeyPatch.context() as other:
+        other.setitem(METHODS, "full", METHODS["full"] | {"rank": 1})
+        with pytest.raises(UserError, match=r"full-.*json: was made with .*, which full no longer is; remove it"):
+            accuracy.main(flags(study, tmp_path))
     with pytest.raises(UserError, match=r"was made with .*'epochs': 0.5.*'epochs': 2.0.*another --work"):
         accuracy.main(flags(study, tmp_path, "--epochs", "2"))
 

@@ -114,8 +114,7 @@ def other_backbone(folder: Path) -> None:
 
 FULL = {"adapter": "full", "num_experts": None, "rank": None}
 MOLA = {"adapter": "mola", "num_experts": None}
-OTHERS = {name: {"adapter": name, "num_experts": None} for name in ("mola", "lora")}
-"""Flags of methods that have no --num-experts, which the flags here give."""
+LORA = {"adapter": "lora", "num_experts": None}
 TRAIN = [
     # flags
     Case("unknown flag", ("--bogus", "--help"), {"bogus": 1}),
@@ -154,9 +153,9 @@ TRAIN = [
     Case("learning rate inf", ("--learning-rate is inf", "finite"), {"learning_rate": "inf"}),
     Case("router share above 1", ("--router-share is 1.5", "[0, 1]"), {"router_share": 1.5}),
     Case("tied share negative", ("--tied-share is -0.1", "[0, 1]"), {"tied_share": -0.1}),
-    Case("tied mola", ("--tied-share 0.5", "mola", "leave it out"), {"tied_share": 0.5} | OTHERS["mola"]),
+    Case("tied mola", ("--tied-share 0.5", "mola", "leave it out"), {"tied_share": 0.5} | MOLA),
     Case("tied, gates below 1", ("--tied-share 0.5", "--no-renormalize"), {"tied_share": 0.5, "no_renormalize": True}),
-    Case("router of a LoRA", ("--router-share 0.5", "no router", "leave"), {"router_share": 0.5} | OTHERS["lora"]),
+    Case("router of a LoRA", ("--router-share 0.5", "no router", "leave"), {"router_share": 0.5} | LORA),
     Case("learning rate negative", ("--learning-rate is -0.1", "greater than 0"), {"learning_rate": -0.1}),
     Case("epochs inf", ("--epochs is inf", "finite"), {"epochs": "inf", "steps": None}),
     Case("weight decay nan", ("--weight-decay is nan", "finite"), {"weight_decay": "nan"}),
@@ -598,6 +597,7 @@ RESUME = [
     Case("another beginning", ("{}/" + STEP_2, "initial", "resume with the same"), {"init_lora": "{}/lora"}),
     Case("another rank", ("{}/" + STEP_2, "rank 2", "has 3", "resume with the same"), {"rank": 3}),
     Case("other targets", ("{}/" + STEP_2, "targets", "resume with the same"), {"targets": ["q_proj"]}),
+    Case("tied experts", ("{}/" + STEP_2, "tied_share 0.0", "has 0.5", "resume with the same"), {"tied_share": 0.5}),
     Case("another seed", ("{}/" + STEP_2, "seed 0", "resume with the same"), {"seed": 1}),
     Case("another length", ("{}/" + STEP_2, "total_steps 2", "resume with the same"), {"steps": 4}),
     Case("another data set", ("{}/" + STEP_2, "data", "resume with the same"), {"dataset": "{}/beta.jsonl"}),

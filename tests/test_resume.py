@@ -272,6 +272,18 @@ def test_a_run_with_tied_experts_is_a_loras(folder: Path, tmp_path: Path):
         assert np.abs(leaf).max() > 0, name
 
 
+def test_a_run_older_than_a_setting_had_its_default(folder: Path, tmp_path: Path):
+    """Its checkpoints do not know the setting, and it goes on; not with another value."""
+    run, plain = tmp_path / "run", {"tied_share": None, "router_share": None}
+    short_run(folder, run, **plain)
+    path = run / "checkpoints" / "4" / "identity" / "metadata"
+    table = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in table.items() if name not in plain}))
+    with pytest.raises(UserError, match=r"was made with router_share 1\.0, this run has 0\.5"):
+        short_run(folder, run, **plain | {"router_share": 0.5}, resume=True)
+    short_run(folder, run, **plain, resume=True)
+
+
 def test_divergence_names_the_step_and_the_last_good_checkpoint(folder: Path, tmp_path: Path):
     """And that checkpoint can be resumed from: it diverges at the same step."""
     told = []

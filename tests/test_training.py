@@ -20,7 +20,7 @@ from adafuse_jax.data.batches import Batch
 from adafuse_jax.data.chat import Encoded
 from adafuse_jax.data.packing import pack
 from adafuse_jax.evaluation.heldout import HeldOut, score
-from adafuse_jax.training.recipe import Recipe, tied, tied_gradients
+from adafuse_jax.training.recipe import Recipe, tied_gradients
 from adafuse_jax.training.step import TrainState, learning_rate, make_optimizer, token_losses, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -188,12 +188,12 @@ class TestSchedule:
     def test_experts_are_tied_and_routers_move_in_their_share_of_the_steps(self, model):
         """Of four steps: tied in two, and routers learn in three. The norm that is told is the one that is clipped."""
         rows = pack(examples(model, (30, 20, 25, 31)), 32, packing=False)
-        recipe = Recipe.of(config(tied_share=0.5, router_share=0.6), 4)
+        recipe = Recipe.of(0.5, 0.6, 4)
         assert recipe == Recipe(tied=2, routers=3)
-        assert Recipe.of(config(tied_share=0.07, router_share=0.55), 100) == Recipe(tied=7, routers=55)
-        assert Recipe.of(config(), 4) == Recipe()
+        assert Recipe.of(0.07, 0.55, 100) == Recipe(tied=7, routers=55)
+        assert Recipe.of(0.0, 1.0, 4) == Recipe()
         optimizer = make_optimizer(config(warmup_ratio=0.0, learning_rate=1e-2), 4)
-        state = state_of(tied(random_adapter(model.config)), optimizer)
+        state = state_of(recipe.start(random_adapter(model.config)), optimizer)
         step = partial(train_step, model=model, batch=as_batch(rows, 1), optimizer=optimizer, remat=False)
         for at in range(4):
             before = np.array(state.adapter.router.weight[...])

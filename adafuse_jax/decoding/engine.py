@@ -106,8 +106,8 @@ class Engine:
         self._mesh = mesh_of(model)
         readable = adapter if isinstance(adapter, AdaFuse) else None
         no_launch, self._by_default = fused_obstacle(model, adapter=readable), strategy is None
-        several = 1 if self._mesh is None else self._mesh.size
-        untried = f"over more than {TRIED_DEVICES} devices it must be asked for" if several > TRIED_DEVICES else None
+        devices = 1 if self._mesh is None else self._mesh.size
+        untried = f"over more than {TRIED_DEVICES} devices it must be asked for" if devices > TRIED_DEVICES else None
         if strategy is None:
             fits, why_not = (
                 adapter is None or "fused" in PRESETS[adapter.config.adapter].strategies,

@@ -22,11 +22,11 @@ class Checkpoints:
     """The checkpoints in `directory`, the last `keep` of them.
 
     `identity` describes everything the continuation depends on (backbone, adapter, data, schedule); a checkpoint of a
-    different identity is refused.
+    different identity is refused; `usual` has what it lacks, if it is older than a setting.
     """
 
-    def __init__(self, directory: Path, *, keep: int, identity: dict[str, Any]):
-        self.directory, self.identity = directory, identity
+    def __init__(self, directory: Path, *, keep: int, identity: dict[str, Any], usual: dict[str, Any]):
+        self.directory, self.identity, self.usual = directory, identity, usual
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
@@ -67,11 +67,11 @@ class Checkpoints:
             raise UserError(
                 f"{where}: the checkpoint cannot be read ({error}); delete it to use the one before"
             ) from error
-        for key in (*self.identity, *saved):
-            if saved.get(key) != self.identity.get(key):
-                was, now = (_short(identity[key]) if key in identity else "none" for identity in (saved, self.identity))
+        for key, value in self.identity.items():
+            was = saved.get(key, self.usual.get(key))
+            if was != value:
                 raise UserError(
-                    f"{where}: was made with {key} {was}, this run has {now}; "
+                    f"{where}: was made with {key} {_short(was)}, this run has {_short(value)}; "
                     "resume with the same, or start a new run in another directory"
                 )
         wanted = _named(like)

@@ -38,7 +38,7 @@ from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.training.checkpoint import Checkpoints
 from adafuse_jax.training.initial import digest, initial_weights, read_initial_lora
 from adafuse_jax.training.prepare import Data, prepare_data
-from adafuse_jax.training.recipe import Recipe, require_recipe, tied
+from adafuse_jax.training.recipe import Recipe, require_recipe
 from adafuse_jax.training.report import Report, plot_training, read_metrics
 from adafuse_jax.training.step import TrainState, learning_rate, make_optimizer, train_step
 from adafuse_jax.training.untrained import evaluate_only, require_evaluation
@@ -59,8 +59,10 @@ NOT_IDENTITY = (
 )  # fmt: skip
 """Settings that a resumed run may change, or that `backbone`, `data`, `total_steps`, `initial` of the identity stand for."""
 
-LATER = {"tied_share": 0.0, "router_share": 1.0}
-"""Settings that came later than the first checkpoints, and what a run without them had."""
+USUAL = {
+    field.name: field.default for field in dataclasses.fields(TrainConfig) if field.default is not dataclasses.MISSING
+}
+"""What a run has of a setting that is newer than it."""
 
 FINITE = ("loss", "balance", "grad_norm")
 """Metrics whose overflow ends a run."""
@@ -112,12 +114,11 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
             return evaluate_only(config, model, data, metrics=output / METRICS_FILE, summary=output / SUMMARY_FILE)
     steps = config.steps or max(1, math.ceil(config.epochs * data.batches.steps_per_epoch))
     optimizer = make_optimizer(config, steps)
+    recipe = Recipe.of(config.tied_share, config.router_share, steps)
 
     def initial_state(model: Backbone, lora: LoRA | None) -> TrainState:
         init_key, state_key = jax.random.split(jax.random.key(config.seed))
-        trained = initial_weights(adapter_config, model, lora, init_key)
-        if config.tied_share > 0:
-            trained = tied(trained)
+        trained = recipe.start(initial_weights(adapter_config, model, lora, init_key))
         return TrainState(step=jnp.int32(0), adapter=trained, moments=optimizer.init(trained), key=state_key)
 
     abstract = jax.eval_shape(lambda: Backbone(model_config, dtype=config.dtype, rngs=nnx.Rngs(0)))
@@ -133,7 +134,7 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
     if not config.resume:
         _create_output(output, config, adapter_config)
     with _disk_errors_told(output):
-        checkpoints = Checkpoints(output / CHECKPOINT_DIR, keep=config.keep_checkpoints, identity=identity)
+        checkpoints = Checkpoints(output / CHECKPOINT_DIR, keep=config.keep_checkpoints, identity=identity, usual=USUAL)
         try:
             if checkpoints.latest_step() is not None:
                 state = checkpoints.restore(state)
@@ -143,7 +144,7 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
             if config.resume:
                 report.say(f"resuming {output} at step {int(state.step)}")
             try:
-                state, seconds = _run(config, state, model, data, optimizer, steps, checkpoints, report)
+                state, seconds = _run(config, state, model, data, optimizer, recipe, steps, checkpoints, report)
             finally:
                 report.close()
         finally:
@@ -165,12 +166,13 @@ def _run(
     model: Backbone,
     data: Data,
     optimizer: optax.GradientTransformation,
+    recipe: Recipe,
     steps: int,
     checkpoints: Checkpoints,
     report: Report,
 ) -> tuple[TrainState, float]:
     """All remaining steps. Returns the last state and the seconds spent in steps (evaluation and saving excluded)."""
-    schedule, recipe = learning_rate(config, steps), Recipe.of(config, steps)
+    schedule = learning_rate(config, steps)
     step, seconds = int(state.step), 0.0
 
     def evaluate() -> None:
@@ -248,9 +250,6 @@ def _stop_signals() -> Iterator[Callable[[], int]]:
 
 def _identity(config: TrainConfig, adapter: AdapterConfig, **more: Any) -> dict[str, Any]:
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IDENTITY}
-    for name, usual in LATER.items():  # checkpoints from before are without it
-        if settings[name] == usual:
-            del settings[name]
     return json.loads(json.dumps({**settings, **adapter.table(), **more}))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from adafuse_jax.adapters.low_rank import LoRAExperts
@@ -53,41 +54,38 @@ def _over_experts(merge: Callable[[Array], Array], tree: Any) -> Any:
     return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, LoRAExperts))
 
 
-def tied(adapter: Any) -> Any:
-    """The adapter with the first expert in the place of all."""
-    return _over_experts(lambda leaf: leaf[:, :1], adapter)
-
-
 def tied_gradients(gradients: Any) -> Any:
     """Σ_e ∇_e / √E for every expert."""
     return _over_experts(lambda leaf: leaf.sum(1, keepdims=True) * leaf.shape[1] ** -0.5, gradients)
 
 
-def zero_routers(updates: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, u: jnp.zeros_like(u) if is_router(path) else u, updates)
-
-
-def steps_of(share: float, steps: int) -> int:
-    """How many of a run's steps a share is, rounded up."""
-    return math.ceil(round(share * steps, 6))
-
-
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """In which steps experts are tied, and routers learn: those below these numbers; None is all."""
+    """How many of a run's first steps experts are tied for, and routers learn in. None: for no step, and in all of them."""
 
-    tied: int = 0
-    routers: int | None = None
+    tied: Any = None
+    routers: Any = None
 
     @classmethod
-    def of(cls, config: TrainConfig, steps: int) -> Recipe:
-        """Of a run of so many steps."""
-        routers = None if config.router_share == 1 else steps_of(config.router_share, steps)
-        return cls(tied=steps_of(config.tied_share, steps), routers=routers)
+    def of(cls, tied_share: float, router_share: float, steps: int) -> Recipe:
+        """Of a run of so many steps; a share of them is rounded up."""
+
+        def first(share: float) -> Any:
+            return np.int32(math.ceil(round(share * steps, 6)))
+
+        return cls(
+            tied=None if tied_share == 0 else first(tied_share),
+            routers=None if router_share == 1 else first(router_share),
+        )
+
+    def start(self, adapter: Any) -> Any:
+        """What a run begins with: if experts will be tied, the first one in the place of all."""
+        return adapter if self.tied is None else _over_experts(lambda leaf: leaf[:, :1], adapter)
 
     def gradients(self, gradients: Any, step: Int[Array, ""]) -> Any:
         """What is clipped: in the gradients' place, those of tied experts. A settled router's count, though it stays."""
-        if self.tied == 0:
+        if self.tied is None:
             return gradients
         return jax.tree.map(partial(jnp.where, step < self.tied), tied_gradients(gradients), gradients)
 
@@ -95,4 +93,7 @@ class Recipe:
         """What is added to the parameters."""
         if self.routers is None:
             return updates
-        return jax.tree.map(partial(jnp.where, step >= self.routers), zero_routers(updates), updates)
+        stays = step >= self.routers
+        return jax.tree_util.tree_map_with_path(
+            lambda path, update: jnp.where(stays, 0, update) if is_router(path) else update, updates
+        )

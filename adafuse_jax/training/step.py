@@ -97,7 +97,7 @@ def token_losses(
     return jax.lax.scan(add_chunk, jnp.zeros(batch), inputs)[0]
 
 
-@partial(jax.jit, static_argnames=("optimizer", "remat", "recipe"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("optimizer", "remat"), donate_argnames="state")
 def train_step(
     state: TrainState,
     model: Backbone,
