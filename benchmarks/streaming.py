@@ -79,12 +79,7 @@ def make(way: Way, num_blocks: int) -> Callable[[Array, Array], Array]:
         @pl.when(lax.axis_index("group") == 1)
         def _copy():
             def phase(layer, filled):
-                filled = filled.begin()
-
-                def fill(i, filled):
-                    return ring.fill(filled, [lambda: [source(layer, i)]])
-
-                return lax.fori_loop(0, per_phase, fill, filled)
+                return ring.fill(filled.begin(), per_phase, lambda i: ([lambda: [source(layer, i)]], 0))
 
             lax.fori_loop(0, LAYERS, phase, ring.start())
 

@@ -28,7 +28,7 @@ from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.fused import Fused, fused_obstacle, fused_step
 from adafuse_jax.sharding import AXIS, make_mesh, place_state, shard
 from pallas_kernels.decode_token import decode_token, mosaic
-from pallas_kernels.decode_token.plan import PIECE
+from pallas_kernels.decode_token.plan import ADDED_UP, PIECE
 
 
 def run(family: str, targets: tuple[str, ...], devices: int) -> dict:
@@ -85,11 +85,12 @@ def one_share(inputs, plan, model, *, axis, **_):
         return x * lax.rsqrt((x * x).mean(-1, keepdims=True) + model.norm_eps) * weight
 
     def linear(name, layer, h):
-        y = h @ inputs["weights"][name][layer].T + (inputs["biases"][name][layer] if name in inputs["biases"] else 0)
+        y = h @ inputs["weights"][name][layer].T
         if name in inputs.get("a", ()):
             for expert, gates in zip(inputs["experts"], inputs["gates"], strict=True):
                 y += gates[:, None] * (h @ inputs["a"][name][layer, expert].T @ inputs["b"][name][layer, expert].T)
-        return y
+        y = lax.psum(y, axis) if axis is not None and name in ADDED_UP else y
+        return y + (inputs["biases"][name][layer] if name in inputs["biases"] else 0)
 
     def rotated(heads, norm, layer):
         if norm is not None:
@@ -113,20 +114,18 @@ def one_share(inputs, plan, model, *, axis, **_):
             out.append(jnp.einsum("hs,shd->hd", weights, values).reshape(-1))
         return jnp.pad(jnp.stack(out), ((0, n - rows), (0, 0)))
 
-    def over_devices(y):
-        return y if axis is None else lax.psum(y, axis)
-
     k_new, v_new = [], []
     for layer in range(model.num_layers):
         h = normed(x, inputs["norms"][2 * layer])
         q, k, v = (linear(f"{c}_proj", layer, h).reshape(n, -1, head_dim) for c in "qkv")
         q, k = (rotated(heads, inputs.get(f"{c}_norm"), layer) for c, heads in (("q", q), ("k", k)))
-        x += over_devices(linear("o_proj", layer, attention(q, k, v, layer)))
+        x += linear("o_proj", layer, attention(q, k, v, layer))
         h = normed(x, inputs["norms"][2 * layer + 1])
         hidden = jax.nn.silu(linear("gate_proj", layer, h)) * linear("up_proj", layer, h)
-        x += over_devices(linear("down_proj", layer, hidden))
+        x += linear("down_proj", layer, hidden)
         k_new, v_new = [*k_new, k], [*v_new, v]
     logits = normed(x, inputs["norms"][-1]) @ inputs["weights"]["lm_head"].T
+    logits = logits if axis is None else lax.all_gather(logits, axis, axis=1, tiled=True)
     return logits.T, *(jnp.stack(new).astype(jnp.bfloat16) for new in (k_new, v_new))
 
 

@@ -139,11 +139,12 @@ INTERPRETED = {
     "all 7, two rows": (Case(batch=2, targets=LINEARS), {"num_blocks": 3, "one_launch": False}),
     "128 dimensions, norms, biases, rank 40": (
         Case(
-            embed_dim=192, hidden_dim=320, heads=(4, 2, 128), targets=("q_proj", "v_proj", "down_proj"), rank=40, top_k=1,
-            bias=True, qk_norm=True,
+            embed_dim=192, hidden_dim=320, heads=(4, 2, 128), targets=("q_proj", "v_proj", "o_proj", "down_proj"),
+            rank=40, top_k=1, bias=True, qk_norm=True,
         ),
         {"num_blocks": 3, "one_launch": False},
     ),
+    "all 7, three experts": (Case(targets=LINEARS, top_k=3), {"num_blocks": 3, "one_launch": False}),
     "more query heads than attention takes together": (
         Case(heads=(11, 1, 64), embed_dim=704, position=100), {"num_blocks": 2, "one_launch": False}
     ),
@@ -279,7 +280,7 @@ def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_blocks):
                     chunks.update((unit, c) for c in range(low, high))
         assert set(chunks.values()) == {1}
         assert len(chunks) == units * group.in_dim // 64
-        assert 1 <= group.a_parts <= group.chunks // group.slices
+        assert (group.a_before == 0) <= group.a_parts <= group.chunks // group.slices
     assert plan.slots >= 4
     assert plan.slots * 128 * 64 * 2 + (plan.x_rows + plan.h_rows) * 64 * 2 < SHARED_MEMORY
 

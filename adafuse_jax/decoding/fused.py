@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -219,8 +218,7 @@ def _over_devices(
 
     def token(*arguments: Any) -> tuple[Array, Array, Array]:
         axis = AXIS if mesh.size > 1 else None
-        logits, k, v = decode_token(shape_of(config, mesh.size), *arguments, axis=axis, **options)
-        return lax.all_gather(logits, AXIS, axis=1, tiled=True), k, v
+        return decode_token(shape_of(config, mesh.size), *arguments, axis=axis, **options)
 
     new = PartitionSpec(None, None, AXIS)
     return jax.shard_map(

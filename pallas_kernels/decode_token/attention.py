@@ -9,6 +9,8 @@ with the linears, what comes from the cache is the tensor cores' left operand, h
 
 What the columns of queries that do not exist hold is never used. The new key and value are not in the cache yet: the unit
 of the first part begins its softmax with them. Softmax is in fp32 and base 2.
+
+Of a single row whose context has one part, a unit multiplies the columns of o_proj's A with the context of its heads, too.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan
+from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan, div
 from pallas_kernels.decode_token.ring import Filled, Ring
-from pallas_kernels.decode_token.shares import divmod_, pick, share
+from pallas_kernels.decode_token.shares import divmod_, pick, ranks_of, share
 from pallas_kernels.decode_token.tiles import (
     COLUMNS,
     ROWS,
@@ -32,6 +34,7 @@ from pallas_kernels.decode_token.tiles import (
     load_transposed,
     over_columns,
     over_rows,
+    part_of_single,
     store,
     store_transposed,
 )
@@ -66,15 +69,15 @@ class Attention:
     def _unit(self, n, first, splits):
         """(row, key-value head, group of its queries, part of the context)."""
         unit = first + n * self.plan.num_blocks
-        unit, split = unit // splits, unit % splits
-        unit, group = unit // self.groups, unit % self.groups
-        return unit // self.num_kv_heads, unit % self.num_kv_heads, group, split
+        unit, split = divmod_(unit, splits)
+        unit, group = divmod_(unit, self.groups)
+        return *divmod_(unit, self.num_kv_heads), group, split
 
     def _tiles(self, position, window, split):
         """(first, how many) tiles of the cache belong to this part: those with positions in the window, shared evenly."""
-        begin = jnp.maximum(position - window + 1, 0) // TILE
-        tiles = (position + TILE - 1) // TILE - begin
-        low, high = tiles * split // self.plan.splits, tiles * (split + 1) // self.plan.splits
+        begin = div(jnp.maximum(position - window + 1, 0), TILE)
+        tiles = div(position + TILE - 1, TILE) - begin
+        low, high = (div(tiles * i, self.plan.splits) for i in (split, split + 1))
         return begin + low, high - low
 
     def copy(self, layer, filled: Filled) -> Filled:
@@ -82,23 +85,21 @@ class Attention:
         window = self.memory.windows[layer]
 
         def unit(n, filled):
-            row, head, _, split = self._unit(n, first, self.plan.splits)
+            row, head, group, split = self._unit(n, first, self.plan.splits)
             start, tiles = self._tiles(pick(self.memory.scalars.positions, row), window, split)
 
-            def tile(t, filled):
-                rows = pl.ds((start + t) * TILE, TILE)
+            def part(n):
+                tile, place = divmod_(n, 2 * self.parts)
+                kind, at = divmod_(place, self.parts)
+                rows = pl.ds((start + tile) * TILE, TILE)
 
-                def part(n, filled):
-                    kind, at = divmod_(n, self.parts)
+                def of(cache):
+                    return lambda: (cache.at[layer, row, rows, head, pl.ds(at * PIECE, PIECE)],)
 
-                    def of(cache):
-                        return lambda: (cache.at[layer, row, rows, head, pl.ds(at * PIECE, PIECE)],)
+                return [of(self.memory.cache_k), of(self.memory.cache_v)], kind
 
-                    return self.ring.fill(filled, [of(self.memory.cache_k), of(self.memory.cache_v)], kind)
-
-                return lax.fori_loop(0, 2 * self.parts, part, filled)
-
-            return lax.fori_loop(0, tiles, tile, filled)
+            filled = self.ring.fill(filled, tiles * 2 * self.parts, part)
+            return filled if not self.plan.o.a_before else self._copy_a(layer, head, group, filled)
 
         return lax.fori_loop(0, number, unit, filled)
 
@@ -115,7 +116,7 @@ class Attention:
             values = [load(memory.v_new.at[layer, row, head, c], ROWS).astype(jnp.float32) for c in self._columns]
             score = self._prepare(layer, row, head, group, split, q_smem)
             # Before the first tile: the new token alone for the first part, nothing for the others.
-            has_new = (split == 0).astype(jnp.float32)
+            has_new = jnp.float32(split == 0)
             o = [over_columns(value, SHAPE) * has_new for value in values]
             m = score * has_new + LOWEST * (1 - has_new)
             total = plgpu.layout_cast(jnp.full((QUERIES,), 1.0, jnp.float32), COLUMNS) * has_new
@@ -153,7 +154,10 @@ class Attention:
             *o, m, total, more, count = lax.fori_loop(0, tiles, tile, (*o, m, total, more, count))
             total += more.sum(axis=0)
             if plan.splits == 1:
-                self._store(row, head, group, [x / over_rows(total, SHAPE) for x in o])
+                o = [x / over_rows(total, SHAPE) for x in o]
+                self._store(row, head, group, o)
+                if plan.o.a_before:
+                    count = self._multiply_a(count, head, group, o, q_smem)
             else:
                 place = split, row, head * self.groups + group
                 for part, x in enumerate(o):
@@ -163,6 +167,59 @@ class Attention:
             return count
 
         return lax.fori_loop(0, number, unit, count)
+
+    def _copy_a(self, layer, head, group, filled: Filled) -> Filled:
+        """Columns of the used experts' A of o_proj that belong to a unit's heads, two pieces of ranks a chunk."""
+        used = self.memory.scalars.num_used * self.plan.rank_pieces
+
+        def chunk(n):
+            query, place = divmod_(n, self._pairs * self.parts)
+            pair, part = divmod_(place, self.parts)
+            columns = pl.ds((self._query_head(head, group, query) * self.parts + part) * PIECE, PIECE)
+
+            def of_a():
+                pieces = 2 * pair, jnp.minimum(2 * pair + 1, used - 1)  # of an odd number, the last one comes twice
+                experts = (ranks_of(self.memory.scalars, self.plan, piece) for piece in pieces)
+                return [self.memory.a["o_proj"].at[layer, *expert, columns] for expert in experts]
+
+            return [of_a], 0
+
+        return self.ring.fill(filled, self._queries * self._pairs * self.parts, chunk)
+
+    def _multiply_a(self, count, head, group, o, q_smem):
+        """A part of A x of o_proj, x the context, for each query head of the unit. The context takes the place of the
+        queries."""
+        for part, x in enumerate(o):
+            store_transposed(q_smem.at[part], x)
+        plgpu.commit_smem()
+
+        def product(n, count):
+            query, pair = divmod_(n, self._pairs)
+            chunks = [self.ring.take(count + part, in_halves=True) for part in range(self.parts)]
+            for half in (0, 1):
+                found = self._product(
+                    (chunk.at[pl.ds(half * HALF, HALF)], q_smem.at[part]) for part, chunk in enumerate(chunks)
+                )
+                target = part_of_single(self.memory.t_part, self._query_head(head, group, query), (0, 2 * pair + half))
+                store(target, column(found, query))
+            for part in range(self.parts):
+                self.ring.release(count + part)
+            return count + self.parts
+
+        return lax.fori_loop(0, self._queries * self._pairs, product, count)
+
+    @property
+    def _queries(self) -> int:
+        """Query heads of a unit, if all units have as many."""
+        return min(QUERIES, self.group_size)
+
+    @property
+    def _pairs(self):
+        """Of pieces of the ranks of all experts in use."""
+        return div(self.memory.scalars.num_used * self.plan.rank_pieces + 1, 2)
+
+    def _query_head(self, head, group, query):
+        return head * self.group_size + group * QUERIES + query
 
     def combine(self):
         """o = Σ_split 2^(m_split − m) o_split / Σ_split 2^(m_split − m) l_split."""
@@ -207,8 +264,8 @@ class Attention:
     def _store(self, row, head, group, o):
         """The columns of oᵀ, one for each query head, into the context."""
         memory = self.memory
-        for query in range(min(QUERIES, self.group_size)):
-            query_head = head * self.group_size + group * QUERIES + query
+        for query in range(self._queries):
+            query_head = self._query_head(head, group, query)
 
             def store_query(query=query, query_head=query_head):
                 for part, x in enumerate(o):

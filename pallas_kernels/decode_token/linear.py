@@ -8,7 +8,8 @@
 
 From A x to B h blocks exchange. So A comes first, and most of it in blocks that have less of W; h is gathered by blocks that
 have nothing else to do, or else late; and B comes last. A block counts a semaphore up when its products are done, and
-finishes as soon as the others of its member have too.
+finishes as soon as the others of its member have too. Of a single row, attention has multiplied o's A already, head by head:
+the phase is too short to hide an exchange.
 
 All products of a group go through one loop, and so do all copies, though that means to find out each time which it is: the
 kernel runs through its instructions once a layer, and once they are more than the 128 KB that a multiprocessor keeps,
@@ -34,9 +35,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Group, Plan, input_rows
+from pallas_kernels.decode_token.peers import Peers
+from pallas_kernels.decode_token.plan import ADDED_UP, HALF, PIECE, QUERIES, TILE, Group, Plan, div, input_rows
 from pallas_kernels.decode_token.ring import Filled, Ring
-from pallas_kernels.decode_token.shares import Shares, divmod_, pick
+from pallas_kernels.decode_token.shares import Shares, divmod_, ranks_of
 from pallas_kernels.decode_token.tiles import (
     COLUMNS,
     ROWS,
@@ -44,6 +46,7 @@ from pallas_kernels.decode_token.tiles import (
     load,
     over_columns,
     over_rows,
+    part_of_single,
     store,
     store_transposed,
     sum_of,
@@ -58,6 +61,8 @@ def steps_of(group: Group, single: bool) -> tuple[str, ...]:
     """Those that it has something to do in."""
     if not group.adapted:
         return "products", "finish"
+    if not group.a_parts:
+        return "products", "finish"
     return ("experts", "products", "finish") if single else STEPS
 
 
@@ -66,7 +71,8 @@ class Linears:
     `y_part`, S + 1 of every half of a tile, and `t_part`, S · parts of every piece of ranks of every target, and `h`
     [targets · U · pieces · N + HALF, PIECE]; `gates` [U, N]; `squares` [halves of tiles, N]; `r` [blocks, N]; and the
     `scalars`. `semaphores` (None where blocks do not run at the same time) has one for A, one for h, and one for each
-    member. `steps`: which of STEPS are done. `turn(layer)`: how many layers have run in this launch before this one."""
+    member. `peers`: the devices whose parts of y are added to this one's, in `y_of_all` [ADDED_UP, devices, …], or None.
+    `steps`: which of STEPS are done. `turn(layer)`: how many layers have run in this launch before this one."""
 
     def __init__(
         self,
@@ -80,9 +86,10 @@ class Linears:
         turn: Callable[[Any], Any] = lambda layer: layer,
         norm_dim: int | None,
         eps: float,
+        peers: Peers | None = None,
     ):
         self.group, self.plan, self.memory, self.ring, self.semaphores = group, plan, memory, ring, semaphores
-        self.steps, self.turn, self.norm_dim, self.eps = steps, turn, norm_dim, eps
+        self.steps, self.turn, self.norm_dim, self.eps, self.peers = steps, turn, norm_dim, eps, peers
         self.shares = Shares(group, plan, memory.scalars, lax.axis_index("block"))
         self.gather_first = group.gatherers < plan.num_blocks
 
@@ -95,16 +102,13 @@ class Linears:
     def copy(self, layer, filled: Filled) -> Filled:
         """Fill the ring with what `compute` takes from it."""
         memory, group = self.memory, self.group
-
-        def expert(piece):
-            number, part = divmod_(piece, self.plan.rank_pieces)
-            return pick(memory.scalars.experts, number), pl.ds(part * PIECE, PIECE)
+        expert = partial(ranks_of, memory.scalars, self.plan)
 
         def product(n, filled):
             of = self.shares.product(n)
             rows = pl.ds(of.tile * TILE, TILE)
 
-            def chunk(c, filled):
+            def chunk(c):
                 columns = pl.ds((of.first + c) * PIECE, PIECE)
 
                 def of_a(name):
@@ -120,11 +124,11 @@ class Linears:
                     number, ranks = expert(c)
                     return [memory.b[name].at[layer, number, rows, ranks]]
 
-                kinds = (of_a, group.adapted), (of_w, group.outs), (of_b, group.adapted)
+                kinds = (of_a, group.adapted if group.a_parts else ()), (of_w, group.outs), (of_b, group.adapted)
                 sources = [partial(kind, name) for kind, names in kinds for name in names]
-                return self.ring.fill(filled, sources, of.source)
+                return sources, of.source
 
-            return lax.fori_loop(0, of.chunks, chunk, filled)
+            return self.ring.fill(filled, of.chunks, chunk)
 
         begin, end = self._span()
         return lax.fori_loop(begin, end, product, filled)
@@ -143,7 +147,7 @@ class Linears:
             self._gather(layer)
         if "products" in self.steps:
             with jax.named_scope("signal"):
-                pl.when(self.shares.member < self.group.members)(lambda: self._signal(2 + self.shares.member))
+                pl.when(self.shares.member < self.group.members)(self._signal_finished)
         if "finish" in self.steps:
             with jax.named_scope("finish"):
                 number, at = self.shares.finish_share()
@@ -160,6 +164,23 @@ class Linears:
             semaphore = self.semaphores.at[self.group.first_semaphore + number]
             plgpu.semaphore_wait(semaphore, signals * (self.turn(layer) + 1), decrement=False, memory_scope="gpu")
 
+    def _signal_finished(self):
+        """The products of this block's units are done."""
+        number = 2 + self.shares.member
+        if self.peers is None:
+            self._signal(number)
+        else:
+            self.peers.signal(self.semaphores.at[self.group.first_semaphore + number])
+
+    def _wait_for_finished(self, layer):
+        """Those of all slices of this block's units are, on all devices."""
+        number, slices = 2 + self.shares.member, self.group.slices
+        if self.peers is None:
+            self._wait(number, slices, layer)
+        else:
+            signals = self.peers.number * slices * (self.turn(layer) + 1)
+            self.peers.wait(self.semaphores.at[self.group.first_semaphore + number], signals)
+
     def _to_smem(self, source, start, rows: int, operand_smem, place: int):
         """As the right operand, `rows` rows of activations from `start` on, a multiple of HALF, from row `place` on."""
         for some in batched(range(0, rows, HALF), 4):  # as many as the registers have room for
@@ -170,14 +191,16 @@ class Linears:
 
     def _products(self, layer, count, operand_smem):
         """Those of A, W and B in one loop, so that there is one piece of code for all. On the way r is found, after the
-        first product of W, and h gathered: by idle blocks at once, or by all before their last units; a single row's where
-        it is needed. Weights are under way then, and nobody else waits."""
+        first product of W, and h gathered: by idle blocks at once, or by all before their last units; a single row's by
+        those who need it, before their last product of W. Weights are under way then, and nobody else waits."""
         group, plan, shares = self.group, self.plan, self.shares
         begin, end = self._span()
         first_w, gather_at = shares.num_a, None
+        # Before the last of several products of W, whose chunks come meanwhile; a short phase has but one, and h later.
+        own_h_at = first_w + shares.num_w - jnp.where(shares.num_w > 1, 1, 0)
         if "gather" in self.steps:
             units = shares.num_units
-            late = first_w + group.width * jnp.maximum(units - 1 - units // 4, 0)
+            late = first_w + group.width * jnp.maximum(units - 1 - div(units, 4), 0)
             gather_at = first_w if self.gather_first else late
 
         def product(n, count):
@@ -187,10 +210,14 @@ class Linears:
             wanted = True if gather_at is None else n < end
             row, chunks = (of.first - shares.first_chunk) * plan.columns, of.chunks
             if group.adapted:
-                row = jnp.where(of.of_b, plan.x_rows, row)
                 wanted &= of.chunks > 0
-                pl.when(wanted & of.of_b)(lambda: self._take_h(of.place, layer, operand_smem))
                 chunks = jnp.where(wanted, chunks, 0)
+            if group.adapted and plan.single:
+                row = jnp.where(of.of_b, plan.x_rows + of.place * plan.pieces * QUERIES, row)
+                pl.when((n == own_h_at) & (shares.num_b > 0))(lambda: self._gather_own_h(layer, operand_smem))
+            elif group.adapted:
+                row = jnp.where(of.of_b, plan.x_rows, row)
+                pl.when(wanted & of.of_b)(lambda: self._take_h(of.place, layer, operand_smem))
 
             def multiply(*accs):
                 after = self._multiply(accs, count, chunks, operand_smem, row, of.of_a)
@@ -207,12 +234,14 @@ class Linears:
             def put_y():
                 tile = shares.tile_number(of.linear, of.tile)
                 for half, values in enumerate(columns):
-                    self._put(self.memory.y_part, of.part, (tile, half), values)
+                    self._put_y(of.part, (tile, half), values)
 
-            if group.adapted:
+            if group.a_parts:
                 pl.when(wanted & of.of_a)(put_t)
                 pl.when(n == first_w - 1)(lambda: self._signal(0))
                 pl.when(wanted & jnp.logical_not(of.of_a))(put_y)
+            elif group.adapted:
+                pl.when(wanted)(put_y)
             else:
                 put_y()
             pl.when(n == first_w)(self._find_r)
@@ -228,12 +257,30 @@ class Linears:
             return [column(tile, 0)]
         return [tile[:, i * QUERIES : (i + 1) * QUERIES] for i in range(self.shares.narrow)]
 
-    def _put(self, parts_gmem, part, where, columns):
+    def _put(self, parts_gmem, part, where, columns, put=store):
         for i, values in enumerate(columns):
             if self.plan.single:
-                store(parts_gmem.at[part // QUERIES, *where, 0, :, part % QUERIES], values)
+                put(part_of_single(parts_gmem, part, where), values)
             else:
-                store(parts_gmem.at[part, *where, i], values)
+                put(parts_gmem.at[part, *where, i], values)
+
+    def _put_y(self, part, where, columns):
+        if self.peers is None:
+            self._put(self.memory.y_part, part, where, columns)
+        else:
+            self._put(self._y_of(self.peers.own), part, where, columns, self.peers.store)
+
+    def _y_of(self, device):
+        """The parts of y that a device has found."""
+        (linear,) = self.group.outs
+        return self.memory.y_of_all.at[ADDED_UP.index(linear), device]
+
+    def _sum_y(self, where, i, more):
+        """Of all parts, of all devices."""
+        slices = self.group.slices
+        if self.peers is None:
+            return self._sum(self.memory.y_part, slices, where, i, more=more)
+        return sum_of([self._sum(self._y_of(d), slices, where, i, more=more) for d in range(self.peers.number)])
 
     def _sum(self, parts_gmem, parts: int, where, i, more: Any = False):
         """Σ of the first `parts` parts, and of the next one if there are `more`, its i-th narrow piece."""
@@ -284,11 +331,11 @@ class Linears:
         first, *others = group.passes
         put_first = None if others else follow(first, row_of(first), columns)  # before the wait, if it is certain
         r = None if self.norm_dim is None else load(memory.r.at[self.shares.block, columns], COLUMNS)
-        pl.when(n == 0)(lambda: self._wait(2 + self.shares.member, group.slices, layer))
+        pl.when(n == 0)(lambda: self._wait_for_finished(layer))
         values = []
         for place in range(group.width):
             number = self.shares.tile_number(linear + place, tile)
-            y = self._sum(memory.y_part, group.slices, (number, half), i, more=self.shares.is_adapted(linear + place))
+            y = self._sum_y((number, half), i, more=self.shares.is_adapted(linear + place))
             values.append(y if r is None else y * over_rows(r, shape))
 
         def finish(names):
@@ -338,26 +385,35 @@ class Linears:
 
     def _h_piece(self, place, piece, i):
         """[PIECE, QUERIES] of h, in fp32."""
-        t = self._sum(self.memory.t_part, self.group.slices * self.group.a_parts, (place, piece), i)
+        t = self._sum(self.memory.t_part, self.group.a_sum, (place, piece), i)
         expert = divmod_(piece, self.plan.rank_pieces)[0]
         gate = load(self.memory.gates.at[expert, pl.ds(i * QUERIES, QUERIES)], COLUMNS)
         return t * over_rows(gate, t.shape)
 
     def _take_h(self, place, layer, operand_smem):
         """h of a linear as the right operand of B, after x."""
-        plan, group = self.plan, self.group
-        if plan.single:  # to gather it oneself is less than an exchange more
+        plan = self.plan
+        self._wait(1, jnp.minimum(self.shares.h_pieces, self.group.gatherers), layer)
+        start = place * plan.pieces * plan.columns
+        self._to_smem(self.memory.h, start, input_rows(plan.pieces, plan.columns), operand_smem, plan.x_rows)
+
+    def _gather_own_h(self, layer, operand_smem):
+        """h of a single row, of each linear of whose B this block has tiles, after x: to gather it oneself is less than an
+        exchange more."""
+        if self.group.a_parts:
             self._wait(0, self.shares.a_blocks(), layer)
 
+        def of_tile(n, _):
+            _, _, place, number = self.shares.b_tile(n)
+
             def gather(pair, _):
-                pieces = [jnp.minimum(2 * pair + i, self.shares.used_pieces - 1) for i in (0, 1)]
+                pieces = [jnp.minimum(2 * pair + i, number - 1) for i in (0, 1)]
                 found = [self._h_piece(place, piece, 0) for piece in pieces]  # both are on their way at once
                 for piece, h in zip(pieces, found, strict=True):
-                    store_transposed(operand_smem.at[pl.ds(plan.x_rows + piece * QUERIES, QUERIES)], h)
+                    row = self.plan.x_rows + (place * self.plan.pieces + piece) * QUERIES
+                    store_transposed(operand_smem.at[pl.ds(row, QUERIES)], h)
 
-            lax.fori_loop(0, (self.shares.used_pieces + 1) // 2, gather, None)
-            plgpu.commit_smem()
-        else:
-            self._wait(1, jnp.minimum(self.shares.h_pieces, group.gatherers), layer)
-            start = place * plan.pieces * plan.columns
-            self._to_smem(self.memory.h, start, input_rows(plan.pieces, plan.columns), operand_smem, plan.x_rows)
+            lax.fori_loop(0, div(number + 1, 2), gather, None)
+
+        lax.fori_loop(0, self.shares.num_b, of_tile, None)
+        plgpu.commit_smem()

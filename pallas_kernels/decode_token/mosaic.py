@@ -18,7 +18,6 @@ Several devices run it together on the model's shares: then the y of o and down 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,8 +32,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_token.attention import Attention, rounded
 from pallas_kernels.decode_token.linear import Linears, steps_of
-from pallas_kernels.decode_token.peers import Peers, places
-from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan, exchanged
+from pallas_kernels.decode_token.peers import Peers
+from pallas_kernels.decode_token.plan import ADDED_UP, HALF, PIECE, QUERIES, TILE, Plan, div, exchanged, rem
 from pallas_kernels.decode_token.ring import Ring
 from pallas_kernels.decode_token.shares import Scalars
 from pallas_kernels.decode_token.tiles import (
@@ -84,6 +83,7 @@ def _phases(
                 steps=these,
                 norm_dim=embed_dim if normed else None,
                 eps=model.norm_eps,
+                peers=peers if group.added_up else None,
             )
 
             def compute(layer, count, linears=linears):
@@ -94,10 +94,10 @@ def _phases(
 
     def rows_of(ref, row, columns):
         """[QUERIES, HALF] of activations in pieces."""
-        return ref.at[pl.ds(row // PIECE * plan.columns + columns.start, columns.size)]
+        return ref.at[pl.ds(div(row, PIECE) * plan.columns + columns.start, columns.size)]
 
     def to_heads(layer, names, row, columns):
-        (name,), head, part = names, row // head_dim, row % head_dim
+        (name,), head, part = names, div(row, head_dim), rem(row, head_dim)
         if name == "v_proj":
             return partial(store_transposed, m.v_new.at[layer, columns, head, pl.ds(part, HALF)])
         raw = m.q_raw if name == "q_proj" else m.k_raw
@@ -108,19 +108,17 @@ def _phases(
 
         return put
 
-    def to_residual(linear, next_norm):
+    def to_residual(next_norm):
         def follow(layer, names, row, columns):
             x_rows = rows_of(m.x, row, columns)
             x = load_transposed(x_rows).astype(jnp.float32)
             weight = load(m.norms.at[next_norm(layer), pl.ds(row, HALF)], ROWS).astype(jnp.float32)
 
             def put(value):
-                if peers is not None:
-                    value = peers.sum(layer, linear, row // HALF, columns.start // QUERIES, value)
                 after = rounded(x + rounded(value, m.x.dtype), m.x.dtype)
                 store_transposed(x_rows, after)
                 store_transposed(rows_of(m.x_weighted, row, columns), after * over_columns(weight, after.shape))
-                store(m.squares.at[row // HALF, columns], (after * after).sum(axis=0))
+                store(m.squares.at[div(row, HALF), columns], (after * after).sum(axis=0))
 
             return put
 
@@ -135,7 +133,10 @@ def _phases(
 
     def to_logits(layer, names, row, columns):
         def put(value):
-            store(m.logits.at[pl.ds(row, HALF), columns], value)
+            if peers is None:
+                store(m.logits.at[pl.ds(row, HALF), columns], value)
+            else:
+                peers.store(m.logits.at[pl.ds(peers.own * model.vocab_size + row, HALF), columns], value)
 
         return put
 
@@ -153,9 +154,9 @@ def _phases(
         *phases_of(plan.qkv, True, m.x_weighted, to_heads),
         Phase(attention.copy, attend),
         *([Phase(lambda layer, filled: filled, combine)] if plan.splits > 1 else []),
-        *phases_of(plan.o, False, m.context, to_residual("o_proj", lambda layer: 2 * layer + 1)),
+        *phases_of(plan.o, False, m.context, to_residual(lambda layer: 2 * layer + 1)),
         *phases_of(plan.gate_up, True, m.x_weighted, to_hidden),
-        *phases_of(plan.down, False, m.hidden, to_residual("down_proj", lambda layer: 2 * layer + 2)),
+        *phases_of(plan.down, False, m.hidden, to_residual(lambda layer: 2 * layer + 2)),
     ]
     return layer_phases, phases_of(plan.head, True, m.x_weighted, to_logits)
 
@@ -173,8 +174,7 @@ def _kernel(*refs, names, plan, model, span, axis, compiled, **scratch):
         arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
         semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((plan.num_semaphores,)))
         if axis is not None:
-            of_peers = plgpu.SemaphoreType.REGULAR((math.prod(places(model.embed_dim, plan.columns)),))
-            peers = Peers(axis, m.received, pl.get_global(of_peers))
+            peers = Peers(axis, pl.get_global(plgpu.SemaphoreType.REGULAR))
     layer_phases, last_phases = _phases(plan, m, s, ring, semaphores, peers, model, compiled)
     low, high, these, last = span
     layer_phases, last_phases = layer_phases[slice(*these)], last_phases[slice(*last)]
@@ -210,7 +210,12 @@ def _kernel(*refs, names, plan, model, span, axis, compiled, **scratch):
 
     is_copier = lax.axis_index("group") == 1
     pl.when(is_copier)(lambda: run(copy, ring.start(), lambda number: None))
-    pl.when(jnp.logical_not(is_copier))(lambda: run(compute, jnp.int32(0), barrier))
+
+    @pl.when(jnp.logical_not(is_copier))
+    def _():
+        run(compute, jnp.int32(0), barrier)
+        if peers is not None:
+            peers.wait_for_all(plan.num_blocks)
 
 
 def _nested(names: Sequence[tuple[str, ...]], refs: Sequence[Any]) -> SimpleNamespace:
@@ -251,8 +256,10 @@ def run_token(
         buffers["o_part"] = ((*split, model.head_dim // PIECE, HALF, QUERIES), jnp.float32)
         buffers |= dict.fromkeys(("max_part", "sum_part"), ((*split, QUERIES), jnp.float32))
     if axis is not None:
-        linears, *pieces = places(model.embed_dim, n)
-        buffers["received"] = ((linears, lax.axis_size(axis), *pieces, HALF, QUERIES), jnp.float32)
+        devices = lax.axis_size(axis)
+        parts = exchanged([group for group in plan.groups if group.added_up], plan, dtype)["y_part"]
+        buffers["y_of_all"] = (len(ADDED_UP), devices, *parts[0]), parts[1]
+        buffers["logits"] = (devices * model.vocab_size, n), jnp.float32
     flat: list[tuple[tuple[str, ...], Any]] = [((k,), v) for k, v in inputs.items() if not isinstance(v, dict)]
     flat += [((k, name), v) for k, d in inputs.items() if isinstance(d, dict) for name, v in d.items()]
     changed = ("x", "x_weighted", "squares")

@@ -16,10 +16,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_token.peers import ADDED_UP
 from pallas_kernels.decode_token.plan import (
     HALF,
     MIN_SLOTS,
@@ -149,7 +147,8 @@ def decode_token(
     """Logits (fp32), and the keys and values of the token, which the caller writes into the cache.
 
     Several devices do it together in a `jax.shard_map` over `axis`: each has the query and key-value heads, hidden units and
-    tokens of its own, `shape` tells how many, and arrays that are not cut by them are whole. So are x and the experts.
+    tokens of its own, `shape` tells how many, and arrays that are not cut by them are whole. So are x, the experts and, in
+    the end, the logits.
 
     Args:
       x: embeddings of the tokens.
@@ -180,10 +179,6 @@ def decode_token(
     if why_not is not None:
         raise ValueError(f"decode_token cannot run: {why_not}")
     plan = plan_for(shape, experts, batch, slots, blocks)
-    biases = weights.biases
-    if axis is not None:  # what is added up over the devices must be there once
-        first = lax.axis_index(axis) == 0
-        biases = {name: jnp.where(first | (name not in ADDED_UP), bias, 0) for name, bias in biases.items()}
     rows = ((0, plan.columns - batch), (0, 0))
     x = jnp.pad(x, rows)
 
@@ -198,7 +193,7 @@ def decode_token(
         "positions": jnp.minimum(positions, slots).astype(jnp.int32), "windows": weights.windows,
         "cos": jnp.pad(jnp.concatenate([cos, cos], axis=-1), rows), "norms": weights.norms,
         "sin": jnp.pad(jnp.concatenate([-sin, sin], axis=-1), rows),
-        "cache_k": cache_k, "cache_v": cache_v, "weights": weights.linears, "biases": biases,
+        "cache_k": cache_k, "cache_v": cache_v, "weights": weights.linears, "biases": weights.biases,
     }  # fmt: skip
     if weights.q_norm is not None and weights.k_norm is not None:
         inputs |= {"q_norm": to_two(weights.q_norm), "k_norm": to_two(weights.k_norm)}

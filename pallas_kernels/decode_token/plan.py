@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 TILE, HALF = 128, 64
@@ -22,6 +23,8 @@ PIECE = 64
 SHARED_MEMORY = 227 * 1024
 RESERVED = 3 * 1024
 """Of the shared memory: for barriers and for reductions."""
+ADDED_UP = "o_proj", "down_proj"
+"""Linears whose outputs devices that share the model have in parts."""
 QUERIES = 8
 """Columns that the tensor cores multiply at least: query heads of one key that attention takes together."""
 MAX_SLICES, MAX_SLOTS, SMALL_INPUT, MAX_INPUT, MAX_A_PARTS = 16, 13, 24 * 1024, 48 * 1024, 8
@@ -37,6 +40,17 @@ PART_COST = {False: 0.17, True: 0.05}
 """By whether the batch is a single row: how many chunks come while a block adds one more part of A x up."""
 SPLIT_SLOTS = 512
 """Positions of the cache that one thread block reads at least."""
+
+
+def div(n: Any, d: Any) -> Any:
+    """⌊n / d⌋ of what is not negative, as all numbers in the kernels: `//` would ask for the sign first, as `%` would, which
+    takes a third of the time to compile."""
+    return n // d if isinstance(n, int) and isinstance(d, int) else lax.div(n, jnp.int32(d))
+
+
+def rem(n: Any, d: Any) -> Any:
+    """n modulo d, of what is not negative."""
+    return n % d if isinstance(n, int) and isinstance(d, int) else lax.rem(n, jnp.int32(d))
 
 
 def num_tiles(out_dim: int) -> int:
@@ -55,7 +69,9 @@ class Group:
     members: int
     adapted: tuple[str, ...]
     a_parts: int
-    """Of each slice of an expert's A."""
+    """Of each slice of an expert's A; 0 if the group does not multiply A."""
+    a_before: int
+    """Parts of the products of A that are made before the group's phase; 0 if the group makes them."""
     light: int
     """Members, the last ones, that have one unit less than the others; 0 if all have as many."""
     quota: int
@@ -98,9 +114,19 @@ class Group:
         return sum(map(self.units, self.passes[: self.passes.index(names)]))
 
     @property
+    def a_sum(self) -> int:
+        """Parts of A x."""
+        return self.a_before or self.slices * self.a_parts
+
+    @property
     def heavy(self) -> int:
         """Members that are not light."""
         return self.members - self.light
+
+    @property
+    def added_up(self) -> bool:
+        """Whether it is one of `ADDED_UP`."""
+        return set(self.outs) <= set(ADDED_UP)
 
     @property
     def num_semaphores(self) -> int:
@@ -147,7 +173,7 @@ class Plan:
     @property
     def h_rows(self) -> int:
         """Of the experts' right operand."""
-        return expert_rows(self.groups, self.pieces, self.columns)
+        return expert_rows(self.groups, self.pieces, self.columns, self.single)
 
     @property
     def num_semaphores(self) -> int:
@@ -164,9 +190,11 @@ def input_rows(chunks: int, columns: int) -> int:
     return -(-chunks * columns // HALF) * HALF
 
 
-def expert_rows(groups: Sequence[Group], pieces: int, columns: int) -> int:
-    """Rows of `PIECE` numbers that h takes, as they are loaded; without experts what is the least."""
-    return input_rows(pieces, columns) if any(group.adapted for group in groups) else QUERIES
+def expert_rows(groups: Sequence[Group], pieces: int, columns: int, single: bool) -> int:
+    """Rows of `PIECE` numbers that h takes, as they are loaded: of a linear, or of a single row of all that are finished
+    together; without experts what is the least."""
+    most = max(len(group.adapted) for group in groups)
+    return input_rows(pieces * (most if single else 1), columns) if most else QUERIES
 
 
 def slots_beside(rows: int, itemsize: int) -> int:
@@ -200,6 +228,7 @@ def make_group(
     single: bool,
     itemsize: int,
     small_input: int = SMALL_INPUT,
+    a_before: int = 0,
 ) -> Group:
     """The cut into the fewest slices whose longest share is within a twentieth of the shortest there is, if possible with
     `small_input` bytes of a slice of the input at most, and with `MAX_INPUT` at any rate. `pieces`: of the ranks of all
@@ -220,16 +249,18 @@ def make_group(
     small = [s for s in good if -(-chunks // s) * PIECE * columns * itemsize <= small_input]
     slices = (small or good)[0]
     members, adapted = num_blocks // slices, tuple(name for name in names if name in adapted)
+    a_before = a_before if adapted else 0
     light = -units % members
     slice_chunks, pairs, others = -(-chunks // slices), len(adapted) * -(-pieces // 2), members - light
     unit_chunks, idle = len(passes[0]) * slice_chunks, num_blocks - others * slices
-    a_parts, quota = _cut_a(
+    a_parts, quota = (0, 0) if a_before else _cut_a(
         pairs, slice_chunks, others, light, max_parts=min(MAX_A_PARTS, chunks // slices),
         limit=min(unit_chunks, -(-units // members) * unit_chunks - LATE), part_cost=slices * PART_COST[single],
     )  # fmt: skip
     return Group(
         passes=passes, outs=outs, in_dim=in_dim, slices=slices, members=members, adapted=adapted, a_parts=a_parts,
-        light=light, quota=quota, gatherers=idle if len(adapted) * pieces * (columns // QUERIES) <= idle else num_blocks,
+        a_before=a_before, light=light, quota=quota,
+        gatherers=idle if len(adapted) * pieces * (columns // QUERIES) <= idle else num_blocks,
     )  # fmt: skip
 
 
@@ -269,10 +300,18 @@ def make_plan(
         "down": (("down_proj",),), "head": (("lm_head",),),
     }  # fmt: skip
 
+    units = batch * num_kv_heads * -(-group_size // QUERIES)
+    splits = max(1, min(num_blocks // units, cache_slots // SPLIT_SLOTS, 16))
+    full = group_size <= QUERIES or group_size % QUERIES == 0  # all columns of a unit of attention are queries
+    a_before = {"o": num_kv_heads * group_size if batch == splits == 1 and full else 0}
+
     def cut(small_input: int) -> dict[str, Group]:
         options: dict[str, Any] = {"pieces": max_used * rank_pieces, "num_blocks": num_blocks, "columns": columns}
         options |= {"single": batch == 1, "itemsize": itemsize, "small_input": small_input}
-        return {name: make_group(shapes, own, adapted, **options) for name, own in passes.items()}
+        return {
+            name: make_group(shapes, own, adapted, a_before=a_before.get(name, 0), **options)
+            for name, own in passes.items()
+        }
 
     parts = cut(SMALL_INPUT)
     widest = max(group.slice_chunks for group in parts.values()) * PIECE * columns * itemsize
@@ -282,11 +321,9 @@ def make_plan(
     for name, group in parts.items():
         parts[name] = replace(group, first_semaphore=first_semaphore)
         first_semaphore += group.num_semaphores
-    units = batch * num_kv_heads * -(-group_size // QUERIES)
     plan = Plan(
         **parts, columns=columns, single=batch == 1, num_blocks=num_blocks, max_used=max_used, rank_pieces=rank_pieces,
-        slots=0,
-        splits=max(1, min(num_blocks // units, cache_slots // SPLIT_SLOTS, 16)),
+        slots=0, splits=splits,
     )  # fmt: skip
     linear_rows = plan.x_rows + plan.h_rows
     attention_rows = (head_dim // PIECE + TILE // PIECE) * QUERIES  # the two are never used at the same time
@@ -305,7 +342,7 @@ def exchanged(groups: Sequence[Group], plan: Any, dtype: Any) -> dict[str, tuple
 
     buffers = {"y_part": of_parts(slices + bool(targets), max(group.num_tiles for group in groups), 2)}
     if targets:
-        parts = max(group.slices * group.a_parts for group in groups)
+        parts = max(group.a_sum for group in groups)
         buffers["t_part"] = of_parts(parts, targets, plan.pieces + plan.pieces % 2)
     if targets and not plan.single:
         buffers["h"] = ((targets * plan.pieces * plan.columns + HALF, PIECE), dtype)

@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.plan import HALF, QUIET
+from pallas_kernels.decode_token.plan import HALF, QUIET, rem
 
 
 class Filled(NamedTuple):
@@ -45,39 +45,53 @@ class Ring:
         """Nothing, and no exchange to keep quiet for."""
         return Filled(jnp.int32(0), jnp.int32(0), jnp.int32(-self.num_slots))
 
-    def fill(self, filled: Filled, sources: Sequence[Callable[[], Sequence[Any]]], which: Any = 0) -> Filled:
-        """The next chunk, from the `which`-th of the sources: a source gives the chunk, or its two halves. Waiting takes
-        most of the instructions, so whatever comes in one loop shares it."""
-        count, landed, start = filled
-        slot = count % self.num_slots
+    def fill(self, filled: Filled, number: Any, sources_of: Callable[[Any], tuple[Sequence[Any], Any]]) -> Filled:
+        """With the next `number` chunks. `sources_of(c)` gives, of the c-th, sources and which of them it is; a source gives
+        the chunk, or its two halves. Each time round either one copy has landed or one more begins: a loop of its own for
+        waiting would be unrolled, and be a tenth of the kernel's instructions."""
+        begin = filled.count
 
-        @pl.when(count >= self.num_slots)
-        def _():
-            plgpu.barrier_wait(self.empty.at[slot])
+        def must_land(filled):
+            in_flight = jnp.where(filled.count - filled.start < self.num_slots, self.quiet, self.num_slots)
+            return filled.landed < filled.count + 1 - in_flight
 
-        in_flight = jnp.where(count - start < self.num_slots, self.quiet, self.num_slots)
-        must_land = jnp.maximum(landed, count + 1 - in_flight)
-        lax.fori_loop(landed, must_land, lambda i, _: plgpu.barrier_wait(self.full.at[i % self.num_slots]), None)
+        def wait(filled):
+            plgpu.barrier_wait(self.full.at[rem(filled.landed, self.num_slots)])
+            return filled._replace(landed=filled.landed + 1)
 
-        def copy(source):
-            parts = source()
-            for number, (part_gmem, barriers) in enumerate(zip(parts, (self.full, self.other_full), strict=False)):
-                part_smem = self.slots_smem.at[slot]
-                if len(parts) > 1:
-                    part_smem = self.slots_smem.at[slot, pl.ds(number * HALF, HALF)]
-                plgpu.copy_gmem_to_smem(part_gmem, part_smem, barriers.at[slot])
+        def copy(filled):
+            slot = rem(filled.count, self.num_slots)
 
-        for number, source in enumerate(sources):
-            pl.when(which == number)(partial(copy, source)) if len(sources) > 1 else copy(source)
-        return filled._replace(count=count + 1, landed=must_land)
+            @pl.when(filled.count >= self.num_slots)
+            def _():
+                plgpu.barrier_wait(self.empty.at[slot])
+
+            def of(source):
+                parts = source()
+                for number, (part_gmem, barriers) in enumerate(zip(parts, (self.full, self.other_full), strict=False)):
+                    part_smem = self.slots_smem.at[slot]
+                    if len(parts) > 1:
+                        part_smem = self.slots_smem.at[slot, pl.ds(number * HALF, HALF)]
+                    plgpu.copy_gmem_to_smem(part_gmem, part_smem, barriers.at[slot])
+
+            sources, which = sources_of(filled.count - begin)
+            for number, source in enumerate(sources):
+                pl.when(which == number)(partial(of, source)) if len(sources) > 1 else of(source)
+            return filled._replace(count=filled.count + 1)
+
+        return lax.while_loop(
+            lambda filled: filled.count < begin + number,
+            lambda filled: lax.cond(must_land(filled), wait, copy, filled),
+            filled,
+        )
 
     def take(self, count, in_halves: Any = False):
         """The next chunk, when it has come."""
-        slot = count % self.num_slots
+        slot = rem(count, self.num_slots)
         plgpu.barrier_wait(self.full.at[slot])
         if in_halves is not False:
             pl.when(in_halves)(lambda: plgpu.barrier_wait(self.other_full.at[slot]))
         return self.slots_smem.at[slot]
 
     def release(self, count):
-        plgpu.barrier_arrive(self.empty.at[count % self.num_slots])
+        plgpu.barrier_arrive(self.empty.at[rem(count, self.num_slots)])

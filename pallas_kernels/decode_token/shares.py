@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
-from pallas_kernels.decode_token.plan import QUERIES, Group, Plan
+from pallas_kernels.decode_token.plan import PIECE, QUERIES, Group, Plan, div, rem
 
 
 def share(base, count, index, step):
     """Which of `count` things, the first of which has number `base`, have a number that is `index` modulo `step`:
     (the first of them, how many)."""
-    first = (index + step - base % step) % step
-    return first, jnp.maximum(0, (count - first + step - 1) // step)
+    first = rem(index + step - rem(base, step), step)
+    return first, div(jnp.maximum(0, count - first + step - 1), step)
 
 
 class Scalars(NamedTuple):
@@ -36,6 +37,12 @@ class Scalars(NamedTuple):
         return cls(all_of("experts"), (all_of("num_used") or [0])[0], all_of("positions"))
 
 
+def ranks_of(scalars: Scalars, plan: Plan, piece: Any) -> tuple[Any, Any]:
+    """(expert, its ranks) of a piece of the ranks of all experts in use."""
+    number, part = divmod_(piece, plan.rank_pieces)
+    return pick(scalars.experts, number), pl.ds(part * PIECE, PIECE)
+
+
 def pick(values: Sequence[Any], index):
     """values[index]."""
     chosen = values[0]
@@ -51,7 +58,7 @@ def divmod_by_comparing(n, step, most):
 
 
 def divmod_(n, step):
-    return (n, 0) if isinstance(step, int) and step == 1 else (n // step, n % step)
+    return (n, 0) if isinstance(step, int) and step == 1 else (div(n, step), rem(n, step))
 
 
 class Product(NamedTuple):
@@ -81,15 +88,16 @@ class Shares:
 
     def __init__(self, group: Group, plan: Plan, scalars: Scalars, block: Any):
         self.group, self.plan, self.scalars, self.block = group, plan, scalars, block
-        self.slice, self.member = block % group.slices, block // group.slices
-        self.first_chunk = self.slice * group.chunks // group.slices
-        self.num_chunks = (self.slice + 1) * group.chunks // group.slices - self.first_chunk
+        self.slice, self.member = rem(block, group.slices), div(block, group.slices)
+        self.first_chunk = div(self.slice * group.chunks, group.slices)
+        self.num_chunks = div((self.slice + 1) * group.chunks, group.slices) - self.first_chunk
         self.num_units, self.unit = self.units()
         self.num_w = self.num_units * group.width
         self.num_a: Any = 0
         self.num_b: Any = 0
         if group.adapted:
-            self.num_a, self.a_product = self.a_products()
+            if group.a_parts:
+                self.num_a, self.a_product = self.a_products()
             self.num_b, self.b_tile = self.b_tiles()
 
     @property
@@ -117,7 +125,7 @@ class Shares:
     @property
     def _a_products_each(self):
         """Products of A for one slice of one linear."""
-        return (self.used_pieces + 1) // 2 * self.group.a_parts
+        return div(self.used_pieces + 1, 2) * self.group.a_parts
 
     def a_blocks(self):
         """How many blocks have products of A."""
@@ -128,7 +136,7 @@ class Shares:
 
     def chunks_of(self, part):
         """(first chunk, how many) of a part of this block's slice."""
-        low, high = (self.num_chunks * i // self.group.a_parts for i in (part, part + 1))
+        low, high = (div(self.num_chunks * i, self.group.a_parts) for i in (part, part + 1))
         return self.first_chunk + low, high - low
 
     def units(self):
@@ -154,21 +162,25 @@ class Shares:
         """The n-th of this block's products: `num_a` of A, then `num_w` of W and `num_b` of B. What it would be of each
         kind is found out for every n, and is nonsense for two of them."""
         group, first_w, first_b = self.group, self.num_a, self.num_a + self.num_w
-        of_a, of_b, adapted, linears = n < first_w, n >= first_b, len(group.adapted), len(group.outs)
+        of_a, of_b, linears = n < first_w, n >= first_b, len(group.outs)
+        factors = len(group.adapted) if group.a_parts else 0  # A among the sources
 
         index, i = divmod_(n - first_w, group.width)
         linear, tile = self.linear_of(self.unit(index), i)
-        w = Product(of_a, of_b, adapted + linear, self.first_chunk, self.num_chunks, linear, 0, tile, self.slice)
+        w = Product(of_a, of_b, factors + linear, self.first_chunk, self.num_chunks, linear, 0, tile, self.slice)
         if not group.adapted:
             return w._replace(of_a=False, of_b=False)
+
+        linear, tile, place, pieces = self.b_tile(n - first_b)
+        b = Product(of_a, of_b, factors + linears + place, 0, pieces, linear, place, tile, group.slices)
+        either = Product(*(jnp.where(of_b, i, j) for i, j in zip(b, w, strict=True)))
+        if not group.a_parts:
+            return either._replace(of_a=False)
 
         place, pair, part = self.a_product(n)
         first, chunks = self.chunks_of(part)
         a = Product(of_a, of_b, place, first, chunks, 0, place, pair, self.slice * group.a_parts + part)
-
-        linear, tile, place, pieces = self.b_tile(n - first_b)
-        b = Product(of_a, of_b, adapted + linears + place, 0, pieces, linear, place, tile, group.slices)
-        return Product(*(jnp.where(of_a, i, jnp.where(of_b, j, k)) for i, j, k in zip(a, b, w, strict=True)))
+        return Product(*(jnp.where(of_a, i, j) for i, j in zip(a, either, strict=True)))
 
     @property
     def narrow(self):

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.decode_token.plan import QUERIES, div, rem
+
 COMPILER = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 """Every layout is given, because inferring them takes most of the time to compile."""
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a vector [N], equal in all rows of a tile
@@ -44,6 +46,11 @@ def load_transposed(ref):
     """[HALF, N] of ref [N, HALF]."""
     tile = load(ref.transpose((1, 0)), plgpu.Layout.WGMMA_TRANSPOSED)
     return plgpu.layout_cast(tile, plgpu.Layout.WGMMA)
+
+
+def part_of_single(parts_gmem, part, where):
+    """The place of a part [HALF] of a single row's sum: a column of the narrow piece that eight parts are."""
+    return parts_gmem.at[div(part, QUERIES), *where, 0, :, rem(part, QUERIES)]
 
 
 def column(tile, number: int):

@@ -146,7 +146,7 @@ def pregated_linear_mosaic(
         tiling = plgpu.TilingTransform((8, width // itemsize))  # type: ignore[abstract]
         return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(width)))  # type: ignore[abstract]
 
-    h_rows = expert_rows([group], pieces, columns)
+    h_rows = expert_rows([group], pieces, columns, plan.single)
     slots = slots_beside(plan.x_rows + h_rows, itemsize)
     if slots < MIN_SLOTS:
         raise ValueError(f"pregated_linear cannot run as pallas: {no_room(max_used, PIECE * rank_pieces, batch)}")
