@@ -339,6 +339,19 @@ def test_plan_counts_tiles_and_semaphores_once():
     assert semaphores == list(range(plan.num_semaphores))
 
 
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("adapted", [(), ("q_proj", "down_proj")])
+def test_every_part_that_a_layer_stores_is_kept_in_the_cache(batch, adapted):
+    plan = plan_of(LLAMA2_7B, batch=batch, adapted=adapted, max_used=min(8, 2 * batch))
+    kept = {(part, t) for part, tiles in enumerate(plan.tiles_by_part()) for t in range(tiles)}
+    step = 8 if plan.single else 1
+    stored = set()
+    for group in (plan.qkv, plan.o, plan.gate_up, plan.down):
+        parts = range(group.slices + bool(group.adapted))
+        stored |= {(part // step, t) for part in parts for t in range(group.num_tiles)}
+    assert stored <= kept
+
+
 def test_long_contexts_are_shared_by_blocks_that_batches_do_not_need():
     assert [plan_of(LLAMA2_7B, cache_slots=n).splits for n in (512, 1024, 4096)] == [1, 2, 4]
     assert plan_of(LLAMA2_7B, cache_slots=4096, batch=8).splits == 1

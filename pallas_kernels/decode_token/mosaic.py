@@ -26,11 +26,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_token.attention import Attention, rounded
+from pallas_kernels.decode_token.kept import KEEP, LET_GO, mark
 from pallas_kernels.decode_token.linear import Linears, steps_of
 from pallas_kernels.decode_token.peers import Peers
 from pallas_kernels.decode_token.plan import ADDED_UP, HALF, PIECE, QUERIES, TILE, Plan, div, exchanged, rem
@@ -211,11 +213,20 @@ def _kernel(*refs, names, plan, model, span, axis, compiled, **scratch):
     is_copier = lax.axis_index("group") == 1
     pl.when(is_copier)(lambda: run(copy, ring.start(), lambda number: None))
 
+    kept = [m.x, *(getattr(m, name) for name in ("t_part",) if hasattr(m, name))]
+    kept += [m.y_part.at[part, pl.ds(0, tiles)] for part, tiles in enumerate(plan.tiles_by_part())]
+    if peers is not None:
+        kept += [m.y_of_all.at[i, d, part] for i, d, part in np.ndindex(*m.y_of_all.shape[:3])]
+
     @pl.when(jnp.logical_not(is_copier))
     def _():
+        if compiled:
+            mark(KEEP, kept, plan.num_blocks)
         run(compute, jnp.int32(0), barrier)
         if peers is not None:
             peers.wait_for_all(plan.num_blocks)
+        if compiled:
+            mark(LET_GO, kept, plan.num_blocks)
 
 
 def _nested(names: Sequence[tuple[str, ...]], refs: Sequence[Any]) -> SimpleNamespace:

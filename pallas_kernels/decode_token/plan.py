@@ -179,6 +179,13 @@ class Plan:
     def num_semaphores(self) -> int:
         return sum(group.num_semaphores for group in self.groups)
 
+    def tiles_by_part(self) -> list[int]:
+        """How many tiles of a layer's linears have, at the same place, a part of that number, or of a single row parts of
+        those `QUERIES` numbers."""
+        step, layer = QUERIES if self.single else 1, self.groups[:-1]
+        parts = {group.num_tiles: group.slices + bool(group.adapted) for group in layer}
+        return [max(tiles for tiles, most in parts.items() if most > i) for i in range(0, max(parts.values()), step)]
+
 
 def columns_for(batch: int) -> int:
     """N of a batch of at most 32 rows."""
