@@ -52,6 +52,8 @@ from pallas_kernels.decode_token.tiles import (
     sum_of,
 )
 
+AHEAD = 8
+"""Chunks of the next group that a block fetches into the L2 cache while attention runs and the ring is full."""
 AT_ONCE = 32
 """Parts of a sum that the registers have room for."""
 STEPS = "experts", "gather", "products", "finish"
@@ -72,6 +74,7 @@ class Linears:
     [targets · U · pieces · N + HALF, PIECE]; `gates` [U, N]; `squares` [halves of tiles, N]; `r` [blocks, N]; and the
     `scalars`. `semaphores` (None where blocks do not run at the same time) has one for A, one for h, and one for each
     member. `peers`: the devices whose parts of y are added to this one's, in `y_of_all` [ADDED_UP, devices, …], or None.
+    `ahead`: the group whose first chunks are fetched into the L2 cache when this one has filled the ring.
     `steps`: which of STEPS are done. `turn(layer)`: how many layers have run in this launch before this one."""
 
     def __init__(
@@ -87,9 +90,11 @@ class Linears:
         norm_dim: int | None,
         eps: float,
         peers: Peers | None = None,
+        ahead: Linears | None = None,
     ):
         self.group, self.plan, self.memory, self.ring, self.semaphores = group, plan, memory, ring, semaphores
         self.steps, self.turn, self.norm_dim, self.eps, self.peers = steps, turn, norm_dim, eps, peers
+        self.ahead = ahead
         self.shares = Shares(group, plan, memory.scalars, lax.axis_index("block"))
         self.gather_first = group.gatherers < plan.num_blocks
 
@@ -128,10 +133,25 @@ class Linears:
                 sources = [partial(kind, name) for kind, names in kinds for name in names]
                 return sources, of.source
 
-            return self.ring.fill(filled, of.chunks, chunk)
+            ahead = self.ahead and partial(self.ahead.prefetch, layer)
+            return self.ring.fill(filled, of.chunks, chunk, ahead)
 
         begin, end = self._span()
         return lax.fori_loop(begin, end, product, filled)
+
+    def prefetch(self, layer):
+        """The first chunks of W of this block, into the L2 cache."""
+        of, number = self.shares.product(self.shares.num_a), len(self.group.adapted if self.group.a_parts else ())
+        rows = pl.ds(of.tile * TILE, TILE)
+
+        def of_linear(name):
+            def chunk(c, _):
+                plgpu.async_prefetch(self.memory.weights[name].at[layer, rows, pl.ds((of.first + c) * PIECE, PIECE)])
+
+            lax.fori_loop(0, jnp.minimum(of.chunks, AHEAD), chunk, None)
+
+        for i, name in enumerate(self.group.outs):
+            pl.when((self.shares.num_w > 0) & (of.source == number + i))(partial(of_linear, name))
 
     def compute(self, layer, count, x, follow: Callable[..., Callable[..., None]], operand_smem):
         """`x` is the input [pieces · N, PIECE], followed by `HALF` rows that are not used. `follow(names, row, columns)`

@@ -71,7 +71,7 @@ def _phases(
     """(of a layer, after the last layer). `m` are refs of device memory, `s` of shared memory."""
     head_dim, embed_dim = model.head_dim, model.embed_dim
 
-    def phases_of(group, normed, x, follow):
+    def phases_of(group, normed, x, follow, ahead=None):
         """One phase; where blocks do not run at the same time, one for each of its steps."""
         phases = []
         steps = steps_of(group, plan.single)
@@ -86,6 +86,7 @@ def _phases(
                 norm_dim=embed_dim if normed else None,
                 eps=model.norm_eps,
                 peers=peers if group.added_up else None,
+                ahead=ahead,
             )
 
             def compute(layer, count, linears=linears):
@@ -152,11 +153,12 @@ def _phases(
         attention.combine()
         return count
 
+    ahead = Linears(plan.gate_up, plan, m, ring, semaphores, steps=(), norm_dim=embed_dim, eps=model.norm_eps)
     layer_phases = [
         *phases_of(plan.qkv, True, m.x_weighted, to_heads),
         Phase(attention.copy, attend),
         *([Phase(lambda layer, filled: filled, combine)] if plan.splits > 1 else []),
-        *phases_of(plan.o, False, m.context, to_residual(lambda layer: 2 * layer + 1)),
+        *phases_of(plan.o, False, m.context, to_residual(lambda layer: 2 * layer + 1), ahead if compiled else None),
         *phases_of(plan.gate_up, True, m.x_weighted, to_hidden),
         *phases_of(plan.down, False, m.hidden, to_residual(lambda layer: 2 * layer + 2)),
     ]

@@ -45,9 +45,15 @@ class Ring:
         """Nothing, and no exchange to keep quiet for."""
         return Filled(jnp.int32(0), jnp.int32(0), jnp.int32(-self.num_slots))
 
-    def fill(self, filled: Filled, number: Any, sources_of: Callable[[Any], tuple[Sequence[Any], Any]]) -> Filled:
+    def fill(
+        self,
+        filled: Filled,
+        number: Any,
+        sources_of: Callable[[Any], tuple[Sequence[Any], Any]],
+        when_full: Callable[[], None] | None = None,
+    ) -> Filled:
         """With the next `number` chunks. `sources_of(c)` gives, of the c-th, sources and which of them it is; a source gives
-        the chunk, or its two halves. Each time round either one copy has landed or one more begins: a loop of its own for
+        the chunk, or its two halves. `when_full` is done when the phase has filled the ring once. Each time round either one copy has landed or one more begins: a loop of its own for
         waiting would be unrolled, and be a tenth of the kernel's instructions."""
         begin = filled.count
 
@@ -61,6 +67,8 @@ class Ring:
 
         def copy(filled):
             slot = rem(filled.count, self.num_slots)
+            if when_full is not None:
+                pl.when(filled.count - filled.start == self.num_slots)(when_full)
 
             @pl.when(filled.count >= self.num_slots)
             def _():
