@@ -309,7 +309,8 @@ def test_blocks_share_the_experts_products(batch, max_used, used, adapted):
             h.update(int(first + n * group.gatherers) for n in range(int(number)))
             chunks[block] += int(shares.num_w) * shares.num_chunks
             number, at = shares.finish_share()
-            y.update(tuple(map(int, at(n))) for n in range(int(number)))
+            firsts = [tuple(map(int, at(n))) for n in range(int(number))]
+            y.update((unit, half, first + i) for unit, half, first in firsts for i in range(shares.at_once))
             number, at = shares.b_tiles()
             tiles = [tuple(map(int, at(n))) for n in range(int(number))]
             tiles = [(list(group.outs)[linear], *others) for linear, *others in tiles if others[-1]]

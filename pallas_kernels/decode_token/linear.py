@@ -341,31 +341,38 @@ class Linears:
         return after
 
     def _finish(self, layer, n, at, follow):
-        unit, half, i = at(n)
+        unit, half, start = at(n)
         linear, tile = self.shares.linear_of(unit, 0)
-        group, memory, shape, columns = self.group, self.memory, (HALF, QUERIES), pl.ds(i * QUERIES, QUERIES)
+        group, memory, shape = self.group, self.memory, (HALF, QUERIES)
+        pieces = [start + i for i in range(self.shares.at_once)]
+        columns = [pl.ds(i * QUERIES, QUERIES) for i in pieces]
 
         def row_of(names):
             return jnp.minimum(tile * TILE + half * HALF, group.outs[names[0]] - HALF)
 
+        def follow_all(names):
+            return [follow(names, row_of(names), some) for some in columns]
+
         first, *others = group.passes
-        put_first = None if others else follow(first, row_of(first), columns)  # before the wait, if it is certain
-        r = None if self.norm_dim is None else load(memory.r.at[self.shares.block, columns], COLUMNS)
+        puts_first = None if others else follow_all(first)  # before the wait, if it is certain
+        r = [None if self.norm_dim is None else load(memory.r.at[self.shares.block, some], COLUMNS) for some in columns]
         pl.when(n == 0)(lambda: self._wait_for_finished(layer))
-        values = []
-        for place in range(group.width):
-            number = self.shares.tile_number(linear + place, tile)
-            y = self._sum_y((number, half), i, more=self.shares.is_adapted(linear + place))
-            values.append(y if r is None else y * over_rows(r, shape))
+        values: list[list[Any]] = [[] for _ in pieces]  # [piece][place]: all of them are on their way at once
+        for found, i, r_i in zip(values, pieces, r, strict=True):
+            for place in range(group.width):
+                number = self.shares.tile_number(linear + place, tile)
+                y = self._sum_y((number, half), i, more=self.shares.is_adapted(linear + place))
+                found.append(y if r_i is None else y * over_rows(r_i, shape))
 
         def finish(names):
-            put, biased = put_first or follow(names, row_of(names), columns), []
-            for name, y in zip(names, values, strict=True):
-                if name in memory.biases:
-                    bias = load(memory.biases[name].at[layer, pl.ds(row_of(names), HALF)], ROWS).astype(jnp.float32)
-                    y = y + over_columns(bias, shape)
-                biased.append(y)
-            put(*biased)
+            biases = [
+                load(memory.biases[name].at[layer, pl.ds(row_of(names), HALF)], ROWS).astype(jnp.float32)
+                if name in memory.biases
+                else None
+                for name in names
+            ]
+            for put, found in zip(puts_first or follow_all(names), values, strict=True):
+                put(*(y if b is None else y + over_columns(b, shape) for y, b in zip(found, biases, strict=True)))
 
         for number, names in enumerate(group.passes):
             there = [linear == number * group.width] if others else []

@@ -187,16 +187,21 @@ class Shares:
         """Pieces of `QUERIES` columns that a tile's columns are."""
         return self.plan.columns // QUERIES
 
+    @property
+    def at_once(self):
+        """Narrow pieces that a block finishes together: a sum waits for its parts, and two for theirs no longer."""
+        return min(2, self.narrow)
+
     def finish_share(self):
-        """(how many narrow pieces of units this block finishes, the n-th one's unit, half, and place there): the blocks of a
-        member share those of its units."""
-        each = 2 * self.narrow
+        """(how many times this block finishes narrow pieces of units, the unit, half, and first piece of the n-th time): the
+        blocks of a member share those of its units."""
+        each = 2 * self.narrow // self.at_once
         first, number = share(0, self.num_units * each, self.slice, self.group.slices)
 
         def at(n):
             index, piece = divmod_(first + n * self.group.slices, each)
-            half, i = divmod_(piece, self.narrow)
-            return self.unit(index), half, i
+            half, i = divmod_(piece, self.narrow // self.at_once)
+            return self.unit(index), half, i * self.at_once
 
         return number, at
 
