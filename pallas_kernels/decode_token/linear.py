@@ -133,7 +133,7 @@ class Linears:
                 sources = [partial(kind, name) for kind, names in kinds for name in names]
                 return sources, of.source
 
-            ahead = self.ahead and partial(self.ahead.prefetch, layer)
+            ahead = None if self.ahead is None else partial(self.ahead.prefetch, layer)
             return self.ring.fill(filled, of.chunks, chunk, ahead)
 
         begin, end = self._span()

@@ -53,8 +53,9 @@ class Ring:
         when_full: Callable[[], None] | None = None,
     ) -> Filled:
         """With the next `number` chunks. `sources_of(c)` gives, of the c-th, sources and which of them it is; a source gives
-        the chunk, or its two halves. `when_full` is done when the phase has filled the ring once. Each time round either one copy has landed or one more begins: a loop of its own for
-        waiting would be unrolled, and be a tenth of the kernel's instructions."""
+        the chunk, or its two halves. `when_full` is done when the phase has filled the ring once. Each time round either
+        one copy has landed or one more begins: a loop of its own for waiting would be unrolled, and be a tenth of the
+        kernel's instructions."""
         begin = filled.count
 
         def must_land(filled):
