@@ -280,7 +280,7 @@ def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_blocks):
                     chunks.update((unit, c) for c in range(low, high))
         assert set(chunks.values()) == {1}
         assert len(chunks) == units * group.in_dim // 64
-        assert (group.a_before == 0) <= group.a_parts <= group.chunks // group.slices
+        assert 1 <= group.a_parts <= group.chunks // group.slices
     assert plan.slots >= 4
     assert plan.slots * 128 * 64 * 2 + (plan.x_rows + plan.h_rows) * 64 * 2 < SHARED_MEMORY
 

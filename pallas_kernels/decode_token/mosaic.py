@@ -71,6 +71,8 @@ def _phases(
     """(of a layer, after the last layer). `m` are refs of device memory, `s` of shared memory."""
     head_dim, embed_dim = model.head_dim, model.embed_dim
 
+    attention = Attention(plan, m, ring, group_size=model.num_heads // model.num_kv_heads, eps=model.norm_eps)
+
     def phases_of(group, normed, x, follow, ahead=None):
         """One phase; where blocks do not run at the same time, one for each of its steps."""
         phases = []
@@ -87,10 +89,11 @@ def _phases(
                 eps=model.norm_eps,
                 peers=peers if group.added_up else None,
                 ahead=ahead,
+                attention=attention,
             )
 
             def compute(layer, count, linears=linears):
-                return linears.compute(layer, count, x, partial(follow, layer), s.operand_smem)
+                return linears.compute(layer, count, x, partial(follow, layer), s.operand_smem, (s.q_smem, s.p_smem))
 
             phases.append(Phase(linears.copy, compute))
         return phases
@@ -143,8 +146,6 @@ def _phases(
 
         return put
 
-    attention = Attention(plan, m, ring, group_size=model.num_heads // model.num_kv_heads, eps=model.norm_eps)
-
     def attend(layer, count):
         with jax.named_scope("attend"):
             return attention.attend(layer, count, s.q_smem, s.p_smem)
@@ -156,7 +157,7 @@ def _phases(
     ahead = Linears(plan.gate_up, plan, m, ring, semaphores, steps=(), norm_dim=embed_dim, eps=model.norm_eps)
     layer_phases = [
         *phases_of(plan.qkv, True, m.x_weighted, to_heads),
-        Phase(attention.copy, attend),
+        *([] if plan.o.attended else [Phase(attention.copy, attend)]),
         *([Phase(lambda layer, filled: filled, combine)] if plan.splits > 1 else []),
         *phases_of(plan.o, False, m.context, to_residual(lambda layer: 2 * layer + 1), ahead if compiled else None),
         *phases_of(plan.gate_up, True, m.x_weighted, to_hidden),
@@ -288,7 +289,7 @@ def run_token(
         transforms = plgpu.TilingTransform((8, width // dtype.itemsize)), plgpu.SwizzleTransform(width)  # type: ignore[abstract]
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-    # The operands of linears, and of attention: never at the same time, so they take the same place.
+    # The operands of linears, and of attention: first the ones, then the others, so they take the same place.
     used_in_turn = {
         "operand_smem": ring(plan.x_rows + plan.h_rows, PIECE),
         "q_smem": ring(model.head_dim // PIECE, QUERIES, PIECE), "p_smem": ring(TILE // PIECE, QUERIES, PIECE),
@@ -321,7 +322,7 @@ def run_token(
         launch((0, model.num_layers, (0, None), (0, None)))
     else:
         for layer in range(model.num_layers):
-            for phase in range(sum(of_layer) + 1 + (plan.splits > 1)):
+            for phase in range(sum(of_layer) + (not plan.o.attended) + (plan.splits > 1)):
                 launch((layer, layer + 1, (phase, phase + 1), (0, 0)))
         for phase in range(of_head):
             launch((0, 0, (0, 0), (phase, phase + 1)))
