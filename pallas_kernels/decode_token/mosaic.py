@@ -8,7 +8,7 @@ the ring has room. While the other warpgroup waits for its peers, the device mem
 
     phase        reads                            leaves
     q, k, v      the norm of x                    q, k, v                                        (linear.py)
-    attention    q, k, v, the cache               the context                                    (attention.py)
+    attention    q, k, v, the cache, o's A        the context, parts of A times it               (attention.py)
     o, down      the context, the hidden          x + y, its norm
     gate, up     the norm of x                    silu(gate) · up
     head         the norm of x                    logits

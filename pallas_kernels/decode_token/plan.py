@@ -69,7 +69,7 @@ class Group:
     members: int
     adapted: tuple[str, ...]
     a_parts: int
-    """Of each slice of an expert's A; 0 if the group does not multiply A."""
+    """Of each slice of an expert's A; 0 if the group has no experts or its A is multiplied before its phase."""
     a_before: int
     """Parts of the products of A that are made before the group's phase; 0 if the group makes them."""
     light: int
@@ -191,8 +191,8 @@ def input_rows(chunks: int, columns: int) -> int:
 
 
 def expert_rows(groups: Sequence[Group], pieces: int, columns: int, single: bool) -> int:
-    """Rows of `PIECE` numbers that h takes, as they are loaded: of a linear, or of a single row of all that are finished
-    together; without experts what is the least."""
+    """Rows of `PIECE` numbers that h takes, as they are loaded: of a linear, or of a single row of all adapted linears of a
+    group; without experts what is the least."""
     most = max(len(group.adapted) for group in groups)
     return input_rows(pieces * (most if single else 1), columns) if most else QUERIES
 
@@ -253,7 +253,7 @@ def make_group(
     light = -units % members
     slice_chunks, pairs, others = -(-chunks // slices), len(adapted) * -(-pieces // 2), members - light
     unit_chunks, idle = len(passes[0]) * slice_chunks, num_blocks - others * slices
-    a_parts, quota = (0, 0) if a_before else _cut_a(
+    a_parts, quota = (0, 0) if a_before or not adapted else _cut_a(
         pairs, slice_chunks, others, light, max_parts=min(MAX_A_PARTS, chunks // slices),
         limit=min(unit_chunks, -(-units // members) * unit_chunks - LATE), part_cost=slices * PART_COST[single],
     )  # fmt: skip
