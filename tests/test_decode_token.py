@@ -152,6 +152,17 @@ INTERPRETED = {
         Case(batch=2, slots=1024, heads=(4, 1, 64), position=900, window=600, targets=("gate_proj",)),
         {"num_blocks": 5, "one_launch": False},
     ),
+    "a single row's context in parts, o adapted": (
+        Case(slots=1024, heads=(4, 1, 64), position=900, targets=("o_proj",)), {"num_blocks": 2, "one_launch": False}
+    ),
+    "two groups of a key's queries, three experts": (
+        Case(heads=(16, 1, 64), embed_dim=192, targets=("q_proj", "o_proj"), top_k=3),
+        {"num_blocks": 3, "one_launch": False},
+    ),
+    "two blocks attend to the same heads": (
+        Case(heads=(4, 2, 64), embed_dim=320, targets=("o_proj", "v_proj")), {"num_blocks": 5, "one_launch": False}
+    ),
+    "nothing in the cache yet": (Case(position=0, num_layers=2, targets=LINEARS), {"num_blocks": 2, "one_launch": False}),
 }  # fmt: skip
 COMPILED = {
     "bare": Case(num_layers=3),
@@ -280,7 +291,8 @@ def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_blocks):
                     chunks.update((unit, c) for c in range(low, high))
         assert set(chunks.values()) == {1}
         assert len(chunks) == units * group.in_dim // 64
-        assert 1 <= group.a_parts <= group.chunks // group.slices
+        has_experts = bool(group.adapted)
+        assert has_experts <= group.a_parts <= has_experts * (group.chunks // group.slices)
     assert plan.slots >= 4
     assert plan.slots * 128 * 64 * 2 + (plan.x_rows + plan.h_rows) * 64 * 2 < SHARED_MEMORY
 

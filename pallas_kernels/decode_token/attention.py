@@ -53,7 +53,8 @@ class Attention:
     one after the other; `v_new` and `k_new` [L, N, K, H], `cache_k` and `cache_v` [L, B, S, K, H], `positions` [B],
     `windows` [L], `cos` and `sin` [N, H], with the sign of the first half's partner in `sin`; `q_norm` and `k_norm`
     [L, 2 PIECE] or None, laid out as q; `context` [pieces · N, PIECE]; with several splits `o_part` [splits, N, groups,
-    H / PIECE, HALF, QUERIES], `max_part` and `sum_part` [splits, N, groups, QUERIES]. `group_size`: query heads of a key."""
+    H / PIECE, HALF, QUERIES], `max_part` and `sum_part` [splits, N, groups, QUERIES]; the `scalars`. `group_size`: query
+    heads of a key."""
 
     def __init__(self, plan: Plan, memory: Any, ring: Ring, *, group_size: int, eps: float):
         self.plan, self.memory, self.ring, self.group_size, self.eps = plan, memory, ring, group_size, eps

@@ -68,12 +68,13 @@ def steps_of(group: Group, single: bool) -> tuple[str, ...]:
 
 class Linears:
     """One group. `memory` has the refs `weights`, `biases`, `a`, `b` by name; of `plan.exchanged` the parts of sums
-    `y_part`, S + 1 of every half of a tile, and `t_part`, S · parts of every piece of ranks of every target, and `h`
+    `y_part`, S + 1 of every half of a tile, and `t_part`, `a_sum` of every piece of ranks of every target, and `h`
     [targets · U · pieces · N + HALF, PIECE]; `gates` [U, N]; `squares` [halves of tiles, N]; `r` [blocks, N]; and the
     `scalars`. `semaphores` (None where blocks do not run at the same time) has one for A, one for h, and one for each
     member. `peers`: the devices whose parts of y are added to this one's, in `y_of_all` [ADDED_UP, devices, …], or None.
     `attention`: with what to make the input, if the group is attended. `ahead`: the group whose first chunks are fetched into
-    the L2 cache when this one has filled the ring. `steps`: which of STEPS are done. `turn(layer)`: how many layers have run in this launch before this one."""
+    the L2 cache when this one has filled the ring. `steps`: which of STEPS are done. `turn(layer)`: how many layers have run
+    in this launch before this one."""
 
     def __init__(
         self,

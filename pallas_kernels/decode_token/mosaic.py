@@ -9,7 +9,7 @@ the ring has room. While the other warpgroup waits for its peers, the device mem
     phase        reads                            leaves
     q, k, v      the norm of x                    q, k, v                                        (linear.py)
     attention    q, k, v, the cache               the context                                    (attention.py)
-    o, down      the context, the hidden          x + y, its norm
+    o, down      the context, the hidden          x + y, its norm; o's phase of a single row begins with attention
     gate, up     the norm of x                    silu(gate) · up
     head         the norm of x                    logits
 

@@ -69,7 +69,7 @@ class Group:
     members: int
     adapted: tuple[str, ...]
     a_parts: int
-    """Of each slice of an expert's A."""
+    """Of each slice of an expert's A; 0 if the group has no experts."""
     attended: bool
     """Whether its input is attention's context, a slice of it a unit of attention to which each block attends itself."""
     light: int
@@ -199,8 +199,8 @@ def input_rows(chunks: int, columns: int) -> int:
 
 
 def expert_rows(groups: Sequence[Group], pieces: int, columns: int, single: bool) -> int:
-    """Rows of `PIECE` numbers that h takes, as they are loaded: of a linear, or of a single row of all that are finished
-    together; without experts what is the least."""
+    """Rows of `PIECE` numbers that h takes, as they are loaded: of a linear, or of a single row of all adapted linears of a
+    group; without experts what is the least."""
     most = max(len(group.adapted) for group in groups)
     return input_rows(pieces * (most if single else 1), columns) if most else QUERIES
 
@@ -263,7 +263,7 @@ def make_group(
     light = -units % members
     slice_chunks, pairs, others = -(-chunks // slices), len(adapted) * -(-pieces // 2), members - light
     unit_chunks, idle = len(passes[0]) * slice_chunks, num_blocks - others * slices
-    a_parts, quota = _cut_a(
+    a_parts, quota = (0, 0) if not adapted else _cut_a(
         pairs, slice_chunks, others, light, max_parts=min(MAX_A_PARTS, chunks // slices),
         limit=min(unit_chunks, -(-units // members) * unit_chunks - LATE), part_cost=slices * PART_COST[single],
     )  # fmt: skip
