@@ -72,7 +72,7 @@ class Linears:
     [targets · U · pieces · N + HALF, PIECE]; `gates` [U, N]; `squares` [halves of tiles, N]; `r` [blocks, N]; and the
     `scalars`. `semaphores` (None where blocks do not run at the same time) has one for A, one for h, and one for each
     member. `peers`: the devices whose parts of y are added to this one's, in `y_of_all` [ADDED_UP, devices, …], or None.
-    `attention`: with what to make the input, if the group is attended. `ahead`: the group whose first chunks are fetched into
+    `attention`: with what to make the input, if the group is attended. `ahead`: the group whose first chunks come into
     the L2 cache when this one has filled the ring. `steps`: which of STEPS are done. `turn(layer)`: how many layers have run
     in this launch before this one."""
 
