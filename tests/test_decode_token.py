@@ -157,10 +157,10 @@ INTERPRETED = {
     ),
     "two groups of a key's queries, three experts": (
         Case(heads=(16, 1, 64), embed_dim=192, targets=("q_proj", "o_proj"), top_k=3),
-        {"num_blocks": 3, "one_launch": False},
+        {"num_blocks": 5, "one_launch": False},
     ),
     "two blocks attend to the same heads": (
-        Case(heads=(4, 2, 64), embed_dim=320, targets=("o_proj", "v_proj")), {"num_blocks": 5, "one_launch": False}
+        Case(heads=(4, 2, 64), embed_dim=448, targets=("o_proj", "v_proj")), {"num_blocks": 5, "one_launch": False}
     ),
     "nothing in the cache yet": (Case(position=0, num_layers=2, targets=LINEARS), {"num_blocks": 2, "one_launch": False}),
 }  # fmt: skip
@@ -177,6 +177,8 @@ COMPILED = {
     "parts, window": Case(
         num_layers=2, batch=2, slots=2048, heads=(4, 1, 64), position=1900, window=1600, targets=("gate_proj", "up_proj")
     ),
+    "as many keys as queries": Case(num_layers=2, heads=(4, 4, 64), targets=LINEARS),
+    "33 heads": Case(num_layers=2, heads=(33, 33, 64), targets=LINEARS, slots=512, position=400),
     "32 rows": Case(
         num_layers=2, batch=32, slots=512, position=400, embed_dim=576, hidden_dim=1536, heads=(9, 3, 64), targets=LINEARS
     ),
@@ -210,6 +212,7 @@ TOGETHER = {
     "all 7": Case(targets=LINEARS, hidden_dim=1024, num_layers=6, embed_dim=512, heads=(8, 4, 128), vocab_size=1024),
     "32 rows": Case(batch=32, targets=LINEARS, hidden_dim=1024, num_layers=3, embed_dim=512, heads=(8, 4, 64)),
     "biases, context router": Case(batch=3, targets=("o_proj", "up_proj"), hidden_dim=256, bias=True, rank=40),
+    "as many keys as queries": Case(num_layers=3, heads=(8, 8, 64), hidden_dim=256, targets=LINEARS),
 }  # fmt: skip
 
 
@@ -241,7 +244,11 @@ def test_two_devices_keep_in_step():
         np.testing.assert_array_equal(*shares)
 
 
-@pytest.mark.parametrize("case", [Case(), Case(batch=2, targets=("q_proj", "down_proj"))], ids=["bare", "two rows"])
+@pytest.mark.parametrize(
+    "case",
+    [Case(), Case(batch=2, targets=("q_proj", "down_proj")), COMPILED["as many keys as queries"]],
+    ids=["bare", "two rows", "as many keys as queries"],
+)
 def test_lowers_for_a_gpu_without_one(case):
     """With what the interpreter leaves out: semaphores, and shared memory that is used in turn."""
     model, adapter, cache, tokens, positions = make(case)
@@ -339,6 +346,30 @@ def test_blocks_share_the_experts_products(batch, max_used, used, adapted):
         assert y == Counter(itertools.product(range(group.num_units), (0, 1), narrow))
         assert b == Counter((name, t) for name in group.adapted for t in range(num_tiles(group.outs[name])))
         assert used < max_used or chunks.max() <= max(1.13 * chunks.mean(), chunks.mean() + 2 * max_used)
+
+
+def attended(cases: dict[str, tuple[Case, int]], devices: int = 1) -> set[str]:
+    """Names of the cases, of so many blocks each, in which every block attends to the heads of its slice of o itself."""
+    found = set()
+    for name, (case, num_blocks) in cases.items():
+        heads, kv, head_dim = case.heads
+        shape = Shape(
+            num_layers=case.num_layers, embed_dim=case.embed_dim, hidden_dim=case.hidden_dim // devices, norm_eps=1e-5,
+            num_heads=heads // devices, num_kv_heads=kv // devices, head_dim=head_dim, vocab_size=case.vocab_size // devices,
+        )  # fmt: skip
+        options = {"batch": case.batch, "cache_slots": case.slots, "num_blocks": num_blocks, "adapted": case.targets}
+        if plan_of(shape, **options, max_used=min(case.num_experts, case.top_k * case.batch)).o.attended:
+            found.add(name)
+    return found
+
+
+def test_cases_have_blocks_that_attend_themselves():
+    assert attended({name: (case, options["num_blocks"]) for name, (case, options) in INTERPRETED.items()}) == {
+        "all 7, three experts", "two blocks attend to the same heads", "two groups of a key's queries, three experts",
+        "nothing in the cache yet",
+    }  # fmt: skip
+    assert attended({name: (case, 132) for name, case in COMPILED.items()}) == {"as many keys as queries", "33 heads"}
+    assert attended({name: (case, 132) for name, case in TOGETHER.items()}, devices=2) == {"as many keys as queries"}
 
 
 def test_plan_counts_tiles_and_semaphores_once():

@@ -17,6 +17,7 @@ attend to the unit themselves: the heads' keys and values come from the L2 cache
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -89,7 +90,7 @@ class Attention:
 
         return lax.fori_loop(0, number, unit, filled)
 
-    def _copy_unit(self, layer, unit, filled: Filled) -> Filled:
+    def _copy_unit(self, layer, unit, filled: Filled, when_full: Callable[[], None] | None = None) -> Filled:
         row, head, _, split = unit
         start, tiles = self._tiles(pick(self.memory.scalars.positions, row), self.memory.windows[layer], split)
 
@@ -103,7 +104,7 @@ class Attention:
 
             return [of(self.memory.cache_k), of(self.memory.cache_v)], kind
 
-        return self.ring.fill(filled, tiles * 2 * self.parts, part)
+        return self.ring.fill(filled, tiles * 2 * self.parts, part, when_full)
 
     def attend(self, layer, count, q_smem, p_smem):
         """`q_smem` [H / PIECE, QUERIES, PIECE] and `p_smem` [TILE / PIECE, QUERIES, PIECE] are operands of the tensor
@@ -126,11 +127,15 @@ class Attention:
 
         return lax.fori_loop(0, number, unit, count)
 
-    def copy_own(self, layer, own, filled: Filled) -> Filled:
+    def copy_own(self, layer, own, filled: Filled, when_full: Callable[[], None] | None) -> Filled:
         """What `attend_own` takes from the ring."""
         number, needed = own
         unit = self._unit(number, 0, 1, step=1)
-        return lax.fori_loop(0, jnp.where(needed, 1, 0), lambda _, filled: self._copy_unit(layer, unit, filled), filled)
+
+        def copy(_, filled):
+            return self._copy_unit(layer, unit, filled, when_full)
+
+        return lax.fori_loop(0, jnp.where(needed, 1, 0), copy, filled)
 
     def attend_own(self, layer, count, own, operand_smem, q_smem, p_smem):
         """The context of one unit of a single row, as o_proj's right operand: a chunk for each part of each query head."""

@@ -108,6 +108,7 @@ class Linears:
         """Fill the ring with what `compute` takes from it."""
         memory, group = self.memory, self.group
         expert = partial(ranks_of, memory.scalars, self.plan)
+        ahead = None if self.ahead is None else partial(self.ahead.prefetch, layer)
 
         def product(n, filled):
             of = self.shares.product(n)
@@ -133,11 +134,10 @@ class Linears:
                 sources = [partial(kind, name) for kind, names in kinds for name in names]
                 return sources, of.source
 
-            ahead = None if self.ahead is None else partial(self.ahead.prefetch, layer)
             return self.ring.fill(filled, of.chunks, chunk, ahead)
 
         if self._attends:
-            filled = self.attention.copy_own(layer, self._own_unit, filled)
+            filled = self.attention.copy_own(layer, self._own_unit, filled, ahead)
         begin, end = self._span()
         return lax.fori_loop(begin, end, product, filled)
 
