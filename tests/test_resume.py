@@ -284,6 +284,15 @@ def test_a_run_older_than_a_setting_had_its_default(folder: Path, tmp_path: Path
     short_run(folder, run, **plain, resume=True)
 
 
+def test_a_run_with_a_setting_that_is_no_more_is_refused(folder: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    short_run(folder, run)
+    path = run / "checkpoints" / "4" / "identity" / "metadata"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"router_rate": 0.1}))
+    with pytest.raises(UserError, match=r"was made with router_rate 0\.1, this run has None; resume with the same"):
+        short_run(folder, run, resume=True)
+
+
 def test_divergence_names_the_step_and_the_last_good_checkpoint(folder: Path, tmp_path: Path):
     """And that checkpoint can be resumed from: it diverges at the same step."""
     told = []

@@ -67,11 +67,11 @@ class Checkpoints:
             raise UserError(
                 f"{where}: the checkpoint cannot be read ({error}); delete it to use the one before"
             ) from error
-        for key, value in self.identity.items():
-            was = saved.get(key, self.usual.get(key))
-            if was != value:
+        for key in (*self.identity, *saved):
+            was, now = saved.get(key, self.usual.get(key)), self.identity.get(key)
+            if was != now:
                 raise UserError(
-                    f"{where}: was made with {key} {_short(was)}, this run has {_short(value)}; "
+                    f"{where}: was made with {key} {_short(was)}, this run has {_short(now)}; "
                     "resume with the same, or start a new run in another directory"
                 )
         wanted = _named(like)
