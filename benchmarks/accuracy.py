@@ -47,6 +47,7 @@ from benchmarks.accuracy_data import SETS, Packed, Questions, pack_candidates, r
 from benchmarks.accuracy_methods import (
     ABLATIONS,
     METHODS,
+    ON_ALL,
     RATE_SCALE,
     VARIANTS,
     ablated,
@@ -278,7 +279,7 @@ class Study:
             "first_step_seconds": round(trained.first_step_seconds, 3),
             "history": trained.history,
         }
-        if run.stage == "mixture" and run.method in VARIANTS:
+        if run.stage == "mixture" and run.method in ON_ALL:
             classes = jnp.array(classes_of(self.tokenizer, self.model.config.vocab_size))
             report["expert_use"] = {  # counts [classes, E] by data set
                 name: expert_use(

@@ -9,7 +9,8 @@ be met, as a frequent token is one expert's or another's as a whole, and so it m
 the end: the line break among them, after which comes the answer. A token that changes its experts loses what they have
 learned for it. Hence two recipes, both AdaFuse: `adafuse-settled` stops its router after a tenth of the steps, when the load
 is even; `adafuse-tied` does so too, and its experts learn as one LoRA until half of the steps are done, and then each on its
-own. `adafuse-tied-4` has four experts of twice the rank, as many parameters.
+own. `adafuse-tied-4` has four experts of twice the rank, as many parameters. An ablation of it found a longer tie to be
+better: `adafuse-late-4` has it, and `adafuse-late-2` with two experts of four times the rank, one for each token.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "adafuse-settled": _ADAFUSE | {SETTLED: 0.1},
     "adafuse-tied": _ADAFUSE | {SETTLED: 0.1, TIED: 0.5},
     "adafuse-tied-4": _ADAFUSE | {"num_experts": 4, "rank": 32, "alpha": 64.0, SETTLED: 0.1, TIED: 0.5},
+    "adafuse-late-4": _ADAFUSE | {"num_experts": 4, "rank": 32, "alpha": 64.0, SETTLED: 0.1, TIED: 0.75},
+    "adafuse-late-2": _ADAFUSE | {"num_experts": 2, "top_k": 1, "rank": 64, "alpha": 128.0, SETTLED: 0.1, TIED: 0.75},
 }
 
 
@@ -59,6 +62,8 @@ first grid, of two epochs, the adapters were best at 1.2e-3, its top, and the fu
 
 VARIANTS = ("adafuse", "adafuse-settled", "adafuse-tied", "adafuse-tied-4")
 """AdaFuse on all linears, by its recipe. The ablations change the one that is best on the validation questions."""
+ON_ALL = [name for name, own in METHODS.items() if own["adapter"] == "adafuse" and own["targets"] == LINEARS]
+"""AdaFuse on all linears, whose experts' use the study tells."""
 ABLATIONS: dict[str, dict[str, Any]] = {
     "k=1": {"top_k": 1, "renormalize": False},
     "k=4": {"top_k": 4},

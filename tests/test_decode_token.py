@@ -157,7 +157,10 @@ INTERPRETED = {
     ),
     "two groups of a key's queries, three experts": (
         Case(heads=(16, 1, 64), embed_dim=192, targets=("q_proj", "o_proj"), top_k=3),
-        {"num_blocks": 3, "one_launch": False},
+        {"num_blocks": 5, "one_launch": False},
+    ),
+    "two blocks attend to the same heads": (
+        Case(heads=(4, 2, 64), embed_dim=448, targets=("o_proj", "v_proj")), {"num_blocks": 5, "one_launch": False}
     ),
     "nothing in the cache yet": (Case(position=0, num_layers=2, targets=LINEARS), {"num_blocks": 2, "one_launch": False}),
 }  # fmt: skip
@@ -174,6 +177,8 @@ COMPILED = {
     "parts, window": Case(
         num_layers=2, batch=2, slots=2048, heads=(4, 1, 64), position=1900, window=1600, targets=("gate_proj", "up_proj")
     ),
+    "as many keys as queries": Case(num_layers=2, heads=(4, 4, 64), targets=LINEARS),
+    "33 heads": Case(num_layers=2, heads=(33, 33, 64), targets=LINEARS, slots=512, position=400),
     "32 rows": Case(
         num_layers=2, batch=32, slots=512, position=400, embed_dim=576, hidden_dim=1536, heads=(9, 3, 64), targets=LINEARS
     ),
@@ -207,6 +212,7 @@ TOGETHER = {
     "all 7": Case(targets=LINEARS, hidden_dim=1024, num_layers=6, embed_dim=512, heads=(8, 4, 128), vocab_size=1024),
     "32 rows": Case(batch=32, targets=LINEARS, hidden_dim=1024, num_layers=3, embed_dim=512, heads=(8, 4, 64)),
     "biases, context router": Case(batch=3, targets=("o_proj", "up_proj"), hidden_dim=256, bias=True, rank=40),
+    "as many keys as queries": Case(num_layers=3, heads=(8, 8, 64), hidden_dim=256, targets=LINEARS),
 }  # fmt: skip
 
 
@@ -238,7 +244,11 @@ def test_two_devices_keep_in_step():
         np.testing.assert_array_equal(*shares)
 
 
-@pytest.mark.parametrize("case", [Case(), Case(batch=2, targets=("q_proj", "down_proj"))], ids=["bare", "two rows"])
+@pytest.mark.parametrize(
+    "case",
+    [Case(), Case(batch=2, targets=("q_proj", "down_proj")), COMPILED["as many keys as queries"]],
+    ids=["bare", "two rows", "as many keys as queries"],
+)
 def test_lowers_for_a_gpu_without_one(case):
     """With what the interpreter leaves out: semaphores, and shared memory that is used in turn."""
     model, adapter, cache, tokens, positions = make(case)
@@ -288,8 +298,8 @@ def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_blocks):
                     chunks.update((unit, c) for c in range(low, high))
         assert set(chunks.values()) == {1}
         assert len(chunks) == units * group.in_dim // 64
-        multiplies_a = bool(group.adapted) and not group.a_before
-        assert multiplies_a <= group.a_parts <= multiplies_a * (group.chunks // group.slices)
+        has_experts = bool(group.adapted)
+        assert has_experts <= group.a_parts <= has_experts * (group.chunks // group.slices)
     assert plan.slots >= 4
     assert plan.slots * 128 * 64 * 2 + (plan.x_rows + plan.h_rows) * 64 * 2 < SHARED_MEMORY
 
@@ -318,7 +328,8 @@ def test_blocks_share_the_experts_products(batch, max_used, used, adapted):
             h.update(int(first + n * group.gatherers) for n in range(int(number)))
             chunks[block] += int(shares.num_w) * shares.num_chunks
             number, at = shares.finish_share()
-            y.update(tuple(map(int, at(n))) for n in range(int(number)))
+            firsts = [tuple(map(int, at(n))) for n in range(int(number))]
+            y.update((unit, half, first + i) for unit, half, first in firsts for i in range(shares.at_once))
             number, at = shares.b_tiles()
             tiles = [tuple(map(int, at(n))) for n in range(int(number))]
             tiles = [(list(group.outs)[linear], *others) for linear, *others in tiles if others[-1]]
@@ -337,6 +348,30 @@ def test_blocks_share_the_experts_products(batch, max_used, used, adapted):
         assert used < max_used or chunks.max() <= max(1.13 * chunks.mean(), chunks.mean() + 2 * max_used)
 
 
+def attended(cases: dict[str, tuple[Case, int]], devices: int = 1) -> set[str]:
+    """Names of the cases, of so many blocks each, in which every block attends to the heads of its slice of o itself."""
+    found = set()
+    for name, (case, num_blocks) in cases.items():
+        heads, kv, head_dim = case.heads
+        shape = Shape(
+            num_layers=case.num_layers, embed_dim=case.embed_dim, hidden_dim=case.hidden_dim // devices, norm_eps=1e-5,
+            num_heads=heads // devices, num_kv_heads=kv // devices, head_dim=head_dim, vocab_size=case.vocab_size // devices,
+        )  # fmt: skip
+        options = {"batch": case.batch, "cache_slots": case.slots, "num_blocks": num_blocks, "adapted": case.targets}
+        if plan_of(shape, **options, max_used=min(case.num_experts, case.top_k * case.batch)).o.attended:
+            found.add(name)
+    return found
+
+
+def test_cases_have_blocks_that_attend_themselves():
+    assert attended({name: (case, options["num_blocks"]) for name, (case, options) in INTERPRETED.items()}) == {
+        "all 7, three experts", "two blocks attend to the same heads", "two groups of a key's queries, three experts",
+        "nothing in the cache yet",
+    }  # fmt: skip
+    assert attended({name: (case, 132) for name, case in COMPILED.items()}) == {"as many keys as queries", "33 heads"}
+    assert attended({name: (case, 132) for name, case in TOGETHER.items()}, devices=2) == {"as many keys as queries"}
+
+
 def test_plan_counts_tiles_and_semaphores_once():
     plan = plan_of(LLAMA2_7B)
     for group in plan.groups:
@@ -346,6 +381,19 @@ def test_plan_counts_tiles_and_semaphores_once():
         assert units == list(range(len(units)))
     semaphores = [group.first_semaphore + i for group in plan.groups for i in range(2 + group.members)]
     assert semaphores == list(range(plan.num_semaphores))
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("adapted", [(), ("q_proj", "down_proj")])
+def test_every_part_that_a_layer_stores_is_kept_in_the_cache(batch, adapted):
+    plan = plan_of(LLAMA2_7B, batch=batch, adapted=adapted, max_used=min(8, 2 * batch))
+    kept = {(part, t) for part, tiles in enumerate(plan.tiles_by_part()) for t in range(tiles)}
+    step = 8 if plan.single else 1
+    stored = set()
+    for group in (plan.qkv, plan.o, plan.gate_up, plan.down):
+        parts = range(group.slices + bool(group.adapted))
+        stored |= {(part // step, t) for part in parts for t in range(group.num_tiles)}
+    assert stored <= kept
 
 
 def test_long_contexts_are_shared_by_blocks_that_batches_do_not_need():

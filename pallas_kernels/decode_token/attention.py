@@ -10,7 +10,8 @@ with the linears, what comes from the cache is the tensor cores' left operand, h
 What the columns of queries that do not exist hold is never used. The new key and value are not in the cache yet: the unit
 of the first part begins its softmax with them. Softmax is in fp32 and base 2.
 
-Of a single row whose context has one part, a unit multiplies the columns of o_proj's A with the context of its heads, too.
+Of a single row whose context has one part, a unit's context is a slice of o_proj's input, and all blocks that multiply it
+attend to the unit themselves: the heads' keys and values come from the L2 cache then, and nobody waits for others' context.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_token.plan import HALF, PIECE, QUERIES, TILE, Plan, div
 from pallas_kernels.decode_token.ring import Filled, Ring
-from pallas_kernels.decode_token.shares import divmod_, pick, ranks_of, share
+from pallas_kernels.decode_token.shares import divmod_, pick, share
 from pallas_kernels.decode_token.tiles import (
     COLUMNS,
     ROWS,
@@ -34,7 +35,6 @@ from pallas_kernels.decode_token.tiles import (
     load_transposed,
     over_columns,
     over_rows,
-    part_of_single,
     store,
     store_transposed,
 )
@@ -53,8 +53,8 @@ class Attention:
     one after the other; `v_new` and `k_new` [L, N, K, H], `cache_k` and `cache_v` [L, B, S, K, H], `positions` [B],
     `windows` [L], `cos` and `sin` [N, H], with the sign of the first half's partner in `sin`; `q_norm` and `k_norm`
     [L, 2 PIECE] or None, laid out as q; `context` [pieces · N, PIECE]; with several splits `o_part` [splits, N, groups,
-    H / PIECE, HALF, QUERIES], `max_part` and `sum_part` [splits, N, groups, QUERIES]; where it multiplies o_proj's A, `a` by
-    name and `t_part`, see `Linears`; the `scalars`. `group_size`: query heads of a key."""
+    H / PIECE, HALF, QUERIES], `max_part` and `sum_part` [splits, N, groups, QUERIES]; the `scalars`. `group_size`: query
+    heads of a key."""
 
     def __init__(self, plan: Plan, memory: Any, ring: Ring, *, group_size: int, eps: float):
         self.plan, self.memory, self.ring, self.group_size, self.eps = plan, memory, ring, group_size, eps
@@ -67,9 +67,9 @@ class Attention:
         units = self.batch * self.num_kv_heads * self.groups * splits
         return share(0, units, self.block, self.plan.num_blocks)
 
-    def _unit(self, n, first, splits):
+    def _unit(self, n, first, splits, step=None):
         """(row, key-value head, group of its queries, part of the context)."""
-        unit = first + n * self.plan.num_blocks
+        unit = first + n * (step or self.plan.num_blocks)
         unit, split = divmod_(unit, splits)
         unit, group = divmod_(unit, self.groups)
         return *divmod_(unit, self.num_kv_heads), group, split
@@ -83,26 +83,27 @@ class Attention:
 
     def copy(self, layer, filled: Filled) -> Filled:
         first, number = self._share(self.plan.splits)
-        window = self.memory.windows[layer]
 
         def unit(n, filled):
-            row, head, group, split = self._unit(n, first, self.plan.splits)
-            start, tiles = self._tiles(pick(self.memory.scalars.positions, row), window, split)
-
-            def part(n):
-                tile, place = divmod_(n, 2 * self.parts)
-                kind, at = divmod_(place, self.parts)
-                rows = pl.ds((start + tile) * TILE, TILE)
-
-                def of(cache):
-                    return lambda: (cache.at[layer, row, rows, head, pl.ds(at * PIECE, PIECE)],)
-
-                return [of(self.memory.cache_k), of(self.memory.cache_v)], kind
-
-            filled = self.ring.fill(filled, tiles * 2 * self.parts, part)
-            return filled if not self.plan.o.a_before else self._copy_a(layer, head, group, filled)
+            return self._copy_unit(layer, self._unit(n, first, self.plan.splits), filled)
 
         return lax.fori_loop(0, number, unit, filled)
+
+    def _copy_unit(self, layer, unit, filled: Filled) -> Filled:
+        row, head, _, split = unit
+        start, tiles = self._tiles(pick(self.memory.scalars.positions, row), self.memory.windows[layer], split)
+
+        def part(n):
+            tile, place = divmod_(n, 2 * self.parts)
+            kind, at = divmod_(place, self.parts)
+            rows = pl.ds((start + tile) * TILE, TILE)
+
+            def of(cache):
+                return lambda: (cache.at[layer, row, rows, head, pl.ds(at * PIECE, PIECE)],)
+
+            return [of(self.memory.cache_k), of(self.memory.cache_v)], kind
+
+        return self.ring.fill(filled, tiles * 2 * self.parts, part)
 
     def attend(self, layer, count, q_smem, p_smem):
         """`q_smem` [H / PIECE, QUERIES, PIECE] and `p_smem` [TILE / PIECE, QUERIES, PIECE] are operands of the tensor
@@ -111,54 +112,10 @@ class Attention:
         first, number = self._share(plan.splits)
 
         def unit(n, count):
-            row, head, group, split = self._unit(n, first, plan.splits)
-            position, window = memory.positions[row], memory.windows[layer]
-            start, tiles = self._tiles(position, window, split)
-            values = [load(memory.v_new.at[layer, row, head, c], ROWS).astype(jnp.float32) for c in self._columns]
-            score = self._prepare(layer, row, head, group, split, q_smem)
-            # Before the first tile: the new token alone for the first part, nothing for the others.
-            has_new = jnp.float32(split == 0)
-            o = [over_columns(value, SHAPE) * has_new for value in values]
-            m = score * has_new + LOWEST * (1 - has_new)
-            total = plgpu.layout_cast(jnp.full((QUERIES,), 1.0, jnp.float32), COLUMNS) * has_new
-            more = over_rows(total, SHAPE) * 0  # weights that are not summed over the rows yet: once, after the loop
-
-            def tile(t, carry):
-                *o, m, total, more, count = carry
-                pieces = [self.ring.take(count + i) for i in range(2 * self.parts)]
-                scores = []
-                for half in (0, 1):
-                    s = self._product(
-                        (k_smem.at[pl.ds(half * HALF, HALF)], q_smem.at[part])
-                        for part, k_smem in enumerate(pieces[: self.parts])
-                    )
-                    slots = plgpu.broadcasted_iota(jnp.int32, SHAPE, 0, layout=plgpu.Layout.WGMMA)
-                    slots += (start + t) * TILE + half * HALF
-                    seen = (slots < position) & (slots > position - window)
-                    scores.append(jnp.where(seen, s * self._scale, LOWEST))
-                m_new = jnp.maximum(m, jnp.maximum(*scores).max(axis=0))
-                shrink = jnp.exp2(m - m_new)
-                weights = [jnp.exp2(s - over_rows(m_new, SHAPE)) for s in scores]
-                for half, p in enumerate(weights):
-                    store_transposed(p_smem.at[half], p)
-                plgpu.commit_smem()
-                for part, v_smem in enumerate(pieces[self.parts :]):
-                    added = self._product(
-                        (v_smem.at[pl.ds(half * HALF, HALF)].transpose((1, 0)), p_smem.at[half]) for half in (0, 1)
-                    )
-                    o[part] = o[part] * over_rows(shrink, SHAPE) + added
-                for i in range(2 * self.parts):
-                    self.ring.release(count + i)
-                more = more * over_rows(shrink, SHAPE) + weights[0] + weights[1]
-                return *o, m_new, total * shrink, more, count + 2 * self.parts
-
-            *o, m, total, more, count = lax.fori_loop(0, tiles, tile, (*o, m, total, more, count))
-            total += more.sum(axis=0)
+            row, head, group, split = unit = self._unit(n, first, plan.splits)
+            o, m, total, count = self._attend(layer, count, unit, q_smem, p_smem)
             if plan.splits == 1:
-                o = [x / over_rows(total, SHAPE) for x in o]
-                self._store(row, head, group, o)
-                if plan.o.a_before:
-                    count = self._multiply_a(count, head, group, o, q_smem)
+                self._store(row, head, group, [x / over_rows(total, SHAPE) for x in o])
             else:
                 place = split, row, head * self.groups + group
                 for part, x in enumerate(o):
@@ -169,57 +126,84 @@ class Attention:
 
         return lax.fori_loop(0, number, unit, count)
 
-    def _copy_a(self, layer, head, group, filled: Filled) -> Filled:
-        """Columns of the used experts' A of o_proj that belong to a unit's heads, two pieces of ranks a chunk."""
-        used = self.memory.scalars.num_used * self.plan.rank_pieces
+    def copy_own(self, layer, own, filled: Filled) -> Filled:
+        """What `attend_own` takes from the ring."""
+        number, needed = own
+        unit = self._unit(number, 0, 1, step=1)
 
-        def chunk(n):
-            query, place = divmod_(n, self._pairs * self.parts)
-            pair, part = divmod_(place, self.parts)
-            columns = pl.ds((self._query_head(head, group, query) * self.parts + part) * PIECE, PIECE)
+        def copy(_, filled):
+            return self._copy_unit(layer, unit, filled)
 
-            def of_a():
-                pieces = 2 * pair, jnp.minimum(2 * pair + 1, used - 1)  # of an odd number, the last one comes twice
-                experts = (ranks_of(self.memory.scalars, self.plan, piece) for piece in pieces)
-                return [self.memory.a["o_proj"].at[layer, *expert, columns] for expert in experts]
+        return lax.fori_loop(0, jnp.where(needed, 1, 0), copy, filled)
 
-            return [of_a], 0
+    def attend_own(self, layer, count, own, operand_smem, q_smem, p_smem):
+        """The context of one unit of a single row, as o_proj's right operand: a chunk for each part of each query head."""
+        number, needed = own
+        unit = self._unit(number, 0, 1, step=1)
 
-        return self.ring.fill(filled, self._queries * self._pairs * self.parts, chunk)
+        def attend(_, count):
+            o, _, total, count = self._attend(layer, count, unit, q_smem, p_smem)
+            o = [x / over_rows(total, SHAPE) for x in o]
+            plgpu.commit_smem()  # all warps are done with what takes the same place
+            for query in range(self._queries):
+                for part, x in enumerate(o):
+                    own = over_columns(column(x, query), SHAPE) if self._queries > 1 else x
+                    store_transposed(operand_smem.at[pl.ds((query * self.parts + part) * QUERIES, QUERIES)], own)
+            plgpu.commit_smem()
+            return count
 
-    def _multiply_a(self, count, head, group, o, q_smem):
-        """A part of A x of o_proj, x the context, for each query head of the unit. The context takes the place of the
-        queries."""
-        for part, x in enumerate(o):
-            store_transposed(q_smem.at[part], x)
-        plgpu.commit_smem()
+        return lax.fori_loop(0, jnp.where(needed, 1, 0), attend, count)
 
-        def product(n, count):
-            query, pair = divmod_(n, self._pairs)
-            chunks = [self.ring.take(count + part, in_halves=True) for part in range(self.parts)]
+    def _attend(self, layer, count, unit, q_smem, p_smem):
+        """(oᵀ before it is divided by the sum of its weights, by part; their maximum; the sum; the new count)."""
+        memory, (row, head, group, split) = self.memory, unit
+        position, window = memory.positions[row], memory.windows[layer]
+        start, tiles = self._tiles(position, window, split)
+        values = [load(memory.v_new.at[layer, row, head, c], ROWS).astype(jnp.float32) for c in self._columns]
+        score = self._prepare(layer, row, head, group, split, q_smem)
+        # Before the first tile: the new token alone for the first part, nothing for the others.
+        has_new = jnp.float32(split == 0)
+        o = [over_columns(value, SHAPE) * has_new for value in values]
+        m = score * has_new + LOWEST * (1 - has_new)
+        total = plgpu.layout_cast(jnp.full((QUERIES,), 1.0, jnp.float32), COLUMNS) * has_new
+        more = over_rows(total, SHAPE) * 0  # weights that are not summed over the rows yet: once, after the loop
+
+        def tile(t, carry):
+            *o, m, total, more, count = carry
+            pieces = [self.ring.take(count + i) for i in range(2 * self.parts)]
+            scores = []
             for half in (0, 1):
-                found = self._product(
-                    (chunk.at[pl.ds(half * HALF, HALF)], q_smem.at[part]) for part, chunk in enumerate(chunks)
+                s = self._product(
+                    (k_smem.at[pl.ds(half * HALF, HALF)], q_smem.at[part])
+                    for part, k_smem in enumerate(pieces[: self.parts])
                 )
-                target = part_of_single(self.memory.t_part, self._query_head(head, group, query), (0, 2 * pair + half))
-                store(target, column(found, query))
-            for part in range(self.parts):
-                self.ring.release(count + part)
-            return count + self.parts
+                slots = plgpu.broadcasted_iota(jnp.int32, SHAPE, 0, layout=plgpu.Layout.WGMMA)
+                slots += (start + t) * TILE + half * HALF
+                seen = (slots < position) & (slots > position - window)
+                scores.append(jnp.where(seen, s * self._scale, LOWEST))
+            m_new = jnp.maximum(m, jnp.maximum(*scores).max(axis=0))
+            shrink = jnp.exp2(m - m_new)
+            weights = [jnp.exp2(s - over_rows(m_new, SHAPE)) for s in scores]
+            for half, p in enumerate(weights):
+                store_transposed(p_smem.at[half], p)
+            plgpu.commit_smem()
+            for part, v_smem in enumerate(pieces[self.parts :]):
+                added = self._product(
+                    (v_smem.at[pl.ds(half * HALF, HALF)].transpose((1, 0)), p_smem.at[half]) for half in (0, 1)
+                )
+                o[part] = o[part] * over_rows(shrink, SHAPE) + added
+            for i in range(2 * self.parts):
+                self.ring.release(count + i)
+            more = more * over_rows(shrink, SHAPE) + weights[0] + weights[1]
+            return *o, m_new, total * shrink, more, count + 2 * self.parts
 
-        count = lax.fori_loop(0, self._queries * self._pairs, product, count)
-        plgpu.commit_smem()  # all warps are done with the context, whose place the next unit's queries take
-        return count
+        *o, m, total, more, count = lax.fori_loop(0, tiles, tile, (*o, m, total, more, count))
+        return o, m, total + more.sum(axis=0), count
 
     @property
     def _queries(self) -> int:
         """Query heads of a unit, if all units have as many."""
         return min(QUERIES, self.group_size)
-
-    @property
-    def _pairs(self):
-        """Of pieces of the ranks of all experts in use."""
-        return div(self.memory.scalars.num_used * self.plan.rank_pieces + 1, 2)
 
     def _query_head(self, head, group, query):
         return head * self.group_size + group * QUERIES + query

@@ -8,8 +8,8 @@
 
 From A x to B h blocks exchange. So A comes first, and most of it in blocks that have less of W; h is gathered by blocks that
 have nothing else to do, or else late; and B comes last. A block counts a semaphore up when its products are done, and
-finishes as soon as the others of its member have too. Of a single row, attention has multiplied o's A already, head by head:
-the phase is too short to hide an exchange.
+finishes as soon as the others of its member have too. Of a single row, a slice of o's input is the context of a unit of
+attention, and all its blocks attend to it: that saves the exchange between attention and o.
 
 All products of a group go through one loop, and so do all copies, though that means to find out each time which it is: the
 kernel runs through its instructions once a layer, and once they are more than the 128 KB that a multiprocessor keeps,
@@ -59,7 +59,7 @@ STEPS = "experts", "gather", "products", "finish"
 
 def steps_of(group: Group, single: bool) -> tuple[str, ...]:
     """Those that it has something to do in."""
-    if not group.a_parts:
+    if not group.adapted:
         return "products", "finish"
     return ("experts", "products", "finish") if single else STEPS
 
@@ -70,7 +70,8 @@ class Linears:
     [targets · U · pieces · N + HALF, PIECE]; `gates` [U, N]; `squares` [halves of tiles, N]; `r` [blocks, N]; and the
     `scalars`. `semaphores` (None where blocks do not run at the same time) has one for A, one for h, and one for each
     member. `peers`: the devices whose parts of y are added to this one's, in `y_of_all` [ADDED_UP, devices, …], or None.
-    `steps`: which of STEPS are done. `turn(layer)`: how many layers have run in this launch before this one."""
+    `attention`: with what to make the input, if the group is attended. `steps`: which of STEPS are done. `turn(layer)`:
+    how many layers have run in this launch before this one."""
 
     def __init__(
         self,
@@ -85,9 +86,11 @@ class Linears:
         norm_dim: int | None,
         eps: float,
         peers: Peers | None = None,
+        attention: Any = None,
     ):
         self.group, self.plan, self.memory, self.ring, self.semaphores = group, plan, memory, ring, semaphores
         self.steps, self.turn, self.norm_dim, self.eps, self.peers = steps, turn, norm_dim, eps, peers
+        self.attention = attention
         self.shares = Shares(group, plan, memory.scalars, lax.axis_index("block"))
         self.gather_first = group.gatherers < plan.num_blocks
 
@@ -122,23 +125,37 @@ class Linears:
                     number, ranks = expert(c)
                     return [memory.b[name].at[layer, number, rows, ranks]]
 
-                kinds = (of_a, group.adapted if group.a_parts else ()), (of_w, group.outs), (of_b, group.adapted)
+                kinds = (of_a, group.adapted), (of_w, group.outs), (of_b, group.adapted)
                 sources = [partial(kind, name) for kind, names in kinds for name in names]
                 return sources, of.source
 
             return self.ring.fill(filled, of.chunks, chunk)
 
+        if self._attends:
+            filled = self.attention.copy_own(layer, self._own_unit, filled)
         begin, end = self._span()
         return lax.fori_loop(begin, end, product, filled)
 
-    def compute(self, layer, count, x, follow: Callable[..., Callable[..., None]], operand_smem):
+    @property
+    def _attends(self) -> bool:
+        return self.group.attended and not {"experts", "products"}.isdisjoint(self.steps)
+
+    @property
+    def _own_unit(self):
+        """(the unit of attention that this block's slice is, whether it needs it)."""
+        return self.shares.slice, self.shares.num_a + self.shares.num_w > 0
+
+    def compute(self, layer, count, x, follow: Callable[..., Callable[..., None]], operand_smem, attention_smem=()):
         """`x` is the input [pieces · N, PIECE], followed by `HALF` rows that are not used. `follow(names, row, columns)`
         reads what it needs for `HALF` rows and `QUERIES` columns of the linears `names`, and returns the function that
-        takes their values and stores what comes of them."""
+        takes their values and stores what comes of them. `attention_smem`: operands of attention."""
         if not {"experts", "products"}.isdisjoint(self.steps):
             with jax.named_scope("input"):
-                slice_rows = input_rows(self.group.slice_chunks, self.plan.columns)
-                self._to_smem(x, self.shares.first_chunk * self.plan.columns, slice_rows, operand_smem, 0)
+                if self._attends:
+                    count = self.attention.attend_own(layer, count, self._own_unit, operand_smem, *attention_smem)
+                else:
+                    slice_rows = input_rows(self.group.slice_chunks, self.plan.columns)
+                    self._to_smem(x, self.shares.first_chunk * self.plan.columns, slice_rows, operand_smem, 0)
             with jax.named_scope("products"):
                 count = self._products(layer, count, operand_smem)
         elif "gather" in self.steps:
@@ -234,12 +251,10 @@ class Linears:
                 for half, values in enumerate(columns):
                     self._put_y(of.part, (tile, half), values)
 
-            if group.a_parts:
+            if group.adapted:
                 pl.when(wanted & of.of_a)(put_t)
                 pl.when(n == first_w - 1)(lambda: self._signal(0))
                 pl.when(wanted & jnp.logical_not(of.of_a))(put_y)
-            elif group.adapted:
-                pl.when(wanted)(put_y)
             else:
                 put_y()
             pl.when(n == first_w)(self._find_r)
@@ -319,31 +334,38 @@ class Linears:
         return after
 
     def _finish(self, layer, n, at, follow):
-        unit, half, i = at(n)
+        unit, half, start = at(n)
         linear, tile = self.shares.linear_of(unit, 0)
-        group, memory, shape, columns = self.group, self.memory, (HALF, QUERIES), pl.ds(i * QUERIES, QUERIES)
+        group, memory, shape = self.group, self.memory, (HALF, QUERIES)
+        pieces = [start + i for i in range(self.shares.at_once)]
+        columns = [pl.ds(i * QUERIES, QUERIES) for i in pieces]
 
         def row_of(names):
             return jnp.minimum(tile * TILE + half * HALF, group.outs[names[0]] - HALF)
 
+        def follow_all(names):
+            return [follow(names, row_of(names), some) for some in columns]
+
         first, *others = group.passes
-        put_first = None if others else follow(first, row_of(first), columns)  # before the wait, if it is certain
-        r = None if self.norm_dim is None else load(memory.r.at[self.shares.block, columns], COLUMNS)
+        puts_first = None if others else follow_all(first)  # before the wait, if it is certain
+        r = [None if self.norm_dim is None else load(memory.r.at[self.shares.block, some], COLUMNS) for some in columns]
         pl.when(n == 0)(lambda: self._wait_for_finished(layer))
-        values = []
-        for place in range(group.width):
-            number = self.shares.tile_number(linear + place, tile)
-            y = self._sum_y((number, half), i, more=self.shares.is_adapted(linear + place))
-            values.append(y if r is None else y * over_rows(r, shape))
+        values: list[list[Any]] = [[] for _ in pieces]  # [piece][place]: all of them are on their way at once
+        for found, i, r_i in zip(values, pieces, r, strict=True):
+            for place in range(group.width):
+                number = self.shares.tile_number(linear + place, tile)
+                y = self._sum_y((number, half), i, more=self.shares.is_adapted(linear + place))
+                found.append(y if r_i is None else y * over_rows(r_i, shape))
 
         def finish(names):
-            put, biased = put_first or follow(names, row_of(names), columns), []
-            for name, y in zip(names, values, strict=True):
-                if name in memory.biases:
-                    bias = load(memory.biases[name].at[layer, pl.ds(row_of(names), HALF)], ROWS).astype(jnp.float32)
-                    y = y + over_columns(bias, shape)
-                biased.append(y)
-            put(*biased)
+            biases = [
+                load(memory.biases[name].at[layer, pl.ds(row_of(names), HALF)], ROWS).astype(jnp.float32)
+                if name in memory.biases
+                else None
+                for name in names
+            ]
+            for put, found in zip(puts_first or follow_all(names), values, strict=True):
+                put(*(y if b is None else y + over_columns(b, shape) for y, b in zip(found, biases, strict=True)))
 
         for number, names in enumerate(group.passes):
             there = [linear == number * group.width] if others else []
@@ -398,8 +420,7 @@ class Linears:
     def _gather_own_h(self, layer, operand_smem):
         """h of a single row, of each linear of whose B this block has tiles, after x: to gather it oneself is less than an
         exchange more."""
-        if self.group.a_parts:
-            self._wait(0, self.shares.a_blocks(), layer)
+        self._wait(0, self.shares.a_blocks(), layer)
 
         def of_tile(n, _):
             _, _, place, number = self.shares.b_tile(n)

@@ -8,8 +8,8 @@ the ring has room. While the other warpgroup waits for its peers, the device mem
 
     phase        reads                            leaves
     q, k, v      the norm of x                    q, k, v                                        (linear.py)
-    attention    q, k, v, the cache, o's A        the context, parts of A times it               (attention.py)
-    o, down      the context, the hidden          x + y, its norm
+    attention    q, k, v, the cache               the context                                    (attention.py)
+    o, down      the context, the hidden          x + y, its norm; o's phase of a single row begins with attention
     gate, up     the norm of x                    silu(gate) · up
     head         the norm of x                    logits
 
@@ -26,11 +26,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_token.attention import Attention, rounded
+from pallas_kernels.decode_token.kept import KEEP, LET_GO, mark
 from pallas_kernels.decode_token.linear import Linears, steps_of
 from pallas_kernels.decode_token.peers import Peers
 from pallas_kernels.decode_token.plan import ADDED_UP, HALF, PIECE, QUERIES, TILE, Plan, div, exchanged, rem
@@ -69,6 +71,8 @@ def _phases(
     """(of a layer, after the last layer). `m` are refs of device memory, `s` of shared memory."""
     head_dim, embed_dim = model.head_dim, model.embed_dim
 
+    attention = Attention(plan, m, ring, group_size=model.num_heads // model.num_kv_heads, eps=model.norm_eps)
+
     def phases_of(group, normed, x, follow):
         """One phase; where blocks do not run at the same time, one for each of its steps."""
         phases = []
@@ -84,10 +88,11 @@ def _phases(
                 norm_dim=embed_dim if normed else None,
                 eps=model.norm_eps,
                 peers=peers if group.added_up else None,
+                attention=attention,
             )
 
             def compute(layer, count, linears=linears):
-                return linears.compute(layer, count, x, partial(follow, layer), s.operand_smem)
+                return linears.compute(layer, count, x, partial(follow, layer), s.operand_smem, (s.q_smem, s.p_smem))
 
             phases.append(Phase(linears.copy, compute))
         return phases
@@ -140,8 +145,6 @@ def _phases(
 
         return put
 
-    attention = Attention(plan, m, ring, group_size=model.num_heads // model.num_kv_heads, eps=model.norm_eps)
-
     def attend(layer, count):
         with jax.named_scope("attend"):
             return attention.attend(layer, count, s.q_smem, s.p_smem)
@@ -152,7 +155,7 @@ def _phases(
 
     layer_phases = [
         *phases_of(plan.qkv, True, m.x_weighted, to_heads),
-        Phase(attention.copy, attend),
+        *([] if plan.o.attended else [Phase(attention.copy, attend)]),
         *([Phase(lambda layer, filled: filled, combine)] if plan.splits > 1 else []),
         *phases_of(plan.o, False, m.context, to_residual(lambda layer: 2 * layer + 1)),
         *phases_of(plan.gate_up, True, m.x_weighted, to_hidden),
@@ -211,11 +214,20 @@ def _kernel(*refs, names, plan, model, span, axis, compiled, **scratch):
     is_copier = lax.axis_index("group") == 1
     pl.when(is_copier)(lambda: run(copy, ring.start(), lambda number: None))
 
+    kept = [m.x, *(getattr(m, name) for name in ("t_part",) if hasattr(m, name))]
+    kept += [m.y_part.at[part, pl.ds(0, tiles)] for part, tiles in enumerate(plan.tiles_by_part())]
+    if peers is not None:
+        kept += [m.y_of_all.at[i, d, part] for i, d, part in np.ndindex(*m.y_of_all.shape[:3])]
+
     @pl.when(jnp.logical_not(is_copier))
     def _():
+        if compiled:
+            mark(KEEP, kept, plan.num_blocks)
         run(compute, jnp.int32(0), barrier)
         if peers is not None:
             peers.wait_for_all(plan.num_blocks)
+        if compiled:
+            mark(LET_GO, kept, plan.num_blocks)
 
 
 def _nested(names: Sequence[tuple[str, ...]], refs: Sequence[Any]) -> SimpleNamespace:
@@ -275,7 +287,7 @@ def run_token(
         transforms = plgpu.TilingTransform((8, width // dtype.itemsize)), plgpu.SwizzleTransform(width)  # type: ignore[abstract]
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-    # The operands of linears, and of attention: never at the same time, so they take the same place.
+    # The operands of linears, and of attention: first the ones, then the others, so they take the same place.
     used_in_turn = {
         "operand_smem": ring(plan.x_rows + plan.h_rows, PIECE),
         "q_smem": ring(model.head_dim // PIECE, QUERIES, PIECE), "p_smem": ring(TILE // PIECE, QUERIES, PIECE),
@@ -308,7 +320,7 @@ def run_token(
         launch((0, model.num_layers, (0, None), (0, None)))
     else:
         for layer in range(model.num_layers):
-            for phase in range(sum(of_layer) + 1 + (plan.splits > 1)):
+            for phase in range(sum(of_layer) + (not plan.o.attended) + (plan.splits > 1)):
                 launch((layer, layer + 1, (phase, phase + 1), (0, 0)))
         for phase in range(of_head):
             launch((0, 0, (0, 0), (phase, phase + 1)))

@@ -69,9 +69,9 @@ class Group:
     members: int
     adapted: tuple[str, ...]
     a_parts: int
-    """Of each slice of an expert's A; 0 if the group has no experts or its A is multiplied before its phase."""
-    a_before: int
-    """Parts of the products of A that are made before the group's phase; 0 if the group makes them."""
+    """Of each slice of an expert's A; 0 if the group has no experts."""
+    attended: bool
+    """Whether its input is attention's context, a slice of it a unit of attention to which each block attends itself."""
     light: int
     """Members, the last ones, that have one unit less than the others; 0 if all have as many."""
     quota: int
@@ -116,7 +116,7 @@ class Group:
     @property
     def a_sum(self) -> int:
         """Parts of A x."""
-        return self.a_before or self.slices * self.a_parts
+        return self.slices * self.a_parts
 
     @property
     def heavy(self) -> int:
@@ -179,6 +179,14 @@ class Plan:
     def num_semaphores(self) -> int:
         return sum(group.num_semaphores for group in self.groups)
 
+    def tiles_by_part(self) -> list[int]:
+        """How many tiles of a layer's linears have, at the same place, a part of that number, or of a single row parts of
+        those `QUERIES` numbers."""
+        step, layer = QUERIES if self.single else 1, self.groups[:-1]
+        parts = [(group.num_tiles, group.slices + bool(group.adapted)) for group in layer]
+        most = max(number for _, number in parts)
+        return [max(tiles for tiles, number in parts if number > i) for i in range(0, most, step)]
+
 
 def columns_for(batch: int) -> int:
     """N of a batch of at most 32 rows."""
@@ -228,38 +236,40 @@ def make_group(
     single: bool,
     itemsize: int,
     small_input: int = SMALL_INPUT,
-    a_before: int = 0,
+    heads: int = 0,
 ) -> Group:
     """The cut into the fewest slices whose longest share is within a twentieth of the shortest there is, if possible with
     `small_input` bytes of a slice of the input at most, and with `MAX_INPUT` at any rate. `pieces`: of the ranks of all
-    experts in use."""
+    experts in use. `heads`: units of attention whose context is the input, if a block may attend to one itself; it does if
+    that makes the longest share no more than a quarter longer."""
     names = [name for names in passes for name in names]
     outs, in_dim = {name: shapes[name][0] for name in names}, shapes[names[0]][1]
     units, chunks = sum(num_tiles(outs[first]) for first, *_ in passes), in_dim // PIECE
-    shares = {}
-    for slices in range(1, min(chunks, num_blocks, MAX_SLICES) + 1):
-        length = -(-chunks // slices)
-        if length * PIECE * columns * itemsize <= MAX_INPUT:
-            shares[slices] = -(-units // (num_blocks // slices)) * length
+
+    def share(slices: int) -> int:
+        return -(-units // (num_blocks // slices)) * -(-chunks // slices)
+
+    counts = range(1, min(chunks, num_blocks, MAX_SLICES) + 1)
+    shares = {s: share(s) for s in counts if -(-chunks // s) * PIECE * columns * itemsize <= MAX_INPUT}
     if not shares:
         raise ValueError(
             f"{names[0]} has {in_dim} columns: slices for {num_blocks} thread blocks do not fit the shared memory"
         )
-    good = [s for s, share in shares.items() if share <= 1.05 * min(shares.values())]
+    good = [s for s in shares if shares[s] <= 1.05 * min(shares.values())]
     small = [s for s in good if -(-chunks // s) * PIECE * columns * itemsize <= small_input]
-    slices = (small or good)[0]
+    attended = 0 < heads <= num_blocks and share(heads) <= 1.25 * min(shares.values())
+    slices = heads if attended else (small or good)[0]
     members, adapted = num_blocks // slices, tuple(name for name in names if name in adapted)
-    a_before = a_before if adapted else 0
     light = -units % members
     slice_chunks, pairs, others = -(-chunks // slices), len(adapted) * -(-pieces // 2), members - light
     unit_chunks, idle = len(passes[0]) * slice_chunks, num_blocks - others * slices
-    a_parts, quota = (0, 0) if a_before or not adapted else _cut_a(
+    a_parts, quota = (0, 0) if not adapted else _cut_a(
         pairs, slice_chunks, others, light, max_parts=min(MAX_A_PARTS, chunks // slices),
         limit=min(unit_chunks, -(-units // members) * unit_chunks - LATE), part_cost=slices * PART_COST[single],
     )  # fmt: skip
     return Group(
         passes=passes, outs=outs, in_dim=in_dim, slices=slices, members=members, adapted=adapted, a_parts=a_parts,
-        a_before=a_before, light=light, quota=quota,
+        attended=attended, light=light, quota=quota,
         gatherers=idle if len(adapted) * pieces * (columns // QUERIES) <= idle else num_blocks,
     )  # fmt: skip
 
@@ -302,15 +312,14 @@ def make_plan(
 
     units = batch * num_kv_heads * -(-group_size // QUERIES)
     splits = max(1, min(num_blocks // units, cache_slots // SPLIT_SLOTS, 16))
-    full = group_size <= QUERIES or group_size % QUERIES == 0  # all columns of a unit of attention are queries
-    a_before = {"o": num_kv_heads * group_size if batch == splits == 1 and full else 0}
+    full = group_size <= QUERIES or group_size % QUERIES == 0  # all units of attention have as many queries
+    heads = {"o": units if batch == splits == 1 and full else 0}
 
     def cut(small_input: int) -> dict[str, Group]:
         options: dict[str, Any] = {"pieces": max_used * rank_pieces, "num_blocks": num_blocks, "columns": columns}
         options |= {"single": batch == 1, "itemsize": itemsize, "small_input": small_input}
         return {
-            name: make_group(shapes, own, adapted, a_before=a_before.get(name, 0), **options)
-            for name, own in passes.items()
+            name: make_group(shapes, own, adapted, heads=heads.get(name, 0), **options) for name, own in passes.items()
         }
 
     parts = cut(SMALL_INPUT)

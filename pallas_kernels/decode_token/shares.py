@@ -96,8 +96,7 @@ class Shares:
         self.num_a: Any = 0
         self.num_b: Any = 0
         if group.adapted:
-            if group.a_parts:
-                self.num_a, self.a_product = self.a_products()
+            self.num_a, self.a_product = self.a_products()
             self.num_b, self.b_tile = self.b_tiles()
 
     @property
@@ -163,7 +162,7 @@ class Shares:
         kind is found out for every n, and is nonsense for two of them."""
         group, first_w, first_b = self.group, self.num_a, self.num_a + self.num_w
         of_a, of_b, linears = n < first_w, n >= first_b, len(group.outs)
-        factors = len(group.adapted) if group.a_parts else 0  # A among the sources
+        factors = len(group.adapted)  # A among the sources
 
         index, i = divmod_(n - first_w, group.width)
         linear, tile = self.linear_of(self.unit(index), i)
@@ -174,9 +173,6 @@ class Shares:
         linear, tile, place, pieces = self.b_tile(n - first_b)
         b = Product(of_a, of_b, factors + linears + place, 0, pieces, linear, place, tile, group.slices)
         either = Product(*(jnp.where(of_b, i, j) for i, j in zip(b, w, strict=True)))
-        if not group.a_parts:
-            return either._replace(of_a=False)
-
         place, pair, part = self.a_product(n)
         first, chunks = self.chunks_of(part)
         a = Product(of_a, of_b, place, first, chunks, 0, place, pair, self.slice * group.a_parts + part)
@@ -187,16 +183,21 @@ class Shares:
         """Pieces of `QUERIES` columns that a tile's columns are."""
         return self.plan.columns // QUERIES
 
+    @property
+    def at_once(self):
+        """Narrow pieces that a block finishes together: a sum waits for its parts, and two for theirs no longer."""
+        return min(2, self.narrow)
+
     def finish_share(self):
-        """(how many narrow pieces of units this block finishes, the n-th one's unit, half, and place there): the blocks of a
-        member share those of its units."""
-        each = 2 * self.narrow
+        """(how many times this block finishes narrow pieces of units, the unit, half, and first piece of the n-th time): the
+        blocks of a member share those of its units."""
+        each = 2 * self.narrow // self.at_once
         first, number = share(0, self.num_units * each, self.slice, self.group.slices)
 
         def at(n):
             index, piece = divmod_(first + n * self.group.slices, each)
-            half, i = divmod_(piece, self.narrow)
-            return self.unit(index), half, i
+            half, i = divmod_(piece, self.narrow // self.at_once)
+            return self.unit(index), half, i * self.at_once
 
         return number, at
 
