@@ -11,6 +11,7 @@ learned for it. Hence two recipes, both AdaFuse: `adafuse-settled` stops its rou
 is even; `adafuse-tied` does so too, and its experts learn as one LoRA until half of the steps are done, and then each on its
 own. `adafuse-tied-4` has four experts of twice the rank, as many parameters. An ablation of it found a longer tie to be
 better: `adafuse-late-4` has it, and `adafuse-late-2` with two experts of four times the rank, one for each token.
+`adafuse-pair` has two such experts, both for every token: a LoRA of all the parameters whose halves the router weighs.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "adafuse-tied-4": _ADAFUSE | {"num_experts": 4, "rank": 32, "alpha": 64.0, SETTLED: 0.1, TIED: 0.5},
     "adafuse-late-4": _ADAFUSE | {"num_experts": 4, "rank": 32, "alpha": 64.0, SETTLED: 0.1, TIED: 0.75},
     "adafuse-late-2": _ADAFUSE | {"num_experts": 2, "top_k": 1, "rank": 64, "alpha": 128.0, SETTLED: 0.1, TIED: 0.75},
+    "adafuse-pair": _ADAFUSE | {"num_experts": 2, "rank": 64, "alpha": 256.0, SETTLED: 0.1},
 }
 
 
@@ -61,7 +63,8 @@ first grid, of two epochs, the adapters were best at 1.2e-3, its top, and the fu
 
 
 VARIANTS = ("adafuse", "adafuse-settled", "adafuse-tied", "adafuse-tied-4")
-"""AdaFuse on all linears, by its recipe. The ablations change the one that is best on the validation questions."""
+"""AdaFuse on all linears, by its recipe. The ablations change the one that is best on the validation questions; those that
+came of the ablations are not among them."""
 ON_ALL = [name for name, own in METHODS.items() if own["adapter"] == "adafuse" and own["targets"] == LINEARS]
 """AdaFuse on all linears, whose experts' use the study tells."""
 ABLATIONS: dict[str, dict[str, Any]] = {
