@@ -9,7 +9,7 @@ it --budget-seconds, and start it again. Each run trains several lanes together 
     grid        per method, the learning rates of the grid, seed 0, on the mixture: accuracy on the validation questions
     mixture     per method, all seeds at its best learning rate, on the mixture: accuracy on each set's test questions
     alone       per set and method, the same on one set: accuracy on its test questions
-    ablation    the AdaFuse that was best in the grid, with one setting changed, at its learning rate, on the mixture
+    ablation    the one of VARIANTS that was best in the grid, with one setting changed, at its learning rate, on the mixture
 
 so that what is there after any number of them compares all methods on the same. The report is written after every stage.
 The programs of the methods are compiled in threads while others train; keep JAX's compilation cache between calls.

@@ -1,17 +1,18 @@
 """The methods of the accuracy study and the ablations of AdaFuse: one line each, name → settings of its adapter.
 
-All mixtures have E = 8 experts, k = 2, and about as many trainable parameters as AdaFuse on all linears (PESC through its
-width; MoLA's 2/4/6/8 experts and the methods on the FFN alone have fewer, and are listed with their number). LoRA comes
-twice: with the rank of one expert, and with that of all eight together. No dropout and one balance coefficient everywhere.
-AdaFuse's one router sees the token alone if q, k or v is adapted, and after Llama's first norm its input is so small
-that the gates stay equal and the slightest step changes who is chosen. The balance loss cannot
-be met, as a frequent token is one expert's or another's as a whole, and so it moves the most frequent ones back and forth to
-the end: the line break among them, after which comes the answer. A token that changes its experts loses what they have
-learned for it. Hence two recipes, both AdaFuse: `adafuse-settled` stops its router after a tenth of the steps, when the load
-is even; `adafuse-tied` does so too, and its experts learn as one LoRA until half of the steps are done, and then each on its
-own. `adafuse-tied-4` has four experts of twice the rank, as many parameters. An ablation of it found a longer tie to be
-better: `adafuse-late-4` has it, and `adafuse-late-2` with two experts of four times the rank, one for each token.
-`adafuse-pair` has two such experts, both for every token: a LoRA of all the parameters whose halves the router weighs.
+All mixtures have E = 8 experts and k = 2, unless it is said below, and about as many trainable parameters as AdaFuse on all
+linears (PESC through its width; MoLA's 2/4/6/8 experts and the methods on the FFN alone have fewer, and are listed with
+their number). LoRA comes twice: with the rank of one expert, and with that of all eight together. No dropout and one
+balance coefficient everywhere. AdaFuse's one router sees the token alone if q, k or v is adapted, and after Llama's first
+norm its input is so small that the gates stay equal and the slightest step changes who is chosen. The balance loss cannot
+be met, as a frequent token is one expert's or another's as a whole, and so it moves the most frequent ones back and forth
+to the end: the line break among them, after which comes the answer. A token that changes its experts loses what they have
+learned for it. Hence these recipes, all AdaFuse: `adafuse-settled` stops its router after a tenth of the steps, when the
+load is even; `adafuse-tied` does so too, and its experts learn as one LoRA until half of the steps are done, and then each
+on its own. `adafuse-tied-4` has four experts of twice the rank, as many parameters. An ablation of it found a longer tie to
+be no worse: `adafuse-late-4` has it, and `adafuse-late-2` with two experts of four times the rank, one for each token.
+`adafuse-pair` has two of that rank, both for every token and never tied: a LoRA of all the parameters, scale included where
+gates are 1/2, whose halves the router weighs.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ first grid, of two epochs, the adapters were best at 1.2e-3, its top, and the fu
 
 VARIANTS = ("adafuse", "adafuse-settled", "adafuse-tied", "adafuse-tied-4")
 """AdaFuse on all linears, by its recipe. The ablations change the one that is best on the validation questions; those that
-came of the ablations are not among them."""
+were added after the ablations are not among them."""
 ON_ALL = [name for name, own in METHODS.items() if own["adapter"] == "adafuse" and own["targets"] == LINEARS]
 """AdaFuse on all linears, whose experts' use the study tells."""
 ABLATIONS: dict[str, dict[str, Any]] = {

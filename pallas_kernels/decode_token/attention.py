@@ -10,8 +10,9 @@ with the linears, what comes from the cache is the tensor cores' left operand, h
 What the columns of queries that do not exist hold is never used. The new key and value are not in the cache yet: the unit
 of the first part begins its softmax with them. Softmax is in fp32 and base 2.
 
-Of a single row whose context has one part, a unit's context is a slice of o_proj's input, and all blocks that multiply it
-attend to the unit themselves: the heads' keys and values come from the L2 cache then, and nobody waits for others' context.
+If o is `attended`, as of most single rows whose context has one part, a unit's context is a slice of o_proj's input, and
+all blocks that multiply it attend to the unit themselves: the heads' keys and values come from the L2 cache then, and
+nobody waits for others' context.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What blocks leave each other stays in the L2 cache while the weights pass through it.
+"""The parts of sums that blocks leave each other, and x, stay in the L2 cache while the weights pass through it.
 
 A layer's weights are eight times that cache, so what is not used for some 11 µs is gone: parts of sums that were stored
 early in a phase come from the device memory when they are read, behind the weights under way. And a single row's part is a
-column of a piece: what else is in the lines must come from there too before any of them can be read. So the places of
-parts are marked as the last to be evicted at the launch's start, and as any other at its end.
+column of a piece: what else is in the lines must come from there too before any of them can be read. So the places of x
+and of a layer's parts are marked as the last to be evicted at the launch's start, and as any other at its end.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@
                y_part[S] = Σ_u B[e_u] h_u                        its share of their tiles
     finish     y = r · Σ_s y_part[s] + bias                      its share of its units' pieces, then what follows
 
-From A x to B h blocks exchange. So A comes first, and most of it in blocks that have less of W; h is gathered by blocks that
-have nothing else to do, or else late; and B comes last. A block counts a semaphore up when its products are done, and
-finishes as soon as the others of its member have too. Of a single row, a slice of o's input is the context of a unit of
-attention, and all its blocks attend to it: that saves the exchange between attention and o.
+From A x to B h blocks exchange. So A comes first, and most of it in blocks that have less of W; h is gathered by blocks
+that have nothing else to do, or else late; and B comes last. A block counts a semaphore up when its products are done, and
+finishes as soon as the others of its member have too. If a group is `attended`, a slice of its input is the context of a
+unit of attention, and all its blocks attend to it: that saves the exchange between attention and o.
 
 All products of a group go through one loop, and so do all copies, though that means to find out each time which it is: the
 kernel runs through its instructions once a layer, and once they are more than the 128 KB that a multiprocessor keeps,

@@ -9,7 +9,7 @@ the ring has room. While the other warpgroup waits for its peers, the device mem
     phase        reads                            leaves
     q, k, v      the norm of x                    q, k, v                                        (linear.py)
     attention    q, k, v, the cache               the context                                    (attention.py)
-    o, down      the context, the hidden          x + y, its norm; o's phase of a single row begins with attention
+    o, down      the context, the hidden          x + y, its norm; o's phase begins with attention if o is `attended`
     gate, up     the norm of x                    silu(gate) · up
     head         the norm of x                    logits
 
@@ -287,7 +287,7 @@ def run_token(
         transforms = plgpu.TilingTransform((8, width // dtype.itemsize)), plgpu.SwizzleTransform(width)  # type: ignore[abstract]
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-    # The operands of linears, and of attention: first the ones, then the others, so they take the same place.
+    # The operands of attention, and of linears: first the ones, then the others, so they take the same place.
     used_in_turn = {
         "operand_smem": ring(plan.x_rows + plan.h_rows, PIECE),
         "q_smem": ring(model.head_dim // PIECE, QUERIES, PIECE), "p_smem": ring(TILE // PIECE, QUERIES, PIECE),
