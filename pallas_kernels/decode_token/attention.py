@@ -68,10 +68,9 @@ class Attention:
         units = self.batch * self.num_kv_heads * self.groups * splits
         return share(0, units, self.block, self.plan.num_blocks)
 
-    def _unit(self, n, first, splits, step=None):
+    def _unit(self, number, splits):
         """(row, key-value head, group of its queries, part of the context)."""
-        unit = first + n * (step or self.plan.num_blocks)
-        unit, split = divmod_(unit, splits)
+        unit, split = divmod_(number, splits)
         unit, group = divmod_(unit, self.groups)
         return *divmod_(unit, self.num_kv_heads), group, split
 
@@ -86,7 +85,7 @@ class Attention:
         first, number = self._share(self.plan.splits)
 
         def unit(n, filled):
-            return self._copy_unit(layer, self._unit(n, first, self.plan.splits), filled)
+            return self._copy_unit(layer, self._unit(first + n * self.plan.num_blocks, self.plan.splits), filled)
 
         return lax.fori_loop(0, number, unit, filled)
 
@@ -113,7 +112,7 @@ class Attention:
         first, number = self._share(plan.splits)
 
         def unit(n, count):
-            row, head, group, split = unit = self._unit(n, first, plan.splits)
+            row, head, group, split = unit = self._unit(first + n * plan.num_blocks, plan.splits)
             o, m, total, count = self._attend(layer, count, unit, q_smem, p_smem)
             if plan.splits == 1:
                 self._store(row, head, group, [x / over_rows(total, SHAPE) for x in o])
@@ -130,26 +129,24 @@ class Attention:
     def copy_own(self, layer, own, filled: Filled) -> Filled:
         """What `attend_own` takes from the ring."""
         number, needed = own
-        unit = self._unit(number, 0, 1, step=1)
 
         def copy(_, filled):
-            return self._copy_unit(layer, unit, filled)
+            return self._copy_unit(layer, self._unit(number, 1), filled)
 
         return lax.fori_loop(0, jnp.where(needed, 1, 0), copy, filled)
 
     def attend_own(self, layer, count, own, operand_smem, q_smem, p_smem):
         """The context of one unit of a single row, as o_proj's right operand: a chunk for each part of each query head."""
         number, needed = own
-        unit = self._unit(number, 0, 1, step=1)
 
         def attend(_, count):
-            o, _, total, count = self._attend(layer, count, unit, q_smem, p_smem)
+            o, _, total, count = self._attend(layer, count, self._unit(number, 1), q_smem, p_smem)
             o = [x / over_rows(total, SHAPE) for x in o]
             plgpu.commit_smem()  # all warps are done with what takes the same place
             for query in range(self._queries):
                 for part, x in enumerate(o):
-                    own = over_columns(column(x, query), SHAPE) if self._queries > 1 else x
-                    store_transposed(operand_smem.at[pl.ds((query * self.parts + part) * QUERIES, QUERIES)], own)
+                    context = over_columns(column(x, query), SHAPE) if self._queries > 1 else x
+                    store_transposed(operand_smem.at[pl.ds((query * self.parts + part) * QUERIES, QUERIES)], context)
             plgpu.commit_smem()
             return count
 
@@ -214,7 +211,7 @@ class Attention:
         memory, (first, number) = self.memory, self._share(1)
 
         def unit(n, _):
-            row, head, group, _ = self._unit(n, first, 1)
+            row, head, group, _ = self._unit(first + n * self.plan.num_blocks, 1)
             places = [(s, row, head * self.groups + group) for s in range(self.plan.splits)]
             maxima, sums = ([load(ref.at[*p], COLUMNS) for p in places] for ref in (memory.max_part, memory.sum_part))
             m = maxima[0]

@@ -131,14 +131,15 @@ class Linears:
 
             return self.ring.fill(filled, of.chunks, chunk)
 
-        if self._attends:
+        if self.group.attended and self._multiplies:
             filled = self.attention.copy_own(layer, self._own_unit, filled)
         begin, end = self._span()
         return lax.fori_loop(begin, end, product, filled)
 
     @property
-    def _attends(self) -> bool:
-        return self.group.attended and not {"experts", "products"}.isdisjoint(self.steps)
+    def _multiplies(self) -> bool:
+        """Whether the steps need the input."""
+        return not {"experts", "products"}.isdisjoint(self.steps)
 
     @property
     def _own_unit(self):
@@ -149,9 +150,9 @@ class Linears:
         """`x` is the input [pieces · N, PIECE], followed by `HALF` rows that are not used. `follow(names, row, columns)`
         reads what it needs for `HALF` rows and `QUERIES` columns of the linears `names`, and returns the function that
         takes their values and stores what comes of them. `attention_smem`: operands of attention."""
-        if not {"experts", "products"}.isdisjoint(self.steps):
+        if self._multiplies:
             with jax.named_scope("input"):
-                if self._attends:
+                if self.group.attended:
                     count = self.attention.attend_own(layer, count, self._own_unit, operand_smem, *attention_smem)
                 else:
                     slice_rows = input_rows(self.group.slice_chunks, self.plan.columns)
@@ -358,14 +359,11 @@ class Linears:
                 found.append(y if r_i is None else y * over_rows(r_i, shape))
 
         def finish(names):
-            biases = [
-                load(memory.biases[name].at[layer, pl.ds(row_of(names), HALF)], ROWS).astype(jnp.float32)
-                if name in memory.biases
-                else None
-                for name in names
-            ]
-            for put, found in zip(puts_first or follow_all(names), values, strict=True):
-                put(*(y if b is None else y + over_columns(b, shape) for y, b in zip(found, biases, strict=True)))
+            puts, rows = puts_first or follow_all(names), pl.ds(row_of(names), HALF)
+            biases = {name: load(b.at[layer, rows], ROWS) for name, b in memory.biases.items() if name in names}
+            biases = {name: over_columns(b.astype(jnp.float32), shape) for name, b in biases.items()}
+            for put, found in zip(puts, values, strict=True):
+                put(*(y + biases[name] if name in biases else y for name, y in zip(names, found, strict=True)))
 
         for number, names in enumerate(group.passes):
             there = [linear == number * group.width] if others else []

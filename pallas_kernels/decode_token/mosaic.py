@@ -214,20 +214,23 @@ def _kernel(*refs, names, plan, model, span, axis, compiled, **scratch):
     is_copier = lax.axis_index("group") == 1
     pl.when(is_copier)(lambda: run(copy, ring.start(), lambda number: None))
 
-    kept = [m.x, *(getattr(m, name) for name in ("t_part",) if hasattr(m, name))]
-    kept += [m.y_part.at[part, pl.ds(0, tiles)] for part, tiles in enumerate(plan.tiles_by_part())]
-    if peers is not None:
-        kept += [m.y_of_all.at[i, d, part] for i, d, part in np.ndindex(*m.y_of_all.shape[:3])]
-
     @pl.when(jnp.logical_not(is_copier))
     def _():
-        if compiled:
-            mark(KEEP, kept, plan.num_blocks)
+        kept = _kept(m, plan) if compiled else []
+        mark(KEEP, kept, plan.num_blocks)
         run(compute, jnp.int32(0), barrier)
         if peers is not None:
             peers.wait_for_all(plan.num_blocks)
-        if compiled:
-            mark(LET_GO, kept, plan.num_blocks)
+        mark(LET_GO, kept, plan.num_blocks)
+
+
+def _kept(m: SimpleNamespace, plan: Plan) -> list[Any]:
+    """What stays in the L2 cache: x, and the parts of a layer's sums."""
+    kept = [m.x, m.t_part] if hasattr(m, "t_part") else [m.x]
+    kept += [m.y_part.at[part, pl.ds(0, tiles)] for part, tiles in enumerate(plan.tiles_by_part())]
+    if hasattr(m, "y_of_all"):
+        kept += [m.y_of_all.at[index] for index in np.ndindex(*m.y_of_all.shape[:3])]
+    return kept
 
 
 def _nested(names: Sequence[tuple[str, ...]], refs: Sequence[Any]) -> SimpleNamespace:
