@@ -7,10 +7,10 @@ import json
 import sys
 from collections.abc import Sequence
 
-from adafuse_jax import runtime
-from adafuse_jax.cli import parse_flags
 from adafuse_jax.configs import AdapterConfig, TrainConfig
-from adafuse_jax.errors import run_cli
+from adafuse_jax.core import runtime
+from adafuse_jax.core.errors import run_cli
+from adafuse_jax.core.flags import parse_flags
 
 
 def main(argv: Sequence[str]) -> int:

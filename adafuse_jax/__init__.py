@@ -9,7 +9,7 @@ Axis letters, used everywhere in shapes and einsums:
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.methods import make_adapter
 from adafuse_jax.configs import AdapterConfig, DecodeConfig, ModelConfig, TrainConfig
-from adafuse_jax.errors import UserError
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.interop.huggingface import export_backbone, load_backbone
 from adafuse_jax.model.backbone import Backbone
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from adafuse_jax.errors import UserError
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.presets import PRESETS
 
 DType = Literal["float32", "bfloat16"]

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from adafuse_jax import runtime
-from adafuse_jax.cli import parse_flags
 from adafuse_jax.configs import DType, flag
-from adafuse_jax.errors import UserError, run_cli
+from adafuse_jax.core import runtime
+from adafuse_jax.core.errors import UserError, run_cli
+from adafuse_jax.core.flags import parse_flags
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,11 +36,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adafuse_jax import runtime
 from adafuse_jax.configs import require
+from adafuse_jax.core import runtime
+from adafuse_jax.core.errors import run_cli
 from adafuse_jax.data.chat import encode_all, load_tokenizer
 from adafuse_jax.data.packing import Rows, pack
-from adafuse_jax.errors import run_cli
 from adafuse_jax.interop.huggingface import load_backbone
 from benchmarks import accuracy_report
 from benchmarks.accuracy_data import SETS, Packed, Questions, pack_candidates, read_set, targets_of

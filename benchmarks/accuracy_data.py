@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import Encoded, encode_choices
 from adafuse_jax.data.examples import MultipleChoice
 from adafuse_jax.data.formats import convert
 from adafuse_jax.data.packing import Rows
 from adafuse_jax.data.sources import held_out_split
-from adafuse_jax.errors import UserError
 
 SETS = ("scienceqa", "openbookqa", "arc-easy")
 FILES = {

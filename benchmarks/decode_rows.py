@@ -27,11 +27,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from adafuse_jax import runtime
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.base import Adapter
 from adafuse_jax.adapters.methods import make_adapter
 from adafuse_jax.configs import AdapterConfig, ModelConfig, Strategy
+from adafuse_jax.core import runtime
 from adafuse_jax.decoding import engine as engine_module
 from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.fused import fused_obstacle

@@ -34,15 +34,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from adafuse_jax import AdaFuse, Backbone, load_backbone, runtime
+from adafuse_jax import AdaFuse, Backbone, load_backbone
 from adafuse_jax.adapters.adafuse import AdaFuseLayer
 from adafuse_jax.adapters.directory import load_adapter
 from adafuse_jax.adapters.router import Routing
 from adafuse_jax.configs import DType, ModelConfig
+from adafuse_jax.core import runtime
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.decoding.merging import Merged, adapted_weights, factors, unmerge, with_weights
 from adafuse_jax.decoding.sampling import Sampling, sample
-from adafuse_jax.errors import UserError
 from adafuse_jax.interop.hf_config import read_model_config
 from adafuse_jax.interop.huggingface import backbone_identity
 from adafuse_jax.model.cache import KVCache

@@ -16,11 +16,11 @@ import pytest
 import tiny
 
 from adafuse_jax.configs import ModelConfig
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.chat import encode_all, load_tokenizer
 from adafuse_jax.data.examples import MultipleChoice
 from adafuse_jax.data.packing import pack
-from adafuse_jax.errors import UserError
 from adafuse_jax.evaluation.loading import load
 from adafuse_jax.evaluation.multiple_choice import Questions as Encoded
 from adafuse_jax.evaluation.multiple_choice import chosen_by_likelihood

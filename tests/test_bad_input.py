@@ -27,8 +27,8 @@ from safetensors.numpy import load_file, save_file
 
 from adafuse_jax.adapters.directory import save_adapter
 from adafuse_jax.adapters.methods import make_adapter
-from adafuse_jax.cli import parse_flags
 from adafuse_jax.configs import AdapterConfig, Strategy, TrainConfig
+from adafuse_jax.core.flags import parse_flags
 from adafuse_jax.interop.hf_config import read_model_config
 from adafuse_jax.interop.huggingface import backbone_identity
 from adafuse_jax.presets import PRESETS

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from data_fixtures import BOS_CHATML, CHATML, write_tokenizer
 
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import encode, encode_all, encode_choices, encode_prompt, load_tokenizer, stop_tokens
 from adafuse_jax.data.examples import Chat, Message, MultipleChoice, Text
 from adafuse_jax.data.sources import DatasetSpec, load_examples
-from adafuse_jax.errors import UserError
 
 S, U, A = (lambda text, role=role: Message(role, text) for role in ("system", "user", "assistant"))
 LONG = 10_000

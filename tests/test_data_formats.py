@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.examples import Chat, Message, MultipleChoice, Text
 from adafuse_jax.data.formats import FORMATS, recognise
 from adafuse_jax.data.sources import PRESETS, DatasetSpec, load, load_examples
-from adafuse_jax.errors import UserError
 
 
 def write(path, rows):

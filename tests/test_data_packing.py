@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.batches import BLOCK, Batch, Batches, shares_of
 from adafuse_jax.data.chat import Encoded
 from adafuse_jax.data.packing import OPEN_ROWS, Rows, pack
-from adafuse_jax.errors import UserError
 
 
 def examples(lengths, first_token: int = 1) -> list[Encoded]:

@@ -11,9 +11,9 @@ from pathlib import Path
 import datasets
 import pytest
 
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.examples import Chat, MultipleChoice, Text
 from adafuse_jax.data.sources import PRESETS, DatasetSpec, available_splits, held_out_split, load, load_examples
-from adafuse_jax.errors import UserError
 
 ROWS = [{"text": f"row {i}"} for i in range(5)]
 

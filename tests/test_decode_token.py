@@ -21,9 +21,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.configs import LINEARS, AdapterConfig, ModelConfig
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.fused import Fused, fused_obstacle, fused_step, route, tabulate
-from adafuse_jax.errors import UserError
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from adafuse_jax.sharding import make_mesh, place_state, shard

@@ -25,7 +25,7 @@ from lm_eval.tasks import TaskManager
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.directory import save_adapter
 from adafuse_jax.configs import AdapterConfig
-from adafuse_jax.errors import UserError
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.evaluation.lm_eval import AdaFuseLM
 from adafuse_jax.evaluation.loading import load
 from adafuse_jax.interop.huggingface import backbone_identity

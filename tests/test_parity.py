@@ -26,7 +26,7 @@ from goldens.tiny_models import CASES, Case, tensor_shapes, write_json, write_mo
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from adafuse_jax.errors import UserError
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.interop.huggingface import export_backbone, load_backbone
 
 GOLDENS = Path(__file__).parent / "goldens" / "tiny"

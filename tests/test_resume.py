@@ -23,10 +23,10 @@ import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from adafuse_jax.cli import parse_flags
 from adafuse_jax.configs import AdapterConfig, TrainConfig
+from adafuse_jax.core.errors import UserError
+from adafuse_jax.core.flags import parse_flags
 from adafuse_jax.data.chat import load_tokenizer
-from adafuse_jax.errors import UserError
 from adafuse_jax.interop.huggingface import load_backbone
 from adafuse_jax.training import loop
 from adafuse_jax.training.prepare import prepare_data

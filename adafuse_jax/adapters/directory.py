@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from adafuse_jax.adapters.methods import MODULES, AnyAdapter, make_adapter
 from adafuse_jax.configs import AdapterConfig, ModelConfig
-from adafuse_jax.errors import UserError
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.interop.hf_config import read_json
 from adafuse_jax.interop.huggingface import readable
 from adafuse_jax.presets import PRESETS

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from adafuse_jax.adapters.layerwise import LayerWise
 from adafuse_jax.adapters.router import Routing
 from adafuse_jax.configs import AdapterConfig, ModelConfig
-from adafuse_jax.errors import UserError
+from adafuse_jax.core.errors import UserError
 
 
 class MoLA(LayerWise):

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.packing import Rows
-from adafuse_jax.errors import UserError
 
 BLOCK = 1000
 

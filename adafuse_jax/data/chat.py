@@ -21,9 +21,9 @@ from unittest import mock
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.examples import Chat, Example, Message, MultipleChoice, Text
 from adafuse_jax.data.files import without_logs
-from adafuse_jax.errors import UserError
 
 ENCODE_CHUNK = 1024
 SPACE_MARKERS = ("Ġ", "Ċ", "▁")

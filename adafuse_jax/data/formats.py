@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.examples import Chat, Example, Message, MultipleChoice, Role, Text
-from adafuse_jax.errors import UserError
 
 Row = Mapping[str, Any]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import Encoded
-from adafuse_jax.errors import UserError
 
 OPEN_ROWS = 64
 LENGTH_MULTIPLE = 64

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.examples import Example
 from adafuse_jax.data.files import (
     DATA_SUFFIXES,
@@ -28,7 +29,6 @@ from adafuse_jax.data.files import (
     split_files,
 )
 from adafuse_jax.data.formats import FORMATS, SkipRow, check_format_name, convert, recognise
-from adafuse_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -24,12 +24,12 @@ from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.lora import merged as with_lora
 from adafuse_jax.adapters.methods import AnyAdapter
 from adafuse_jax.configs import TOKEN_STRATEGIES, Strategy
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.decoding.fused import Fused, fused_obstacle
 from adafuse_jax.decoding.merging import Merged, unmerge, with_weights
 from adafuse_jax.decoding.sampling import Sampling
 from adafuse_jax.decoding.simple import LayerWiseMerging
 from adafuse_jax.decoding.steps import NOT_FINITE, DecodeState, decode_step, first_token, prefill_chunk
-from adafuse_jax.errors import UserError
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from adafuse_jax.presets import PRESETS

@@ -14,15 +14,15 @@ from typing import Any, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from adafuse_jax import runtime
 from adafuse_jax.adapters.directory import load_adapter
 from adafuse_jax.configs import DecodeConfig, Strategy, require_text
+from adafuse_jax.core import runtime
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import encode_prompt, load_tokenizer, stop_tokens
 from adafuse_jax.data.examples import Message, Role
 from adafuse_jax.decoding.engine import Engine, Token
 from adafuse_jax.decoding.sampling import Sampling
 from adafuse_jax.decoding.stream import TextStream
-from adafuse_jax.errors import UserError
 from adafuse_jax.interop.hf_config import read_model_config
 from adafuse_jax.interop.huggingface import backbone_identity, load_backbone, model_directory, storage_dtype
 from adafuse_jax.sharding import make_mesh, shard

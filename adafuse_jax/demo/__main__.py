@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from adafuse_jax import runtime
-from adafuse_jax.cli import parse_flags
+from adafuse_jax.core import runtime
+from adafuse_jax.core.errors import run_cli
+from adafuse_jax.core.flags import parse_flags
 from adafuse_jax.demo.config import DemoConfig
-from adafuse_jax.errors import run_cli
 
 SIGTERM_EXIT_CODE = 143
 

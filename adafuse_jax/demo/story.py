@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adafuse_jax.configs import AdapterConfig, DecodeConfig, TrainConfig
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.decoding.session import Session
 from adafuse_jax.demo.answers import Answers, answer_all
 from adafuse_jax.demo.backbone import BATCH_SIZE, pretrain
@@ -27,7 +28,6 @@ from adafuse_jax.demo.report import (
     step,
 )
 from adafuse_jax.demo.skills import SKILLS, Case, Material, draw_material
-from adafuse_jax.errors import UserError
 from adafuse_jax.training.loop import train
 
 MARKER = ".made-by-adafuse-demo"

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adafuse_jax import runtime
-from adafuse_jax.cli import parse_flags
-from adafuse_jax.errors import UserError, run_cli
+from adafuse_jax.core import runtime
+from adafuse_jax.core.errors import UserError, run_cli
+from adafuse_jax.core.flags import parse_flags
 from adafuse_jax.evaluation.config import EvaluationConfig
 
 log = logging.getLogger("adafuse_jax.evaluation")

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from itertools import batched, groupby
 from typing import Any
 
-from adafuse_jax import runtime
 from adafuse_jax.configs import DType
+from adafuse_jax.core import runtime
+from adafuse_jax.core.errors import EXIT_CODE, UserError, run_cli
 from adafuse_jax.data.chat import render
 from adafuse_jax.data.examples import Message
-from adafuse_jax.errors import EXIT_CODE, UserError, run_cli
 
 try:
     from lm_eval.api.model import TemplateLM

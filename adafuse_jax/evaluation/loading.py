@@ -7,9 +7,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from adafuse_jax import runtime
 from adafuse_jax.adapters.directory import load_adapter
 from adafuse_jax.configs import DType
+from adafuse_jax.core import runtime
 from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.interop.hf_config import read_model_config
 from adafuse_jax.interop.huggingface import backbone_identity, load_backbone, model_directory, storage_dtype

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import Encoded, encode_choices, encode_prompt, stop_tokens
 from adafuse_jax.data.examples import Message, MultipleChoice
 from adafuse_jax.decoding.engine import Engine
-from adafuse_jax.errors import UserError
 from adafuse_jax.evaluation.heldout import score
 from adafuse_jax.evaluation.loading import Loaded
 from adafuse_jax.evaluation.matching import match

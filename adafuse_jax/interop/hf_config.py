@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adafuse_jax.configs import ModelConfig, RopeConfig
-from adafuse_jax.errors import UserError
+from adafuse_jax.core.errors import UserError
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

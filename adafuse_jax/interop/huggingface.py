@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from adafuse_jax.configs import ATTENTION_LINEARS, DType, ModelConfig
-from adafuse_jax.errors import UserError
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.interop.hf_config import hf_config, read_json, read_model_config
 from adafuse_jax.model.backbone import Backbone
 

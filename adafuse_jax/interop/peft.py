@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from adafuse_jax.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, write_adapter_files
 from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.configs import ATTENTION_LINEARS, LINEARS, AdapterConfig, ModelConfig
-from adafuse_jax.errors import UserError
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.interop.huggingface import readable
 
 NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")

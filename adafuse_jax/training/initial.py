@@ -19,7 +19,7 @@ from adafuse_jax.adapters.low_rank import LoRAExperts
 from adafuse_jax.adapters.methods import AnyAdapter, make_adapter
 from adafuse_jax.adapters.pesc import PESC
 from adafuse_jax.configs import AdapterConfig, ModelConfig
-from adafuse_jax.errors import UserError
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.model.backbone import Backbone
 
 

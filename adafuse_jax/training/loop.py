@@ -23,15 +23,15 @@ import optax
 from flax import nnx
 from safetensors import SafetensorError
 
-from adafuse_jax import runtime
 from adafuse_jax.adapters.directory import replace_directory, save_adapter
 from adafuse_jax.adapters.full import FullWeights
 from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.methods import in_use, num_parameters
 from adafuse_jax.configs import AdapterConfig, TrainConfig
+from adafuse_jax.core import runtime
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.batches import Batch
 from adafuse_jax.data.chat import load_tokenizer
-from adafuse_jax.errors import UserError
 from adafuse_jax.interop.hf_config import read_model_config
 from adafuse_jax.interop.huggingface import backbone_identity, export_backbone, load_backbone, model_directory
 from adafuse_jax.model.backbone import Backbone

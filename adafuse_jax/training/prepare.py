@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from adafuse_jax.configs import TrainConfig
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.chat import Encoded, encode_all, encode_choices
 from adafuse_jax.data.examples import Example, MultipleChoice, Text
 from adafuse_jax.data.packing import Rows, pack
 from adafuse_jax.data.sources import DatasetSpec, available_splits, held_out_split, load_examples
-from adafuse_jax.errors import UserError
 from adafuse_jax.evaluation.heldout import HeldOut
 
 log = logging.getLogger(__name__)

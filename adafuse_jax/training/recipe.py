@@ -25,7 +25,7 @@ from jaxtyping import Array, Int
 from adafuse_jax.adapters.low_rank import LoRAExperts
 from adafuse_jax.adapters.router import is_router
 from adafuse_jax.configs import AdapterConfig, TrainConfig
-from adafuse_jax.errors import UserError
+from adafuse_jax.core.errors import UserError
 
 
 def require_recipe(config: TrainConfig, adapter: AdapterConfig) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from adafuse_jax import runtime
 from adafuse_jax.configs import TrainConfig
-from adafuse_jax.errors import UserError
+from adafuse_jax.core import runtime
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.training.prepare import Data
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from adafuse_jax.errors import UserError
+from adafuse_jax.core.errors import UserError
 
 
 class _OneLineParser(argparse.ArgumentParser):

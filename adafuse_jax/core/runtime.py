@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from adafuse_jax.errors import UserError
+from adafuse_jax.core.errors import UserError
 
 
 def set_up() -> None:

@@ -1,0 +1,188 @@
+"""JSON, YAML and TOML files read once, with bounds and types: size, depth, encoding, and the type and range of each value.
+
+    table = Table.read(path)
+    table.integer("num_hidden_layers", low=1, high=MAX_LAYERS)
+    table.number("rms_norm_eps", 1e-6, low=0)
+    table.unread()                                          keys that nobody asked for
+
+A value of a wrong type or out of its range is a `UserError` that names the file, the key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adafuse_jax.core.errors import UserError, quoted, shortened
+
+MAX_BYTES = 256 * 2**20
+"""Of a file; the index of a model with 100,000 tensors has 10 MB, the largest tokenizer.json 35."""
+MAX_DEPTH = 32
+"""Of lists and objects within each other."""
+REQUIRED: Any = object()
+"""The default of a key that must be there."""
+
+
+def read_text(path: Path, *, what: str = "", max_bytes: int = MAX_BYTES, advice: str = "restore the file") -> str:
+    """A regular UTF-8 file as text, without a byte order mark. `what` goes before the path in messages: "--config ".
+
+    Raises:
+      UserError: a file that is missing, no regular file (a FIFO would wait for ever), unreadable, too large or not UTF-8.
+    """
+    where = f"{what}{path}"
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{where}: is not a regular file; {advice}")
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+    except (OSError, ValueError) as error:  # a name with a NUL byte is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{where}: cannot be read ({reason}); {advice}") from error
+    if len(data) > max_bytes:
+        raise UserError(f"{where}: has more than {max_bytes} bytes, which no such file needs; {advice}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+
+
+def read_json(path: Path, *, what: str = "", advice: str = "restore the file") -> dict[str, Any]:
+    """The JSON object in `path`, plain. Raises `UserError` as `read_text`, and for what is no JSON object or nested deeper
+    than `MAX_DEPTH`."""
+    return parse_table(read_text(path, what=what, advice=advice), ".json", f"{what}{path}", advice=advice)
+
+
+def parse_table(text: str, suffix: str, where: str, *, advice: str = "correct the file") -> dict[str, Any]:
+    """The object that `text` holds as `.json`, `.yaml`, `.yml` or `.toml`. Raises `UserError` with `where` in it."""
+    parsers: dict[str, Any] = {
+        ".json": json.loads,
+        ".toml": tomllib.loads,
+        ".yaml": yaml.safe_load,
+        ".yml": yaml.safe_load,
+    }
+    kind = {".yml": "YAML"}.get(suffix, suffix[1:].upper())
+    try:
+        table = parsers[suffix](text)
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply to be read; {advice}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{where}: not valid {kind} ({shortened(str(error), 120)}); {advice}") from error
+    if not isinstance(table, dict):
+        raise UserError(f"{where}: holds a {kind} {type(table).__name__}, not an object; {advice}")
+    if _depth(table) > MAX_DEPTH:
+        raise UserError(f"{where}: nested deeper than {MAX_DEPTH}; {advice}")
+    return table
+
+
+def _depth(value: Any) -> int:
+    """Of lists and objects within each other, without recursion; stops counting above `MAX_DEPTH`."""
+    level, depth = [value], 0
+    while level and depth <= MAX_DEPTH:
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        depth += 1
+    return depth
+
+
+@dataclass(slots=True)
+class Table:
+    """The object in a file, read key by key. `where` names the file, and the key of an inner object, for messages.
+
+    A key whose value is null counts as absent: its default is taken, and without a default it is required.
+    """
+
+    values: dict[str, Any]
+    where: str
+    _read: set[str] = field(default_factory=set)
+
+    @classmethod
+    def read(cls, path: Path, *, what: str = "", advice: str = "restore the file") -> Table:
+        return cls(read_json(path, what=what, advice=advice), f"{what}{path}")
+
+    def __contains__(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value as it is, unchecked, or `default` for an absent one."""
+        self._read.add(name)
+        value = self.values.get(name)
+        if value is None and default is REQUIRED:
+            raise UserError(f"{self.where}: {name} is missing; restore the file")
+        return default if value is None else value
+
+    def integer(self, name: str, default: Any = REQUIRED, *, low: int = 0, high: int = 2**31 - 1) -> Any:
+        """An integer in [low, high]; `default` (None too) if absent."""
+        value = self.get(name, default)
+        if value is default and name not in self:
+            return value
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.error(name, f"it must be an integer from {low} to {high}")
+        return value
+
+    def number(
+        self, name: str, default: Any = REQUIRED, *, low: float = -math.inf, high: float = math.inf, above: bool = False
+    ) -> Any:
+        """A finite number in [low, high] (with `above`, greater than `low`), as a float; `default` (None too) if absent."""
+        value = self.get(name, default)
+        if value is default and name not in self:
+            return value
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300
+        if not ok or not low <= value <= high or (above and value == low):
+            bounds = [f"{'greater than' if above else 'at least'} {low:g}"] if low > -math.inf else []
+            bounds += [f"at most {high:g}"] if high < math.inf else []
+            raise self.error(name, f"it must be a finite number{', ' if bounds else ''}{' and '.join(bounds)}")
+        return float(value)
+
+    def boolean(self, name: str, default: Any = REQUIRED) -> Any:
+        value = self.get(name, default)
+        if value is not default and not isinstance(value, bool):
+            raise self.error(name, "it must be true or false")
+        return value
+
+    def text(self, name: str, default: Any = REQUIRED) -> Any:
+        value = self.get(name, default)
+        if value is not default and not isinstance(value, str):
+            raise self.error(name, "it must be text")
+        return value
+
+    def choice(self, name: str, choices: Sequence[Any], default: Any = REQUIRED) -> Any:
+        """One of `choices`, of the same type: true is not 1."""
+        value = self.get(name, default)
+        if value is not default and not any(type(value) is type(c) and value == c for c in choices):
+            raise self.error(name, f"supported: {', '.join(map(str, choices))}")
+        return value
+
+    def items(self, name: str, default: Any = REQUIRED) -> Any:
+        """A list, its entries unchecked."""
+        value = self.get(name, default)
+        if value is not default and not isinstance(value, list):
+            raise self.error(name, "it must be a list")
+        return value
+
+    def table(self, name: str) -> Table | None:
+        """The inner object `name`, or None."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise self.error(name, "it must be an object")
+        return None if value is None else Table(value, f"{self.where}: {name}")
+
+    def unread(self) -> list[str]:
+        """Keys with a value that no call has asked for, in the file's order."""
+        return [name for name, value in self.values.items() if value is not None and name not in self._read]
+
+    def error(self, name: str, rule: str) -> UserError:
+        """An error that names the file, the key and its value; `rule` says what it must be."""
+        return UserError(f"{self.where}: {shortened(name, 60)} is {quoted(self.values.get(name))}; {rule}")
