@@ -78,7 +78,7 @@ def render(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt
 
     Raises UserError when the template refuses the conversation (roles that do not alternate, a system turn, ...)."""
     if tokenizer.chat_template:
-        turns = [{"role": m.role, "content": m.content} for m in messages]
+        turns = [m.turn() for m in messages]
         try:
             return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # a template raises what it likes
