@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,16 @@ import pytest
 from data_fixtures import BOS_CHATML, CHATML, write_tokenizer
 
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.data.chat import encode, encode_all, encode_choices, encode_prompt, load_tokenizer, stop_tokens
+from adafuse_jax.data.chat import (
+    encode,
+    encode_all,
+    encode_choices,
+    encode_prompt,
+    load_tokenizer,
+    render,
+    stop_tokens,
+    template_date,
+)
 from adafuse_jax.data.examples import Chat, Message, MultipleChoice, Text
 from adafuse_jax.data.sources import DatasetSpec, load_examples
 
@@ -125,6 +135,21 @@ class TestChatTemplate:
         tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", template=template))
         with pytest.raises(UserError, match="turns system, user: System role not supported"):
             encode(Chat((S("s"), U("x"), A("y"))), tokenizer, LONG)
+
+
+class TestTemplateDate:
+    def test_the_date_is_fixed_inside_and_today_s_outside(self, tmp_path):
+        tokenizer = load_tokenizer(
+            write_tokenizer(tmp_path / "tok", template="{{ strftime_now('%d %b %Y %H:%M:%S') }}")
+        )
+        with template_date(datetime(2024, 2, 29, 23, 59, 58)) as given:
+            assert given == datetime(2024, 2, 29, 23, 59, 58)
+            assert render((U("x"),), tokenizer, add_generation_prompt=False) == "29 Feb 2024 23:59:58"
+            with template_date(datetime(2025, 1, 1)):
+                assert render((U("x"),), tokenizer, add_generation_prompt=False) == "01 Jan 2025 00:00:00"
+            assert render((U("x"),), tokenizer, add_generation_prompt=False) == "29 Feb 2024 23:59:58"
+        today = render((U("x"),), tokenizer, add_generation_prompt=False)
+        assert abs((datetime.strptime(today, "%d %b %Y %H:%M:%S") - datetime.now()).total_seconds()) < 60
 
 
 class TestAlpacaText:

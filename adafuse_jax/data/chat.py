@@ -13,7 +13,10 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +30,7 @@ from adafuse_jax.data.files import without_logs
 
 ENCODE_CHUNK = 1024
 SPACE_MARKERS = ("Ġ", "Ċ", "▁")
+_date: ContextVar[datetime | None] = ContextVar("template_date", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,37 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
     return tokenizer
 
 
+@contextmanager
+def template_date(date: datetime | None = None) -> Iterator[datetime]:
+    """A fixed date for all templates rendered inside that ask for the present one (`strftime_now`); default: now.
+
+    The date enters the tokens, so a resumed run must be given that of its first start, which this yields."""
+    now = date or datetime.now()
+    token = _date.set(now)
+    try:
+        yield now
+    finally:
+        _date.reset(token)
+
+
+@contextmanager
+def _fixed_clock() -> Iterator[None]:
+    from transformers.utils import chat_template_utils
+
+    date = _date.get()
+    if date is None:
+        yield
+        return
+
+    class Fixed(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return date
+
+    with mock.patch.object(chat_template_utils, "datetime", Fixed):
+        yield
+
+
 def render(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool) -> str:
     """The conversation as text: by the tokenizer's chat template, or else as Alpaca text.
 
@@ -80,7 +115,8 @@ def render(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt
     if tokenizer.chat_template:
         turns = [m.turn() for m in messages]
         try:
-            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+            with _fixed_clock():
+                return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # a template raises what it likes
             roles = ", ".join(m.role for m in messages)
             raise UserError(
