@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import platform
 import sys
 import time
@@ -38,6 +37,7 @@ import numpy as np
 
 from adafuse_jax.configs import require
 from adafuse_jax.core import runtime
+from adafuse_jax.core.atomic_files import write_json
 from adafuse_jax.core.errors import run_cli
 from adafuse_jax.data.chat import encode_all, load_tokenizer
 from adafuse_jax.data.packing import Rows, pack
@@ -266,9 +266,7 @@ class Study:
         if trained is not None:
             report |= self._training_report(run, trained)
         report["wall_seconds"] = round(time.perf_counter() - begun, 3)
-        partial = self.work / f"{run.name}.partial"
-        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, self.work / f"{run.name}.json")
+        write_json(self.work / f"{run.name}.json", report)
         self.results[run.name] = report
 
     def _training_report(self, run: Run, trained: Trained) -> dict[str, Any]:

@@ -7,9 +7,7 @@ accuracy is the mean over the sets, taken for each seed; the standard error is t
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from adafuse_jax.core.atomic_files import write_json, write_text
 from benchmarks.accuracy_methods import ABLATIONS, METHODS, ablated, changes
 from benchmarks.token_classes import CLASSES
 
@@ -115,18 +114,12 @@ def write(results: Mapping[str, dict[str, Any]], out: Path, *, command: str, mac
         "validation": {name: found for name in METHODS if (found := grid_of(results, name))},
         "rows": rows,
     }
-    _replace(out / "accuracy.json", json.dumps(table, indent=2) + "\n")
-    _replace(out / "accuracy.md", markdown(rows, table))
+    write_json(out / "accuracy.json", table)
+    write_text(out / "accuracy.md", markdown(rows, table))
     if rows:
         plot(rows, ablated(table["validation"]), out / "accuracy.png")
     for used in (result for result in results.values() if "expert_use" in result):
         plot_experts(used, out / f"accuracy_experts_{used['run']['method']}.png")
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _percent(value: float, error: float | None) -> str:

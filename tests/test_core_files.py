@@ -24,6 +24,20 @@ class TestAtomic:
         assert path.read_text() == "{}"
         assert os.listdir(tmp_path) == ["a.json"]
 
+    def test_of_a_symbolic_link_the_target_is_written(self, tmp_path: Path):
+        (tmp_path / "link").symlink_to("target")
+        write_json(tmp_path / "link", {})
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "target").read_text() == "{}\n"
+
+    def test_a_device_and_a_pipe_are_not_replaced(self, tmp_path: Path):
+        os.mkfifo(tmp_path / "pipe")
+        for path in (Path("/dev/null"), tmp_path / "pipe", tmp_path):
+            with pytest.raises(UserError, match="not a regular file"):
+                write_json(path, {})
+        assert not Path("/dev/null").is_file()
+        assert os.listdir(tmp_path) == ["pipe"]
+
     def test_an_exception_leaves_the_old_file(self, tmp_path: Path):
         path = tmp_path / "a.json"
         write_json(path, {"old": 1})

@@ -105,9 +105,19 @@ class TestOutputDirectory:
         out = tmp_path / "demo"
         out.mkdir()
         claim(out)
-        (out / "old").touch()
+        (out / "data").mkdir()
+        (out / "data" / "train.jsonl").touch()
+        (out / "expert_use.png").touch()
         claim(out)
         assert [p.name for p in out.iterdir()] == [MARKER]
+
+    def test_a_file_of_the_users_in_an_earlier_demo_is_kept(self, tmp_path):
+        claim(tmp_path)
+        (tmp_path / "data").mkdir()
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(UserError, match="give another directory"):
+            claim(tmp_path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted([MARKER, "data", "notes.txt"])
 
     def test_refusal_is_one_line_and_exit_code_2(self, tmp_path):
         (tmp_path / "mine").touch()

@@ -9,8 +9,6 @@ A LoRA that PEFT wrote, in files of the same two names, is taken too.
 
 from __future__ import annotations
 
-import json
-import shutil
 import typing
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from adafuse_jax.adapters.methods import MODULES, AnyAdapter, make_adapter
 from adafuse_jax.configs import AdapterConfig, ModelConfig
+from adafuse_jax.core.atomic_files import new_directory, write_json
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.interop.hf_config import read_json
 from adafuse_jax.interop.huggingface import readable
@@ -31,34 +30,23 @@ from adafuse_jax.presets import PRESETS
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
-def save_adapter(adapter: AnyAdapter, out: Path, *, backbone_name: str, backbone_identity: str) -> None:
-    """Write `adapter` to the directory `out`, replacing an adapter that is there. At any moment a complete one
-    exists under its name, or as `.old` or `.partial` beside it."""
+def save_adapter(
+    adapter: AnyAdapter, out: Path, *, backbone_name: str, backbone_identity: str, replace: bool = False
+) -> None:
+    """Write `adapter` to the directory `out`, which appears complete or not at all. It must not exist or be empty, unless
+    `replace` puts it in place of what is there. Raises as `new_directory`."""
     table = {**adapter.config.table(), "backbone": {"name": backbone_name, "identity": backbone_identity}}
     tensors = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(adapter))}
-    write_adapter_files(out, table, tensors, metadata={"format": "adafuse-jax"})
+    write_adapter_files(out, table, tensors, metadata={"format": "adafuse-jax"}, replace=replace)
 
 
 def write_adapter_files(
-    out: Path, table: dict[str, Any], tensors: dict[str, np.ndarray], *, metadata: dict[str, str]
+    out: Path, table: dict[str, Any], tensors: dict[str, np.ndarray], *, metadata: dict[str, str], replace: bool = False
 ) -> None:
-    """The two files, in place of a directory that is there."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / CONFIG_FILE).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, partial / WEIGHTS_FILE, metadata=metadata)
-    replace_directory(partial, out)
-
-
-def replace_directory(partial: Path, out: Path) -> None:
-    """`partial` becomes `out`; what was there is kept as `.old` until then."""
-    old = out.with_name(out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    """The two files as the directory `out`. Raises as `new_directory`."""
+    with new_directory(out, replace=replace) as partial:
+        write_json(partial / CONFIG_FILE, table)
+        save_file(tensors, partial / WEIGHTS_FILE, metadata=metadata)
 
 
 def read_adapter_table(directory: Path) -> dict[str, Any]:

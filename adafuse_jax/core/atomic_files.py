@@ -27,7 +27,15 @@ LOCK_FILE = ".lock"
 @contextlib.contextmanager
 def new_file(path: Path, *, text: bool = True) -> Iterator[IO[Any]]:
     """Within, a file is open for writing (UTF-8 text, or bytes); at the end of the block it becomes `path`, in place of a
-    file that is there. After an exception nothing has changed. Raises `OSError` for a disk that refuses."""
+    file that is there. After an exception nothing has changed. Of a symbolic link the target is written.
+
+    Raises:
+      UserError: `path` is a device, a pipe or a directory, which a file must not replace.
+      OSError: a disk that refuses.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is not a regular file; name another one")
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path), suffix=".partial")
     try:
         with os.fdopen(descriptor, "w" if text else "wb", encoding="utf-8" if text else None) as file:

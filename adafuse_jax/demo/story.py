@@ -31,6 +31,8 @@ from adafuse_jax.demo.skills import SKILLS, Case, Material, draw_material
 from adafuse_jax.training.loop import train
 
 MARKER = ".made-by-adafuse-demo"
+WRITTEN = ("data", "backbone", "run", "expert_use.png")
+"""Names in the directory of a demo."""
 LINES_PER_ROW = 4
 BACKBONE_AT_MOST, ADAPTED_AT_LEAST = 0.10, 0.90
 
@@ -95,17 +97,22 @@ def run_demo(config: DemoConfig) -> int:
 
 
 def claim(out: Path) -> None:
-    """An empty directory `out` with the demo's mark; an earlier demo there is removed.
+    """A directory `out` with the demo's mark and nothing else; what an earlier demo wrote there is removed.
 
-    Raises `UserError`, and removes nothing, if `out` is anything else.
+    Raises `UserError`, and removes nothing, if `out` is or holds anything else.
     """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).exists())):
-        raise UserError(f"--output {out}: holds something that is not an earlier demo; give another directory")
     try:
         if out.exists():
-            shutil.rmtree(out)
-        out.mkdir(parents=True)
+            present = {path.name for path in out.iterdir()} if out.is_dir() else {""}
+            if present and (MARKER not in present or not present <= {MARKER, *WRITTEN}):
+                raise UserError(f"--output {out}: holds something that is not an earlier demo; give another directory")
+        out.mkdir(parents=True, exist_ok=True)
         (out / MARKER).touch()
+        for name in WRITTEN:
+            if (out / name).is_dir():
+                shutil.rmtree(out / name)
+            else:
+                (out / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"--output {out}: cannot be written ({error.strerror or error}); give another directory"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adafuse_jax.core import runtime
+from adafuse_jax.core.atomic_files import write_json
 from adafuse_jax.core.errors import UserError, run_cli
 from adafuse_jax.core.flags import parse_flags
 from adafuse_jax.evaluation.config import EvaluationConfig
@@ -113,10 +113,8 @@ def _percent(result: dict[str, Any], name: str) -> str:
 
 def write(report: dict[str, Any], out: Path) -> None:
     """The file appears complete or not at all."""
-    partial = out.with_name(out.name + ".partial")
     try:
-        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, out)
+        write_json(out, report)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another file") from error
 

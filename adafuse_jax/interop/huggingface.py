@@ -7,7 +7,6 @@ never holds a second copy of the model.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from adafuse_jax.configs import ATTENTION_LINEARS, DType, ModelConfig
+from adafuse_jax.core.atomic_files import new_directory, write_json
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.interop.hf_config import hf_config, read_json, read_model_config
 from adafuse_jax.model.backbone import Backbone
@@ -205,26 +205,28 @@ def _read_leaf(tensors: Tensors, name: str, shape: tuple[int, ...], dtype: jnp.d
     return stack
 
 
-def export_backbone(model: Backbone, out: str | Path, *, source: str | Path | None = None) -> None:
+def export_backbone(
+    model: Backbone, out: str | Path, *, source: str | Path | None = None, replace: bool = False
+) -> None:
     """Write `model` as a Hugging Face directory, in shards of at most 5 GB; tokenizer files are copied from `source`.
 
-    The directory appears complete or not at all. Raises `UserError` if `out` exists and is not an empty directory.
+    The directory appears complete or not at all. Raises `UserError` if `out` exists and is not an empty directory, unless
+    `replace` puts it in place of what is there.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not an empty directory; give another one")
-    partial_out = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial_out, ignore_errors=True)
-    partial_out.mkdir(parents=True)
+    with new_directory(Path(out), replace=replace) as partial_out:
+        _write_model(model, partial_out, source)
+
+
+def _write_model(model: Backbone, out: Path, source: str | Path | None) -> None:
     dtype = str(model.dtype)
-    _write_json(partial_out / "config.json", hf_config(model.config, dtype))
+    write_json(out / "config.json", hf_config(model.config, dtype))
     special = {f"{n}_token_id": getattr(model.config, f"{n}_token_id") for n in ("bos", "pad")}
     special["eos_token_id"] = list(model.config.eos_token_ids) or None
-    _write_json(partial_out / "generation_config.json", {k: v for k, v in special.items() if v is not None})
+    write_json(out / "generation_config.json", {k: v for k, v in special.items() if v is not None})
     for name in TOKENIZER_FILES if source is not None else ():
         file = model_directory(source) / name  # type: ignore[arg-type]
         if file.exists():
-            shutil.copyfile(file, partial_out / name)
+            shutil.copyfile(file, out / name)
 
     shards: list[list[tuple[str, Any]]] = [[]]
     size = 0
@@ -244,17 +246,8 @@ def export_backbone(model: Backbone, out: str | Path, *, source: str | Path | No
     for i, shard in enumerate(shards):
         file_name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         arrays = {name: np.asarray(value if layer is None else value[layer]) for name, (value, layer) in shard}
-        save_file(arrays, partial_out / file_name, metadata={"format": "pt"})
+        save_file(arrays, out / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(arrays, file_name)
     if len(shards) > 1:
         total = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-        _write_json(
-            partial_out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
-    if out.exists():
-        out.rmdir()
-    partial_out.rename(out)
-
-
-def _write_json(path: Path, table: dict[str, Any]) -> None:
-    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})

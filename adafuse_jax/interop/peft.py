@@ -113,7 +113,7 @@ def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], dir
 
 
 def save_peft_lora(lora: LoRA, out: Path, *, backbone_name: str) -> None:
-    """Write `lora` as a directory that PEFT loads, in place of one that is there."""
+    """Write `lora` as a directory that PEFT loads. Raises `UserError` if `out` exists and is not an empty directory."""
     config = lora.config
     table = {
         "peft_type": "LORA",

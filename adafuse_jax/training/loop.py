@@ -23,12 +23,13 @@ import optax
 from flax import nnx
 from safetensors import SafetensorError
 
-from adafuse_jax.adapters.directory import replace_directory, save_adapter
+from adafuse_jax.adapters.directory import save_adapter
 from adafuse_jax.adapters.full import FullWeights
 from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.methods import in_use, num_parameters
 from adafuse_jax.configs import AdapterConfig, TrainConfig
 from adafuse_jax.core import runtime
+from adafuse_jax.core.atomic_files import write_json
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.batches import Batch
 from adafuse_jax.data.chat import load_tokenizer
@@ -151,12 +152,14 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
             checkpoints.close()
 
         if isinstance(state.adapter, FullWeights):
-            _save_model(state.adapter.as_backbone(model.dtype), output / MODEL_DIR, tokenizer=directory)
+            trained = state.adapter.as_backbone(model.dtype)
+            export_backbone(trained, output / MODEL_DIR, source=directory, replace=True)
         else:
-            save_adapter(state.adapter, output / ADAPTER_DIR, backbone_name=config.model, backbone_identity=backbone)
+            names = {"backbone_name": config.model, "backbone_identity": backbone}
+            save_adapter(state.adapter, output / ADAPTER_DIR, **names, replace=True)
         plot_training(output / METRICS_FILE, output / PLOT_FILE)
         summary = _summary(output, state, seconds)
-        (output / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_json(output / SUMMARY_FILE, summary)
     return summary
 
 
@@ -301,17 +304,9 @@ def _create_output(output: Path, config: TrainConfig, adapter: AdapterConfig) ->
     table = {**dataclasses.asdict(config), **adapter.table(), "resume": False}
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / CONFIG_FILE).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        write_json(output / CONFIG_FILE, table)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror}); give another directory") from error
-
-
-def _save_model(model: Backbone, out: Path, *, tokenizer: Path) -> None:
-    """A Hugging Face directory, in place of one that is there."""
-    new = out.with_name(out.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    export_backbone(model, new, source=tokenizer)
-    replace_directory(new, out)
 
 
 def _summary(output: Path, state: TrainState, seconds: float) -> dict[str, Any]:

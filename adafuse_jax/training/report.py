@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from adafuse_jax.core.atomic_files import new_file, write_text
+
 
 class Report:
     """Metrics of a run, as lines of `metrics.jsonl` and as a progress bar on stderr (plain lines where it is no terminal).
@@ -21,9 +23,7 @@ class Report:
         self.path, self.steps, self.log_every = path, steps, log_every
         # From step 0 on, all of it will be: also the evaluation before the first step.
         kept = [line for line in read_metrics(path) if line["step"] <= start] if start and path.exists() else []
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
 
@@ -112,5 +112,6 @@ def plot_training(metrics: Path, picture: Path) -> None:
         bottom.set_ylim(0, 100)
         bottom.margins(x=0)
         bottom.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
-    figure.savefig(picture, dpi=110)
+    with new_file(picture, text=False) as file:
+        figure.savefig(file, dpi=110, format="png")
     plt.close(figure)

@@ -11,6 +11,7 @@ import jax
 
 from adafuse_jax.configs import TrainConfig
 from adafuse_jax.core import runtime
+from adafuse_jax.core.atomic_files import write_json, write_text
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.training.prepare import Data
@@ -44,6 +45,6 @@ def evaluate_only(config: TrainConfig, model: Backbone, data: Data, *, metrics: 
         "device": jax.local_devices()[0].device_kind,
         "jax": jax.__version__,
     }
-    metrics.write_text(json.dumps(line) + "\n", encoding="utf-8")
-    summary.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    write_text(metrics, json.dumps(line) + "\n")
+    write_json(summary, table)
     return table
