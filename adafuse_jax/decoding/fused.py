@@ -1,4 +1,4 @@
-"""The fused decoding step: gates first, then the whole token in one launch (`pallas_kernels.decode_token`).
+"""The fused decoding step: gates first, then the whole token in one launch (`pallas_kernels.megakernel`).
 
     token → experts, gates (a table lookup where the router sees the token alone) → all layers and the head → logits
 
@@ -25,8 +25,8 @@ from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from adafuse_jax.model.layers import apply_rope, rope_frequencies, rope_tables
 from adafuse_jax.sharding import AXIS, CACHE, cut_of, mesh_of
-from pallas_kernels.decode_token import Experts, Shape, Weights, decode_token, obstacle
-from pallas_kernels.decode_token.plan import PIECE
+from pallas_kernels.megakernel import Experts, Shape, Weights, decode_token, unsupported_reason
+from pallas_kernels.megakernel.plan import TILE_K
 from pallas_kernels.pregated_linear import make_mixture
 
 TABLE_ROWS = 4096
@@ -62,7 +62,7 @@ class Fused:
         layers, dtype = model.layers, model.dtype
         norms = jnp.stack([layers.input_layernorm.weight[...], layers.post_attention_layernorm.weight[...]], axis=1)
         experts = {} if adapter is None or merged else dict(adapter.experts.items())
-        more = {name: -e.A.shape[2] % PIECE for name, e in experts.items()}
+        more = {name: -e.A.shape[2] % TILE_K for name, e in experts.items()}
         mesh, head = mesh_of(model), None
         if mesh is not None and model.lm_head is None:
             head = jax.device_put(model.embed_tokens[...], NamedSharding(mesh, cut_of("lm_head")))
@@ -113,13 +113,13 @@ def fused_obstacle(model: Backbone, batch: int = 1, adapter: AdaFuse | None = No
         return f"it runs on a mesh of one axis over the first devices of one process, and this is {mesh}"
     if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
         return f"it needs a Hopper GPU, this is {device.device_kind}"
-    shape, num_blocks = shape_of(model.config, 1 if mesh is None else mesh.size), device.core_count
+    shape, num_ctas = shape_of(model.config, 1 if mesh is None else mesh.size), device.core_count
     if adapter is None:
-        return obstacle(shape, model.dtype, batch, num_blocks=num_blocks)
+        return unsupported_reason(shape, model.dtype, batch, num_ctas=num_ctas)
     config = adapter.config
-    return obstacle(
-        shape, model.dtype, batch, tuple(adapter.experts), rank=-(-config.rank // PIECE) * PIECE,
-        max_used=min(config.num_experts, batch * config.top_k), num_blocks=num_blocks,
+    return unsupported_reason(
+        shape, model.dtype, batch, tuple(adapter.experts), rank=-(-config.rank // TILE_K) * TILE_K,
+        max_experts_used=min(config.num_experts, batch * config.top_k), num_ctas=num_ctas,
     )  # fmt: skip
 
 
