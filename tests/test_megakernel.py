@@ -1,7 +1,7 @@
 """The fused decoding step against the model's own modules: logits, new keys and values, experts; and how its work is cut.
 
-Here its kernel runs in the interpreter, one launch per phase with several blocks or one launch with one block; with
-`-m gpu`, compiled.
+Here its tile schedule runs in NumPy, with as many CTAs as a GPU has, and its kernel in the interpreter, one launch per phase
+with several CTAs or one launch with one CTA; with `-m gpu`, compiled.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from adafuse_jax.decoding.fused import Fused, fused_obstacle, fused_step, route,
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from adafuse_jax.sharding import make_mesh, place_state, shard
-from pallas_kernels.megakernel import Shape, unsupported_reason
+from pallas_kernels.megakernel import Shape, buffers, executor_np, kernel_sm90, unsupported_reason
 from pallas_kernels.megakernel.plan import SMEM_BYTES, make_plan, num_tiles
 from pallas_kernels.megakernel.schedule import Scalars, TileSchedule
 
@@ -183,6 +184,38 @@ COMPILED = {
         num_layers=2, batch=32, slots=512, position=400, embed_dim=576, hidden_dim=1536, heads=(9, 3, 64), targets=LINEARS
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*INTERPRETED, *COMPILED])
+def test_schedule_in_numpy(name, monkeypatch):
+    monkeypatch.setattr(kernel_sm90, "run_megakernel", executor_np.run)
+    case, options = INTERPRETED.get(name) or (COMPILED[name], {"num_ctas": 132})
+    check(case, compiled=False, num_ctas=options["num_ctas"])
+
+
+def test_numpy_executor_finds_a_tile_that_no_cta_computes(monkeypatch):
+    monkeypatch.setattr(kernel_sm90, "run_megakernel", executor_np.run)
+    monkeypatch.setattr(TileSchedule, "num_a_ctas", None)  # the executor does not need it
+    whole = TileSchedule.units
+    monkeypatch.setattr(TileSchedule, "units", lambda self: (whole(self)[0] - (self.cta == 0), whole(self)[1]))
+    with pytest.raises(AssertionError):
+        check(Case(), compiled=False, num_ctas=3)
+
+
+def test_buffers_are_those_of_the_table():
+    names = [row.name for row in buffers.TABLE]
+    assert sorted(names) == sorted(buffers.Buffers.__dataclass_fields__)
+    assert buffers.markdown() in (Path(buffers.__file__).parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("devices", [None, 2])
+def test_scratch_buffers_are_in_the_table(devices):
+    """Every one that a launch makes, also where contexts are split; and with all its letters, the table's shape."""
+    plan = plan_of(LLAMA2_7B, cache_slots=4096)
+    made = buffers.scratch_and_outputs(plan, LLAMA2_7B, jnp.bfloat16, devices)
+    batch = buffers.scratch_and_outputs(plan_of(LLAMA2_7B, batch=8), LLAMA2_7B, jnp.bfloat16, devices)
+    filled = {row.name for row in buffers.TABLE if "caller" not in row.writer}
+    assert {*made, *batch} == filled - ({"device_partials"} if devices is None else set())
 
 
 @interpreted

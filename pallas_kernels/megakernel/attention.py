@@ -40,7 +40,7 @@ from pallas_kernels.megakernel.register_tiles import (
     store,
     store_transposed,
 )
-from pallas_kernels.megakernel.schedule import Scalars, div, div_rem, select, strided_share
+from pallas_kernels.megakernel.schedule import AttentionSchedule, Scalars, div_rem, select
 
 LOWEST_SCORE = -1e30  # finite, so that no difference of two is NaN
 SHAPE = WGMMA_M, WGMMA_N
@@ -57,37 +57,22 @@ class Attention:
         self.group_size, self.eps = group_size, eps
         _, self.batch, _, self.num_kv_heads, self.head_dim = buffers.cache_k.shape
         self.parts = self.head_dim // TILE_K
-        self.groups = -(-group_size // WGMMA_N)
-        self.cta = lax.axis_index("cta")
-
-    def _share(self, splits):
-        units = self.batch * self.num_kv_heads * self.groups * splits
-        return strided_share(0, units, self.cta, self.plan.num_ctas)
-
-    def _unit(self, number, splits):
-        """(row, key-value head, group of its queries, part of the context)."""
-        unit, split = div_rem(number, splits)
-        unit, group = div_rem(unit, self.groups)
-        return *div_rem(unit, self.num_kv_heads), group, split
-
-    def _tiles(self, position, window, split):
-        """(first, how many) tiles of the cache belong to this part: those with positions in the window, shared evenly."""
-        begin = div(jnp.maximum(position - window + 1, 0), TILE_M)
-        tiles = div(position + TILE_M - 1, TILE_M) - begin
-        low, high = (div(tiles * i, self.plan.context_splits) for i in (split, split + 1))
-        return begin + low, high - low
+        self.schedule = AttentionSchedule(plan, self.batch, self.num_kv_heads, group_size, lax.axis_index("cta"))
+        self.groups = self.schedule.groups
 
     def copy(self, layer, state: ProducerState) -> ProducerState:
-        first, number = self._share(self.plan.context_splits)
+        first, number = self.schedule.share(self.plan.context_splits)
 
         def unit(n, state):
-            return self._copy_unit(layer, self._unit(first + n * self.plan.num_ctas, self.plan.context_splits), state)
+            return self._copy_unit(
+                layer, self.schedule.unit(first + n * self.plan.num_ctas, self.plan.context_splits), state
+            )
 
         return lax.fori_loop(0, number, unit, state)
 
     def _copy_unit(self, layer, unit, state: ProducerState) -> ProducerState:
         row, head, _, split = unit
-        start, tiles = self._tiles(select(self.scalars.positions, row), self.buffers.windows[layer], split)
+        start, tiles = self.schedule.tiles(select(self.scalars.positions, row), self.buffers.windows[layer], split)
 
         def part(n):
             tile, place = div_rem(n, 2 * self.parts)
@@ -105,10 +90,10 @@ class Attention:
         """`q_smem` [H / TILE_K, WGMMA_N, TILE_K] and `p_smem` [TILE_M / TILE_K, WGMMA_N, TILE_K] are operands of the
         tensor cores."""
         buffers, plan = self.buffers, self.plan
-        first, number = self._share(plan.context_splits)
+        first, number = self.schedule.share(plan.context_splits)
 
         def unit(n, count):
-            row, head, group, split = unit = self._unit(first + n * plan.num_ctas, plan.context_splits)
+            row, head, group, split = unit = self.schedule.unit(first + n * plan.num_ctas, plan.context_splits)
             o, m, total, count = self._attend(layer, count, unit, q_smem, p_smem)
             if plan.context_splits == 1:
                 self._store(row, head, group, [x / over_rows(total, SHAPE) for x in o])
@@ -127,7 +112,7 @@ class Attention:
         number, needed = unit
 
         def copy(_, state):
-            return self._copy_unit(layer, self._unit(number, 1), state)
+            return self._copy_unit(layer, self.schedule.unit(number, 1), state)
 
         return lax.fori_loop(0, jnp.where(needed, 1, 0), copy, state)
 
@@ -137,7 +122,7 @@ class Attention:
         number, needed = unit
 
         def attend(_, count):
-            o, _, total, count = self._attend(layer, count, self._unit(number, 1), q_smem, p_smem)
+            o, _, total, count = self._attend(layer, count, self.schedule.unit(number, 1), q_smem, p_smem)
             o = [x / over_rows(total, SHAPE) for x in o]
             plgpu.commit_smem()  # all warps are done with what takes the same place
             for query in range(self._queries):
@@ -153,7 +138,7 @@ class Attention:
         """(oᵀ before it is divided by the sum of its weights, by part; their maximum; the sum; the new count)."""
         buffers, (row, head, group, split) = self.buffers, unit
         position, window = buffers.positions[row], buffers.windows[layer]
-        start, tiles = self._tiles(position, window, split)
+        start, tiles = self.schedule.tiles(position, window, split)
         values = [load(buffers.v_new.at[layer, row, head, c], ROWS).astype(jnp.float32) for c in self._columns]
         score = self._prepare(layer, row, head, group, split, q_smem)
         # Before the first tile: the new token alone for the first part, nothing for the others.
@@ -205,10 +190,10 @@ class Attention:
 
     def combine(self):
         """o = Σ_split 2^(m_split − m) o_split / Σ_split 2^(m_split − m) l_split."""
-        buffers, (first, number) = self.buffers, self._share(1)
+        buffers, (first, number) = self.buffers, self.schedule.share(1)
 
         def unit(n, _):
-            row, head, group, _ = self._unit(first + n * self.plan.num_ctas, 1)
+            row, head, group, _ = self.schedule.unit(first + n * self.plan.num_ctas, 1)
             places = [(s, row, head * self.groups + group) for s in range(self.plan.context_splits)]
             maxima, sums = (
                 [load(ref.at[*p], COLUMNS) for p in places] for ref in (buffers.max_partials, buffers.sum_partials)

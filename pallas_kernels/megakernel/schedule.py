@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.megakernel.plan import TILE_K, WGMMA_N, Group, Plan
+from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_N, Group, Plan
 
 
 def div(n: Any, d: Any) -> Any:
@@ -27,13 +27,36 @@ def rem(n: Any, d: Any) -> Any:
     return n % d if isinstance(n, int) and isinstance(d, int) else lax.rem(n, jnp.int32(d))
 
 
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """x if `condition` else y; of plain numbers a plain one, as in the executor and the tests."""
+    return (x if condition else y) if _plain(condition, x, y) else jnp.where(condition, x, y)
+
+
+def minimum(x: Any, y: Any) -> Any:
+    return min(x, y) if _plain(x, y) else jnp.minimum(x, y)
+
+
+def maximum(x: Any, y: Any) -> Any:
+    return max(x, y) if _plain(x, y) else jnp.maximum(x, y)
+
+
+def clip(x: Any, low: int, high: int) -> Any:
+    return min(max(x, low), high) if _plain(x) else jnp.clip(x, low, high)
+
+
+def _plain(*values: Any) -> bool:
+    return all(isinstance(value, int) for value in values)
+
+
 def div_rem(n, step):
     return (n, 0) if isinstance(step, int) and step == 1 else (div(n, step), rem(n, step))
 
 
 def div_rem_by_comparing(n, step, most):
     """(n // step, n % step) of a quotient below `most`; of a larger one, anything."""
-    quotient = sum((jnp.where(n >= i * step, 1, 0) for i in range(1, most)), start=jnp.int32(0))
+    quotient = sum(
+        (where(n >= i * step, 1, 0) for i in range(1, most)), start=0 if isinstance(n, int) else jnp.int32(0)
+    )
     return quotient, n - quotient * step
 
 
@@ -41,14 +64,14 @@ def strided_share(base, count, index, step):
     """Which of `count` things, the first of which has number `base`, have a number that is `index` modulo `step`:
     (the first of them, how many)."""
     first = rem(index + step - rem(base, step), step)
-    return first, div(jnp.maximum(0, count - first + step - 1), step)
+    return first, div(maximum(0, count - first + step - 1), step)
 
 
 def select(values: Sequence[Any], index):
     """values[index]."""
     chosen = values[0]
     for i, value in enumerate(values[1:], 1):
-        chosen = jnp.where(index == i, value, chosen)
+        chosen = where(index == i, value, chosen)
     return chosen
 
 
@@ -125,22 +148,22 @@ class TileSchedule:
         Underloaded CTA groups take their quota first, and the others the rest, from the last one on."""
         group, each = self.group, self._a_tiles_each
         total = len(group.adapted) * each
-        quota = jnp.minimum(total, group.underloaded_groups * group.a_tile_quota)
+        quota = minimum(total, group.underloaded_groups * group.a_tile_quota)
         is_underloaded, underloaded = self.cta_group >= group.loaded_groups, max(1, group.underloaded_groups)
-        step = jnp.where(is_underloaded, underloaded, group.loaded_groups)
+        step = where(is_underloaded, underloaded, group.loaded_groups)
         of_underloaded = strided_share(0, quota, self.cta_group - group.loaded_groups, underloaded)
         first, of_loaded = strided_share(
             0, total - quota, group.loaded_groups - 1 - self.cta_group, group.loaded_groups
         )
         first, number = (
-            jnp.where(is_underloaded, *pair) for pair in zip(of_underloaded, (quota + first, of_loaded), strict=True)
+            where(is_underloaded, *pair) for pair in zip(of_underloaded, (quota + first, of_loaded), strict=True)
         )
 
         def at(n):
             adapted_index, tile = div_rem_by_comparing(first + n * step, each, len(group.adapted))
             return adapted_index, *div_rem(tile, group.a_split_k)
 
-        return jnp.where(self.cta_group < group.cta_groups, number, 0), at
+        return where(self.cta_group < group.cta_groups, number, 0), at
 
     @property
     def _a_tiles_each(self):
@@ -150,8 +173,8 @@ class TileSchedule:
     def num_a_ctas(self):
         """How many CTAs have tiles of A."""
         group, number = self.group, len(self.group.adapted) * self._a_tiles_each
-        underloaded = jnp.minimum(number, group.underloaded_groups if group.a_tile_quota else 0)
-        loaded = jnp.clip(number - group.underloaded_groups * group.a_tile_quota, 0, group.loaded_groups)
+        underloaded = minimum(number, group.underloaded_groups if group.a_tile_quota else 0)
+        loaded = clip(number - group.underloaded_groups * group.a_tile_quota, 0, group.loaded_groups)
         return group.split_k * (underloaded + loaded)
 
     def a_chunks(self, part):
@@ -162,7 +185,7 @@ class TileSchedule:
     def units(self):
         """(how many units are this CTA's, n ↦ unit)."""
         first, number = strided_share(0, self.group.num_units, self.cta_group, self.group.cta_groups)
-        number = jnp.where(self.cta_group < self.group.cta_groups, number, 0)
+        number = where(self.cta_group < self.group.cta_groups, number, 0)
         return number, lambda n: first + n * self.group.cta_groups
 
     def linear_of(self, unit, place):
@@ -171,7 +194,7 @@ class TileSchedule:
         tile = unit
         for names in self.group.passes[1:]:
             begin = self.group.first_unit(names)
-            number, tile = jnp.where(unit >= begin, number + 1, number), jnp.where(unit >= begin, unit - begin, tile)
+            number, tile = where(unit >= begin, number + 1, number), where(unit >= begin, unit - begin, tile)
         return number * self.group.width + place, tile
 
     def tile_number(self, linear, tile):
@@ -194,11 +217,11 @@ class TileSchedule:
         linear, tile, adapted_index, rank_tiles = self.b_tile(n - first_b)
         source = factors + linears + adapted_index
         b = Tile(is_a, is_b, source, 0, rank_tiles, linear, adapted_index, tile, group.split_k)
-        either = Tile(*(jnp.where(is_b, i, j) for i, j in zip(b, w, strict=True)))
+        either = Tile(*(where(is_b, i, j) for i, j in zip(b, w, strict=True)))
         adapted_index, pair, part = self.a_tile(n)
         first, chunks = self.a_chunks(part)
         a = Tile(is_a, is_b, adapted_index, first, chunks, 0, adapted_index, pair, self.slice * group.a_split_k + part)
-        return Tile(*(jnp.where(is_a, i, j) for i, j in zip(a, either, strict=True)))
+        return Tile(*(where(is_a, i, j) for i, j in zip(a, either, strict=True)))
 
     @property
     def n_tiles(self):
@@ -232,7 +255,7 @@ class TileSchedule:
         """(the first tile of h that this CTA reduces, how many)."""
         group, from_last = self.group, self.plan.num_ctas - 1 - self.cta
         first, number = strided_share(0, self.h_tiles, from_last, group.reducer_ctas)
-        return first, jnp.where(from_last < group.reducer_ctas, number, 0)
+        return first, where(from_last < group.reducer_ctas, number, 0)
 
     def b_tiles(self):
         """(how many tiles of B are this CTA's, n ↦ (linear, tile, its number among the adapted, rank tiles: none if it
@@ -246,7 +269,7 @@ class TileSchedule:
             place, index = div_rem_by_comparing(first + n * group.split_k, self.num_units, group.width)
             linear, tile = self.linear_of(self.unit(index), place)
             adapted_index = select(adapted, linear)
-            return linear, tile, adapted_index, jnp.where(self.is_adapted(linear), self.used_rank_tiles, 0)
+            return linear, tile, adapted_index, where(self.is_adapted(linear), self.used_rank_tiles, 0)
 
         return number, at
 
@@ -254,3 +277,30 @@ class TileSchedule:
         """By number; False or True where it is the same for all."""
         those = [name in self.group.adapted for name in self.group.outs]
         return those[0] if len(set(those)) == 1 else select(those, linear)
+
+
+class AttentionSchedule:
+    """The units of attention of one CTA: one row, up to WGMMA_N query heads of one key-value head, and one of the parts of
+    the context. `group_size`: query heads of a key."""
+
+    def __init__(self, plan: Plan, batch: int, num_kv_heads: int, group_size: int, cta: Any):
+        self.plan, self.batch, self.num_kv_heads, self.cta = plan, batch, num_kv_heads, cta
+        self.groups = -(-group_size // WGMMA_N)
+
+    def share(self, splits):
+        """(the first unit of this CTA, how many: every `num_ctas`-th)."""
+        units = self.batch * self.num_kv_heads * self.groups * splits
+        return strided_share(0, units, self.cta, self.plan.num_ctas)
+
+    def unit(self, number, splits):
+        """(row, key-value head, group of its queries, part of the context)."""
+        unit, split = div_rem(number, splits)
+        unit, group = div_rem(unit, self.groups)
+        return *div_rem(unit, self.num_kv_heads), group, split
+
+    def tiles(self, position, window, split):
+        """(first, how many) tiles of the cache belong to this part: those with positions in the window, shared evenly."""
+        begin = div(maximum(position - window + 1, 0), TILE_M)
+        tiles = div(position + TILE_M - 1, TILE_M) - begin
+        low, high = (div(tiles * i, self.plan.context_splits) for i in (split, split + 1))
+        return begin + low, high - low
