@@ -26,7 +26,8 @@ from adafuse_jax.configs import LINEARS
 from adafuse_jax.decoding import steps
 from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.fused import Fused, fused_obstacle, fused_step
-from adafuse_jax.sharding import AXIS, make_mesh, place_state, shard
+from adafuse_jax.parallel.axes import TENSOR
+from adafuse_jax.parallel.mesh import make_mesh, place_state, shard
 from pallas_kernels.megakernel import decode_token, kernel_sm90
 from pallas_kernels.megakernel.plan import ALL_REDUCED, TILE_K
 
@@ -156,9 +157,9 @@ def run_fused(devices: int) -> dict:
     obstacles = [
         fused_obstacle(shard(model, Mesh(devices, axes)))
         for devices, axes in (
-            (jax.devices()[1:], (AXIS,)),
-            (jax.devices()[:1], (AXIS,)),
-            (mesh.devices[None], ("data", AXIS)),
+            (jax.devices()[1:], (TENSOR,)),
+            (jax.devices()[:1], (TENSOR,)),
+            (mesh.devices[None], ("data", TENSOR)),
         )
     ]
     model, adapter, *_ = make(replace(cases["all 7, two rows"], vocab_size=512))

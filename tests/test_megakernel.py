@@ -27,7 +27,7 @@ from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.fused import Fused, fused_obstacle, fused_step, route, tabulate
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
-from adafuse_jax.sharding import make_mesh, place_state, shard
+from adafuse_jax.parallel.mesh import make_mesh, place_state, shard
 from pallas_kernels.megakernel import Shape, buffers, executor_np, kernel_sm90, unsupported_reason
 from pallas_kernels.megakernel.plan import SMEM_BYTES, make_plan, num_tiles
 from pallas_kernels.megakernel.schedule import Scalars, TileSchedule
@@ -480,7 +480,7 @@ def test_what_it_cannot_do_is_said():
     with pytest.raises(ValueError, match="interpreted, several CTAs need a launch"):
         fused_step(*arguments, num_ctas=2, interpret=plgpu.InterpretGPUParams())
     with pytest.raises(ValueError, match="interpreted, devices do not reach each other's memory"):
-        fused_step(*arguments, num_ctas=1, interpret=plgpu.InterpretGPUParams(), axis="model")
+        fused_step(*arguments, num_ctas=1, interpret=plgpu.InterpretGPUParams(), axis="tensor")
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="on a CPU")

@@ -36,8 +36,8 @@ def run(inputs: dict[str, Any], plan: Plan, model: Any, **_: Any) -> tuple[jax.A
     inputs = {name: fp32(value) for name, value in inputs.items()}
     n, k_tiles = plan.padded_batch, model.embed_dim // TILE_K
     inputs["x"] = inputs["x"][: k_tiles * n].reshape(k_tiles, n, TILE_K).swapaxes(0, 1).reshape(n, -1)
-    logits, *new = Executor(inputs, plan, model).run()
-    return jnp.asarray(logits.T), *(jnp.asarray(heads, dtype) for heads in new)
+    logits, k_new, v_new = Executor(inputs, plan, model).run()
+    return jnp.asarray(logits.T), jnp.asarray(k_new, dtype), jnp.asarray(v_new, dtype)
 
 
 class Executor:
@@ -115,9 +115,11 @@ class Executor:
 
     def _hidden(self, group: Group, t: Array) -> Array:
         """h [adapted, rank tiles in use, TILE_K, N] = g Σ_s t_partials[s]."""
-        used = self.scalars.num_used * self.plan.rank_tiles
-        gates = np.repeat(self.inputs["gates"][: self.scalars.num_used], self.plan.rank_tiles, 0) if used else 1
-        return t[:, :, :used].sum(0) * (gates[:, None] if used else 1)
+        if not group.adapted:
+            return t[:, :, :0].sum(0)
+        number, used = self.scalars.num_used, self.scalars.num_used * self.plan.rank_tiles
+        gates = np.repeat(self.inputs["gates"][:number], self.plan.rank_tiles, 0)
+        return t[:, :, :used].sum(0) * gates[:, None]
 
     def _multiply(self, group: Group, layer: int, tile: Tile, x: Array, h: Array, y: Array) -> None:
         """y_partials of a tile of W or B; the last tile of a linear may be a part of one."""
