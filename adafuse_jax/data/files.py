@@ -238,7 +238,7 @@ def _open(path: Path) -> Any:
 
 
 def _on_disk(file: IO[bytes]) -> Any:
-    copy = tempfile.TemporaryFile(prefix="adafuse-data-")
+    copy = tempfile.TemporaryFile(prefix="adafuse-data-")  # noqa: SIM115  its reader closes it
     copyfileobj(file, copy)
     copy.seek(0)
     return copy

@@ -276,7 +276,8 @@ class Dataset:
 
     def _no_split(self, split: str) -> UserError:
         source = self.spec.source + (f":{self.spec.subset}" if self.spec.subset else "")
-        choose = f"choose one, as {source}#{self.splits[0]}"
+        first = min(self.splits, key=lambda name: not name.lower().startswith(split))
+        choose = f"choose one, as {source}#{first}"
         return UserError(f"no split {quoted(split)}: {source}: its splits are {self._listed()}: {choose}")
 
     def load(self, split: str | None = None) -> Loaded:
