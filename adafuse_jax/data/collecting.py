@@ -6,9 +6,11 @@ that were dropped, columns that nothing reads.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -112,20 +114,33 @@ def collect(
 
     Raises UserError."""
     notes, found = Notes(), Collected()
-    for file in files:
-        sample = _sample(file)
-        form = _form(sample, file, asked)
-        by_split = by_split and any(isinstance(row, Mapping) and SPLIT_COLUMN in row for _, row in sample)
-        if not by_split:
-            found.forget_splits()
-        by_split = _convert_all(chain(sample, file.items), file.path, form, found, notes, skip_bad_rows, by_split)
-        known = form.uses | {"image"} | ({SPLIT_COLUMN} if by_split else set())
-        notes.unused |= {name or "(no name)": None for name in file.columns if name not in known}
+    with _no_cycles():
+        for file in files:
+            sample = _sample(file)
+            form = _form(sample, file, asked)
+            by_split = by_split and any(isinstance(row, Mapping) and SPLIT_COLUMN in row for _, row in sample)
+            if not by_split:
+                found.forget_splits()
+            by_split = _convert_all(chain(sample, file.items), file.path, form, found, notes, skip_bad_rows, by_split)
+            known = form.uses | {"image"} | ({SPLIT_COLUMN} if by_split else set())
+            notes.unused |= {name or "(no name)": None for name in file.columns if name not in known}
     if notes.altered:
         log.info("%s: %s", source, "; ".join(f"{count} {what}" for what, count in notes.altered.items()))
     if notes.unused:
         log.info("%s: columns not used: %s", source, shortened(", ".join(notes.unused), 200))
     return found
+
+
+@contextlib.contextmanager
+def _no_cycles() -> Iterator[None]:
+    """No search for cycles among objects within: rows have none, and every search goes through all examples so far."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _convert_all(
@@ -145,7 +160,7 @@ def _convert_all(
                 known |= row.keys()
             if by_split:
                 split = row.get(SPLIT_COLUMN)
-                names |= {split if isinstance(split, str) else None: None}
+                names |= {split if isinstance(split, str) and split.strip() else None: None}
                 if None in names or len(names) > MAX_SPLITS:
                     by_split, split = False, None
                     notes.unused[SPLIT_COLUMN] = None

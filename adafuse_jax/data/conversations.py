@@ -48,6 +48,8 @@ ROLES: dict[str, Role] = {
     "function_response": "tool",
 }
 CALL_ROLES = ("function_call", "tool_call")
+PLAIN_ROLES = frozenset(ROLES) - {"developer", *CALL_ROLES}
+NEEDED = "it needs the text fields 'role' and 'content' (or 'from' and 'value')"
 TEMPLATE_KEYS = ("name", "tool_call_id", "reasoning_content", "thinking")
 """Keys of a turn that chat templates read beside role, content and tool_calls."""
 TURN_KEYS = frozenset({"role", "from", "content", "value", "weight", "tool_calls", "function_call", *TEMPLATE_KEYS})
@@ -61,7 +63,12 @@ def conversation(turns: Any, row: Row, column: str, notes: Notes) -> Chat:
     turns = json_value(turns, f"column {column!r}") if isinstance(turns, str) else turns
     if not isinstance(turns, list | tuple):
         raise RowError(f"column {column!r} must hold a list of turns {{role, content}} or {{from, value}}")
-    messages = [_message(turn, f"column {column!r}, turn {n}", notes) for n, turn in enumerate(turns, 1)]
+    messages = []
+    try:
+        for turn in turns:
+            messages.append(_message(turn, notes))
+    except RowError as error:
+        raise RowError(f"column {column!r}, turn {len(messages) + 1}: {error}") from None
     return chat([*_history(row, notes), *messages], row, notes)
 
 
@@ -121,61 +128,67 @@ def _tools(row: Row) -> str:
 
 def _history(row: Row, notes: Notes) -> list[Message]:
     """Earlier turns: pairs [prompt, reply], or turns as in a conversation."""
-    if is_blank(row.get("history")):
+    if "history" not in row or is_blank(row["history"]):
         return []
     entries = json_value(row["history"], "column 'history'")
     if not isinstance(entries, list | tuple):
         raise RowError("column 'history' must hold a list of [prompt, reply] pairs")
     messages: list[Message] = []
     for n, entry in enumerate(entries, 1):
-        name = f"column 'history', entry {n}"
-        if isinstance(entry, Mapping):
-            messages.append(_message(entry, name, notes))
-        elif isinstance(entry, list | tuple) and len(entry) == 2:
-            messages += (Message("user", text_of(entry[0], name)), Message("assistant", text_of(entry[1], name)))
-        else:
-            raise RowError(f"{name} is no [prompt, reply] pair")
+        try:
+            if isinstance(entry, list | tuple) and len(entry) == 2:
+                prompt, reply = (text_of(text, "a text") for text in entry)
+                messages += (Message("user", prompt), Message("assistant", reply))
+            else:
+                messages.append(_message(entry, notes))
+        except RowError as error:
+            raise RowError(f"column 'history', entry {n}, a [prompt, reply] pair or a turn: {error}") from None
     if any(m.role == "assistant" and not m.content.strip() and "tool_calls" not in m.extra for m in messages):
         raise RowError("column 'history' has an empty reply: correct it or leave it out")
     return messages
 
 
-def _message(turn: Any, name: str, notes: Notes) -> Message:
+def _message(turn: Any, notes: Notes) -> Message:
+    if type(turn) is dict and len(turn) == 2:  # nearly all turns
+        pair = ("role", "content") if "role" in turn else ("from", "value")
+        label, content = turn.get(pair[0]), turn.get(pair[1])
+        if type(label) is str and label in PLAIN_ROLES and type(content) is str:
+            return Message(ROLES[label], text_of(content, pair[1]))
     if not isinstance(turn, Mapping):
-        raise RowError(f"{name} is no object: it needs the text fields 'role' and 'content' (or 'from' and 'value')")
+        raise RowError(f"no object but {quoted(turn)}: {NEEDED}")
     if type(turn) is Repeated:
-        raise RowError(f"{name} has the key {quoted(turn.key)} more than once")
+        raise RowError(f"has the key {quoted(turn.key)} more than once")
     for key in turn.keys() - TURN_KEYS:
         if turn[key] is not None:
             notes.unused[f"{key} of turns"] = None
     given = turn.get("role")
     given = turn.get("from") if given is None else given
     if given is None:
-        raise RowError(f"{name} has no role: it needs the text fields 'role' and 'content' (or 'from' and 'value')")
+        raise RowError(f"no role: {NEEDED}")
     label = str(given).strip().lower()
     role = ROLES.get(label)
     if role is None:
-        raise RowError(f"{name}: unknown role {quoted(given)}: use {', '.join(ROLES)}")
+        raise RowError(f"unknown role {quoted(given)}: use {', '.join(ROLES)}")
     if label == "developer":
         notes.altered["developer turns read as system turns"] += 1
     content = turn.get("content")
     content = turn.get("value") if content is None else content
-    weight = 1 if turn.get("weight") is None else _weight(turn["weight"], name)
+    weight = 1 if turn.get("weight") is None else _weight(turn["weight"])
     extra = {key: turn[key] for key in TEMPLATE_KEYS if turn.get(key) is not None}
     if role == "assistant":
-        calls, content = _tool_calls(turn, label, content, name)
+        calls, content = _tool_calls(turn, label, content)
         if calls:
             extra["tool_calls"] = calls
             if content is None:
                 extra["content"] = None  # as it is: templates distinguish null from ""
                 content = ""
-    text = _content(content, name)
+    text = _content(content)
     if not extra:
         return Message(role, text, weight) if role == "assistant" else Message(role, text)
-    return Message(role, text, weight if role == "assistant" else 1, json_text(extra, name))
+    return Message(role, text, weight if role == "assistant" else 1, json_text(extra, "a tool call or name"))
 
 
-def _content(content: Any, name: str) -> str:
+def _content(content: Any) -> str:
     """A text, or the texts of a list of parts, joined. Raises RowError that names a part of another type."""
     if isinstance(content, list | tuple):
         texts = []
@@ -184,52 +197,50 @@ def _content(content: Any, name: str) -> str:
             if isinstance(part, Mapping) and kind in (None, "text") and part.get("text") is not None:
                 part = part["text"]
             if not isinstance(part, str):
-                raise RowError(
-                    f"{name} has a part of type {quoted(kind or type(part).__name__)}: only text is supported"
-                )
-            texts.append(text_of(part, name))
+                raise RowError(f"a part of type {quoted(kind or type(part).__name__)}: only text is supported")
+            texts.append(text_of(part, "a text part"))
         return "".join(texts)
     if content is None or isinstance(content, Mapping):
-        raise RowError(f"{name} has no text: it needs the text fields 'role' and 'content' (or 'from' and 'value')")
-    return text_of(content, name)
+        raise RowError(f"no text: {NEEDED}")
+    return text_of(content, "its text")
 
 
-def _weight(value: Any, name: str) -> int:
+def _weight(value: Any) -> int:
     try:
         weight = float(value)
     except (TypeError, ValueError):
         weight = -1
     if weight not in (0, 1):
-        raise RowError(f"{name}: weight is {quoted(str(value))}: 0 and 1 are supported")
+        raise RowError(f"weight is {quoted(str(value))}: 0 and 1 are supported")
     return int(weight)
 
 
-def _tool_calls(turn: Mapping[str, Any], label: str, content: Any, name: str) -> tuple[list[Any], Any]:
+def _tool_calls(turn: Mapping[str, Any], label: str, content: Any) -> tuple[list[Any], Any]:
     """(the tool calls of an assistant turn as chat templates take them, the content that is left)."""
     if label in CALL_ROLES:
-        given = json_value(content, name) if isinstance(content, str) else content
+        given = json_value(content, "a function call") if isinstance(content, str) else content
         functions = given if isinstance(given, list) else [given]
-        return [_call({"type": "function", "function": f}, name) for f in functions], None
+        return [_call({"type": "function", "function": f}) for f in functions], None
     if turn.get("function_call") is not None:
-        return [_call({"type": "function", "function": turn["function_call"]}, name)], content
+        return [_call({"type": "function", "function": turn["function_call"]})], content
     calls = turn.get("tool_calls")
     if is_blank(calls):
         return [], content
-    calls = json_value(calls, name)
+    calls = json_value(calls, "tool_calls")
     if not isinstance(calls, list):
-        raise RowError(f"{name}: tool_calls must be a list")
-    return [_call(call, name) for call in calls], content
+        raise RowError("tool_calls must be a list")
+    return [_call(call) for call in calls], content
 
 
-def _call(call: Any, name: str) -> dict[str, Any]:
+def _call(call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise RowError(f"{name}: a tool call must be an object with a name and arguments, not {quoted(call)}")
+        raise RowError(f"a tool call must be an object with a name and arguments, not {quoted(call)}")
     arguments = function.get("arguments")
     if arguments is None:
         arguments = {}
     elif isinstance(arguments, str) and not isinstance(arguments, Number):
-        parsed = json_value(arguments, f"{name}: arguments") if arguments.strip() else {}
+        parsed = json_value(arguments, "arguments") if arguments.strip() else {}
         arguments = parsed if isinstance(parsed, Mapping) else arguments  # templates want the object, not its text
     rest = {key: value for key, value in call.items() if key in ("id", "type") and value is not None}
     return {"type": "function", **rest, "function": {"name": function["name"], "arguments": arguments}}

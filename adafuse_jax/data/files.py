@@ -48,7 +48,7 @@ METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"
 NOISY_LOGGERS = ("datasets", "huggingface_hub", "fsspec")
 PEEK = 2**16
 WRITER_SECONDS = 10
-"""How long a named pipe may wait for a process that writes to it."""
+"""How long to wait for a process that writes to a named pipe."""
 
 
 def canonical_split(name: str) -> str:
@@ -221,7 +221,7 @@ def file_rows(path: Path) -> FileRows:
 
 
 def _open(path: Path) -> Any:
-    """A file for reading bytes. A named pipe gets WRITER_SECONDS for a process to write to it."""
+    """A file for reading bytes. For a process to open a named pipe for writing there are WRITER_SECONDS."""
     mode = os.stat(path).st_mode
     if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
         raise UserError(f"cannot read: {path}: it is a device: give a file, a pipe or a directory")
@@ -230,9 +230,11 @@ def _open(path: Path) -> Any:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    if not poll.poll(1000 * WRITER_SECONDS):
-        os.close(descriptor)
-        raise UserError(f"cannot read: {path}: it is a pipe to which nothing was written in {WRITER_SECONDS} s")
+    while not poll.poll(1000 * WRITER_SECONDS):
+        with contextlib.suppress(BlockingIOError):  # raised if there is a writer, which takes its time
+            os.read(descriptor, 1)
+            os.close(descriptor)
+            raise UserError(f"cannot read: {path}: it is a pipe that no process writes to: give a file, or start one")
     os.set_blocking(descriptor, True)
     return open(descriptor, "rb", PEEK)
 
@@ -250,7 +252,8 @@ def _parquet(file: Any, path: Path) -> FileRows:
     reader = parquet.ParquetFile(file)
     columns = parquet_columns(reader, path, USED_COLUMNS)
     used = [name for name in columns if name in USED_COLUMNS]
-    return FileRows(path, tuple(columns), _guarded(parquet_rows(reader, used), path, file))
+    rows = parquet_rows(reader, used) if used else iter([(0, {})] * min(1, reader.metadata.num_rows))
+    return FileRows(path, tuple(columns), _guarded(rows, path, file))
 
 
 def _guarded(items: Iterator[Item], path: Path, file: Any) -> Iterator[Item]:
@@ -270,7 +273,7 @@ def _read_errors(path: Path) -> Iterator[None]:
     except (gzip.BadGzipFile, zlib.error) as error:
         advice = "download it again, or drop .gz from its name if it is not compressed"
         raise UserError(f"broken gzip file: {path}: {error}: {advice}") from None
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         reason = shortened(str(error), 120)
         raise UserError(f"cannot read: {path}: {reason}: check that the file is what its name says") from None
     except OSError as error:

@@ -103,7 +103,8 @@ def _line(line: str) -> dict[str, Any] | BadRow:
     try:
         row, end = DECODER.raw_decode(line, 0 if line[0] == "{" else SPACE.match(line).end())  # type: ignore[union-attr]
     except json.JSONDecodeError as error:
-        return BadRow("malformed JSON", f"column {error.colno}: {error.msg}: fix that line")
+        column = min(error.pos, len(line.rstrip())) + 1
+        return BadRow("malformed JSON", f"column {column}: {error.msg}: fix that line")
     except RecursionError:
         return BadRow("malformed JSON", "nested too deeply: fix that line")
     after = SPACE.match(line, end).end()  # type: ignore[union-attr]

@@ -62,6 +62,11 @@ def text_of(value: Any, name: str) -> str:
         return value if type(value) is str else str(value)
     if value is None:
         raise RowError(f"{name} is missing or null: every row needs it")
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise RowError(f"{name} holds bytes that are not UTF-8 text") from None
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float) and not math.isfinite(value):

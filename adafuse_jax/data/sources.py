@@ -309,8 +309,9 @@ def _rows_of(data: Any, where: str) -> FileRows:
     if isinstance(data.features.get("image"), datasets.Image):
         data = data.cast_column("image", datasets.Image(decode=False))  # only whether there is one matters
     names = tuple(data.column_names)
-    data = data.select_columns([name for name in names if name in USED_COLUMNS])
-    return FileRows(Path(where), names, ((0, row) for row in data))
+    used = [name for name in names if name in USED_COLUMNS]
+    rows = iter(data.select_columns(used)) if used else iter([{}] * min(1, len(data)))
+    return FileRows(Path(where), names, ((0, row) for row in rows))
 
 
 def available_splits(spec: DatasetSpec) -> tuple[str, ...]:

@@ -57,12 +57,13 @@ def csv_rows(stream: io.TextIOBase, path: Path, used: Iterable[str]) -> Iterator
         elif (more == extra and not (extra and cells[-1])) or (more < 0 and not any(header[more:])):
             yield line, dict(zip(header, cells, strict=False))  # none is missing but of columns without a name
         else:
-            yield line, BadRow("malformed CSV", _width_fault(cells, header))
+            yield line, BadRow("malformed CSV", _width_fault(cells, header, extra))
 
 
-def _width_fault(cells: Sequence[str], header: Sequence[str]) -> str:
+def _width_fault(cells: Sequence[str], header: Sequence[str], extra: int) -> str:
     columns = shortened(", ".join(header), 80)
-    return f"{len(cells)} cells for the {len(header)} columns {columns}: quote cells that hold commas, leave none out"
+    more = " and the empty one that row 1 has more" if extra else ""
+    return f"{len(cells)} cells for the {len(header)} columns {columns}{more}: quote cells with commas, leave none out"
 
 
 def repeated_columns(names: Sequence[str], used: Iterable[str], path: Path, where: str) -> None:
@@ -85,12 +86,21 @@ def parquet_rows(file: Any, columns: Sequence[str]) -> Iterator[Item]:
     rows = IMAGE_BATCH_ROWS if "image" in columns else BATCH_ROWS
     for batch in file.iter_batches(batch_size=rows, columns=list(columns), use_threads=False):
         try:
-            values = [column.to_pylist() for column in batch.columns]
+            values = [_values(column) for column in batch.columns]
         except (UnicodeDecodeError, ValueError, OverflowError):
             yield from ((0, _parquet_row(batch.slice(i, 1))) for i in range(batch.num_rows))
             continue
         for row in zip(*values, strict=True):
             yield 0, dict(zip(columns, row, strict=True))
+
+
+def _values(column: Any) -> list[Any]:
+    """A column as Python values; of 32-bit floats those that are written with the fewest digits, 0.1 as 0.1."""
+    values = column.to_pylist()
+    if str(column.type) not in ("float", "halffloat"):
+        return values
+    kind = column.type.to_pandas_dtype()
+    return [None if value is None else float(str(kind(value))) for value in values]
 
 
 def _parquet_row(batch: Any) -> dict[str, Any] | BadRow:
