@@ -93,8 +93,8 @@ class Collected:
         counts = [f"{n}: {why}" if why.startswith("it") else f"{n} with {why}" for why, n in skipped.items()]
         bad = sum(report.bad for report in reports)
         if bad:
-            first = shortened(next(report.first_bad for report in reports if report.bad), 160)
-            counts.append(f"{bad} bad rows, the first: {first}")
+            first = next(report.first_bad for report in reports if report.bad)
+            counts.append(f"{bad} bad rows, the first: {shortened(first, 300 if examples else 200)}")
         listed = ", ".join(counts)
         if not examples:
             fault_text = f"no usable rows: {where}: skipped {listed}" if counts else f"no rows: {where}"
