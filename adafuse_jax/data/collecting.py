@@ -82,7 +82,7 @@ class Collected:
 
     def loaded(self, split: str | None, where: str) -> Loaded:
         """The examples of a split. Raises UserError for a bad row in it, unless they are left out, and if none is left."""
-        reports = [self.reports[key] for key in {None, split} if key in self.reports]
+        reports = [self.reports[key] for key in dict.fromkeys((None, split)) if key in self.reports]
         fault = next((report.fault for report in reports if report.fault is not None), None)
         if fault is not None:
             raise fault

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 from adafuse_jax.core.errors import UserError, shortened
 from adafuse_jax.data.rows import BadRow, Number, Repeated
+
+log = logging.getLogger(__name__)
 
 CHUNK = 2**18
 """Characters read at a time from a list."""
@@ -242,6 +245,9 @@ def _rows_within(value: Any, path: Path) -> list[dict[str, Any] | BadRow]:
         return [value] if columns is None else columns
     holders = [key for key, v in value.items() if isinstance(v, list) and v and all(isinstance(r, dict) for r in v)]
     if len(holders) == 1:
+        rest = [key for key in value if key != holders[0]]
+        if rest:
+            log.info("%s: the rows are its list %s; not used: %s", path, holders[0], shortened(", ".join(rest), 200))
         return value[holders[0]]
     if inner and all(isinstance(v, dict) for v in inner):
         rows = [row for row in inner if any(fmt.fits(list(row)) for fmt in FORMATS.values())]
