@@ -7,10 +7,12 @@ import logging
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
 
 from adafuse_jax.configs import TrainConfig
 from adafuse_jax.core.errors import UserError
+from adafuse_jax.data.examples import Text
 from adafuse_jax.data.files import split_in_name
 from adafuse_jax.data.sources import Dataset, DatasetSpec
 from adafuse_jax.training.prepare import _training_and_held_out
@@ -111,11 +113,22 @@ class TestFiles:
         assert Dataset(DatasetSpec(source=str(source))).splits == ("train", "validation")
         assert texts(source, "validation") == ["val/a"]
         assert texts(f"{source}:other") == ["other/a"]
+        lines(tmp_path / "b", "data/train/a.jsonl", "data/test/a.jsonl")
+        assert Dataset(DatasetSpec(source=str(tmp_path / "b"))).splits == ("test", "train")
 
     def test_dev_beside_validation_keeps_its_name(self, tmp_path):
         data = datasets.Dataset.from_list([{"text": "a"}])
         datasets.DatasetDict(train=data, dev=data, validation=data, val=data).save_to_disk(str(tmp_path / "d"))
         assert Dataset(DatasetSpec(source=str(tmp_path / "d"))).splits == ("train", "dev", "validation", "val")
+
+    def test_saved_text_that_is_not_utf8(self, tmp_path):
+        broken = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff"))
+        data = datasets.Dataset(pa.table({"text": broken, "other": broken}))
+        datasets.DatasetDict(train=data).save_to_disk(str(tmp_path / "d"))
+        with pytest.raises(UserError, match=r"d#train: row 2: column 'text': byte 0xff"):
+            texts(tmp_path / "d")
+        loaded = Dataset(DatasetSpec(source=str(tmp_path / "d")), skip_bad_rows=True).load()
+        assert (loaded.examples, loaded.bad) == ([Text("a")], 1)
 
     def test_a_column(self, tmp_path, caplog):
         path = tmp_path / "a.jsonl"

@@ -25,7 +25,7 @@ from typing import IO, Any
 from adafuse_jax.core.errors import UserError, shortened
 from adafuse_jax.data.formats import USED_COLUMNS
 from adafuse_jax.data.json_rows import Item, empty_file, json_rows
-from adafuse_jax.data.table_rows import csv_rows, parquet_columns, parquet_rows
+from adafuse_jax.data.table_rows import csv_rows, dataset_rows, parquet_columns, parquet_rows
 
 log = logging.getLogger(__name__)
 
@@ -154,13 +154,14 @@ def split_files(path: Path) -> dict[str, list[Path]]:
         if folder == path and "data" in folders and _data_files(path / "data"):
             log.info("%s: files in its folder data are not used, as there are others beside it", path)
         return splits
-    splits = {}
-    for name in folders:
-        split = split_in_name(name)
-        if split is not None and _data_files(path / name):
-            splits.setdefault(split, []).extend(_data_files(path / name))
-    if splits:
-        return splits
+    for parent in (path, path / "data"):
+        splits = {}
+        for folder in sorted(parent.glob("*")):
+            split = split_in_name(folder.name)
+            if split is not None and folder.is_dir() and _data_files(folder):
+                splits.setdefault(split, []).extend(_data_files(folder))
+        if splits:
+            return splits
     hint = f"; its folders are {shortened(', '.join(folders), 80)}: name one as {path}:FOLDER" if folders else ""
     raise UserError(f"no data files: {path}: put {', '.join(DATA_SUFFIXES)} files there{hint}")
 
@@ -254,6 +255,14 @@ def _parquet(file: Any, path: Path) -> FileRows:
     used = [name for name in columns if name in USED_COLUMNS]
     rows = parquet_rows(reader, used) if used else iter([(0, {})] * min(1, reader.metadata.num_rows))
     return FileRows(path, tuple(columns), _guarded(rows, path, file))
+
+
+def dataset_file_rows(data: Any, where: str) -> FileRows:
+    """The rows of a `datasets.Dataset`, of the columns that are used."""
+    columns = tuple(data.column_names)
+    used = [name for name in columns if name in USED_COLUMNS]
+    rows = dataset_rows(data, used) if used else iter([(0, {})] * min(1, len(data)))
+    return FileRows(Path(where), columns, _guarded(rows, Path(where), contextlib.nullcontext()))
 
 
 def _guarded(items: Iterator[Item], path: Path, file: Any) -> Iterator[Item]:

@@ -94,7 +94,7 @@ def json_value(value: Any, name: str) -> Any:
     if not isinstance(value, str) or isinstance(value, Number):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value, parse_int=Number, parse_float=Number)
     except (ValueError, RecursionError):
         raise RowError(f"{name} holds {quoted(value)}, which is no JSON") from None
 

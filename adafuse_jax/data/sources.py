@@ -25,6 +25,7 @@ from adafuse_jax.data.files import (
     DATA_SUFFIXES,
     FileRows,
     canonical_split,
+    dataset_file_rows,
     file_kind,
     file_rows,
     folder_names,
@@ -34,7 +35,7 @@ from adafuse_jax.data.files import (
     quiet,
     split_files,
 )
-from adafuse_jax.data.formats import USED_COLUMNS, check_format_name
+from adafuse_jax.data.formats import check_format_name
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +193,9 @@ class Dataset:
         import datasets
 
         def read(name: str) -> Iterable[FileRows]:
-            return [_rows_of(_hub_call(self.spec, datasets.load_dataset, split=name), f"{self.spec.source}#{name}")]
+            return [
+                dataset_file_rows(_hub_call(self.spec, datasets.load_dataset, split=name), f"{self.spec.source}#{name}")
+            ]
 
         names = [str(name) for name in _hub_call(self.spec, datasets.get_dataset_split_names)]
         self._readers = {name: functools.partial(read, name) for name in names}
@@ -208,11 +211,11 @@ class Dataset:
             raise UserError(f"cannot read: {path}: {reason}: save it again with save_to_disk") from None
         if isinstance(data, datasets.DatasetDict):
             self._readers = {
-                str(name): functools.partial(lambda part, name: [_rows_of(part, f"{path}#{name}")], part, name)
+                str(name): functools.partial(lambda part, name: [dataset_file_rows(part, f"{path}#{name}")], part, name)
                 for name, part in data.items()
             }
         else:
-            self._collect_table([_rows_of(data, str(path))])
+            self._collect_table([dataset_file_rows(data, str(path))])
 
     def _open_table(self, paths: Sequence[Path]) -> None:
         self._collect_table(_rows_of_files(paths))
@@ -300,18 +303,6 @@ def _rows_of_files(paths: Sequence[Path]) -> Iterator[FileRows]:
         names = shortened(", ".join(map(str, paths)), 200)
         raise UserError(f"mixed file types: {names}: keep one type a split")
     yield from map(file_rows, paths)
-
-
-def _rows_of(data: Any, where: str) -> FileRows:
-    """The rows of a `datasets.Dataset`, of the columns that are used."""
-    import datasets
-
-    if isinstance(data.features.get("image"), datasets.Image):
-        data = data.cast_column("image", datasets.Image(decode=False))  # only whether there is one matters
-    names = tuple(data.column_names)
-    used = [name for name in names if name in USED_COLUMNS]
-    rows = iter(data.select_columns(used)) if used else iter([{}] * min(1, len(data)))
-    return FileRows(Path(where), names, ((0, row) for row in rows))
 
 
 def available_splits(spec: DatasetSpec) -> tuple[str, ...]:

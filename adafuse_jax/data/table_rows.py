@@ -82,16 +82,29 @@ def parquet_columns(file: Any, path: Path, used: Iterable[str]) -> list[str]:
 
 
 def parquet_rows(file: Any, columns: Sequence[str]) -> Iterator[Item]:
-    """Rows of a `pyarrow.parquet.ParquetFile`, of `columns` only. A row with text that is not UTF-8 is a BadRow."""
+    """Rows of a `pyarrow.parquet.ParquetFile`, of `columns` only."""
     rows = IMAGE_BATCH_ROWS if "image" in columns else BATCH_ROWS
-    for batch in file.iter_batches(batch_size=rows, columns=list(columns), use_threads=False):
+    return arrow_rows(file.iter_batches(batch_size=rows, columns=list(columns), use_threads=False))
+
+
+def dataset_rows(data: Any, columns: Sequence[str]) -> Iterator[Item]:
+    """Rows of a `datasets.Dataset`, of `columns` only, as they are stored: images stay bytes."""
+    rows = IMAGE_BATCH_ROWS if "image" in columns else BATCH_ROWS
+    tables = data.select_columns(list(columns)).with_format("arrow").iter(rows)
+    return arrow_rows(batch for table in tables for batch in table.to_batches())
+
+
+def arrow_rows(batches: Iterable[Any]) -> Iterator[Item]:
+    """Rows of `pyarrow.RecordBatch`es. A row with text that is not UTF-8 is a BadRow."""
+    for batch in batches:
         try:
             values = [_values(column) for column in batch.columns]
         except (UnicodeDecodeError, ValueError, OverflowError):
             yield from ((0, _parquet_row(batch.slice(i, 1))) for i in range(batch.num_rows))
             continue
+        names = batch.schema.names
         for row in zip(*values, strict=True):
-            yield 0, dict(zip(columns, row, strict=True))
+            yield 0, dict(zip(names, row, strict=True))
 
 
 def _values(column: Any) -> list[Any]:
