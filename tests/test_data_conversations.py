@@ -143,14 +143,14 @@ def test_faults(tmp_path, row, message):
 
 
 def test_alterations_are_logged(tmp_path, caplog):
-    told = [
+    rows = [
         turns("a", "b", "c"),
         [A("x").turn(), *turns("a", "b")],
         turns("a", "b", "c", " ", "d", "e"),
         [{"role": "developer", "content": "s"}, *turns("a", "b")],
     ]
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"messages": [{**t, "id": 1} for t in messages]}) + "\n" for messages in told))
+    path.write_text("".join(json.dumps({"messages": [{**t, "id": 1} for t in messages]}) + "\n" for messages in rows))
     with caplog.at_level(logging.INFO, "adafuse_jax"):
         loaded = load(DatasetSpec(source=str(path)))
     assert [len(e.messages) for e in loaded.examples] == [2, 2, 2, 3]

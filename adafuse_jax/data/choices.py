@@ -1,7 +1,7 @@
 """Multiple-choice rows: `choices` and an answer column, or an instruction that ends in its possible answers.
 
 `choices` is a list of texts, {label: [...], text: [...]}, a list of {label, text}, or {letter: text}. Prompts show the
-letters A, B, ... whatever labels a dataset has (some ARC rows say 1-4), and the candidate responses are these letters.
+letters A, B, ... whatever labels a dataset has (1-4 in some ARC rows), and the candidate responses are these letters.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     {from, value}     ShareGPT: human, gpt, system, function_call (a JSON object {name, arguments}), observation
 
 Turns stand as they are but for what `notes` counts: a conversation begins at its first user turn (system turns before it
-stay), ends at its last reply, and before its first empty one, which would teach the model to say nothing.
+stay), ends at its last reply, and before its first empty one, which would teach the model to stay silent.
 """
 
 from __future__ import annotations

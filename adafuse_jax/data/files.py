@@ -103,10 +103,10 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def split_in_name(name: str) -> str | None:
-    """The split that the name of a file (without suffix) or folder says it is of, or None.
+    """The split in the name of a file (without suffix) or folder, or None.
 
     `NAME-00000-of-00001` is of NAME; `train`, `train-2`, `my_dev`, `x.test` of train, train, validation, test;
-    `train_sft` of train_sft. A keyword in the middle (my_test_chats) says nothing."""
+    `train_sft` of train_sft. A keyword in the middle (my_test_chats) names none."""
     shard = SHARD.fullmatch(name)
     if shard:
         return shard[1]
@@ -132,7 +132,7 @@ def folder_names(path: Path) -> list[str]:
 
 def split_files(path: Path) -> dict[str, list[Path]]:
     """The data files of a directory, or of its `data/`, or of its folders with the names of splits, by split. Files whose
-    names say nothing are "train", unless others are named so.
+    names hold no split are "train", unless others are named so.
 
     Raises UserError when there are no data files."""
     folders = folder_names(path)
@@ -198,7 +198,7 @@ def file_kind(path: Path) -> str:
 def file_rows(path: Path) -> FileRows:
     """The rows of a data file or pipe. Raises UserError, here or later, that names the file (and line)."""
     with _read_errors(path):
-        file = _open(path)
+        file = raw = _open(path)
         if not file.peek(1):
             raise empty_file(path)
         kind = file_kind(path)
@@ -218,7 +218,7 @@ def file_rows(path: Path) -> FileRows:
         else:
             text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape")
             items = json_rows(text, path, starts_with=begins, lines_only=kind == "jsonl")
-    return FileRows(path, (), _guarded(items, path, text))
+    return FileRows(path, (), _guarded(items, path, text, raw))
 
 
 def _open(path: Path) -> Any:
@@ -262,11 +262,14 @@ def dataset_file_rows(data: Any, where: str) -> FileRows:
     columns = tuple(data.column_names)
     used = [name for name in columns if name in USED_COLUMNS]
     rows = dataset_rows(data, used) if used else iter([(0, {})] * min(1, len(data)))
-    return FileRows(Path(where), columns, _guarded(rows, Path(where), contextlib.nullcontext()))
+    return FileRows(Path(where), columns, _guarded(rows, Path(where)))
 
 
-def _guarded(items: Iterator[Item], path: Path, file: Any) -> Iterator[Item]:
-    with file, _read_errors(path):
+def _guarded(items: Iterator[Item], path: Path, *files: IO[Any]) -> Iterator[Item]:
+    """The items; then the files are closed."""
+    with contextlib.ExitStack() as stack, _read_errors(path):
+        for file in reversed(files):
+            stack.callback(file.close)
         yield from items
 
 

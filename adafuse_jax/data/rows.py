@@ -85,7 +85,7 @@ def _check_unicode(value: str, name: str) -> None:
 
 
 def is_blank(value: Any) -> bool:
-    """True for an optional value that says nothing: null, empty, white space."""
+    """True for an optional value without content: null, empty, white space."""
     return value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, list) and not value)
 
 

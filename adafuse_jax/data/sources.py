@@ -138,7 +138,7 @@ def _hub(spec: DatasetSpec) -> tuple[str, str | None]:
 
 
 def _hub_call(spec: DatasetSpec, call: Any, *args: Any, **kwargs: Any) -> Any:
-    """`call(...)` of the `datasets` library on the hub, its many errors told as one UserError."""
+    """`call(...)` of the `datasets` library on the hub, its many errors as one UserError."""
     hub_id, subset = _hub(spec)
     try:
         with quiet():
