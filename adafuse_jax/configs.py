@@ -208,15 +208,17 @@ class TrainConfig:
 
     model: str = flag("Hugging Face model directory or hub id", metavar="DIR|ID")
     dataset: tuple[str, ...] = flag(
-        "data sets: SOURCE[:SUBSET][@FORMAT][=WEIGHT], SOURCE a preset, hub id, file or directory", metavar="SPEC"
+        "data sets: SOURCE[:SUBSET][#SPLIT][@FORMAT][=WEIGHT], SOURCE a preset, hub id, file, directory or pipe",
+        metavar="SPEC",
     )
     output: str = flag("directory for checkpoints, metrics, plots and the final adapter", metavar="DIR")
     init_lora: str | None = flag(
         "LoRA to begin from, written by train.py or PEFT: it is every expert's initial value", None, "DIR"
     )
     eval_dataset: tuple[str, ...] = flag(
-        "held-out data sets; default: the sets' own validation or test split", (), "SPEC"
+        "held-out data sets, as --dataset without a weight; default: the sets' own validation or test split", (), "SPEC"
     )
+    skip_bad_rows: bool = flag("leave out rows that cannot be read or used, and log how many and the first", False)
     eval_fraction: float = flag("share of the training data held out when there is no other held-out split", 0.02)
     eval_examples: int = flag("held-out examples scored at each evaluation, at most (0: no evaluation)", 200)
     eval_every: int = flag("steps between evaluations; the last step is always evaluated", 200)

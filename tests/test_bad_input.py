@@ -350,7 +350,7 @@ TRAIN = [
     Case("data weight tiny", ("dataset 1", "weight", "raise"), {"dataset": ["{}/alpha.jsonl=1e-9", "{}/beta.jsonl=1"]}),
     Case(
         "data of lone surrogates",
-        ("{}/alpha.jsonl", "surrogate", "row 0", "check"),
+        ("{}/alpha.jsonl", "surrogate", "row 1, line 1", "correct"),
         damage=write("alpha.jsonl", '{"instruction": "a", "output": "\\ud83d"}\n'),
     ),
     Case("data spec empty", ("dataset", "SOURCE"), {"dataset": ""}),

@@ -27,9 +27,9 @@ from jaxtyping import Bool, Int32
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.examples import Chat, Example, Message, MultipleChoice, Text
 from adafuse_jax.data.files import without_logs
+from adafuse_jax.data.tokens import tokens_and_starts
 
 ENCODE_CHUNK = 1024
-SPACE_MARKERS = ("Ġ", "Ċ", "▁")
 _date: ContextVar[datetime | None] = ContextVar("template_date", default=None)
 
 
@@ -189,27 +189,13 @@ def _adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def _starts(ids: Sequence[int], offsets: Sequence[tuple[int, int]], tokenizer: Any) -> list[int]:
-    """Where each token starts in the text; a space that a byte-level tokenizer trims from its offsets counts as part of
-    the token that holds it, for it may straddle a boundary."""
-    starts, end = [], 0
-    for token, (start, stop) in zip(ids, offsets, strict=True):
-        if start > end and (tokenizer.convert_ids_to_tokens(token) or "").startswith(SPACE_MARKERS):
-            start = end
-        starts.append(start)
-        end = max(end, stop)
-    return starts
-
-
 def _encode_texts(rendered: Sequence[_Rendered], tokenizer: Any) -> Iterator[Encoded]:
-    batch = tokenizer([r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     adds_bos = _adds_bos(tokenizer)
-    for r, ids, offsets in zip(rendered, batch["input_ids"], batch["offset_mapping"], strict=True):
-        starts = np.asarray(_starts(ids, offsets, tokenizer), np.int64)
-        mask = np.zeros(len(ids), bool)
+    encoded = tokens_and_starts([r.text for r in rendered], tokenizer)
+    for r, (tokens, starts) in zip(rendered, encoded, strict=True):
+        mask = np.zeros(len(tokens), bool)
         for start, stop in r.targets:
             mask |= (starts >= start) & (starts < stop)
-        tokens = np.asarray(ids, np.int32)
         if adds_bos and tokens[:1].tolist() != [tokenizer.bos_token_id]:
             tokens, mask = np.insert(tokens, 0, tokenizer.bos_token_id), np.insert(mask, 0, False)
         if r.append_eos:

@@ -70,14 +70,14 @@ def run(config: EvaluationConfig) -> dict[str, Any]:
 def read_questions(text: str, config: EvaluationConfig) -> tuple[str, list[Any]]:
     """(split, its multiple-choice questions), at most `limit` of them, evenly spaced."""
     from adafuse_jax.data.examples import MultipleChoice
-    from adafuse_jax.data.sources import DatasetSpec, available_splits, load_examples
+    from adafuse_jax.data.sources import Dataset, DatasetSpec
 
     spec = DatasetSpec.parse(text)
     if spec.weight is not None:
         raise UserError(f"--dataset {text}: a weight means nothing in an evaluation; leave ={spec.weight:g} out")
-    splits = available_splits(spec)
-    split = config.split or next((name for name in SPLITS if name in splits), splits[0])
-    examples = load_examples(spec, split)
+    data = Dataset(spec, skip_bad_rows=config.skip_bad_rows)
+    split = spec.split or config.split or data.evaluation_split(SPLITS)
+    examples = data.load(split).examples
     questions = [example for example in examples if isinstance(example, MultipleChoice)]
     if len(questions) < len(examples):
         raise UserError(f"--dataset {text}: its rows are no multiple-choice questions; give a data set with choices")

@@ -16,11 +16,14 @@ class EvaluationConfig:
     model: str = flag("Hugging Face model directory or hub id", metavar="DIR|ID")
     adapter: str | None = flag("adapter directory written by train.py; default: the bare backbone", None, "DIR")
     dataset: tuple[str, ...] = flag(
-        "multiple-choice data sets: SOURCE[:SUBSET][@FORMAT], as in training", metavar="SPEC"
+        "multiple-choice data sets: SOURCE[:SUBSET][#SPLIT][@FORMAT], as in training", metavar="SPEC"
     )
     split: str | None = flag(
-        "split of every data set; default: test, else validation, else the only one there is", None, "NAME"
+        "split of every data set that names none by #SPLIT; default: test, else validation, else the only one there is",
+        None,
+        "NAME",
     )
+    skip_bad_rows: bool = flag("leave out rows that cannot be read or used, and log how many and the first", False)
     limit: int | None = flag("questions per data set, evenly spaced; default: all of them", None)
     batch_size: int = flag("candidates scored together, and questions answered together", 16)
     max_length: int | None = flag(

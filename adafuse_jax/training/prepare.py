@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.chat import Encoded, encode_all, encode_choices
 from adafuse_jax.data.examples import Example, MultipleChoice, Text
 from adafuse_jax.data.packing import Rows, pack
-from adafuse_jax.data.sources import DatasetSpec, available_splits, held_out_split, load_examples
+from adafuse_jax.data.sources import Dataset, DatasetSpec, held_out_split
 from adafuse_jax.evaluation.heldout import HeldOut
 
 log = logging.getLogger(__name__)
@@ -40,22 +39,16 @@ def prepare_data(config: TrainConfig, tokenizer: Any) -> Data:
     specs = [DatasetSpec.parse(text) for text in config.dataset]
     held_out: list[Example] = []
     if config.eval_examples > 0:
-        for spec in (DatasetSpec.parse(text) for text in config.eval_dataset):
-            splits = available_splits(spec)
-            held_out += load_examples(spec, _first_of(HELD_OUT_SPLITS, splits) or splits[0])
+        for text in config.eval_dataset:
+            spec = DatasetSpec.parse(text)
+            if spec.weight is not None:
+                raise UserError(f"--eval-dataset {text}: a weight means nothing there; leave ={spec.weight:g} out")
+            data = Dataset(spec, skip_bad_rows=config.skip_bad_rows)
+            held_out += data.load(data.evaluation_split(HELD_OUT_SPLITS)).examples
     rows = []
     for spec in specs:
-        examples = load_examples(spec)
-        if config.eval_examples > 0 and not config.eval_dataset:
-            split = _first_of(HELD_OUT_SPLITS, available_splits(spec))
-            if split:
-                held_out += load_examples(spec, split)
-            elif config.eval_fraction > 0:
-                try:
-                    examples, held = held_out_split(examples, config.eval_fraction, config.seed)
-                except UserError as error:
-                    raise UserError(f"{spec.source}: {error}, or --eval-examples 0") from error
-                held_out += held
+        examples, held = _training_and_held_out(spec, config)
+        held_out += held
         rows.append(_pack(examples, spec, tokenizer, config))
     batches = Batches(
         rows=tuple(rows),
@@ -74,8 +67,22 @@ def prepare_data(config: TrainConfig, tokenizer: Any) -> Data:
     )
 
 
-def _first_of(wanted: Sequence[str], present: Sequence[str]) -> str | None:
-    return next((name for name in wanted if name in present), None)
+def _training_and_held_out(spec: DatasetSpec, config: TrainConfig) -> tuple[list[Example], list[Example]]:
+    """The examples to train on, and those held out if there is no `eval_dataset`. A file is read once."""
+    data = Dataset(spec, skip_bad_rows=config.skip_bad_rows)
+    training = data.training_split()
+    examples = data.load(training).examples
+    if config.eval_examples == 0 or config.eval_dataset:
+        return examples, []
+    split = data.held_out_split(HELD_OUT_SPLITS, besides=data.find(training))
+    if split is not None:
+        return examples, data.load(split).examples
+    if config.eval_fraction == 0:
+        return examples, []
+    try:
+        return held_out_split(examples, config.eval_fraction, config.seed)
+    except UserError as error:
+        raise UserError(f"{spec.source}: {error}, or --eval-examples 0") from error
 
 
 def _pack(examples: list[Example], spec: DatasetSpec, tokenizer: Any, config: TrainConfig) -> Rows:
