@@ -327,9 +327,9 @@ class TestTemplatesAreBounded:
             "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         ):
             tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", template=text))
-            with pytest.raises(UserError, match="takes more than 0.2 seconds"):
+            with pytest.raises(UserError, match=r"takes more than 0.2 seconds"):
                 encode_all([Chat((U("x"), A("y")))] * 3, tokenizer, LONG, skip_bad_rows=True)
-            with pytest.raises(UserError, match="takes more than 0.2 seconds"):
+            with pytest.raises(UserError, match=r"takes more than 0.2 seconds"):
                 stop_tokens(tokenizer)
         chatml = load_tokenizer(write_tokenizer(tmp_path / "tok", template=CHATML))
         assert encode_prompt((U("x"),), chatml).size

@@ -13,7 +13,6 @@ from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.decoding.sampling import Sampling, keep_likely, penalize, row_keys, sample
 from adafuse_jax.decoding.stream import TextStream
 
-
 compiled = jax.jit(sample)
 
 

@@ -68,9 +68,9 @@ def bucket(length: int, smallest: int) -> int:
     return max(smallest, 1 << (length - 1).bit_length())
 
 
-def occurrences(prompts: Sequence[Sequence[int]]) -> list[int]:
+def occurrences(prompts: Sequence[Sequence[Any]]) -> list[int]:
     """How many equal prompts come before each: 0, 1, … for those of one kind."""
-    counts: Counter[tuple[int, ...]] = Counter()
+    counts: Counter[tuple[Any, ...]] = Counter()
     found = []
     for prompt in map(tuple, prompts):
         found.append(counts[prompt])

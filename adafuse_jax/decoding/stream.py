@@ -45,13 +45,14 @@ class TextStream:
     """Incremental detokenisation of one row.
 
     `push(id)` returns the text that has become certain; `stopped` says whether a stop string has appeared, in which case
-    `text` ends before it.
+    `text` ends before it. With `inside_special` every stop string is looked for in both texts, as lm-evaluation-harness
+    does: an "e" stops at `<|im_end|>` too.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = (), *, inside_special: bool = False):
         special = special_token_texts(tokenizer) if stop else ()
-        self._special_stop = tuple(s for s in stop if any(token and token in s for token in special))
-        self._stop = tuple(s for s in stop if s not in self._special_stop)
+        self._special_stop = tuple(s for s in stop if inside_special or any(token and token in s for token in special))
+        self._stop = tuple(s for s in stop if inside_special or s not in self._special_stop)
         self._decoder = _Decoder(tokenizer, skip_special_tokens=True)
         self._whole = _Decoder(tokenizer, skip_special_tokens=False)
         self._tail: list[tuple[str, int]] = []  # characters with special tokens, and the length of the text before each
