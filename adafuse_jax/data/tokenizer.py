@@ -56,7 +56,9 @@ def tokenizer_files(model: Path, adapter: Path | None = None) -> dict[str, Path]
     own = {name: adapter / name for name in FILES if (adapter / name).exists()}
     if TOKENIZER_FILE in own:
         return own
-    return files | {name: path for name, path in own.items() if name == TEMPLATE_FILE}
+    if TEMPLATE_FILE in own:
+        return files | {TEMPLATE_FILE: own[TEMPLATE_FILE]}
+    return files if _own_template(adapter) is None else files | {CONFIG_FILE: own[CONFIG_FILE]}
 
 
 def _own_template(adapter: Path) -> str | None:
@@ -137,26 +139,30 @@ def _without_code(name: str, local: bool) -> Any:
     """The tokenizer by transformers' own classes. One whose class is Python code in the directory or the repository is read
     from its tokenizer.json, which holds all there is to a fast tokenizer; a log line says so."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto import tokenization_auto
 
-    own_code = local and "auto_map" in _config(Path(name))
+    read, named = tokenization_auto.get_tokenizer_config, []
+
+    def read_without_code(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        table = read(*args, **kwargs)
+        named.append("auto_map" in table)
+        return {key: value for key, value in table.items() if key != "auto_map"}
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+        # Code that is named but not run would still change which of its classes transformers takes.
+        with mock.patch.object(tokenization_auto, "get_tokenizer_config", read_without_code):
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except Exception as error:
-        own_code |= "trust_remote_code" in str(error)
-        if not own_code:
+        if not any(named):
             raise
         if local and not (Path(name) / TOKENIZER_FILE).exists():
             raise UserError(
                 f"auto_map of {CONFIG_FILE} names Python code, which is never run, and there is no {TOKENIZER_FILE}"
             ) from error
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=local, trust_remote_code=False)
-    if own_code:
+    if any(named):
         log.warning("%s: the Python code that %s names is not run", name, CONFIG_FILE)
     return tokenizer
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    return read_json(directory / CONFIG_FILE) if (directory / CONFIG_FILE).exists() else {}
 
 
 def _check_files(directory: Path) -> None:
