@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from adafuse_jax.configs import DType, flag
+from adafuse_jax.configs import DType
 from adafuse_jax.core import runtime
 from adafuse_jax.core.atomic_files import require_free
 from adafuse_jax.core.cli import run_cli
 from adafuse_jax.core.errors import UserError
+from adafuse_jax.core.fields import check, flag
 from adafuse_jax.core.flags import parse_flags
 
 
@@ -26,15 +27,16 @@ from adafuse_jax.core.flags import parse_flags
 class ExportConfig:
     """What `python -m adafuse_jax.export` does."""
 
-    model: str = flag("Hugging Face model directory or hub id of the adapter's backbone", metavar="DIR|ID")
-    adapter: str = flag("adapter directory written by train.py, or a LoRA of PEFT", metavar="DIR")
-    output: str = flag("directory to write; it must not exist, or be empty", metavar="DIR")
+    model: str = flag("Hugging Face model directory or hub id of the adapter's backbone", metavar="DIR|ID", text="path")
+    adapter: str = flag("adapter directory written by train.py, or a LoRA of PEFT", metavar="DIR", text="path")
+    output: str = flag("directory to write; it must not exist, or be empty", metavar="DIR", text="path")
     format: Literal["huggingface", "peft", "adafuse-jax"] = flag(
         "a plain model with the LoRA merged in, a LoRA for PEFT, or an adapter of this project", "huggingface"
     )
     dtype: DType | None = flag("type of the merged model's weights; default: the backbone's own", None)
 
     def __post_init__(self) -> None:
+        check(self)
         if self.dtype is not None and self.format != "huggingface":
             raise UserError(f"--dtype is for --format huggingface; adapters are written as {self.format} in float32")
 
