@@ -19,10 +19,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from adafuse_jax.core.errors import EXIT_CODE, UserError, shortened
+from adafuse_jax.core.errors import EXIT_CODE, MAX_MESSAGE, UserError, shortened
 
 BROKEN_PIPE_CODE = 128 + signal.SIGPIPE
 LINES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+STDOUT = "<stdout>"
 GRACE_SECONDS = 10.0
 """From SIGTERM to the end of a process that does not react to it, because a library computes."""
 
@@ -32,34 +33,48 @@ def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
 
     Afterwards SIGINT and SIGTERM have their default action, so that neither disturbs the end of the interpreter.
     """
+    _occupy_descriptors()
+    stdout = _Stdout(sys.stdout)
     with _Signals() as signals:
+        sys.stdout = stdout  # type: ignore[assignment]
         try:
-            code = _outcome(main, argv, signals)
+            code = _outcome(main, argv, signals, stdout)
         except KeyboardInterrupt:  # in the handling of another exception
             code = signals.report()
+        finally:
+            sys.stdout = stdout.stream
+            if stdout.error is not None:
+                _discard(stdout.stream)
+            try:
+                sys.stderr.flush()
+            except (OSError, ValueError):
+                _discard(sys.stderr)
     sys.exit(code)
 
 
-def _outcome(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None, signals: _Signals) -> int:
+def _outcome(
+    main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None, signals: _Signals, stdout: _Stdout
+) -> int:
     try:
-        _open_streams()
+        if stdout.stream is None:
+            raise UserError("stdout is closed; redirect it to a file, or to /dev/null")
         try:
             code = main(sys.argv[1:] if argv is None else argv)
         except SystemExit as end:
             code = end.code  # type: ignore[assignment] # a message, too
-        sys.stdout.flush()
+        stdout.flush()
+        if stdout.error is not None:  # argparse ignores it
+            raise stdout.error
     except BaseException as error:
         signals.ending = True
         if signals.received or isinstance(error, KeyboardInterrupt):  # an error after a signal is its consequence
             return signals.report()
         if isinstance(error, BrokenPipeError):
-            _discard_stdout()
             return BROKEN_PIPE_CODE
         message = message_of(error)
         if message is None:
             raise
-        _discard_stdout()
-        _print_error(f"error: {shortened(message, 400)}")
+        _print_error(f"error: {shortened(message, MAX_MESSAGE)}")
         return EXIT_CODE
     if isinstance(code, str):
         _print_error(code)
@@ -79,7 +94,7 @@ def message_of(error: BaseException) -> str | None:
     if isinstance(error, ImportError) and (error.name or "").split(".")[0] not in ("adafuse_jax", "pallas_kernels"):
         return f"a library cannot be imported ({type(error).__name__}: {reason}); repair the installation: pip install -e ."
     if isinstance(error, OSError) and error.strerror:
-        if error.filename is None and _stdout_fails():
+        if error.filename == STDOUT:
             return f"stdout: cannot be written ({error.strerror}); free space, or redirect it to another file"
         if error.errno == errno.ENOMEM:
             return f"the host has too little memory ({reason}); lower the sizes that the flags ask for"
@@ -99,41 +114,55 @@ def _place(error: BaseException) -> str:
     return f"{traceback.tb_frame.f_globals.get('__name__', '?')}, line {traceback.tb_lineno}"
 
 
-def _open_streams() -> None:
-    """Occupy closed file descriptors 0, 1 and 2, which files opened later would get. A closed stdin stays None.
-
-    Raises `UserError` if stdout is closed: the answers would be lost.
-    """
+def _occupy_descriptors() -> None:
+    """Open /dev/null as each of the file descriptors 0, 1 and 2 that is closed: a file opened later would get its number."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             opened = os.open(os.devnull, os.O_RDWR)
-            os.dup2(opened, number)
             if opened != number:
+                os.dup2(opened, number)
                 os.close(opened)
     if sys.stderr is None:
         sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
-    if sys.stdout is None:
-        sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
-        raise UserError("stdout is closed; redirect it to a file, or to /dev/null")
 
 
-def _stdout_fails() -> bool:
-    try:
-        sys.stdout.flush()  # what could not be written is still in its buffer
-    except OSError:
-        return True
-    return False
+class _Stdout:
+    """A stdout whose errors carry its name, and are remembered where the caller ignores them."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+        self.error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        with self._named():
+            return self.stream.write(text)
+
+    def flush(self) -> None:
+        with self._named():
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = STDOUT
+            self.error = error
+            raise
 
 
-def _discard_stdout() -> None:
-    """Let the flush at the interpreter's end succeed if stdout cannot be written."""
-    if _stdout_fails():
-        with contextlib.suppress(OSError, ValueError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, sys.stdout.fileno())
-            os.close(null)
+def _discard(stream: Any) -> None:
+    """What is in the buffer of a stream that cannot be written, so that its flush at the interpreter's end succeeds."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+        stream.flush()
 
 
 def _print_error(text: str) -> None:
@@ -179,7 +208,6 @@ class _Signals:
         """Print the line of the signal; the exit code."""
         self.ending = True
         number = self.received or signal.SIGINT
-        _discard_stdout()
         _print_error(LINES[signal.Signals(number)])
         return 128 + number
 

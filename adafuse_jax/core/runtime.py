@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
 import sys
@@ -35,7 +34,7 @@ def set_up() -> None:
     logging.raiseExceptions = False  # a stderr that is full or closed ends nothing
     warnings.showwarning = _show_warning
     _log_kernels_once()
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a locale may lack the characters of an answer
     _silence_background_errors()
     import jax

@@ -301,6 +301,8 @@ def _chat(session: Session) -> None:
 
 
 def _stdin_lines(ask: str = "") -> Iterator[str]:
+    if sys.stdin is None:
+        raise UserError("stdin is closed; give --prompt or --prompts-file")
     interactive = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # a C locale lets broken bytes through
