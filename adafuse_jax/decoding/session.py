@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from adafuse_jax.adapters.directory import load_adapter
-from adafuse_jax.configs import DecodeConfig, Strategy, require_text
+from adafuse_jax.configs import DecodeConfig, Strategy
 from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError
+from adafuse_jax.core.fields import require_text
 from adafuse_jax.data.chat import encode_prompt, load_tokenizer, stop_tokens
 from adafuse_jax.data.examples import Message, Role
 from adafuse_jax.decoding.engine import Engine, Token
@@ -300,6 +301,8 @@ def _chat(session: Session) -> None:
 
 
 def _stdin_lines(ask: str = "") -> Iterator[str]:
+    if sys.stdin is None:
+        raise UserError("stdin is closed; give --prompt or --prompts-file")
     interactive = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # a C locale lets broken bytes through

@@ -12,7 +12,8 @@ from typing import Any
 
 from adafuse_jax.core import runtime
 from adafuse_jax.core.atomic_files import write_json
-from adafuse_jax.core.errors import UserError, run_cli
+from adafuse_jax.core.cli import run_cli
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.flags import parse_flags
 from adafuse_jax.evaluation.config import EvaluationConfig
 
@@ -122,7 +123,7 @@ def write(report: dict[str, Any], out: Path) -> None:
 def main(argv: Sequence[str]) -> int:
     (config,) = parse_flags(__doc__, (EvaluationConfig,), argv)
     runtime.set_up()
-    with runtime.memory_errors_told("lower --batch-size or --max-length, or give --dtype bfloat16"):
+    with runtime.memory_errors("lower --batch-size or --max-length, or give --dtype bfloat16"):
         report = run(config)
     if config.out is not None:
         write(report, Path(config.out))
