@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from typing import Any, Literal
 
-from adafuse_jax.core.errors import UserError
+from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.presets import PRESETS
 
 DType = Literal["float32", "bfloat16"]
@@ -63,6 +64,13 @@ def require_text(what: str, text: str | None) -> None:
     """Refuse lone surrogates: what Python makes of bytes that are not UTF-8, and no tokenizer takes."""
     broken = next((i for i, c in enumerate(text or "") if "\ud800" <= c <= "\udfff"), None)
     require(broken is None, f"{what}: not UTF-8 text (character {broken}); give UTF-8 text")
+
+
+def require_date(name: str, text: str | None) -> None:
+    try:
+        datetime.fromisoformat(text or "2026-01-01")
+    except ValueError:
+        raise UserError(f"{name} is {quoted(text)}: it must be a date or time in ISO format, as 2026-03-01") from None
 
 
 def require_seed(seed: int) -> None:
@@ -221,7 +229,11 @@ class TrainConfig:
     eval_examples: int = flag("held-out examples scored at each evaluation, at most (0: no evaluation)", 200)
     eval_every: int = flag("steps between evaluations; the last step is always evaluated", 200)
     steps: int | None = flag("optimiser steps; default: from --epochs", None)
-    epochs: float = flag("passes over the data, when --steps is not given", 1.0)
+    epochs: float = flag(
+        "passes over the data, when --steps is not given: each row is drawn so many times, and the last batch is filled up "
+        "with padding; of data sets with weights, as many rows in all",
+        1.0,
+    )
     batch_size: int = flag("sequences per micro-batch", 8)
     grad_accum: int = flag("micro-batches per optimiser step", 1)
     max_length: int = flag("tokens per sequence; longer examples are cut", 1024)
@@ -244,6 +256,11 @@ class TrainConfig:
     keep_checkpoints: int = flag("checkpoints kept", 2)
     log_every: int = flag("steps between lines of metrics.jsonl", 1)
     resume: bool = flag("continue the run in --output from its last checkpoint", False)
+    template_date: str | None = flag(
+        "time that chat templates write if they ask for the present one, in ISO format; default: the start of the run",
+        None,
+        "DATE",
+    )
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -264,6 +281,7 @@ class TrainConfig:
             value = getattr(self, name)
             require(value >= 0, f"--{name.replace('_', '-')} is {value}: it must be ≥ 0")
         require_seed(self.seed)
+        require_date("--template-date", self.template_date)
         require(len(self.dataset) > 0, "--dataset is empty; name at least one data set")
 
 
