@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
 from adafuse_jax.configs import AdapterConfig, TrainConfig
@@ -42,6 +43,20 @@ KILLS_STARTING, KILLS_STEPPING, KILLS_ENDING = 4, 17, 2
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_folder(tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_shared(folder: Path) -> Iterator[None]:
+    """By the runs of this process, and with the processes that `start` starts: most of their time is XLA's."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    for name, value in zip(names, (str(folder / "compiled"), 0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def flags(folder: Path, output: str, **changes: Any) -> list[str]:
@@ -414,9 +429,11 @@ class TestOneRunADirectory:
 
 def test_epochs_of_an_earlier_version_are_resumed_by_their_steps(folder: Path, tmp_path: Path):
     """It counted 6 steps for 3 passes over 14 rows in batches of 8, and filled the last one with rows of a fourth."""
-    run, plain = tmp_path / "run", {"grad_accum": None, "batch_size": 8, "packing": False, "checkpoint_every": 6}
-    tiny.write_jsonl(tmp_path / "few.jsonl", [{"instruction": f"Say {i}.", "output": str(i)} for i in range(14)])
-    plain["dataset"] = tmp_path / "few.jsonl"
+    run = tmp_path / "run"
+    data = tiny.write_jsonl(tmp_path / "few.jsonl", [{"instruction": f"Say {i}.", "output": str(i)} for i in range(14)])
+    plain: dict[str, Any] = {
+        "grad_accum": None, "batch_size": 8, "no_packing": True, "checkpoint_every": 6, "dataset": data,
+    }  # fmt: skip
     short_run(folder, run, **plain, steps=6)
     edit_identity(run, lambda table: [table.pop(name) for name in ("format", "padded_from")], digests=False)
     with pytest.raises(UserError, match=r"resume with the same, that is --steps 6, or start a new run"):
@@ -425,27 +442,22 @@ def test_epochs_of_an_earlier_version_are_resumed_by_their_steps(folder: Path, t
 
 
 def test_epochs_see_every_example_so_many_times(folder: Path, tmp_path: Path):
-    """By the tokens that the metrics count, and through a resumed run, bit for bit."""
-    plain = {
-        "grad_accum": 2,
-        "batch_size": 4,
-        "packing": False,
-        "steps": None,
-        "eval_examples": 0,
-        "checkpoint_every": 2,
-    }
-    tiny.write_jsonl(tmp_path / "few.jsonl", [{"instruction": f"Say {i}.", "output": "a" * i} for i in range(9)])
+    """By the tokens that the metrics count; and a resumed run does so bit for bit."""
     run = tmp_path / "run"
-    summary = short_run(folder, run, **plain, dataset=tmp_path / "few.jsonl", epochs=3)
-    assert summary["steps"] == 4  # 27 rows, 8 a step
-    config, _ = parse_flags(
-        "", (TrainConfig, AdapterConfig), flags(folder, str(run), **plain, dataset=tmp_path / "few.jsonl")
+    data = tiny.write_jsonl(
+        tmp_path / "few.jsonl", [{"instruction": f"Say {i}.", "output": "a" * i} for i in range(1, 10)]
     )
+    plain: dict[str, Any] = {
+        "grad_accum": 2, "batch_size": 4, "no_packing": True, "checkpoint_every": 2, "dataset": data, "steps": None,
+        "epochs": 3,
+    }  # fmt: skip
+    assert short_run(folder, run, **plain)["steps"] == 4  # 27 rows, 8 a step
+    config, _ = parse_flags("", (TrainConfig, AdapterConfig), flags(folder, str(run), **plain, eval_examples=0))
     (rows,) = prepare_data(config, load_tokenizer(folder / "model")).batches.rows  # type: ignore[arg-type]
     assert sum(line["tokens"] for line in metrics_of(run)) == 3 * (rows.segment_ids > 0).sum()
     before = (run / "adapter" / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(run / "checkpoints" / "4")
-    short_run(folder, run, **plain, dataset=tmp_path / "few.jsonl", epochs=3, resume=True)
+    short_run(folder, run, **plain, resume=True)
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
