@@ -420,6 +420,13 @@ class TestOneRunADirectory:
             short_run(folder, run, resume=True)
         assert tiny.snapshot(tmp_path) == before
 
+    def test_a_run_killed_before_its_first_checkpoint_begins_anew(self, folder: Path, tmp_path: Path):
+        with new_run(tmp_path / "run", {"seed": 5}):
+            (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+        assert short_run(folder, tmp_path / "run", resume=True)["steps"] == 4
+        assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
+        assert json.loads((tmp_path / "run" / "train_config.json").read_text())["seed"] == 0
+
     def test_a_damaged_config_is_one_line(self, folder: Path, tmp_path: Path):
         with new_run(tmp_path / "run", {"seed": 5}):
             (tmp_path / "run" / "train_config.json").write_bytes(b'{"seed": 5')

@@ -167,19 +167,20 @@ def _train(
         state = checkpoints.restore(state)
     elif recorded is not None:
         require_no_checkpoint_lost(output, recorded)
-    report = Report(output / METRICS_FILE, start=int(state.step), steps=steps, log_every=config.log_every)
+    start = int(state.step)
+    report = Report(output / METRICS_FILE, start=start, steps=steps, log_every=config.log_every)
 
     def open_output() -> None:
         """Nothing of the run is on disk before."""
         if recorded is None:
             held.enter_context(new_run(output, settings))
-        elif int(state.step) == 0:  # killed before its first checkpoint
+        elif start == 0:  # killed before its first checkpoint
             write_config(output, settings)
         report.open()
 
     with disk_errors(output), checkpoints, contextlib.closing(report):
         if recorded is not None:
-            report.say(f"resuming {output} at step {int(state.step)}")
+            report.say(f"resuming {output} at step {start}")
         state, seconds = _run(config, state, model, data, optimizer, recipe, steps, checkpoints, report, open_output)
     with disk_errors(output):
         if isinstance(state.adapter, FullWeights):
