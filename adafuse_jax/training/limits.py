@@ -1,11 +1,10 @@
-"""Refusals before a run begins: batches that no memory holds, weights that are not finite."""
+"""The refusal, before a run begins, of batches that no memory holds."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,18 +45,3 @@ def host_memory() -> int | None:
         with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
             found.append(int(Path(path).read_text()))
     return min(found, default=None)
-
-
-def require_finite_weights(module: Any, where: str) -> None:
-    """Raise `UserError` if a weight is NaN or infinite. `where` is the file or flag they come from."""
-    leaves = jax.tree_util.tree_leaves_with_path(module)
-    finite = jax.device_get(_all_finite([leaf for _, leaf in leaves]))
-    for (path, _), ok in zip(leaves, finite, strict=True):
-        if not ok:
-            name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-            raise UserError(f"{where}: {name} holds values that are not finite (NaN or infinity); restore the weights")
-
-
-@jax.jit
-def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.isfinite(leaf).all() for leaf in leaves]

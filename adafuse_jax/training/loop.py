@@ -37,7 +37,7 @@ from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.training.checkpoint import Checkpoints
 from adafuse_jax.training.clock import run_date
 from adafuse_jax.training.initial import digest, initial_weights, read_initial_lora
-from adafuse_jax.training.limits import require_finite_weights, require_memory
+from adafuse_jax.training.limits import require_memory
 from adafuse_jax.training.output import (
     ADAPTER_DIR,
     CHECKPOINT_DIR,
@@ -133,7 +133,6 @@ def _train(
     settings = {**dataclasses.asdict(config), **adapter_config.table(), "template_date": date, "resume": False}
     if adapter_config.adapter == "none":
         model = load_backbone(directory, config.dtype)
-        require_finite_weights(model, str(directory))
         line, summary = evaluate_only(config, model, data)
         held.enter_context(new_run(output, settings))
         with disk_errors(output):
@@ -153,14 +152,11 @@ def _train(
     like = jax.eval_shape(initial_state, abstract, lora)
     check_space(output, like.adapter, like.moments, keep=config.keep_checkpoints)
     model = load_backbone(directory, config.dtype)
-    require_finite_weights(model, str(directory))
     identity = _identity(
         config, adapter_config, backbone=backbone, data=data.fingerprint, total_steps=steps, initial=digest(lora),
         padded_from=_padded_from(data),
     )  # fmt: skip
     state = jax.jit(initial_state)(model, lora)
-    if lora is not None:
-        require_finite_weights(state.adapter, f"--init-lora {config.init_lora}")
 
     checkpoints = Checkpoints(output / CHECKPOINT_DIR, keep=config.keep_checkpoints, identity=identity, usual=USUAL)
     if checkpoints.steps():
