@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from datetime import datetime
 from typing import Any, Literal
 
+from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.fields import MAX_SEED, check, flag, require
 from adafuse_jax.presets import PRESETS
 
@@ -33,6 +35,13 @@ def _preset(help: str, name: str, **bounds: Any) -> Any:
             values.setdefault(text, []).append(method)
     defaults = "; ".join(f"{' '.join(methods)}: {text}" for text, methods in values.items())
     return flag(f"{help} (default, by method: {defaults})", None, **bounds)
+
+
+def _require_date(name: str, text: str | None) -> None:
+    try:
+        datetime.fromisoformat(text or "2026-01-01")
+    except ValueError:
+        raise UserError(f"{name} is {quoted(text)}: it must be a date or time in ISO format, as 2026-03-01") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +204,13 @@ class TrainConfig:
     )
     eval_every: int = flag("steps between evaluations; the last step is always evaluated", 200, low=1, high=MAX_COUNT)
     steps: int | None = flag("optimiser steps; default: from --epochs", None, low=1, high=MAX_COUNT)
-    epochs: float = flag("passes over the data, when --steps is not given", 1.0, above=0, high=1e6)
+    epochs: float = flag(
+        "passes over the data, when --steps is not given: each row is drawn so many times, and the last batch is filled up "
+        "with padding; of data sets with weights, as many rows in all",
+        1.0,
+        above=0,
+        high=1e6,
+    )
     batch_size: int = flag("sequences per micro-batch", 8, low=1, high=MAX_ROWS)
     grad_accum: int = flag("micro-batches per optimiser step", 1, low=1, high=MAX_ROWS)
     max_length: int = flag("tokens per sequence; longer examples are cut", 1024, low=8, high=MAX_TOKENS)
@@ -220,6 +235,11 @@ class TrainConfig:
     keep_checkpoints: int = flag("checkpoints kept", 2, low=1, high=MAX_COUNT)
     log_every: int = flag("steps between lines of metrics.jsonl", 1, low=1, high=MAX_COUNT)
     resume: bool = flag("continue the run in --output from its last checkpoint", False)
+    template_date: str | None = flag(
+        "time that chat templates write if they ask for the present one, in ISO format; default: the start of the run",
+        None,
+        "DATE",
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -229,6 +249,7 @@ class TrainConfig:
             "lower one of them",
         )
         require(len(self.dataset) > 0, "--dataset is empty; name at least one data set")
+        _require_date("--template-date", self.template_date)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

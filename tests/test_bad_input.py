@@ -692,7 +692,7 @@ RESUME = [
     Case("another backbone", ("{}/" + STEP_2, "backbone", "resume with the same"), damage=other_backbone),
     Case("run lost its config", ("{}/run", "no run to resume"), damage=remove("run/train_config.json")),
     *(
-        Case(f"checkpoint without {name}", ("{}/" + STEP_2, "cannot be read", "delete it"), damage=damage)
+        Case(f"checkpoint without {name}", ("{}/" + STEP_2, "no checkpoint can be used", "restore"), damage=damage)
         for name, damage in (
             ("state", lambda folder: shutil.rmtree(folder / STEP_2 / "state")),
             ("arrays", lambda folder: shutil.rmtree(folder / STEP_2 / "state/d")),

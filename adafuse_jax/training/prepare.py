@@ -56,6 +56,7 @@ def prepare_data(config: TrainConfig, tokenizer: Any) -> Data:
         batch_size=config.batch_size,
         grad_accum=config.grad_accum,
         weights=tuple(spec.weight for spec in specs),
+        epochs=None if config.steps else config.epochs,
     )
     evaluation = _held_out(held_out, tokenizer, config)
     parts: list[Rows | Encoded] = [*rows, *evaluation.rows, *(row for rows in evaluation.choices for row in rows)]
