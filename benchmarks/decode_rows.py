@@ -38,8 +38,8 @@ from adafuse_jax.decoding.fused import fused_obstacle
 from adafuse_jax.decoding.sampling import Sampling
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
+from adafuse_jax.parallel.mesh import make_mesh, shard
 from adafuse_jax.presets import PRESETS
-from adafuse_jax.sharding import make_mesh, shard
 from benchmarks.decode_costs import MOLA_EXPERTS, SIZES, TARGETS, Shapes, costs
 
 NO_REPEATS = Sampling.of(repetition_penalty=1e6)

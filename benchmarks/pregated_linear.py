@@ -125,7 +125,7 @@ def measure(linear: Linear, label: str, x: Array, *arguments: Any, repeats: int)
 
 def triton_configs(batch: int) -> Iterator[tuple[str, Linear]]:
     """Tiles around the ones that the kernel takes by itself."""
-    from pallas_kernels.pregated_linear.triton import Config, pregated_linear_triton
+    from pallas_kernels.pregated_linear.kernel_triton import Config, pregated_linear_triton
 
     if batch == 1:
         choices = product((4, 8, 16, 32), (256, 512, 1024), (32, 64), (2, 4, 8), (1,))

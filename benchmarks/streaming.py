@@ -1,12 +1,13 @@
-"""How fast a kernel of one thread block per multiprocessor streams weights through shared memory, and what a barrier costs.
+"""How fast a kernel of one thread block per multiprocessor streams weights through shared memory, and what a barrier
+costs.
 
     python -m benchmarks.streaming
 
-prints a row for each way to do it: TB/s, and µs per phase. W [layers, rows, columns] is read in chunks of 16 KiB, one phase
-per layer, by the copies of `pallas_kernels.decode_token` and nothing else: a bound for the decode step in one launch. A
-barrier is over the whole grid, after each phase; `stored`: each block stores a tile's sums before it; `input`: it loads what
-the next phase would multiply with after it. Fewer copies under way at a phase's start let such stores and loads wait less.
-"""
+prints a row for each way to do it: TB/s, and µs per phase. W [layers, rows, columns] is read in chunks of 16 KiB, one
+phase per layer, by the copies of `pallas_kernels.megakernel` and nothing else: a bound for the decode step in one
+launch. A barrier is over the whole grid, after each phase; `stored`: each block stores a tile's sums before it;
+`input`: it loads what the next phase would multiply with after it. Fewer copies under way at a phase's start let such
+stores and loads wait less."""
 
 from __future__ import annotations
 
@@ -25,9 +26,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.decode_token.plan import HALF, PIECE
-from pallas_kernels.decode_token.ring import Ring
-from pallas_kernels.decode_token.tiles import COMPILER, ROWS, load, store
+from pallas_kernels.megakernel.kernel_sm90 import COMPILER_PARAMS
+from pallas_kernels.megakernel.pipeline import Pipeline
+from pallas_kernels.megakernel.plan import TILE_K, WGMMA_M
+from pallas_kernels.megakernel.register_tiles import ROWS, load, store
 
 DTYPE = jnp.bfloat16
 LAYERS, COLUMNS = 32, 3072
@@ -36,99 +38,102 @@ INPUT_ROWS = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """Chunks [rows, columns]; every block reads one of `slices` parts of the columns, through a ring of `slots`, of which
-    `quiet` are under way at once when a phase begins."""
+    """Chunks [rows, columns]; every block reads one of `slices` parts of the columns, through a pipeline of `stages`,
+    of which
+    `quiet` are in flight at once when a phase begins."""
 
     rows: int = 128
-    columns: int = PIECE
+    columns: int = TILE_K
     slices: int = 1
-    slots: int = 12
+    stages: int = 12
     quiet: int = 12
     barriers: int = 0
     stored: bool = False
     input: bool = False
 
     def __str__(self) -> str:
-        text = f"{self.rows} x {self.columns}, {self.slices} slices, {self.slots} slots, {self.barriers} barriers"
-        text += f", {self.quiet} at first" if self.quiet < self.slots else ""
+        text = f"{self.rows} x {self.columns}, {self.slices} slices, {self.stages} stages, {self.barriers} barriers"
+        text += f", {self.quiet} at first" if self.quiet < self.stages else ""
         return text + ", stored" * self.stored + ", input" * self.input
 
 
 WAYS = (
-    Way(), Way(slices=4), Way(rows=64, columns=128), Way(rows=32, columns=256), Way(slots=6), Way(slices=4, barriers=1),
+    Way(), Way(slices=4), Way(rows=64, columns=128), Way(rows=32, columns=256), Way(stages=6), Way(slices=4, barriers=1),
     Way(slices=4, barriers=2), Way(slices=4, barriers=1, input=True), Way(slices=4, barriers=2, input=True),
     *(Way(quiet=n, slices=4, barriers=2, stored=True, input=True) for n in (12, 6, 4, 3, 2, 1)),
 )  # fmt: skip
 
 
 def make(way: Way, num_blocks: int) -> Callable[[Array, Array], Array]:
-    """f(W [L, blocks · 128, columns], input [INPUT_ROWS, PIECE]) → a number for each block."""
-    members, chunks = num_blocks // way.slices, COLUMNS // way.slices // way.columns
-    per_phase = num_blocks * 128 // way.rows // members * chunks
+    """f(W [L, blocks · 128, columns], input [INPUT_ROWS, TILE_K]) → a number for each block."""
+    cta_groups, chunks = num_blocks // way.slices, COLUMNS // way.slices // way.columns
+    per_phase = num_blocks * 128 // way.rows // cta_groups * chunks
 
-    def kernel(w, x, sums, done, ring_smem, full, empty, x_smem):
-        block = lax.axis_index("block")
-        ring = Ring(ring_smem, full, empty, quiet=way.quiet)
-        part, member = block % way.slices, block // way.slices
-        arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
+    def kernel(w, x, sums, done, stages_smem, full, empty, x_smem):
+        block = lax.axis_index("cta")
+        pipeline = Pipeline(stages_smem, full, empty, copies_during_exchange=way.quiet)
+        part, cta_group = block % way.slices, block // way.slices
+        grid_barrier = pl.get_global(plgpu.SemaphoreType.REGULAR)
 
         def source(layer, i):
-            rows = pl.ds((member + i // chunks * members) * way.rows, way.rows)
+            rows = pl.ds((cta_group + i // chunks * cta_groups) * way.rows, way.rows)
             return w.at[layer, rows, pl.ds((part * chunks + i % chunks) * way.columns, way.columns)]
 
-        @pl.when(lax.axis_index("group") == 1)
+        @pl.when(lax.axis_index("warpgroup") == 1)
         def _copy():
-            def phase(layer, filled):
-                return ring.fill(filled.begin(), per_phase, lambda i: ([lambda: [source(layer, i)]], 0))
+            def phase(layer, state):
+                return pipeline.produce(state.begin(), per_phase, lambda i: ([lambda: [source(layer, i)]], 0))
 
-            lax.fori_loop(0, LAYERS, phase, ring.start())
+            lax.fori_loop(0, LAYERS, phase, pipeline.start())
 
-        @pl.when(lax.axis_index("group") == 0)
+        @pl.when(lax.axis_index("warpgroup") == 0)
         def _take():
             def take(i, count):
-                ring.take(count)
-                ring.release(count)
+                pipeline.take(count)
+                pipeline.release(count)
                 return count + 1
 
             def phase(layer, count):
                 if way.input:
-                    for row in range(0, INPUT_ROWS, HALF):
-                        x_smem.at[pl.ds(row, HALF)][...] = load(x.at[pl.ds(row, HALF)], plgpu.Layout.WGMMA_UPCAST_4X)
+                    for row in range(0, INPUT_ROWS, WGMMA_M):
+                        x_smem.at[pl.ds(row, WGMMA_M)][...] = load(
+                            x.at[pl.ds(row, WGMMA_M)], plgpu.Layout.WGMMA_UPCAST_4X
+                        )
                     plgpu.commit_smem()
                 count = lax.fori_loop(0, per_phase, take, count)
                 for i in range(way.barriers):
                     if way.stored:
-                        tile = lax.broadcast_in_dim(jnp.float32(layer + i), (HALF, 8), ())
+                        tile = lax.broadcast_in_dim(jnp.float32(layer + i), (WGMMA_M, 8), ())
                         store(sums.at[block], plgpu.layout_cast(tile, plgpu.Layout.WGMMA))
-                    plgpu.semaphore_signal(arrived, 1, memory_scope="gpu")
+                    plgpu.semaphore_signal(grid_barrier, 1, memory_scope="gpu")
                     number = num_blocks * (layer * way.barriers + i + 1)
-                    plgpu.semaphore_wait(arrived, number, decrement=False, memory_scope="gpu")
+                    plgpu.semaphore_wait(grid_barrier, number, decrement=False, memory_scope="gpu")
                 return count
 
             count = lax.fori_loop(0, LAYERS, phase, jnp.int32(0))
-            done.at[block][...] = plgpu.layout_cast(jnp.full((HALF,), 1.0, jnp.float32), ROWS) * count
+            done.at[block][...] = plgpu.layout_cast(jnp.full((WGMMA_M,), 1.0, jnp.float32), ROWS) * count
 
     def operand(*shape: int) -> Any:
-        transforms = plgpu.TilingTransform((8, PIECE)), plgpu.SwizzleTransform(128)  # type: ignore[abstract]
+        transforms = plgpu.TilingTransform((8, TILE_K)), plgpu.SwizzleTransform(128)  # type: ignore[abstract]
         return plgpu.SMEM(shape, DTYPE, transforms=transforms)
 
     def run(w: Array, x: Array) -> Array:
-        done = jax.empty_ref(jax.ShapeDtypeStruct((num_blocks, HALF), jnp.float32))
-        sums = jax.empty_ref(jax.ShapeDtypeStruct((num_blocks, HALF, 8), jnp.float32))
+        done = jax.empty_ref(jax.ShapeDtypeStruct((num_blocks, WGMMA_M), jnp.float32))
+        sums = jax.empty_ref(jax.ShapeDtypeStruct((num_blocks, WGMMA_M, 8), jnp.float32))
         plgpu.kernel(
             kernel,
             out_type=(),
             grid=(num_blocks,),
-            grid_names=("block",),
+            grid_names=("cta",),
             num_threads=2,
-            thread_name="group",
+            thread_name="warpgroup",
             scratch_types={
-                "ring_smem": operand(way.slots, way.rows, way.columns),
-                "full": plgpu.Barrier(num_barriers=way.slots),
-                "empty": plgpu.Barrier(num_barriers=way.slots),
-                "x_smem": operand(INPUT_ROWS, PIECE),
+                "stages_smem": operand(way.stages, way.rows, way.columns),
+                "full": plgpu.Barrier(num_barriers=way.stages),
+                "empty": plgpu.Barrier(num_barriers=way.stages),
+                "x_smem": operand(INPUT_ROWS, TILE_K),
             },
-            compiler_params=COMPILER,
+            compiler_params=COMPILER_PARAMS,
         )(w, x, sums, done)
         return jax.freeze(done)
 
@@ -137,7 +142,7 @@ def make(way: Way, num_blocks: int) -> Callable[[Array, Array], Array]:
 
 def shapes(num_blocks: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     weights = LAYERS, num_blocks * 128, COLUMNS
-    return jax.ShapeDtypeStruct(weights, DTYPE), jax.ShapeDtypeStruct((INPUT_ROWS, PIECE), DTYPE)
+    return jax.ShapeDtypeStruct(weights, DTYPE), jax.ShapeDtypeStruct((INPUT_ROWS, TILE_K), DTYPE)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@
 for whoever changes the kernel: it compiles no prefill, and prints a case as soon as it is timed. Random weights, a cache of
 512 slots, 128 tokens in it (200 in the timeline); steps are chained, and every row begins with a token of its own. The
 timeline is from Mosaic GPU's own profiler: for each part of each phase of the last of three steps, when it begins and how
-long it takes, in thousands of cycles over all thread blocks. It needs shared memory, which the ring of weights gives up.
+long it takes, in thousands of cycles over all thread blocks. It needs shared memory, which the pipeline gives up.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +32,10 @@ from adafuse_jax.model.cache import KVCache
 from benchmarks.decode_costs import SIZES, TARGETS
 from benchmarks.decode_rows import NO_REPEATS, adapter_config, model_config, random_adafuse, random_backbone
 from benchmarks.merged_step import SLOTS, fresh_state, time_steps
-from pallas_kernels.decode_token import plan
-from pallas_kernels.decode_token.tiles import COMPILER
+from pallas_kernels.megakernel import Profile
 
 SHAPES = SIZES["llama2-7b"]
 PROFILED_PROMPT = 200
-EVENTS, PROFILER_BYTES = 300, 16 * 1024
-"""Of the profiler, for each warpgroup; and the shared memory that they take from the ring."""
 
 
 def case_of(text: str) -> tuple[str, int]:
@@ -85,15 +82,10 @@ def timeline(targets: str, batch: int, num_layers: int) -> list[str]:
     cache = KVCache.empty(config, batch, SLOTS, model.dtype)
     tokens, positions = jnp.arange(batch, dtype=jnp.int32), jnp.full(batch, PROFILED_PROMPT, jnp.int32)
     with tempfile.TemporaryDirectory() as folder:
-        profiled = replace(COMPILER, profile_space=EVENTS, profile_dir=folder)
-        with (
-            mock.patch("pallas_kernels.decode_token.mosaic.COMPILER", profiled),
-            mock.patch.object(plan, "SHARED_MEMORY", plan.SHARED_MEMORY - PROFILER_BYTES),
-        ):
-            step = jax.jit(fused_step)
-            for _ in range(3):
-                jax.block_until_ready(step(model, adapter, Fused.of(model, adapter), tokens, positions, cache))
-                jax.effects_barrier()
+        step = jax.jit(partial(fused_step, profile=Profile(directory=folder)))
+        for _ in range(3):
+            jax.block_until_ready(step(model, adapter, Fused.of(model, adapter), tokens, positions, cache))
+            jax.effects_barrier()
         newest = max(Path(folder).iterdir(), key=lambda path: path.stat().st_mtime_ns)
         return summarise(json.loads(newest.read_text())["traceEvents"])
 

@@ -17,8 +17,8 @@ from goldens.tiny_models import CASES, write_model_dir
 from jax import lax
 from jax.sharding import Mesh
 from test_adapters import family_case, random_adapter
-from test_decode_token import Case, by_modules, in_fp32, make
 from test_engine import generate, prompt_of
+from test_megakernel import Case, by_modules, in_fp32, make
 from test_methods import FEW, random_method
 
 from adafuse_jax import UserError, load_backbone
@@ -26,9 +26,10 @@ from adafuse_jax.configs import LINEARS
 from adafuse_jax.decoding import steps
 from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.fused import Fused, fused_obstacle, fused_step
-from adafuse_jax.sharding import AXIS, make_mesh, place_state, shard
-from pallas_kernels.decode_token import decode_token, mosaic
-from pallas_kernels.decode_token.plan import ADDED_UP, PIECE
+from adafuse_jax.parallel.axes import TENSOR
+from adafuse_jax.parallel.mesh import make_mesh, place_state, shard
+from pallas_kernels.megakernel import decode_token, kernel_sm90
+from pallas_kernels.megakernel.plan import ALL_REDUCED, TILE_K
 
 
 def run(family: str, targets: tuple[str, ...], devices: int) -> dict:
@@ -74,11 +75,11 @@ def run_methods(family: str, devices: int) -> dict[str, bool]:
     return same
 
 
-def one_share(inputs, plan, model, *, axis, **_):
+def one_shard(inputs, plan, model, *, axis, **_):
     """What the kernel leaves, of one device's share, in plain fp32."""
-    n, f32 = plan.columns, jnp.float32
+    n, f32 = plan.padded_batch, jnp.float32
     inputs = jax.tree.map(lambda leaf: leaf.astype(f32) if leaf.dtype == jnp.bfloat16 else leaf, inputs)
-    x = inputs["x"][: model.embed_dim // PIECE * n].reshape(-1, n, PIECE).swapaxes(0, 1).reshape(n, -1)
+    x = inputs["x"][: model.embed_dim // TILE_K * n].reshape(-1, n, TILE_K).swapaxes(0, 1).reshape(n, -1)
     head_dim, rows = model.head_dim, len(inputs["positions"])
 
     def normed(x, weight):
@@ -89,7 +90,7 @@ def one_share(inputs, plan, model, *, axis, **_):
         if name in inputs.get("a", ()):
             for expert, gates in zip(inputs["experts"], inputs["gates"], strict=True):
                 y += gates[:, None] * (h @ inputs["a"][name][layer, expert].T @ inputs["b"][name][layer, expert].T)
-        y = lax.psum(y, axis) if axis is not None and name in ADDED_UP else y
+        y = lax.psum(y, axis) if axis is not None and name in ALL_REDUCED else y
         return y + (inputs["biases"][name][layer] if name in inputs["biases"] else 0)
 
     def rotated(heads, norm, layer):
@@ -144,30 +145,30 @@ def run_fused(devices: int) -> dict:
         cut, cut_adapter, cut_cache = shard(model, mesh), adapter and shard(adapter, mesh), place_state(cache, mesh)
         arguments = cut, cut_adapter, Fused.of(cut, cut_adapter), tokens, positions, cut_cache
         exact, _, after = by_modules(in_fp32(model), in_fp32(adapter), in_fp32(cache), tokens, positions)
-        with mock.patch.object(mosaic, "run_token", one_share):
-            logits, _, cut_after = jax.jit(lambda *arguments: fused_step(*arguments, num_blocks=3))(*arguments)
+        with mock.patch.object(kernel_sm90, "run_megakernel", one_shard):
+            logits, _, cut_after = jax.jit(lambda *arguments: fused_step(*arguments, num_ctas=3))(*arguments)
         pairs = (logits, exact), (cut_after.k, after.k), (cut_after.v, after.v)
         pairs = [[np.asarray(x, np.float64) for x in pair] for pair in pairs]
         found[name] = [float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in pairs]
         assert cut_after.k.sharding.is_equivalent_to(cut_cache.k.sharding, 5)
-    step = jax.jit(lambda *arguments: fused_step(*arguments, num_blocks=132))
+    step = jax.jit(lambda *arguments: fused_step(*arguments, num_ctas=132))
     text = step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     needs = {name: f"{name} = true" in text for name in ("uses_xla_collective_metadata", "skip_device_barrier")}
     obstacles = [
         fused_obstacle(shard(model, Mesh(devices, axes)))
         for devices, axes in (
-            (jax.devices()[1:], (AXIS,)),
-            (jax.devices()[:1], (AXIS,)),
-            (mesh.devices[None], ("data", AXIS)),
+            (jax.devices()[1:], (TENSOR,)),
+            (jax.devices()[:1], (TENSOR,)),
+            (mesh.devices[None], ("data", TENSOR)),
         )
     ]
     model, adapter, *_ = make(replace(cases["all 7, two rows"], vocab_size=512))
     tokens, programs = [], []
     whole = [(model, adapter), (shard(model, mesh), shard(adapter, mesh))]
     with (
-        mock.patch.object(mosaic, "run_token", one_share),
+        mock.patch.object(kernel_sm90, "run_megakernel", one_shard),
         mock.patch("adafuse_jax.decoding.engine.fused_obstacle", return_value=None),
-        mock.patch("adafuse_jax.decoding.fused.decode_token", partial(decode_token, num_blocks=3)),
+        mock.patch("adafuse_jax.decoding.fused.decode_token", partial(decode_token, num_ctas=3)),
     ):
         for parts in whole:
             steps.decode_step.clear_cache()

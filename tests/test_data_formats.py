@@ -192,7 +192,7 @@ BAD_ROWS = [
     ({"instruction": "a", "output": "b"}, {"instruction": ["a"], "output": "b"}, "holds a list, not text"),
     ({"text": "a"}, {"text": None}, "column 'text'"),
     ({"messages": TURNS}, {"messages": None}, "must hold a list"),
-    ({"messages": TURNS}, {"messages": [{"role": "tool", "content": "x"}]}, "unknown role 'tool'"),
+    ({"messages": TURNS}, {"messages": [{"role": "narrator", "content": "x"}]}, "unknown role 'narrator'"),
     ({"messages": TURNS}, {"messages": [{"role": "user", "content": None}]}, "turn 1"),
 ]
 

@@ -182,7 +182,7 @@ BAD_FILES = [
     ("a.jsonl", GOOD_LINE * 3 + b'{"text": "\xff"}\n' + GOOD_LINE, "not UTF-8.*line 4: byte 0xff"),
     ("a.csv", "text\ncaf\xe9\n".encode("latin-1"), "not UTF-8.*line 2: byte 0xe9"),
     ("a.csv", b"text,text\na,b\n", "repeated column.*text, text"),
-    ("a.csv", b"text,b\na,b\nc,d,e\n", "cannot read"),
+    ("a.csv", b"text,b\na,b\nc,d,e\n", "row 2, line 3: 3 cells for the 2 columns text, b"),
     ("a.csv", b"text\n", "no rows"),
     ("a.jsonl", b"", "empty file"),
     ("a.jsonl", b"\n \n", "empty file"),

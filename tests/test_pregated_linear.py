@@ -22,7 +22,7 @@ from adafuse_jax.adapters.low_rank import LoRAExperts
 from adafuse_jax.adapters.router import Routing
 from pallas_kernels.pregated_linear import IMPLEMENTATIONS, Mixture, choose_implementation, make_mixture, op
 from pallas_kernels.pregated_linear import pregated_linear as linear
-from pallas_kernels.pregated_linear.mosaic import obstacle, pregated_linear_mosaic
+from pallas_kernels.pregated_linear.kernel_sm90 import pregated_linear_sm90, unsupported_reason
 
 HALF_ULP = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 """Half a unit in the last place of 1, which is all that one rounding may lose."""
@@ -184,7 +184,7 @@ def test_constant_layer(case):
 def test_compiled(case, implementation):
     case = (CASES | LARGE_CASES)[case]
     x, weights, a, *_ = case.draw()
-    if implementation == "pallas" and obstacle(x, weights, a) is not None:
+    if implementation == "pallas" and unsupported_reason(x, weights, a) is not None:
         pytest.skip("not for these shapes")
     for traced in (False, True):
         assert_near(run(case, implementation, traced), *case.draw(), case.layer)
@@ -208,7 +208,7 @@ INTERPRETED = {
 def test_interpreted(case):
     x, weights, a, b, mixture = INTERPRETED[case].draw()
     interpret, layer = plgpu.InterpretGPUParams(), INTERPRETED[case].layer
-    y = pregated_linear_mosaic(x, weights, a, b, mixture, layer, interpret=interpret, num_blocks=3)
+    y = pregated_linear_sm90(x, weights, a, b, mixture, layer, interpret=interpret, num_ctas=3)
     assert_near(y, x, weights, a, b, mixture, layer)
 
 

@@ -24,9 +24,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime import interpreter as triton_interpreter  # noqa: E402
 
-import pallas_kernels.pregated_linear.triton as kernels  # noqa: E402
+import pallas_kernels.pregated_linear.kernel_triton as kernels  # noqa: E402
 from pallas_kernels.pregated_linear import Mixture, pregated_linear  # noqa: E402
-from pallas_kernels.pregated_linear.triton import Config, configure, obstacle, pregated_linear_triton  # noqa: E402
+from pallas_kernels.pregated_linear.kernel_triton import Config, configure, pregated_linear_triton, unsupported_reason  # noqa: E402
 
 SMALL = Config(tile_m=16, tile_k=32, tile_r=16, num_warps=4, num_stages=2)
 LLAMA_8B = {"q": 4096, "k": 1024, "v": 1024}
@@ -117,12 +117,12 @@ def test_compiles_without_gpu(monkeypatch, tmp_path, capability, dtype, batch):
     assert ("mma" in ptx) == (batch > 1 and dtype != "float32")  # tf32 would lose 13 bits
 
 
-def test_obstacles():
+def test_unsupported_reasons():
     x, weights, *_ = Case(outs=dict.fromkeys("abcde", 8), in_dim=8, batch=33).draw()
-    assert "5 targets" in str(obstacle(x, weights))
+    assert "5 targets" in str(unsupported_reason(x, weights))
     del weights["e"]
-    assert "33 rows" in str(obstacle(x, weights))
-    assert obstacle(x[1:], weights) is None
+    assert "33 rows" in str(unsupported_reason(x, weights))
+    assert unsupported_reason(x[1:], weights) is None
 
 
 def test_obstacle_is_an_error(monkeypatch):

@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import benchmarks.sgmm as benchmark
 from benchmarks.sgmm_report import to_markdown
 from pallas_kernels.sgmm import IMPLEMENTATIONS, Terms, choose_implementation, golden_terms, op, sgmm, switch_terms
-from pallas_kernels.sgmm.mosaic import configure, sgmm_mosaic
+from pallas_kernels.sgmm.kernel_sm90 import configure, sgmm_sm90
 
 RESULTS = Path(benchmark.__file__).parent / "results" / "nvidia_h200"
 HALF_ULP = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
@@ -154,7 +154,7 @@ def merge_function(implementation: str) -> Callable:
             else:
                 config = replace(config, keep_b=True, a_slots=pair, b_slots=num_terms * pair // 2)
             parameters = plgpu.InterpretGPUParams(detect_races=True)
-            return sgmm_mosaic(weights, a, b, terms, pristine, interpret=parameters, num_blocks=2, config=config)
+            return sgmm_sm90(weights, a, b, terms, pristine, interpret=parameters, num_blocks=2, config=config)
 
         return jax.jit(merge, donate_argnums=0)
     if implementation == "pallas" and not op.compute_capability().startswith("9."):
@@ -247,7 +247,7 @@ class TestValues:
         weights, a, b, terms, _ = case.draw()
         exact = exact_merge(weights, a, b, terms)
         parameters = plgpu.InterpretGPUParams(detect_races=True)
-        merged = sgmm_mosaic(weights, a, b, terms, None, interpret=parameters, num_blocks=3)
+        merged = sgmm_sm90(weights, a, b, terms, None, interpret=parameters, num_blocks=3)
         assert_near(merged, exact, additions=case.rank + 4)
 
     @pytest.mark.parametrize("num_terms", [1, 2, 3, 4, 6, 8])

@@ -18,9 +18,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime import interpreter as triton_interpreter  # noqa: E402
 
-import pallas_kernels.sgmm.triton as kernels  # noqa: E402
+import pallas_kernels.sgmm.kernel_triton as kernels  # noqa: E402
 from pallas_kernels.sgmm import Terms, sgmm  # noqa: E402
-from pallas_kernels.sgmm.triton import Config, configure, obstacle, sgmm_triton  # noqa: E402
+from pallas_kernels.sgmm.kernel_triton import Config, configure, sgmm_triton, unsupported_reason  # noqa: E402
 
 GUARD = 4096
 SMALL = Config(tile_m=32, tile_n=32, tile_k=16, num_warps=4, num_stages=2)
@@ -186,11 +186,11 @@ def test_compiles_without_gpu(monkeypatch, tmp_path, capability, dtype, rank):
     assert ("mma" in ptx) == (dtype != "float32")  # tf32 would lose 13 bits
 
 
-def test_obstacles():
+def test_unsupported_reasons():
     weights, *_ = Case(dict.fromkeys("abcdefgh", (8, 8)), [0], [1.0]).arrays(jnp.float32)
-    assert "8 targets" in str(obstacle(weights))
+    assert "8 targets" in str(unsupported_reason(weights))
     del weights["h"]
-    assert obstacle(weights) is None
+    assert unsupported_reason(weights) is None
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from test_adapters import POSITIONS
 
 from adafuse_jax import UserError
 from adafuse_jax.configs import LINEARS, ModelConfig
-from adafuse_jax.sharding import make_mesh
+from adafuse_jax.parallel.mesh import make_mesh
 
 TESTS = Path(__file__).parent
 

@@ -76,21 +76,37 @@ def parse_table(text: str, suffix: str, where: str, *, advice: str = "correct th
     parsers: dict[str, Any] = {
         ".json": json.loads,
         ".toml": tomllib.loads,
-        ".yaml": yaml.safe_load,
-        ".yml": yaml.safe_load,
+        ".yaml": _parse_yaml,
+        ".yml": _parse_yaml,
     }
     kind = {".yml": "YAML"}.get(suffix, suffix[1:].upper())
     try:
         table = parsers[suffix](text)
     except RecursionError:
         raise UserError(f"{where}: nested too deeply to be read; {advice}") from None
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, OverflowError, yaml.YAMLError) as error:
         raise UserError(f"{where}: not valid {kind} ({shortened(str(error), 120)}); {advice}") from error
     if not isinstance(table, dict):
         raise UserError(f"{where}: holds a {kind} {type(table).__name__}, not an object; {advice}")
     if _depth(table) > MAX_DEPTH:
         raise UserError(f"{where}: nested deeper than {MAX_DEPTH}; {advice}")
     return table
+
+
+class _PlainYaml(yaml.SafeLoader):
+    """Without references: a few lines of them can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("references (*name) are not supported")
+        return super().compose_node(parent, index)
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _PlainYaml)
+    except (AttributeError, LookupError, TypeError) as error:  # SafeLoader's own, for a tag that does not fit its value
+        raise ValueError(f"a value does not fit its tag: {error}") from error
 
 
 def _depth(value: Any) -> int:

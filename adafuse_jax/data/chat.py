@@ -31,11 +31,11 @@ from adafuse_jax.data.examples import Chat, Example, Message, MultipleChoice, Te
 from adafuse_jax.data.templates import TemplateLimit, TemplateRefusal, render_parts, template_date, template_of
 from adafuse_jax.data.tokenizer import load_tokenizer as load_tokenizer
 from adafuse_jax.data.tokenizer import special_token_texts
+from adafuse_jax.data.tokens import tokens_and_starts
 
 log = logging.getLogger(__name__)
 
 ENCODE_CHUNK = 1024
-SPACE_MARKERS = ("Ġ", "Ċ", "▁")
 MARK = "\ue000"
 """A character of private use, which no template writes: it shows where a template puts a reply."""
 UNWRITTEN = ("tool_calls", "tool_call_id", "reasoning_content", "thinking", "reasoning")
@@ -232,29 +232,13 @@ def _adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def _starts(ids: Sequence[int], offsets: Sequence[tuple[int, int]], tokenizer: Any) -> list[int]:
-    """Where each token starts in the text; a space that a byte-level tokenizer trims from its offsets counts as part of
-    the token that holds it, for it may straddle a boundary."""
-    starts, end = [], 0
-    for token, (start, stop) in zip(ids, offsets, strict=True):
-        if start > end and (tokenizer.convert_ids_to_tokens(token) or "").startswith(SPACE_MARKERS):
-            start = end
-        starts.append(start)
-        end = max(end, stop)
-    return starts
-
-
 def _encode_texts(rendered: Sequence[_Rendered], tokenizer: Any) -> Iterator[Encoded]:
-    batch = tokenizer([r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     adds_bos = _adds_bos(tokenizer)
-    for r, ids, offsets in zip(rendered, batch["input_ids"], batch["offset_mapping"], strict=True):
-        if max(ids, default=0) >= 2**31:
-            raise UserError(f"the tokenizer has a token with id {max(ids)}, which no model has; restore tokenizer.json")
-        starts = np.asarray(_starts(ids, offsets, tokenizer), np.int64)
-        mask = np.zeros(len(ids), bool)
+    encoded = tokens_and_starts([r.text for r in rendered], tokenizer)
+    for r, (tokens, starts) in zip(rendered, encoded, strict=True):
+        mask = np.zeros(len(tokens), bool)
         for start, stop in r.targets:
             mask |= (starts >= start) & (starts < stop)
-        tokens = np.asarray(ids, np.int32)
         if adds_bos and tokens[:1].tolist() != [tokenizer.bos_token_id]:
             tokens, mask = np.insert(tokens, 0, tokenizer.bos_token_id), np.insert(mask, 0, False)
         if r.append_eos:

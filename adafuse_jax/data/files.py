@@ -1,38 +1,54 @@
-"""Local data: which files and splits a path holds, and reading them with `datasets`, leaving nothing beside them.
+"""Local data: which files and splits a path holds, and the rows of a file.
 
-`datasets` reports a bad file in many ways (wrapped, delayed until a row is read, or as StopIteration); a failed read is
-therefore diagnosed here, line by line, and told as one UserError.
+Splits have the names that `datasets` gives them: `train_sft-00000-of-00002.parquet` is of train_sft, `my_dev.jsonl` of
+validation. A pipe is read once, its format taken from its first bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import gzip
-import json
+import io
 import logging
+import os
 import re
+import select
+import stat
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from shutil import copyfileobj
+from typing import IO, Any
 
-from adafuse_jax.core.errors import UserError
+from adafuse_jax.core.errors import UserError, shortened
+from adafuse_jax.data.formats import USED_COLUMNS
+from adafuse_jax.data.json_rows import Item, empty_file, json_rows
+from adafuse_jax.data.table_rows import csv_rows, dataset_rows, parquet_columns, parquet_rows
 
-LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+log = logging.getLogger(__name__)
+
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz")
 SPLIT_ALIASES = {
     "training": "train",
     "val": "validation",
     "valid": "validation",
     "dev": "validation",
-    "eval": "validation",
     "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
 }
-SPLIT_IN_NAME = re.compile(r"(?:^|[-_. ])(train|training|validation|valid|val|dev|eval|test|testing)(?=$|[-_. ])")
+KEYWORDS = "train|training|validation|valid|val|dev|eval|evaluation|test|testing"
+SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}(?:-\w+)?")
+KEYWORD_FIRST = re.compile(rf"({KEYWORDS})(?:[-_ ]?(?:part|shard|chunk|of|v)?[-_ ]?\d+)*")
+KEYWORD_AND_WORD = re.compile(rf"({KEYWORDS})[-_ ].+")
+KEYWORD_LAST = re.compile(rf".*[-_ ]({KEYWORDS})(?:[-_ ]?\d+)*")
 METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "manifest.json"}
 NOISY_LOGGERS = ("datasets", "huggingface_hub", "fsspec")
+PEEK = 2**16
+WRITER_SECONDS = 10
+"""How long to wait for a process that writes to a named pipe."""
 
 
 def canonical_split(name: str) -> str:
@@ -73,6 +89,12 @@ def is_data_file(path: Path) -> bool:
     return path.name.lower().endswith(DATA_SUFFIXES) and not path.name.startswith(".")
 
 
+def is_stream(path: Path) -> bool:
+    """True for a pipe, and for what /dev/stdin and /dev/fd/N are."""
+    descriptor = str(path).startswith(("/dev/", "/proc/")) and not is_data_file(path)
+    return os.path.exists(path) and not path.is_dir() and (descriptor or not path.is_file())
+
+
 def is_saved_dataset(path: Path) -> bool:
     """True for a directory written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     return (path / "dataset_dict.json").is_file() or (
@@ -80,126 +102,196 @@ def is_saved_dataset(path: Path) -> bool:
     )
 
 
+def split_in_name(name: str) -> str | None:
+    """The split in the name of a file (without suffix) or folder, or None.
+
+    `NAME-00000-of-00001` is of NAME; `train`, `train-2`, `my_dev`, `x.test` of train, train, validation, test;
+    `train_sft` of train_sft. A keyword in the middle (my_test_chats) names none."""
+    shard = SHARD.fullmatch(name)
+    if shard:
+        return shard[1]
+    for piece in name.split("."):
+        found = KEYWORD_FIRST.fullmatch(piece.lower())
+        if found:
+            return canonical_split(found[1])
+        if KEYWORD_AND_WORD.fullmatch(piece.lower()):
+            return piece
+        found = KEYWORD_LAST.fullmatch(piece.lower())
+        if found:
+            return canonical_split(found[1])
+    return None
+
+
+def folder_names(path: Path) -> list[str]:
+    """Of the visible folders in a directory. Raises UserError for one that cannot be read."""
+    try:
+        return sorted(f.name for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
 def split_files(path: Path) -> dict[str, list[Path]]:
-    """The data files of a directory (or of its `data/`) by the split in their names; files whose names say nothing are
-    "train", unless other names do say something. Raises UserError when there are none."""
+    """The data files of a directory, or of its `data/`, or of its folders with the names of splits, by split. Files whose
+    names hold no split are "train", unless others are named so.
+
+    Raises UserError when there are no data files."""
+    folders = folder_names(path)
     for folder in (path, path / "data"):
-        files = sorted(
-            f for f in folder.glob("*") if f.is_file() and is_data_file(f) and f.name.lower() not in METADATA_FILES
-        )
+        files = _data_files(folder)
         if not files:
             continue
         splits: dict[str, list[Path]] = {}
+        rest = []
         for file in files:
-            found = SPLIT_IN_NAME.search(file.name.lower())
-            if found:
-                splits.setdefault(canonical_split(found.group(1)), []).append(file)
-        return splits or {"train": files}
-    folders = sorted(f.name for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
-    hint = f"; its folders are {', '.join(folders)}: name one as {path}:FOLDER" if folders else ""
+            name = split_in_name(file.name[: -len(_suffix(file))])
+            rest.append(file) if name is None else splits.setdefault(name, []).append(file)
+        if rest and any(name.startswith("train") for name in splits):
+            log.info("%s: files not used, as others are named train: %s", path, _names(rest))
+        elif rest:
+            splits = {"train": rest, **splits}
+            if len(splits) > 1:
+                log.info("%s: files of the split train: %s", path, _names(rest))
+        if folder == path and "data" in folders and _data_files(path / "data"):
+            log.info("%s: files in its folder data are not used, as there are others beside it", path)
+        return splits
+    for parent in (path, path / "data"):
+        splits = {}
+        for folder in sorted(parent.glob("*")):
+            split = split_in_name(folder.name)
+            if split is not None and folder.is_dir() and _data_files(folder):
+                splits.setdefault(split, []).extend(_data_files(folder))
+        if splits:
+            return splits
+    hint = f"; its folders are {shortened(', '.join(folders), 80)}: name one as {path}:FOLDER" if folders else ""
     raise UserError(f"no data files: {path}: put {', '.join(DATA_SUFFIXES)} files there{hint}")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines, read strictly. Raises UserError for bytes that are not UTF-8 and for broken gzip files."""
-    open_file = gzip.open if path.suffix == ".gz" else open
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(
+        f for f in folder.glob("*") if f.is_file() and is_data_file(f) and f.name.lower() not in METADATA_FILES
+    )
+
+
+def _names(files: list[Path]) -> str:
+    return shortened(", ".join(file.name for file in files), 200)
+
+
+def _suffix(path: Path) -> str:
+    """The longest of DATA_SUFFIXES that the name ends in, or ""."""
+    return max((s for s in DATA_SUFFIXES if path.name.lower().endswith(s)), key=len, default="")
+
+
+@dataclass(frozen=True, slots=True)
+class FileRows:
+    """The rows of a file, to be read once. `columns` are those that a table is known to have before its rows are read."""
+
+    path: Path
+    columns: tuple[str, ...]
+    items: Iterator[Item]
+
+
+def file_kind(path: Path) -> str:
+    """json, jsonl, csv or parquet, by the name of a file; "" for a pipe, whose format shows in its first bytes."""
+    return "" if is_stream(path) else _suffix(path).split(".")[1] if _suffix(path) else ""
+
+
+def file_rows(path: Path) -> FileRows:
+    """The rows of a data file or pipe. Raises UserError, here or later, that names the file (and line)."""
+    with _read_errors(path):
+        file = raw = _open(path)
+        if not file.peek(1):
+            raise empty_file(path)
+        kind = file_kind(path)
+        if not kind and file.peek(4).startswith(b"PAR1"):
+            kind = "parquet"
+            file = _on_disk(file)
+        if kind == "parquet":
+            return _parquet(file, path)
+        if _suffix(path).endswith(".gz") or (not kind and file.peek(2).startswith(b"\x1f\x8b")):
+            file = io.BufferedReader(gzip.GzipFile(fileobj=file), PEEK)  # type: ignore[arg-type]
+            if not file.peek(1):
+                raise empty_file(path)
+        begins = file.peek(PEEK).removeprefix(b"\xef\xbb\xbf").lstrip()[:1].decode("latin-1")
+        if kind == "csv" or (not kind and begins not in ("{", "[")):
+            text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+            items = csv_rows(text, path, USED_COLUMNS)
+        else:
+            text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape")
+            items = json_rows(text, path, starts_with=begins, lines_only=kind == "jsonl")
+    return FileRows(path, (), _guarded(items, path, text, raw))
+
+
+def _open(path: Path) -> Any:
+    """A file for reading bytes. For a process to open a named pipe for writing there are WRITER_SECONDS."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise UserError(f"cannot read: {path}: it is a device: give a file, a pipe or a directory")
+    if not stat.S_ISFIFO(mode):
+        return open(path, "rb", PEEK)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    while not poll.poll(1000 * WRITER_SECONDS):
+        with contextlib.suppress(BlockingIOError):  # raised if there is a writer, which takes its time
+            os.read(descriptor, 1)
+            os.close(descriptor)
+            raise UserError(f"cannot read: {path}: it is a pipe that no process writes to: give a file, or start one")
+    os.set_blocking(descriptor, True)
+    return open(descriptor, "rb", PEEK)
+
+
+def _on_disk(file: IO[bytes]) -> Any:
+    copy = tempfile.TemporaryFile(prefix="adafuse-data-")  # noqa: SIM115  its reader closes it
+    copyfileobj(file, copy)
+    copy.seek(0)
+    return copy
+
+
+def _parquet(file: Any, path: Path) -> FileRows:
+    import pyarrow.parquet as parquet
+
+    reader = parquet.ParquetFile(file)
+    columns = parquet_columns(reader, path, USED_COLUMNS)
+    used = [name for name in columns if name in USED_COLUMNS]
+    rows = parquet_rows(reader, used) if used else iter([(0, {})] * min(1, reader.metadata.num_rows))
+    return FileRows(path, tuple(columns), _guarded(rows, path, file))
+
+
+def dataset_file_rows(data: Any, where: str) -> FileRows:
+    """The rows of a `datasets.Dataset`, of the columns that are used."""
+    columns = tuple(data.column_names)
+    used = [name for name in columns if name in USED_COLUMNS]
+    rows = dataset_rows(data, used) if used else iter([(0, {})] * min(1, len(data)))
+    return FileRows(Path(where), columns, _guarded(rows, Path(where)))
+
+
+def _guarded(items: Iterator[Item], path: Path, *files: IO[Any]) -> Iterator[Item]:
+    """The items; then the files are closed."""
+    with contextlib.ExitStack() as stack, _read_errors(path):
+        for file in reversed(files):
+            stack.callback(file.close)
+        yield from items
+
+
+@contextlib.contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    """Within, what the readers of files raise is a UserError."""
+    import pyarrow
+
     try:
-        with open_file(path, "rb") as file:  # type: ignore[operator]
-            for number, line in enumerate(file, 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"not UTF-8: {path}: line {number}: byte 0x{error.object[error.start]:02x}: convert the file to UTF-8"
-        ) from None
+        yield
     except EOFError:
         raise UserError(f"truncated gzip file: {path}: it ends early: copy or download it again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         advice = "download it again, or drop .gz from its name if it is not compressed"
         raise UserError(f"broken gzip file: {path}: {error}: {advice}") from None
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        reason = shortened(str(error), 120)
+        raise UserError(f"cannot read: {path}: {reason}: check that the file is what its name says") from None
     except OSError as error:
-        raise UserError(f"cannot read: {path}: {error.strerror or error}: check the file and its permissions") from None
+        raise _unreadable(path, error) from None
 
 
-def _check_text(path: Path) -> None:
-    """Raises UserError for a file without rows, bytes that are not UTF-8 (`datasets` would fail at that row, much
-    later) and broken gzip files."""
-    if path.stat().st_size == 0 or not sum(line.strip() != "" for _, line in _lines(path)):
-        raise UserError(f"empty file: {path}: it has no rows: give a file with at least one")
-
-
-def _diagnose(paths: Sequence[Path], error: BaseException) -> UserError:
-    """The reason for a failed read: the first JSON mistake, else what `datasets` said."""
-    for path in paths:
-        if path.name.endswith(".parquet"):
-            continue
-        text = "".join(line for _, line in _lines(path))
-        if ".jsonl" in path.name:
-            for number, line in enumerate(text.split("\n"), 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as bad:
-                    return UserError(
-                        f"malformed JSON: {path}: line {number}, column {bad.colno}: {bad.msg}: fix that line"
-                    )
-                if not isinstance(row, dict):
-                    return UserError(
-                        f"malformed row: {path}: line {number}: not a JSON object: write one object a line"
-                    )
-        elif ".json" in path.name:
-            try:
-                rows = json.loads(text)
-            except json.JSONDecodeError as bad:
-                return UserError(
-                    f"malformed JSON: {path}: line {bad.lineno}, column {bad.colno}: {bad.msg}: fix it there"
-                )
-            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                return UserError(
-                    f"malformed rows: {path}: write a JSON list of objects, or one object a line as .jsonl"
-                )
-    cause = error.__cause__ or error
-    if "corresponds to no data" in str(cause):
-        return UserError(f"no rows: {', '.join(map(str, paths))}: give a file with at least one")
-    reason = str(cause).split("\n")[0][:300] or type(cause).__name__
-    return UserError(f"cannot read: {', '.join(map(str, paths))}: {reason}: check that the file is what its name says")
-
-
-def _csv_options(paths: Sequence[Path]) -> dict[str, Any]:
-    """Every CSV cell stays the text that it is: no numbers, no nulls for "NA" or "None"."""
-    import datasets
-
-    header = next(csv.reader(line for _, line in _lines(paths[0])))
-    if len(set(header)) != len(header):
-        raise UserError(
-            f"repeated column: {paths[0]}: line 1: the columns are {', '.join(header)}: give each its own name"
-        )
-    features = datasets.Features({name: datasets.Value("string") for name in header})
-    return {"features": features, "keep_default_na": False, "na_filter": False}
-
-
-def read_files(paths: Sequence[Path]) -> Any:
-    """The rows of the files as one `datasets.Dataset` in memory. Raises UserError naming the file (and line)."""
-    import datasets
-
-    kinds = {LOADERS[p.with_suffix("").suffix if p.suffix == ".gz" else p.suffix] for p in paths}
-    if len(kinds) != 1:
-        raise UserError(f"mixed file types: {', '.join(map(str, paths))}: keep one type a split")
-    kind = kinds.pop()
-    for path in paths:
-        if kind != "parquet" or path.stat().st_size == 0:
-            _check_text(path)
-    options = _csv_options(paths) if kind == "csv" else {}
-    with tempfile.TemporaryDirectory(prefix="adafuse-data-") as cache, quiet():
-        try:
-            data = datasets.load_dataset(
-                kind,
-                data_files=[str(p) for p in paths],
-                split="train",
-                cache_dir=cache,
-                keep_in_memory=True,  # the cache goes with this block
-                **options,
-            )
-        except Exception as error:
-            raise _diagnose(paths, error) from None
-    return data
+def _unreadable(path: Path, error: OSError) -> UserError:
+    reason = shortened(error.strerror or str(error), 120)
+    return UserError(f"cannot read: {path}: {reason}: check the file and its permissions")

@@ -1,200 +1,95 @@
 """Rows to examples: which columns make which format, and what each row of it becomes.
 
-    chat                  messages: [{role, content}, ...]                                        -> Chat
-    sharegpt              conversations: [{from, value}, ...]                                     -> Chat
+    chat                  messages: turns                                                         -> Chat
+    sharegpt              conversations | conversation: turns                                     -> Chat
     multiple_choice       question | question_stem, choices, answer | answerKey[, hint | context] -> MultipleChoice
     llm_adapters          alpaca + answer; instruction "... Answer format: answer1/answer2/..."   -> MultipleChoice
-    alpaca                instruction[, input], output                                            -> Chat
-    instruction_response  (problem, solution) | (query, response) | (question, free-text answer)  -> Chat
+    alpaca                instruction[, input | context], output                                  -> Chat
+    instruction_response  a pair of PAIRS, (prompt, completion) or (instruction[, context], response) or ... -> Chat
     text                  text                                                                    -> Text
 
-`choices` is a list of texts, {label: [...], text: [...]}, a list of {label, text}, or {letter: text}. Prompts show the
-letters A, B, ... whatever labels a dataset has (some ARC rows say 1-4), and the candidate responses are these letters.
+Chats take the columns system | system_prompt, history and tools too.
 """
 
 from __future__ import annotations
 
-import re
-import string
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from adafuse_jax.core.errors import UserError
-from adafuse_jax.data.examples import Chat, Example, Message, MultipleChoice, Role, Text
+from adafuse_jax.core.errors import UserError, shortened
+from adafuse_jax.data.choices import ANSWER_COLUMNS, ANSWER_FORMAT, QUESTION_COLUMNS, llm_adapters, multiple_choice
+from adafuse_jax.data.conversations import CHAT_COLUMNS, conversation, exchange
+from adafuse_jax.data.examples import Chat, Example, MultipleChoice, Text
+from adafuse_jax.data.rows import Notes, Repeated, Row, RowError, SkipRow, is_blank, text_of
 
-Row = Mapping[str, Any]
+PAIRS = (
+    ("problem", "solution"),
+    ("query", "response"),
+    ("question", "answer"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "response"),
+    ("question", "response"),
+    ("input", "output"),
+)
+CONTEXT_COLUMNS = ("input", "context")
+"""Further text of a prompt that has an instruction."""
 
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-}
-PAIRS = (("problem", "solution"), ("query", "response"), ("question", "answer"))
-QUESTION_COLUMNS = ("question", "question_stem")
-ANSWER_COLUMNS = ("answer", "answerKey")
-ANSWER_FORMAT = re.compile(r"answer format:[ \t]*(\S+)\s*$", re.IGNORECASE)
-ANSWER_INSTRUCTION = "Answer with the letter of the correct choice."
+Convert = Callable[[Row, Notes], Example]
 
 
-class RowError(Exception):
-    """A row that cannot become an example; `convert` adds the place and raises it as a UserError."""
-
-
-class SkipRow(Exception):
-    """A row that is well formed but holds nothing to learn from; it is counted by its reason."""
-
-
-def _text(row: Row, column: str) -> str:
-    value = row.get(column)
-    if value is None:
-        raise RowError(f"column {column!r} is missing or null: every row needs it")
-    if isinstance(value, bool | int | float):
-        return str(value)
-    if not isinstance(value, str):
-        raise RowError(f"column {column!r} holds a {type(value).__name__}, not text")
-    return value
-
-
-def _first(row: Row, columns: Sequence[str]) -> str:
-    return next((c for c in columns if row.get(c) is not None), columns[0])
-
-
-def _pair(prompt: str, response: str) -> Chat:
-    if not response.strip():
-        raise SkipRow("an empty response")
-    return Chat((Message("user", prompt), Message("assistant", response)))
+def _column(row: Row, name: str) -> str:
+    return text_of(row.get(name), f"column {name!r}")
 
 
 def _instruction(row: Row) -> str:
-    extra = row.get("input")
-    prompt = _text(row, "instruction")
-    return f"{prompt}\n\n{_text(row, 'input')}" if extra is not None and str(extra).strip() else prompt
+    contexts = (_column(row, name) for name in CONTEXT_COLUMNS if not is_blank(row.get(name)))
+    return "\n\n".join([_column(row, "instruction"), *contexts])
 
 
-def _alpaca(row: Row) -> Chat:
-    return _pair(_instruction(row), _text(row, "output"))
+def _alpaca(row: Row, notes: Notes) -> Chat:
+    return exchange(_instruction(row), _column(row, "output"), row, notes)
 
 
-def _instruction_response(row: Row) -> Chat:
-    prompt, response = next((p for p in PAIRS if p[0] in row and p[1] in row), PAIRS[0])
-    return _pair(_text(row, prompt), _text(row, response))
+def _llm_adapters(row: Row, notes: Notes) -> MultipleChoice:
+    return llm_adapters(row, _instruction(row))
 
 
-def _plain_text(row: Row) -> Text:
-    text = _text(row, "text")
+def _pair(prompt: str, reply: str) -> Convert:
+    def convert_row(row: Row, notes: Notes) -> Chat:
+        asked, answered = row.get(prompt), row.get(reply)
+        if isinstance(asked, list) or isinstance(answered, list):  # turns on either side
+            turns = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
+            replies = answered if isinstance(answered, list) else [{"role": "assistant", "content": answered}]
+            return conversation([*turns, *replies], row, f"{prompt}', '{reply}", notes)
+        text = _instruction(row) if prompt == "instruction" else _column(row, prompt)
+        return exchange(text, _column(row, reply), row, notes)
+
+    return convert_row
+
+
+def _plain_text(row: Row, notes: Notes) -> Text:
+    text = _column(row, "text")
     if not text.strip():
         raise SkipRow("an empty text")
     return Text(text)
 
 
-def _conversation(column: str, role_key: str, content_key: str) -> Callable[[Row], Chat]:
-    """Turns from the first user turn on (system turns before it stay), up to the last assistant turn; a conversation
-    ends before its first empty reply, which would teach the model to say nothing."""
-
-    def convert_row(row: Row) -> Chat:
-        turns = row.get(column)
-        if not isinstance(turns, list | tuple):
-            raise RowError(f"column {column!r} must hold a list of {{{role_key}, {content_key}}} objects")
-        messages: list[Message] = []
-        for n, turn in enumerate(turns, 1):
-            if (
-                not isinstance(turn, Mapping)
-                or turn.get(role_key) is None
-                or not isinstance(turn.get(content_key), str)
-            ):
-                raise RowError(f"column {column!r}, turn {n}: needs the text fields {role_key!r} and {content_key!r}")
-            role = ROLES.get(str(turn[role_key]).lower())
-            if role is None:
-                raise RowError(f"column {column!r}, turn {n}: unknown role {turn[role_key]!r}: use {', '.join(ROLES)}")
-            if role == "assistant":
-                if not any(m.role == "user" for m in messages):
-                    continue
-                if not turn[content_key].strip():
-                    break
-            messages.append(Message(role, turn[content_key]))
-        while messages and messages[-1].role != "assistant":
-            messages.pop()
-        if not messages:
-            raise SkipRow("no assistant reply after a user turn")
-        return Chat(tuple(messages))
+def _turns(*columns: str) -> Convert:
+    def convert_row(row: Row, notes: Notes) -> Chat:
+        column = next((name for name in columns if row.get(name) is not None), columns[0])
+        return conversation(row.get(column), row, column, notes)
 
     return convert_row
 
 
-def _labels_and_texts(choices: Any) -> tuple[list[str], list[str]]:
-    if isinstance(choices, Mapping) and {"label", "text"} <= choices.keys():
-        labels, texts = choices["label"], choices["text"]
-    elif isinstance(choices, Mapping):
-        present = {k: v for k, v in choices.items() if v is not None}  # a column has one set of keys for all its rows
-        labels, texts = list(present), list(present.values())
-    elif isinstance(choices, list | tuple) and choices and all(isinstance(c, Mapping) for c in choices):
-        labels, texts = [c.get("label") for c in choices], [c.get("text") for c in choices]
-    elif isinstance(choices, list | tuple):
-        labels, texts = list(string.ascii_uppercase[: len(choices)]), list(choices)
-    else:
-        raise RowError("column 'choices' must hold a list of texts, {label, text} lists, or {letter: text}")
-    if not isinstance(texts, list | tuple) or not isinstance(labels, list | tuple) or len(labels) != len(texts):
-        raise RowError("column 'choices': as many labels as texts are needed")
-    if not 2 <= len(texts) <= 26:
-        raise RowError(f"column 'choices' has {len(texts)} choices: 2 to 26 are supported")
-    if any(not isinstance(t, str | int | float) or isinstance(t, bool) for t in texts):
-        raise RowError("column 'choices': every choice must be a text")
-    return [str(label).strip() for label in labels], [str(t) for t in texts]
-
-
-def _answer_index(answer: Any, labels: Sequence[str], column: str) -> int:
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        if not 0 <= answer < len(labels):
-            raise RowError(f"column {column!r} is {answer}: an index must be from 0 to {len(labels) - 1}")
-        return answer
-    key = answer.strip() if isinstance(answer, str) else ""
-    for names in (labels, string.ascii_uppercase[: len(labels)]):
-        if key and key.upper() in [n.upper() for n in names]:
-            return [n.upper() for n in names].index(key.upper())
-    hint = " (this split may have no answers: use another)" if not key else ""
-    raise RowError(f"column {column!r} is {answer!r}: it must be one of {', '.join(labels)} or an index from 0{hint}")
-
-
-def _multiple_choice(row: Row) -> MultipleChoice:
-    labels, texts = _labels_and_texts(row.get("choices"))
-    column = _first(row, ANSWER_COLUMNS)
-    answer = _answer_index(row.get(column), labels, column)
-    letters = tuple(string.ascii_uppercase[: len(texts)])
-    context = str(row.get("hint") or row.get("context") or "").strip()
-    prompt = [f"Context: {context}\n"] if context else []
-    prompt.append(f"Question: {_text(row, _first(row, QUESTION_COLUMNS)).strip()}")
-    prompt += [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True)]
-    prompt.append(f"\n{ANSWER_INSTRUCTION}")
-    return MultipleChoice("\n".join(prompt), letters, answer)
-
-
-def _llm_adapters(row: Row) -> MultipleChoice:
-    found = ANSWER_FORMAT.search(_text(row, "instruction"))
-    if found is None:
-        raise RowError(
-            "column 'instruction' must end in 'Answer format: answer1/answer2/...' for the format llm_adapters"
-        )
-    names, answer = found.group(1).split("/"), _text(row, "answer").strip()
-    if answer not in names:
-        raise RowError(f"column 'answer' is {answer!r}: it must be one of {', '.join(names)}")
-    choices = tuple(f"the correct answer is {name}" for name in names)
-    return MultipleChoice(_instruction(row), choices, names.index(answer))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """`columns` are alternatives: each inner tuple is one set of columns that suffices. `uses` are all columns read."""
+    """`columns` are alternatives: each inner tuple is one set of columns that suffices. `optional` are read if present."""
 
     columns: tuple[tuple[str, ...], ...]
-    uses: tuple[str, ...]
-    convert: Callable[[Row], Example]
+    optional: tuple[str, ...] = ()
+    convert: Convert
 
     def fits(self, columns: Sequence[str]) -> bool:
         return any(set(needed) <= set(columns) for needed in self.columns)
@@ -202,38 +97,59 @@ class Format:
     def needs(self) -> str:
         return " | ".join(" + ".join(needed) for needed in self.columns)
 
+    @property
+    def uses(self) -> frozenset[str]:
+        """All columns that it reads."""
+        return frozenset(self.optional).union(*self.columns)
+
+
+def _unbound(row: Row, notes: Notes) -> Example:
+    return bound("instruction_response", list(row)).convert(row, notes)
+
 
 # The order is that of recognition: a row with choices is a multiple-choice row whatever else it carries.
 FORMATS: dict[str, Format] = {
-    "chat": Format(columns=(("messages",),), uses=("messages",), convert=_conversation("messages", "role", "content")),
+    "chat": Format(columns=(("messages",),), optional=CHAT_COLUMNS, convert=_turns("messages")),
     "sharegpt": Format(
-        columns=(("conversations",),), uses=("conversations",), convert=_conversation("conversations", "from", "value")
+        columns=(("conversations",), ("conversation",)),
+        optional=CHAT_COLUMNS,
+        convert=_turns("conversations", "conversation"),
     ),
     "multiple_choice": Format(
         columns=tuple((q, "choices", a) for q in QUESTION_COLUMNS for a in ANSWER_COLUMNS),
-        uses=(*QUESTION_COLUMNS, *ANSWER_COLUMNS, "choices", "hint", "context"),
-        convert=_multiple_choice,
+        optional=("hint", "context"),
+        convert=multiple_choice,
     ),
     "llm_adapters": Format(
-        columns=(("instruction", "output", "answer"),), uses=("instruction", "input", "answer"), convert=_llm_adapters
+        columns=(("instruction", "output", "answer"),), optional=CONTEXT_COLUMNS, convert=_llm_adapters
     ),
-    "alpaca": Format(columns=(("instruction", "output"),), uses=("instruction", "input", "output"), convert=_alpaca),
-    "instruction_response": Format(
-        columns=PAIRS, uses=tuple(c for pair in PAIRS for c in pair), convert=_instruction_response
-    ),
-    "text": Format(columns=(("text",),), uses=("text",), convert=_plain_text),
+    "alpaca": Format(columns=(("instruction", "output"),), optional=(*CONTEXT_COLUMNS, *CHAT_COLUMNS), convert=_alpaca),
+    "instruction_response": Format(columns=PAIRS, optional=(*CONTEXT_COLUMNS, *CHAT_COLUMNS), convert=_unbound),
+    "text": Format(columns=(("text",),), convert=_plain_text),
 }
+USED_COLUMNS = frozenset({"image", "split"}).union(*(fmt.uses for fmt in FORMATS.values()))
+"""Columns that some format reads, or the choice of rows."""
+
+
+def bound(name: str, columns: Sequence[str]) -> Format:
+    """The format for a table of these columns: of several pairs of columns the first one, for all its rows."""
+    fmt = FORMATS[name]
+    if name != "instruction_response":
+        return fmt
+    prompt, reply = next((pair for pair in PAIRS if set(pair) <= set(columns)), PAIRS[0])
+    optional = (*CHAT_COLUMNS, *(CONTEXT_COLUMNS if prompt == "instruction" else ()))
+    return replace(fmt, columns=((prompt, reply),), optional=optional, convert=_pair(prompt, reply))
 
 
 def formats_help() -> str:
-    """All formats with the columns that they need, in one line."""
-    return ", ".join(f"{name} ({fmt.needs()})" for name, fmt in FORMATS.items())
+    """All formats with columns that suffice for each, in one line."""
+    return ", ".join(f"{name} ({' + '.join(fmt.columns[0])})" for name, fmt in FORMATS.items())
 
 
 def check_format_name(name: str, where: str) -> None:
     """Raises UserError unless `name` is "auto" or a format."""
     if name != "auto" and name not in FORMATS:
-        raise UserError(f"unknown format: {where}: {name!r} is none of auto, {', '.join(FORMATS)}")
+        raise UserError(f"unknown format: {where}: {shortened(repr(name), 60)} is none of auto, {', '.join(FORMATS)}")
 
 
 def recognise(columns: Sequence[str], first_row: Row, wanted: str, where: str) -> str:
@@ -241,10 +157,11 @@ def recognise(columns: Sequence[str], first_row: Row, wanted: str, where: str) -
 
     Raises UserError that lists the columns found and the formats."""
     check_format_name(wanted, where)
-    found = f"the columns are {', '.join(columns) or '(none)'}"
+    found = f"the columns are {shortened(', '.join(columns) or '(none)', 100)}"
     if wanted != "auto":
         if not FORMATS[wanted].fits(columns):
-            raise UserError(f"missing column: {where}: format {wanted} needs {FORMATS[wanted].needs()}; {found}")
+            needs = shortened(FORMATS[wanted].needs(), 140)
+            raise UserError(f"missing column: {where}: format {wanted} needs {needs}; {found}")
         return wanted
     for name, fmt in FORMATS.items():
         if not fmt.fits(columns):
@@ -252,14 +169,23 @@ def recognise(columns: Sequence[str], first_row: Row, wanted: str, where: str) -
         if name == "llm_adapters" and not ANSWER_FORMAT.search(str(first_row.get("instruction"))):
             continue  # alpaca rows may carry a short answer beside the full output
         return name
-    raise UserError(f"unrecognised columns: {where}: {found}; rename them to one of the formats {formats_help()}")
+    raise UserError(f"unrecognised columns: {where}: {found}; rename them to a format: {formats_help()}")
 
 
-def convert(row: Row, format_name: str, where: str) -> Example:
-    """One row to one example. Raises UserError with `where` (the file and row) in it, and SkipRow for rows to count."""
-    if row.get("image"):
-        raise SkipRow("it needs an image")
+def convert(row: Row, form: Format | str, where: str, notes: Notes | None = None) -> Example:
+    """One row to one example, which carries `where` (the file and row).
+
+    Raises UserError with `where` in it, and SkipRow for rows to count."""
+    fmt = bound(form, list(row)) if isinstance(form, str) else form
     try:
-        return FORMATS[format_name].convert(row)
+        if row.get("image"):
+            raise SkipRow("it needs an image")
+        if type(row) is Repeated and row.key in fmt.uses:
+            raise RowError(f"column {row.key!r} stands more than once: keep one of them")
+        example = fmt.convert(row, Notes() if notes is None else notes)
     except RowError as error:
         raise UserError(f"bad row: {where}: {error}") from None
+    except RecursionError:
+        raise UserError(f"bad row: {where}: nested too deeply") from None
+    object.__setattr__(example, "where", where)  # made just now, and nobody else's yet
+    return example

@@ -131,16 +131,23 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def main() -> None:
-    source, seconds = "", 1.0
+    source, limits = "", {"seconds": 1.0, "bytes": 0}
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in sys.stdin:
         request = json.loads(line)
         if "template" in request:
-            source, seconds = request["template"], request["limits"]["seconds"]
-            limit = request["limits"]["bytes"]
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            source, limits = request["template"], request["limits"]
             continue
-        print(json.dumps(answer(source, request, seconds)), flush=True)
+        # What is given and what may be written are in memory a few times, in up to four bytes a character.
+        _limit_memory(limits["bytes"] + 16 * (len(line) + request["characters"]))
+        reply = answer(source, request, limits["seconds"])
+        _limit_memory(resource.RLIM_INFINITY)
+        print(json.dumps(reply), flush=True)
+
+
+def _limit_memory(size: int) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size if most == resource.RLIM_INFINITY else min(size, most), most))
 
 
 if __name__ == "__main__":

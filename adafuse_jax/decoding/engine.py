@@ -32,8 +32,8 @@ from adafuse_jax.decoding.simple import LayerWiseMerging
 from adafuse_jax.decoding.steps import DecodeState, decode_step, first_token, prefill_chunk
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
+from adafuse_jax.parallel.mesh import mesh_of, place_state
 from adafuse_jax.presets import PRESETS
-from adafuse_jax.sharding import mesh_of, place_state
 
 log = logging.getLogger(__name__)
 
@@ -87,22 +87,22 @@ def _chunks(length: int) -> list[int]:
 class Engine:
     """Generation with one backbone and, if given, one adapter.
 
-    The engine keeps the cache of its last generation: when a new prompt begins with tokens that are already in it (the next
-    turn of a conversation), only the rest is prefilled.
+    The engine keeps the cache of its last generation: when a new prompt begins with tokens that are already in it (the
+    next turn of a conversation), only the rest is prefilled.
 
     Args:
-      model: may be cut over several devices (`adafuse_jax.sharding.shard`), to decode unmerged, or fused. With strategy
-        *switch* the engine takes its adapted weights over and changes them: use `engine.model` instead.
+      model: may be sharded over several devices (`adafuse_jax.parallel.mesh.shard`), to decode unmerged, or fused. With
+        strategy *switch* the engine takes its adapted weights over and changes them: use `engine.model` instead.
       adapter: its experts are cast to the model's type where they are merged or read by one launch.
-      strategy: how the experts act while decoding; *golden*, *switch* and *simple* decode one row at a time. *fused* runs a
-        step as one launch, with or without an adapter; *merged* puts a LoRA into a copy of the adapted weights and then
-        decodes the plain backbone. Default: *fused* where it can run, on two devices at most, else *unmerged*; the log
-        says which.
+      strategy: how the experts act while decoding; *golden*, *switch* and *simple* decode one row at a time. *fused*
+        runs a step as one launch, with or without an adapter; *merged* puts a LoRA into a copy of the adapted weights
+        and then decodes the plain backbone. Default: *fused* where it can run, on two devices at most, else *unmerged*;
+        the log says which.
       eos_ids: tokens that end a row; default: the model's own.
 
     Raises:
-      UserError: an unknown strategy, one that merges and no adapter, one that does not fit the adapter or several devices,
-        or *fused* where it cannot run.
+      UserError: an unknown strategy, one that merges and no adapter, one that does not fit the adapter or several
+        devices, or *fused* where it cannot run.
     """
 
     def __init__(
@@ -204,7 +204,8 @@ class Engine:
         return self._obstacles.get(batch)
 
     def strategy_of(self, batch: int) -> Strategy:
-        """How so many rows are decoded together: `strategy`, or unmerged where that is *fused* by default and cannot run."""
+        """How so many rows are decoded together: `strategy`, or unmerged where that is *fused* by default and cannot
+        run."""
         return "unmerged" if self.strategy == "fused" and self._obstacle(batch) else self.strategy
 
     def check_prompt(self, prompt: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""The fused decoding step: gates first, then the whole token in one launch (`pallas_kernels.decode_token`).
+"""The fused decoding step: gates first, then the whole token in one launch (`pallas_kernels.megakernel`).
 
     token → experts, gates (a table lookup where the router sees the token alone) → all layers and the head → logits
 
@@ -24,9 +24,10 @@ from adafuse_jax.model.attention import Visibility, attention
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from adafuse_jax.model.layers import apply_rope, rope_frequencies, rope_tables
-from adafuse_jax.sharding import AXIS, CACHE, cut_of, mesh_of
-from pallas_kernels.decode_token import Experts, Shape, Weights, decode_token, obstacle
-from pallas_kernels.decode_token.plan import PIECE
+from adafuse_jax.parallel.axes import CACHE, TABLES, TENSOR, linear_axes, partition_spec
+from adafuse_jax.parallel.mesh import mesh_of
+from pallas_kernels.megakernel import Experts, Shape, Weights, decode_token, unsupported_reason
+from pallas_kernels.megakernel.plan import TILE_K
 from pallas_kernels.pregated_linear import make_mixture
 
 TABLE_ROWS = 4096
@@ -62,10 +63,10 @@ class Fused:
         layers, dtype = model.layers, model.dtype
         norms = jnp.stack([layers.input_layernorm.weight[...], layers.post_attention_layernorm.weight[...]], axis=1)
         experts = {} if adapter is None or merged else dict(adapter.experts.items())
-        more = {name: -e.A.shape[2] % PIECE for name, e in experts.items()}
+        more = {name: -e.A.shape[2] % TILE_K for name, e in experts.items()}
         mesh, head = mesh_of(model), None
         if mesh is not None and model.lm_head is None:
-            head = jax.device_put(model.embed_tokens[...], NamedSharding(mesh, cut_of("lm_head")))
+            head = jax.device_put(model.embed_tokens[...], NamedSharding(mesh, partition_spec(TABLES["lm_head"])))
         return cls(
             norms=jnp.concatenate([norms.reshape(-1, norms.shape[-1]), model.norm.weight[...][None]]),
             a={name: _padded(e.A[...].astype(dtype), 2, more[name]) for name, e in experts.items()},
@@ -109,17 +110,17 @@ def fused_obstacle(model: Backbone, batch: int = 1, adapter: AdaFuse | None = No
     """Why the fused step cannot decode `batch` rows with this model on its device, or None. `adapter`: the one whose
     factors it is to read."""
     device, mesh = next(iter(model.embed_tokens[...].devices())), mesh_of(model)
-    if mesh is not None and (mesh.axis_names != (AXIS,) or [*mesh.devices] != jax.local_devices()[: mesh.size]):
+    if mesh is not None and (mesh.axis_names != (TENSOR,) or [*mesh.devices] != jax.local_devices()[: mesh.size]):
         return f"it runs on a mesh of one axis over the first devices of one process, and this is {mesh}"
     if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
         return f"it needs a Hopper GPU, this is {device.device_kind}"
-    shape, num_blocks = shape_of(model.config, 1 if mesh is None else mesh.size), device.core_count
+    shape, num_ctas = shape_of(model.config, 1 if mesh is None else mesh.size), device.core_count
     if adapter is None:
-        return obstacle(shape, model.dtype, batch, num_blocks=num_blocks)
+        return unsupported_reason(shape, model.dtype, batch, num_ctas=num_ctas)
     config = adapter.config
-    return obstacle(
-        shape, model.dtype, batch, tuple(adapter.experts), rank=-(-config.rank // PIECE) * PIECE,
-        max_used=min(config.num_experts, batch * config.top_k), num_blocks=num_blocks,
+    return unsupported_reason(
+        shape, model.dtype, batch, tuple(adapter.experts), rank=-(-config.rank // TILE_K) * TILE_K,
+        max_experts_used=min(config.num_experts, batch * config.top_k), num_ctas=num_ctas,
     )  # fmt: skip
 
 
@@ -206,22 +207,23 @@ def _over_devices(
     """`decode_token` by all devices of the mesh, each with its share; every one has all logits in the end."""
     whole = PartitionSpec()
 
-    def cut(part: str, leaf: str, arrays: dict[str, Array]) -> Any:
-        return {name: cut_of(f"{part}.{name}.{leaf}") for name in arrays}
+    def specs(leaf: str, arrays: dict[str, Array]) -> dict[str, PartitionSpec]:
+        axes = {name: TABLES.get(name) or linear_axes(name, leaf) for name in arrays}
+        return {name: partition_spec(of_array) for name, of_array in axes.items()}
 
     of_weights, of_experts = jax.tree.map(lambda _: whole, (weights, experts))
-    of_weights.linears.update(cut("layers", "weight", weights.linears))
-    of_weights.biases.update(cut("layers", "bias", weights.biases))
+    of_weights.linears.update(specs("weight", weights.linears))
+    of_weights.biases.update(specs("bias", weights.biases))
     if experts is not None:
-        of_experts.a.update(cut("experts", "A", experts.a))
-        of_experts.b.update(cut("experts", "B", experts.b))
+        of_experts.a.update(specs("A", experts.a))
+        of_experts.b.update(specs("B", experts.b))
 
     def token(*arguments: Any) -> tuple[Array, Array, Array]:
-        axis = AXIS if mesh.size > 1 else None
+        axis = TENSOR if mesh.size > 1 else None
         return decode_token(shape_of(config, mesh.size), *arguments, axis=axis, **options)
 
-    new = PartitionSpec(None, None, AXIS)
+    cache, new = partition_spec(CACHE), PartitionSpec(None, None, TENSOR)
     return jax.shard_map(
-        token, mesh=mesh, in_specs=(of_weights, of_experts, whole, CACHE, CACHE, whole, whole, whole),
+        token, mesh=mesh, in_specs=(of_weights, of_experts, whole, cache, cache, whole, whole, whole),
         out_specs=(whole, new, new), check_vma=False,
     )  # fmt: skip

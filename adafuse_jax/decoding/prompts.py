@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from adafuse_jax.configs import require_text
 from adafuse_jax.core.errors import UserError
+from adafuse_jax.core.fields import require_text
 from adafuse_jax.core.tables import read_text
 from adafuse_jax.data.examples import Chat, Message, Role
 
@@ -67,6 +67,8 @@ def _message(turn: dict[str, Any]) -> Message:
 
 def stdin_lines(ask: str = "") -> Iterator[str]:
     """Lines with text, without the byte order mark that the first may begin with."""
+    if sys.stdin is None:
+        raise UserError("stdin is closed; give --prompt or --prompts-file")
     interactive = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # a C locale lets broken bytes through

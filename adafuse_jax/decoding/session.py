@@ -27,7 +27,7 @@ from adafuse_jax.decoding.sampling import Sampling
 from adafuse_jax.decoding.stream import TextStream
 from adafuse_jax.interop.hf_config import read_model_config
 from adafuse_jax.interop.huggingface import backbone_identity, load_backbone, model_directory, storage_dtype
-from adafuse_jax.sharding import make_mesh, shard
+from adafuse_jax.parallel.mesh import make_mesh, shard
 
 NEW_CONVERSATION = "/new"
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from adafuse_jax.core import runtime
 from adafuse_jax.core.atomic_files import write_json
-from adafuse_jax.core.errors import UserError, run_cli
+from adafuse_jax.core.cli import run_cli
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.flags import parse_flags
 from adafuse_jax.evaluation.config import EvaluationConfig
 
@@ -70,14 +71,14 @@ def run(config: EvaluationConfig) -> dict[str, Any]:
 def read_questions(text: str, config: EvaluationConfig) -> tuple[str, list[Any]]:
     """(split, its multiple-choice questions), at most `limit` of them, evenly spaced."""
     from adafuse_jax.data.examples import MultipleChoice
-    from adafuse_jax.data.sources import DatasetSpec, available_splits, load_examples
+    from adafuse_jax.data.sources import Dataset, DatasetSpec
 
     spec = DatasetSpec.parse(text)
     if spec.weight is not None:
         raise UserError(f"--dataset {text}: a weight means nothing in an evaluation; leave ={spec.weight:g} out")
-    splits = available_splits(spec)
-    split = config.split or next((name for name in SPLITS if name in splits), splits[0])
-    examples = load_examples(spec, split)
+    data = Dataset(spec, skip_bad_rows=config.skip_bad_rows)
+    split = spec.split or config.split or data.evaluation_split(SPLITS)
+    examples = data.load(split).examples
     questions = [example for example in examples if isinstance(example, MultipleChoice)]
     if len(questions) < len(examples):
         raise UserError(f"--dataset {text}: its rows are no multiple-choice questions; give a data set with choices")
@@ -122,7 +123,7 @@ def write(report: dict[str, Any], out: Path) -> None:
 def main(argv: Sequence[str]) -> int:
     (config,) = parse_flags(__doc__, (EvaluationConfig,), argv)
     runtime.set_up()
-    with runtime.memory_errors_told("lower --batch-size or --max-length, or give --dtype bfloat16"):
+    with runtime.memory_errors("lower --batch-size or --max-length, or give --dtype bfloat16"):
         report = run(config)
     if config.out is not None:
         write(report, Path(config.out))

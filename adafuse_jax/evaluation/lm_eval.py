@@ -12,14 +12,21 @@ is the BOS token (or EOS), and generation ends at the model's EOS tokens and bef
 
 from __future__ import annotations
 
-import sys
+import importlib
 from collections.abc import Sequence
 from itertools import batched, groupby
 from typing import Any
 
+from adafuse_jax.core.cli import run_cli
+
+MODULE = "adafuse_jax.evaluation.lm_eval"
+
+if __name__ == "__main__":  # before the harness is imported: what fails or is interrupted meanwhile is one line, too
+    run_cli(lambda argv: importlib.import_module(MODULE).main(argv))
+
 from adafuse_jax.configs import DType
 from adafuse_jax.core import runtime
-from adafuse_jax.core.errors import EXIT_CODE, UserError, quoted, run_cli
+from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.data.chat import render
 from adafuse_jax.data.examples import Message
 
@@ -31,11 +38,7 @@ try:
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "lm_eval":
         raise
-    MISSING = "lm-evaluation-harness is not installed; pip install 'adafuse-jax[eval]'"
-    if __name__ != "__main__":
-        raise UserError(MISSING) from error
-    print(f"error: {MISSING}", file=sys.stderr)
-    sys.exit(EXIT_CODE)
+    raise UserError("lm-evaluation-harness is not installed; pip install 'adafuse-jax[eval]'") from error
 
 from adafuse_jax.decoding.engine import Engine, occurrences
 from adafuse_jax.decoding.sampling import Sampling
@@ -278,10 +281,6 @@ def main(argv: Sequence[str]) -> int:
     from lm_eval.__main__ import cli_evaluate
 
     runtime.set_up()
-    with runtime.memory_errors_told("lower --batch_size, or give --model_args dtype=bfloat16"):
+    with runtime.memory_errors("lower --batch_size, or give --model_args dtype=bfloat16"):
         cli_evaluate()
     return 0
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.chat import Encoded, encode_all, encode_choices
 from adafuse_jax.data.examples import Example, MultipleChoice, Text
 from adafuse_jax.data.packing import Rows, pack
-from adafuse_jax.data.sources import DatasetSpec, available_splits, held_out_split, load_examples
+from adafuse_jax.data.sources import Dataset, DatasetSpec, held_out_split
 from adafuse_jax.evaluation.heldout import HeldOut
 
 log = logging.getLogger(__name__)
@@ -40,22 +39,16 @@ def prepare_data(config: TrainConfig, tokenizer: Any) -> Data:
     specs = [DatasetSpec.parse(text) for text in config.dataset]
     held_out: list[Example] = []
     if config.eval_examples > 0:
-        for spec in (DatasetSpec.parse(text) for text in config.eval_dataset):
-            splits = available_splits(spec)
-            held_out += load_examples(spec, _first_of(HELD_OUT_SPLITS, splits) or splits[0])
+        for text in config.eval_dataset:
+            spec = DatasetSpec.parse(text)
+            if spec.weight is not None:
+                raise UserError(f"--eval-dataset {text}: a weight means nothing there; leave ={spec.weight:g} out")
+            data = Dataset(spec, skip_bad_rows=config.skip_bad_rows)
+            held_out += data.load(data.evaluation_split(HELD_OUT_SPLITS)).examples
     rows = []
     for spec in specs:
-        examples = load_examples(spec)
-        if config.eval_examples > 0 and not config.eval_dataset:
-            split = _first_of(HELD_OUT_SPLITS, available_splits(spec))
-            if split:
-                held_out += load_examples(spec, split)
-            elif config.eval_fraction > 0:
-                try:
-                    examples, held = held_out_split(examples, config.eval_fraction, config.seed)
-                except UserError as error:
-                    raise UserError(f"{spec.source}: {error}, or --eval-examples 0") from error
-                held_out += held
+        examples, held = _training_and_held_out(spec, config)
+        held_out += held
         rows.append(_pack(examples, spec, tokenizer, config))
     batches = Batches(
         rows=tuple(rows),
@@ -63,6 +56,7 @@ def prepare_data(config: TrainConfig, tokenizer: Any) -> Data:
         batch_size=config.batch_size,
         grad_accum=config.grad_accum,
         weights=tuple(spec.weight for spec in specs),
+        epochs=None if config.steps else config.epochs,
     )
     evaluation = _held_out(held_out, tokenizer, config)
     parts: list[Rows | Encoded] = [*rows, *evaluation.rows, *(row for rows in evaluation.choices for row in rows)]
@@ -74,19 +68,35 @@ def prepare_data(config: TrainConfig, tokenizer: Any) -> Data:
     )
 
 
-def _first_of(wanted: Sequence[str], present: Sequence[str]) -> str | None:
-    return next((name for name in wanted if name in present), None)
+def _training_and_held_out(spec: DatasetSpec, config: TrainConfig) -> tuple[list[Example], list[Example]]:
+    """The examples to train on, and those held out if there is no `eval_dataset`. A file is read once."""
+    data = Dataset(spec, skip_bad_rows=config.skip_bad_rows)
+    training = data.training_split()
+    examples = data.load(training).examples
+    if config.eval_examples == 0 or config.eval_dataset:
+        return examples, []
+    split = data.held_out_split(HELD_OUT_SPLITS, besides=data.find(training))
+    if split is not None:
+        return examples, data.load(split).examples
+    if config.eval_fraction == 0:
+        return examples, []
+    try:
+        return held_out_split(examples, config.eval_fraction, config.seed)
+    except UserError as error:
+        raise UserError(f"{spec.source}: {error}, or --eval-examples 0") from error
 
 
 def _pack(examples: list[Example], spec: DatasetSpec, tokenizer: Any, config: TrainConfig) -> Rows:
-    encoded, dropped = encode_all(examples, tokenizer, config.max_length)
+    encoded, dropped = encode_all(
+        examples, tokenizer, config.max_length, name=spec.source, skip_bad_rows=config.skip_bad_rows
+    )
     if not encoded:
         raise UserError(
             f"{spec.source}: no response of its {len(examples)} examples fits --max-length {config.max_length}; raise it"
         )
     if dropped:
         log.warning(
-            "%s: %d of %d examples left out: their prompt alone fills --max-length %d",
+            "%s: %d of %d examples left out: their prompt alone fills --max-length %d, or no turn has weight",
             spec.source, dropped, len(examples), config.max_length,
         )  # fmt: skip
     chats = sum(not isinstance(example, Text) for example in examples)
@@ -106,15 +116,21 @@ def _held_out(examples: list[Example], tokenizer: Any, config: TrainConfig) -> H
     """At most `eval_examples` of the examples, evenly spaced so that every data set is represented."""
     count = min(len(examples), config.eval_examples)
     examples = [examples[i * len(examples) // count] for i in range(count)]
-    rows, dropped = encode_all(examples, tokenizer, config.max_length)
+    rows, dropped = encode_all(
+        examples, tokenizer, config.max_length, name="held out", skip_bad_rows=config.skip_bad_rows
+    )
     choices, answers = [], []
     for example in examples:
         if isinstance(example, MultipleChoice):
-            candidates = encode_choices(example, tokenizer, config.max_length)
-            if candidates is not None:
+            try:
+                candidates = encode_choices(example, tokenizer, config.max_length)
+            except UserError:  # counted and logged above
+                continue
+            if candidates is None:
+                dropped += 1
+            else:
                 choices.append(candidates)
                 answers.append(example.answer)
-    dropped += sum(isinstance(example, MultipleChoice) for example in examples) - len(choices)
     if dropped:
         log.warning(
             "held out: %d answers or questions do not fit --max-length %d and are not scored",

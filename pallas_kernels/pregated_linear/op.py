@@ -62,11 +62,11 @@ def pregated_linear(
             name: pregated_linear_xla(x, w, a.get(name), b.get(name), mixture, layer) for name, w in weights.items()
         }
     if implementation == "pallas":
-        from pallas_kernels.pregated_linear.mosaic import pregated_linear_mosaic
+        from pallas_kernels.pregated_linear.kernel_sm90 import pregated_linear_sm90
 
-        return pregated_linear_mosaic(x, weights, a, b, mixture, layer)
+        return pregated_linear_sm90(x, weights, a, b, mixture, layer)
     if implementation == "triton":
-        from pallas_kernels.pregated_linear.triton import pregated_linear_triton
+        from pallas_kernels.pregated_linear.kernel_triton import pregated_linear_triton
 
         return pregated_linear_triton(x, weights, a, b, mixture, layer)
     raise ValueError(f"implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
@@ -74,31 +74,31 @@ def pregated_linear(
 
 def choose_implementation(x: Array, weights: dict[str, Array], a: dict[str, Array]) -> str:
     """The fastest implementation that this device and these shapes allow; why a faster one is passed over is logged."""
-    for name, obstacle in (("pallas", _pallas_obstacle), ("triton", _triton_obstacle)):
-        why_not = obstacle(x, weights, a)
-        if why_not is None:
+    for name, unsupported_reason in (("pallas", _pallas_unsupported_reason), ("triton", _triton_unsupported_reason)):
+        reason = unsupported_reason(x, weights, a)
+        if reason is None:
             log.info("pregated_linear runs as %s", name)
             return name
-        log.info("pregated_linear does not run as %s: %s", name, why_not)
+        log.info("pregated_linear does not run as %s: %s", name, reason)
     return "xla"
 
 
-def _pallas_obstacle(x: Array, weights: dict[str, Array], a: dict[str, Array]) -> str | None:
+def _pallas_unsupported_reason(x: Array, weights: dict[str, Array], a: dict[str, Array]) -> str | None:
     if not compute_capability().startswith("9."):
         return f"it needs a Hopper GPU, this is {jax.devices()[0].device_kind}"
-    from pallas_kernels.pregated_linear.mosaic import obstacle
+    from pallas_kernels.pregated_linear.kernel_sm90 import unsupported_reason
 
-    return obstacle(x, weights, a)
+    return unsupported_reason(x, weights, a)
 
 
-def _triton_obstacle(x: Array, weights: dict[str, Array], a: dict[str, Array]) -> str | None:
+def _triton_unsupported_reason(x: Array, weights: dict[str, Array], a: dict[str, Array]) -> str | None:
     if float(compute_capability() or 0) < 8:
         return f"it needs an Ampere or newer GPU, this is {jax.devices()[0].device_kind}"
     if importlib.util.find_spec("jax_triton") is None:
         return "jax-triton is not installed (pip install 'adafuse-jax[cuda]')"
-    from pallas_kernels.pregated_linear.triton import obstacle
+    from pallas_kernels.pregated_linear.kernel_triton import unsupported_reason
 
-    return obstacle(x, weights)
+    return unsupported_reason(x, weights)
 
 
 def _validate(

@@ -58,11 +58,11 @@ def sgmm(
     if implementation == "xla":
         return sgmm_xla(weights, a, b, terms, pristine)
     if implementation == "pallas":
-        from pallas_kernels.sgmm.mosaic import sgmm_mosaic
+        from pallas_kernels.sgmm.kernel_sm90 import sgmm_sm90
 
-        return sgmm_mosaic(weights, a, b, terms, pristine)
+        return sgmm_sm90(weights, a, b, terms, pristine)
     if implementation == "triton":
-        from pallas_kernels.sgmm.triton import sgmm_triton
+        from pallas_kernels.sgmm.kernel_triton import sgmm_triton
 
         return sgmm_triton(weights, a, b, terms, pristine)
     raise ValueError(f"implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
@@ -70,31 +70,31 @@ def sgmm(
 
 def choose_implementation(weights: dict[str, Array], a: dict[str, Array]) -> str:
     """The fastest implementation that this device and these shapes allow; why a faster one is passed over is logged."""
-    for name, obstacle in (("pallas", _pallas_obstacle), ("triton", _triton_obstacle)):
-        why_not = obstacle(weights, a)
-        if why_not is None:
+    for name, unsupported_reason in (("pallas", _pallas_unsupported_reason), ("triton", _triton_unsupported_reason)):
+        reason = unsupported_reason(weights, a)
+        if reason is None:
             log.info("sgmm runs as %s", name)
             return name
-        log.info("sgmm does not run as %s: %s", name, why_not)
+        log.info("sgmm does not run as %s: %s", name, reason)
     return "xla"
 
 
-def _pallas_obstacle(weights: dict[str, Array], a: dict[str, Array]) -> str | None:
+def _pallas_unsupported_reason(weights: dict[str, Array], a: dict[str, Array]) -> str | None:
     if not compute_capability().startswith("9."):
         return f"it needs a Hopper GPU, this is {jax.devices()[0].device_kind}"
-    from pallas_kernels.sgmm.mosaic import obstacle
+    from pallas_kernels.sgmm.kernel_sm90 import unsupported_reason
 
-    return obstacle(weights, a)
+    return unsupported_reason(weights, a)
 
 
-def _triton_obstacle(weights: dict[str, Array], a: dict[str, Array]) -> str | None:
+def _triton_unsupported_reason(weights: dict[str, Array], a: dict[str, Array]) -> str | None:
     if float(compute_capability() or 0) < 8:
         return f"it needs an Ampere or newer GPU, this is {jax.devices()[0].device_kind}"
     if importlib.util.find_spec("jax_triton") is None:
         return "jax-triton is not installed (pip install 'adafuse-jax[cuda]')"
-    from pallas_kernels.sgmm.triton import obstacle
+    from pallas_kernels.sgmm.kernel_triton import unsupported_reason
 
-    return obstacle(weights)
+    return unsupported_reason(weights)
 
 
 def compute_capability() -> str:

@@ -74,7 +74,7 @@ def configure(num_terms: int, rank: int, itemsize: int) -> Config:
     raise ValueError(f"sgmm cannot run as pallas: slabs of rank {rank} do not fit the shared memory")
 
 
-def obstacle(weights: dict[str, Array], a: dict[str, Array]) -> str | None:
+def unsupported_reason(weights: dict[str, Array], a: dict[str, Array]) -> str | None:
     """Why these shapes cannot run here, or None."""
     for name, w in weights.items():
         rank = a[name].shape[2]
@@ -278,7 +278,7 @@ def _factors(terms: Terms) -> tuple[Array, Array, Array]:
     return experts, factors, jnp.sum(counts, dtype=jnp.int32)[None]
 
 
-def sgmm_mosaic(
+def sgmm_sm90(
     weights: dict[str, Array],
     a: dict[str, Array],
     b: dict[str, Array],
@@ -292,11 +292,11 @@ def sgmm_mosaic(
     """See `pallas_kernels.sgmm.sgmm`. `num_blocks` thread blocks run (default: one on each multiprocessor); `interpret` on
     the CPU, as `plgpu.InterpretGPUParams()` says.
 
-    Ranks that are no multiple of 16 are padded, which copies A and B. Raises `ValueError` as `obstacle` says.
+    Ranks that are no multiple of 16 are padded, which copies A and B. Raises `ValueError` as `unsupported_reason` says.
     """
-    why_not = obstacle(weights, a)
-    if why_not is not None:
-        raise ValueError(f"sgmm cannot run as pallas: {why_not}")
+    reason = unsupported_reason(weights, a)
+    if reason is not None:
+        raise ValueError(f"sgmm cannot run as pallas: {reason}")
     names = sorted(weights)
     dtype, padding = weights[names[0]].dtype, -a[names[0]].shape[2] % 16
     if padding:

@@ -1,7 +1,7 @@
 """The fused decoding step against the model's own modules: logits, new keys and values, experts; and how its work is cut.
 
-Here its kernel runs in the interpreter, one launch per phase with several blocks or one launch with one block; with
-`-m gpu`, compiled.
+Here its tile schedule runs in NumPy, with as many CTAs as a GPU has, and its kernel in the interpreter, one launch per phase
+with several CTAs or one launch with one CTA; with `-m gpu`, compiled.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,10 +27,10 @@ from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.decoding.fused import Fused, fused_obstacle, fused_step, route, tabulate
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
-from adafuse_jax.sharding import make_mesh, place_state, shard
-from pallas_kernels.decode_token import Shape, obstacle
-from pallas_kernels.decode_token.plan import SHARED_MEMORY, make_plan, num_tiles
-from pallas_kernels.decode_token.shares import Scalars, Shares
+from adafuse_jax.parallel.mesh import make_mesh, place_state, shard
+from pallas_kernels.megakernel import Shape, buffers, executor_np, kernel_sm90, unsupported_reason
+from pallas_kernels.megakernel.plan import SMEM_BYTES, make_plan, num_tiles
+from pallas_kernels.megakernel.schedule import Scalars, TileSchedule
 
 interpreted = pytest.mark.skipif(
     jax.__version_info__ < (0, 12) or jax.default_backend() != "cpu",
@@ -135,34 +136,34 @@ def check(case: Case, *, compiled: bool, devices: int = 1, **options: Any) -> No
 
 
 INTERPRETED = {
-    "bare, one launch": (Case(num_layers=2), {"num_blocks": 1}),
-    "all 7, two rows": (Case(batch=2, targets=LINEARS), {"num_blocks": 3, "one_launch": False}),
+    "bare, one launch": (Case(num_layers=2), {"num_ctas": 1}),
+    "all 7, two rows": (Case(batch=2, targets=LINEARS), {"num_ctas": 3, "one_launch": False}),
     "128 dimensions, norms, biases, rank 40": (
         Case(
             embed_dim=192, hidden_dim=320, heads=(4, 2, 128), targets=("q_proj", "v_proj", "o_proj", "down_proj"),
             rank=40, top_k=1, bias=True, qk_norm=True,
         ),
-        {"num_blocks": 3, "one_launch": False},
+        {"num_ctas": 3, "one_launch": False},
     ),
-    "all 7, three experts": (Case(targets=LINEARS, top_k=3), {"num_blocks": 3, "one_launch": False}),
+    "all 7, three experts": (Case(targets=LINEARS, top_k=3), {"num_ctas": 3, "one_launch": False}),
     "more query heads than attention takes together": (
-        Case(heads=(11, 1, 64), embed_dim=704, position=100), {"num_blocks": 2, "one_launch": False}
+        Case(heads=(11, 1, 64), embed_dim=704, position=100), {"num_ctas": 2, "one_launch": False}
     ),
     "context in parts, window, router in the FFN, one of two adapted": (
         Case(batch=2, slots=1024, heads=(4, 1, 64), position=900, window=600, targets=("gate_proj",)),
-        {"num_blocks": 5, "one_launch": False},
+        {"num_ctas": 5, "one_launch": False},
     ),
     "a single row's context in parts, o adapted": (
-        Case(slots=1024, heads=(4, 1, 64), position=900, targets=("o_proj",)), {"num_blocks": 2, "one_launch": False}
+        Case(slots=1024, heads=(4, 1, 64), position=900, targets=("o_proj",)), {"num_ctas": 2, "one_launch": False}
     ),
     "two groups of a key's queries, three experts": (
         Case(heads=(16, 1, 64), embed_dim=192, targets=("q_proj", "o_proj"), top_k=3),
-        {"num_blocks": 5, "one_launch": False},
+        {"num_ctas": 5, "one_launch": False},
     ),
     "two blocks attend to the same heads": (
-        Case(heads=(4, 2, 64), embed_dim=448, targets=("o_proj", "v_proj")), {"num_blocks": 5, "one_launch": False}
+        Case(heads=(4, 2, 64), embed_dim=448, targets=("o_proj", "v_proj")), {"num_ctas": 5, "one_launch": False}
     ),
-    "nothing in the cache yet": (Case(position=0, num_layers=2, targets=LINEARS), {"num_blocks": 2, "one_launch": False}),
+    "nothing in the cache yet": (Case(position=0, num_layers=2, targets=LINEARS), {"num_ctas": 2, "one_launch": False}),
 }  # fmt: skip
 COMPILED = {
     "bare": Case(num_layers=3),
@@ -185,6 +186,38 @@ COMPILED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", [*INTERPRETED, *COMPILED])
+def test_schedule_in_numpy(name, monkeypatch):
+    monkeypatch.setattr(kernel_sm90, "run_megakernel", executor_np.run)
+    case, options = INTERPRETED.get(name) or (COMPILED[name], {"num_ctas": 132})
+    check(case, compiled=False, num_ctas=options["num_ctas"])
+
+
+def test_numpy_executor_finds_a_tile_that_no_cta_computes(monkeypatch):
+    monkeypatch.setattr(kernel_sm90, "run_megakernel", executor_np.run)
+    monkeypatch.setattr(TileSchedule, "num_a_ctas", None)  # the executor does not need it
+    whole = TileSchedule.units
+    monkeypatch.setattr(TileSchedule, "units", lambda self: (whole(self)[0] - (self.cta == 0), whole(self)[1]))
+    with pytest.raises(AssertionError):
+        check(Case(), compiled=False, num_ctas=3)
+
+
+def test_buffers_are_those_of_the_table():
+    names = [row.name for row in buffers.TABLE]
+    assert sorted(names) == sorted(buffers.Buffers.__dataclass_fields__)
+    assert buffers.markdown() in (Path(buffers.__file__).parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("devices", [None, 2])
+def test_scratch_buffers_are_in_the_table(devices):
+    """Every one that a launch makes, also where contexts are split; and with all its letters, the table's shape."""
+    plan = plan_of(LLAMA2_7B, cache_slots=4096)
+    made = buffers.scratch_and_outputs(plan, LLAMA2_7B, jnp.bfloat16, devices)
+    batch = buffers.scratch_and_outputs(plan_of(LLAMA2_7B, batch=8), LLAMA2_7B, jnp.bfloat16, devices)
+    filled = {row.name for row in buffers.TABLE if "caller" not in row.writer}
+    assert {*made, *batch} == filled - ({"device_partials"} if devices is None else set())
+
+
 @interpreted
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted(name):
@@ -204,7 +237,7 @@ def test_compiled(name):
 @on_gpu
 def test_compiled_with_few_blocks():
     """Several units for each, A in those that have fewer of them, and sums gathered among products."""
-    check(COMPILED["32 rows"], compiled=True, num_blocks=2)
+    check(COMPILED["32 rows"], compiled=True, num_ctas=2)
 
 
 TOGETHER = {
@@ -253,7 +286,7 @@ def test_lowers_for_a_gpu_without_one(case):
     """With what the interpreter leaves out: semaphores, and shared memory that is used in turn."""
     model, adapter, cache, tokens, positions = make(case)
     arguments = jax.eval_shape(lambda: (model, adapter, Fused.of(model, adapter), tokens, positions, cache))
-    step = jax.jit(partial(fused_step, num_blocks=132))
+    step = jax.jit(partial(fused_step, num_ctas=132))
     step.trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
@@ -276,61 +309,61 @@ SMOLLM2 = Shape(
 def plan_of(shape: Shape, **changes: Any) -> Any:
     options = {
         "adapted": LINEARS, "batch": 1, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "cache_slots": 512,
-        "max_used": 2, "rank": 64, "num_blocks": 132,
+        "max_experts_used": 2, "rank": 64, "num_ctas": 132,
     }  # fmt: skip
     return make_plan(shape.linears(), **(options | changes))
 
 
 @pytest.mark.parametrize("shape", [LLAMA2_7B, SMOLLM2])
 @pytest.mark.parametrize("batch", [1, 8, 32])
-@pytest.mark.parametrize("num_blocks", [78, 114, 132])
-def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_blocks):
-    plan = plan_of(shape, batch=batch, max_used=min(8, 2 * batch), num_blocks=num_blocks)
-    assert plan.columns >= batch
+@pytest.mark.parametrize("num_ctas", [78, 114, 132])
+def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_ctas):
+    plan = plan_of(shape, batch=batch, max_experts_used=min(8, 2 * batch), num_ctas=num_ctas)
+    assert plan.padded_batch >= batch
     for group in plan.groups:
         chunks, units = Counter(), sum(map(group.units, group.passes))
-        for block in range(num_blocks):
-            part, member = block % group.slices, block // group.slices
-            if member < group.members:
-                low, high = (s * group.chunks // group.slices for s in (part, part + 1))
-                assert 0 < high - low <= group.slice_chunks
-                for unit in range(member, units, group.members):
+        for block in range(num_ctas):
+            part, member = block % group.split_k, block // group.split_k
+            if member < group.cta_groups:
+                low, high = (s * group.chunks // group.split_k for s in (part, part + 1))
+                assert 0 < high - low <= group.max_slice_chunks
+                for unit in range(member, units, group.cta_groups):
                     chunks.update((unit, c) for c in range(low, high))
         assert set(chunks.values()) == {1}
         assert len(chunks) == units * group.in_dim // 64
         has_experts = bool(group.adapted)
-        assert has_experts <= group.a_parts <= has_experts * (group.chunks // group.slices)
-    assert plan.slots >= 4
-    assert plan.slots * 128 * 64 * 2 + (plan.x_rows + plan.h_rows) * 64 * 2 < SHARED_MEMORY
+        assert has_experts <= group.a_split_k <= has_experts * (group.chunks // group.split_k)
+    assert plan.stages >= 4
+    assert plan.stages * 128 * 64 * 2 + (plan.x_smem_rows + plan.h_smem_rows) * 64 * 2 < SMEM_BYTES
 
 
-@pytest.mark.parametrize(("batch", "max_used", "used"), [(1, 2, 2), (1, 4, 1), (8, 8, 7), (32, 8, 8)])
+@pytest.mark.parametrize(("batch", "max_experts_used", "used"), [(1, 2, 2), (1, 4, 1), (8, 8, 7), (32, 8, 8)])
 @pytest.mark.parametrize(
     "adapted", [LINEARS, ("q_proj", "v_proj"), ("k_proj", "up_proj")], ids=["all 7", "q, v", "k, up"]
 )
-def test_blocks_share_the_experts_products(batch, max_used, used, adapted):
+def test_blocks_share_the_experts_products(batch, max_experts_used, used, adapted):
     """All of A, of the sums h, of B and of the sums y, each once; what waits for A counts the blocks that have some; no
     block has more than an eighth more chunks than the mean, or two tiles of B, if so many experts are in use as planned;
     and none takes a linear's h twice."""
-    plan = plan_of(LLAMA2_7B, batch=batch, max_used=max_used, adapted=adapted)
+    plan = plan_of(LLAMA2_7B, batch=batch, max_experts_used=max_experts_used, adapted=adapted)
     scalars = Scalars(list(range(used)), used, [])
     for group in (plan.qkv, plan.o, plan.gate_up, plan.down):
         a, h, b, y = Counter(), Counter(), Counter(), Counter()
-        with_a, chunks = 0, np.zeros(plan.num_blocks)
-        for block in range(plan.num_blocks):
-            shares = Shares(group, plan, scalars, block)
-            number, at = shares.a_products()
-            mine = [(shares.slice, *map(int, at(n))) for n in range(int(number))]
+        with_a, chunks = 0, np.zeros(plan.num_ctas)
+        for block in range(plan.num_ctas):
+            schedule = TileSchedule(group, plan, scalars, block)
+            number, at = schedule.a_tiles()
+            mine = [(schedule.slice, *map(int, at(n))) for n in range(int(number))]
             a.update(mine)
             with_a += bool(mine)
-            chunks[block] += sum(shares.chunks_of(part)[1] for *_, part in mine)
-            first, number = shares.h_share()
-            h.update(int(first + n * group.gatherers) for n in range(int(number)))
-            chunks[block] += int(shares.num_w) * shares.num_chunks
-            number, at = shares.finish_share()
+            chunks[block] += sum(schedule.a_chunks(part)[1] for *_, part in mine)
+            first, number = schedule.h_share()
+            h.update(int(first + n * group.reducer_ctas) for n in range(int(number)))
+            chunks[block] += int(schedule.num_w) * schedule.num_chunks
+            number, at = schedule.epilogue_share()
             firsts = [tuple(map(int, at(n))) for n in range(int(number))]
-            y.update((unit, half, first + i) for unit, half, first in firsts for i in range(shares.at_once))
-            number, at = shares.b_tiles()
+            y.update((unit, half, first + i) for unit, half, first in firsts for i in range(schedule.n_tiles_at_once))
+            number, at = schedule.b_tiles()
             tiles = [tuple(map(int, at(n))) for n in range(int(number))]
             tiles = [(list(group.outs)[linear], *others) for linear, *others in tiles if others[-1]]
             for name, tile, place, pieces in tiles:
@@ -339,32 +372,34 @@ def test_blocks_share_the_experts_products(batch, max_used, used, adapted):
             chunks[block] += used * len(tiles)
             assert len({name for name, *_ in tiles}) == len(tiles)
         pairs = range(len(group.adapted)), range(-(-used // 2))
-        assert a == Counter(itertools.product(range(group.slices), *pairs, range(group.a_parts)))
-        assert int(shares.a_blocks()) == with_a
-        narrow = range(plan.columns // 8)
+        assert a == Counter(itertools.product(range(group.split_k), *pairs, range(group.a_split_k)))
+        assert int(schedule.num_a_ctas()) == with_a
+        narrow = range(plan.padded_batch // 8)
         assert h == Counter(range(len(group.adapted) * used * len(narrow)))
         assert y == Counter(itertools.product(range(group.num_units), (0, 1), narrow))
         assert b == Counter((name, t) for name in group.adapted for t in range(num_tiles(group.outs[name])))
-        assert used < max_used or chunks.max() <= max(1.13 * chunks.mean(), chunks.mean() + 2 * max_used)
+        assert used < max_experts_used or chunks.max() <= max(
+            1.13 * chunks.mean(), chunks.mean() + 2 * max_experts_used
+        )
 
 
 def attended(cases: dict[str, tuple[Case, int]], devices: int = 1) -> set[str]:
     """Names of the cases, of so many blocks each, in which every block attends to the heads of its slice of o itself."""
     found = set()
-    for name, (case, num_blocks) in cases.items():
+    for name, (case, num_ctas) in cases.items():
         heads, kv, head_dim = case.heads
         shape = Shape(
             num_layers=case.num_layers, embed_dim=case.embed_dim, hidden_dim=case.hidden_dim // devices, norm_eps=1e-5,
             num_heads=heads // devices, num_kv_heads=kv // devices, head_dim=head_dim, vocab_size=case.vocab_size // devices,
         )  # fmt: skip
-        options = {"batch": case.batch, "cache_slots": case.slots, "num_blocks": num_blocks, "adapted": case.targets}
-        if plan_of(shape, **options, max_used=min(case.num_experts, case.top_k * case.batch)).o.attended:
+        options = {"batch": case.batch, "cache_slots": case.slots, "num_ctas": num_ctas, "adapted": case.targets}
+        if plan_of(shape, **options, max_experts_used=min(case.num_experts, case.top_k * case.batch)).o.fused_attention:
             found.add(name)
     return found
 
 
 def test_cases_have_blocks_that_attend_themselves():
-    assert attended({name: (case, options["num_blocks"]) for name, (case, options) in INTERPRETED.items()}) == {
+    assert attended({name: (case, options["num_ctas"]) for name, (case, options) in INTERPRETED.items()}) == {
         "all 7, three experts", "two blocks attend to the same heads", "two groups of a key's queries, three experts",
         "nothing in the cache yet",
     }  # fmt: skip
@@ -379,26 +414,26 @@ def test_plan_counts_tiles_and_semaphores_once():
         units = [group.first_unit(names) + t for names in group.passes for t in range(group.units(names))]
         assert tiles == list(range(group.num_tiles))
         assert units == list(range(len(units)))
-    semaphores = [group.first_semaphore + i for group in plan.groups for i in range(2 + group.members)]
+    semaphores = [group.first_semaphore + i for group in plan.groups for i in range(2 + group.cta_groups)]
     assert semaphores == list(range(plan.num_semaphores))
 
 
 @pytest.mark.parametrize("batch", [1, 8, 32])
 @pytest.mark.parametrize("adapted", [(), ("q_proj", "down_proj")])
 def test_every_part_that_a_layer_stores_is_kept_in_the_cache(batch, adapted):
-    plan = plan_of(LLAMA2_7B, batch=batch, adapted=adapted, max_used=min(8, 2 * batch))
-    kept = {(part, t) for part, tiles in enumerate(plan.tiles_by_part()) for t in range(tiles)}
-    step = 8 if plan.single else 1
+    plan = plan_of(LLAMA2_7B, batch=batch, adapted=adapted, max_experts_used=min(8, 2 * batch))
+    kept = {(part, t) for part, tiles in enumerate(plan.tiles_by_partial()) for t in range(tiles)}
+    step = 8 if plan.is_batch_one else 1
     stored = set()
     for group in (plan.qkv, plan.o, plan.gate_up, plan.down):
-        parts = range(group.slices + bool(group.adapted))
+        parts = range(group.split_k + bool(group.adapted))
         stored |= {(part // step, t) for part in parts for t in range(group.num_tiles)}
     assert stored <= kept
 
 
 def test_long_contexts_are_shared_by_blocks_that_batches_do_not_need():
-    assert [plan_of(LLAMA2_7B, cache_slots=n).splits for n in (512, 1024, 4096)] == [1, 2, 4]
-    assert plan_of(LLAMA2_7B, cache_slots=4096, batch=8).splits == 1
+    assert [plan_of(LLAMA2_7B, cache_slots=n).context_splits for n in (512, 1024, 4096)] == [1, 2, 4]
+    assert plan_of(LLAMA2_7B, cache_slots=4096, batch=8).context_splits == 1
 
 
 @pytest.mark.parametrize("targets", [("k_proj",), ("o_proj",), ("up_proj", "down_proj")])
@@ -422,27 +457,30 @@ def test_what_it_cannot_do_is_said():
         ({}, jnp.bfloat16, {"batch": 33}, "33 rows"),
         ({"hidden_dim": 28672}, jnp.bfloat16, {"batch": 32}, "with 32 rows"),
         ({}, jnp.bfloat16, {"rank": 40}, "rank 40"),
-        ({}, jnp.bfloat16, {"batch": 32, "max_used": 32}, "32 experts of rank 64 in use by 32 rows do not fit"),
-        ({}, jnp.bfloat16, {"batch": 32, "max_used": 32, "rank": 256}, "32 experts of rank 256"),
+        ({}, jnp.bfloat16, {"batch": 32, "max_experts_used": 32}, "32 experts of rank 64 in use by 32 rows do not fit"),
+        ({}, jnp.bfloat16, {"batch": 32, "max_experts_used": 32, "rank": 256}, "32 experts of rank 256"),
     ):
         options = {"batch": 1, "targets": LINEARS, "rank": 64} | options
-        assert said in (obstacle(replace(LLAMA2_7B, **changes), dtype, **options) or "")
-    assert obstacle(LLAMA2_7B, jnp.bfloat16, 32, LINEARS, rank=128, max_used=8) is None
-    assert obstacle(replace(LLAMA2_7B, hidden_dim=28672), jnp.bfloat16, 8, LINEARS, rank=128, max_used=8) is None
-    with pytest.raises(ValueError, match="q_proj has 4096 columns: slices for 3 thread blocks do not fit"):
-        plan_of(LLAMA2_7B, batch=17, num_blocks=3)
+        assert said in (unsupported_reason(replace(LLAMA2_7B, **changes), dtype, **options) or "")
+    assert unsupported_reason(LLAMA2_7B, jnp.bfloat16, 32, LINEARS, rank=128, max_experts_used=8) is None
+    assert (
+        unsupported_reason(replace(LLAMA2_7B, hidden_dim=28672), jnp.bfloat16, 8, LINEARS, rank=128, max_experts_used=8)
+        is None
+    )
+    with pytest.raises(ValueError, match="q_proj has 4096 columns: slices for 3 CTAs do not fit"):
+        plan_of(LLAMA2_7B, batch=17, num_ctas=3)
     model, adapter, cache, tokens, positions = make(Case())
     with pytest.raises(ValueError, match="float32"):
         fused_step(
-            in_fp32(model), adapter, Fused.of(in_fp32(model), None), tokens, positions, in_fp32(cache), num_blocks=2
+            in_fp32(model), adapter, Fused.of(in_fp32(model), None), tokens, positions, in_fp32(cache), num_ctas=2
         )  # fmt: skip
     arguments = model, None, Fused.of(model, None), tokens, positions, cache
     with pytest.raises(ValueError, match="compiled, all phases are one launch"):
-        fused_step(*arguments, num_blocks=2, one_launch=False)
-    with pytest.raises(ValueError, match="interpreted, several blocks need a launch"):
-        fused_step(*arguments, num_blocks=2, interpret=plgpu.InterpretGPUParams())
+        fused_step(*arguments, num_ctas=2, one_launch=False)
+    with pytest.raises(ValueError, match="interpreted, several CTAs need a launch"):
+        fused_step(*arguments, num_ctas=2, interpret=plgpu.InterpretGPUParams())
     with pytest.raises(ValueError, match="interpreted, devices do not reach each other's memory"):
-        fused_step(*arguments, num_blocks=1, interpret=plgpu.InterpretGPUParams(), axis="model")
+        fused_step(*arguments, num_ctas=1, interpret=plgpu.InterpretGPUParams(), axis="tensor")
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="on a CPU")

@@ -49,7 +49,7 @@ def configure(batch: int, rank: int, itemsize: int) -> Config:
     return Config(tile_m=32, tile_k=128, tile_r=tile_r, num_warps=4, num_stages=4)
 
 
-def obstacle(x: Array, weights: dict[str, Array]) -> str | None:
+def unsupported_reason(x: Array, weights: dict[str, Array]) -> str | None:
     """Why these shapes cannot run here, or None."""
     if len(weights) > MAX_TARGETS:
         return f"there are {len(weights)} targets, and one launch takes {MAX_TARGETS}"
@@ -215,12 +215,12 @@ def pregated_linear_triton(
     *,
     config: Config | None = None,
 ) -> dict[str, Array]:
-    """See `pallas_kernels.pregated_linear.pregated_linear`. Raises `ValueError` as `obstacle` says."""
+    """See `pallas_kernels.pregated_linear.pregated_linear`. Raises `ValueError` as `unsupported_reason` says."""
     from jax_triton import triton_call  # here, because its import fails where JAX has no GPU support
 
-    why_not = obstacle(x, weights)
-    if why_not is not None:
-        raise ValueError(f"pregated_linear cannot run as triton: {why_not}")
+    reason = unsupported_reason(x, weights)
+    if reason is not None:
+        raise ValueError(f"pregated_linear cannot run as triton: {reason}")
     names, batch = list(weights), x.shape[0]
     _, num_experts, rank, _ = next(iter(a.values())).shape if a else (0, 1, 1, 0)
     if mixture is None:

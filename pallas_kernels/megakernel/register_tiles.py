@@ -1,4 +1,5 @@
-"""Tiles [HALF, N] in the registers of a warpgroup, laid out as the tensor cores leave them, and their ways to memory."""
+"""Tiles [WGMMA_M, N] in the registers of a warpgroup, laid out as the tensor cores leave them, and their ways to
+memory."""
 
 from __future__ import annotations
 
@@ -7,21 +8,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_token.plan import QUERIES, div, rem
-
-COMPILER = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
-"""Every layout is given, because inferring them takes most of the time to compile."""
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a vector [N], equal in all rows of a tile
-ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector [HALF], equal in all columns
+ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector [WGMMA_M], equal in all columns
 
 
 def over_rows(vector, shape):
-    """[N] → [HALF, N]."""
+    """[N] → [WGMMA_M, N]."""
     return lax.broadcast_in_dim(vector, shape, [1])
 
 
 def over_columns(vector, shape):
-    """[HALF] → [HALF, N]."""
+    """[WGMMA_M] → [WGMMA_M, N]."""
     return lax.broadcast_in_dim(vector, shape, [0])
 
 
@@ -38,29 +35,29 @@ def store(ref, value):
 
 
 def store_transposed(ref, tile):
-    """ref [N, HALF] = tileᵀ."""
+    """ref [N, WGMMA_M] = tileᵀ."""
     store(ref.transpose((1, 0)), plgpu.layout_cast(tile.astype(ref.dtype), plgpu.Layout.WGMMA_TRANSPOSED))
 
 
 def load_transposed(ref):
-    """[HALF, N] of ref [N, HALF]."""
+    """[WGMMA_M, N] of ref [N, WGMMA_M]."""
     tile = load(ref.transpose((1, 0)), plgpu.Layout.WGMMA_TRANSPOSED)
     return plgpu.layout_cast(tile, plgpu.Layout.WGMMA)
 
 
-def part_of_single(parts_gmem, part, where):
-    """The place of a part [HALF] of a single row's sum: a column of the narrow piece that eight parts are."""
-    return parts_gmem.at[div(part, QUERIES), *where, 0, :, rem(part, QUERIES)]
-
-
 def column(tile, number: int):
-    """[HALF] of [HALF, columns]."""
+    """[WGMMA_M] of [WGMMA_M, columns]."""
     numbers = plgpu.broadcasted_iota(jnp.int32, tile.shape, 1, layout=plgpu.Layout.WGMMA)
     return jnp.where(numbers == number, tile, 0).sum(axis=1)
 
 
-def sum_of(parts):
-    first, *others = parts
+def rounded(x, dtype):
+    """x rounded to `dtype`, as fp32."""
+    return x.astype(dtype).astype(jnp.float32)
+
+
+def add_all(values):
+    first, *others = values
     return sum(others, first)
 
 

@@ -1,13 +1,13 @@
 """One decoding step of a whole Llama-family decoder with pre-gated LoRA experts, as one launch.
 
-    h = norm(x);  x ← x + o(attention(q h, k h, v h));   h = norm(x);  x ← x + down(silu(gate h) · up h)      for every layer
-    logits = head norm(x)
+    h = norm(x);  x ← x + o(attention(q h, k h, v h));   h = norm(x);  x ← x + down(silu(gate h) · up h)      for every
+    layer logits = head norm(x)
 
 with every adapted linear f(h) = W h + Σ_u g_u s B[e_u] (A[e_u] h): the experts e and gates g of a row are the same in all
 layers and known before the launch (arXiv 2603.11873, Eq. 2), so their factors are read along with the weights.
 
-It runs on Hopper (Mosaic GPU). Elsewhere, and for shapes that `obstacle` names, decode with the model's own modules.
-"""
+It runs on Hopper (Mosaic GPU). Elsewhere, and for shapes that `unsupported_reason` names, decode with the model's own
+modules."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_token.plan import (
-    HALF,
-    MIN_SLOTS,
-    PIECE,
-    TILE,
+from pallas_kernels.megakernel.plan import (
+    MIN_STAGES,
+    SMEM_BYTES,
+    TILE_K,
+    TILE_M,
+    WGMMA_M,
     Plan,
-    in_pieces,
+    Profile,
     make_plan,
     max_in_dim,
-    no_room,
+    no_smem_reason,
+    to_k_tiles,
 )
 from pallas_kernels.pregated_linear.mixture import Mixture, used_first
 
@@ -36,7 +38,7 @@ MAX_BATCH = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Of the decoder: what the weights' shapes do not tell, and what they do by its name."""
+    """Sizes of the decoder, of one device's shard where several share it."""
 
     num_layers: int
     embed_dim: int
@@ -62,9 +64,9 @@ class Shape:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """Of the decoder, stacked over layers: `linears` W [L, out, in] by name and `lm_head` [V, D]; `biases` [L, out] of those
-    linears that have one; `norms` [2L + 1, D], of attention and FFN in turn and the last one; `q_norm`, `k_norm` [L, H] or
-    None; `windows` [L], positions that a query sees."""
+    """Of the decoder, stacked over layers: `linears` W [L, out, in] by name and `lm_head` [V, D]; `biases` [L, out] of
+    those linears that have one; `norms` [2L + 1, D], of attention and FFN in turn and the last one; `q_norm`, `k_norm`
+    [L, H] or None; `windows` [L], positions that a query sees."""
 
     linears: dict[str, Array]
     biases: dict[str, Array]
@@ -77,54 +79,57 @@ class Weights:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """A [L, E, R, in] and B [L, E, out, R] by the name of the linear, with R a multiple of 64, and the experts that the
-    rows use; one that no row uses is not read."""
+    """A [L, E, R, in] and B [L, E, out, R] by the name of the linear, R a multiple of 64, and the experts that the rows
+    use; an expert that no row uses is not read."""
 
     a: dict[str, Array]
     b: dict[str, Array]
     mixture: Mixture
 
 
-def obstacle(
+def unsupported_reason(
     shape: Shape,
     dtype: Any,
     batch: int,
     targets: tuple[str, ...] = (),
     *,
-    rank: int = PIECE,
-    max_used: int = 1,
-    num_blocks: int = 132,
+    rank: int = TILE_K,
+    max_experts_used: int = 1,
+    num_ctas: int = 132,
 ) -> str | None:
-    """Why this cannot run as one launch, whatever the device; or None. `max_used`: experts that the rows use together, at
-    most."""
-    if jnp.dtype(dtype) != jnp.bfloat16:  # in float16, an input before its norm may be too large
+    """The reason why the megakernel cannot run this, whatever the device; or None. `max_experts_used`: experts that the
+    rows use together, at most."""
+    if jnp.dtype(dtype) != jnp.bfloat16:  # float16 may overflow before a norm
         return f"the weights are {jnp.dtype(dtype)}, and it takes bfloat16"
-    if shape.head_dim not in (PIECE, 2 * PIECE):
+    if shape.head_dim not in (TILE_K, 2 * TILE_K):
         return f"heads have {shape.head_dim} dimensions, and it takes 64 and 128"
     if batch > MAX_BATCH:
         return f"{batch} rows are decoded together, and it takes {MAX_BATCH} at most"
     for name, (out, into) in shape.linears().items():
-        if out % HALF or into % PIECE:
+        if out % WGMMA_M or into % TILE_K:
             return f"{name} is [{out}, {into}], and it takes multiples of 64"
         if into > max_in_dim(batch):
             return f"{name} has {into} inputs, and with {batch} rows it takes {max_in_dim(batch)} at most"
-    if targets and rank % PIECE:
-        return f"experts have rank {rank}, and it takes multiples of {PIECE}"
+    if targets and rank % TILE_K:
+        return f"experts have rank {rank}, and it takes multiples of {TILE_K}"
     plan = make_plan(
         shape.linears(), targets, batch=batch, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
-        cache_slots=TILE, max_used=max_used, rank=rank, num_blocks=num_blocks,
+        cache_slots=TILE_M, max_experts_used=max_experts_used, rank=rank, num_ctas=num_ctas,
     )  # fmt: skip
-    if plan.slots < max(MIN_SLOTS, 2 * shape.head_dim // PIECE):
-        return no_room(max_used, rank, batch)
+    if plan.stages < max(MIN_STAGES, 2 * shape.head_dim // TILE_K):
+        return no_smem_reason(max_experts_used, rank, batch)
     return None
 
 
-def plan_for(shape: Shape, experts: Experts | None, batch: int, cache_slots: int, num_blocks: int) -> Plan:
+def plan_for(
+    shape: Shape, experts: Experts | None, batch: int, cache_slots: int, num_ctas: int, smem_bytes: int = SMEM_BYTES
+) -> Plan:
     targets = () if experts is None else tuple(experts.a)
     return make_plan(
         shape.linears(), targets, batch=batch, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
-        cache_slots=cache_slots, max_used=1 if experts is None else len(experts.mixture.experts),
-        rank=PIECE if experts is None else next(iter(experts.a.values())).shape[2], num_blocks=num_blocks,
+        cache_slots=cache_slots, max_experts_used=1 if experts is None else len(experts.mixture.experts),
+        rank=TILE_K if experts is None else next(iter(experts.a.values())).shape[2], num_ctas=num_ctas,
+        smem_bytes=smem_bytes,
     )  # fmt: skip
 
 
@@ -141,14 +146,15 @@ def decode_token(
     *,
     axis: str | None = None,
     interpret: Any = False,
-    num_blocks: int | None = None,
+    num_ctas: int | None = None,
     one_launch: bool = True,
+    profile: Profile | None = None,
 ) -> tuple[Float[Array, "B V"], Float[Array, "L B K H"], Float[Array, "L B K H"]]:
     """Logits (fp32), and the keys and values of the token, which the caller writes into the cache.
 
-    Several devices do it together in a `jax.shard_map` over `axis`: each has the query and key-value heads, hidden units and
-    tokens of its own, `shape` tells how many, and arrays that are not cut by them are whole. So are x, the experts and, in
-    the end, the logits.
+    Several devices do it together in a `jax.shard_map` over `axis`: each has the query and key-value heads, hidden
+    units and tokens of its own, `shape` tells how many, and arrays that are not cut by them are whole. So are x, the
+    experts and, in the end, the logits.
 
     Args:
       x: embeddings of the tokens.
@@ -156,40 +162,43 @@ def decode_token(
       positions: of the tokens; a row whose position is S or more reads the whole cache.
       cos, sin: of the positions' angles, fp32.
       axis: of a mesh that has no other; its devices belong to one process and reach each other's memory.
-      num_blocks: default, one on each multiprocessor; `interpret` on the CPU; without `one_launch` a launch per phase.
+      num_ctas: default, one on each multiprocessor; `interpret` on the CPU; without `one_launch` a launch per phase.
+      profile: write a timeline of the launch.
 
     Raises:
-      ValueError: what `obstacle` names.
+      ValueError: what `unsupported_reason` names.
     """
-    from pallas_kernels.decode_token.mosaic import run_token
+    from pallas_kernels.megakernel.kernel_sm90 import run_megakernel
 
     batch, slots = len(x), cache_k.shape[2]
-    blocks = num_blocks or jax.devices()[0].core_count
+    ctas = num_ctas or jax.devices()[0].core_count
     used: dict[str, Any] = {}
     if experts is not None:
         rank = next(iter(experts.a.values())).shape[2]
-        used = {"targets": tuple(experts.a), "rank": rank, "max_used": len(experts.mixture.experts)}
-    why_not = obstacle(shape, x.dtype, batch, **used, num_blocks=blocks)
-    if why_not is None and interpret is False and not one_launch:
-        why_not = "compiled, all phases are one launch"
-    if why_not is None and interpret is not False and one_launch and blocks > 1:
-        why_not = "interpreted, several blocks need a launch for each phase"
-    if why_not is None and interpret is not False and axis is not None:
-        why_not = "interpreted, devices do not reach each other's memory"
-    if why_not is not None:
-        raise ValueError(f"decode_token cannot run: {why_not}")
-    plan = plan_for(shape, experts, batch, slots, blocks)
-    rows = ((0, plan.columns - batch), (0, 0))
+        used = {"targets": tuple(experts.a), "rank": rank, "max_experts_used": len(experts.mixture.experts)}
+    reason = unsupported_reason(shape, x.dtype, batch, **used, num_ctas=ctas)
+    if reason is None and interpret is False and not one_launch:
+        reason = "compiled, all phases are one launch"
+    if reason is None and interpret is not False and one_launch and ctas > 1:
+        reason = "interpreted, several CTAs need a launch for each phase"
+    if reason is None and interpret is not False and axis is not None:
+        reason = "interpreted, devices do not reach each other's memory"
+    if reason is not None:
+        raise ValueError(f"decode_token cannot run: {reason}")
+    plan = plan_for(shape, experts, batch, slots, ctas, SMEM_BYTES - (profile.smem_bytes if profile else 0))
+    rows = ((0, plan.padded_batch - batch), (0, 0))
     x = jnp.pad(x, rows)
 
     def to_two(x: Array) -> Array:
-        """What belongs to a head of PIECE dimensions twice, one after the other."""
-        return x if x.shape[-1] == 2 * PIECE else jnp.concatenate([x, x], axis=-1)
+        """What belongs to a head of TILE_K dimensions twice, one after the other."""
+        return x if x.shape[-1] == 2 * TILE_K else jnp.concatenate([x, x], axis=-1)
 
-    squares = jnp.square(x.astype(jnp.float32)).sum(axis=1)  # of the whole row, where the kernel adds up those of tiles
+    # The kernel adds up the squares of each 64 dimensions; here those of a whole row are the first of these sums.
+    row_sums = jnp.square(x.astype(jnp.float32)).sum(axis=1)
+    square_sums = (-(-shape.embed_dim // WGMMA_M**2) * WGMMA_M, plan.padded_batch)
     inputs: dict[str, Any] = {
-        "x": in_pieces(x), "x_weighted": in_pieces(x * weights.norms[0]),
-        "squares": jnp.zeros((-(-shape.embed_dim // HALF**2) * HALF, plan.columns), jnp.float32).at[0].set(squares),
+        "x": to_k_tiles(x), "x_weighted": to_k_tiles(x * weights.norms[0]),
+        "square_sums": jnp.zeros(square_sums, jnp.float32).at[0].set(row_sums),
         "positions": jnp.minimum(positions, slots).astype(jnp.int32), "windows": weights.windows,
         "cos": jnp.pad(jnp.concatenate([cos, cos], axis=-1), rows), "norms": weights.norms,
         "sin": jnp.pad(jnp.concatenate([-sin, sin], axis=-1), rows),
@@ -199,8 +208,10 @@ def decode_token(
         inputs |= {"q_norm": to_two(weights.q_norm), "k_norm": to_two(weights.k_norm)}
     if experts is not None:
         mixture, num_used = used_first(experts.mixture)
-        gates = jnp.pad(mixture.gates, ((0, 0), (0, plan.columns - batch)))
+        gates = jnp.pad(mixture.gates, ((0, 0), (0, plan.padded_batch - batch)))
         inputs |= {"experts": mixture.experts, "num_used": num_used, "gates": gates}
         inputs |= {"a": experts.a, "b": experts.b}
-    logits, k_new, v_new = run_token(inputs, plan, shape, axis=axis, interpret=interpret, one_launch=one_launch)
+    logits, k_new, v_new = run_megakernel(
+        inputs, plan, shape, axis=axis, interpret=interpret, one_launch=one_launch, profile=profile
+    )
     return logits[:, :batch].T, k_new[:, :batch], v_new[:, :batch]

@@ -46,7 +46,7 @@ def configure(rank: int, itemsize: int) -> Config:
     return Config(tile_m=128, tile_n=64, tile_k=32, num_warps=4, num_stages=3)
 
 
-def obstacle(weights: dict[str, Array]) -> str | None:
+def unsupported_reason(weights: dict[str, Array]) -> str | None:
     """Why these shapes cannot run here, or None."""
     if len(weights) > MAX_TARGETS:
         return f"there are {len(weights)} targets, and one launch takes {MAX_TARGETS}"
@@ -129,12 +129,12 @@ def sgmm_triton(
     *,
     config: Config | None = None,
 ) -> dict[str, Array]:
-    """See `pallas_kernels.sgmm.sgmm`. Raises `ValueError` as `obstacle` says."""
+    """See `pallas_kernels.sgmm.sgmm`. Raises `ValueError` as `unsupported_reason` says."""
     from jax_triton import triton_call  # here, because its import fails where JAX has no GPU support
 
-    why_not = obstacle(weights)
-    if why_not is not None:
-        raise ValueError(f"sgmm cannot run as triton: {why_not}")
+    reason = unsupported_reason(weights)
+    if reason is not None:
+        raise ValueError(f"sgmm cannot run as triton: {reason}")
     names = sorted(weights)
     _, num_experts, rank, _ = a[names[0]].shape
     config = config or configure(rank, weights[names[0]].dtype.itemsize)

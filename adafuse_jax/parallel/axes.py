@@ -1,0 +1,67 @@
+"""Logical axes: the name of every axis of every array, and the rules that map names to axes of a mesh.
+
+    q, k, v, gate, up    W [layers, out, embed];    A [layers, experts, rank, embed];    B [layers, experts, out, rank]
+    o, down              W [layers, embed, in];     A [layers, experts, rank, in];       B [layers, experts, embed, rank]
+    out and in:          heads (q, o), kv_heads (k, v), hidden (gate, up, down)
+    lm_head              [vocab, embed];            embed_tokens [input_vocab, embed]
+    cache                [layers, batch, length, kv_heads, head_dim]
+
+An axis that the rules do not name is whole on every device. With `TENSOR_PARALLEL` a device holds whole heads, and computes
+attention and the FFN's hidden units of its own; the outputs of o and down are partial sums, so two all-reduces per layer are
+all that devices exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import PartitionSpec
+from jax.tree_util import keystr
+
+Axes = tuple[str | None, ...]
+Rules = Mapping[str, str]
+"""Logical axis → axis of the mesh."""
+
+TENSOR = "tensor"
+TENSOR_PARALLEL: Rules = {"heads": TENSOR, "kv_heads": TENSOR, "hidden": TENSOR, "vocab": TENSOR}
+
+LINEARS: Mapping[str, tuple[str, str]] = {
+    "q_proj": ("heads", "embed"), "k_proj": ("kv_heads", "embed"), "v_proj": ("kv_heads", "embed"),
+    "o_proj": ("embed", "heads"), "gate_proj": ("hidden", "embed"), "up_proj": ("hidden", "embed"),
+    "down_proj": ("embed", "hidden"),
+}  # fmt: skip
+"""(out, in) of the seven linears."""
+TABLES: Mapping[str, Axes] = {"embed_tokens": ("input_vocab", "embed"), "lm_head": ("vocab", "embed")}
+CACHE: Axes = ("layers", "batch", "length", "kv_heads", "head_dim")
+
+
+def logical_axes(path: tuple[Any, ...]) -> Axes:
+    """Of a leaf of a backbone or of an adapter, by its path in the pytree; () for one that no device shares (norms, routers,
+    and PESC's experts, which act on whole activations)."""
+    names = keystr(path, simple=True, separator="/").split("/")
+    table = next((TABLES[name] for name in names if name in TABLES), None)
+    linear = next((name for name in names if name in LINEARS), None)
+    if table is not None or linear is None:
+        return table or ()
+    leaf = next(name for name in reversed(names) if name not in ("value", "raw_value"))
+    return () if "router" in names else linear_axes(linear, leaf)
+
+
+def linear_axes(linear: str, leaf: str) -> Axes:
+    """Of the stacked `weight` or `bias` of one of the seven linears, or of the factors `A` and `B` of its experts."""
+    out, into = LINEARS[linear]
+    return {
+        "weight": ("layers", out, into),
+        "bias": ("layers", out),
+        "A": ("layers", "experts", "rank", into),
+        "B": ("layers", "experts", out, "rank"),
+    }[leaf]
+
+
+def partition_spec(axes: Axes, rules: Rules = TENSOR_PARALLEL) -> PartitionSpec:
+    """How an array with these axes is sharded; axes that are whole at the end are left out."""
+    spec = [None if axis is None else rules.get(axis) for axis in axes]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return PartitionSpec(*spec)

@@ -1,0 +1,112 @@
+"""Multi-stage shared-memory pipeline: one warpgroup produces chunks of weights, another consumes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.megakernel.plan import COPIES_DURING_EXCHANGE, WGMMA_M
+from pallas_kernels.megakernel.schedule import rem
+
+
+class ProducerState(NamedTuple):
+    """Of the producer warpgroup: copies begun, those of them that it has seen land, and how many had begun when its phase
+    did."""
+
+    count: Any
+    landed: Any
+    start: Any
+
+    def begin(self) -> ProducerState:
+        """A new phase begins here."""
+        return self._replace(start=self.count)
+
+
+class Pipeline:
+    """Chunks of weights, each as large as a stage, on their way from device memory to the tensor cores. The producer
+    warpgroup fills the stages and the consumer empties them; both go through the same chunks in the same order, and each
+    counts those it has passed.
+
+    A chunk may come in two halves from two places, each with a barrier of its own, `full` and `second_half_full`: each
+    would complete one that waits for one arrival. A phase's first chunks come while the CTAs exchange partial sums, and
+    whatever they store or load meanwhile waits behind copies in flight; so of the first `num_stages` of a phase no more
+    than
+    `copies_during_exchange` are in flight at once."""
+
+    def __init__(
+        self,
+        stages_smem: Any,
+        full: Any,
+        empty: Any,
+        second_half_full: Any = None,
+        copies_during_exchange: int = COPIES_DURING_EXCHANGE,
+    ):
+        self.stages_smem, self.full, self.empty, self.second_half_full = stages_smem, full, empty, second_half_full
+        self.num_stages = stages_smem.shape[0]
+        self.copies_during_exchange = min(copies_during_exchange, self.num_stages)
+
+    def start(self) -> ProducerState:
+        """No copies, and no exchange to keep quiet for."""
+        return ProducerState(jnp.int32(0), jnp.int32(0), jnp.int32(-self.num_stages))
+
+    def produce(
+        self, state: ProducerState, number: Any, sources_of: Callable[[Any], tuple[Sequence[Any], Any]]
+    ) -> ProducerState:
+        """Fill stages with the next `number` chunks. `sources_of(c)` gives, of the c-th, sources and the index of the
+        right one; a source gives the chunk, or its two halves. Each time round either one copy has landed or one more
+        begins: a loop of its own for waiting would be unrolled, and be a tenth of the kernel's instructions."""
+        begin = state.count
+
+        def must_land(state):
+            during_exchange = state.count - state.start < self.num_stages
+            in_flight = jnp.where(during_exchange, self.copies_during_exchange, self.num_stages)
+            return state.landed < state.count + 1 - in_flight
+
+        def wait(state):
+            plgpu.barrier_wait(self.full.at[rem(state.landed, self.num_stages)])
+            return state._replace(landed=state.landed + 1)
+
+        def copy(state):
+            stage = rem(state.count, self.num_stages)
+
+            @pl.when(state.count >= self.num_stages)
+            def _():
+                plgpu.barrier_wait(self.empty.at[stage])
+
+            def copy_from(source):
+                parts = source()
+                for half, (part_gmem, barriers) in enumerate(
+                    zip(parts, (self.full, self.second_half_full), strict=False)
+                ):
+                    part_smem = self.stages_smem.at[stage]
+                    if len(parts) > 1:
+                        part_smem = self.stages_smem.at[stage, pl.ds(half * WGMMA_M, WGMMA_M)]
+                    plgpu.copy_gmem_to_smem(part_gmem, part_smem, barriers.at[stage])
+
+            sources, index = sources_of(state.count - begin)
+            for i, source in enumerate(sources):
+                pl.when(index == i)(partial(copy_from, source)) if len(sources) > 1 else copy_from(source)
+            return state._replace(count=state.count + 1)
+
+        return lax.while_loop(
+            lambda state: state.count < begin + number,
+            lambda state: lax.cond(must_land(state), wait, copy, state),
+            state,
+        )
+
+    def take(self, count, in_halves: Any = False):
+        """The next chunk, when it has come."""
+        stage = rem(count, self.num_stages)
+        plgpu.barrier_wait(self.full.at[stage])
+        if in_halves is not False:
+            pl.when(in_halves)(lambda: plgpu.barrier_wait(self.second_half_full.at[stage]))
+        return self.stages_smem.at[stage]
+
+    def release(self, count):
+        plgpu.barrier_arrive(self.empty.at[rem(count, self.num_stages)])

@@ -1,0 +1,66 @@
+"""Logical axes of every leaf, and the sharding that tensor parallelism makes of them, against a table written by hand."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from test_methods import FEW
+
+from adafuse_jax.adapters.methods import MODULES, make_adapter
+from adafuse_jax.configs import AdapterConfig, ModelConfig
+from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.parallel.axes import TENSOR_PARALLEL, logical_axes, partition_spec
+
+MODEL = ModelConfig(
+    model_type="qwen3", vocab_size=260, embed_dim=32, hidden_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
+    max_position_embeddings=64, norm_eps=1e-5, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True,
+)  # fmt: skip
+SIZES = {
+    "layers": 2, "embed": 32, "hidden": 48, "heads": 64, "kv_heads": 32, "vocab": 260, "input_vocab": 260,
+}  # fmt: skip
+BY_OUT, BY_IN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
+SHARDED = {
+    **{(linear, leaf): P(None, "tensor") for linear in BY_OUT for leaf in ("weight", "bias")},
+    **{(linear, "B"): P(None, None, "tensor") for linear in BY_OUT},
+    **{(linear, "weight"): P(None, None, "tensor") for linear in BY_IN},
+    **{(linear, "A"): P(None, None, None, "tensor") for linear in BY_IN},
+}
+"""(linear, leaf) → how it is sharded; what is not here is whole, but for the head."""
+
+
+def leaves(module: object) -> list[tuple[tuple, str, jax.ShapeDtypeStruct]]:
+    found = jax.tree_util.tree_leaves_with_path(module)
+    return [(path, jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in found]
+
+
+def modules() -> dict[str, object]:
+    make = {"backbone": lambda: Backbone(MODEL, dtype="float32", rngs=nnx.Rngs(0))}
+    for method in MODULES:
+        config = AdapterConfig(
+            adapter=method, **FEW.get(method, {}) | ({"experts_per_layer": (2, 4)} if method == "mola" else {})
+        )
+        make[method] = lambda config=config: make_adapter(config, MODEL, rngs=nnx.Rngs(0))
+    return {name: jax.eval_shape(build) for name, build in make.items()}
+
+
+@pytest.mark.parametrize(("name", "module"), modules().items())
+def test_every_leaf_is_sharded_as_the_table_says(name, module):
+    for path, text, leaf in leaves(module):
+        names = text.split("/")
+        linear = next((n for n in names if n.endswith("_proj")), None)
+        kind = next(n for n in reversed(names) if n not in ("value", "raw_value"))
+        wanted = P() if "router" in names or linear is None else SHARDED.get((linear, kind), P())
+        assert partition_spec(logical_axes(path)) == (P("tensor") if "lm_head" in names else wanted), text
+        axes = logical_axes(path)
+        assert len(axes) in (0, leaf.ndim), text
+        for axis, size in zip(axes, leaf.shape, strict=False):
+            assert size == SIZES.get(axis, size), (text, axis)
+
+
+def test_rules_decide_the_mesh_axis():
+    axes = ("layers", "hidden", "embed")
+    assert partition_spec(axes, {"embed": "fsdp", "hidden": "tensor"}) == P(None, "tensor", "fsdp")
+    assert partition_spec(axes, {}) == P()
+    assert set(TENSOR_PARALLEL) == {"heads", "kv_heads", "hidden", "vocab"}
