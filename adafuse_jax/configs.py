@@ -289,10 +289,12 @@ class DecodeConfig:
     system: str | None = flag("system message put before the prompt", None, "TEXT")
     raw: bool = flag("give the prompt to the model as it is, without the chat template", False)
     max_new_tokens: int = flag("tokens to generate, at most", 256, low=1, high=MAX_COUNT)
-    temperature: float = flag("0 (or below 1e-8) decodes greedily; higher is more random", 0.0, low=0)
+    temperature: float = flag("0 (or below 1e-8) decodes greedily; higher is more random", 0.0, low=0, high=1e38)
     top_k: int = flag("sample among the k likeliest tokens (0: all)", 0, low=0, high=2**31 - 1)
     top_p: float = flag("sample among the likeliest tokens that hold this probability", 1.0, above=0, high=1)
-    repetition_penalty: float = flag("divide positive (multiply negative) logits of tokens seen before", 1.0, above=0)
+    repetition_penalty: float = flag(
+        "divide positive (multiply negative) logits of tokens seen before", 1.0, above=0, high=1e38
+    )
     stop: tuple[str, ...] = flag("stop before any of these strings appears", (), "TEXT")
     seed: int = flag(
         "seed of the sampling; a prompt's n-th answer depends on the seed, the prompt and n alone",
