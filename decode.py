@@ -5,18 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adafuse_jax.configs import DecodeConfig
-from adafuse_jax.core import runtime
-from adafuse_jax.core.errors import run_cli
-from adafuse_jax.core.flags import parse_flags
+from adafuse_jax.core.cli import run_cli
 
 
 def main(argv: Sequence[str]) -> int:
+    from adafuse_jax.configs import DecodeConfig
+    from adafuse_jax.core import runtime
+    from adafuse_jax.core.flags import parse_flags
+
     (config,) = parse_flags(__doc__, (DecodeConfig,), argv)
     runtime.set_up()
-    from adafuse_jax.decoding.session import decode
+    with runtime.memory_errors("shorten the prompt, lower --batch-size or --max-new-tokens, or give --dtype bfloat16"):
+        from adafuse_jax.decoding.session import decode
 
-    with runtime.memory_errors_told("shorten the prompt, lower --max-new-tokens or give --dtype bfloat16"):
         decode(config)
     return 0
 

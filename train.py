@@ -3,28 +3,30 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 
-from adafuse_jax.configs import AdapterConfig, TrainConfig
-from adafuse_jax.core import runtime
-from adafuse_jax.core.errors import run_cli
-from adafuse_jax.core.flags import parse_flags
+from adafuse_jax.core.cli import run_cli
 
 
 def main(argv: Sequence[str]) -> int:
+    import json
+    import sys
+
+    from adafuse_jax.configs import AdapterConfig, TrainConfig
+    from adafuse_jax.core import runtime
+    from adafuse_jax.core.flags import parse_flags
+
     config, adapter_config = parse_flags(__doc__, (TrainConfig, AdapterConfig), argv)
     runtime.set_up()
-    from adafuse_jax.training.loop import Stopped, train
+    with runtime.memory_errors("lower --batch-size, --max-length, --rank or --num-experts"):
+        from adafuse_jax.training.loop import Stopped, train
 
-    try:
-        with runtime.memory_errors_told("lower --batch-size, --max-length, --rank or --num-experts"):
+        try:
             summary = train(config, adapter_config)
-    except Stopped as stopped:
-        message, signal_number = stopped.args
-        print(message, file=sys.stderr)
-        return 128 + signal_number
+        except Stopped as stopped:
+            message, signal_number = stopped.args
+            print(message, file=sys.stderr)
+            return 128 + signal_number
     print(json.dumps(summary, indent=2))
     return 0
 

@@ -4,19 +4,25 @@
     peft           a LoRA as PEFT's two files
     adafuse-jax    any adapter as train.py writes it; ties a LoRA of PEFT to this backbone
 
+A tokenizer or a chat template in the adapter's directory goes with it in each form.
+
 Experts that change from token to token have no place in other programs: only a LoRA leaves in the first two forms.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from adafuse_jax.configs import DType, flag
+from adafuse_jax.configs import DType
 from adafuse_jax.core import runtime
-from adafuse_jax.core.errors import UserError, run_cli
+from adafuse_jax.core.atomic_files import require_free
+from adafuse_jax.core.cli import run_cli
+from adafuse_jax.core.errors import UserError
+from adafuse_jax.core.fields import check, flag
 from adafuse_jax.core.flags import parse_flags
 
 
@@ -24,15 +30,16 @@ from adafuse_jax.core.flags import parse_flags
 class ExportConfig:
     """What `python -m adafuse_jax.export` does."""
 
-    model: str = flag("Hugging Face model directory or hub id of the adapter's backbone", metavar="DIR|ID")
-    adapter: str = flag("adapter directory written by train.py, or a LoRA of PEFT", metavar="DIR")
-    output: str = flag("directory to write; it must not exist, or be empty", metavar="DIR")
+    model: str = flag("Hugging Face model directory or hub id of the adapter's backbone", metavar="DIR|ID", text="path")
+    adapter: str = flag("adapter directory written by train.py, or a LoRA of PEFT", metavar="DIR", text="path")
+    output: str = flag("directory to write; it must not exist, or be empty", metavar="DIR", text="path")
     format: Literal["huggingface", "peft", "adafuse-jax"] = flag(
         "a plain model with the LoRA merged in, a LoRA for PEFT, or an adapter of this project", "huggingface"
     )
     dtype: DType | None = flag("type of the merged model's weights; default: the backbone's own", None)
 
     def __post_init__(self) -> None:
+        check(self)
         if self.dtype is not None and self.format != "huggingface":
             raise UserError(f"--dtype is for --format huggingface; adapters are written as {self.format} in float32")
 
@@ -40,20 +47,24 @@ class ExportConfig:
 def export(config: ExportConfig) -> None:
     """Write `config.output`. It appears complete or not at all. Raises `UserError` for bad input or a full disk."""
     import jax.numpy as jnp
+    from safetensors import SafetensorError
 
     from adafuse_jax.adapters.directory import load_adapter, save_adapter
     from adafuse_jax.adapters.lora import LoRA, merged
+    from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files
     from adafuse_jax.interop.hf_config import read_model_config
     from adafuse_jax.interop.huggingface import backbone_identity, export_backbone, load_backbone, model_directory
     from adafuse_jax.interop.peft import save_peft_lora
 
     out, directory = Path(config.output), model_directory(config.model)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--output {out}: exists and is not an empty directory; give another one")
+    require_free(out, "--output")
     identity = backbone_identity(directory)
     adapter = load_adapter(
         config.adapter, read_model_config(directory), backbone_identity=identity, dtype=jnp.dtype("float32")
     )
+    own, tokenizer = tokenizer_files(directory), tokenizer_files(directory, Path(config.adapter))
+    if tokenizer != own:  # the adapter's: it must be of this model's tokens
+        load_tokenizer(directory, config.adapter)
     try:
         if config.format == "adafuse-jax":
             save_adapter(adapter, out, backbone_name=config.model, backbone_identity=identity)
@@ -65,15 +76,20 @@ def export(config: ExportConfig) -> None:
         elif config.format == "peft":
             save_peft_lora(adapter, out, backbone_name=config.model)
         else:
-            export_backbone(merged(load_backbone(directory, config.dtype), adapter), out, source=directory)
-    except OSError as error:
-        raise UserError(f"--output {out}: cannot be written ({error.strerror}); give another directory") from error
+            model = merged(load_backbone(directory, config.dtype), adapter)
+            export_backbone(model, out, source=directory, tokenizer=tokenizer)
+        if config.format != "huggingface":
+            for name, file in tokenizer.items() if tokenizer != own else ():
+                shutil.copyfile(file, out / name)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--output {out}: cannot be written ({reason}); give another directory") from error
 
 
 def main(argv: Sequence[str]) -> None:
     (config,) = parse_flags(__doc__.splitlines()[0], (ExportConfig,), argv)
     runtime.set_up()
-    with runtime.memory_errors_told("set JAX_PLATFORMS=cpu to merge in the host's memory"):
+    with runtime.memory_errors("set JAX_PLATFORMS=cpu to merge in the host's memory"):
         export(config)
     print(f"wrote {config.output}")
 

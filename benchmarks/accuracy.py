@@ -35,10 +35,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adafuse_jax.configs import require
 from adafuse_jax.core import runtime
 from adafuse_jax.core.atomic_files import write_json
-from adafuse_jax.core.errors import run_cli
+from adafuse_jax.core.cli import run_cli
+from adafuse_jax.core.fields import require
 from adafuse_jax.data.chat import encode_all, load_tokenizer
 from adafuse_jax.data.packing import Rows, pack
 from adafuse_jax.interop.huggingface import load_backbone

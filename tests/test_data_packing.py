@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections import Counter
 
 import jax
@@ -145,6 +147,40 @@ class TestOnePool:
         counts = Counter(drawn(batches, range(3)))
         assert set(counts.values()) == {8}
 
+    @pytest.mark.parametrize("accum", [1, 4])
+    @pytest.mark.parametrize("count", [3, 9, 10, 64])
+    @pytest.mark.parametrize("epochs", [0.5, 1, 3, 2.5, 0.01, 1 / 3])
+    def test_epochs_give_every_row_exactly_so_many_times(self, count: int, accum: int, epochs: float):
+        """Of a fraction, half of the rows (rounded up) once more. The last batch alone is filled up, at its end."""
+        batches = Batches((rows_of(count),), seed=1, batch_size=8, grad_accum=accum, epochs=epochs)
+        assert batches.total_steps is not None
+        order = drawn(batches, range(batches.total_steps))
+        wanted = max(1, math.ceil(epochs * count - 1e-6))
+        assert len(order) == batches.total_steps * 8 * accum
+        assert len(order) - wanted < 8 * accum
+        assert set(order[wanted:]) <= {0}
+        counts = Counter(order[:wanted])
+        assert 0 not in counts
+        assert sum(counts.values()) == wanted
+        assert set(counts.values()) <= {math.floor(epochs), math.ceil(epochs)}
+        if epochs == 3:
+            assert set(counts.values()) == {3}
+            assert len(counts) == count
+        without = Batches((rows_of(count),), seed=1, batch_size=8, grad_accum=accum)
+        assert drawn(without, range(batches.total_steps))[:wanted] == order[:wanted], "the order is that of --steps"
+
+    def test_rows_of_padding_are_of_no_segment_and_no_target(self):
+        batch = Batches((rows_of(3),), seed=1, batch_size=8, epochs=1).at(0)
+        real = batch.segment_ids[0].any(-1)
+        assert real.tolist() == [True] * 3 + [False] * 5
+        for name in ("tokens", "loss_mask", "segment_ids", "positions"):
+            assert not getattr(batch, name)[0, 3:].any()
+            assert getattr(batch, name).dtype == getattr(rows_of(3), name).dtype
+
+    def test_rounding_of_epochs_adds_no_row(self):
+        """0.1 + 0.2 epochs of 10 rows are 3.0000000000000004."""
+        assert Batches((rows_of(10),), seed=1, batch_size=1, epochs=0.1 + 0.2).total_rows == 3
+
     def test_several_sources_without_weights_are_one_pool(self):
         batches = Batches((rows_of(10), rows_of(30, first=1001)), seed=0, batch_size=5)
         assert batches.steps_per_epoch == 8
@@ -188,6 +224,13 @@ class TestMixture:
             for start in range(0, len(mine) - size + 1, size):
                 assert len(set(mine[start : start + size])) == size
 
+    def test_epochs_are_as_many_rows_in_all(self):
+        batches = Batches((rows_of(90), rows_of(7, first=1001)), seed=5, batch_size=10, weights=(0.3, 0.7), epochs=2)
+        assert (batches.total_rows, batches.total_steps) == (194, 20)
+        order = drawn(batches, range(20))
+        assert sum(t > 0 for t in order) == 194
+        assert order[:194] == drawn(dataclasses.replace(batches, epochs=None), range(20))[:194]
+
     def test_random_access(self):
         def make() -> Batches:
             return Batches((rows_of(90), rows_of(7, first=1001)), seed=5, batch_size=7, weights=(0.3, 0.7))
@@ -202,7 +245,7 @@ class TestMixture:
             Batches((rows_of(3), rows_of(3)), seed=0, batch_size=1, weights=(1.0, None))
         assert Batches((rows_of(3), rows_of(3)), seed=0, batch_size=1, weights=(None, None)).weights is None
 
-    @pytest.mark.parametrize("bad", [{"batch_size": 0}, {"grad_accum": 0}, {"seed": -1}, {"rows": ()}])
+    @pytest.mark.parametrize("bad", [{"batch_size": 0}, {"grad_accum": 0}, {"seed": -1}, {"rows": ()}, {"epochs": 0.0}])
     def test_bad_sizes(self, bad):
         with pytest.raises(ValueError, match="must be positive"):
             Batches(**({"rows": (rows_of(3),), "seed": 0, "batch_size": 1} | bad))

@@ -11,7 +11,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,18 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
 from adafuse_jax.configs import AdapterConfig, TrainConfig
+from adafuse_jax.core.atomic_files import write_digests
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.flags import parse_flags
+from adafuse_jax.core.tables import Table
 from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.interop.huggingface import load_backbone
 from adafuse_jax.training import loop
+from adafuse_jax.training.output import check_output, new_run, require_no_checkpoint_lost
 from adafuse_jax.training.prepare import prepare_data
 
 STEPS, CHECKPOINT_EVERY = 120, 3
@@ -38,6 +43,20 @@ KILLS_STARTING, KILLS_STEPPING, KILLS_ENDING = 4, 17, 2
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_folder(tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_shared(folder: Path) -> Iterator[None]:
+    """By the runs of this process, and with the processes that `start` starts: most of their time is XLA's."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    for name, value in zip(names, (str(folder / "compiled"), 0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def flags(folder: Path, output: str, **changes: Any) -> list[str]:
@@ -131,8 +150,8 @@ def checkpoints_of(run: Path) -> list[int]:
 
 def saved_state(run: Path, step: int) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint by name, read without the package."""
-    with ocp.CheckpointManager(run / "checkpoints") as manager:
-        return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(run / "checkpoints" / str(step) / "state")
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +237,7 @@ def test_full_disk_while_training(folder: Path, uninterrupted: Path):
 def test_last_checkpoints_are_kept(uninterrupted: Path):
     assert checkpoints_of(uninterrupted) == [STEPS - CHECKPOINT_EVERY, STEPS]
     assert sorted(os.listdir(uninterrupted)) == [
-        "adapter", "checkpoints", "metrics.jsonl", "summary.json", "train_config.json", "training.png",
+        ".lock", "adapter", "checkpoints", "metrics.jsonl", "summary.json", "train_config.json", "training.png",
     ]  # fmt: skip
 
 
@@ -244,17 +263,39 @@ def test_a_finished_run_writes_its_outputs_again(finished_again: Path, folder: P
 
 
 @pytest.mark.slow
-def test_the_checkpoint_before_serves_when_the_last_is_corrupt(finished_again: Path, folder: Path, uninterrupted: Path):
-    shutil.rmtree(finished_again / "checkpoints" / str(STEPS) / "state" / "d")
-    with pytest.raises(UserError, match=f"checkpoints/{STEPS}: .* delete it to use the one before"):
-        train_here(folder, finished_again, resume=True)
-    shutil.rmtree(finished_again / "checkpoints" / str(STEPS))
+def test_the_checkpoint_before_serves_when_the_last_is_damaged(
+    finished_again: Path, folder: Path, uninterrupted: Path, caplog: pytest.LogCaptureFixture
+):
+    """One byte of an array, and lines of the metrics file."""
+    (arrays,) = (finished_again / "checkpoints" / str(STEPS) / "state" / "d").iterdir()
+    data = bytearray(arrays.read_bytes())
+    data[len(data) // 2] ^= 1
+    arrays.write_bytes(data)
+    lines = (finished_again / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (finished_again / "metrics.jsonl").write_bytes(
+        b"".join([*lines[:5], b"\xff\x00{\n", b'{"loss": 1.0}\n', *lines[5:]])
+    )
     train_here(folder, finished_again, resume=True)
+    before = f"going on from the checkpoint before, {finished_again}/checkpoints/{STEPS - CHECKPOINT_EVERY}"
+    assert sum(before in line for line in caplog.messages) == 1
+    assert f"{finished_again}/metrics.jsonl: 2 damaged line(s) left out" in caplog.messages
     check_same(finished_again, uninterrupted)
 
 
 def short_run(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
     return train_here(folder, output, **({"steps": 4, "checkpoint_every": 1, "eval_examples": 0} | changes))
+
+
+def edit_identity(run: Path, change: Callable[[dict[str, Any]], Any], *, digests: bool = True) -> None:
+    """Of the newest checkpoint; without `digests` it then is as an earlier version wrote it."""
+    where = run / "checkpoints" / str(checkpoints_of(run)[-1])
+    table = json.loads((where / "identity" / "metadata").read_text())
+    change(table)
+    (where / "identity" / "metadata").write_text(json.dumps(table))
+    if digests:
+        write_digests(where)
+    else:
+        (where / "digests.json").unlink()
 
 
 def test_a_run_with_tied_experts_is_a_loras(folder: Path, tmp_path: Path):
@@ -276,9 +317,7 @@ def test_a_run_older_than_a_setting_had_its_default(folder: Path, tmp_path: Path
     """Its checkpoints do not know the setting, and it goes on; not with another value."""
     run, plain = tmp_path / "run", {"tied_share": None, "router_share": None}
     short_run(folder, run, **plain)
-    path = run / "checkpoints" / "4" / "identity" / "metadata"
-    table = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in table.items() if name not in plain}))
+    edit_identity(run, lambda table: [table.pop(name) for name in plain])
     with pytest.raises(UserError, match=r"was made with router_share 1\.0, this run has 0\.5"):
         short_run(folder, run, **plain | {"router_share": 0.5}, resume=True)
     short_run(folder, run, **plain, resume=True)
@@ -287,8 +326,7 @@ def test_a_run_older_than_a_setting_had_its_default(folder: Path, tmp_path: Path
 def test_a_run_with_a_setting_that_is_no_more_is_refused(folder: Path, tmp_path: Path):
     run = tmp_path / "run"
     short_run(folder, run)
-    path = run / "checkpoints" / "4" / "identity" / "metadata"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"router_rate": 0.1}))
+    edit_identity(run, lambda table: table.update(router_rate=0.1))
     with pytest.raises(UserError, match=r"was made with router_rate 0\.1, this run has None; resume with the same"):
         short_run(folder, run, resume=True)
 
@@ -310,14 +348,148 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(folder: Path, tm
     assert all(np.isfinite(array).all() for array in saved_state(tmp_path / "run", last).values())
 
 
-def test_nan_in_the_backbone_stops_the_first_step(folder: Path, tmp_path: Path):
+def test_nan_in_the_backbone_is_found_before_a_run_directory_is_made(folder: Path, tmp_path: Path):
     shutil.copytree(folder / "model", tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     tensors = load_file(weights)
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
     save_file(tensors, weights)
-    with pytest.raises(UserError, match=r"^step 1: .* is not finite; there is no checkpoint yet"):
+    with pytest.raises(UserError, match=r"(is not finite; there is no checkpoint|up_proj.* holds NaN)"):
         short_run(folder, tmp_path / "run", model=tmp_path / "model")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("fault", ["memory", "not finite"])
+def test_a_failing_first_step_leaves_no_run_directory(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+):
+    def step(state: Any, *_: Any, **__: Any) -> Any:
+        if fault == "memory":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+        return state, {"loss": np.float32(np.inf)}
+
+    monkeypatch.setattr(loop, "train_step", step)
+    with pytest.raises((UserError, jax.errors.JaxRuntimeError), match=r"^step 1: loss|RESOURCE"):
+        short_run(folder, tmp_path / "run", eval_examples=4)
+    assert not (tmp_path / "run").exists()
+
+
+class TestOneRunADirectory:
+    def test_the_loser_of_two_starts_changes_nothing(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """Both find the directory free; the other makes it while this one loads its model."""
+        run = tmp_path / "run"
+        with ExitStack() as other:
+
+            def load(*args: Any) -> Any:
+                other.enter_context(new_run(run, {"seed": 5}))
+                before.update(tiny.snapshot(tmp_path))
+                return load_backbone(*args)
+
+            before: dict[str, tuple] = {}
+            monkeypatch.setattr(loop, "load_backbone", load)
+            monkeypatch.setattr(loop, "train_step", lambda state, *_, **__: (state, {"loss": np.float32(1)}))
+            with pytest.raises(UserError, match=f"--output {run}: another process is using it"):
+                short_run(folder, run)
+            assert tiny.snapshot(tmp_path) == before
+
+    def test_a_run_that_goes_on_is_not_resumed(self, folder: Path, tmp_path: Path):
+        run = tmp_path / "run"
+        with new_run(run, {"seed": 5}):
+            before = tiny.snapshot(tmp_path)
+            with pytest.raises(UserError, match=f"--output {run}: another process is using it"):
+                short_run(folder, run, resume=True)
+            assert tiny.snapshot(tmp_path) == before
+
+    def test_a_lock_alone_is_no_run(self, tmp_path: Path):
+        (tmp_path / ".lock").touch()
+        check_output(tmp_path, resume=False)
+        (tmp_path / "x").touch()
+        with pytest.raises(UserError, match="is in use"):
+            check_output(tmp_path, resume=False)
+
+    def test_a_run_that_lost_its_checkpoints_does_not_begin_anew(self, folder: Path, tmp_path: Path):
+        run = tmp_path / "run"
+        with new_run(run, {"checkpoint_every": 2}):
+            (run / "metrics.jsonl").write_text('{"step": 4}\n')
+            require_no_checkpoint_lost(run, Table.read(run / "train_config.json"))  # killed while it wrote the first
+            (run / "metrics.jsonl").write_text('{"step": 5}\n')
+        before = tiny.snapshot(tmp_path)
+        with pytest.raises(UserError, match="checkpoints of this run are gone; restore them"):
+            short_run(folder, run, resume=True)
+        assert tiny.snapshot(tmp_path) == before
+
+    def test_a_run_killed_before_its_first_checkpoint_begins_anew(self, folder: Path, tmp_path: Path):
+        with new_run(tmp_path / "run", {"seed": 5}):
+            (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+        assert short_run(folder, tmp_path / "run", resume=True)["steps"] == 4
+        assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
+        assert json.loads((tmp_path / "run" / "train_config.json").read_text())["seed"] == 0
+
+    def test_a_damaged_config_is_one_line(self, folder: Path, tmp_path: Path):
+        with new_run(tmp_path / "run", {"seed": 5}):
+            (tmp_path / "run" / "train_config.json").write_bytes(b'{"seed": 5')
+        with pytest.raises(UserError, match=r"train_config\.json: not valid JSON .*; restore the file"):
+            short_run(folder, tmp_path / "run", resume=True)
+
+
+def test_epochs_of_an_earlier_version_are_resumed_by_their_steps(folder: Path, tmp_path: Path):
+    """It counted 6 steps for 3 passes over 14 rows in batches of 8, and filled the last one with rows of a fourth."""
+    run = tmp_path / "run"
+    data = tiny.write_jsonl(tmp_path / "few.jsonl", [{"instruction": f"Say {i}.", "output": str(i)} for i in range(14)])
+    plain: dict[str, Any] = {
+        "grad_accum": None, "batch_size": 8, "no_packing": True, "checkpoint_every": 6, "dataset": data,
+    }  # fmt: skip
+    short_run(folder, run, **plain, steps=6)
+    edit_identity(run, lambda table: [table.pop(name) for name in ("format", "padded_from")], digests=False)
+    with pytest.raises(UserError, match=r"resume with the same, that is --steps 6, or start a new run"):
+        short_run(folder, run, **plain, steps=None, epochs=3, resume=True)
+    short_run(folder, run, **plain, steps=6, resume=True)
+
+
+def test_epochs_see_every_example_so_many_times(folder: Path, tmp_path: Path):
+    """By the tokens that the metrics count; and a resumed run does so bit for bit."""
+    run = tmp_path / "run"
+    data = tiny.write_jsonl(
+        tmp_path / "few.jsonl", [{"instruction": f"Say {i}.", "output": "a" * i} for i in range(1, 10)]
+    )
+    plain: dict[str, Any] = {
+        "grad_accum": 2, "batch_size": 4, "no_packing": True, "checkpoint_every": 2, "dataset": data, "steps": None,
+        "epochs": 3,
+    }  # fmt: skip
+    assert short_run(folder, run, **plain)["steps"] == 4  # 27 rows, 8 a step
+    config, _ = parse_flags("", (TrainConfig, AdapterConfig), flags(folder, str(run), **plain, eval_examples=0))
+    (rows,) = prepare_data(config, load_tokenizer(folder / "model")).batches.rows  # type: ignore[arg-type]
+    assert sum(line["tokens"] for line in metrics_of(run)) == 3 * (rows.segment_ids > 0).sum()
+    before = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoints" / "4")
+    short_run(folder, run, **plain, resume=True)
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_second_interrupt_ends_at_once_and_a_third_kills():
+    """The first one, and SIGTERM, only ask."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        with loop._stop_signals() as asked:
+            assert asked() == 0
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            assert asked() == signal.SIGTERM
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+        def interrupt_twice() -> None:
+            with loop._stop_signals() as asked:
+                signal.raise_signal(signal.SIGINT)
+                assert asked() == signal.SIGINT
+                signal.raise_signal(signal.SIGINT)
+
+        with pytest.raises(KeyboardInterrupt):
+            interrupt_twice()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before[0])
 
 
 def test_only_the_adapter_trains(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

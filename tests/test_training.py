@@ -15,11 +15,13 @@ from goldens.tiny_models import CASES, write_model_dir
 from test_adapters import random_adapter, tokens_of
 
 from adafuse_jax import load_backbone
+from adafuse_jax.adapters.router import expert_load
 from adafuse_jax.configs import TrainConfig
 from adafuse_jax.data.batches import Batch
 from adafuse_jax.data.chat import Encoded
-from adafuse_jax.data.packing import pack
+from adafuse_jax.data.packing import Rows, pack
 from adafuse_jax.evaluation.heldout import HeldOut, score
+from adafuse_jax.training import step
 from adafuse_jax.training.recipe import Recipe, tied_gradients
 from adafuse_jax.training.step import TrainState, learning_rate, make_optimizer, token_losses, train_step
 
@@ -53,6 +55,14 @@ def examples(model, lengths, seed=0) -> list[Encoded]:
 def as_batch(rows, accum: int) -> Batch:
     fold = lambda x: x.reshape(accum, -1, x.shape[-1])  # noqa: E731
     return Batch(*(fold(getattr(rows, f.name)) for f in dataclasses.fields(Batch)))
+
+
+def router_load(model, adapter, batch: Batch) -> jax.Array:
+    """f [E] by a pass through all layers."""
+    out = model.run(
+        batch.tokens, adapter=adapter, positions=jnp.array(batch.positions), segment_ids=jnp.array(batch.segment_ids)
+    )
+    return expert_load(out.routing, jnp.array(batch.segment_ids) > 0)[0]
 
 
 class TestLoss:
@@ -107,20 +117,57 @@ class TestPacking:
 
 
 class TestStep:
-    def test_accumulation_equals_one_large_batch(self, model):
-        rows = pack(examples(model, (30, 20, 8, 25, 31, 12, 28, 17), seed=3), 32, packing=False)
+    @pytest.mark.parametrize("targets", [("q_proj", "down_proj"), ("gate_proj",)], ids=["embedding", "context"])
+    def test_accumulation_equals_one_large_batch(self, model, targets):
+        """Also in the balance loss, whose f is that of the whole step: 8 rows at once, and as 2 × 4 or 4 × 2, packed from
+        very different lengths, and two of padding. The router sees the token, or (first target in the FFN) the context."""
+        rows = pack(examples(model, (32, 20, 3, 30, 9, 16, 4, 31, 2, 26, 5, 6), seed=3), 32)
+        rows = Rows(*(np.resize(x, (8, 32)) for x in (rows.tokens, rows.loss_mask, rows.segment_ids, rows.positions)))
+        rows.segment_ids[6:], rows.loss_mask[6:] = 0, False
+        optimizer = make_optimizer(config(learning_rate=1e-3), 10)
+        results, gaps = [], []
+        for accum in (1, 2, 4):
+            state = state_of(random_adapter(model.config, balance_coefficient=1.0, targets=targets), optimizer)
+            batch = as_batch(rows, accum)
+            micros = [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(accum)]
+            loads = [router_load(model, state.adapter, micro) for micro in micros if micro.segment_ids.any()]
+            gaps.append(max(float(jnp.abs(load - loads[0]).max()) for load in loads))
+            for _ in range(3):
+                state, metrics = train_step(state, model, batch, optimizer=optimizer, remat=accum == 2)
+            results.append((state.adapter, metrics))
+        assert min(gaps[1:]) > 0.01, "the micro-batches load the experts alike, and would not show a difference"
+        for adapter, metrics in results[1:]:
+            for name in metrics:
+                np.testing.assert_allclose(metrics[name], results[0][1][name], rtol=1e-4, atol=1e-6, err_msg=name)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), adapter, results[0][0])
+
+    def test_a_balance_loss_of_each_micro_batch_would_differ(self, model, monkeypatch):
+        """By far more than the tolerance above: that test sees the difference."""
+        rows = pack(examples(model, (32, 20, 3, 30, 9, 16, 4, 31), seed=3), 32, packing=False)
+        optimizer = make_optimizer(config(learning_rate=1e-3), 10)
+        routers = []
+        for whole in (True, False):
+            state = state_of(random_adapter(model.config, balance_coefficient=1.0), optimizer)
+            if not whole:
+                monkeypatch.setattr(step, "load_of_step", lambda *_: None)
+            state, _ = step.train_step.__wrapped__(state, model, as_batch(rows, 4), optimizer=optimizer, remat=False)
+            routers.append(np.array(state.moments[1][0].mu.router.weight[...]))
+        assert np.abs(routers[0] - routers[1]).max() > 0.01 * np.abs(routers[0]).max()
+
+    def test_rows_of_padding_weigh_nothing(self, model):
+        """Five rows in a batch of eight are a batch of five."""
+        rows = pack(examples(model, (30, 20, 8, 25, 31), seed=3), 32, packing=False)
+        padded = Rows(*(np.pad(getattr(rows, f.name), ((0, 3), (0, 0))) for f in dataclasses.fields(Rows)))
         optimizer = make_optimizer(config(), 10)
         results = []
-        for accum in (1, 2, 4):
-            adapter = random_adapter(model.config, balance_coefficient=0.0)
-            state, metrics = train_step(
-                state_of(adapter, optimizer), model, as_batch(rows, accum), optimizer=optimizer, remat=accum == 2
-            )
-            results.append((state.adapter, metrics["loss"], metrics["grad_norm"]))
-        for adapter, loss, norm in results[1:]:
-            assert loss == pytest.approx(float(results[0][1]), rel=1e-5)
-            assert norm == pytest.approx(float(results[0][2]), rel=1e-4)
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), adapter, results[0][0])
+        for batch in (as_batch(rows, 1), as_batch(padded, 2)):
+            state = state_of(random_adapter(model.config, balance_coefficient=1.0), optimizer)
+            state, metrics = train_step(state, model, batch, optimizer=optimizer, remat=False)
+            results.append((state.moments, metrics))
+        for moments, metrics in results[1:]:
+            for name in metrics:
+                np.testing.assert_allclose(metrics[name], results[0][1][name], rtol=1e-4, atol=1e-6, err_msg=name)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), moments, results[0][0])
 
     def test_loss_falls_and_the_backbone_stays(self, model):
         rows = pack(examples(model, (30, 20, 25, 31)), 32, packing=False)

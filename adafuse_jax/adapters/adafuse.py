@@ -63,9 +63,11 @@ class AdaFuse(nnx.Module):
     ) -> AdaFuseLayer:
         return AdaFuseLayer(self, experts, layer, routing, key)
 
-    def balance_loss(self, routing: Routing, mask: Bool[Array, "B T"]) -> Float[Array, ""]:
-        """Of the one router."""
-        return balance_loss(routing, mask)
+    def balance_loss(
+        self, routing: Routing, mask: Bool[Array, "B T"], load: Float[Array, " E"] | None = None
+    ) -> Float[Array, ""]:
+        """Of the one router; with the `load` of more tokens than these, if it is given."""
+        return balance_loss(routing, mask, load=load)
 
 
 class AdaFuseLayer(Hook):

@@ -88,14 +88,18 @@ class Router(nnx.Module):
 
 
 def balance_loss(
-    routing: Routing, mask: Bool[Array, "B T"], num_experts: Int[Array, "*routers"] | int | None = None
+    routing: Routing,
+    mask: Bool[Array, "B T"],
+    num_experts: Int[Array, "*routers"] | int | None = None,
+    load: Float[Array, "*routers E"] | None = None,
 ) -> Float[Array, "*routers"]:
     """Switch-style load balance E · Σ_e f_e · P_e over the tokens of `mask`: 1 when balanced, E/k when collapsed.
 
-    f_e is expert e's share of the top-k assignments, P_e its mean probability over all E logits. `num_experts` is E where a
-    router has fewer than the arrays hold.
+    f_e is expert e's share of the top-k assignments, or `load` [E] if that is given; P_e its mean probability over all E
+    logits. `num_experts` is E where a router has fewer than the arrays hold.
     """
-    load, probability = expert_load(routing, mask)
+    found, probability = expert_load(routing, mask)
+    load = found if load is None else load
     size = routing.probabilities.shape[-1] if num_experts is None else num_experts
     return size * jnp.sum(load * probability, axis=-1)
 

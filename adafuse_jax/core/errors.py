@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
 from typing import Any
 
 EXIT_CODE = 2
@@ -45,19 +43,3 @@ def quoted(value: Any, limit: int = 60) -> str:
     except (RecursionError, ValueError):
         text = f"a {type(value).__name__}"
     return shortened(text, limit)
-
-
-def run_cli(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Run a command-line `main(argv)`; a `UserError` becomes one line on stderr and exit code 2, without a traceback."""
-    try:
-        code = main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_CODE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        code = 0
-    sys.exit(code)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import tomllib
-import types
-import typing
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
+from adafuse_jax.core.errors import UserError, quoted
+from adafuse_jax.core.fields import Kind, checked_path, flag_name, kinds
+from adafuse_jax.core.tables import parse_table, read_text
 
-from adafuse_jax.core.errors import UserError
+CONFIG_SUFFIXES = (".json", ".toml", ".yaml", ".yml")
+MAX_CONFIG_BYTES = 2**20
+INTEGER = re.compile(r"[+-]?[0-9]+")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE)
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -29,89 +31,87 @@ def parse_flags(description: str, config_types: Sequence[type], argv: Sequence[s
     """
     parser = _OneLineParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE", help="JSON, TOML or YAML file of flag names and values")
-    fields: dict[str, dataclasses.Field] = {}
+    fields: dict[str, tuple[dataclasses.Field, Kind]] = {}
     for config_type in config_types:
-        hints = typing.get_type_hints(config_type)
-        for f in dataclasses.fields(config_type):
-            fields[f.name] = f
-            _add_flag(parser, f, hints[f.name])
+        for f, kind in zip(dataclasses.fields(config_type), kinds(config_type), strict=True):
+            fields[f.name] = f, kind
+            _add_flag(parser, f, kind)
     given = vars(parser.parse_args(argv))
     path = given.pop("config", None)
-    values = (_read_config_file(Path(path), parser, fields) if path else {}) | given
-    for name, f in fields.items():
+    values = (
+        {} if path is None else _read_config_file(path, {name: kind for name, (_, kind) in fields.items()})
+    ) | given
+    for name, (f, _) in fields.items():
         if name not in values and f.default is dataclasses.MISSING:
-            raise UserError(f"{_flag_name(name)} is required: {f.metadata['help']}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+            raise UserError(f"{flag_name(name)} is required: {f.metadata['help']}")
     return [t(**{f.name: values[f.name] for f in dataclasses.fields(t) if f.name in values}) for t in config_types]
 
 
-def _flag_name(field_name: str) -> str:
-    return "--" + field_name.replace("_", "-")
-
-
-def _plain_type(hint: Any) -> tuple[Any, bool, tuple | None]:
-    """(element type, is a tuple, choices) of a field's type hint; `X | None` counts as X."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(a for a in typing.get_args(hint) if a is not type(None))
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        return typing.get_args(hint)[0], True, None
-    if origin is typing.Literal:
-        return str, False, typing.get_args(hint)
-    return hint, False, None
-
-
-def _add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field, hint: Any) -> None:
-    kind, is_tuple, choices = _plain_type(hint)
+def _add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field, kind: Kind) -> None:
     text = f.metadata["help"].replace("%", "%%")
     if f.default is dataclasses.MISSING:
         text += " (required)"
     elif f.default not in (None, ()):
-        text += f" (default: {' '.join(map(str, f.default)) if is_tuple else f.default})"
-    if kind is bool:
-        parser.add_argument(_flag_name(f.name), action=argparse.BooleanOptionalAction, help=text)
+        text += f" (default: {' '.join(map(str, f.default)) if kind.is_tuple else f.default})"
+    if kind.type is bool:
+        parser.add_argument(flag_name(f.name), action=argparse.BooleanOptionalAction, help=text)
         return
-    metavar = f.metadata["metavar"] or (None if choices else {int: "N", float: "X"}.get(kind, "NAME"))
-    extra: dict[str, Any] = {"nargs": "+"} if is_tuple else {}
-    parser.add_argument(_flag_name(f.name), type=kind, choices=choices, metavar=metavar, help=text, **extra)
+    metavar = f.metadata["metavar"] or (None if kind.choices else {int: "N", float: "X"}.get(kind.type, "NAME"))
+    extra: dict[str, Any] = {"nargs": "+"} if kind.is_tuple else {}
+    parser.add_argument(
+        flag_name(f.name), type=_parser_of(kind.type), choices=kind.choices, metavar=metavar, help=text, **extra
+    )
 
 
-def _read_config_file(
-    path: Path, parser: argparse.ArgumentParser, fields: dict[str, dataclasses.Field]
-) -> dict[str, Any]:
-    readers: dict[str, Any] = {
-        ".json": json.loads,
-        ".toml": tomllib.loads,
-        ".yaml": yaml.safe_load,
-        ".yml": yaml.safe_load,
-    }
-    if path.suffix not in readers:
-        raise UserError(f"--config {path}: unknown kind of file; use one of {' '.join(readers)}")
-    try:
-        table = readers[path.suffix](path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror}); give an existing file") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: not valid {path.suffix[1:].upper()} ({error}); correct the file") from error
-    if not isinstance(table, dict):
-        raise UserError(f"--config {path}: holds a {type(table).__name__}; write a table of flag names and values")
-    arguments: list[str] = []
-    empty: dict[str, Any] = {}
-    for key, value in table.items():
+def _parser_of(kind: type) -> Callable[[str], Any]:
+    """From a flag's text to its value. `int` and `float` alone would take 1_0, and digits of every script."""
+    if kind not in (int, float):
+        return kind
+    pattern, name = (INTEGER, "an integer") if kind is int else (NUMBER, "a number")
+
+    def parse(text: str) -> Any:
+        try:
+            if pattern.fullmatch(text.strip()):
+                return kind(text)
+        except ValueError:  # more digits than Python converts
+            pass
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not {name}")
+
+    return parse
+
+
+def _read_config_file(given: str, fields: dict[str, Kind]) -> dict[str, Any]:
+    """Field names → checked values. A key without a value (null) counts as absent."""
+    path = Path(checked_path(given, "--config"))
+    where = f"--config {path}"
+    if path.suffix not in CONFIG_SUFFIXES:
+        raise UserError(f"{where}: unknown kind of file; use one of {' '.join(CONFIG_SUFFIXES)}")
+    text = read_text(path, what="--config ", max_bytes=MAX_CONFIG_BYTES, advice="give an existing file")
+    values: dict[str, Any] = {}
+    for key, value in parse_table(text, path.suffix, where).items():
         name = str(key).replace("-", "_")
         if name not in fields:
-            raise UserError(f"--config {path}: unknown key '{key}'; the keys are the names of the flags, see --help")
-        if value is None:
-            continue
-        if isinstance(value, bool):
-            arguments.append(_flag_name(name) if value else "--no-" + _flag_name(name)[2:])
-        elif value == [] and isinstance(fields[name].default, tuple):
-            empty[name] = []
-        elif isinstance(value, list):
-            arguments += [_flag_name(name), *map(str, value)]
-        else:
-            arguments.append(f"{_flag_name(name)}={value}")
-    try:
-        return vars(parser.parse_args(arguments)) | empty
-    except UserError as error:
-        raise UserError(f"--config {path}: {error}") from error
+            raise UserError(f"{where}: unknown key {quoted(str(key))}; the keys are the names of the flags, see --help")
+        if name in values:
+            raise UserError(f"{where}: {flag_name(name)} is given twice; leave one out")
+        if value is not None:
+            try:
+                values[name] = fields[name].checked(_as_declared(value, fields[name]), flag_name(name))
+            except argparse.ArgumentTypeError as error:
+                raise UserError(f"{where}: {flag_name(name)}: {error}; correct the file") from error
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+    return values
+
+
+def _as_declared(value: Any, kind: Kind) -> Any:
+    """One value for a flag that takes several is a list of it. Numbers may be text: YAML reads 1e-4 as text."""
+    if kind.is_tuple:
+        elements = value if isinstance(value, list) else [value]
+        return [_as_number(element, kind) for element in elements]
+    return _as_number(value, kind)
+
+
+def _as_number(value: Any, kind: Kind) -> Any:
+    is_number = kind.type in (int, float) and isinstance(value, str)
+    return _parser_of(kind.type)(value) if is_number else value

@@ -1,30 +1,40 @@
-"""Process-wide settings of the two scripts: quiet libraries, our own log lines, the persistent compilation cache."""
+"""Process-wide settings of the commands: quiet libraries, our own log lines, the persistent compilation cache."""
 
 from __future__ import annotations
 
-import io
+import contextlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from adafuse_jax.core.errors import UserError
+from adafuse_jax.core.errors import UserError, shortened
+
+MAX_LOG_LINE = 1000
+"""Characters of a log line, at most."""
 
 
 def set_up() -> None:
-    """Call before JAX or transformers is used. Respects JAX_COMPILATION_CACHE_DIR if it is set."""
+    """Call before JAX or transformers is used. Respects JAX_COMPILATION_CACHE_DIR if it is set.
+
+    Every log record and every warning of a library is one line on stderr.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.ERROR)
+    handler = _StderrHandler()
+    handler.setFormatter(_OneLine())
+    logging.basicConfig(handlers=[handler], level=logging.ERROR)
     logging.getLogger("adafuse_jax").setLevel(logging.INFO)
-    _tell_kernels_once()
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    logging.raiseExceptions = False  # a stderr that is full or closed ends nothing
+    warnings.showwarning = _show_warning
+    _log_kernels_once()
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a locale may lack the characters of an answer
     _silence_background_errors()
     import jax
@@ -34,15 +44,35 @@ def set_up() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
+class _StderrHandler(logging.StreamHandler):
+    """Writes to what `sys.stderr` is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+class _OneLine(logging.Formatter):
+    """The message alone, as one line without the traceback that a library may add."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shortened(record.getMessage(), MAX_LOG_LINE)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(f"warning: {shortened(str(message), MAX_LOG_LINE)} ({category.__name__})", file=sys.stderr)
+
+
 @cache
-def _tell_kernels_once() -> None:
-    """Which kernel runs, and why not a faster one, is logged at every compilation; say each of it once."""
-    told: set[str] = set()
+def _log_kernels_once() -> None:
+    """Which kernel runs, and why not a faster one, is logged at every compilation; let each message pass once."""
+    seen: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        new = text not in told
-        told.add(text)
+        new = text not in seen
+        seen.add(text)
         return new
 
     logging.getLogger("pallas_kernels").setLevel(logging.INFO)
@@ -50,22 +80,24 @@ def _tell_kernels_once() -> None:
 
 
 def _silence_background_errors() -> None:
-    """The threads that write a checkpoint print tracebacks of errors that `Checkpoints` tells in one line."""
+    """The threads that write a checkpoint print tracebacks of errors that `Checkpoints` reports in one line; a Ctrl-C in
+    a destructor or callback has no traceback either."""
     import absl.logging  # its import sets the level changed here
 
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
     def hook(unraisable: Any) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
+        interrupted = isinstance(unraisable.exc_value, KeyboardInterrupt)
+        if not interrupted and "Event loop is closed" not in str(unraisable.exc_value):
             sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = hook
 
 
-@contextmanager
-def memory_errors_told(advice: str) -> Iterator[None]:
-    """Within, a device that runs out of memory is a `UserError` that ends with `advice`."""
+@contextlib.contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Within, a device or host that runs out of memory is a `UserError` that ends with `advice`."""
     import jax
 
     try:
@@ -73,8 +105,11 @@ def memory_errors_told(advice: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        reason = str(error).splitlines()[0][:200]
+        reason = shortened(str(error).splitlines()[0], 200)
         raise UserError(f"the device has too little memory ({reason}); {advice}") from error
+    except MemoryError as error:
+        reason = shortened(str(error), 200) or "an allocation failed"
+        raise UserError(f"the host has too little memory ({reason}); {advice}") from error
 
 
 def exact_float32() -> None:
@@ -88,7 +123,7 @@ def exact_float32() -> None:
 
 
 def peak_device_gib() -> float | None:
-    """The most memory this process has had in use on its first device, in GiB; None where the device does not tell."""
+    """The most memory this process has had in use on its first device, in GiB; None where the device does not report it."""
     import jax
 
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

@@ -3,11 +3,13 @@
 One pool:  global row index i -> epoch i // n, row permutation(seed, epoch)[i % n].
 Mixture:   blocks of 1000 indices hold weight_s / Σ weight of source s (largest remainder), shuffled by (seed, block);
            the c-th index of source s -> epoch c // n_s, row permutation(seed, epoch, s)[c % n_s].
+Epochs:    N of them end after ⌈N · n⌉ rows, n those of all sources; what the last batch lacks then are rows of padding.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -73,6 +75,9 @@ class Batches:
 
     `weights` of None: one pool, every row once an epoch. Otherwise one weight a source, and each source walks its own
     epochs. A set smaller than a batch goes on with its next epoch.
+
+    `epochs` of None: there is no last batch. Otherwise a row of one pool is drawn exactly `epochs` times over all batches
+    (of 2.5 epochs: two times, and half of the rows a third time); of a mixture as many rows are drawn in all, by weight.
     Raises UserError for weights given to some sources only or below a thousandth; ValueError for sizes below 1."""
 
     rows: tuple[Rows, ...]
@@ -80,11 +85,14 @@ class Batches:
     batch_size: int
     grad_accum: int = 1
     weights: tuple[float | None, ...] | None = None
+    epochs: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.rows or self.batch_size < 1 or self.grad_accum < 1 or self.seed < 0:
+        epochs = 1.0 if self.epochs is None else self.epochs
+        if not self.rows or self.batch_size < 1 or self.grad_accum < 1 or self.seed < 0 or not 0 < epochs < math.inf:
             raise ValueError(
-                f"{len(self.rows)=}, {self.batch_size=}, {self.grad_accum=} must be positive, {self.seed=} not negative"
+                f"{len(self.rows)=}, {self.batch_size=}, {self.grad_accum=}, {self.epochs=} must be positive, "
+                f"{self.seed=} not negative"
             )
         weights = self.weights if self.weights and any(w is not None for w in self.weights) else None
         if weights is not None and (len(weights) != len(self.rows) or any(w is None or not w > 0 for w in weights)):
@@ -110,9 +118,24 @@ class Batches:
         return self.rows[0].length
 
     @property
+    def rows_per_epoch(self) -> int:
+        """n, the rows of all sources."""
+        return sum(len(rows) for rows in self.rows)
+
+    @property
     def steps_per_epoch(self) -> int:
         """The least number of steps that draws as many rows as there are."""
-        return -(-sum(len(rows) for rows in self.rows) // self.rows_per_step)
+        return -(-self.rows_per_epoch // self.rows_per_step)
+
+    @property
+    def total_rows(self) -> int | None:
+        """⌈epochs · n⌉, up to rounding errors of `epochs`; None without an end."""
+        return None if self.epochs is None else max(1, math.ceil(round(self.epochs * self.rows_per_epoch, 6)))
+
+    @property
+    def total_steps(self) -> int | None:
+        """The batches that hold `total_rows`, the last one partly; None without an end."""
+        return None if self.total_rows is None else -(-self.total_rows // self.rows_per_step)
 
     def locate(self, index: Int[np.ndarray, " i"]) -> tuple[Int[np.ndarray, " i"], Int[np.ndarray, " i"]]:
         """(source, row within the source) of global row indices."""
@@ -135,14 +158,18 @@ class Batches:
         return source, row
 
     def at(self, step: int) -> Batch:
-        """The batch of optimiser step `step` (from 0): numpy arrays [grad_accum, batch_size, T]."""
-        first = step * self.rows_per_step
-        source, row = self.locate(np.arange(first, first + self.rows_per_step))
-        shape = (self.grad_accum, self.batch_size, self.length)  # [A, B, T]
+        """The batch of optimiser step `step` (from 0): numpy arrays [grad_accum, batch_size, T]. Rows behind `total_rows`
+        are padding: segment_ids 0 and no targets."""
+        first, last = step * self.rows_per_step, (step + 1) * self.rows_per_step
+        end = last if self.total_rows is None else min(last, max(first, self.total_rows))
+        source, row = self.locate(np.arange(first, end))
+        there = list(zip(source.tolist(), row.tolist(), strict=True))
 
         def gather(name: str) -> np.ndarray:
-            return np.stack(
-                [getattr(self.rows[s], name)[r] for s, r in zip(source.tolist(), row.tolist(), strict=True)]
-            ).reshape(shape)
+            like = getattr(self.rows[0], name)
+            out = np.zeros((self.rows_per_step, self.length), like.dtype)
+            for slot, (s, r) in enumerate(there):
+                out[slot] = getattr(self.rows[s], name)[r]
+            return out.reshape(self.grad_accum, self.batch_size, self.length)
 
         return Batch(**{f.name: gather(f.name) for f in fields(Batch)})

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from adafuse_jax.core import runtime
-from adafuse_jax.core.errors import run_cli
-from adafuse_jax.core.flags import parse_flags
-from adafuse_jax.demo.config import DemoConfig
-
-SIGTERM_EXIT_CODE = 143
+from adafuse_jax.core.cli import run_cli
 
 
 def main(argv: Sequence[str]) -> int:
+    import sys
+
+    from adafuse_jax.core import runtime
+    from adafuse_jax.core.flags import parse_flags
+    from adafuse_jax.demo.config import DemoConfig
+
     (config,) = parse_flags(__doc__, (DemoConfig,), argv)
     runtime.set_up()
-    from adafuse_jax.demo.story import run_demo
-    from adafuse_jax.training.loop import Stopped
+    with runtime.memory_errors("free some memory"):
+        from adafuse_jax.demo.story import run_demo
+        from adafuse_jax.training.loop import Stopped
 
-    try:
-        return run_demo(config)
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return SIGTERM_EXIT_CODE
+        try:
+            return run_demo(config)
+        except Stopped as stopped:
+            message, signal_number = stopped.args
+            print(message, file=sys.stderr)
+            return 128 + signal_number
 
 
 if __name__ == "__main__":

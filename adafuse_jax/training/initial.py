@@ -61,6 +61,8 @@ def read_initial_lora(directory: str, config: AdapterConfig, model: ModelConfig,
     extra = [name for name in lora.config.targets if name not in config.targets]
     if extra:
         raise UserError(f"{where}: adapts {extra[0]}, which is not among --targets; give --targets with it")
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(lora)):
+        raise UserError(f"{where}: holds NaN or infinite values; give another one")
     return lora
 
 

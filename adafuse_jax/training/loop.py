@@ -3,16 +3,14 @@ all weights trained, model directory)."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
-import math
-import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from safetensors import SafetensorError
 
 from adafuse_jax.adapters.directory import save_adapter
 from adafuse_jax.adapters.full import FullWeights
@@ -29,15 +26,33 @@ from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.methods import in_use, num_parameters
 from adafuse_jax.configs import AdapterConfig, TrainConfig
 from adafuse_jax.core import runtime
-from adafuse_jax.core.atomic_files import write_json
-from adafuse_jax.core.errors import UserError
+from adafuse_jax.core.atomic_files import write_json, write_text
+from adafuse_jax.core.errors import UserError, quoted
+from adafuse_jax.core.tables import Table
 from adafuse_jax.data.batches import Batch
 from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.interop.hf_config import read_model_config
 from adafuse_jax.interop.huggingface import backbone_identity, export_backbone, load_backbone, model_directory
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.training.checkpoint import Checkpoints
+from adafuse_jax.training.clock import run_date
 from adafuse_jax.training.initial import digest, initial_weights, read_initial_lora
+from adafuse_jax.training.limits import require_memory
+from adafuse_jax.training.output import (
+    ADAPTER_DIR,
+    CHECKPOINT_DIR,
+    METRICS_FILE,
+    MODEL_DIR,
+    PLOT_FILE,
+    SUMMARY_FILE,
+    check_output,
+    check_space,
+    disk_errors,
+    held_run,
+    new_run,
+    require_no_checkpoint_lost,
+    write_config,
+)
 from adafuse_jax.training.prepare import Data, prepare_data
 from adafuse_jax.training.recipe import Recipe, require_recipe
 from adafuse_jax.training.report import Report, plot_training, read_metrics
@@ -46,17 +61,9 @@ from adafuse_jax.training.untrained import evaluate_only, require_evaluation
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE, METRICS_FILE, PLOT_FILE, SUMMARY_FILE = (
-    "train_config.json",
-    "metrics.jsonl",
-    "training.png",
-    "summary.json",
-)
-ADAPTER_DIR, MODEL_DIR, CHECKPOINT_DIR = "adapter", "model", "checkpoints"
-
 NOT_IDENTITY = (
     "output", "model", "dataset", "eval_dataset", "eval_examples", "eval_every", "checkpoint_every", "keep_checkpoints",
-    "log_every", "resume", "steps", "epochs", "remat", "init_lora",
+    "log_every", "resume", "steps", "epochs", "remat", "init_lora", "template_date",
 )  # fmt: skip
 """Settings that a resumed run may change, or that `backbone`, `data`, `total_steps`, `initial` of the identity stand for."""
 
@@ -65,6 +72,7 @@ USUAL = {
 }
 """What a run has of a setting that is newer than it."""
 
+MAX_STEPS = 2**31 - 1
 FINITE = ("loss", "balance", "grad_norm")
 """Metrics whose overflow ends a run."""
 
@@ -78,16 +86,27 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
 
     `adapter/` (for decode.py; `model/` if all weights train), `checkpoints/`, `metrics.jsonl`, `training.png`,
     `summary.json` and `train_config.json`; with nothing to train only metrics, summary and config. Returns the summary.
+    The directory is made after the first step, when everything that the run reads has been read and has fitted in memory.
 
     Raises:
-      UserError: bad input (nothing is written), a full disk, or a loss that is not finite.
+      UserError: bad input (nothing is written), another process in `config.output`, a full disk, or a loss that is not
+        finite.
       Stopped: SIGTERM or Ctrl-C; a checkpoint has been written.
     """
     output = Path(config.output)
-    _check_output(output, resume=config.resume)
+    check_output(output, resume=config.resume)
     if adapter_config.adapter == "none":
         require_evaluation(config)
     require_recipe(config, adapter_config)
+    with ExitStack() as held:
+        recorded = held.enter_context(held_run(output)) if config.resume else None
+        return _train(config, adapter_config, output, recorded, held)
+
+
+def _train(
+    config: TrainConfig, adapter_config: AdapterConfig, output: Path, recorded: Table | None, held: ExitStack
+) -> dict[str, Any]:
+    """With the run's directory in `held` and its config `recorded`, if it is resumed."""
     directory = model_directory(config.model)
     model_config = read_model_config(directory)
     if config.max_length > model_config.max_position_embeddings:
@@ -95,9 +114,12 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
             f"--max-length {config.max_length} exceeds the {model_config.max_position_embeddings} positions of "
             f"{config.model}; lower it"
         )
+    require_memory(config, model_config)
     if adapter_config.top_k == 1 and adapter_config.renormalize:
         log.warning("--top-k 1: the gate is always 1, so only the balance loss trains the router; see --no-renormalize")
-    data = prepare_data(config, load_tokenizer(directory))
+    tokenizer = load_tokenizer(directory)
+    with run_date(config, tokenizer, recorded) as date:
+        data = prepare_data(config, tokenizer)
     if data.largest_token >= model_config.vocab_size:
         raise UserError(
             f"{directory}: the data has token {data.largest_token} and the model {model_config.vocab_size} tokens: the "
@@ -108,12 +130,16 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
         lora = read_initial_lora(config.init_lora, adapter_config, model_config, backbone_identity=backbone)
     if config.dtype == "float32":
         runtime.exact_float32()
+    settings = {**dataclasses.asdict(config), **adapter_config.table(), "template_date": date, "resume": False}
     if adapter_config.adapter == "none":
         model = load_backbone(directory, config.dtype)
-        _create_output(output, config, adapter_config)
-        with _disk_errors_told(output):
-            return evaluate_only(config, model, data, metrics=output / METRICS_FILE, summary=output / SUMMARY_FILE)
-    steps = config.steps or max(1, math.ceil(config.epochs * data.batches.steps_per_epoch))
+        line, summary = evaluate_only(config, model, data)
+        held.enter_context(new_run(output, settings))
+        with disk_errors(output):
+            write_text(output / METRICS_FILE, json.dumps(line) + "\n")
+            write_json(output / SUMMARY_FILE, summary)
+        return summary
+    steps = _steps(config, data)
     optimizer = make_optimizer(config, steps)
     recipe = Recipe.of(config.tied_share, config.router_share, steps)
 
@@ -123,34 +149,36 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
         return TrainState(step=jnp.int32(0), adapter=trained, moments=optimizer.init(trained), key=state_key)
 
     abstract = jax.eval_shape(lambda: Backbone(model_config, dtype=config.dtype, rngs=nnx.Rngs(0)))
-    _check_space(output, jax.eval_shape(initial_state, abstract, lora), keep=config.keep_checkpoints)
+    like = jax.eval_shape(initial_state, abstract, lora)
+    check_space(output, like.adapter, like.moments, keep=config.keep_checkpoints)
     model = load_backbone(directory, config.dtype)
     identity = _identity(
-        config, adapter_config, backbone=backbone, data=data.fingerprint, total_steps=steps, initial=digest(lora)
-    )
-    state = jax.block_until_ready(
-        jax.jit(initial_state)(model, lora)
-    )  # too little memory shows before anything is written
+        config, adapter_config, backbone=backbone, data=data.fingerprint, total_steps=steps, initial=digest(lora),
+        padded_from=_padded_from(data),
+    )  # fmt: skip
+    state = jax.jit(initial_state)(model, lora)
 
-    if not config.resume:
-        _create_output(output, config, adapter_config)
-    with _disk_errors_told(output):
-        checkpoints = Checkpoints(output / CHECKPOINT_DIR, keep=config.keep_checkpoints, identity=identity, usual=USUAL)
-        try:
-            if checkpoints.latest_step() is not None:
-                state = checkpoints.restore(state)
-            elif config.resume:  # killed before its first checkpoint
-                _create_output(output, config, adapter_config)
-            report = Report(output / METRICS_FILE, start=int(state.step), steps=steps, log_every=config.log_every)
-            if config.resume:
-                report.say(f"resuming {output} at step {int(state.step)}")
-            try:
-                state, seconds = _run(config, state, model, data, optimizer, recipe, steps, checkpoints, report)
-            finally:
-                report.close()
-        finally:
-            checkpoints.close()
+    checkpoints = Checkpoints(output / CHECKPOINT_DIR, keep=config.keep_checkpoints, identity=identity, usual=USUAL)
+    if checkpoints.steps():
+        state = checkpoints.restore(state)
+    elif recorded is not None:
+        require_no_checkpoint_lost(output, recorded)
+    start = int(state.step)
+    report = Report(output / METRICS_FILE, start=start, steps=steps, log_every=config.log_every)
 
+    def open_output() -> None:
+        """Nothing of the run is on disk before."""
+        if recorded is None:
+            held.enter_context(new_run(output, settings))
+        elif start == 0:  # killed before its first checkpoint
+            write_config(output, settings)
+        report.open()
+
+    with disk_errors(output), checkpoints, contextlib.closing(report):
+        if recorded is not None:
+            report.say(f"resuming {output} at step {start}")
+        state, seconds = _run(config, state, model, data, optimizer, recipe, steps, checkpoints, report, open_output)
+    with disk_errors(output):
         if isinstance(state.adapter, FullWeights):
             trained = state.adapter.as_backbone(model.dtype)
             export_backbone(trained, output / MODEL_DIR, source=directory, replace=True)
@@ -163,6 +191,27 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
     return summary
 
 
+def _steps(config: TrainConfig, data: Data) -> int:
+    """`--steps`, or those that `--epochs` take."""
+    steps = config.steps or data.batches.total_steps or 1
+    if steps > MAX_STEPS:
+        name, value = ("steps", config.steps) if config.steps else ("epochs", config.epochs)
+        raise UserError(f"--{name} {quoted(value)}: that is more than {MAX_STEPS} steps; lower it")
+    rows, total = data.batches.rows_per_epoch, data.batches.total_rows
+    if total is not None:
+        padding = steps * data.batches.rows_per_step - total
+        end = f", {padding} rows of the last step are padding" if padding else ""
+        log.info("--epochs %g of %d rows: %d rows in %d steps%s", config.epochs, rows, total, steps, end)
+    return steps
+
+
+def _padded_from(data: Data) -> int | None:
+    """The rows of the run if the last batch is filled up with padding, for its identity; None without padding, and in runs
+    of earlier versions, in which rows of the next epoch filled it."""
+    total = data.batches.total_rows
+    return None if total is None or total % data.batches.rows_per_step == 0 else total
+
+
 def _run(
     config: TrainConfig,
     state: TrainState,
@@ -173,8 +222,10 @@ def _run(
     steps: int,
     checkpoints: Checkpoints,
     report: Report,
+    open_output: Callable[[], None],
 ) -> tuple[TrainState, float]:
-    """All remaining steps. Returns the last state and the seconds spent in steps (evaluation and saving excluded)."""
+    """All remaining steps. `open_output` is called once, after the first step of a run that begins, otherwise at once.
+    Returns the last state and the seconds spent in steps (evaluation and saving excluded)."""
     schedule = learning_rate(config, steps)
     step, seconds = int(state.step), 0.0
 
@@ -183,7 +234,10 @@ def _run(
         if result:
             report.evaluation(step, result)
 
-    if step == 0:
+    is_open = step > 0
+    if is_open:
+        open_output()
+    else:
         evaluate()  # B = 0, so this is the bare backbone, or that with --init-lora
     batch = data.batches.at(step)
     with _stop_signals() as stop_asked:
@@ -200,6 +254,9 @@ def _run(
             if not all(np.isfinite(metrics[name]).all() for name in FINITE if name in metrics):
                 checkpoints.wait()
                 raise UserError(_diverged(step, metrics, checkpoints))
+            if not is_open:
+                open_output()
+                is_open = True
             report.step(step, _as_line(metrics, float(schedule(step - 1)), batch, elapsed))
             last = step == steps
             if step % config.eval_every == 0 or last:
@@ -212,7 +269,7 @@ def _run(
                     f"stopped at step {step} of {steps}, which is saved; continue with --resume", stop_asked()
                 )
             batch = next_batch
-    checkpoints.wait()
+        checkpoints.wait()
     return state, seconds
 
 
@@ -224,31 +281,34 @@ def _as_line(metrics: dict[str, Any], lr: float, batch: Batch, seconds: float) -
 
 def _diverged(step: int, metrics: dict[str, Any], checkpoints: Checkpoints) -> str:
     bad = next(name for name in FINITE if name in metrics and not np.isfinite(metrics[name]).all())
-    last = checkpoints.latest_step()
+    last = checkpoints.steps()[-1:]
     good = (
-        "there is no checkpoint yet"
-        if last is None
-        else f"the last good checkpoint is {checkpoints.directory / str(last)}"
+        f"the last good checkpoint is {checkpoints.directory / str(last[0])}" if last else "there is no checkpoint yet"
     )
     return f"step {step}: {bad} is not finite; {good}: lower --learning-rate or look at the data of that step"
 
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], int]]:
-    """Within, SIGTERM and the first Ctrl-C only set what the yielded function returns: the signal's number, or 0."""
-    asked = 0
+    """Within, SIGTERM and the first Ctrl-C only set what the yielded function returns: the signal's number, or 0. A second
+    Ctrl-C raises `KeyboardInterrupt`, and a third ends the process as the system does, without a word."""
+    asked, interrupts = 0, 0
 
     def handler(signum: int, frame: Any) -> None:
-        nonlocal asked
-        asked = signum
-        signal.signal(signal.SIGINT, previous[signal.SIGINT])
+        nonlocal asked, interrupts
+        asked = asked or signum
+        interrupts += signum == signal.SIGINT
+        if interrupts > 1:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            raise KeyboardInterrupt
 
     previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: asked
     finally:
         for number, old in previous.items():
-            signal.signal(number, old)
+            if number == signal.SIGTERM or interrupts < 2:
+                signal.signal(number, old)
 
 
 def _identity(config: TrainConfig, adapter: AdapterConfig, **more: Any) -> dict[str, Any]:
@@ -256,61 +316,8 @@ def _identity(config: TrainConfig, adapter: AdapterConfig, **more: Any) -> dict[
     return json.loads(json.dumps({**settings, **adapter.table(), **more}))
 
 
-def _check_output(output: Path, *, resume: bool) -> None:
-    try:
-        output.exists()
-    except OSError as error:  # a name that no file can have
-        raise UserError(f"--output {str(output)[:60]}…: {error.strerror}; give another directory") from error
-    if resume and not (output / CONFIG_FILE).exists():
-        raise UserError(f"--output {output}: holds no run to resume; leave out --resume to start one")
-    if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        hint = "continue that run with --resume, or " if (output / CONFIG_FILE).exists() else ""
-        raise UserError(f"--output {output}: is in use; {hint}give another directory")
-    existing = _nearest_existing(output)
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"--output {output}: {existing} is not a writable directory; give another one")
-
-
-def _nearest_existing(path: Path) -> Path:
-    return next(p for p in (path, *path.absolute().parents) if p.exists())
-
-
-def _check_space(output: Path, state: TrainState, *, keep: int) -> None:
-    """The checkpoints (one more than are kept exists while one is written) and the final adapter must fit in the free
-    space and that of the checkpoints which are there already. `state` may be abstract."""
-    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
-    need = (keep + 1) * size((state.adapter, state.moments)) + size(state.adapter)
-    present = sum(f.stat().st_size for f in (output / CHECKPOINT_DIR).rglob("*") if f.is_file())
-    free = shutil.disk_usage(_nearest_existing(output)).free + present
-    if free < need:
-        raise UserError(
-            f"--output {output}: {keep} checkpoints and the adapter need {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
-            "free space, lower --keep-checkpoints or give another disk"
-        )
-
-
-@contextmanager
-def _disk_errors_told(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"--output {output}: cannot be written ({reason}); free space, then continue with --resume"
-        ) from error
-
-
-def _create_output(output: Path, config: TrainConfig, adapter: AdapterConfig) -> None:
-    table = {**dataclasses.asdict(config), **adapter.table(), "resume": False}
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / CONFIG_FILE, table)
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror}); give another directory") from error
-
-
 def _summary(output: Path, state: TrainState, seconds: float) -> dict[str, Any]:
-    lines = read_metrics(output / METRICS_FILE)
+    lines, _ = read_metrics(output / METRICS_FILE)
     held_out = [line for line in lines if "eval_loss" in line]
     speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
     return {
@@ -318,7 +325,7 @@ def _summary(output: Path, state: TrainState, seconds: float) -> dict[str, Any]:
         "trainable_parameters": num_parameters(state.adapter),
         "before": held_out[0] if held_out else None,
         "after": held_out[-1] if held_out else None,
-        "median_tokens_per_second": float(np.median(speeds)),
+        "median_tokens_per_second": float(np.median(speeds)) if speeds else None,
         "seconds_in_steps": round(seconds, 2),
         "peak_device_gib": runtime.peak_device_gib(),
         "device": jax.local_devices()[0].device_kind,

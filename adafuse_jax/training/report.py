@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from adafuse_jax.core.atomic_files import new_file, write_text
 
+log = logging.getLogger(__name__)
+
 
 class Report:
     """Metrics of a run, as lines of `metrics.jsonl` and as a progress bar on stderr (plain lines where it is no terminal).
 
-    Lines of steps after `start`, left by a killed run, are dropped: they will be run again.
+    Nothing is written before `open`. Lines of steps after `start`, left by a killed run, are then dropped: they will be run
+    again. Damaged ones are left out, with one line in the log.
     """
 
     def __init__(self, path: Path, *, start: int, steps: int, log_every: int):
-        self.path, self.steps, self.log_every = path, steps, log_every
-        # From step 0 on, all of it will be: also the evaluation before the first step.
-        kept = [line for line in read_metrics(path) if line["step"] <= start] if start and path.exists() else []
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self.path, self.start, self.steps, self.log_every = path, start, steps, log_every
+        self._file: IO[str] | None = None
+        self._unwritten: list[str] = []
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
+
+    def open(self) -> None:
+        """Write what has been reported so far, and from now on at once. Raises `OSError`."""
+        # From step 0 on, all of it will be: also the evaluation before the first step.
+        lines, damaged = read_metrics(self.path) if self.start and self.path.exists() else ([], 0)
+        if damaged:
+            log.warning("%s: %d damaged line(s) left out", self.path, damaged)
+        lines = [line for line in lines if line["step"] <= self.start]
+        write_text(self.path, "".join([json.dumps(line) + "\n" for line in lines] + self._unwritten))
+        self._file = self.path.open("a", encoding="utf-8")
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         self._bar.update(1)
@@ -48,22 +60,50 @@ class Report:
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        text = json.dumps(line) + "\n"
+        if self._file is None:
+            self._unwritten.append(text)
+        else:
+            self._file.write(text)
+            self._file.flush()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that a kill cut short is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a metrics file, and how many were left out: cut short by a kill, damaged, or without a step."""
+    lines, damaged = [], 0
+    for data in path.read_bytes().split(b"\n"):
+        if not data.strip():
+            continue
         try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+            line = json.loads(data.decode("utf-8"))
+        except (ValueError, RecursionError):
+            line = None
+        if _is_line(line):
+            lines.append(line)
+        else:
+            damaged += 1
+    return lines, damaged
+
+
+LISTS = {"load": 1, "pair": 2}
+"""Metrics that are lists of numbers, and lists of lists; all others are numbers."""
+
+
+def _is_line(line: Any) -> bool:
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return False
+    return all(_is_number(value, LISTS.get(name, 0)) for name, value in line.items())
+
+
+def _is_number(value: Any, depth: int) -> bool:
+    """Whether numpy takes this as a float, or as a list of such, nested to this depth."""
+    if depth:
+        return isinstance(value, list) and all(_is_number(inner, depth - 1) for inner in value)
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def plot_training(metrics: Path, picture: Path) -> None:
@@ -73,26 +113,29 @@ def plot_training(metrics: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = read_metrics(metrics)
+    lines, _ = read_metrics(metrics)
     train = [line for line in lines if "loss" in line]
     held_out = [line for line in lines if "eval_loss" in line]
-    routed = "load" in train[0]
-    figure, axes = plt.subplots(1 + routed, 1, figsize=(9, 7), sharex=True, layout="constrained", squeeze=False)
+    scored = [line for line in held_out if "accuracy" in line]
+    size = len(train[-1].get("load", ())) if train else 0
+    routed = [line for line in train if size and len(line.get("load", ())) == size]
+    figure, axes = plt.subplots(1 + bool(routed), 1, figsize=(9, 7), sharex=True, layout="constrained", squeeze=False)
     top, bottom = axes[0, 0], axes[-1, 0]
     steps = [line["step"] for line in train]
     losses = np.array([line["loss"] for line in train])
     top.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=0.8)
     window = max(1, len(losses) // 50)
-    smooth = np.convolve(np.pad(losses, (window - 1, 0), mode="edge"), np.ones(window) / window, mode="valid")
-    top.plot(steps, smooth, color="tab:blue", label=f"training loss (mean of {window})")
+    if train:
+        smooth = np.convolve(np.pad(losses, (window - 1, 0), mode="edge"), np.ones(window) / window, mode="valid")
+        top.plot(steps, smooth, color="tab:blue", label=f"training loss (mean of {window})")
     right_handles, right_labels = [], []
     if held_out:
         at = [line["step"] for line in held_out]
         top.plot(at, [line["eval_loss"] for line in held_out], "o-", color="tab:orange", label="held-out loss")
-        if "accuracy" in held_out[0]:
-            right = top.twinx()
+        if scored:
+            right, at = top.twinx(), [line["step"] for line in scored]
             right.plot(
-                at, [100 * line["accuracy"] for line in held_out], "s--", color="tab:green", label="held-out accuracy"
+                at, [100 * line["accuracy"] for line in scored], "s--", color="tab:green", label="held-out accuracy"
             )
             right.set_ylabel("accuracy (%)", color="tab:green")
             right.set_ylim(0, 100)
@@ -105,7 +148,7 @@ def plot_training(metrics: Path, picture: Path) -> None:
     )
     bottom.set_xlabel("step")
     if routed:
-        load = np.array([line["load"] for line in train]).T
+        steps, load = [line["step"] for line in routed], np.array([line["load"] for line in routed]).T
         names, colors = [f"expert {e}" for e in range(len(load))], plt.get_cmap("tab20")(range(20))
         bottom.stackplot(steps, 100 * load, labels=names, colors=colors)
         bottom.set_ylabel("share of assignments (%)")

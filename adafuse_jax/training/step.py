@@ -2,10 +2,16 @@
 is what trains.
 
 loss = Σ_t −log p(x_t | x_<t) / #targets + c · E·Σ_e f_e·P_e
+
+f_e, the share of the assignments, has no gradient. AdaFuse's one router stands in layer 0, so f over all tokens of the step
+is computed before the micro-batches; P is a mean over tokens, so their gradients add up to those of one large batch. Routers
+of the layer-wise methods see the outputs of the layers before: their f is of each micro-batch, so --grad-accum changes their
+loss.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +22,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.full import FullWeights
 from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.methods import AnyAdapter, in_use
-from adafuse_jax.adapters.router import is_router, router_statistics
+from adafuse_jax.adapters.router import expert_load, is_router, router_statistics
 from adafuse_jax.configs import TrainConfig
 from adafuse_jax.data.batches import Batch
 from adafuse_jax.model.backbone import Backbone
@@ -97,6 +104,26 @@ def token_losses(
     return jax.lax.scan(add_chunk, jnp.zeros(batch), inputs)[0]
 
 
+def load_of_step(model: Backbone, adapter: AdaFuse, batch: Batch) -> Float[Array, " E"]:
+    """f over all micro-batches of [A, B, T] arrays, from a pass through layer 0 as far as the router; the rest is dead code
+    to XLA."""
+    first = jax.tree.map(lambda leaf: leaf, model)
+    first.layers, experts = jax.tree.map(lambda leaf: leaf[:1], (model.layers, adapter.experts))
+    first.config = dataclasses.replace(model.config, num_layers=1, sliding_windows=model.config.sliding_windows[:1])
+    only = jax.tree.map(lambda leaf: leaf, adapter)
+    only.experts = experts
+
+    def add_micro(total: Array, micro: Any) -> tuple[Array, None]:
+        out = first.run(
+            micro.tokens, adapter=only, positions=micro.positions, segment_ids=micro.segment_ids, unroll=True
+        )
+        real = micro.segment_ids > 0
+        return total + real.sum() * expert_load(out.routing, real)[0], None
+
+    total, _ = jax.lax.scan(add_micro, jnp.zeros(adapter.config.num_experts), batch)
+    return total / jnp.maximum((batch.segment_ids > 0).sum(), 1)
+
+
 @partial(jax.jit, static_argnames=("optimizer", "remat"), donate_argnames="state")
 def train_step(
     state: TrainState,
@@ -107,8 +134,9 @@ def train_step(
     remat: bool,
     recipe: Recipe = PLAIN,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step over a batch of [A, B, T] arrays: gradients of all A micro-batches, normalised by all their targets. Balance
-    loss and statistics are means over the micro-batches, weighted by their tokens.
+    """One step over a batch of [A, B, T] arrays: gradients of all A micro-batches, normalised by all their targets, so that
+    A × B may be split in any way (but for the layer-wise methods' balance loss, and for dropout, which draws anew in each
+    micro-batch). Balance loss and statistics are means over the micro-batches, weighted by their tokens.
 
     Returns the new state (the old one is donated) and the metrics of the step: `loss` (nats per target), `grad_norm`, and
     where there are routers their `balance` (the method's balance loss), `load` [E], `entropy` and `pair` [E, E].
@@ -117,6 +145,8 @@ def train_step(
     tokens = jnp.maximum((batch.segment_ids > 0).sum(), 1)
     key, dropout_key = jax.random.split(state.key)
     config = state.adapter.config
+    is_split = len(batch.tokens) > 1
+    load = load_of_step(model, state.adapter, batch) if is_split and isinstance(state.adapter, AdaFuse) else None
 
     def micro_loss(trained: AnyAdapter | FullWeights, micro: Any, index: Array) -> tuple[Array, dict[str, Array]]:
         backbone, adapter = in_use(trained, model)
@@ -133,7 +163,10 @@ def train_step(
         if isinstance(trained, LoRA | FullWeights):  # no router
             return loss, {"loss": loss}
         share = real.sum() / tokens
-        balance = share * trained.balance_loss(out.routing, real)
+        if isinstance(trained, AdaFuse):
+            balance = share * trained.balance_loss(out.routing, real, load)
+        else:
+            balance = share * trained.balance_loss(out.routing, real)
         statistics = jax.tree.map(lambda x: share * x, router_statistics(out.routing, real))
         return loss + config.balance_coefficient * balance, {"loss": loss, "balance": balance, **statistics}
 

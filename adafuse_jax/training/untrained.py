@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from adafuse_jax.configs import TrainConfig
 from adafuse_jax.core import runtime
-from adafuse_jax.core.atomic_files import write_json, write_text
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.training.prepare import Data
@@ -27,8 +24,8 @@ def require_evaluation(config: TrainConfig) -> None:
         raise UserError("--adapter none only evaluates, and --eval-examples 0 leaves nothing to do; raise it")
 
 
-def evaluate_only(config: TrainConfig, model: Backbone, data: Data, *, metrics: Path, summary: Path) -> dict[str, Any]:
-    """One line of metrics, and a summary whose `before` and `after` are the same."""
+def evaluate_only(config: TrainConfig, model: Backbone, data: Data) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A line of metrics, and a summary whose `before` and `after` are the same."""
     log.info("--adapter none: no training; these are the held-out numbers of the bare backbone")
     result = data.held_out.evaluate(model, None, batch_size=config.batch_size)
     if not result:
@@ -36,7 +33,7 @@ def evaluate_only(config: TrainConfig, model: Backbone, data: Data, *, metrics: 
             "--adapter none only evaluates, and no held-out example is left; give other data in --eval-dataset"
         )
     line = {"step": 0, **result}
-    table = {
+    return line, {
         "steps": 0,
         "trainable_parameters": 0,
         "before": line,
@@ -45,6 +42,3 @@ def evaluate_only(config: TrainConfig, model: Backbone, data: Data, *, metrics: 
         "device": jax.local_devices()[0].device_kind,
         "jax": jax.__version__,
     }
-    write_text(metrics, json.dumps(line) + "\n")
-    write_json(summary, table)
-    return table

@@ -1,0 +1,131 @@
+"""The output directory of a run: who may write there, whether it has room, and its names."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from safetensors import SafetensorError
+
+from adafuse_jax.core.atomic_files import LOCK_FILE, locked, write_json
+from adafuse_jax.core.errors import UserError
+from adafuse_jax.core.tables import Table
+from adafuse_jax.training.report import read_metrics
+
+CONFIG_FILE, METRICS_FILE, PLOT_FILE, SUMMARY_FILE = (
+    "train_config.json",
+    "metrics.jsonl",
+    "training.png",
+    "summary.json",
+)
+ADAPTER_DIR, MODEL_DIR, CHECKPOINT_DIR = "adapter", "model", "checkpoints"
+
+
+def check_output(output: Path, *, resume: bool) -> None:
+    """Raise `UserError` unless `output` holds a run to resume, or is free for a new one. Writes nothing."""
+    try:
+        output.exists()
+    except (OSError, ValueError) as error:  # a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--output {str(output)[:60]}…: {reason}; give another directory") from error
+    if resume and not (output / CONFIG_FILE).exists():
+        raise UserError(f"--output {output}: holds no run to resume; leave out --resume to start one")
+    if not resume:
+        _require_free(output)
+    existing = _nearest_existing(output)
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"--output {output}: {existing} is not a writable directory; give another one")
+
+
+def _require_free(output: Path) -> None:
+    """A lock of a run that never began is no hindrance."""
+    if output.exists() and (not output.is_dir() or any(path.name != LOCK_FILE for path in output.iterdir())):
+        hint = "continue that run with --resume, or " if (output / CONFIG_FILE).exists() else ""
+        raise UserError(f"--output {output}: is in use; {hint}give another directory")
+
+
+@contextmanager
+def held_run(output: Path) -> Iterator[Table]:
+    """Within, this process alone has the run in `output`, whose train_config.json it yields.
+
+    Raises:
+      UserError: another process has it, or its config is damaged.
+    """
+    with _locked(output):
+        yield Table.read(output / CONFIG_FILE)
+
+
+@contextmanager
+def new_run(output: Path, config: dict[str, Any]) -> Iterator[None]:
+    """Within, `output` is this process's alone and holds train_config.json.
+
+    Raises:
+      UserError: another run was first, or the disk refuses.
+    """
+    with disk_errors(output, "give another directory"):
+        output.mkdir(parents=True, exist_ok=True)
+    with _locked(output):
+        _require_free(output)
+        write_config(output, config)
+        yield
+
+
+def require_no_checkpoint_lost(output: Path, recorded: Table) -> None:
+    """Raise `UserError` if the run, which has no checkpoint, must have had one: it would begin anew over its own files."""
+    every = recorded.integer("checkpoint_every", 1, low=1)
+    lines = read_metrics(output / METRICS_FILE)[0] if (output / METRICS_FILE).is_file() else []
+    # A checkpoint is whole before the next one is begun.
+    if (output / SUMMARY_FILE).exists() or any(line["step"] > 2 * every for line in lines):
+        raise UserError(
+            f"{output / CHECKPOINT_DIR}: the checkpoints of this run are gone; restore them, or start a new run in another "
+            "directory"
+        )
+
+
+def write_config(output: Path, config: dict[str, Any]) -> None:
+    with disk_errors(output, "give another directory"):
+        write_json(output / CONFIG_FILE, config)
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    lock = locked(output, what=f"--output {output}")
+    with disk_errors(output, "give another directory"):
+        lock.__enter__()
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+
+
+@contextmanager
+def disk_errors(output: Path, advice: str = "free space, then continue with --resume") -> Iterator[None]:
+    """Within, an error of the disk is a `UserError` with this advice."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--output {output}: cannot be written ({reason}); {advice}") from error
+
+
+def check_space(output: Path, trained: Any, moments: Any, *, keep: int) -> None:
+    """Raise `UserError` unless the checkpoints (one more than are kept exists while one is written) and the final adapter
+    fit in the free space and that of the checkpoints which are there already. The trees may be abstract."""
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
+    need = (keep + 1) * size((trained, moments)) + size(trained)
+    present = sum(f.stat().st_size for f in (output / CHECKPOINT_DIR).rglob("*") if f.is_file())
+    free = shutil.disk_usage(_nearest_existing(output)).free + present
+    if free < need:
+        raise UserError(
+            f"--output {output}: {keep} checkpoints and the adapter need {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            "free space, lower --keep-checkpoints or give another disk"
+        )
+
+
+def _nearest_existing(path: Path) -> Path:
+    return next(p for p in (path, *path.absolute().parents) if p.exists())

@@ -1,0 +1,247 @@
+"""The frame of the commands: what happens while libraries load, closed and full streams, signals, memory, and bugs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+
+from adafuse_jax.core import runtime
+from adafuse_jax.core.cli import BROKEN_PIPE_CODE, run_cli
+from adafuse_jax.core.errors import MAX_MESSAGE, UserError
+
+COMMANDS = {
+    "train": ["train.py", "--model=m", "--dataset=d", "--output=o"],
+    "decode": ["decode.py", "--model=m", "--prompt=Hi"],
+    "export": ["-m", "adafuse_jax.export", "--model=m", "--adapter=a", "--output=o"],
+    "evaluation": ["-m", "adafuse_jax.evaluation", "--model=m", "--dataset=d"],
+    "lm_eval": ["-m", "adafuse_jax.evaluation.lm_eval", "--model=adafuse", "--tasks=t"],
+    "demo": ["-m", "adafuse_jax.demo"],
+}
+BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+"""A library that computes for minutes without a look at Python's signals, as XLA's compiler does."""
+
+
+def start(arguments: list[str], folder: Path, jax: str, **options) -> subprocess.Popen[str]:
+    """A command in `folder`, with a module in place of JAX that runs the code `jax`."""
+    (folder / "jax.py").write_text(jax)
+    script = [str(tiny.REPOSITORY / arguments[0]), *arguments[1:]] if arguments[0] != "-m" else arguments
+    path = os.pathsep.join([str(folder), str(tiny.REPOSITORY)])
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen(
+        [sys.executable, *script], cwd=folder, env=tiny.environment(PYTHONPATH=path), text=True, **pipes
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str]:
+    """(exit code, stderr); stdout must be empty."""
+    out, err = process.communicate(timeout=seconds)
+    assert not out
+    return process.returncode, err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+class TestWhileLibrariesLoad:
+    def test_ctrl_c(self, name: str, tmp_path: Path):
+        process = start(COMMANDS[name], tmp_path, "import os, time; os.kill(os.getpid(), 2); time.sleep(60)")
+        assert finish(process) == (130, "interrupted\n")
+
+    def test_a_broken_library(self, name: str, tmp_path: Path):
+        code, err = finish(start(COMMANDS[name], tmp_path, "raise ImportError('libcudart.so:\\nno such file')"))
+        assert code == 2
+        assert err.splitlines() == [
+            "error: a library cannot be imported (ImportError: libcudart.so: no such file); "
+            "repair the installation: pip install -e ."
+        ]
+
+
+class TestSignals:
+    def run(self, folder: Path, jax: str, *numbers: int) -> tuple[int, str, float]:
+        """(exit code, stderr, seconds from the last signal to the end) of a command that gets signals within JAX."""
+        process = start(COMMANDS["decode"], folder, f"open('begun', 'w').close()\n{jax}")
+        while not (folder / "begun").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        for number in numbers:
+            time.sleep(0.3)
+            process.send_signal(number)
+        begun = time.monotonic()
+        return *finish(process), time.monotonic() - begun
+
+    @pytest.mark.parametrize("code", ["import time; time.sleep(60)", BUSY])
+    def test_a_second_ctrl_c_ends_at_once(self, tmp_path: Path, code: str):
+        code, err, seconds = self.run(tmp_path, f"try:\n    {code}\nfinally:\n    {BUSY}", signal.SIGINT, signal.SIGINT)
+        assert (code, err) == (130, "interrupted\n")
+        assert seconds < 2
+
+    def test_sigterm_runs_the_cleanup(self, tmp_path: Path):
+        code = "import time\ntry:\n    time.sleep(60)\nfinally:\n    open('cleaned', 'w').close()"
+        assert self.run(tmp_path, code, signal.SIGTERM)[:2] == (143, "terminated\n")
+        assert (tmp_path / "cleaned").exists()
+
+    def test_sigterm_ends_what_does_not_react(self, tmp_path: Path):
+        code, err, seconds = self.run(tmp_path, BUSY, signal.SIGTERM)
+        assert (code, err) == (143, "terminated\n")
+        assert seconds < 20
+
+    def test_an_error_after_ctrl_c_is_its_consequence(self, tmp_path: Path):
+        code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    raise SystemError('wrapped')"
+        assert self.run(tmp_path, code, signal.SIGINT)[:2] == (130, "interrupted\n")
+
+    def test_a_background_job_ignores_ctrl_c(self, tmp_path: Path):
+        """nohup and `&` in scripts start a command with SIGINT ignored."""
+        code = "import os, time; os.kill(os.getpid(), 2); time.sleep(0.2); raise ImportError('went on')"
+        ignoring = start(
+            COMMANDS["decode"], tmp_path, code, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+        )
+        status, err = finish(ignoring)
+        assert (status, "went on" in err) == (2, True)
+
+
+HELP = ["decode.py", "--help"]
+NO_MODEL = ["decode.py", "--prompt=Hi"]
+
+
+def shell(redirection: str, arguments: list[str], unbuffered: str) -> subprocess.CompletedProcess[str]:
+    """A command with the shell's redirections."""
+    command = f"{sys.executable} {tiny.REPOSITORY}/{' '.join(arguments)} {redirection}"
+    environment = tiny.environment(PYTHONUNBUFFERED=unbuffered)
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=60)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+class TestStreams:
+    @pytest.mark.parametrize(
+        ("redirection", "arguments", "line"),
+        [
+            (">/dev/full", HELP, "error: stdout: cannot be written (No space left on device); free space"),
+            (">&-", HELP, "error: stdout is closed; redirect it"),
+            (">&- <&-", HELP, "error: stdout is closed; redirect it"),
+            ("<&-", NO_MODEL, "error: --model is required"),
+            ("2>&-", NO_MODEL, None),
+            ("2>/dev/full", NO_MODEL, None),
+            ("<&- >&- 2>&-", HELP, None),
+        ],
+    )
+    def test_one_line(self, redirection: str, arguments: list[str], line: str | None, unbuffered: str):
+        done = shell(redirection, arguments, unbuffered)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert [text[: len(line or "")] for text in done.stderr.splitlines()] == ([] if line is None else [line])
+
+    def test_a_reader_that_goes_is_no_error(self, unbuffered: str):
+        done = shell("| true; exit ${PIPESTATUS[0]}", HELP, unbuffered)
+        assert (done.returncode, done.stderr) == (BROKEN_PIPE_CODE, "")
+
+
+def test_a_closed_stdin_is_no_prompt(tmp_path: Path):
+    folder = tiny.write_folder(tmp_path)
+    done = shell("<&-", ["decode.py", f"--model={folder}/model", "--max-new-tokens=1"], "")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: stdin is closed; give --prompt or --prompts-file\n"
+
+
+@pytest.fixture
+def outcome(capfd: pytest.CaptureFixture[str], default_signals: None) -> Callable[..., tuple[object, str]]:
+    """(exit code, stderr) of a command that raises an exception, run in this process."""
+
+    def run(error: BaseException) -> tuple[object, str]:
+        def main(argv: object) -> int:
+            raise error
+
+        with pytest.raises(SystemExit) as end:
+            run_cli(main, [])
+        out, err = capfd.readouterr()
+        assert out == ""
+        return end.value.code, err
+
+    return run
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("error", "says"),
+        [
+            (UserError("x" * 9999), "…"),
+            (
+                MemoryError("Unable to allocate 1.00 EiB for an array"),
+                "the host has too little memory (Unable to allocate",
+            ),
+            (MemoryError(), "the host has too little memory (an allocation failed)"),
+            (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
+            (PermissionError(errno.EACCES, "Permission denied", "/secret"), "/secret: Permission denied"),
+            (OSError(errno.ENAMETOOLONG, "File name too long", "y" * 9999), "File name too long"),
+            (OSError(errno.ENOMEM, "Cannot allocate memory"), "too little memory"),
+            (OSError(errno.ELOOP, "Too many levels of symbolic links", "/loop"), "/loop: Too many levels"),
+        ],
+    )
+    def test_of_the_user_or_the_machine_is_one_line(self, outcome: Callable, error: BaseException, says: str):
+        code, err = outcome(error)
+        assert code == 2
+        assert err.startswith("error: ")
+        assert says in err
+        assert err.count("\n") == 1
+        assert len(err) <= len("error: \n") + MAX_MESSAGE
+
+    @pytest.mark.parametrize(
+        "error", [ValueError("bug"), KeyError("bug"), ImportError("bug", name="adafuse_jax.nothing")]
+    )
+    def test_a_bug_has_its_traceback(self, error: Exception, default_signals: None):
+        def main(argv: object) -> int:
+            raise error
+
+        with pytest.raises(type(error), match="bug"):
+            run_cli(main, [])
+
+    def test_exit_codes(self, outcome: Callable):
+        assert outcome(SystemExit(3)) == (3, "")
+        assert outcome(SystemExit(None)) == (0, "")
+        assert outcome(SystemExit("a message")) == (1, "a message\n")
+        assert outcome(BrokenPipeError()) == (BROKEN_PIPE_CODE, "")
+
+
+class TestMemory:
+    def test_of_the_host(self):
+        with (
+            pytest.raises(UserError, match=r"the host has too little memory \(.*EiB.*\); lower --x"),
+            runtime.memory_errors("lower --x"),
+        ):
+            raise MemoryError("Unable to allocate 1.00 EiB for an array")
+
+    def test_of_the_device(self):
+        import jax.numpy as jnp
+
+        with pytest.raises(UserError, match=r"too little memory \(.*; lower --x"), runtime.memory_errors("lower --x"):
+            jnp.zeros((2**20, 2**20, 8)).block_until_ready()
+
+
+def test_warnings_and_log_lines_are_one_line():
+    code = (
+        "import logging, warnings; from adafuse_jax.core import runtime; runtime.set_up()\n"
+        "warnings.warn('first\\nsecond'); logging.getLogger('library').error('one\\ntwo %s', 'x' * 9999)\n"
+        "try: 1 / 0\nexcept ZeroDivisionError: logging.getLogger('library').exception('failed')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=tiny.environment())
+    first, second, third = done.stderr.splitlines()
+    assert first == "warning: first second (UserWarning)"
+    assert second.startswith("one two xxx")
+    assert len(second) <= runtime.MAX_LOG_LINE
+    assert third == "failed"
+
+
+def test_the_package_loads_no_library():
+    code = (
+        "import sys; import adafuse_jax.core.cli; before = {'jax', 'numpy', 'yaml', 'transformers'} & set(sys.modules)\n"
+        "import adafuse_jax; names = [getattr(adafuse_jax, name).__name__ for name in adafuse_jax.__all__]\n"
+        "import json; print(json.dumps([sorted(before), names == adafuse_jax.__all__, 'AdaFuse' in dir(adafuse_jax)]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=tiny.environment())
+    assert json.loads(done.stdout) == [[], True, True]
