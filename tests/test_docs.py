@@ -123,7 +123,8 @@ def test_first_commands_of_a_clone():
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The words of every command in the shell blocks, without assignments before them."""
+    """The words of every command in the shell blocks, without assignments before them, and of those in the text."""
+    yield from map(shlex.split, re.findall(r"`((?:python|make) [^`\n]+)`", prose(text)))
     for language, content in blocks(text):
         if language not in ("bash", "sh"):
             continue
