@@ -265,6 +265,11 @@ class TestToolTurns:
     CALL = Message("assistant", "", extra=json.dumps({"tool_calls": [{"function": {"name": "add", "arguments": [1]}}]}))
     TOOLS = json.dumps([{"type": "function", "function": {"name": "add"}}])
 
+    def test_a_template_that_refuses_them(self, chatml):
+        call = replace(self.CALL, extra=json.dumps({"content": None, **json.loads(self.CALL.extra)}))
+        with pytest.raises(UserError, match="turns user, assistant with tool calls: .*has no attribute 'content'"):
+            encode(Chat((U("1?"), call)), chatml, 512)
+
     @pytest.mark.parametrize(
         ("chat", "what"),
         [

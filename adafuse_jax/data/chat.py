@@ -90,7 +90,8 @@ def _render_all(parts: Sequence[tuple[Sequence[Message], bool]], tokenizer: Any,
     try:
         return render_parts(tokenizer, turns, tools=json.loads(tools) if tools else None)
     except TemplateRefusal as error:
-        roles = ", ".join(m.role for m in parts[error.part][0]) or "none"
+        calls = {True: " with tool calls", False: ""}
+        roles = ", ".join(m.role + calls["tool_calls" in m.turn()] for m in parts[error.part][0]) or "none"
         hint = (
             "" if any(m.role == "system" for m in parts[error.part][0]) else ", or give a system turn if it needs one"
         )
