@@ -267,7 +267,7 @@ class TestToolTurns:
 
     def test_a_template_that_refuses_them(self, chatml):
         call = replace(self.CALL, extra=json.dumps({"content": None, **json.loads(self.CALL.extra)}))
-        with pytest.raises(UserError, match="turns user, assistant with tool calls: .*has no attribute 'content'"):
+        with pytest.raises(UserError, match=r"turns user, assistant with tool calls: .*has no attribute 'content'"):
             encode(Chat((U("1?"), call)), chatml, 512)
 
     @pytest.mark.parametrize(
