@@ -4,11 +4,14 @@
     peft           a LoRA as PEFT's two files
     adafuse-jax    any adapter as train.py writes it; ties a LoRA of PEFT to this backbone
 
+A tokenizer or a chat template in the adapter's directory goes with it in each form.
+
 Experts that change from token to token have no place in other programs: only a LoRA leaves in the first two forms.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +51,7 @@ def export(config: ExportConfig) -> None:
 
     from adafuse_jax.adapters.directory import load_adapter, save_adapter
     from adafuse_jax.adapters.lora import LoRA, merged
+    from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files
     from adafuse_jax.interop.hf_config import read_model_config
     from adafuse_jax.interop.huggingface import backbone_identity, export_backbone, load_backbone, model_directory
     from adafuse_jax.interop.peft import save_peft_lora
@@ -58,6 +62,9 @@ def export(config: ExportConfig) -> None:
     adapter = load_adapter(
         config.adapter, read_model_config(directory), backbone_identity=identity, dtype=jnp.dtype("float32")
     )
+    own, tokenizer = tokenizer_files(directory), tokenizer_files(directory, Path(config.adapter))
+    if tokenizer != own:  # the adapter's: it must be of this model's tokens
+        load_tokenizer(directory, config.adapter)
     try:
         if config.format == "adafuse-jax":
             save_adapter(adapter, out, backbone_name=config.model, backbone_identity=identity)
@@ -69,7 +76,11 @@ def export(config: ExportConfig) -> None:
         elif config.format == "peft":
             save_peft_lora(adapter, out, backbone_name=config.model)
         else:
-            export_backbone(merged(load_backbone(directory, config.dtype), adapter), out, source=directory)
+            model = merged(load_backbone(directory, config.dtype), adapter)
+            export_backbone(model, out, source=directory, tokenizer=tokenizer)
+        if config.format != "huggingface":
+            for name, file in tokenizer.items() if tokenizer != own else ():
+                shutil.copyfile(file, out / name)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--output {out}: cannot be written ({reason}); give another directory") from error

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from adafuse_jax.adapters.directory import load_adapter
 from adafuse_jax.configs import DType
 from adafuse_jax.core import runtime
-from adafuse_jax.data.chat import load_tokenizer
+from adafuse_jax.data.tokenizer import load_tokenizer
 from adafuse_jax.interop.hf_config import read_model_config
 from adafuse_jax.interop.huggingface import backbone_identity, load_backbone, model_directory, storage_dtype
 from adafuse_jax.model.backbone import Backbone
@@ -32,12 +32,13 @@ def load(model: str, adapter: str | None = None, dtype: DType | None = None) -> 
     Raises `UserError` for what `load_tokenizer`, `load_adapter` and `load_backbone` refuse, the large files last.
     """
     directory = model_directory(model)
-    tokenizer = load_tokenizer(directory)
+    model_config = read_model_config(directory)
+    tokenizer = load_tokenizer(directory, adapter)
     dtype = dtype or storage_dtype(directory)
     if dtype == "float32":
         runtime.exact_float32()
     adapted = None
     if adapter is not None:
-        config, identity = read_model_config(directory), backbone_identity(directory)
-        adapted = load_adapter(adapter, config, backbone_identity=identity, dtype=jnp.dtype(dtype))
+        identity = backbone_identity(directory)
+        adapted = load_adapter(adapter, model_config, backbone_identity=identity, dtype=jnp.dtype(dtype))
     return Loaded(model=load_backbone(directory, dtype), adapter=adapted, tokenizer=tokenizer, dtype=dtype)

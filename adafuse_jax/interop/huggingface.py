@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -206,18 +206,24 @@ def _read_leaf(tensors: Tensors, name: str, shape: tuple[int, ...], dtype: jnp.d
 
 
 def export_backbone(
-    model: Backbone, out: str | Path, *, source: str | Path | None = None, replace: bool = False
+    model: Backbone,
+    out: str | Path,
+    *,
+    source: str | Path | None = None,
+    tokenizer: Mapping[str, Path] | None = None,
+    replace: bool = False,
 ) -> None:
-    """Write `model` as a Hugging Face directory, in shards of at most 5 GB; tokenizer files are copied from `source`.
+    """Write `model` as a Hugging Face directory, in shards of at most 5 GB; tokenizer files are copied from `source`, or are
+    those of `tokenizer`, by name.
 
     The directory appears complete or not at all. Raises `UserError` if `out` exists and is not an empty directory, unless
     `replace` puts it in place of what is there.
     """
     with new_directory(Path(out), replace=replace) as partial_out:
-        _write_model(model, partial_out, source)
+        _write_model(model, partial_out, source, tokenizer)
 
 
-def _write_model(model: Backbone, out: Path, source: str | Path | None) -> None:
+def _write_model(model: Backbone, out: Path, source: str | Path | None, tokenizer: Mapping[str, Path] | None) -> None:
     dtype = str(model.dtype)
     write_json(out / "config.json", hf_config(model.config, dtype))
     special = {f"{n}_token_id": getattr(model.config, f"{n}_token_id") for n in ("bos", "pad")}
@@ -225,8 +231,10 @@ def _write_model(model: Backbone, out: Path, source: str | Path | None) -> None:
     write_json(out / "generation_config.json", {k: v for k, v in special.items() if v is not None})
     for name in TOKENIZER_FILES if source is not None else ():
         file = model_directory(source) / name  # type: ignore[arg-type]
-        if file.exists():
+        if file.exists() and (tokenizer is None or name == "generation_config.json"):
             shutil.copyfile(file, out / name)
+    for name, file in (tokenizer or {}).items():
+        shutil.copyfile(file, out / name)
 
     shards: list[list[tuple[str, Any]]] = [[]]
     size = 0
