@@ -50,6 +50,7 @@ from adafuse_jax.training.output import (
     disk_errors,
     held_run,
     new_run,
+    remove_leftovers,
     require_no_checkpoint_lost,
     write_config,
 )
@@ -188,6 +189,7 @@ def _train(
         plot_training(output / METRICS_FILE, output / PLOT_FILE)
         summary = _summary(output, state, seconds)
         write_json(output / SUMMARY_FILE, summary)
+        remove_leftovers(output)
     return summary
 
 
@@ -290,25 +292,21 @@ def _diverged(step: int, metrics: dict[str, Any], checkpoints: Checkpoints) -> s
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], int]]:
-    """Within, SIGTERM and the first Ctrl-C only set what the yielded function returns: the signal's number, or 0. A second
-    Ctrl-C raises `KeyboardInterrupt`, and a third ends the process as the system does, without a word."""
-    asked, interrupts = 0, 0
+    """Within, SIGTERM and the first Ctrl-C only set what the yielded function returns: the signal's number, or 0. After one
+    of them Ctrl-C does what it did outside: it ends a process in which `run_cli` runs, and else is a `KeyboardInterrupt`."""
+    asked = 0
 
     def handler(signum: int, frame: Any) -> None:
-        nonlocal asked, interrupts
+        nonlocal asked
         asked = asked or signum
-        interrupts += signum == signal.SIGINT
-        if interrupts > 1:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
 
     previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: asked
     finally:
         for number, old in previous.items():
-            if number == signal.SIGTERM or interrupts < 2:
-                signal.signal(number, old)
+            signal.signal(number, old)
 
 
 def _identity(config: TrainConfig, adapter: AdapterConfig, **more: Any) -> dict[str, Any]:
