@@ -344,6 +344,7 @@ class TestTemplatesAreBounded:
             "{{ ''.__class__.__mro__ }}",
             "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
             "{% for %}",
+            "{{ '\\ud800' }}",
         ],
     )
     def test_errors_in_one_line(self, tmp_path, template):
@@ -380,7 +381,7 @@ class TestTemplatesAreBounded:
 )
 def test_rendering_equals_transformers(tmp_path, template):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", template=template))
-    messages = (S("be <b>\u2028é</b>"), U(" hi "), A("yo\n"), U("\ud800?"))
+    messages = (S("be <b>\u2028é</b>"), U(" hi "), A("yo\n"), U("🙂?"))
     for add in (False, True):
         wanted = tokenizer.apply_chat_template([m.turn() for m in messages], tokenize=False, add_generation_prompt=add)
         assert render(messages, tokenizer, add_generation_prompt=add) == wanted
