@@ -48,16 +48,14 @@ def export(config: ExportConfig) -> None:
 
     from adafuse_jax.adapters.directory import load_adapter, save_adapter
     from adafuse_jax.adapters.lora import LoRA, merged
-    from adafuse_jax.interop.hf_config import read_model_config
-    from adafuse_jax.interop.huggingface import backbone_identity, export_backbone, load_backbone, model_directory
+    from adafuse_jax.interop.huggingface import Checkpoint, export_backbone, load_backbone
     from adafuse_jax.interop.peft import save_peft_lora
 
-    out, directory = Path(config.output), model_directory(config.model)
+    out = Path(config.output)
     require_free(out, "--output")
-    identity = backbone_identity(directory)
-    adapter = load_adapter(
-        config.adapter, read_model_config(directory), backbone_identity=identity, dtype=jnp.dtype("float32")
-    )
+    checkpoint = Checkpoint.open(config.model)
+    identity = checkpoint.identity()
+    adapter = load_adapter(config.adapter, checkpoint.config, backbone_identity=identity, dtype=jnp.dtype("float32"))
     try:
         if config.format == "adafuse-jax":
             save_adapter(adapter, out, backbone_name=config.model, backbone_identity=identity)
@@ -69,7 +67,8 @@ def export(config: ExportConfig) -> None:
         elif config.format == "peft":
             save_peft_lora(adapter, out, backbone_name=config.model)
         else:
-            export_backbone(merged(load_backbone(directory, config.dtype), adapter), out, source=directory)
+            model = merged(load_backbone(checkpoint, config.dtype), adapter)
+            export_backbone(model, out, source=checkpoint.directory)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--output {out}: cannot be written ({reason}); give another directory") from error
