@@ -68,7 +68,7 @@ def export(config: ExportConfig) -> None:
             save_peft_lora(adapter, out, backbone_name=config.model)
         else:
             model = merged(load_backbone(checkpoint, config.dtype), adapter)
-            export_backbone(model, out, source=checkpoint.directory)
+            export_backbone(model, out, source=checkpoint.directory, adapter=config.adapter)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--output {out}: cannot be written ({reason}); give another directory") from error

@@ -37,6 +37,7 @@ TOKENIZER_FILES = (
     "merges.txt", "chat_template*", "additional_chat_templates/*",
 )  # fmt: skip
 """Patterns of the files that transformers reads tokenizers and chat templates from."""
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
 def model_directory(path_or_id: str | Path) -> Path:
@@ -230,25 +231,31 @@ def _not_finite(tensors: Tensors, name: str, dtype: jnp.dtype) -> UserError:
 
 
 def export_backbone(
-    model: Backbone, out: str | Path, *, source: str | Path | None = None, replace: bool = False
+    model: Backbone,
+    out: str | Path,
+    *,
+    source: str | Path | None = None,
+    adapter: str | Path | None = None,
+    replace: bool = False,
 ) -> None:
-    """Write `model` as a Hugging Face directory, in shards of at most 5 GB; tokenizer files are copied from `source`.
+    """Write `model` as a Hugging Face directory, in shards of at most 5 GB. The tokenizer's files, generation_config.json
+    and what else config.json holds come from `source`, a tokenizer or chat template of its own from `adapter`.
 
     The directory appears complete or not at all. Raises `UserError` if `out` exists and is not an empty directory, unless
     `replace` puts it in place of what is there.
     """
     with new_directory(Path(out), replace=replace) as partial_out:
-        _write_model(model, partial_out, source)
+        _write_model(model, partial_out, source, None if adapter is None else Path(adapter).expanduser())
 
 
-def _write_model(model: Backbone, out: Path, source: str | Path | None) -> None:
+def _write_model(model: Backbone, out: Path, source: str | Path | None, adapter: Path | None) -> None:
     directory = None if source is None else model_directory(source)
     write_json(out / "config.json", _config_table(model, directory))
     special = {f"{n}_token_id": getattr(model.config, f"{n}_token_id") for n in ("bos", "pad")}
     special["eos_token_id"] = list(model.config.eos_token_ids) or None
     write_json(out / "generation_config.json", {k: v for k, v in special.items() if v is not None})
     if directory is not None:
-        copy_tokenizer(directory, out)
+        copy_tokenizer(directory, out, adapter)
         if (directory / "generation_config.json").exists():
             shutil.copyfile(directory / "generation_config.json", out / "generation_config.json")
 
@@ -292,11 +299,19 @@ def _config_table(model: Backbone, source: Path | None) -> dict[str, Any]:
     return table | dict.fromkeys(names, dtype)
 
 
-def copy_tokenizer(directory: Path, out: Path) -> None:
-    """Every file of `directory` that a tokenizer or a chat template may be read from, into `out`."""
-    for pattern in TOKENIZER_FILES:
-        for file in sorted(directory.glob(pattern)):
-            if file.is_file() and file.suffix not in (".py", ".safetensors"):
-                target = out / file.relative_to(directory)
+def copy_tokenizer(directory: Path, out: Path, adapter: Path | None) -> None:
+    """Every file of `directory` that a tokenizer or a chat template may be read from, into `out`; instead of them those of
+    `adapter`, if it has a tokenizer, or with its chat template, if it has one alone."""
+    own = adapter is not None and (adapter / "tokenizer.json").exists()
+    template = (
+        TEMPLATE_FILES if adapter is not None and any((adapter / name).exists() for name in TEMPLATE_FILES) else ()
+    )
+    places = [(directory, TOKENIZER_FILES, template)] if not own else []
+    if adapter is not None:
+        places.append((adapter, TOKENIZER_FILES if own else TEMPLATE_FILES, ()))
+    for place, patterns, without in places:
+        for file in (file for pattern in patterns for file in sorted(place.glob(pattern))):
+            if file.is_file() and file.suffix not in (".py", ".safetensors") and file.name not in without:
+                target = out / file.relative_to(place)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
