@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 
 from adafuse_jax.adapters.directory import load_adapter
 from adafuse_jax.configs import DType
 from adafuse_jax.core import runtime
+from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.interop.huggingface import Checkpoint, load_backbone
 from adafuse_jax.model.backbone import Backbone
@@ -31,6 +32,8 @@ def load(model: str | Checkpoint, adapter: str | None = None, dtype: DType | Non
     Raises `UserError` for what `Checkpoint.open`, `load_tokenizer`, `load_adapter` and `load_backbone` refuse, in this
     order: the large files are read last.
     """
+    if dtype is not None and dtype not in get_args(DType):
+        raise UserError(f"dtype is {quoted(dtype)}: choose from {', '.join(get_args(DType))}")
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     tokenizer = load_tokenizer(checkpoint.directory)
     dtype = dtype or checkpoint.dtype

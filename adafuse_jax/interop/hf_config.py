@@ -84,7 +84,7 @@ def parse_hf_config(directory: Path) -> HFConfig:
       UserError: a missing or corrupt file or key; a value of a wrong type or range; a model type, rope type, activation,
         quantisation or other key that is not supported.
     """
-    table = Table.read(directory / "config.json", advice="give a complete directory")
+    table = Table.read(directory / "config.json", advice="give a complete directory, or restore the file")
     path = directory / "generation_config.json"
     generation = Table.read(path) if path.exists() else Table({}, str(path))
     _refuse_null(table)

@@ -306,7 +306,9 @@ def copy_tokenizer(directory: Path, out: Path, adapter: Path | None) -> None:
     template = (
         TEMPLATE_FILES if adapter is not None and any((adapter / name).exists() for name in TEMPLATE_FILES) else ()
     )
-    places = [(directory, TOKENIZER_FILES, template)] if not own else []
+    places: list[tuple[Path, tuple[str, ...], tuple[str, ...]]] = (
+        [] if own else [(directory, TOKENIZER_FILES, template)]
+    )
     if adapter is not None:
         places.append((adapter, TOKENIZER_FILES if own else TEMPLATE_FILES, ()))
     for place, patterns, without in places:
