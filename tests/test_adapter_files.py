@@ -181,6 +181,10 @@ class TestExportOfTokenizers:
         assert (out / "chat_template.jinja").read_text() == "of the adapter"
         assert (out / "tokenizer.json").read_bytes() == (folder / "model" / "tokenizer.json").read_bytes()
 
+    def test_a_template_in_its_tokenizer_config(self, folder: Path):
+        (folder / "lora" / "tokenizer_config.json").write_text('{"chat_template": "of the adapter"}')
+        assert (self.exported(folder) / "chat_template.jinja").read_text() == "of the adapter"
+
     def test_a_whole_tokenizer(self, folder: Path):
         """None of the model's files stays beside it: a template there would win over the adapter's."""
         (folder / "model" / "chat_template.jinja").write_text("of the model")

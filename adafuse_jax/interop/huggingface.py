@@ -22,7 +22,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from adafuse_jax.configs import ATTENTION_LINEARS, LINEARS, DType, ModelConfig
-from adafuse_jax.core.atomic_files import new_directory, write_json
+from adafuse_jax.core.atomic_files import new_directory, write_json, write_text
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import read_json
 from adafuse_jax.interop.hf_config import hf_config, parse_hf_config
@@ -302,18 +302,26 @@ def _config_table(model: Backbone, source: Path | None) -> dict[str, Any]:
 def copy_tokenizer(directory: Path, out: Path, adapter: Path | None) -> None:
     """Every file of `directory` that a tokenizer or a chat template may be read from, into `out`; instead of them those of
     `adapter`, if it has a tokenizer, or with its chat template, if it has one alone."""
-    own = adapter is not None and (adapter / "tokenizer.json").exists()
-    template = (
-        TEMPLATE_FILES if adapter is not None and any((adapter / name).exists() for name in TEMPLATE_FILES) else ()
-    )
-    places: list[tuple[Path, tuple[str, ...], tuple[str, ...]]] = (
-        [] if own else [(directory, TOKENIZER_FILES, template)]
-    )
-    if adapter is not None:
-        places.append((adapter, TOKENIZER_FILES if own else TEMPLATE_FILES, ()))
-    for place, patterns, without in places:
-        for file in (file for pattern in patterns for file in sorted(place.glob(pattern))):
-            if file.is_file() and file.suffix not in (".py", ".safetensors") and file.name not in without:
-                target = out / file.relative_to(place)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, target)
+    files, own = _tokenizer_files(directory), {} if adapter is None else _tokenizer_files(adapter)
+    templates = {name: path for name, path in own.items() if name in TEMPLATE_FILES}
+    if "tokenizer.json" in own:
+        files = own
+    elif templates:
+        files = {name: path for name, path in files.items() if name not in TEMPLATE_FILES} | templates
+    for name, path in files.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, out / name)
+    if "tokenizer_config.json" in own and not templates and files is not own:
+        template = read_json(own["tokenizer_config.json"]).get("chat_template")
+        if isinstance(template, str):
+            write_text(out / "chat_template.jinja", template)
+
+
+def _tokenizer_files(directory: Path) -> dict[str, Path]:
+    """Those that `TOKENIZER_FILES` matches, by their names in the directory."""
+    return {
+        str(path.relative_to(directory)): path
+        for pattern in TOKENIZER_FILES
+        for path in sorted(directory.glob(pattern))
+        if path.is_file() and path.suffix not in (".py", ".safetensors")
+    }
