@@ -93,16 +93,6 @@ def remove(name: str) -> Damage:
     return lambda folder: (folder / name).unlink()
 
 
-def pipe(name: str) -> Damage:
-    """A FIFO that nobody writes to, in place of the file."""
-
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        os.mkfifo(folder / name)
-
-    return damage
-
-
 def truncate(name: str) -> Damage:
     return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
 
