@@ -271,29 +271,39 @@ class DecodeConfig:
     )
     prompt: str | None = flag("one prompt; without a prompt, prompts are read from stdin, one a line", None, "TEXT")
     prompts_file: str | None = flag(
-        "prompts, one a line: text, or JSON with a 'prompt' or 'messages' (.jsonl)", None, "FILE", text="path"
+        "prompts, one a line: text, or JSON with a 'prompt' or 'messages' (.jsonl); a pipe is read as text",
+        None,
+        "FILE",
+        text="path",
     )
     tensor_parallel: int = flag(
         "devices that share the model and decode together, fused, unmerged or with a merged LoRA", 1, low=1, high=4096
     )
     batch_size: int | None = flag(
-        "prompts of --prompts-file decoded together; default: 8, and 1 with a strategy that merges each token's experts",
+        "prompts of --prompts-file, or answers of --num-samples, decoded together; default: 8, and 1 with a strategy that "
+        "merges each token's experts",
         None,
         low=1,
         high=MAX_ROWS,
     )
+    num_samples: int = flag("answers to each prompt, drawn apart from each other", 1, low=1, high=MAX_COUNT)
     chat: bool = flag("talk to the model; the conversation and its cache are kept until a line says /new", False)
     system: str | None = flag("system message put before the prompt", None, "TEXT")
     raw: bool = flag("give the prompt to the model as it is, without the chat template", False)
     max_new_tokens: int = flag("tokens to generate, at most", 256, low=1, high=MAX_COUNT)
-    temperature: float = flag("0 decodes greedily; higher is more random", 0.0, low=0, high=1e4)
+    temperature: float = flag("0 (or below 1e-8) decodes greedily; higher is more random", 0.0, low=0, high=1e38)
     top_k: int = flag("sample among the k likeliest tokens (0: all)", 0, low=0, high=2**31 - 1)
     top_p: float = flag("sample among the likeliest tokens that hold this probability", 1.0, above=0, high=1)
     repetition_penalty: float = flag(
-        "divide positive (multiply negative) logits of tokens seen before", 1.0, low=0.01, high=100
+        "divide positive (multiply negative) logits of tokens seen before", 1.0, above=0, high=1e38
     )
     stop: tuple[str, ...] = flag("stop before any of these strings appears", (), "TEXT")
-    seed: int = flag("seed of the sampling", 0, low=0, high=MAX_SEED)
+    seed: int = flag(
+        "seed of the sampling; a prompt's n-th answer depends on the seed, the prompt and n alone",
+        0,
+        low=0,
+        high=MAX_SEED,
+    )
     stats: bool = flag("print ms/token, tokens/s and the experts used", False)
     json: bool = flag("print one JSON object a line per prompt instead of streaming text", False)
     dtype: DType | None = flag("type of weights and activations; default: the model's own", None)
@@ -301,9 +311,14 @@ class DecodeConfig:
     def __post_init__(self) -> None:
         check(self)
         require(
-            self.batch_size is None or self.prompts_file is not None,
-            "--batch-size is for the prompts of --prompts-file; give that, or leave --batch-size out",
+            self.batch_size is None or self.prompts_file is not None or self.num_samples > 1,
+            "--batch-size is for --prompts-file and --num-samples; give one of them, or leave --batch-size out",
         )
+        require(
+            self.num_samples == 1 or self.temperature > 0,
+            f"--num-samples {self.num_samples} draws, and --temperature 0 has one answer only; give a temperature",
+        )
+        require(self.num_samples == 1 or not self.chat, "--num-samples and --chat exclude each other; give one of them")
         require(
             self.strategy not in TOKEN_STRATEGIES or self.tensor_parallel == 1,
             f"--strategy {self.strategy} runs on one device; leave --tensor-parallel out, or decode unmerged",

@@ -4,6 +4,8 @@
     peft           a LoRA as PEFT's two files
     adafuse-jax    any adapter as train.py writes it; ties a LoRA of PEFT to this backbone
 
+A tokenizer or a chat template in the adapter's directory goes with it in each form.
+
 Experts that change from token to token have no place in other programs: only a LoRA leaves in the first two forms.
 """
 
@@ -48,6 +50,7 @@ def export(config: ExportConfig) -> None:
 
     from adafuse_jax.adapters.directory import load_adapter, save_adapter
     from adafuse_jax.adapters.lora import LoRA, merged
+    from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files, write_tokenizer
     from adafuse_jax.interop.huggingface import Checkpoint, export_backbone, load_backbone
     from adafuse_jax.interop.peft import save_peft_lora
 
@@ -56,6 +59,10 @@ def export(config: ExportConfig) -> None:
     checkpoint = Checkpoint.open(config.model)
     identity = checkpoint.identity()
     adapter = load_adapter(config.adapter, checkpoint.config, backbone_identity=identity, dtype=jnp.dtype("float32"))
+    own = tokenizer_files(checkpoint.directory)
+    tokenizer = tokenizer_files(checkpoint.directory, Path(config.adapter).expanduser())
+    if tokenizer != own:  # the adapter's: it must be of this model's tokens
+        load_tokenizer(checkpoint.directory, config.adapter)
     try:
         if config.format == "adafuse-jax":
             save_adapter(adapter, out, backbone_name=config.model, backbone_identity=identity)
@@ -68,7 +75,9 @@ def export(config: ExportConfig) -> None:
             save_peft_lora(adapter, out, backbone_name=config.model)
         else:
             model = merged(load_backbone(checkpoint, config.dtype), adapter)
-            export_backbone(model, out, source=checkpoint.directory, adapter=config.adapter)
+            export_backbone(model, out, source=checkpoint.directory, tokenizer=tokenizer)
+        if config.format != "huggingface" and tokenizer != own:
+            write_tokenizer(tokenizer, out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--output {out}: cannot be written ({reason}); give another directory") from error

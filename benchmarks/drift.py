@@ -97,7 +97,11 @@ def sample_tokens(model: Backbone, adapter: AdaFuse, first: int, rows: int, leng
         assert out.logits is not None
         assert out.cache is not None
         key, draw = jax.random.split(key)
-        return (sample(out.logits[:, 0], Sampling.of(temperature=1.0), draw, None), out.cache, key), tokens
+        return (
+            sample(out.logits[:, 0], Sampling.of(temperature=1.0), jax.random.split(draw, rows), None),
+            out.cache,
+            key,
+        ), tokens
 
     cache = KVCache.empty(model.config, rows, length, model.dtype)
     carry = jnp.full(rows, first, jnp.int32), cache, jax.random.key(0)

@@ -44,7 +44,7 @@ def fresh_state(config: Any, dtype: Any, batch: int = 1) -> DecodeState:
     return DecodeState(
         cache=KVCache.empty(config, batch, SLOTS, dtype), token=1 + jnp.arange(batch, dtype=jnp.int32),
         position=jnp.full(batch, PROMPT, jnp.int32), done=jnp.zeros(batch, bool),
-        seen=jnp.zeros((batch, config.vocab_size), bool), key=jax.random.key(0),
+        seen=jnp.zeros((batch, config.vocab_size), bool), key=jax.random.split(jax.random.key(0), batch),
     )  # fmt: skip
 
 

@@ -531,7 +531,7 @@ DECODE = [
     Case("prompts file empty", ("--prompts-file is empty", "leave it out"), PROMPTS | {"prompts_file": ""}),
     Case("top_p 0", ("--top-p is 0.0", "(0, 1]"), {"top_p": 0}),
     Case("top_p 1.5", ("--top-p is 1.5", "(0, 1]"), {"top_p": 1.5}),
-    Case("penalty 0", ("--repetition-penalty is 0.0", "in [0.01, 100]"), {"repetition_penalty": 0}),
+    Case("penalty 0", ("--repetition-penalty is 0.0", "in (0, 1e+38]"), {"repetition_penalty": 0}),
     Case("penalty inf", ("--repetition-penalty is inf", "finite"), {"repetition_penalty": "inf"}),
     Case("seed too large", ("--seed is", "from 0 to 4294967295"), {"seed": 2**70}),
     Case("stop empty", ("--stop", "empty", "leave it out"), {"stop": ""}),

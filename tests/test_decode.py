@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,12 +14,14 @@ import tiny
 
 import decode as script
 import train as train_script
-from adafuse_jax import load_backbone
+from adafuse_jax import UserError, load_backbone
+from adafuse_jax.decoding.prompts import read_prompts
 from adafuse_jax.interop import huggingface
 
+SPECIAL = {256: "<s>", 258: "<|im_start|>"}
 FIELDS = {
     "prompt", "text", "token_ids", "finish_reason", "ms_per_token", "prompt_tokens", "prefill_ms", "strategy",
-    "experts_used", "batch",
+    "experts_used", "batch", "sample",
 }  # fmt: skip
 
 
@@ -84,6 +88,64 @@ class TestPrompts:
         out, _ = run(**flags | {"json": None})
         assert out == "".join(f"> {a['prompt']}\n{a['text']}\n" for a in alone)
 
+    @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+    def test_a_byte_order_mark_is_no_text(self, run, folder, suffix):
+        path = folder / f"mark{suffix}"
+        path.write_bytes(b"\xef\xbb\xbf" + (b"Hi\n" if suffix == ".txt" else b'{"prompt": "Hi"}\n'))
+        wanted = objects(run(json=True)[0])[0]["token_ids"]
+        for flags in ({"prompts_file": path}, {"stdin": "\ufeffHi\n"}):
+            (answer,) = objects(run(**flags, prompt=None, json=True)[0])
+            assert (answer["prompt"], answer["token_ids"]) == ("Hi", wanted)
+
+    def test_utf16_is_named(self, folder, monkeypatch):
+        path = folder / "utf16.txt"
+        path.write_bytes("Hi\n".encode("utf-16"))
+        with pytest.raises(UserError, match=r"utf16\.txt: is UTF-16; save it as UTF-8"):
+            script.main(tiny.decode_flags(folder, prompt=None, prompts_file=path))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Hi\n".encode("utf-16"))))
+        with pytest.raises(UserError, match="stdin: is UTF-16; give UTF-8 text"):
+            script.main(tiny.decode_flags(folder, prompt=None))
+
+    def test_pipes(self, folder):
+        """One whose writer ends; one that nobody writes to is empty, not waited for."""
+        fifo = folder / "fifo"
+        os.mkfifo(fifo)
+        with pytest.raises(UserError, match="has no prompt"):
+            read_prompts(fifo)
+        reader, writer = os.pipe()
+        os.write(writer, b"\xef\xbb\xbfone\ntwo\n")
+        os.close(writer)
+        assert read_prompts(Path(f"/dev/fd/{reader}")) == ["one", "two"]
+        os.close(reader)
+        with pytest.raises(UserError, match="is not a regular file"):
+            read_prompts(Path("/dev/zero"))
+
+    def test_tool_turns_in_a_file(self, folder):
+        turns = [
+            {"role": "user", "content": "1+1?"},
+            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]},
+            {"role": "tool", "content": "2", "name": "add"},
+        ]
+        path = folder / "tools.jsonl"
+        path.write_text(json.dumps({"messages": turns, "tools": [{"function": {"name": "add"}}]}) + "\n")
+        (chat,) = read_prompts(path)
+        assert [m.turn() for m in chat.messages] == [turns[0], turns[1] | {"content": ""}, turns[2]]
+        assert json.loads(chat.tools) == [{"function": {"name": "add"}}]
+
+    def test_ids_are_checked_before_anything_is_answered(self, folder, tmp_path, capsys):
+        """The tokenizer has a token that the model has not, in the second prompt."""
+        shutil.copytree(folder / "model", tmp_path / "model")
+        path = tmp_path / "model" / "tokenizer.json"
+        table = json.loads(path.read_text())
+        table["added_tokens"].append({**table["added_tokens"][-1], "id": 260, "content": "<new>"})
+        path.write_text(json.dumps(table))
+        (tmp_path / "p.txt").write_text("Hi\nx <new> y\n")
+        flags = {"model": tmp_path / "model", "prompt": None, "prompts_file": tmp_path / "p.txt", "batch_size": 1}
+        capsys.readouterr()
+        with pytest.raises(UserError, match="prompt 2: the prompt has token 260 and the model 260 tokens"):
+            script.main(tiny.decode_flags(folder, **flags))
+        assert capsys.readouterr().out == ""
+
     def test_standard_input(self, run):
         out, _ = run(stdin="one\n\ntwo\r\n", prompt=None, json=True)
         assert [o["prompt"] for o in objects(out)] == ["one", "two"]
@@ -97,6 +159,38 @@ class TestPrompts:
         ]
         assert len({tuple(a["token_ids"]) for a in answers}) == 1
         assert run()[0] == answers[0]["text"] + "\n"
+
+    @pytest.mark.parametrize("batch_size", [1, None])
+    def test_several_answers_to_a_prompt(self, run, folder, batch_size):
+        """Distinct; the same one by one and together; and the n-th is that of a prompt asked n times."""
+        flags = {"temperature": 1.0, "max_new_tokens": 12, "seed": 5, "json": True}
+        answers = objects(run(num_samples=5, batch_size=batch_size, **flags)[0])
+        assert [a["sample"] for a in answers] == [0, 1, 2, 3, 4]
+        assert len({tuple(a["token_ids"]) for a in answers}) == 5
+        repeated = objects(run(stdin="Hi\nother\nHi\n", prompt=None, **flags)[0])
+        assert [repeated[i]["token_ids"] for i in (0, 2)] == [a["token_ids"] for a in answers[:2]]
+        (folder / "two.txt").write_text("other\nHi\n")
+        rows = objects(
+            run(prompt=None, prompts_file=folder / "two.txt", num_samples=2, batch_size=batch_size, **flags)[0]
+        )
+        assert [(a["prompt"], a["sample"]) for a in rows] == [("other", 0), ("other", 1), ("Hi", 0), ("Hi", 1)]
+        assert [a["token_ids"] for a in rows[2:]] == [a["token_ids"] for a in answers[:2]]
+        assert rows[0]["token_ids"] == repeated[1]["token_ids"]
+        out, _ = run(num_samples=2, batch_size=batch_size, **flags | {"json": None})
+        assert out == "".join(f"> Hi\n{a['text']}\n" for a in answers[:2])
+
+    @pytest.mark.parametrize(
+        "flags",
+        [{"num_samples": 2}, {"num_samples": 0, "temperature": 1}, {"batch_size": 2}, {"num_samples": 2, "chat": True}],
+    )
+    def test_samples_that_cannot_be_drawn(self, folder, flags):
+        with pytest.raises((UserError, SystemExit)):
+            script.main(tiny.decode_flags(folder, **flags | ({"prompt": None} if "chat" in flags else {})))
+
+    @pytest.mark.parametrize("temperature", ["1e-9", "1e-38", "1e-45", "5e-324"])
+    def test_tiny_temperatures_are_greedy(self, run, temperature):
+        greedy, tiny_one = (run(temperature=t, max_new_tokens=24, json=True)[0] for t in (0, temperature))
+        assert objects(greedy)[0]["token_ids"] == objects(tiny_one)[0]["token_ids"]
 
     def test_raw_and_system_change_the_prompt(self, run):
         lengths = [
@@ -136,6 +230,20 @@ class TestOutput:
         stopped = objects(run(json=True, max_new_tokens=24, stop=[stop])[0])[0]
         assert stopped["finish_reason"] == "stop"
         assert stopped["text"] == whole[: whole.index(stop)]
+
+    def test_stop_at_a_special_token(self, run):
+        """One that is no end token: the answer ends at it, and shows as little of it as before."""
+        flags = {"raw": True, "json": True, "temperature": 1e30, "max_new_tokens": 100}
+        for seed in range(9):
+            free = objects(run(**flags, seed=seed)[0])[0]
+            found = [token for token in free["token_ids"] if token in SPECIAL]
+            if found:
+                break
+        stopped = objects(run(**flags, seed=seed, stop=SPECIAL[found[0]])[0])[0]
+        ids = free["token_ids"][: free["token_ids"].index(found[0]) + 1]
+        assert (stopped["finish_reason"], stopped["token_ids"]) == ("stop", ids)
+        assert free["text"].startswith(stopped["text"].rstrip("\ufffd"))
+        assert SPECIAL[found[0]] not in stopped["text"]
 
     def test_end_token(self, run, folder):
         """The adapter has learned to end its answers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -175,6 +176,28 @@ class TestNotFinite:
             generate(Engine(broken, eos_ids=()), prompt, n=8)
 
 
+class TestPadding:
+    @pytest.mark.parametrize("pad", [-1, 10**6, None, 0])
+    def test_a_pad_id_that_is_no_token_changes_nothing(self, models, pad):  # noqa: F811
+        model = models("llama_gqa")
+        prompts = [prompt_of(model, n, seed=n) for n in (5, 9)]
+        free = [generate(Engine(model, eos_ids=()), p, n=12)[0] for p in prompts]
+        eos = next(t for t in free[0][2:] if t not in free[1])
+        padded = jax.tree.map(lambda x: x, model)
+        padded.config = replace(model.config, pad_token_id=pad)
+        rows = generate(Engine(padded, eos_ids=(eos, -1, 2**40)), *prompts, n=12)
+        assert rows[0] == free[0][: free[0].index(eos) + 1] + [0] * (11 - free[0].index(eos))
+        assert rows[1] == free[1]
+
+
+class TestPrompts:
+    @pytest.mark.parametrize("wrong", [-1, 10**4, 2**40])
+    def test_ids_that_the_model_has_not(self, models, wrong):  # noqa: F811
+        model = models("llama_gqa")
+        with pytest.raises(UserError, match=f"has token {wrong} and the model {model.config.vocab_size} tokens"):
+            generate(Engine(model), [3, wrong, 4])
+
+
 class TestRows:
     def test_rows_of_different_lengths_equal_each_alone(self, models):  # noqa: F811
         model = models("llama_gqa")
@@ -298,6 +321,16 @@ class TestExperts:
 
 
 class TestSampledDecoding:
+    def test_rows_of_one_prompt_are_samples_of_their_own(self, models):  # noqa: F811
+        model = models("llama_gqa")
+        engine, prompt, other = Engine(model, eos_ids=()), prompt_of(model, 5), prompt_of(model, 5, seed=1)
+        options = {"n": 8, "seed": 4, "sampling": Sampling.of(temperature=1.0)}
+        rows = generate(engine, prompt, other, prompt, prompt, **options)
+        assert len({tuple(row) for row in rows}) == 4
+        asked = [(prompt, 2), (other, 0), (prompt, 0), (prompt, 1)]
+        again = generate(engine, *(p for p, _ in asked), **options, samples=[n for _, n in asked])
+        assert again == [rows[3], rows[1], rows[0], rows[2]]
+
     def test_same_seed_same_tokens(self, models):  # noqa: F811
         model = models("llama_gqa")
         engine, prompt = Engine(model, eos_ids=()), prompt_of(model, 5)

@@ -217,6 +217,56 @@ def test_bad_requests(adapted: Any):
         lm.generate_until(ask("generate_until", [("a", {"max_gen_toks": 4, "until": [], "num_beams": 2})]))
 
 
+def test_repeats_are_samples_of_their_own(case):
+    """Distinct, the same again, and the same alone or among other requests, in any order and at any batch size."""
+    _, loaded = case
+    settings = {"until": ["\n\n"], "do_sample": True, "temperature": 1.0, "max_gen_toks": 12}
+
+    def run(contexts: list[str], batch_size: int, **more: Any) -> list[str]:
+        lm = AdaFuseLM(loaded, batch_size=batch_size)
+        return lm.generate_until(
+            ask("generate_until", [(c, {**settings, **more}) for c in contexts]), disable_tqdm=True
+        )
+
+    eight = run(["Once"] * 8, 4)
+    assert len(set(eight)) == 8
+    mixed = run(["Once", "Twice", "Once", "Thrice again", "Once", "Twice"], 4)
+    assert [mixed[i] for i in (0, 2, 4)] == eight[:3]
+    assert mixed[1] != mixed[5]
+    assert run(["Twice"], 4) == [mixed[1]]
+    assert run(["Once"] * 3, 4, seed=1) != eight[:3]
+    greedy = run(["Once"] * 3, 4, do_sample=False, temperature=0.0)
+    assert len(set(greedy)) == 1
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"repetition_penalty": 0},
+        {"seed": "x"},
+    ],
+)
+def test_settings_out_of_bounds(case, setting):
+    lm = AdaFuseLM(case[1])
+    with pytest.raises(UserError, match=f"generation setting {next(iter(setting))}"):
+        lm.generate_until(ask("generate_until", [("a", {"until": [], "max_gen_toks": 2, "do_sample": True} | setting)]))
+
+
+def test_ids_that_the_model_has_not(case):
+    lm = AdaFuseLM(replace(case[1], tokenizer=case[1].tokenizer))
+    lm.tok_encode = lambda text, **_: [5, tiny.VOCAB_SIZE]  # type: ignore[method-assign]
+    for kind, arguments in (
+        ("generate_until", ("a", {"until": [], "max_gen_toks": 2})), ("loglikelihood", ("a", "b")),
+        ("loglikelihood_rolling", ("a",)),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="has token 260 and the model 260 tokens"):
+            getattr(lm, kind)(ask(kind, [arguments]))
+
+
 def test_chat_text_without_a_template(tmp_path: Path):
     """Alpaca text, as adapters are trained on it."""
     tiny.write_model(tmp_path)

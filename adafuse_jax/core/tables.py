@@ -10,6 +10,7 @@ A value of a wrong type or out of its range is a `UserError` that names the file
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
@@ -32,23 +33,32 @@ REQUIRED: Any = object()
 """The default of a key that must be there."""
 
 
-def read_text(path: Path, *, what: str = "", max_bytes: int = MAX_BYTES, advice: str = "restore the file") -> str:
+def read_text(
+    path: Path, *, what: str = "", max_bytes: int = MAX_BYTES, advice: str = "restore the file", pipe: bool = False
+) -> str:
     """A regular UTF-8 file as text, without a byte order mark. `what` goes before the path in messages: "--config ".
+
+    With `pipe` also a pipe, until its writers close it; one without a writer is empty, not waited for.
 
     Raises:
       UserError: a file that is missing, no regular file (a FIFO would wait for ever), unreadable, too large or not UTF-8.
     """
     where = f"{what}{path}"
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not (pipe and stat.S_ISFIFO(mode)):
             raise UserError(f"{where}: is not a regular file; {advice}")
-        with open(path, "rb") as file:
+        # A blocking open of a FIFO would wait for a writer.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            os.set_blocking(file.fileno(), True)
             data = file.read(max_bytes + 1)
     except (OSError, ValueError) as error:  # a name with a NUL byte is a ValueError
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{where}: cannot be read ({reason}); {advice}") from error
     if len(data) > max_bytes:
         raise UserError(f"{where}: has more than {max_bytes} bytes, which no such file needs; {advice}")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{where}: is UTF-16; save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

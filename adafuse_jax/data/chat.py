@@ -1,41 +1,50 @@
 """Examples to tokens: the chat template (or the Alpaca text) rendered and tokenised once, the loss on the responses.
 
-    text      = template(messages)                                         one string
-    prefix_i  = template(messages[:i], add_generation_prompt=True)         what decoding is given before reply i
-    reply_i   = text[len(prefix_i) : end of the end-of-turn token]         where the loss is
+    prompt_i  = template(messages[:i], add_generation_prompt=True)         what decoding is given before reply i
+    whole_i   = template(messages[:i + 1])
+    reply_i   = whole_i[len(prompt_i) : end of the end-of-turn token]      where the loss is
     target t <=> token t starts inside a reply (a token that straddles the boundary belongs to the prompt)
+
+A conversation is one row if each whole_i begins with prompt_i and with the whole of the reply before: the template only
+appends. Templates of reasoning models do not: some leave the reasoning of earlier turns out, some begin a reply in the
+generation prompt ("<think>") that the finished conversation writes otherwise. Then each assistant turn becomes a row of its
+own, prompt_i + reply_i, with the loss on that turn; where whole_i does not begin with prompt_i, reply_i is the message's
+content, less what the generation prompt has already begun of it, and the template's end-of-turn token. So what training sees
+before a reply is always what decoding is given.
 
 loss_mask[t] is True iff token t is itself a target, predicted from t-1; token 0 never is.
 """
 
 from __future__ import annotations
 
-import functools
-import os
+import json
+import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.examples import Chat, Example, Message, MultipleChoice, Text
-from adafuse_jax.data.files import without_logs
+from adafuse_jax.data.templates import TemplateLimit, TemplateRefusal, render_parts, template_date, template_of
+from adafuse_jax.data.tokenizer import load_tokenizer as load_tokenizer
+from adafuse_jax.data.tokenizer import special_token_texts
 from adafuse_jax.data.tokens import tokens_and_starts
 
+log = logging.getLogger(__name__)
+
 ENCODE_CHUNK = 1024
-_date: ContextVar[datetime | None] = ContextVar("template_date", default=None)
+MARK = "\ue000"
+"""A character of private use, which no template writes: it shows where a template puts a reply."""
+UNWRITTEN = ("tool_calls", "tool_call_id", "reasoning_content", "thinking", "reasoning")
+"""Keys of a turn that the Alpaca text has no place for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example: tokens int32 [T] and loss_mask bool [T]."""
+    """One row: tokens int32 [T] and loss_mask bool [T]."""
 
     tokens: Int32[np.ndarray, " T"]
     loss_mask: Bool[np.ndarray, " T"]
@@ -50,80 +59,52 @@ class _Rendered:
     append_eos: bool
 
 
-def load_tokenizer(path_or_hub_id: str | Path) -> Any:
-    """The fast tokenizer of a local model directory or a hub id.
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """An assistant turn in its row's text: text[start:end] with its end-of-turn token, if it has one (`closed`), of which
+    text[content:content_end] is the message's own."""
 
-    Raises UserError when it cannot be loaded, has no offsets (a slow tokenizer) or has no EOS token."""
-    name = str(path_or_hub_id)
-    local = Path(name).is_dir()
-    if not local and (Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(
-            f"no tokenizer: {name}: not a directory: give a Hugging Face model directory or a hub id org/name"
-        )
-    try:
-        # transformers warns on import when torch is missing, which is no fault here
-        with mock.patch.dict(os.environ, {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}), without_logs():
-            from transformers import AutoTokenizer
+    text: str
+    start: int
+    content: int
+    content_end: int
+    end: int
 
-            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-    except Exception as error:  # the library raises anything
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        advice = "it needs tokenizer.json and tokenizer_config.json" if local else "check the name and the connection"
-        raise UserError(f"cannot load the tokenizer: {name}: {reason}: {advice}") from None
-    if not tokenizer.is_fast:
-        raise UserError(f"slow tokenizer: {name}: offsets are needed: provide a tokenizer.json")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"no EOS token: {name}: set eos_token in tokenizer_config.json")
-    return tokenizer
+    @property
+    def closed(self) -> bool:
+        return self.end > self.content_end
 
 
-@contextmanager
-def template_date(date: datetime | None = None) -> Iterator[datetime]:
-    """A fixed date for all templates rendered inside that ask for the present one (`strftime_now`); default: now.
-
-    The date enters the tokens, so a resumed run must be given that of its first start, which this yields."""
-    now = date or datetime.now()
-    token = _date.set(now)
-    try:
-        yield now
-    finally:
-        _date.reset(token)
-
-
-@contextmanager
-def _fixed_clock() -> Iterator[None]:
-    from transformers.utils import chat_template_utils
-
-    date = _date.get()
-    if date is None:
-        yield
-        return
-
-    class Fixed(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return date
-
-    with mock.patch.object(chat_template_utils, "datetime", Fixed):
-        yield
-
-
-def render(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool) -> str:
+def render(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool, tools: str = "") -> str:
     """The conversation as text: by the tokenizer's chat template, or else as Alpaca text.
 
-    Raises UserError when the template refuses the conversation (roles that do not alternate, a system turn, ...)."""
-    if tokenizer.chat_template:
-        turns = [m.turn() for m in messages]
-        try:
-            with _fixed_clock():
-                return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-        except Exception as error:  # a template raises what it likes
-            roles = ", ".join(m.role for m in messages)
-            raise UserError(
-                f"chat template: turns {roles}: {error}: change the data or the tokenizer's template"
-            ) from None
+    Raises UserError when the template refuses the conversation (roles that do not alternate, a system turn, ...) or takes
+    too much time or memory, or when tools are used without a template."""
+    return _render_all([(messages, add_generation_prompt)], tokenizer, tools)[0]
+
+
+def _render_all(parts: Sequence[tuple[Sequence[Message], bool]], tokenizer: Any, tools: str = "") -> list[str]:
+    if not template_of(tokenizer):
+        return [_alpaca(messages, tokenizer, add, tools) for messages, add in parts]
+    turns = [([message.turn() for message in messages], add) for messages, add in parts]
+    try:
+        return render_parts(tokenizer, turns, tools=json.loads(tools) if tools else None)
+    except TemplateRefusal as error:
+        roles = ", ".join(m.role for m in parts[error.part][0]) or "none"
+        hint = (
+            "" if any(m.role == "system" for m in parts[error.part][0]) else ", or give a system turn if it needs one"
+        )
+        raise UserError(
+            f"chat template: turns {roles}: {error}: change the data or the tokenizer's template{hint}"
+        ) from None
+
+
+def _alpaca(messages: Sequence[Message], tokenizer: Any, add_generation_prompt: bool, tools: str) -> str:
     blocks = []
     for m in messages:
+        lost = [name for name in UNWRITTEN if name in m.turn()] or (["role tool"] if m.role == "tool" else [])
+        if tools or lost:
+            raise UserError(f"{lost[0] if lost else 'tools'}: the tokenizer has no chat template to write it; give one")
         if m.role == "assistant":
             blocks.append(f"### Response:\n{m.content}{tokenizer.eos_token}")
         else:
@@ -133,56 +114,118 @@ def render(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt
     return "\n\n".join(blocks)
 
 
-@functools.lru_cache(maxsize=8)
-def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """All special tokens, of which `all_special_tokens` has only those with a role (BOS, EOS, ...)."""
-    added = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-    return tuple({*tokenizer.all_special_tokens, *added})
-
-
 def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end a reply in training, at which decoding stops: EOS and the template's end-of-turn token."""
-    ids = {tokenizer.eos_token_id}
-    chat = Chat((Message("user", "?"), Message("assistant", "!")))
-    row = next(_encode_texts([_render_example(chat, tokenizer, with_end=True)], tokenizer))
-    return tuple(sorted(ids | {int(row.tokens[-1])}))
+    """The ids that end a reply in training, at which decoding stops: EOS and the template's end-of-turn token.
 
-
-def _end_of_turn(turn: str, content: str, tokenizer: Any) -> tuple[int, int]:
-    """(start, end) of the end-of-turn token in an assistant turn's text: its first special token behind the content.
-    Without one, both are the end of the turn's text."""
-    found_at = turn.find(content.strip())
-    behind = found_at + len(content.strip()) if found_at >= 0 else 0
-    hits = [(turn.find(token, behind), len(token)) for token in _special_tokens(tokenizer)]
-    hits = [(at, -size) for at, size in hits if at >= 0]
-    if not hits:
-        return len(turn.rstrip()), len(turn.rstrip())
-    at, size = min(hits)
-    return at, at - size
-
-
-def _render_example(example: Example, tokenizer: Any, *, with_end: bool) -> _Rendered:
-    if isinstance(example, Text):
-        return _Rendered(example.text, ((0, len(example.text)),), append_eos=True)
-    messages = example.chat().messages if isinstance(example, MultipleChoice) else example.messages
-    spans: list[tuple[int, int]] = []
-    text, closed = "", True
-    for i, message in enumerate(messages):
-        if message.role != "assistant":
+    EOS alone where the template refuses a conversation of one question, with or without a system turn."""
+    question, reply = Message("user", "?"), Message("assistant", MARK)
+    for messages in ((question, reply), (Message("system", "."), question, reply)):
+        try:
+            _, tail = _around_mark(messages, tokenizer)
+        except TemplateLimit:
+            raise
+        except UserError:
             continue
-        prefix = render(messages[:i], tokenizer, add_generation_prompt=True)
-        longer = render(messages[: i + 1], tokenizer, add_generation_prompt=False)
-        if not longer.startswith(prefix) or not longer.startswith(text):
-            raise UserError(
-                f"chat template: assistant turn {len(spans) + 1}: the conversation does not continue the text of its "
-                "prompt, so no token-by-token loss exists: use a template that only appends"
-            )
-        start, end = _end_of_turn(longer[len(prefix) :], message.content, tokenizer)
-        closed = end > start
-        spans.append((len(prefix), len(prefix) + (end if with_end else start)))
-        text = longer
-    stop = spans[-1][1] if spans else 0
-    return _Rendered(text[:stop], tuple(spans), append_eos=with_end and bool(spans) and not closed)
+        return tuple(sorted({tokenizer.eos_token_id, *_ids(tokenizer, _first_special(tail, tokenizer)[1])}))
+    return (tokenizer.eos_token_id,)
+
+
+def _ids(tokenizer: Any, token: str) -> list[int]:
+    return [tokenizer.convert_tokens_to_ids(token)] if token else []
+
+
+def _around_mark(messages: Sequence[Message], tokenizer: Any, tools: str = "") -> tuple[str, str]:
+    """What a template writes before and after the last message's content, `MARK`."""
+    text = render(messages, tokenizer, add_generation_prompt=False, tools=tools)
+    at = text.rfind(MARK)
+    if at < 0:
+        raise UserError("chat template: does not write the content of an assistant turn; correct the template")
+    return text[:at], text[at + 1 :]
+
+
+def _first_special(text: str, tokenizer: Any, *, last: bool = False) -> tuple[int, str]:
+    """(where, which) of the first, or last, special token in `text`; (its length without trailing space, "") without one."""
+    find = text.rfind if last else text.find
+    hits = [(at, token) for token in special_token_texts(tokenizer) if token and (at := find(token)) >= 0]
+    if not hits:
+        return len(text.rstrip()), ""
+    return max(hits) if last else min(hits, key=lambda hit: (hit[0], -len(hit[1])))
+
+
+def _appended(prompt: str, whole: str, messages: Sequence[Message], tokenizer: Any, tools: str) -> _Reply:
+    """A reply whose text continues that of its prompt. Its end is the first special token behind the content; of a turn
+    with tool calls, which special tokens may enclose, the last one."""
+    turn, content = whole[len(prompt) :], messages[-1].content.strip()
+    found_at = max(turn.find(content), 0)
+    if turn[:found_at].strip():  # a reasoning block, say, which may hold the content too
+        header, _ = _around_mark((*messages[:-1], replace(messages[-1], content=MARK)), tokenizer, tools)
+        found_at = max(turn.find(content, len(header.rstrip()) - len(prompt)), found_at)
+    behind = found_at + (len(content) if content in turn else 0)
+    at, token = _first_special(turn[behind:], tokenizer, last="tool_calls" in messages[-1].turn())
+    # Space before the content may be one token with it.
+    start = len(prompt) + len(turn[:found_at].rstrip())
+    content_end = len(prompt) + behind + at
+    return _Reply(whole, len(prompt), start, content_end, content_end + len(token))
+
+
+def _composed(prompt: str, whole: str, messages: Sequence[Message], tokenizer: Any, tools: str) -> _Reply:
+    """A reply whose text in the finished conversation does not continue its prompt."""
+    message = messages[-1]
+    header, tail = _around_mark((*messages[:-1], replace(message, content=MARK)), tokenizer, tools)
+    if "tool_calls" in message.turn():
+        body = whole[_common(whole, prompt) :]
+        at, token = _first_special(body, tokenizer, last=True)
+        body = body[:at]
+    else:
+        common = _common(prompt, header)
+        begun, body = prompt[common:], message.content if message.content in whole else message.content.strip()
+        if begun.strip() and body.lstrip().startswith(begun.strip()):
+            body = body.lstrip()[len(begun.strip()) :].removeprefix(begun[len(begun.rstrip()) :])
+        at, token = _first_special(tail, tokenizer)
+        body = header[common:] + body + tail[:at]
+    content_end = len(prompt) + len(body)
+    return _Reply(prompt + body + token, len(prompt), len(prompt), content_end, content_end + len(token))
+
+
+def _common(one: str, other: str) -> int:
+    """Characters that two texts begin with alike."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
+    return low
+
+
+def _replies(chat: Chat, tokenizer: Any) -> tuple[list[_Reply], bool]:
+    """The assistant turns with weight, and whether all of them are in one text, that of the last."""
+    messages = chat.messages
+    asked = [i for i, message in enumerate(messages) if message.role == "assistant" and message.weight]
+    parts = [part for i in asked for part in ((messages[:i], True), (messages[: i + 1], False))]
+    texts = _render_all(parts, tokenizer, chat.tools)
+    replies = []
+    appends = True
+    for n, i in enumerate(asked):
+        prompt, whole = texts[2 * n : 2 * n + 2]
+        if whole.startswith(prompt):
+            replies.append(_appended(prompt, whole, messages[: i + 1], tokenizer, chat.tools))
+        else:
+            replies.append(_composed(prompt, whole, messages[: i + 1], tokenizer, chat.tools))
+        appends &= whole.startswith(prompt) and whole.startswith(texts[2 * n - 1] if n else "")
+    return replies, appends
+
+
+def _rows(example: Example, tokenizer: Any) -> list[_Rendered]:
+    if isinstance(example, Text):
+        return [_Rendered(example.text, ((0, len(example.text)),), append_eos=True)]
+    replies, appends = _replies(example.chat() if isinstance(example, MultipleChoice) else example, tokenizer)
+    if not replies:
+        return [_Rendered("", (), append_eos=False)]
+    if not appends:
+        return [_Rendered(r.text[: r.end], ((r.start, r.end),), append_eos=not r.closed) for r in replies]
+    last = replies[-1]
+    return [
+        _Rendered(last.text[: last.end], tuple((r.start, r.end) for r in replies), append_eos=not last.closed)
+    ]  # fmt: skip
 
 
 def _adds_bos(tokenizer: Any) -> bool:
@@ -209,30 +252,60 @@ def _truncate(encoded: Encoded, max_length: int) -> Encoded | None:
     return cut if cut.loss_mask.any() else None
 
 
-def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded | None:
-    """Tokens and loss mask of an example, cut at `max_length` tokens; None when no target is left.
+def encode_all(
+    examples: Sequence[Example], tokenizer: Any, max_length: int, *, name: str = "", skip_bad_rows: bool = False
+) -> tuple[list[Encoded], int]:
+    """Rows of tokens with their loss masks, cut at `max_length` tokens, and how many examples gave none, as no target is
+    left in them.
 
-    Chats and the right answer of a multiple choice: targets are every assistant turn with its end-of-turn token; what a
-    template writes after the last one is left out. A template without a special token at the end of a turn gets an EOS
-    after the last one. Text: all tokens, then EOS. BOS comes first, once, if the tokenizer or the template adds it.
-    Raises UserError when the chat template refuses the turns or rewrites earlier ones."""
-    return _truncate(next(_encode_texts([_render_example(example, tokenizer, with_end=True)], tokenizer)), max_length)
+    Chats and the right answer of a multiple choice: targets are the assistant turns of weight 1 with their end-of-turn
+    tokens; what a template writes after the last one is left out. A template without a special token at the end of a turn
+    gets an EOS after the last one. Text: all tokens, then EOS; a long one is not cut but goes on in further rows of
+    `max_length` tokens, each without its first token as a target. BOS comes first, once, if the tokenizer or the template
+    adds it.
 
-
-def encode_all(examples: Sequence[Example], tokenizer: Any, max_length: int) -> tuple[list[Encoded], int]:
-    """`encode` of many examples (faster than one by one), and how many gave nothing. A long `Text` is not cut but goes
-    on in further pieces of `max_length` tokens, each without its first token as a target."""
-    kept: list[Encoded] = []
-    dropped = 0
-    for at in range(0, len(examples), ENCODE_CHUNK):
-        chunk = examples[at : at + ENCODE_CHUNK]
-        rendered = [_render_example(e, tokenizer, with_end=True) for e in chunk]
-        for example, encoded in zip(chunk, _encode_texts(rendered, tokenizer), strict=True):
-            pieces = _pieces(encoded, max_length) if isinstance(example, Text) else [encoded]
-            whole = [cut for piece in pieces if (cut := _truncate(piece, max_length)) is not None]
-            kept += whole
-            dropped += not whole
-    return kept, dropped
+    `name`, of the data set, begins the log lines: of conversations that became several rows, and of examples that the
+    template refuses and `skip_bad_rows` leaves out. Raises UserError, with the place of the row, for the first of those
+    without it, and where it would leave out all of them."""
+    made: list[Encoded] = []
+    refusals: list[UserError] = []
+    unfit = conversations = turns = 0
+    with template_date():
+        for at in range(0, len(examples), ENCODE_CHUNK):
+            rendered: list[tuple[Example, list[_Rendered]]] = []
+            for example in examples[at : at + ENCODE_CHUNK]:
+                try:
+                    rendered.append((example, _rows(example, tokenizer)))
+                except TemplateLimit:
+                    raise
+                except UserError as error:
+                    placed = UserError(f"{example.where}: {error}") if example.where else error
+                    if not skip_bad_rows:
+                        raise placed from None
+                    refusals.append(placed)
+            encoded = _encode_texts([row for _, rows in rendered for row in rows], tokenizer) if rendered else iter(())
+            for example, rows in rendered:
+                pieces = [next(encoded) for _ in rows]
+                if isinstance(example, Text):
+                    pieces = list(_pieces(pieces[0], max_length))
+                fitting = [cut for piece in pieces if (cut := _truncate(piece, max_length)) is not None]
+                conversations, turns = conversations + (len(rows) > 1), turns + (len(rows) > 1) * len(rows)
+                unfit += not fitting
+                made += fitting
+    prefix = f"{name}: " if name else ""
+    if refusals and len(refusals) == len(examples):
+        raise refusals[0]
+    if refusals:
+        log.warning(
+            "%s%d of %d examples left out, which the chat template refuses; the first: %s",
+            prefix, len(refusals), len(examples), refusals[0],
+        )  # fmt: skip
+    if conversations:
+        log.info(
+            "%s%d conversations are trained as %d rows, one an assistant turn: the chat template rewrites earlier turns",
+            prefix, conversations, turns,
+        )  # fmt: skip
+    return made, unfit
 
 
 def _pieces(encoded: Encoded, max_length: int) -> Iterator[Encoded]:
@@ -243,15 +316,22 @@ def _pieces(encoded: Encoded, max_length: int) -> Iterator[Encoded]:
         yield Encoded(encoded.tokens[piece], mask)
 
 
-def encode_prompt(messages: Sequence[Message], tokenizer: Any) -> Int32[np.ndarray, " T"]:
+def encode_prompt(messages: Sequence[Message], tokenizer: Any, *, tools: str = "") -> Int32[np.ndarray, " T"]:
     """The tokens that decoding starts from: the conversation so far and the start of an assistant turn; int32 [T]."""
-    text = render(messages, tokenizer, add_generation_prompt=True)
+    text = render(messages, tokenizer, add_generation_prompt=True, tools=tools)
     return next(_encode_texts([_Rendered(text, (), append_eos=False)], tokenizer)).tokens
 
 
 def encode_choices(example: MultipleChoice, tokenizer: Any, max_length: int) -> list[Encoded] | None:
-    """One `Encoded` a candidate, its mask on the candidate's own tokens (no end-of-turn token: its probability says
-    nothing about the choice). None when a candidate does not fit `max_length`: cut candidates cannot be compared."""
-    chats = [example.chat(i) for i in range(len(example.choices))]
-    encoded = list(_encode_texts([_render_example(chat, tokenizer, with_end=False) for chat in chats], tokenizer))
+    """One `Encoded` a candidate, its mask on the candidate's own tokens (no reasoning block before it, and no end-of-turn
+    token: its probability says nothing about the choice). None when a candidate does not fit `max_length`: cut candidates
+    cannot be compared."""
+    rows = []
+    with template_date():
+        for i in range(len(example.choices)):
+            (reply,), _ = _replies(example.chat(i), tokenizer)
+            rows.append(
+                _Rendered(reply.text[: reply.content_end], ((reply.content, reply.content_end),), append_eos=False)
+            )
+    encoded = list(_encode_texts(rows, tokenizer))
     return encoded if all(len(e.tokens) <= max_length for e in encoded) else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -27,9 +27,9 @@ from adafuse_jax.configs import TOKEN_STRATEGIES, Strategy
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.decoding.fused import Fused, fused_obstacle
 from adafuse_jax.decoding.merging import Merged, unmerge, with_weights
-from adafuse_jax.decoding.sampling import Sampling
+from adafuse_jax.decoding.sampling import Sampling, row_keys
 from adafuse_jax.decoding.simple import LayerWiseMerging
-from adafuse_jax.decoding.steps import NOT_FINITE, DecodeState, decode_step, first_token, prefill_chunk
+from adafuse_jax.decoding.steps import DecodeState, decode_step, first_token, prefill_chunk
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from adafuse_jax.parallel.mesh import mesh_of, place_state
@@ -66,6 +66,16 @@ def told_at() -> int:
 def bucket(length: int, smallest: int) -> int:
     """Slots of the cache that holds `length` tokens: the next power of two."""
     return max(smallest, 1 << (length - 1).bit_length())
+
+
+def occurrences(prompts: Sequence[Sequence[Any]]) -> list[int]:
+    """How many equal prompts come before each: 0, 1, … for those of one kind."""
+    counts: Counter[tuple[Any, ...]] = Counter()
+    found = []
+    for prompt in map(tuple, prompts):
+        found.append(counts[prompt])
+        counts[prompt] += 1
+    return found
 
 
 def _chunks(length: int) -> list[int]:
@@ -156,8 +166,10 @@ class Engine:
         self._obstacles: dict[int, str | None] = {1: no_launch}
         config = model.config
         self.context_length = config.max_position_embeddings
-        self.eos_ids = tuple(config.eos_token_ids if eos_ids is None else eos_ids)
-        self.pad_id = config.pad_token_id or 0
+        vocab = range(config.vocab_size)
+        self.eos_ids = tuple(i for i in (config.eos_token_ids if eos_ids is None else eos_ids) if i in vocab)
+        # Rows that have ended read it, and what they read concerns nobody: any token will do.
+        self.pad_id = config.pad_token_id if config.pad_token_id in vocab else 0
         self._kept: tuple[DecodeState, list[list[int]]] | None = None
         self._warm: set = set()
         self._switched = False
@@ -196,6 +208,18 @@ class Engine:
         run."""
         return "unmerged" if self.strategy == "fused" and self._obstacle(batch) else self.strategy
 
+    def check_prompt(self, prompt: Sequence[int]) -> None:
+        """Raise `UserError` for a prompt without tokens or with ids that the model has not."""
+        if not len(prompt):
+            raise UserError("a prompt is empty; give it at least one token")
+        vocab_size = self._model.config.vocab_size
+        wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise UserError(
+                f"the prompt has token {wrong} and the model {vocab_size} tokens: its tokenizer is of another model; "
+                "restore the files in --model"
+            )
+
     def max_new_tokens(self, prompt_tokens: int, asked: int) -> int:
         """`asked`, or what the context has left after the prompt. Raises `UserError` if the prompt alone fills it."""
         left = self.context_length - prompt_tokens
@@ -213,24 +237,26 @@ class Engine:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         seed: int = 0,
+        samples: Sequence[int] | None = None,
         keep_cache: bool = False,
     ) -> Iterator[Token]:
         """Yield one `Token` a step until every row has ended or has its number of new tokens.
 
-        A row decodes what it would alone: the same tokens greedily, and the same with the same seed. What comes for a row
-        after its end, or after its number of tokens, means nothing.
+        A row decodes what it would alone: the same tokens greedily, and the same with the same seed and the same number in
+        `samples`. What comes for a row after its end, or after its number of tokens, means nothing.
 
         Args:
           prompts: token ids of every row; lengths may differ, none may be empty.
           max_new_tokens: per row; the method of that name says how many of them fit behind a prompt.
+          samples: which sample of its prompt each row draws; default: rows of the same prompt are counted from 0.
           keep_cache: use the cache of the last such call for a common beginning, and keep this one for the next.
 
         Raises:
           UserError: an empty prompt, one that leaves no room for an answer, or one with tokens that the model lacks;
             several prompts and a strategy that merges; logits that are not finite.
         """
-        if not all(len(p) for p in prompts):
-            raise UserError("a prompt is empty; give it at least one token")
+        for prompt in prompts:
+            self.check_prompt(prompt)
         if self.strategy in TOKEN_STRATEGIES and len(prompts) > 1:
             raise UserError(
                 f"strategy {self.strategy} merges the experts of one row into the weights, and there are {len(prompts)} "
@@ -238,12 +264,6 @@ class Engine:
             )
         if self.strategy == "fused" and not self._by_default and (why_not := self._obstacle(len(prompts))):
             raise UserError(f"strategy fused cannot run: {why_not}; decode fewer prompts together, or unmerged")
-        vocab_size, largest = self._model.config.vocab_size, max(int(max(p)) for p in prompts)
-        if largest >= vocab_size:
-            raise UserError(
-                f"the prompt has token {largest} and the model {vocab_size} tokens: its tokenizer is of another model; "
-                "restore the files in --model"
-            )
         sampling = sampling or Sampling.of()
         budgets = np.array([self.max_new_tokens(len(p), max_new_tokens) for p in prompts])
         budget, slots = int(budgets.max()), bucket(int((budgets + [len(p) for p in prompts]).max()), MIN_SLOTS)
@@ -255,7 +275,7 @@ class Engine:
         state = self._placed(
             replace(
                 state,
-                key=jax.random.key(seed),
+                key=row_keys(seed, prompts, occurrences(prompts) if samples is None else samples),
                 done=jnp.zeros(len(prompts), bool),
                 position=jnp.array(cached, jnp.int32),
             )
@@ -271,9 +291,9 @@ class Engine:
                     output, state = self._step(state, sampling)
                     pending.append(output)
                     issued += 1
-                ids, done, experts = jax.device_get(pending.popleft())
+                ids, done, finite, experts = jax.device_get(pending.popleft())
                 going = len(emitted[0]) < budgets
-                if (going & (ids == NOT_FINITE)).any():
+                if (going & ~finite).any():
                     raise UserError(
                         "the logits are not finite: the weights of --model or --adapter hold NaN or "
                         "overflow; restore them, or try --dtype float32"
@@ -299,7 +319,7 @@ class Engine:
             position=jnp.zeros(batch, jnp.int32),
             done=jnp.zeros(batch, bool),
             seen=jnp.zeros((batch, config.vocab_size), bool) if sampling.penalize else None,
-            key=jax.random.key(0),
+            key=jax.random.split(jax.random.key(0), batch),
         )
 
     def _placed(self, state: DecodeState) -> DecodeState:

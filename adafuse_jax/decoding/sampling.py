@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
+
+LEAST_TEMPERATURE = 1e-8
+"""Temperatures below count as 0: float32 logits that differ at all differ by more than that, so only ties are drawn."""
+MOST_TEMPERATURE = 1e30
+"""Temperatures above count as this one, at which every distribution of float32 logits is uniform."""
+PENALTY_BOUNDS = (1e-30, 1e30)
+"""Of the repetition penalty: at the bounds it decides alone already, and the logits stay finite."""
 
 
 @jax.tree_util.register_dataclass
@@ -14,7 +24,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 class Sampling:
     """How to choose a token. Only the two flags are static: other values change without recompiling.
 
-    temperature 0 (`greedy`) takes the likeliest token; top_k 0 and top_p 1 leave the distribution whole.
+    temperature 0, or less than `LEAST_TEMPERATURE` (`greedy`), takes the likeliest token; top_k 0 and top_p 1 leave the
+    distribution whole.
     """
 
     greedy: bool = field(metadata={"static": True})
@@ -28,47 +39,59 @@ class Sampling:
     def of(
         cls, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0
     ) -> Sampling:
+        low, high = PENALTY_BOUNDS
         return cls(
-            greedy=temperature == 0,
+            greedy=temperature < LEAST_TEMPERATURE,
             penalize=repetition_penalty != 1,
-            temperature=temperature,
-            top_k=top_k,
+            temperature=min(temperature, MOST_TEMPERATURE),
+            top_k=min(top_k, 2**31 - 1),
             top_p=top_p,
-            repetition_penalty=repetition_penalty,
+            repetition_penalty=min(max(repetition_penalty, low), high),
         )
 
 
 def penalize(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, ""]) -> Float[Array, "B V"]:
-    """Divide the positive and multiply the negative logits of tokens seen before (arXiv 1909.05858)."""
-    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    """Divide the positive and multiply the negative logits of tokens seen before (arXiv 1909.05858); all stay finite."""
+    penalized = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    largest = jnp.finfo(logits.dtype).max
+    return jnp.clip(penalized, -largest, largest)
 
 
 def keep_likely(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
-    """−inf for tokens past the top_k likeliest (0: none), then past the likeliest that hold probability top_p."""
+    """−inf for tokens past the top_k likeliest (0: none), then past the likeliest that hold probability top_p; the
+    likeliest stays in any case."""
     vocab = logits.shape[-1]
     ordered = jnp.sort(logits, axis=-1, descending=True)
     kth = ordered[:, jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab) - 1]
     ordered = jnp.where(ordered >= kth[:, None], ordered, -jnp.inf)
     probability = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    kept = jnp.isfinite(ordered) & ((before < top_p) | (top_p >= 1))
+    first = jnp.arange(vocab) == 0  # a denormal top_p is 0 on a device
+    kept = jnp.isfinite(ordered) & (first | (before < top_p) | (top_p >= 1))
     threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= threshold, logits, -jnp.inf)
 
 
-def sample(
-    logits: Float[Array, "B V"], sampling: Sampling, key: Key[Array, ""], seen: Bool[Array, "B V"] | None
-) -> Int[Array, " B"]:
-    """The next token of every row; `seen` marks the tokens of prompt and output, needed only to penalize them.
+def row_keys(seed: int, prompts: Sequence[Sequence[int]], samples: Sequence[int]) -> Key[Array, " B"]:
+    """A row's own source of noise: of the seed, its prompt and which sample of that prompt it is, not of its neighbours."""
+    key = jax.random.key(seed)
+    digests = [zlib.crc32(np.asarray(prompt, np.int64).tobytes()) for prompt in prompts]
+    fold = jax.vmap(lambda digest, sample: jax.random.fold_in(jax.random.fold_in(key, digest), sample))
+    return fold(np.array(digests, np.uint32), np.array(samples, np.uint32))
 
-    All rows share one noise, so that a row draws what it would draw alone.
-    """
+
+def sample(
+    logits: Float[Array, "B V"], sampling: Sampling, keys: Key[Array, " B"], seen: Bool[Array, "B V"] | None
+) -> Int[Array, " B"]:
+    """The next token of every row, each with the noise of its key, so that a row draws what it would draw alone; `seen`
+    marks the tokens of prompt and output, needed only to penalize them."""
     if sampling.penalize:
         assert seen is not None
         logits = penalize(logits, seen, jnp.asarray(sampling.repetition_penalty))
     if sampling.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    # The likeliest at 0, so that a low temperature sends the others to -inf and never two to +inf.
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
     logits = keep_likely(logits, jnp.asarray(sampling.top_k), jnp.asarray(sampling.top_p))
-    noise = jax.random.gumbel(key, (1, logits.shape[-1]), logits.dtype)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], logits.dtype))(keys)
     return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +19,11 @@ from adafuse_jax.adapters.directory import load_adapter
 from adafuse_jax.configs import DecodeConfig, Strategy
 from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.core.fields import require_text
-from adafuse_jax.data.chat import encode_prompt, load_tokenizer, stop_tokens
-from adafuse_jax.data.examples import Message, Role
+from adafuse_jax.data.chat import encode_prompt, stop_tokens
+from adafuse_jax.data.examples import Chat, Message
+from adafuse_jax.data.tokenizer import load_tokenizer
 from adafuse_jax.decoding.engine import Engine, Token
+from adafuse_jax.decoding.prompts import Prompt, read_prompts, stdin_lines
 from adafuse_jax.decoding.sampling import Sampling
 from adafuse_jax.decoding.stream import TextStream
 from adafuse_jax.interop.hf_config import generation_remark
@@ -66,12 +67,14 @@ class Session:
         if remark := generation_remark(checkpoint.directory):
             log.info("%s", remark)
         self.config = config
-        self.tokenizer = load_tokenizer(checkpoint.directory)
+        self.tokenizer = load_tokenizer(checkpoint.directory, config.adapter)
+        stops = stop_tokens(self.tokenizer)
+        self._asked: Counter[tuple[int, ...]] = Counter()
         dtype = config.dtype or checkpoint.dtype
         if dtype == "float32":
             runtime.exact_float32()
         adapter = None
-        if config.adapter:  # before the backbone: a mistake here shows before the large files are read
+        if config.adapter is not None:  # before the backbone: a mistake here shows before the large files are read
             adapter = load_adapter(
                 config.adapter,
                 checkpoint.config,
@@ -85,7 +88,7 @@ class Session:
         if config.tensor_parallel > 1:
             mesh = make_mesh(config.tensor_parallel, model.config)
             model, adapter = shard(model, mesh), adapter and shard(adapter, mesh)
-        eos_ids = {*model.config.eos_token_ids, *stop_tokens(self.tokenizer)}
+        eos_ids = {*model.config.eos_token_ids, *stops}
         self.engine = Engine(model, adapter, strategy=config.strategy, eos_ids=sorted(eos_ids))
         self.adapted, self.num_experts = adapter is not None, adapter.config.max_experts if adapter else 0
         self.sampling = Sampling.of(
@@ -95,20 +98,26 @@ class Session:
             repetition_penalty=config.repetition_penalty,
         )
 
-    def tokens_of(self, prompt: str | list[Message]) -> list[int]:
+    def next_sample(self, prompt: Sequence[int]) -> int:
+        """How often the session has been asked for an answer to this prompt before."""
+        self._asked[tuple(prompt)] += 1
+        return self._asked[tuple(prompt)] - 1
+
+    def tokens_of(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.
 
         A conversation, or a text with a chat template or an adapter (which was trained on one), becomes the beginning of
         an assistant's turn; a text for a bare model without a chat template, or with `--raw`, is continued as it is.
         """
         if isinstance(prompt, str):
-            trained_on_one = self.adapted or self.tokenizer.chat_template is not None
+            trained_on_one = self.adapted or self.tokenizer.chat_template
             if self.config.raw or not (trained_on_one or self.config.system):
                 return list(self.tokenizer(prompt)["input_ids"]) or self._begin()
-            prompt = [Message("user", prompt)]
-        if self.config.system is not None and prompt[0].role != "system":
-            prompt = [Message("system", self.config.system), *prompt]
-        return encode_prompt(prompt, self.tokenizer).tolist()
+            prompt = Chat((Message("user", prompt),))
+        messages = prompt.messages
+        if self.config.system is not None and messages[0].role != "system":
+            messages = (Message("system", self.config.system), *messages)
+        return encode_prompt(messages, self.tokenizer, tools=prompt.tools).tolist()
 
     def _begin(self) -> list[int]:
         bos = self.tokenizer.bos_token_id
@@ -116,25 +125,28 @@ class Session:
 
     def answer(
         self,
-        prompt: str | list[Message],
+        prompt: Prompt,
         *,
         emit: Callable[[str], object] = lambda text: None,
         keep_cache: bool = False,
     ) -> Completion:
-        """Generate, calling `emit` with each piece of text as it becomes certain."""
-        (completion,) = self.answer_all([self.tokens_of(prompt)], emit=emit, keep_cache=keep_cache)
+        """Generate, calling `emit` with each piece of text as it becomes certain. A prompt again is another sample."""
+        ids = self.tokens_of(prompt)
+        (completion,) = self.answer_all([ids], samples=[self.next_sample(ids)], emit=emit, keep_cache=keep_cache)
         return completion
 
     def answer_all(
         self,
         prompts: Sequence[list[int]],
         *,
+        samples: Sequence[int] | None = None,
         emit: Callable[[str], object] = lambda text: None,
         keep_cache: bool = False,
     ) -> list[Completion]:
         """Answer several prompts at once, given by their token ids, each a row with its own experts and its own end.
 
-        `emit` gets the first one's text. The answers are those that each prompt would get alone.
+        `samples` says which sample of its prompt each one is, as in `Engine.generate`. `emit` gets the first one's text. The
+        answers are those that each prompt would get alone.
         """
         config = self.config
         rows = [_Row(self, ids, emit if i == 0 else lambda text: None) for i, ids in enumerate(prompts)]
@@ -143,6 +155,7 @@ class Session:
             max_new_tokens=config.max_new_tokens,
             sampling=self.sampling,
             seed=config.seed,
+            samples=samples,
             keep_cache=keep_cache,
         )
         for token in tokens:
@@ -153,14 +166,18 @@ class Session:
                 break
         return [row.completion(len(rows)) for row in rows]
 
-    def tokens_of_all(self, prompts: Sequence[str | list[Message]]) -> list[list[int]]:
-        """`tokens_of` each. Raises `UserError` for the first that leaves no room for an answer, before any is answered."""
-        found = [self.tokens_of(prompt) for prompt in prompts]
-        for number, ids in enumerate(found, 1):
+    def tokens_of_all(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """`tokens_of` each. Raises `UserError` for the first that the chat template refuses, that leaves no room for an
+        answer or has tokens that the model has not, before any is answered."""
+        found = []
+        for number, prompt in enumerate(prompts, 1):
             try:
+                ids = self.tokens_of(prompt)
+                self.engine.check_prompt(ids)
                 self.engine.max_new_tokens(len(ids), self.config.max_new_tokens)
             except UserError as error:
                 raise UserError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from error
+            found.append(ids)
         return found
 
 
@@ -209,48 +226,9 @@ class _Row:
         )
 
 
-def read_prompts(path: Path) -> list[str | list[Message]]:
-    """Prompts of a file, one a line: text, or in a .jsonl file an object with `prompt` or `messages`.
-
-    Raises `UserError` for a file that cannot be read, is not UTF-8, or has no prompt; and for a bad line, by number.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts-file {path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"--prompts-file {path}: cannot be read ({error.strerror}); give an existing file") from error
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            is_json, where = path.suffix == ".jsonl", f"--prompts-file {path}, line {number}"
-            prompts.append(_json_prompt(line, where) if is_json else line.rstrip("\r"))
-    if not prompts:
-        raise UserError(f"--prompts-file {path}: has no prompt; write one a line")
-    return prompts
-
-
-def _json_prompt(line: str, where: str) -> str | list[Message]:
-    try:
-        table: Any = json.loads(line)
-        if isinstance(table, dict) and isinstance(table.get("prompt"), str):
-            require_text(where, table["prompt"])
-            return table["prompt"]
-        messages = [Message(m["role"], m["content"]) for m in table["messages"]]
-        if messages and all(m.role in get_args(Role) and isinstance(m.content, str) for m in messages):
-            require_text(where, "".join(m.content for m in messages))
-            return messages
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError):
-        pass
-    roles = ", ".join(get_args(Role))
-    raise UserError(f'{where}: give {{"prompt": TEXT}} or {{"messages": [{{"role", "content"}}, …]}} of roles {roles}')
-
-
 def decode(config: DecodeConfig) -> None:
     """Answer what `config` asks: one prompt, a file of them, those of stdin, or a conversation."""
-    prompts: list[str | list[Message]] | None = None
+    prompts: list[Prompt] | None = None
     if config.prompts_file is not None:
         prompts = read_prompts(Path(config.prompts_file))
     elif config.prompt is not None:
@@ -259,42 +237,56 @@ def decode(config: DecodeConfig) -> None:
     if config.chat:
         _chat(session)
         return
-    several = prompts is None or len(prompts) > 1
-    together = config.rows if config.prompts_file else 1
-    asked: Iterable[tuple[str | list[Message], list[int]]]
+    several = prompts is None or len(prompts) * config.num_samples > 1
+    asked: Iterable[tuple[Prompt, list[int]]]
     if prompts is None:
-        asked = ((line, session.tokens_of(line)) for line in _stdin_lines("prompt> "))
+        asked = ((line, session.tokens_of(line)) for line in stdin_lines("prompt> "))
     else:
         asked = zip(prompts, session.tokens_of_all(prompts), strict=True)
-    for batch in batched(asked, together):
+    for batch in _batches(asked, config):
         streams = len(batch) == 1 and not config.json
         if streams and several:
             print(f"> {_shown(batch[0][0])}")
         emit = _print_piece if streams else lambda text: None
-        completions = session.answer_all([ids for _, ids in batch], emit=emit)
-        for (prompt, _), completion in zip(batch, completions, strict=True):
+        rows = [ids for _, ids, _ in batch]
+        completions = session.answer_all(rows, samples=[session.next_sample(ids) for ids in rows], emit=emit)
+        for (prompt, _, sample), completion in zip(batch, completions, strict=True):
             if config.json:
-                print(json.dumps({"prompt": _shown(prompt), **_as_json(completion)}, ensure_ascii=False), flush=True)
+                table = {"prompt": _shown(prompt), "sample": sample, **_as_json(completion)}
+                print(json.dumps(table, ensure_ascii=False), flush=True)
                 continue
             print("" if streams else f"> {_shown(prompt)}\n{completion.text}", flush=True)
             if config.stats:
                 print(_stats_line(completion), file=sys.stderr)
 
 
-def _shown(prompt: str | list[Message]) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1].content
+def _batches(
+    asked: Iterable[tuple[Prompt, list[int]]], config: DecodeConfig
+) -> Iterator[tuple[tuple[Prompt, list[int], int], ...]]:
+    """(prompt, its ids, number of the sample) of the rows that are decoded together: those of a file; else those of a
+    prompt, which may have been typed and wait for its answer."""
+    samples = range(config.num_samples)
+    if config.prompts_file is not None:
+        yield from batched(((prompt, ids, n) for prompt, ids in asked for n in samples), config.rows)
+        return
+    for prompt, ids in asked:
+        yield from batched(((prompt, ids, n) for n in samples), config.rows)
+
+
+def _shown(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else prompt.messages[-1].content
 
 
 def _chat(session: Session) -> None:
     """Read the user's turns from stdin until its end; every answer continues the conversation and its cache."""
     messages: list[Message] = []
-    for line in _stdin_lines("you> "):
+    for line in stdin_lines("you> "):
         if line.strip() == NEW_CONVERSATION:
             messages.clear()
             continue
         messages.append(Message("user", line))
         try:
-            completion = session.answer(messages, emit=_print_piece, keep_cache=True)
+            completion = session.answer(Chat(tuple(messages)), emit=_print_piece, keep_cache=True)
         except UserError as error:
             messages.pop()
             print(f"error: {error}, or begin anew with {NEW_CONVERSATION}", file=sys.stderr)
@@ -303,25 +295,6 @@ def _chat(session: Session) -> None:
         if session.config.stats:
             print(_stats_line(completion), file=sys.stderr)
         messages.append(Message("assistant", completion.text))
-
-
-def _stdin_lines(ask: str = "") -> Iterator[str]:
-    if sys.stdin is None:
-        raise UserError("stdin is closed; give --prompt or --prompts-file")
-    interactive = sys.stdin.isatty()
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # a C locale lets broken bytes through
-    while True:
-        if interactive and ask:
-            print(ask, end="", flush=True)
-        try:
-            line = sys.stdin.readline()
-        except UnicodeDecodeError as error:
-            raise UserError(f"stdin: not UTF-8 (byte {error.start}); give UTF-8 text") from error
-        if not line:
-            return
-        if line.strip():
-            yield line.rstrip("\r\n")
 
 
 def _print_piece(text: str) -> None:

@@ -24,21 +24,19 @@ from adafuse_jax.decoding.sampling import Sampling, sample
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 
-NOT_FINITE = -1
-"""The token of a row whose logits are not finite."""
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeState:
-    """Everything a step reads and replaces. `token` is sampled but not yet in the cache; it will take slot `position`."""
+    """Everything a step reads and replaces. `token` is sampled but not yet in the cache; it will take slot `position`. Each
+    row has a key of its own."""
 
     cache: KVCache
     token: Int[Array, " B"]
     position: Int[Array, " B"]
     done: Bool[Array, " B"]
     seen: Bool[Array, "B V"] | None
-    key: Key[Array, ""]
+    key: Key[Array, " B"]
 
 
 @partial(jax.jit, static_argnames="pad_id", donate_argnames=("state", "logits"))
@@ -69,23 +67,25 @@ def prefill_chunk(
 
 def _choose(
     state: DecodeState, logits: Array, sampling: Sampling, eos_ids: tuple[int, ...], pad_id: int
-) -> DecodeState:
-    """Sample the next token of every row that has not ended. Logits that are not finite give the token NOT_FINITE."""
-    key, draw = jax.random.split(state.key)
-    token = jnp.where(jnp.isfinite(logits).all(axis=-1), sample(logits, sampling, draw, state.seen), NOT_FINITE)
-    token = jnp.where(state.done, pad_id, token)
+) -> tuple[DecodeState, Bool[Array, " B"]]:
+    """Sample the next token of every row that has not ended; and whether the logits of those rows are finite."""
+    key = draw = state.key
+    if not sampling.greedy:
+        key, draw = jnp.moveaxis(jax.vmap(jax.random.split)(state.key), 1, 0)
+    finite = state.done | jnp.isfinite(logits).all(axis=-1)
+    token = jnp.where(state.done, pad_id, sample(logits, sampling, draw, state.seen))
     done = state.done | jnp.isin(token, jnp.array(eos_ids, jnp.int32))
-    seen = None if state.seen is None else state.seen.at[jnp.arange(len(token)), jnp.maximum(token, 0)].set(True)
-    return replace(state, token=token, done=done, seen=seen, key=key)
+    seen = None if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True)
+    return replace(state, token=token, done=done, seen=seen, key=key), finite
 
 
 @partial(jax.jit, static_argnames=("eos_ids", "pad_id"), donate_argnames="state")
 def first_token(
     state: DecodeState, logits: Array, sampling: Sampling, eos_ids: tuple[int, ...], pad_id: int
 ) -> tuple[Any, DecodeState]:
-    """Sample after the prompt."""
-    state = _choose(state, logits, sampling, eos_ids, pad_id)
-    return (state.token, state.done, None), state
+    """Sample after the prompt. Returns ((token, done, finite, None), state)."""
+    state, finite = _choose(state, logits, sampling, eos_ids, pad_id)
+    return (state.token, state.done, finite, None), state
 
 
 @partial(jax.jit, static_argnames=("eos_ids", "pad_id"), donate_argnames=("state", "merged"))
@@ -99,8 +99,8 @@ def decode_step(
     pad_id: int,
     fused: Fused | None = None,
 ) -> tuple[Any, DecodeState, Merged | None]:
-    """Read `state.token`, sample the one after it. Returns ((token, done, experts), state, merged); the old state and
-    what was merged are donated. `merged` None decodes unmerged; with `fused` all layers are one launch."""
+    """Read `state.token`, sample the one after it. Returns ((token, done, finite, experts), state, merged); the old
+    state and what was merged are donated. `merged` None decodes unmerged; with `fused` all layers are one launch."""
     if fused is not None:
         token, position, cache = state.token, state.position, state.cache
         if merged is None:
@@ -111,8 +111,9 @@ def decode_step(
             experts, gates = route(whole, adapter, fused.table, token, position, cache)
             merged = merged_anew(adapter, model, merged, experts[0], gates[0], hold=state.done[0])
             logits, _, cache = fused_step(with_weights(model, merged.weights), None, fused, token, position, cache)
-        state = _choose(replace(state, cache=cache, position=position + 1), logits, sampling, eos_ids, pad_id)
-        return (state.token, state.done, experts), state, merged
+        state = replace(state, cache=cache, position=position + 1)
+        state, finite = _choose(state, logits, sampling, eos_ids, pad_id)
+        return (state.token, state.done, finite, experts), state, merged
     acting: Adapter | None = adapter
     if merged is not None:
         acting = Merging(adapter, model, merged, hold=state.done[0])
@@ -123,5 +124,5 @@ def decode_step(
     routing, merged = (out.routing, None) if merged is None else out.routing
     experts = None if routing is None else routing.experts_of_row()
     state = replace(state, cache=out.cache, position=state.position + 1)
-    state = _choose(state, model.logits(out.hidden[:, 0]), sampling, eos_ids, pad_id)
-    return (state.token, state.done, experts), state, merged
+    state, finite = _choose(state, model.logits(out.hidden[:, 0]), sampling, eos_ids, pad_id)
+    return (state.token, state.done, finite, experts), state, merged

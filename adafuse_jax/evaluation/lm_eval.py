@@ -26,27 +26,36 @@ if __name__ == "__main__":  # before the harness is imported: what fails or is i
 
 from adafuse_jax.configs import DType
 from adafuse_jax.core import runtime
-from adafuse_jax.core.errors import UserError
+from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.data.chat import render
 from adafuse_jax.data.examples import Message
 
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "lm_eval":
         raise
     raise UserError("lm-evaluation-harness is not installed; pip install 'adafuse-jax[eval]'") from error
 
-from adafuse_jax.decoding.engine import Engine
+from adafuse_jax.decoding.engine import Engine, occurrences
 from adafuse_jax.decoding.sampling import Sampling
+from adafuse_jax.decoding.stream import TextStream
 from adafuse_jax.evaluation.continuations import score_continuations
 from adafuse_jax.evaluation.loading import Loaded, load
 
 ARGUMENTS = ("model", "adapter", "batch_size", "max_length", "dtype")
-SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+DEFAULTS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "seed": 0}
+BOUNDS = {
+    "temperature": (0, 1e30),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (1e-30, 1),
+    "repetition_penalty": (1e-30, 1e30),
+    "seed": (0, 2**32 - 1),
+}
+SAMPLING = ("do_sample", *DEFAULTS)
 
 
 @register_model("adafuse")
@@ -149,7 +158,8 @@ class AdaFuseLM(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """(log-likelihood, greedy) of tokenised requests (cache key or None, context, continuation)."""
-        for key, _, continuation in requests:
+        for key, context, continuation in requests:
+            self._engine.check_prompt([*context, *continuation])
             if not 0 < len(continuation) <= self.max_length:
                 raise UserError(
                     f"a continuation of {len(continuation)} tokens cannot be scored with max_length {self.max_length}: "
@@ -191,17 +201,22 @@ class AdaFuseLM(TemplateLM):
         """The text that follows each context, up to the first stop string, EOS, or `max_gen_toks` tokens."""
         answers = [""] * len(requests)
         settings = [repr(sorted(request.args[1].items())) for request in requests]
-        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
-        order = sorted(range(len(requests)), key=lambda i: (settings[i], lengths[i]))
+        prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+        for prompt in prompts:
+            self._engine.check_prompt(prompt)
+        # A request that comes several times (`repeats`) asks for as many samples.
+        samples = occurrences([(setting, *prompt) for setting, prompt in zip(settings, prompts, strict=True)])
+        order = sorted(range(len(requests)), key=lambda i: (settings[i], len(prompts[i])))
         for _, group in groupby(order, key=lambda i: settings[i]):
             for members in batched(group, self.batch_size):
-                texts = self._continue([requests[i].args[0] for i in members], requests[members[0]].args[1])
+                rows = [prompts[i] for i in members]
+                texts = self._continue(rows, [samples[i] for i in members], requests[members[0]].args[1])
                 for i, text in zip(members, texts, strict=True):
                     answers[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return answers
 
-    def _continue(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
+    def _continue(self, contexts: Sequence[list[int]], samples: Sequence[int], settings: dict[str, Any]) -> list[str]:
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
         until = handle_stop_sequences(kwargs.pop("until"), eos=self.tokenizer.decode([self.eot_token_id]))
         new_tokens = kwargs.pop("max_gen_toks")
@@ -215,17 +230,25 @@ class AdaFuseLM(TemplateLM):
             raise UserError(
                 f"generation setting {unknown[0]!r} is unknown; use {', '.join(SAMPLING)}, max_gen_toks, until"
             )
-        sampling = Sampling.of(
-            temperature=kwargs.get("temperature", 0.0) if kwargs.get("do_sample") else 0.0,
-            top_k=kwargs.get("top_k", 0),
-            top_p=kwargs.get("top_p", 1.0),
-            repetition_penalty=kwargs.get("repetition_penalty", 1.0),
-        )
-        prompts = [(self.tok_encode(text) or [self.prefix_token_id])[-room:] for text in contexts]
-        prompts += prompts[-1:] * (self.batch_size - len(prompts))  # one batch size, one program
+        values: dict[str, Any] = {
+            name: default if kwargs.get(name) is None else kwargs[name] for name, default in DEFAULTS.items()
+        }
+        for name, value in values.items():
+            low, high = BOUNDS[name]
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise UserError(f"generation setting {name} is {quoted(value)}: it must be from {low:g} to {high:g}")
+        seed = int(values.pop("seed"))
+        sampling = Sampling.of(**values | ({} if kwargs.get("do_sample") else {"temperature": 0.0}))
+        # One batch size, one program: the last row fills it up.
+        spare = self.batch_size - len(contexts)
+        prompts = [context[-room:] for context in contexts] + [contexts[-1][-room:]] * spare
         rows = [_Row(self.tokenizer, until) for _ in contexts]
         for token in self._engine.generate(
-            prompts, max_new_tokens=new_tokens, sampling=sampling, seed=int(kwargs.get("seed", 0))
+            prompts,
+            max_new_tokens=new_tokens,
+            sampling=sampling,
+            seed=seed,
+            samples=[*samples, *[samples[-1]] * spare],
         ):
             for row, token_id, done in zip(rows, token.ids, token.done, strict=False):
                 row.take(int(token_id), bool(done))
@@ -238,23 +261,19 @@ class _Row:
     """One continuation while it is generated: it ends at EOS or at the token that completes a stop string."""
 
     def __init__(self, tokenizer: Any, until: list[str]):
-        self.tokenizer, self.until = tokenizer, [stop for stop in until if stop]
-        sizes = [len(tokenizer.encode(stop, add_special_tokens=False)) for stop in self.until]
-        self.window = max(sizes, default=0) + 2  # a stop string may come in other tokens than its own
-        self.ids: list[int] = []
+        self._stream = TextStream(tokenizer, tuple(stop for stop in until if stop), inside_special=True)
         self.ended = False
 
     def take(self, token_id: int, done: bool) -> None:
         if self.ended:
             return
         if not done:
-            self.ids.append(token_id)
-        recent = self.tokenizer.decode(self.ids[-self.window :])
-        self.ended = done or any(stop in recent for stop in self.until)
+            self._stream.push(token_id)
+        self.ended = done or self._stream.stopped
 
     def text(self) -> str:
-        whole = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        return postprocess_generated_text(generation=whole, stop=self.until, think_end_token=None)
+        self._stream.flush()
+        return self._stream.text
 
 
 def main(argv: Sequence[str]) -> int:

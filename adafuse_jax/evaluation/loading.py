@@ -11,7 +11,7 @@ from adafuse_jax.adapters.directory import load_adapter
 from adafuse_jax.configs import DType
 from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError, quoted
-from adafuse_jax.data.chat import load_tokenizer
+from adafuse_jax.data.tokenizer import load_tokenizer
 from adafuse_jax.interop.huggingface import Checkpoint, load_backbone
 from adafuse_jax.model.backbone import Backbone
 
@@ -35,7 +35,7 @@ def load(model: str | Checkpoint, adapter: str | None = None, dtype: DType | Non
     if dtype is not None and dtype not in get_args(DType):
         raise UserError(f"dtype is {quoted(dtype)}: choose from {', '.join(get_args(DType))}")
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
-    tokenizer = load_tokenizer(checkpoint.directory)
+    tokenizer = load_tokenizer(checkpoint.directory, adapter)
     dtype = dtype or checkpoint.dtype
     if dtype == "float32":
         runtime.exact_float32()

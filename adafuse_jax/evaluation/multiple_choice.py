@@ -22,6 +22,7 @@ import numpy as np
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import Encoded, encode_choices, encode_prompt, stop_tokens
 from adafuse_jax.data.examples import Message, MultipleChoice
+from adafuse_jax.data.templates import TemplateLimit, template_date
 from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.evaluation.heldout import score
 from adafuse_jax.evaluation.loading import Loaded
@@ -35,6 +36,8 @@ class Questions:
     """Questions that fit `max_length` with each of their candidates, and how many were left out because they do not."""
 
     examples: list[MultipleChoice]
+    prompts: list[list[int]]
+    """Token ids that a generated answer starts from."""
     candidates: list[list[Encoded]]
     left_out: int
 
@@ -44,19 +47,27 @@ class Questions:
 
         Raises `UserError` when none is left."""
         kept: list[MultipleChoice] = []
+        prompts: list[list[int]] = []
         candidates: list[list[Encoded]] = []
-        for example in examples:
-            encoded = encode_choices(example, tokenizer, max_length)
-            if encoded is None or (room and len(prompt_of(example, tokenizer)) + room > max_length):
-                continue
-            kept.append(example)
-            candidates.append(encoded)
+        with template_date():
+            for example in examples:
+                try:
+                    encoded, prompt = encode_choices(example, tokenizer, max_length), prompt_of(example, tokenizer)
+                except TemplateLimit:
+                    raise
+                except UserError as error:
+                    raise UserError(f"{example.where}: {error}" if example.where else str(error)) from error
+                if encoded is None or (room and len(prompt) + room > max_length):
+                    continue
+                kept.append(example)
+                prompts.append(prompt)
+                candidates.append(encoded)
         if not kept:
             raise UserError(
                 f"none of {len(examples)} questions fits {max_length} tokens with its answer; "
                 "raise --max-length, or give shorter questions"
             )
-        return cls(examples=kept, candidates=candidates, left_out=len(examples) - len(kept))
+        return cls(examples=kept, prompts=prompts, candidates=candidates, left_out=len(examples) - len(kept))
 
 
 def prompt_of(example: MultipleChoice, tokenizer: Any) -> list[int]:
@@ -82,7 +93,7 @@ def generated_answers(loaded: Loaded, questions: Questions, *, batch_size: int, 
     """The greedy answer to each question. Questions of like length are answered together, each as it would be alone."""
     stops = sorted({*loaded.model.config.eos_token_ids, *stop_tokens(loaded.tokenizer)})
     engine = Engine(loaded.model, loaded.adapter, eos_ids=stops)
-    prompts = [prompt_of(example, loaded.tokenizer) for example in questions.examples]
+    prompts = questions.prompts
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     for start in range(0, len(order), batch_size):

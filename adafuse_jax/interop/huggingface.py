@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,10 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from adafuse_jax.configs import ATTENTION_LINEARS, LINEARS, DType, ModelConfig
-from adafuse_jax.core.atomic_files import new_directory, write_json, write_text
+from adafuse_jax.core.atomic_files import new_directory, write_json
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import read_json
+from adafuse_jax.data.tokenizer import PATTERNS, tokenizer_files, write_tokenizer
 from adafuse_jax.interop.hf_config import hf_config, parse_hf_config
 from adafuse_jax.interop.safetensors_files import DTYPES, Tensors, require_float
 from adafuse_jax.model.backbone import Backbone
@@ -32,12 +33,6 @@ from adafuse_jax.model.backbone import Backbone
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 5_000_000_000
-TOKENIZER_FILES = (
-    "tokenizer*", "*.model", "*.tiktoken", "tekken.json", "special_tokens_map.json", "added_tokens.json", "vocab*",
-    "merges.txt", "chat_template*", "additional_chat_templates/*",
-)  # fmt: skip
-"""Patterns of the files that transformers reads tokenizers and chat templates from."""
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
 def model_directory(path_or_id: str | Path) -> Path:
@@ -53,7 +48,7 @@ def model_directory(path_or_id: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "model*.safetensors", "*.jinja", *TOKENIZER_FILES]
+        patterns = ["*.json", "model*.safetensors", "*.jinja", *PATTERNS]
         return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
@@ -235,27 +230,27 @@ def export_backbone(
     out: str | Path,
     *,
     source: str | Path | None = None,
-    adapter: str | Path | None = None,
+    tokenizer: Mapping[str, bytes] | None = None,
     replace: bool = False,
 ) -> None:
-    """Write `model` as a Hugging Face directory, in shards of at most 5 GB. The tokenizer's files, generation_config.json
-    and what else config.json holds come from `source`, a tokenizer or chat template of its own from `adapter`.
+    """Write `model` as a Hugging Face directory, in shards of at most 5 GB. generation_config.json, the tokenizer's
+    files and what else config.json holds come from `source`; the tokenizer's are those of `tokenizer`, by name, if given.
 
     The directory appears complete or not at all. Raises `UserError` if `out` exists and is not an empty directory, unless
     `replace` puts it in place of what is there.
     """
     with new_directory(Path(out), replace=replace) as partial_out:
-        _write_model(model, partial_out, source, None if adapter is None else Path(adapter).expanduser())
+        _write_model(model, partial_out, source, tokenizer)
 
 
-def _write_model(model: Backbone, out: Path, source: str | Path | None, adapter: Path | None) -> None:
+def _write_model(model: Backbone, out: Path, source: str | Path | None, tokenizer: Mapping[str, bytes] | None) -> None:
     directory = None if source is None else model_directory(source)
     write_json(out / "config.json", _config_table(model, directory))
     special = {f"{n}_token_id": getattr(model.config, f"{n}_token_id") for n in ("bos", "pad")}
     special["eos_token_id"] = list(model.config.eos_token_ids) or None
     write_json(out / "generation_config.json", {k: v for k, v in special.items() if v is not None})
     if directory is not None:
-        copy_tokenizer(directory, out, adapter)
+        write_tokenizer(tokenizer_files(directory) if tokenizer is None else tokenizer, out)
         if (directory / "generation_config.json").exists():
             shutil.copyfile(directory / "generation_config.json", out / "generation_config.json")
 
@@ -297,31 +292,3 @@ def _config_table(model: Backbone, source: Path | None) -> dict[str, Any]:
         log.info("%s: auto_map names Python code, which is not exported; left out", source / "config.json")
     names = [name for name in ("torch_dtype", "dtype") if name in table] or ["torch_dtype"]
     return table | dict.fromkeys(names, dtype)
-
-
-def copy_tokenizer(directory: Path, out: Path, adapter: Path | None) -> None:
-    """Every file of `directory` that a tokenizer or a chat template may be read from, into `out`; instead of them those of
-    `adapter`, if it has a tokenizer, or with its chat template, if it has one alone."""
-    files, own = _tokenizer_files(directory), {} if adapter is None else _tokenizer_files(adapter)
-    templates = {name: path for name, path in own.items() if name in TEMPLATE_FILES}
-    if "tokenizer.json" in own:
-        files = own
-    elif templates:
-        files = {name: path for name, path in files.items() if name not in TEMPLATE_FILES} | templates
-    for name, path in files.items():
-        (out / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, out / name)
-    if "tokenizer_config.json" in own and not templates and files is not own:
-        template = read_json(own["tokenizer_config.json"]).get("chat_template")
-        if isinstance(template, str):
-            write_text(out / "chat_template.jinja", template)
-
-
-def _tokenizer_files(directory: Path) -> dict[str, Path]:
-    """Those that `TOKENIZER_FILES` matches, by their names in the directory."""
-    return {
-        str(path.relative_to(directory)): path
-        for pattern in TOKENIZER_FILES
-        for path in sorted(directory.glob(pattern))
-        if path.is_file() and path.suffix not in (".py", ".safetensors")
-    }

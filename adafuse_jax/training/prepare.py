@@ -87,14 +87,16 @@ def _training_and_held_out(spec: DatasetSpec, config: TrainConfig) -> tuple[list
 
 
 def _pack(examples: list[Example], spec: DatasetSpec, tokenizer: Any, config: TrainConfig) -> Rows:
-    encoded, dropped = encode_all(examples, tokenizer, config.max_length)
+    encoded, dropped = encode_all(
+        examples, tokenizer, config.max_length, name=spec.source, skip_bad_rows=config.skip_bad_rows
+    )
     if not encoded:
         raise UserError(
             f"{spec.source}: no response of its {len(examples)} examples fits --max-length {config.max_length}; raise it"
         )
     if dropped:
         log.warning(
-            "%s: %d of %d examples left out: their prompt alone fills --max-length %d",
+            "%s: %d of %d examples left out: their prompt alone fills --max-length %d, or no turn has weight",
             spec.source, dropped, len(examples), config.max_length,
         )  # fmt: skip
     chats = sum(not isinstance(example, Text) for example in examples)
@@ -114,15 +116,21 @@ def _held_out(examples: list[Example], tokenizer: Any, config: TrainConfig) -> H
     """At most `eval_examples` of the examples, evenly spaced so that every data set is represented."""
     count = min(len(examples), config.eval_examples)
     examples = [examples[i * len(examples) // count] for i in range(count)]
-    rows, dropped = encode_all(examples, tokenizer, config.max_length)
+    rows, dropped = encode_all(
+        examples, tokenizer, config.max_length, name="held out", skip_bad_rows=config.skip_bad_rows
+    )
     choices, answers = [], []
     for example in examples:
         if isinstance(example, MultipleChoice):
-            candidates = encode_choices(example, tokenizer, config.max_length)
-            if candidates is not None:
+            try:
+                candidates = encode_choices(example, tokenizer, config.max_length)
+            except UserError:  # counted and logged above
+                continue
+            if candidates is None:
+                dropped += 1
+            else:
                 choices.append(candidates)
                 answers.append(example.answer)
-    dropped += sum(isinstance(example, MultipleChoice) for example in examples) - len(choices)
     if dropped:
         log.warning(
             "held out: %d answers or questions do not fit --max-length %d and are not scored",

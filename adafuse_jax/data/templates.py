@@ -1,0 +1,182 @@
+"""Chat templates rendered in a process of their own (`template_worker`), which a template cannot keep busy for ever."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from adafuse_jax.core.errors import UserError
+
+MAX_SECONDS = 5
+"""Of processor time for one rendering. A template of a real model takes a millisecond."""
+MAX_MEMORY = 2**29
+"""Bytes of address space of the rendering process."""
+MAX_CHARACTERS = 2**20
+"""Of a rendered conversation, beyond 16 times its own."""
+_date: ContextVar[datetime | None] = ContextVar("template_date", default=None)
+
+
+class TemplateRefusal(Exception):
+    """A conversation that the template cannot render, in the template's own words; `part` says which rendering."""
+
+    def __init__(self, message: str, part: int):
+        super().__init__(message)
+        self.part = part
+
+
+class TemplateLimit(UserError):
+    """A template that takes too long or needs too much memory, whatever the conversation."""
+
+
+@contextmanager
+def template_date(date: datetime | None = None) -> Iterator[datetime]:
+    """A fixed date for all templates rendered inside that ask for the present one (`strftime_now`); default: the one that
+    is fixed already, else now.
+
+    The date enters the tokens, so a resumed run must be given that of its first start, which this yields."""
+    now = date or _date.get() or _now()
+    token = _date.set(now)
+    try:
+        yield now
+    finally:
+        _date.reset(token)
+
+
+def _now() -> datetime:
+    """By the clock that transformers' templates read."""
+    from transformers.utils import chat_template_utils
+
+    return getattr(chat_template_utils, "datetime", datetime).now()
+
+
+class _Worker:
+    """The rendering process: started when it is first needed, and anew after a template ended it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._owner = 0
+        self._template: str | None = None
+
+    def ask(self, template: str, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer of the process. Raises `TemplateLimit` when there is none."""
+        with self._lock:
+            forked = self._owner != os.getpid()  # a forked process must not share the pipes
+            if self._process is None or forked or self._process.poll() is not None:
+                self._start()
+            process = self._process
+            assert process is not None
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                if template != self._template:
+                    limits = {"seconds": MAX_SECONDS, "bytes": MAX_MEMORY}
+                    process.stdin.write(json.dumps({"template": template, "limits": limits}) + "\n")
+                    self._template = template
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+            except BrokenPipeError:
+                line = ""
+            except BaseException:  # interrupted: its answer would be taken for the next one's
+                self.stop()
+                raise
+            if line.endswith("\n"):
+                return json.loads(line)
+            code = self.stop()
+        if code == -signal.SIGPROF:
+            raise TemplateLimit(
+                f"chat template: takes more than {MAX_SECONDS} seconds for one conversation; correct the template"
+            )
+        raise TemplateLimit(
+            f"chat template: ended the process that rendered it (exit code {code}); correct the template"
+        )
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(
+            # -P: the folder of the file, whose modules have names like `files`, is no place to import from
+            [sys.executable, "-P", "-u", str(Path(__file__).with_name("template_worker.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            encoding="utf-8", start_new_session=True,  # Ctrl-C is for the parent
+        )  # fmt: skip
+        self._owner, self._template = os.getpid(), None
+
+    def stop(self) -> int | None:
+        process, self._process = self._process, None
+        if process is None or self._owner != os.getpid():
+            return None
+        for pipe in (process.stdin, process.stdout):
+            try:
+                if pipe is not None:
+                    pipe.close()
+            except OSError:
+                pass
+        try:
+            return process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+
+_worker = _Worker()
+atexit.register(_worker.stop)
+
+
+def template_of(tokenizer: Any, tools: Any = None) -> str | None:
+    """The template that transformers takes: of several, `tool_use` where tools are given, else `default`; None without."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        name = "tool_use" if tools and "tool_use" in template else "default"
+        if name not in template:
+            raise UserError(
+                f"the tokenizer has chat templates {', '.join(map(str, sorted(template)))} and no default; name one default"
+            )
+        template = template[name]
+    return template or None
+
+
+def render_parts(
+    tokenizer: Any, parts: Sequence[tuple[Sequence[dict[str, Any]], bool]], *, tools: Any = None
+) -> list[str]:
+    """The text of each (turns, add_generation_prompt) by the tokenizer's chat template.
+
+    Raises:
+      TemplateRefusal: a conversation that the template refuses, or an error in it.
+      TemplateLimit: more than `MAX_SECONDS` of processor time, `MAX_MEMORY` or `MAX_CHARACTERS`.
+    """
+    template = template_of(tokenizer, tools)
+    assert template is not None
+    size = max((sum(len(str(turn)) for turn in turns) for turns, _ in parts), default=0) + len(str(tools))
+    reply = _worker.ask(
+        template,
+        {
+            "variables": {**tokenizer.special_tokens_map, "tools": tools, "documents": None},
+            "date": (_date.get() or _now()).isoformat(),
+            "characters": MAX_CHARACTERS + 16 * size,
+            "parts": [
+                {"messages": [_aliased(turn) for turn in turns], "add_generation_prompt": add}
+                for turns, add in parts
+            ],
+        },
+    )  # fmt: skip
+    if "error" in reply:
+        raise TemplateRefusal(reply["error"], reply["part"])
+    return reply["texts"]
+
+
+def _aliased(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn as transformers gives it to templates: no null values, reasoning under each name that templates read."""
+    turn = {name: value for name, value in turn.items() if value is not None}
+    reasoning = next((turn[name] for name in ("reasoning_content", "thinking", "reasoning") if name in turn), None)
+    return turn if reasoning is None else {"thinking": reasoning, **turn, "reasoning_content": reasoning}

@@ -1,0 +1,200 @@
+"""Tokenizers of model and adapter directories. Python code in them never runs."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from adafuse_jax.core.errors import UserError, quoted
+from adafuse_jax.core.tables import read_json, read_text
+from adafuse_jax.data.files import without_logs
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE, TOKENIZER_FILE, TEMPLATE_FILE = "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"
+FILES = (
+    TOKENIZER_FILE, CONFIG_FILE, "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", TEMPLATE_FILE,
+)  # fmt: skip
+PATTERNS = (
+    "tokenizer*", "*.model", "*.tiktoken", "tekken.json", "special_tokens_map.json", "added_tokens.json", "vocab*",
+    "merges.txt", "chat_template*", "additional_chat_templates/*",
+)  # fmt: skip
+"""Of the files that transformers reads tokenizers and chat templates from."""
+
+
+def load_tokenizer(path_or_hub_id: str | Path, adapter: str | Path | None = None) -> Any:
+    """The fast tokenizer of a local model directory or a hub id, or that of `adapter` if its directory has one.
+
+    Training programs save the tokenizer beside the adapter, with the chat template that it was trained on: a tokenizer
+    there is used, a chat template alone goes with the model's tokenizer, and a log line says either.
+
+    Raises:
+      UserError: it cannot be loaded, has no offsets (a slow tokenizer), no EOS token or a template that is no text; or the
+        adapter's has other ids for the tokens of the model's.
+    """
+    tokenizer = _load(path_or_hub_id)
+    own = None if adapter is None else Path(adapter).expanduser()
+    if own is None or (not (own / TOKENIZER_FILE).exists() and _own_template(own) is None):
+        return tokenizer
+    if (own / TOKENIZER_FILE).exists():
+        changed = _load(own)
+        _check_same_tokens(tokenizer, changed, own)
+    else:
+        changed, changed.chat_template = tokenizer, _own_template(own)
+    log.info("%s: its own %s used", own, "tokenizer is" if changed is not tokenizer else "chat template is")
+    return changed
+
+
+def tokenizer_files(model: Path, adapter: Path | None = None) -> dict[str, bytes]:
+    """The files, by their names in a directory, of the tokenizer that `load_tokenizer` gives for two directories."""
+    files, own = _files(model), {} if adapter is None else _files(adapter)
+    if adapter is None or TOKENIZER_FILE in own:
+        return own or files
+    template = _own_template(adapter)
+    if template is None:
+        return files
+    others = {name: data for name, data in files.items() if not name.startswith("chat_template")}
+    return others | {TEMPLATE_FILE: template.encode()}
+
+
+def write_tokenizer(files: Mapping[str, bytes], out: Path) -> None:
+    """The files of `tokenizer_files` in the directory `out`."""
+    for name, data in files.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(data)
+
+
+def _files(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for pattern in PATTERNS
+        for path in sorted(directory.glob(pattern))
+        if path.is_file() and path.suffix not in (".py", ".safetensors")
+    }
+
+
+def _own_template(adapter: Path) -> str | None:
+    """The chat template of an adapter's directory without a tokenizer."""
+    if (adapter / TEMPLATE_FILE).exists():
+        return read_text(adapter / TEMPLATE_FILE)
+    if not (adapter / CONFIG_FILE).exists():
+        return None
+    template = read_json(adapter / CONFIG_FILE).get("chat_template")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{adapter / CONFIG_FILE}: chat_template is {quoted(template)}; it must be text")
+    return template
+
+
+def _check_same_tokens(base: Any, other: Any, place: Path) -> None:
+    """Refuse ids that mean another token, and log tokens that only one of the two has."""
+    mine, theirs = base.get_vocab(), other.get_vocab()
+    by_id = {index: token for token, index in mine.items()}
+    for token, index in theirs.items():
+        if mine.get(token, index) != index or by_id.get(index, token) != token:
+            was = f"{mine[token]}" if token in mine else quoted(by_id[index])
+            raise UserError(
+                f"{place}: token {quoted(token)} has id {index} in the adapter's tokenizer, where the model's has {was}; "
+                "the adapter is of another model, or give it the tokenizer of this one"
+            )
+    only = sorted(mine.keys() ^ theirs.keys(), key=lambda token: mine.get(token, theirs.get(token, 0)))
+    if only:
+        log.warning(
+            "%s: %d tokens are in only one of the model's and the adapter's tokenizers: %s%s",
+            place, len(only), ", ".join(map(quoted, only[:4])), ", …" if len(only) > 4 else "",
+        )  # fmt: skip
+
+
+def _load(path_or_hub_id: str | Path) -> Any:
+    name = str(path_or_hub_id)
+    local = os.path.isdir(name)
+    if local:
+        _check_files(Path(name))
+    elif os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(
+            f"no tokenizer: {name}: not a directory: give a Hugging Face model directory or a hub id org/name"
+        )
+    try:
+        with _silent():
+            tokenizer = _without_code(name, local)
+    except Exception as error:  # the library raises anything
+        reason = " ".join(str(error)[:2000].split())[:160] or type(error).__name__
+        advice = "it needs tokenizer.json and tokenizer_config.json" if local else "check the name and the connection"
+        raise UserError(f"cannot load the tokenizer: {name}: {reason}: {advice}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"slow tokenizer: {name}: offsets are needed: provide a tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"no EOS token: {name}: set eos_token in tokenizer_config.json")
+    template = tokenizer.chat_template
+    texts = list(template.values()) if isinstance(template, dict) else [template or ""]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{name}: chat_template is {quoted(template)}; it must be text, or texts by name")
+    return tokenizer
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """No log lines from transformers and the hub's library: of a directory's faults, the error names the one that counts."""
+    # transformers warns on import when torch is missing, which is no fault here
+    with mock.patch.dict(os.environ, {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}), without_logs():
+        import transformers  # noqa: F401 - sets the level of its logger
+
+        library = logging.getLogger("transformers")
+        level = library.level
+        library.setLevel(logging.CRITICAL + 1)
+        try:
+            yield
+        finally:
+            library.setLevel(level)
+
+
+def _without_code(name: str, local: bool) -> Any:
+    """The tokenizer by transformers' own classes. One whose class is Python code in the directory or the repository is read
+    from its tokenizer.json, which holds all there is to a fast tokenizer; a log line says so."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto import tokenization_auto
+
+    read, named = tokenization_auto.get_tokenizer_config, []
+
+    def read_without_code(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        table = read(*args, **kwargs)
+        named.append("auto_map" in table)
+        return {key: value for key, value in table.items() if key != "auto_map"}
+
+    try:
+        # Code that is named but not run would still change which of its classes transformers takes.
+        with mock.patch.object(tokenization_auto, "get_tokenizer_config", read_without_code):
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+    except Exception as error:
+        if not any(named):
+            raise
+        if local and not (Path(name) / TOKENIZER_FILE).exists():
+            raise UserError(
+                f"auto_map of {CONFIG_FILE} names Python code, which is never run, and there is no {TOKENIZER_FILE}"
+            ) from error
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+    if any(named):
+        log.warning("%s: the Python code that %s names is not run", name, CONFIG_FILE)
+    return tokenizer
+
+
+def _check_files(directory: Path) -> None:
+    """Refuse files that reading could wait on for ever."""
+    for name in (*FILES, "config.json"):
+        path = directory / name
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path}: is not a regular file; restore the tokenizer's files")
+
+
+@functools.lru_cache(maxsize=8)
+def special_token_texts(tokenizer: Any) -> tuple[str, ...]:
+    """All special tokens, of which `all_special_tokens` has only those with a role (BOS, EOS, ...)."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple({*tokenizer.all_special_tokens, *added})
