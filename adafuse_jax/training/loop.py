@@ -31,8 +31,7 @@ from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.tables import Table
 from adafuse_jax.data.batches import Batch
 from adafuse_jax.data.chat import load_tokenizer
-from adafuse_jax.interop.hf_config import read_model_config
-from adafuse_jax.interop.huggingface import backbone_identity, export_backbone, load_backbone, model_directory
+from adafuse_jax.interop.huggingface import Checkpoint, export_backbone, load_backbone
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.training.checkpoint import Checkpoints
 from adafuse_jax.training.clock import run_date
@@ -108,8 +107,8 @@ def _train(
     config: TrainConfig, adapter_config: AdapterConfig, output: Path, recorded: Table | None, held: ExitStack
 ) -> dict[str, Any]:
     """With the run's directory in `held` and its config `recorded`, if it is resumed."""
-    directory = model_directory(config.model)
-    model_config = read_model_config(directory)
+    checkpoint = Checkpoint.open(config.model)
+    directory, model_config = checkpoint.directory, checkpoint.config
     if config.max_length > model_config.max_position_embeddings:
         raise UserError(
             f"--max-length {config.max_length} exceeds the {model_config.max_position_embeddings} positions of "
@@ -126,14 +125,14 @@ def _train(
             f"{directory}: the data has token {data.largest_token} and the model {model_config.vocab_size} tokens: the "
             "tokenizer is of another model; restore the files of one"
         )
-    backbone, lora = backbone_identity(directory), None
+    backbone, lora = checkpoint.identity(), None
     if config.init_lora is not None:
         lora = read_initial_lora(config.init_lora, adapter_config, model_config, backbone_identity=backbone)
     if config.dtype == "float32":
         runtime.exact_float32()
     settings = {**dataclasses.asdict(config), **adapter_config.table(), "template_date": date, "resume": False}
     if adapter_config.adapter == "none":
-        model = load_backbone(directory, config.dtype)
+        model = load_backbone(checkpoint, config.dtype)
         line, summary = evaluate_only(config, model, data)
         held.enter_context(new_run(output, settings))
         with disk_errors(output):
@@ -152,7 +151,7 @@ def _train(
     abstract = jax.eval_shape(lambda: Backbone(model_config, dtype=config.dtype, rngs=nnx.Rngs(0)))
     like = jax.eval_shape(initial_state, abstract, lora)
     check_space(output, like.adapter, like.moments, keep=config.keep_checkpoints)
-    model = load_backbone(directory, config.dtype)
+    model = load_backbone(checkpoint, config.dtype)
     identity = _identity(
         config, adapter_config, backbone=backbone, data=data.fingerprint, total_steps=steps, initial=digest(lora),
         padded_from=_padded_from(data),
