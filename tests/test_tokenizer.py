@@ -135,7 +135,7 @@ class TestCodeNeverRuns:
 class TestAdapters:
     """A tokenizer, or only a chat template, beside the adapter is what decoding uses."""
 
-    TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}{% if add_generation_prompt %}bot: {% endif %}"
+    TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}{{ 'bot: ' if add_generation_prompt }}"
 
     @pytest.fixture
     def dirs(self, tmp_path):

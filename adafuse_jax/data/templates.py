@@ -172,6 +172,11 @@ def render_parts(
     )  # fmt: skip
     if "error" in reply:
         raise TemplateRefusal(reply["error"], reply["part"])
+    for part, text in enumerate(reply["texts"]):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TemplateRefusal(f"writes half of a character ({error.object[error.start]!r})", part) from None
     return reply["texts"]
 
 
