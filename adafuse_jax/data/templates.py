@@ -84,7 +84,7 @@ class _Worker:
                     limits = {"seconds": MAX_SECONDS, "bytes": MAX_MEMORY}
                     process.stdin.write(json.dumps({"template": template, "limits": limits}) + "\n")
                     self._template = template
-                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.write(json.dumps(request, default=str) + "\n")
                 process.stdin.flush()
                 line = process.stdout.readline()
             except BrokenPipeError:

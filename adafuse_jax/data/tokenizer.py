@@ -37,9 +37,9 @@ def load_tokenizer(path_or_hub_id: str | Path, adapter: str | Path | None = None
     """
     tokenizer = _load(path_or_hub_id)
     own = None if adapter is None else Path(adapter).expanduser()
-    if own is None or (not (own / TOKENIZER_FILE).exists() and _own_template(own) is None):
+    if own is None or (not os.path.exists(own / TOKENIZER_FILE) and _own_template(own) is None):
         return tokenizer
-    if (own / TOKENIZER_FILE).exists():
+    if os.path.exists(own / TOKENIZER_FILE):
         changed = _load(own)
         _check_same_tokens(tokenizer, changed, own)
     else:
@@ -50,10 +50,10 @@ def load_tokenizer(path_or_hub_id: str | Path, adapter: str | Path | None = None
 
 def tokenizer_files(model: Path, adapter: Path | None = None) -> dict[str, Path]:
     """The files, by name, of the tokenizer that `load_tokenizer` gives for two directories."""
-    files = {name: model / name for name in FILES if (model / name).exists()}
+    files = {name: model / name for name in FILES if os.path.exists(model / name)}
     if adapter is None:
         return files
-    own = {name: adapter / name for name in FILES if (adapter / name).exists()}
+    own = {name: adapter / name for name in FILES if os.path.exists(adapter / name)}
     if TOKENIZER_FILE in own:
         return own
     if TEMPLATE_FILE in own:
@@ -63,9 +63,9 @@ def tokenizer_files(model: Path, adapter: Path | None = None) -> dict[str, Path]
 
 def _own_template(adapter: Path) -> str | None:
     """The chat template of an adapter's directory without a tokenizer."""
-    if (adapter / TEMPLATE_FILE).exists():
+    if os.path.exists(adapter / TEMPLATE_FILE):
         return read_text(adapter / TEMPLATE_FILE)
-    if not (adapter / CONFIG_FILE).exists():
+    if not os.path.exists(adapter / CONFIG_FILE):
         return None
     template = read_json(adapter / CONFIG_FILE).get("chat_template")
     if template is not None and not isinstance(template, str):
@@ -155,7 +155,7 @@ def _without_code(name: str, local: bool) -> Any:
     except Exception as error:
         if not any(named):
             raise
-        if local and not (Path(name) / TOKENIZER_FILE).exists():
+        if local and not os.path.exists(Path(name) / TOKENIZER_FILE):
             raise UserError(
                 f"auto_map of {CONFIG_FILE} names Python code, which is never run, and there is no {TOKENIZER_FILE}"
             ) from error
@@ -169,7 +169,7 @@ def _check_files(directory: Path) -> None:
     """Refuse files that reading could wait on for ever."""
     for name in (*FILES, "config.json"):
         path = directory / name
-        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
             raise UserError(f"{path}: is not a regular file; restore the tokenizer's files")
 
 
