@@ -77,7 +77,7 @@ def _check_same_tokens(base: Any, other: Any, place: Path) -> None:
     """Refuse ids that mean another token, and log tokens that only one of the two has."""
     mine, theirs = base.get_vocab(), other.get_vocab()
     by_id = {index: token for token, index in mine.items()}
-    for token, index in theirs.items():
+    for token, index in sorted(theirs.items(), key=lambda item: item[1]):
         if mine.get(token, index) != index or by_id.get(index, token) != token:
             was = f"{mine[token]}" if token in mine else quoted(by_id[index])
             raise UserError(
