@@ -10,7 +10,9 @@ from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.fields import MAX_SEED, check, flag, require
 from adafuse_jax.presets import PRESETS
 
-DType = Literal["float32", "bfloat16"]
+DType = Literal["float32", "bfloat16", "float16"]
+TrainDType = Literal["float32", "bfloat16"]
+"""Without float16, in which gradients vanish or overflow."""
 Method = Literal["adafuse", "moral", "mola", "pesc", "lora", "full", "none"]
 Strategy = Literal["fused", "unmerged", "golden", "switch", "simple", "merged"]
 TOKEN_STRATEGIES = ("golden", "switch", "simple")
@@ -228,7 +230,7 @@ class TrainConfig:
     clip_norm: float = flag("global gradient norm above which gradients are scaled down", 1.0, above=0, high=1e30)
     beta1: float = flag("AdamW first-moment decay", 0.9, low=0, below=1)
     beta2: float = flag("AdamW second-moment decay", 0.999, low=0, below=1)
-    dtype: DType = flag("type of the backbone and of the activations; adapters train in float32", "bfloat16")
+    dtype: TrainDType = flag("type of the backbone and of the activations; adapters train in float32", "bfloat16")
     remat: bool = flag("recompute each layer in the backward pass to save memory", True)
     seed: int = flag("seed of the adapters' initial values and of the data order", 0, low=0, high=MAX_SEED)
     checkpoint_every: int = flag("steps between checkpoints", 100, low=1, high=MAX_COUNT)

@@ -11,7 +11,6 @@ Experts that change from token to token have no place in other programs: only a 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,20 +50,19 @@ def export(config: ExportConfig) -> None:
 
     from adafuse_jax.adapters.directory import load_adapter, save_adapter
     from adafuse_jax.adapters.lora import LoRA, merged
-    from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files
-    from adafuse_jax.interop.hf_config import read_model_config
-    from adafuse_jax.interop.huggingface import backbone_identity, export_backbone, load_backbone, model_directory
+    from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files, write_tokenizer
+    from adafuse_jax.interop.huggingface import Checkpoint, export_backbone, load_backbone
     from adafuse_jax.interop.peft import save_peft_lora
 
-    out, directory = Path(config.output), model_directory(config.model)
+    out = Path(config.output)
     require_free(out, "--output")
-    identity = backbone_identity(directory)
-    adapter = load_adapter(
-        config.adapter, read_model_config(directory), backbone_identity=identity, dtype=jnp.dtype("float32")
-    )
-    own, tokenizer = tokenizer_files(directory), tokenizer_files(directory, Path(config.adapter))
+    checkpoint = Checkpoint.open(config.model)
+    identity = checkpoint.identity()
+    adapter = load_adapter(config.adapter, checkpoint.config, backbone_identity=identity, dtype=jnp.dtype("float32"))
+    own = tokenizer_files(checkpoint.directory)
+    tokenizer = tokenizer_files(checkpoint.directory, Path(config.adapter).expanduser())
     if tokenizer != own:  # the adapter's: it must be of this model's tokens
-        load_tokenizer(directory, config.adapter)
+        load_tokenizer(checkpoint.directory, config.adapter)
     try:
         if config.format == "adafuse-jax":
             save_adapter(adapter, out, backbone_name=config.model, backbone_identity=identity)
@@ -76,11 +74,10 @@ def export(config: ExportConfig) -> None:
         elif config.format == "peft":
             save_peft_lora(adapter, out, backbone_name=config.model)
         else:
-            model = merged(load_backbone(directory, config.dtype), adapter)
-            export_backbone(model, out, source=directory, tokenizer=tokenizer)
-        if config.format != "huggingface":
-            for name, file in tokenizer.items() if tokenizer != own else ():
-                shutil.copyfile(file, out / name)
+            model = merged(load_backbone(checkpoint, config.dtype), adapter)
+            export_backbone(model, out, source=checkpoint.directory, tokenizer=tokenizer)
+        if config.format != "huggingface" and tokenizer != own:
+            write_tokenizer(tokenizer, out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--output {out}: cannot be written ({reason}); give another directory") from error

@@ -308,7 +308,7 @@ TRAIN = [
     Case("config.json corrupt", ("{}/model/config.json", "restore"), damage=truncate("model/config.json")),
     Case(
         "config.json lacks a key",
-        ("{}/model/config.json", "hidden_size", "positive integer"),
+        ("{}/model/config.json", "hidden_size is missing", "restore"),
         damage=edit_json("model/config.json", hidden_size=None),
     ),
     Case(
@@ -398,6 +398,41 @@ TRAIN = [
         "weights are integers",
         ("{}/model", "model.norm.weight", "I8", "give"),
         damage=edit_tensors(WEIGHTS, lambda t: t.update({"model.norm.weight": np.ones(32, np.int8)})),
+    ),
+    Case(
+        "weights hold NaN",
+        ("{}/model", "model.norm.weight holds NaN", "restore"),
+        damage=edit_tensors(WEIGHTS, lambda t: t["model.norm.weight"].fill(np.nan)),
+    ),
+    Case("weights are a pipe", ("{}/" + WEIGHTS, "not a regular file", "restore"), damage=pipe(WEIGHTS)),
+    Case("config.json is a pipe", ("{}/model/config.json", "not a regular file"), damage=pipe("model/config.json")),
+    Case(
+        "layers without end",
+        ("{}/model/config.json", "num_hidden_layers is 1000000000000", "from 1 to"),
+        damage=edit_json("model/config.json", num_hidden_layers=10**12),
+    ),
+    Case(
+        "a shard outside of the directory",
+        ("{}/model/model.safetensors.index.json", "outside of the directory", "restore"),
+        damage=both(
+            shard(), edit_json("model/model.safetensors.index.json", weight_map={"lm_head.weight": "../a.safetensors"})
+        ),
+    ),
+    # the model's config comes before its tokenizer
+    *(
+        Case(
+            f"{name} and no tokenizer",
+            ("{}/model", *says),
+            damage=both(drop_model_files("tokenizer*"), damage),
+        )
+        for name, damage, says in (
+            (
+                "another model",
+                edit_json("model/config.json", model_type="bert"),
+                ("config.json", "'bert'", "supported"),
+            ),
+            ("no weights", lambda folder: (folder / WEIGHTS).unlink(), ("no model.safetensors",)),
+        )
     ),
     # tokenizer
     Case("tokenizer missing", ("{}/model", "tokenizer", "needs tokenizer.json"), damage=drop_model_files("tokenizer*")),
@@ -597,8 +632,13 @@ DECODE = [
     Case("weights truncated", ("{}/" + WEIGHTS, "truncated", "restore"), damage=truncate(WEIGHTS)),
     Case("tokenizer missing", ("{}/model", "needs tokenizer.json"), damage=drop_model_files("tokenizer*")),
     Case(
+        "another model and no tokenizer",
+        ("{}/model/config.json", "'bert'", "supported"),
+        damage=both(drop_model_files("tokenizer*"), edit_json("model/config.json", model_type="bert")),
+    ),
+    Case(
         "weights hold NaN",
-        ("not finite", "--model", "--dtype float32"),
+        ("{}/model", "model.layers.1.mlp.up_proj.weight holds NaN", "restore"),
         damage=edit_tensors(WEIGHTS, lambda t: t["model.layers.1.mlp.up_proj.weight"].fill(np.nan)),
     ),
     # adapter
@@ -660,7 +700,7 @@ DECODE = [
     ),
     Case(
         "adapter holds NaN",
-        ("not finite", "--adapter", "--dtype float32"),
+        ("{}/" + ADAPTER_WEIGHTS, "experts.up_proj.B holds NaN", "restore"),
         ADAPTER,
         edit_tensors(ADAPTER_WEIGHTS, lambda t: t["experts.up_proj.B"].fill(np.nan)),
     ),

@@ -187,7 +187,7 @@ class TestWriting:
         """In the last moment, when everything but the digests is there. What it leaves is removed later."""
 
         def killed(directory: Path) -> None:
-            shutil.copytree(directory, directory.parent / ".6.abc_1.partial")
+            shutil.copytree(directory, directory.parent / ".6.abcdef_1.partial")
             raise OSError(28, "No space left on device")
 
         save(tmp_path / "c", 3)
@@ -197,7 +197,7 @@ class TestWriting:
                 UserError, match=r"step 6 could not .* \(.*No space .* is .*c/3: free space, .* --resume$"
             ):
                 save(tmp_path / "c", 6)
-        assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [".6.abc_1.partial", "3"]
+        assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [".6.abcdef_1.partial", "3"]
         check_restored(tmp_path / "c", 3)
         save(tmp_path / "c", 6)
         assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["3", "6"]

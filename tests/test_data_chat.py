@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -248,6 +249,15 @@ class TestWeights:
         assert encode_all([Chat((U("a"), Message("assistant", "b", weight=0)))], chatml, LONG) == ([], 1)
 
 
+def test_system_turns_that_the_template_leaves_out_are_logged(tmp_path, caplog, chatml):
+    chats = [Chat((U("a"), A("b"))), Chat((Message("system", "s"), U("a"), A("b")))]
+    encode_all(chats, chatml, 512, name="set")
+    assert not caplog.records
+    template = CHATML.replace("in messages %}", "in messages if m['role'] != 'system' %}")
+    encode_all(chats, load_tokenizer(write_tokenizer(tmp_path / "t", template=template)), 512, name="set")
+    assert [r.message for r in caplog.records] == ["set: the chat template leaves system turns out"]
+
+
 class TestToolTurns:
     TEMPLATE = (
         "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}:"
@@ -256,6 +266,28 @@ class TestToolTurns:
     )
     CALL = Message("assistant", "", extra=json.dumps({"tool_calls": [{"function": {"name": "add", "arguments": [1]}}]}))
     TOOLS = json.dumps([{"type": "function", "function": {"name": "add"}}])
+
+    def test_a_template_that_refuses_them(self, chatml):
+        call = replace(self.CALL, extra=json.dumps({"content": None, **json.loads(self.CALL.extra)}))
+        with pytest.raises(UserError, match=r"turns user, assistant with tool calls: .*has no attribute 'content'"):
+            encode(Chat((U("1?"), call)), chatml, 512)
+
+    @pytest.mark.parametrize(
+        ("chat", "what"),
+        [
+            (Chat((U("1?"), CALL, Message("tool", "2"), A("two"))), "tool calls"),
+            (Chat((U("1?"), A("two")), tools=TOOLS), "the tools"),
+            (Chat((U("1?"), A("2"), Message("tool", "2"), A("two"))), "results of tools"),
+        ],
+    )
+    def test_a_template_that_leaves_them_out_is_refused(self, tmp_path, chat, what):
+        template = (
+            "{% for m in messages if m.role != 'tool' %}<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+        )
+        tokenizer = load_tokenizer(write_tokenizer(tmp_path / "t", template=template))
+        with pytest.raises(UserError, match=rf"a.jsonl: row 3: chat template: leaves out {what}:"):
+            encode_all([replace(chat, where="a.jsonl: row 3")], tokenizer, 512)
 
     def test_calls_and_tools_reach_the_template(self, tmp_path):
         tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", template=self.TEMPLATE))

@@ -89,8 +89,10 @@ class TestTrainingSplit:
             texts(shards(tmp_path / "b", "test"))
         assert len(texts(f"{tmp_path / 'b'}#test")) == 2
 
-    def test_train_goes_before_others_that_begin_so(self, tmp_path):
-        assert texts(lines(tmp_path, "train.jsonl", "train_extra.jsonl", "dev.jsonl")) == ["train"]
+    def test_train_goes_before_others_that_begin_so(self, tmp_path, caplog):
+        with caplog.at_level(logging.INFO, "adafuse_jax"):
+            assert texts(lines(tmp_path, "train.jsonl", "train_extra.jsonl", "dev.jsonl")) == ["train"]
+        assert f"{tmp_path}: training on the split train, not on train_extra" in caplog.messages
         assert texts(tmp_path, "train_extra") == ["train_extra"]
         assert texts(tmp_path, "val") == ["dev"]
 

@@ -19,6 +19,7 @@ from flax import nnx
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.directory import save_adapter
 from adafuse_jax.configs import AdapterConfig
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.examples import MultipleChoice
 from adafuse_jax.evaluation.loading import load
 from adafuse_jax.evaluation.matching import match, option_texts
@@ -254,3 +255,8 @@ def test_one_line_and_nothing_changed(
         assert text.replace("{}", str(folder)) in line, line
     assert (code, out) == (2, "")
     assert tiny.snapshot(folder) == before
+
+
+def test_a_type_that_no_model_has_is_refused(folder):
+    with pytest.raises(UserError, match="dtype is 'int8': choose from float32, bfloat16, float16"):
+        load(str(folder / "model"), dtype="int8")

@@ -33,7 +33,7 @@ from adafuse_jax.core.tables import Table
 from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.interop.huggingface import load_backbone
 from adafuse_jax.training import loop
-from adafuse_jax.training.output import check_output, new_run, require_no_checkpoint_lost
+from adafuse_jax.training.output import check_output, new_run, remove_leftovers, require_no_checkpoint_lost
 from adafuse_jax.training.prepare import prepare_data
 
 STEPS, CHECKPOINT_EVERY = 120, 3
@@ -427,6 +427,19 @@ class TestOneRunADirectory:
         assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
         assert json.loads((tmp_path / "run" / "train_config.json").read_text())["seed"] == 0
 
+    def test_what_a_killed_run_left_half_written_is_removed_at_the_end(self, folder: Path, tmp_path: Path):
+        """And nothing else."""
+        run, names = (
+            tmp_path / "run",
+            (".adapter.ab_defg1.old", ".summary.json.abcdefg2.partial", ".adapter.of_mine", ".x"),
+        )
+        with new_run(run, {"seed": 5}):
+            (run / names[0]).mkdir()
+            for name in names[1:]:
+                (run / name).touch()
+        remove_leftovers(run)
+        assert sorted(os.listdir(run)) == [".adapter.of_mine", ".lock", ".x", "train_config.json"]
+
     def test_a_damaged_config_is_one_line(self, folder: Path, tmp_path: Path):
         with new_run(tmp_path / "run", {"seed": 5}):
             (tmp_path / "run" / "train_config.json").write_bytes(b'{"seed": 5')
@@ -468,28 +481,22 @@ def test_epochs_see_every_example_so_many_times(folder: Path, tmp_path: Path):
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_a_second_interrupt_ends_at_once_and_a_third_kills():
-    """The first one, and SIGTERM, only ask."""
+def test_the_first_signal_asks_and_a_second_interrupt_interrupts():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    try:
+
+    def interrupt_twice(first: int) -> None:
         with loop._stop_signals() as asked:
             assert asked() == 0
+            signal.raise_signal(first)
+            assert asked() == first
             signal.raise_signal(signal.SIGTERM)
+            assert asked() == first
             signal.raise_signal(signal.SIGINT)
-            assert asked() == signal.SIGTERM
-        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
-        def interrupt_twice() -> None:
-            with loop._stop_signals() as asked:
-                signal.raise_signal(signal.SIGINT)
-                assert asked() == signal.SIGINT
-                signal.raise_signal(signal.SIGINT)
-
+    for first in (signal.SIGINT, signal.SIGTERM):
         with pytest.raises(KeyboardInterrupt):
-            interrupt_twice()
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGINT, before[0])
+            interrupt_twice(first)
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_only_the_adapter_trains(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,10 @@ A LoRA that PEFT wrote, in files of the same two names, is taken too.
 
 from __future__ import annotations
 
+import os
 import typing
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +20,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from adafuse_jax.adapters.methods import MODULES, AnyAdapter, make_adapter
 from adafuse_jax.configs import AdapterConfig, ModelConfig
 from adafuse_jax.core.atomic_files import new_directory, write_json
-from adafuse_jax.core.errors import UserError
-from adafuse_jax.interop.hf_config import read_json
-from adafuse_jax.interop.huggingface import readable
+from adafuse_jax.core.errors import UserError, quoted, shortened
+from adafuse_jax.core.tables import Table
+from adafuse_jax.interop.hf_config import MAX_LAYERS
+from adafuse_jax.interop.safetensors_files import read_tensors
 from adafuse_jax.presets import PRESETS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+MAX_SIZE = 2**20
+"""Of a rank or a number of experts in adapter_config.json."""
 
 
 def save_adapter(
@@ -49,48 +55,51 @@ def write_adapter_files(
         save_file(tensors, partial / WEIGHTS_FILE, metadata=metadata)
 
 
-def read_adapter_table(directory: Path) -> dict[str, Any]:
-    """adapter_config.json as it is: of train.py, or of PEFT."""
-    if not directory.is_dir():
+def read_adapter_table(directory: Path) -> Table:
+    """adapter_config.json: of train.py, or of PEFT."""
+    if not os.path.isdir(directory):
         raise UserError(f"{directory}: no such adapter directory; give one that train.py wrote")
-    if (directory / "config.json").exists() and not (directory / CONFIG_FILE).exists():
+    if os.path.exists(directory / "config.json") and not os.path.exists(directory / CONFIG_FILE):
         raise UserError(f"{directory}: is a whole model, not an adapter; give it as --model, without --adapter")
-    return read_json(directory / CONFIG_FILE)
+    return Table.read(directory / CONFIG_FILE, advice="give a complete adapter, or restore the file")
 
 
-def _parse(table: dict[str, Any], path: Path) -> tuple[AdapterConfig, dict[str, Any]]:
-    """The `AdapterConfig` in the file `path`, and the backbone's `{"name", "identity"}` it was trained for."""
+def _parse(table: Table) -> tuple[AdapterConfig, dict[str, Any]]:
+    """The `AdapterConfig` of an adapter_config.json, and the backbone's `{"name", "identity"}` it was trained for."""
     advice = "give an adapter that train.py wrote"
-    backbone, method = table.pop("backbone", None), table.get("adapter")
+    backbone, method = table.get("backbone"), table.get("adapter")
     if not isinstance(backbone, dict) or not all(isinstance(backbone.get(k), str) for k in ("name", "identity")):
-        raise UserError(f"{path}: does not name its backbone; {advice}")
-    if method not in MODULES:
-        raise UserError(f"{path}: adapter is {method!r}, none of {', '.join(MODULES)}; {advice}")
-    known = {"adapter", *PRESETS[method].settings}
-    unknown, missing = sorted(table.keys() - known), sorted(known - table.keys())
+        raise UserError(f"{table.where}: does not name its backbone; {advice}")
+    if not isinstance(method, str) or method not in MODULES:
+        raise table.error("adapter", f"none of {', '.join(MODULES)}; {advice}")
+    settings = PRESETS[method].settings
+    unknown = sorted(table.values.keys() - {"adapter", "backbone", *settings})
+    missing = sorted(name for name in settings if name not in table)
     if unknown or missing:
-        raise UserError(f"{path}: unknown keys {unknown}, missing keys {missing}; {advice}")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+        raise UserError(f"{table.where}: unknown keys {quoted(unknown)}, missing keys {quoted(missing)}; {advice}")
     hints = typing.get_type_hints(AdapterConfig)
-    for name, value in values.items():
-        if not _fits(value, hints[name]):
-            raise UserError(f"{path}: {name} is {table[name]!r}; {advice}")
+    values = {name: _setting(table, name, hints[name]) for name in settings}
     try:
-        return AdapterConfig(**values), backbone
+        return AdapterConfig(adapter=method, **values), backbone  # type: ignore[arg-type]
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{table.where}: {error}") from error
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of a JSON file is of a field's type."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return value in arguments
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(v, arguments[0]) for v in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is hint
+def _setting(table: Table, name: str, hint: Any) -> Any:
+    """A field of `AdapterConfig`, of the type that `hint` says. Its range is checked with the others'."""
+    if typing.get_origin(hint) is tuple:
+        (of, _), values = typing.get_args(hint), table.items(name)
+        if not all(type(value) is of for value in values) or len(values) > MAX_LAYERS:
+            raise table.error(name, f"it must be a list of {of.__name__}")
+        if of is int and any(abs(value) > MAX_SIZE for value in values):
+            raise table.error(name, f"it must hold integers up to {MAX_SIZE}")
+        return tuple(values)
+    getters: dict[Any, Callable[[str], Any]] = {
+        int: partial(table.integer, low=-MAX_SIZE, high=MAX_SIZE),
+        float: table.number,
+        bool: table.boolean,
+    }
+    return getters[hint](name)
 
 
 def load_adapter(directory: str | Path, model: ModelConfig, *, backbone_identity: str, dtype: jnp.dtype) -> AnyAdapter:
@@ -102,19 +111,25 @@ def load_adapter(directory: str | Path, model: ModelConfig, *, backbone_identity
     """
     from adafuse_jax.interop.peft import load_peft_lora
 
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     table = read_adapter_table(directory)
     if "peft_type" in table:
         return load_peft_lora(directory, table, model, dtype=dtype)
-    config, backbone = _parse(table, directory / CONFIG_FILE)
+    config, backbone = _parse(table)
     if backbone["identity"] != backbone_identity:
         raise UserError(
-            f"{directory}: was trained on another backbone ('{backbone['name']}', identity "
+            f"{directory}: was trained on another backbone ({quoted(backbone['name'])}, identity "
             f"{backbone['identity'][:12]}, this one is {backbone_identity[:12]}); give --model that one"
         )
     path = directory / WEIGHTS_FILE
-    with readable(path):
-        tensors = load_file(path)
+    tensors = read_tensors(path)
+    sizes = {size for tensor in tensors.values() for size in tensor.shape}
+    for setting, size in (("rank", config.rank), ("number of experts", config.max_experts or 1)):
+        if size not in sizes:  # before arrays of that size are even described
+            raise UserError(
+                f"{path}: no tensor has a shape with the {setting} {size} that {CONFIG_FILE} says; the files are not of one "
+                "adapter"
+            )
     try:
         graphdef, abstract = nnx.split(jax.eval_shape(lambda: make_adapter(config, model, rngs=nnx.Rngs(0))))
     except UserError as error:
@@ -122,7 +137,9 @@ def load_adapter(directory: str | Path, model: ModelConfig, *, backbone_identity
     leaves = {".".join(map(str, key)): (key, leaf) for key, leaf in nnx.to_flat_state(abstract)}
     if tensors.keys() != leaves.keys():
         wrong = sorted(tensors.keys() ^ leaves.keys())[0]
-        raise UserError(f"{path}: tensor {wrong} does not fit {CONFIG_FILE}; the two files are not of one adapter")
+        raise UserError(
+            f"{path}: tensor {shortened(wrong, 120)} does not fit {CONFIG_FILE}; the two files are not of one adapter"
+        )
     filled = []
     for name, (key, leaf) in leaves.items():
         if tensors[name].shape != leaf.shape:

@@ -221,7 +221,7 @@ class _Signals:
         for number in _bytes_of(reader):
             interrupts += number == signal.SIGINT
             if interrupts == 2:
-                _end_now(signal.SIGINT)
+                _end_now(signal.SIGINT, quiet=self.ending)  # its line has been printed
             if number == signal.SIGTERM and signal.getsignal(number) == self._raise and not self._timer.is_alive():
                 with contextlib.suppress(RuntimeError):  # it has been started before, and has been cancelled
                     self._timer.start()
@@ -234,7 +234,7 @@ def _bytes_of(reader: int) -> Iterator[int]:
     os.close(reader)
 
 
-def _end_now(number: signal.Signals) -> NoReturn:
+def _end_now(number: signal.Signals, *, quiet: bool = False) -> NoReturn:
     with contextlib.suppress(OSError):
-        os.write(2, f"{LINES[number]}\n".encode())
+        os.write(2, b"" if quiet else f"{LINES[number]}\n".encode())
     os._exit(128 + number)

@@ -113,7 +113,8 @@ class Kind:
             require(isinstance(value, bool), f"{where} is {quoted(value)}: it must be true or false")
             return value
         if self.type in (int, float):
-            require(self._fits(value), f"{where} is {quoted(value)}: it must be {self.rule}")
+            if not self._fits(value):
+                raise UserError(f"{where} is {quoted(value)}: it must be {self.rule}")
             return self.type(value)
         require(isinstance(value, str), f"{where} is {quoted(value)}: it must be text; write it in quotes")
         if self.choices is not None:

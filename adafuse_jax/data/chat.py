@@ -90,7 +90,8 @@ def _render_all(parts: Sequence[tuple[Sequence[Message], bool]], tokenizer: Any,
     try:
         return render_parts(tokenizer, turns, tools=json.loads(tools) if tools else None)
     except TemplateRefusal as error:
-        roles = ", ".join(m.role for m in parts[error.part][0]) or "none"
+        calls = {True: " with tool calls", False: ""}
+        roles = ", ".join(m.role + calls["tool_calls" in m.turn()] for m in parts[error.part][0]) or "none"
         hint = (
             "" if any(m.role == "system" for m in parts[error.part][0]) else ", or give a system turn if it needs one"
         )
@@ -196,12 +197,55 @@ def _common(one: str, other: str) -> int:
     return low
 
 
+def _require_written(messages: Sequence[Message], text: str, tokenizer: Any, tools: str) -> None:
+    """Raise UserError if the conversation's text is the same without its tools, tool calls or results: most templates do not
+    write them, and leave them out without an error."""
+
+    def without_calls(message: Message) -> Message:
+        extra = json.loads(message.extra) if message.extra else {}
+        return replace(message, extra=json.dumps({k: v for k, v in extra.items() if k != "tool_calls"}))
+
+    changed = {
+        "the tools": (messages, ""),
+        "tool calls": ([without_calls(message) for message in messages], tools),
+        "results of tools": ([replace(m, content=MARK) if m.role == "tool" else m for m in messages], tools),
+    }
+    present = (tools, any("tool_calls" in m.turn() for m in messages), any(m.role == "tool" for m in messages))
+    for (what, (turns, offered)), is_present in zip(changed.items(), present, strict=True):
+        try:
+            other = render(turns, tokenizer, add_generation_prompt=False, tools=offered) if is_present else ""
+        except TemplateLimit:
+            raise
+        except UserError:  # it refuses the changed conversation: so it reads what was changed
+            continue
+        if other == text:
+            raise UserError(f"chat template: leaves out {what}: use a model whose template writes them, or other data")
+
+
+def _leaves_system_out(examples: Sequence[Example], tokenizer: Any) -> bool:
+    """True if the text of the first conversation with a system turn is the same whatever that turn holds."""
+    chats = (example.messages for example in examples if isinstance(example, Chat))
+    messages = next((messages for messages in chats if any(m.role == "system" for m in messages)), None)
+    if messages is None:
+        return False
+    changed = [replace(m, content=MARK) if m.role == "system" else m for m in messages]
+    try:
+        texts = _render_all([(messages, False), (changed, False)], tokenizer)
+    except TemplateLimit:
+        raise
+    except UserError:  # reported for its row
+        return False
+    return texts[0] == texts[1]
+
+
 def _replies(chat: Chat, tokenizer: Any) -> tuple[list[_Reply], bool]:
     """The assistant turns with weight, and whether all of them are in one text, that of the last."""
     messages = chat.messages
     asked = [i for i, message in enumerate(messages) if message.role == "assistant" and message.weight]
     parts = [part for i in asked for part in ((messages[:i], True), (messages[: i + 1], False))]
     texts = _render_all(parts, tokenizer, chat.tools)
+    if asked and (chat.tools or any(message.extra or message.role == "tool" for message in messages)):
+        _require_written(messages[: asked[-1] + 1], texts[-1], tokenizer, chat.tools)
     replies = []
     appends = True
     for n, i in enumerate(asked):
@@ -270,7 +314,10 @@ def encode_all(
     made: list[Encoded] = []
     refusals: list[UserError] = []
     unfit = conversations = turns = 0
+    prefix = f"{name}: " if name else ""
     with template_date():
+        if _leaves_system_out(examples, tokenizer):
+            log.warning("%sthe chat template leaves system turns out", prefix)
         for at in range(0, len(examples), ENCODE_CHUNK):
             rendered: list[tuple[Example, list[_Rendered]]] = []
             for example in examples[at : at + ENCODE_CHUNK]:
@@ -292,7 +339,6 @@ def encode_all(
                 conversations, turns = conversations + (len(rows) > 1), turns + (len(rows) > 1) * len(rows)
                 unfit += not fitting
                 made += fitting
-    prefix = f"{name}: " if name else ""
     if refusals and len(refusals) == len(examples):
         raise refusals[0]
     if refusals:

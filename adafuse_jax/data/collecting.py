@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -167,7 +168,7 @@ def _convert_all(
                     found.forget_splits()
             found.examples.append(convert(row, form, where, notes))
             if by_split:
-                found.splits.append(split)  # type: ignore[arg-type]
+                found.splits.append(sys.intern(split))  # type: ignore[arg-type]
         except SkipRow as reason:
             found.report(split).skipped[str(reason)] += 1
         except UserError as error:

@@ -207,7 +207,7 @@ def file_rows(path: Path) -> FileRows:
             file = _on_disk(file)
         if kind == "parquet":
             return _parquet(file, path)
-        if _suffix(path).endswith(".gz") or (not kind and file.peek(2).startswith(b"\x1f\x8b")):
+        if _suffix(path).endswith(".gz") or file.peek(2).startswith(b"\x1f\x8b"):
             file = io.BufferedReader(gzip.GzipFile(fileobj=file), PEEK)  # type: ignore[arg-type]
             if not file.peek(1):
                 raise empty_file(path)

@@ -53,6 +53,8 @@ def json_rows(stream: io.TextIOBase, path: Path, *, starts_with: str, lines_only
     if not first:
         raise empty_file(path)
     begins = first.lstrip()[:1]
+    if begins == "[":
+        _require_utf8(first, path, number)
     if begins == "[" and _goes_on(first):
         yield from _list_elements(_Buffer(stream, path, first, number))
         return
@@ -97,6 +99,14 @@ def invalid_byte(text: str) -> BadRow | None:
     except UnicodeEncodeError as error:
         return BadRow("not UTF-8", f"byte 0x{ord(text[error.start]) & 0xFF:02x}: convert the file to UTF-8")
     return None
+
+
+def _require_utf8(text: str, path: Path, line: int) -> None:
+    """Raise UserError, with its line, for a byte that is not UTF-8 in text that begins on `line`."""
+    bad = invalid_byte(text)
+    if bad is not None:
+        line += text.count("\n", 0, next(i for i, c in enumerate(text) if "\udc80" <= c <= "\udcff"))
+        raise UserError(f"{bad.fault}: {path}: line {line}: {bad.detail}")
 
 
 def _line(line: str) -> dict[str, Any] | BadRow:
@@ -154,12 +164,7 @@ class _Buffer:
         left = self.text[self.at :]
         self.text, self.at, self._counted = "", 0, 0
         more = self.stream.read(max(CHUNK, len(left)))  # type: ignore[attr-defined]
-        bad = invalid_byte(more)
-        if bad is not None:
-            line += left.count("\n") + more.count(
-                "\n", 0, next(i for i, c in enumerate(more) if "\udc80" <= c <= "\udcff")
-            )
-            raise UserError(f"{bad.fault}: {self.path}: line {line}: {bad.detail}")
+        _require_utf8(more, self.path, line + left.count("\n"))
         self.text, self.ended = left + more, not more
 
     def skip_space(self) -> str:
@@ -212,10 +217,7 @@ def _list_elements(buffer: _Buffer) -> Iterator[Item]:
 
 def _document(text: str, path: Path, first_line: int) -> Iterator[Item]:
     """Rows of a file that holds objects over several lines, or one object with the rows in it."""
-    bad = invalid_byte(text)
-    if bad is not None:
-        line = text[: next(i for i, c in enumerate(text) if "\udc80" <= c <= "\udcff")].count("\n") + first_line
-        raise UserError(f"{bad.fault}: {path}: line {line}: {bad.detail}")
+    _require_utf8(text, path, first_line)
     at, values = SPACE.match(text).end(), []  # type: ignore[union-attr]
     while at < len(text):
         line = first_line + text.count("\n", 0, at)

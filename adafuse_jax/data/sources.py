@@ -242,9 +242,12 @@ class Dataset:
         it is none for tests. Raises UserError, which lists them, if that leaves none or several."""
         if self.spec.split is not None:
             return self.spec.split
-        if "train" in self._names:
-            return "train"
         among = [name for name in self._names if name.lower().startswith("train")]
+        if "train" in among:
+            rest = ", ".join(name for name in among if name != "train")
+            if rest:
+                log.info("%s: training on the split train, not on %s", self.spec.source, shortened(rest, 120))
+            return "train"
         if not among and len(self._names) == 1:
             among = [name for name in self._names if not name.lower().startswith("test")]
         if len(among) != 1:

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,11 @@ FILES = (
     TOKENIZER_FILE, CONFIG_FILE, "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", TEMPLATE_FILE,
 )  # fmt: skip
+PATTERNS = (
+    "tokenizer*", "*.model", "*.tiktoken", "tekken.json", "special_tokens_map.json", "added_tokens.json", "vocab*",
+    "merges.txt", "chat_template*", "additional_chat_templates/*",
+)  # fmt: skip
+"""Of the files that transformers reads tokenizers and chat templates from."""
 
 
 def load_tokenizer(path_or_hub_id: str | Path, adapter: str | Path | None = None) -> Any:
@@ -48,17 +53,32 @@ def load_tokenizer(path_or_hub_id: str | Path, adapter: str | Path | None = None
     return changed
 
 
-def tokenizer_files(model: Path, adapter: Path | None = None) -> dict[str, Path]:
-    """The files, by name, of the tokenizer that `load_tokenizer` gives for two directories."""
-    files = {name: model / name for name in FILES if os.path.exists(model / name)}
-    if adapter is None:
+def tokenizer_files(model: Path, adapter: Path | None = None) -> dict[str, bytes]:
+    """The files, by their names in a directory, of the tokenizer that `load_tokenizer` gives for two directories."""
+    files, own = _files(model), {} if adapter is None else _files(adapter)
+    if adapter is None or TOKENIZER_FILE in own:
+        return own or files
+    template = _own_template(adapter)
+    if template is None:
         return files
-    own = {name: adapter / name for name in FILES if os.path.exists(adapter / name)}
-    if TOKENIZER_FILE in own:
-        return own
-    if TEMPLATE_FILE in own:
-        return files | {TEMPLATE_FILE: own[TEMPLATE_FILE]}
-    return files if _own_template(adapter) is None else files | {CONFIG_FILE: own[CONFIG_FILE]}
+    others = {name: data for name, data in files.items() if not name.startswith("chat_template")}
+    return others | {TEMPLATE_FILE: template.encode()}
+
+
+def write_tokenizer(files: Mapping[str, bytes], out: Path) -> None:
+    """The files of `tokenizer_files` in the directory `out`."""
+    for name, data in files.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(data)
+
+
+def _files(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for pattern in PATTERNS
+        for path in sorted(directory.glob(pattern))
+        if path.is_file() and path.suffix not in (".py", ".safetensors")
+    }
 
 
 def _own_template(adapter: Path) -> str | None:

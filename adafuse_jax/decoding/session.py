@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,9 +26,11 @@ from adafuse_jax.decoding.engine import Engine, Token
 from adafuse_jax.decoding.prompts import Prompt, read_prompts, stdin_lines
 from adafuse_jax.decoding.sampling import Sampling
 from adafuse_jax.decoding.stream import TextStream
-from adafuse_jax.interop.hf_config import read_model_config
-from adafuse_jax.interop.huggingface import backbone_identity, load_backbone, model_directory, storage_dtype
+from adafuse_jax.interop.hf_config import generation_remark
+from adafuse_jax.interop.huggingface import Checkpoint, load_backbone
 from adafuse_jax.parallel.mesh import make_mesh, shard
+
+log = logging.getLogger(__name__)
 
 NEW_CONVERSATION = "/new"
 
@@ -60,26 +63,28 @@ class Session:
     """A loaded model, its adapter and its tokenizer, ready to answer."""
 
     def __init__(self, config: DecodeConfig):
-        directory = model_directory(config.model)
-        self.config, model_config = config, read_model_config(directory)
-        self.tokenizer = load_tokenizer(directory, config.adapter)
+        checkpoint = Checkpoint.open(config.model)
+        if remark := generation_remark(checkpoint.directory):
+            log.info("%s", remark)
+        self.config = config
+        self.tokenizer = load_tokenizer(checkpoint.directory, config.adapter)
         stops = stop_tokens(self.tokenizer)
         self._asked: Counter[tuple[int, ...]] = Counter()
-        dtype = config.dtype or storage_dtype(directory)
+        dtype = config.dtype or checkpoint.dtype
         if dtype == "float32":
             runtime.exact_float32()
         adapter = None
         if config.adapter is not None:  # before the backbone: a mistake here shows before the large files are read
             adapter = load_adapter(
                 config.adapter,
-                model_config,
-                backbone_identity=backbone_identity(directory),
+                checkpoint.config,
+                backbone_identity=checkpoint.identity(),
                 # Merged once, a LoRA is rounded once.
                 dtype=jnp.dtype("float32" if config.strategy == "merged" else dtype),
             )
             if config.strategy is not None:
                 adapter.config.require_strategy(config.strategy)
-        model = load_backbone(directory, dtype)
+        model = load_backbone(checkpoint, dtype)
         if config.tensor_parallel > 1:
             mesh = make_mesh(config.tensor_parallel, model.config)
             model, adapter = shard(model, mesh), adapter and shard(adapter, mesh)

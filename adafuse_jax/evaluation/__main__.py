@@ -33,11 +33,10 @@ def run(config: EvaluationConfig) -> dict[str, Any]:
     from adafuse_jax.data.tokenizer import load_tokenizer
     from adafuse_jax.evaluation.loading import load
     from adafuse_jax.evaluation.multiple_choice import Questions, evaluate, mean_of
-    from adafuse_jax.interop.hf_config import read_model_config
-    from adafuse_jax.interop.huggingface import model_directory
+    from adafuse_jax.interop.huggingface import Checkpoint
 
-    directory = model_directory(config.model)
-    context = read_model_config(directory).max_position_embeddings
+    checkpoint = Checkpoint.open(config.model)
+    directory, context = checkpoint.directory, checkpoint.config.max_position_embeddings
     if config.max_length is not None and config.max_length > context:
         raise UserError(f"--max-length {config.max_length} exceeds the {context} positions of {config.model}; lower it")
     tokenizer, room = load_tokenizer(directory, config.adapter), config.max_new_tokens if config.generate else 0
@@ -53,7 +52,7 @@ def run(config: EvaluationConfig) -> dict[str, Any]:
         if questions.left_out:
             log.warning("%s: %d of %d questions are too long, and left out", text, questions.left_out, len(examples))
         sets.append((text, split, questions))
-    loaded = load(config.model, config.adapter, config.dtype)
+    loaded = load(checkpoint, config.adapter, config.dtype)
     largest = max(int(row.tokens.max()) for *_, questions in sets for rows in questions.candidates for row in rows)
     if largest >= loaded.model.config.vocab_size:
         raise UserError(

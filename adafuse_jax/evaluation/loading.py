@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 
 from adafuse_jax.adapters.directory import load_adapter
 from adafuse_jax.configs import DType
 from adafuse_jax.core import runtime
+from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.data.tokenizer import load_tokenizer
-from adafuse_jax.interop.hf_config import read_model_config
-from adafuse_jax.interop.huggingface import backbone_identity, load_backbone, model_directory, storage_dtype
+from adafuse_jax.interop.huggingface import Checkpoint, load_backbone
 from adafuse_jax.model.backbone import Backbone
 
 
@@ -26,19 +26,21 @@ class Loaded:
     dtype: DType
 
 
-def load(model: str, adapter: str | None = None, dtype: DType | None = None) -> Loaded:
-    """Load from directories (or a hub id, for the model); float32 models multiply in float32.
+def load(model: str | Checkpoint, adapter: str | None = None, dtype: DType | None = None) -> Loaded:
+    """Load from directories (a hub id or an opened checkpoint, for the model); float32 models multiply in float32.
 
-    Raises `UserError` for what `load_tokenizer`, `load_adapter` and `load_backbone` refuse, the large files last.
+    Raises `UserError` for what `Checkpoint.open`, `load_tokenizer`, `load_adapter` and `load_backbone` refuse, in this
+    order: the large files are read last.
     """
-    directory = model_directory(model)
-    model_config = read_model_config(directory)
-    tokenizer = load_tokenizer(directory, adapter)
-    dtype = dtype or storage_dtype(directory)
+    if dtype is not None and dtype not in get_args(DType):
+        raise UserError(f"dtype is {quoted(dtype)}: choose from {', '.join(get_args(DType))}")
+    checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
+    tokenizer = load_tokenizer(checkpoint.directory, adapter)
+    dtype = dtype or checkpoint.dtype
     if dtype == "float32":
         runtime.exact_float32()
     adapted = None
     if adapter is not None:
-        identity = backbone_identity(directory)
-        adapted = load_adapter(adapter, model_config, backbone_identity=identity, dtype=jnp.dtype(dtype))
-    return Loaded(model=load_backbone(directory, dtype), adapter=adapted, tokenizer=tokenizer, dtype=dtype)
+        identity = checkpoint.identity()
+        adapted = load_adapter(adapter, checkpoint.config, backbone_identity=identity, dtype=jnp.dtype(dtype))
+    return Loaded(model=load_backbone(checkpoint, dtype), adapter=adapted, tokenizer=tokenizer, dtype=dtype)

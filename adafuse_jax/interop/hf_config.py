@@ -1,147 +1,282 @@
-"""config.json and generation_config.json ↔ `ModelConfig`, for the families whose mathematics the backbone has."""
+"""config.json and generation_config.json ↔ `ModelConfig`, for the families whose mathematics the backbone has.
+
+Every key is read as transformers reads it, with its family's default where it is absent. A key that changes the function in
+a way that the backbone does not have is an error; one that nothing reads, and that is not known to be inert, is named in the
+log.
+"""
 
 from __future__ import annotations
 
-import json
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adafuse_jax.configs import ModelConfig, RopeConfig
-from adafuse_jax.core.errors import UserError
+from adafuse_jax.core.errors import UserError, quoted, shortened
+from adafuse_jax.core.tables import Table, read_json
+from adafuse_jax.interop.inert_keys import GENERATION_INERT, INERT, INERT_VALUES, SUPPORTED_VALUES
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A family's class in transformers, and its values of keys that config.json leaves out. `num_kv_heads` None: as many as
+    query heads; `head_dim` None: the hidden size over the heads."""
+
+    architecture: str
+    num_kv_heads: int | None
+    max_positions: int
+    head_dim: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+
+FAMILIES = {
+    "llama": Family(
+        architecture="LlamaForCausalLM", num_kv_heads=None, max_positions=2048, bos_token_id=1, eos_token_id=2
+    ),
+    "mistral": Family(
+        architecture="MistralForCausalLM", num_kv_heads=8, max_positions=131072, bos_token_id=1, eos_token_id=2
+    ),
+    "qwen2": Family(architecture="Qwen2ForCausalLM", num_kv_heads=32, max_positions=32768),
+    "qwen3": Family(architecture="Qwen3ForCausalLM", num_kv_heads=32, max_positions=32768, head_dim=128),
 }
 ROPE_KINDS = ("default", "linear", "llama3")
+DTYPES = {
+    "float32": "float32", "float": "float32", "bfloat16": "bfloat16", "float16": "float16", "half": "float16",
+    "float64": "float64", "double": "float64",
+}  # fmt: skip
+"""Spellings of `dtype` that transformers takes → the types that weights are stored in."""
+MAX_LAYERS = 10_000
+NOT_NULL = (
+    "model_type", "hidden_act", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
+    "attention_bias", "mlp_bias", "use_sliding_window", "max_window_layers", "rope_type", "factor", "low_freq_factor",
+    "high_freq_factor", "original_max_position_embeddings",
+)  # fmt: skip
+"""Keys that may be absent, but not null."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; raises `UserError` if it is absent, unreadable, or not an object."""
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a complete directory") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); restore the file") from error
-    if not isinstance(table, dict):
-        raise UserError(f"{path}: holds a JSON {type(table).__name__}, not an object; restore the file")
-    return table
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HFConfig:
+    """config.json and generation_config.json, parsed. `dtype` is the one that config.json names, None if it names none;
+    `remarks` are log lines about what they hold in vain."""
+
+    model: ModelConfig
+    dtype: str | None
+    remarks: tuple[str, ...]
 
 
 def read_model_config(directory: Path) -> ModelConfig:
-    """The shapes of the model in `directory`. Special tokens of generation_config.json win over config.json's.
+    """The model in `directory`, with a log line for each of `HFConfig.remarks`. Raises `UserError` as `parse_hf_config`."""
+    parsed = parse_hf_config(directory)
+    for remark in parsed.remarks:
+        log.info("%s", remark)
+    return parsed.model
+
+
+def parse_hf_config(directory: Path) -> HFConfig:
+    """Special tokens of generation_config.json win over config.json's; one that is no token of the model is left out.
 
     Raises:
-      UserError: a missing or corrupt file or key, or a model type, rope type, activation or quantisation that is not
-        supported.
+      UserError: a missing or corrupt file or key; a value of a wrong type or range; a model type, rope type, activation,
+        quantisation or other key that is not supported.
     """
-    path = directory / "config.json"
-    table = read_json(path)
-    generation = directory / "generation_config.json"
-    special = table | (read_json(generation) if generation.exists() else {})
-    model_type = table.get("model_type")
-    if model_type not in ARCHITECTURES:
-        raise UserError(f"{path}: model_type {model_type!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    if table.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UserError(f"{path}: hidden_act {table['hidden_act']!r} is not supported; supported: silu")
-    if table.get("quantization_config"):
-        raise UserError(f"{path}: the weights are quantised; give an unquantised (bf16, fp16 or fp32) model")
+    table = Table.read(directory / "config.json", advice="give a complete directory, or restore the file")
+    path = directory / "generation_config.json"
+    generation = Table.read(path) if path.exists() else Table({}, str(path))
+    _refuse_null(table)
+    model_type = table.choice("model_type", tuple(FAMILIES))
+    family = FAMILIES[model_type]
+    table.choice("hidden_act", ("silu", "swish"), "silu")
+    for name in ("quantization_config", "quantization", "compression_config"):
+        if table.get(name):
+            raise UserError(
+                f"{table.where}: {name}: the weights are quantised; give an unquantised (bf16, fp16 or fp32) model"
+            )
+    for name, supported in SUPPORTED_VALUES.items():
+        if name in table and table.get(name) not in supported:
+            raise table.error(name, f"supported: {', '.join(map(str, supported)) or 'none'}")
 
-    def size(name: str, default: int | None = None) -> int:
-        value = default if table.get(name) is None else table[name]
-        if not isinstance(value, int) or value <= 0:
-            raise UserError(f"{path}: {name} is {value!r}; it must be a positive integer")
-        return value
-
-    num_heads, num_layers, embed_dim = size("num_attention_heads"), size("num_hidden_layers"), size("hidden_size")
-    num_kv_heads = size("num_key_value_heads", 8 if model_type == "mistral" else num_heads)
+    num_layers = table.integer("num_hidden_layers", low=1, high=MAX_LAYERS)
+    num_heads, embed_dim = table.integer("num_attention_heads", low=1), table.integer("hidden_size", low=1)
+    absent = num_heads if "num_key_value_heads" in table.values else family.num_kv_heads or num_heads
+    num_kv_heads = table.integer("num_key_value_heads", absent, low=1)
     if num_heads % num_kv_heads:
         raise UserError(
-            f"{path}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+            f"{table.where}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
         )
-    biased = bool(table.get("attention_bias", False))
-    eos = special.get("eos_token_id")
-    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    if not all(isinstance(token, int) for token in eos_ids):
-        raise UserError(f"{path}: eos_token_id is {eos!r}; it must be an integer or a list of them")
-    return ModelConfig(
+    head_dim = table.integer("head_dim", family.head_dim or embed_dim // num_heads, low=2)
+    if head_dim < 2 or head_dim % 2:
+        raise UserError(f"{table.where}: heads have {head_dim} dimensions; RoPE needs an even number of them")
+    vocab_size = table.integer("vocab_size", low=1)
+    max_positions = table.integer("max_position_embeddings", family.max_positions, low=1)
+    biased = model_type in ("llama", "qwen3") and table.boolean("attention_bias", False)
+    rope, rope_unused = _rope(table, max_positions)
+    tokens, remarks = _special_tokens(table, generation, family, vocab_size)
+    model = ModelConfig(
         model_type=model_type,
-        vocab_size=size("vocab_size"),
+        vocab_size=vocab_size,
         embed_dim=embed_dim,
-        hidden_dim=size("intermediate_size"),
+        hidden_dim=table.integer("intermediate_size", low=1),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=size("head_dim", 128 if model_type == "qwen3" else embed_dim // num_heads),
-        max_position_embeddings=size("max_position_embeddings", 2048),
-        norm_eps=_number(table, "rms_norm_eps", 1e-6, path),
-        rope=_rope(table, path),
-        tie_word_embeddings=bool(table.get("tie_word_embeddings", False)),
-        qkv_bias=model_type == "qwen2" or (biased and model_type != "mistral"),
-        o_bias=biased and model_type in ("llama", "qwen3"),
-        mlp_bias=bool(table.get("mlp_bias", False)) and model_type == "llama",
+        head_dim=head_dim,
+        max_position_embeddings=max_positions,
+        norm_eps=table.number("rms_norm_eps", 1e-6, low=0, high=1e6),
+        rope=rope,
+        tie_word_embeddings=table.boolean("tie_word_embeddings", False),
+        qkv_bias=model_type == "qwen2" or biased,
+        o_bias=biased,
+        mlp_bias=model_type == "llama" and table.boolean("mlp_bias", False),
         qk_norm=model_type == "qwen3",
-        sliding_windows=_sliding_windows(table, num_layers, path),
-        bos_token_id=special.get("bos_token_id"),
-        eos_token_ids=eos_ids,
-        pad_token_id=special.get("pad_token_id"),
+        sliding_windows=_sliding_windows(table, model_type, num_layers, max_positions),
+        bos_token_id=next(iter(tokens["bos_token_id"]), None),
+        eos_token_ids=tokens["eos_token_id"],
+        pad_token_id=next(iter(tokens["pad_token_id"]), None),
     )
+    dtype = _dtype(table)
+    unused = [*(name for name in table.unread() if not _is_inert(name, table.values[name])), *rope_unused]
+    if unused:
+        remarks.insert(0, shortened(f"{table.where}: keys that are not used: {', '.join(unused)}", 400))
+    return HFConfig(model=model, dtype=dtype, remarks=tuple(remarks))
 
 
-def _number(table: dict[str, Any], name: str, default: float | None, path: Path) -> float:
-    value = table.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{path}: {name} is {value!r}; it must be a number")
-    return value
+def generation_remark(directory: Path) -> str | None:
+    """A log line that names the settings of generation_config.json which would change what transformers generates; decoding
+    follows its flags instead. None if there are none."""
+    path = directory / "generation_config.json"
+    values = read_json(path) if path.exists() else {}
+    sampling = () if values.get("do_sample") else ("temperature", "top_k", "top_p", "min_p", "typical_p")
+    names = [
+        name
+        for name, value in values.items()
+        if value is not None
+        and name not in INERT
+        and name not in sampling
+        and value not in GENERATION_INERT.get(name, ())
+    ]
+    text = f"{path}: settings that are not used, as the flags decide: {', '.join(names)}"
+    return shortened(text, 400) if names else None
 
 
-def _rope(table: dict[str, Any], path: Path) -> RopeConfig:
-    """Both spellings: `rope_theta` + `rope_scaling`, and the newer `rope_parameters`; the older one wins, as upstream."""
-    parameters = table.get("rope_scaling") or table.get("rope_parameters") or {}
-    if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
-        raise UserError(f"{path}: rope parameters {parameters!r} are not supported; give one table for all layers")
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind not in ROPE_KINDS:
-        raise UserError(f"{path}: rope type {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
-    if (table.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UserError(f"{path}: partial_rotary_factor is not supported; supported: 1")
-    theta = _number(parameters if "rope_theta" in parameters else table, "rope_theta", 10000.0, path)
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    factor = _number(parameters, "factor", None, path)
-    if kind == "linear":
-        return RopeConfig(theta=theta, kind="linear", factor=factor)
-    original = parameters if "original_max_position_embeddings" in parameters else table
-    return RopeConfig(
-        theta=theta,
-        kind="llama3",
-        factor=factor,
-        low_freq_factor=_number(parameters, "low_freq_factor", None, path),
-        high_freq_factor=_number(parameters, "high_freq_factor", None, path),
-        original_max_position_embeddings=int(_number(original, "original_max_position_embeddings", None, path)),
-    )
+def _is_inert(name: str, value: Any) -> bool:
+    return name in INERT or name in GENERATION_INERT or value in INERT_VALUES.get(name, ())
 
 
-def _sliding_windows(table: dict[str, Any], num_layers: int, path: Path) -> tuple[int | None, ...]:
-    """Each layer's window: what `layer_types` says, else all layers of Mistral and the later ones of Qwen."""
-    model_type, window = table["model_type"], table.get("sliding_window", 4096)
-    uses = model_type == "mistral" or (model_type in ("qwen2", "qwen3") and table.get("use_sliding_window", False))
-    window = window if uses else None
-    layer_types = table.get("layer_types") if model_type in ("qwen2", "qwen3") else None
-    if layer_types is None:
-        first = 0 if model_type == "mistral" else table.get("max_window_layers", 28)
-        return tuple(window if layer >= first else None for layer in range(num_layers))
-    kinds = ("full_attention", "sliding_attention")
-    if len(layer_types) != num_layers or any(kind not in kinds for kind in layer_types):
+def _refuse_null(table: Table) -> None:
+    for name in NOT_NULL:
+        if name in table.values and table.values[name] is None:
+            supported = f"; supported: {', '.join(FAMILIES)}" if name == "model_type" else ""
+            raise table.error(name, f"it must have a value, or be left out{supported}")
+
+
+def _dtype(table: Table) -> str | None:
+    old, new = (table.text(name, None) for name in ("torch_dtype", "dtype"))
+    stored = new or old
+    if stored is None:
+        return None
+    name = "dtype" if new else "torch_dtype"
+    if stored.removeprefix("torch.") not in DTYPES:
+        raise table.error(name, f"supported: {', '.join(DTYPES)}")
+    return DTYPES[stored.removeprefix("torch.")]
+
+
+def _special_tokens(
+    table: Table, generation: Table, family: Family, vocab_size: int
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """The BOS, EOS and padding ids, each as a tuple, and remarks about those that are no token of the model."""
+    tokens, remarks = {}, []
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        default = getattr(family, name, None)
+        own = _ids(table, name) if name in table.values else () if default is None else (default,)
+        ids, where = (_ids(generation, name), generation) if name in generation.values else (own, table)
+        tokens[name] = tuple(i for i in ids if 0 <= i < vocab_size)
+        wrong = [i for i in ids if i not in tokens[name]]
+        if wrong and name in where.values:
+            remarks.append(
+                f"{where.where}: {name} {quoted(wrong[0])} is no token of the model, which has {vocab_size}; not used"
+            )
+    return tokens, remarks
+
+
+def _ids(table: Table, name: str) -> tuple[int, ...]:
+    """No, one or, of EOS, several token ids."""
+    value, several = table.get(name), name == "eos_token_id"
+    ids = value if isinstance(value, list) and several else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise table.error(name, f"it must be an integer{' or a list of them' if several else ''}")
+    return tuple(ids)
+
+
+def _rope(table: Table, max_positions: int) -> tuple[RopeConfig, list[str]]:
+    """Both spellings: `rope_theta` + `rope_scaling`, and the newer `rope_parameters`; the older one wins, as upstream. The
+    second value names the keys that are not used."""
+    scaling, parameters = table.get("rope_scaling"), table.get("rope_parameters")
+    name = "rope_scaling" if scaling else "rope_parameters"
+    values = scaling or parameters or {}
+    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
         raise UserError(
-            f"{path}: layer_types must name {num_layers} layers, each {' or '.join(kinds)}; restore the file"
+            f"{table.where}: rope parameters {quoted(values)} are not supported; give one table for all layers"
         )
-    if "sliding_attention" in layer_types and window is None:
-        raise UserError(f"{path}: layer_types has sliding_attention but no sliding_window is in use; restore the file")
-    return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+    rope = Table(values, f"{table.where}: {name}")
+    _refuse_null(rope)
+    kind = rope.choice("type", ROPE_KINDS, "default")
+    kind = rope.choice("rope_type", ROPE_KINDS, kind)
+    for place in (table, rope):
+        if place.number("partial_rotary_factor", 1.0) != 1.0:
+            raise place.error("partial_rotary_factor", "supported: 1")
+    theta = table.number("rope_theta", 10000.0, low=0, high=1e30, above=True)
+    settings: dict[str, Any] = {"theta": rope.number("rope_theta", theta, low=0, high=1e30, above=True)}
+    if kind in ("linear", "llama3"):
+        settings["factor"] = rope.number("factor", low=0, high=1e30, above=True)
+    if kind == "llama3":
+        low = rope.number("low_freq_factor", low=0, high=1e30, above=True)
+        high = rope.number("high_freq_factor", low=0, high=1e30)
+        if high <= low:
+            raise rope.error("high_freq_factor", f"it must be greater than low_freq_factor, which is {low:g}")
+        original = rope.integer("original_max_position_embeddings", max_positions, low=1)
+        original = table.integer("original_max_position_embeddings", original, low=1)
+        settings |= {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
+    unused = [f"{name}.{key}" for key in rope.unread()] + (["rope_parameters"] if scaling and parameters else [])
+    return RopeConfig(kind=kind, **settings), unused
+
+
+def _sliding_windows(table: Table, model_type: str, num_layers: int, max_positions: int) -> tuple[int | None, ...]:
+    """Each layer's window in tokens, None for all: what `layer_types` says, else all layers of Mistral and those of Qwen
+    from `max_window_layers` on."""
+    names = {"full_attention": False, "sliding_attention": True, "attention": False}  # the last one is an older name
+    layer_types = table.items("layer_types", None)
+    if layer_types is not None and (
+        len(layer_types) != num_layers or any(not isinstance(kind, str) or kind not in names for kind in layer_types)
+    ):
+        raise UserError(
+            f"{table.where}: layer_types must name {num_layers} layers, each {' or '.join([*names][:2])}; restore the file"
+        )
+    is_windowed = None if layer_types is None else [names[kind] for kind in layer_types]
+    used = True if model_type == "mistral" else table.boolean("use_sliding_window", model_type == "llama")
+    window = table.integer(
+        "sliding_window", 4096 if "sliding_window" not in table.values else None, low=1 if used else 0
+    )
+    first = 0 if model_type == "mistral" else table.integer("max_window_layers", 28, low=-(2**31))
+    if model_type == "llama":
+        # transformers windows the cache of such a model and not its prompt, so that its answers depend on their split.
+        stated = used and "sliding_window" in table and window < max_positions
+        if stated or (is_windowed is not None and any(is_windowed)):
+            name = "sliding_window" if stated else "layer_types"
+            raise table.error(name, "llama has no windows; leave it out")
+        return (None,) * num_layers
+    window = window if used else None
+    if is_windowed is None:
+        return tuple(window if layer >= first else None for layer in range(num_layers))
+    if any(is_windowed) and window is None:
+        raise UserError(
+            f"{table.where}: layer_types has sliding_attention but no sliding_window is in use; restore the file"
+        )
+    return tuple(window if windowed else None for windowed in is_windowed)
 
 
 def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -160,7 +295,7 @@ def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     windows = [w for w in config.sliding_windows if w]
     eos = list(config.eos_token_ids)
     table: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[config.model_type]],
+        "architectures": [FAMILIES[config.model_type].architecture],
         "model_type": config.model_type,
         "hidden_act": "silu",
         "vocab_size": config.vocab_size,
@@ -187,5 +322,6 @@ def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         table["sliding_window"] = windows[0] if windows else None
     if config.model_type in ("qwen2", "qwen3"):
         table["use_sliding_window"] = bool(windows)
+    if config.model_type in ("qwen2", "qwen3") or 0 < len(windows) < config.num_layers:
         table["layer_types"] = ["sliding_attention" if w else "full_attention" for w in config.sliding_windows]
     return table

@@ -8,7 +8,9 @@ In both, y = W x + (α/R) · B A x; rank-stabilised LoRA, (α/√R) · B A x, be
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import load_file
 
-from adafuse_jax.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, write_adapter_files
+from adafuse_jax.adapters.directory import CONFIG_FILE, MAX_SIZE, WEIGHTS_FILE, write_adapter_files
 from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.configs import ATTENTION_LINEARS, LINEARS, AdapterConfig, ModelConfig
-from adafuse_jax.core.errors import UserError
-from adafuse_jax.interop.huggingface import readable
+from adafuse_jax.core.errors import UserError, quoted, shortened
+from adafuse_jax.core.tables import Table
+from adafuse_jax.interop.safetensors_files import read_tensors
+
+log = logging.getLogger(__name__)
 
 NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
 PLAIN: dict[str, tuple[Any, ...]] = {
@@ -35,55 +39,68 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 """Variants of LoRA that have other mathematics → the values that leave it plain; None and absence do too."""
 
+INERT = frozenset({
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_config",
+    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
+})  # fmt: skip
+"""Keys that leave the function as it is: the tensors say which linears and layers they adapt."""
+
 
 def tensor_name(layer: int, linear: str, factor: str) -> str:
     block = "self_attn" if linear in ATTENTION_LINEARS else "mlp"
     return f"base_model.model.model.layers.{layer}.{block}.{linear}.lora_{factor}.weight"
 
 
-def load_peft_lora(directory: Path, table: dict[str, Any], model: ModelConfig, *, dtype: jnp.dtype) -> LoRA:
-    """The LoRA in a PEFT directory whose adapter_config.json is `table`, its factors cast to `dtype`.
+def load_peft_lora(directory: Path, table: Table, model: ModelConfig, *, dtype: jnp.dtype) -> LoRA:
+    """The LoRA in a PEFT directory whose adapter_config.json is `table`, its factors cast to `dtype`. Keys of the file that
+    are not known are named in the log.
 
     Raises:
-      UserError: another kind of adapter or a variant of LoRA; tensors that are missing, no part of a LoRA, or do not fit the
-        backbone.
+      UserError: another kind of adapter or a variant of LoRA; tensors that are missing, no part of a LoRA, not finite, or do
+        not fit the backbone.
     """
-    path = directory / CONFIG_FILE
-    if table["peft_type"] != "LORA":
-        raise UserError(f"{path}: peft_type {table['peft_type']!r} is not supported; supported: LORA")
+    if table.get("peft_type") != "LORA":
+        kind = quoted(table.get("peft_type"))
+        raise UserError(f"{table.where}: peft_type {kind} is not supported; supported: LORA")
     for name, plain in PLAIN.items():
         value = table.get(name)
         if value is not None and value not in plain:
-            raise UserError(f"{path}: {name} {value!r} is not supported; give a plain LoRA")
-    rank, alpha = table.get("r"), table.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise UserError(f"{path}: r is {rank!r} and lora_alpha {alpha!r}; they must be numbers, restore the file")
-    if not (directory / WEIGHTS_FILE).exists() and list(directory.glob("*.bin")):
+            raise UserError(f"{table.where}: {name} {quoted(value)} is not supported; give a plain LoRA")
+    rank, alpha = table.integer("r", low=1, high=MAX_SIZE), table.number("lora_alpha")
+    stabilised, dropout = table.boolean("use_rslora", False), table.number("lora_dropout", 0.0)
+    if unknown := [name for name in table.unread() if name not in INERT]:
+        log.info("%s", shortened(f"{table.where}: keys that are not used: {', '.join(unknown)}", 400))
+    path = directory / WEIGHTS_FILE
+    if not os.path.lexists(path) and any(directory.glob("*.bin")):
         raise UserError(f"{directory}: has no {WEIGHTS_FILE}; convert its .bin file to safetensors first")
-    with readable(directory / WEIGHTS_FILE):
-        tensors = load_file(directory / WEIGHTS_FILE)
-    targets = _targets(tensors, directory / WEIGHTS_FILE)
+    tensors = read_tensors(path)
+    targets = _targets(tensors, path)
     try:
         config = AdapterConfig(
-            adapter="lora", targets=targets, rank=rank,
-            alpha=float(alpha) * (math.sqrt(rank) if table.get("use_rslora") else 1.0),
-            dropout=float(table.get("lora_dropout") or 0.0),
+            adapter="lora", targets=targets, rank=rank, dropout=dropout,
+            alpha=alpha * (math.sqrt(rank) if stabilised else 1.0),
         )  # fmt: skip
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    lora = jax.eval_shape(lambda: LoRA(config, model, rngs=nnx.Rngs(0)))
-    for linear, expert in lora.experts.items():
-        for factor in ("A", "B"):
-            leaf = getattr(expert, factor)
-            stack = np.zeros((leaf.shape[0], *leaf.shape[2:]), np.float32)
-            for layer in range(model.num_layers):
-                stack[layer] = _take(tensors, tensor_name(layer, linear, factor), stack.shape[1:], directory)
-            setattr(expert, factor, leaf.replace(jnp.asarray(stack[:, None], dtype)))
+        raise UserError(f"{table.where}: {error}") from error
+    factors: dict[str, dict[str, np.ndarray]] = {}
+    for linear in config.targets:
+        out_dim, in_dim = model.linear_shape(linear)
+        for factor, shape in (("A", (rank, in_dim)), ("B", (out_dim, rank))):
+            layers = [
+                _take(tensors, tensor_name(layer, linear, factor), shape, directory)
+                for layer in range(model.num_layers)
+            ]
+            factors.setdefault(linear, {})[factor] = np.stack(layers).astype(np.float32)
     if tensors:
         raise UserError(
-            f"{directory / WEIGHTS_FILE}: tensor {sorted(tensors)[0]} is of no layer of the backbone, which has "
+            f"{path}: tensor {shortened(sorted(tensors)[0], 120)} is of no layer of the backbone, which has "
             f"{model.num_layers}; give --model the one that it was trained on"
         )
+    lora = jax.eval_shape(lambda: LoRA(config, model, rngs=nnx.Rngs(0)))
+    for linear, expert in lora.experts.items():
+        for factor, stack in factors[linear].items():
+            setattr(expert, factor, getattr(expert, factor).replace(jnp.asarray(stack[:, None], dtype)))
     return lora
 
 
@@ -92,7 +109,9 @@ def _targets(tensors: dict[str, np.ndarray], path: Path) -> tuple[str, ...]:
     for name in tensors:
         match = NAME.fullmatch(name)
         if match is None or match[2] not in LINEARS:
-            raise UserError(f"{path}: tensor {name} is not of a LoRA of {' '.join(LINEARS)}; no other is supported")
+            raise UserError(
+                f"{path}: tensor {shortened(name, 120)} is not of a LoRA of {' '.join(LINEARS)}; no other is supported"
+            )
         found.add(match[2])
     if not found:
         raise UserError(f"{path}: holds no tensor; restore the file")
@@ -106,8 +125,8 @@ def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], dir
     tensor = tensors.pop(name)
     if tensor.shape != shape:
         raise UserError(
-            f"{where} has shape {list(tensor.shape)}, {CONFIG_FILE} and the backbone say {list(shape)}; give --model the "
-            "one that it was trained on"
+            f"{where} has shape {quoted(list(tensor.shape))}, {CONFIG_FILE} and the backbone say {list(shape)}; give "
+            "--model the one that it was trained on"
         )
     return tensor
 

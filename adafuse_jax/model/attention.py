@@ -63,6 +63,9 @@ def attention(
     """
     mask = jnp.broadcast_to(mask[:, None], (q.shape[0], 1, q.shape[1], k.shape[1]))
     implementation: Literal["cudnn", "xla"] = "cudnn" if flash_attention_fits(q, k) else "xla"
+    if q.dtype == jnp.float16 and jax.default_backend() == "cpu":  # where XLA has no float16 product with sums in fp32
+        q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+        return jax.nn.dot_product_attention(q32, k32, v32, mask=mask, implementation="xla").astype(q.dtype)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
 
 

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 STATE, IDENTITY = "state", "identity/metadata"
 FORMAT = 2
 """Entry `format` of the identity. A checkpoint without it is of an earlier version, which wrote no digests."""
-LEFTOVER = re.compile(r"\.\d+\.\w+\.(partial|old)")
+LEFTOVER = re.compile(r"\.\d+\.\w{8}\.(partial|old)")
 """Directories of a process that was killed while it wrote or removed a checkpoint."""
 
 

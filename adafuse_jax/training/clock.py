@@ -11,11 +11,9 @@ from typing import Any
 from adafuse_jax.configs import TrainConfig
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.tables import Table
-from adafuse_jax.data.chat import template_date
+from adafuse_jax.data.templates import template_date
 
 log = logging.getLogger(__name__)
-
-NOW = "{{ strftime_now('%Y-%m-%dT%H:%M:%S.%f') }}"
 
 
 @contextmanager
@@ -37,13 +35,12 @@ def run_date(config: TrainConfig, tokenizer: Any, recorded: Table | None) -> Ite
         )
         yield None
         return
-    if text is None:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": ""}], chat_template=NOW, tokenize=False)
+    date = None
     try:
-        date = datetime.fromisoformat(text)
+        date = None if text is None else datetime.fromisoformat(text)
     except ValueError:
         assert recorded is not None  # the flag is checked where it is parsed
         raise UserError(f"{recorded.where}: template_date is no ISO date; restore the file") from None
-    log.info("the chat template writes the date: rendered with %s, also when the run is resumed", date)
-    with template_date(date):
-        yield text
+    with template_date(date) as fixed:
+        log.info("the chat template writes the date: rendered with %s, also when the run is resumed", fixed)
+        yield fixed.isoformat()

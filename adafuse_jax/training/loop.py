@@ -31,8 +31,7 @@ from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.tables import Table
 from adafuse_jax.data.batches import Batch
 from adafuse_jax.data.chat import load_tokenizer
-from adafuse_jax.interop.hf_config import read_model_config
-from adafuse_jax.interop.huggingface import backbone_identity, export_backbone, load_backbone, model_directory
+from adafuse_jax.interop.huggingface import Checkpoint, export_backbone, load_backbone
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.training.checkpoint import Checkpoints
 from adafuse_jax.training.clock import run_date
@@ -50,6 +49,7 @@ from adafuse_jax.training.output import (
     disk_errors,
     held_run,
     new_run,
+    remove_leftovers,
     require_no_checkpoint_lost,
     write_config,
 )
@@ -107,8 +107,8 @@ def _train(
     config: TrainConfig, adapter_config: AdapterConfig, output: Path, recorded: Table | None, held: ExitStack
 ) -> dict[str, Any]:
     """With the run's directory in `held` and its config `recorded`, if it is resumed."""
-    directory = model_directory(config.model)
-    model_config = read_model_config(directory)
+    checkpoint = Checkpoint.open(config.model)
+    directory, model_config = checkpoint.directory, checkpoint.config
     if config.max_length > model_config.max_position_embeddings:
         raise UserError(
             f"--max-length {config.max_length} exceeds the {model_config.max_position_embeddings} positions of "
@@ -125,14 +125,14 @@ def _train(
             f"{directory}: the data has token {data.largest_token} and the model {model_config.vocab_size} tokens: the "
             "tokenizer is of another model; restore the files of one"
         )
-    backbone, lora = backbone_identity(directory), None
+    backbone, lora = checkpoint.identity(), None
     if config.init_lora is not None:
         lora = read_initial_lora(config.init_lora, adapter_config, model_config, backbone_identity=backbone)
     if config.dtype == "float32":
         runtime.exact_float32()
     settings = {**dataclasses.asdict(config), **adapter_config.table(), "template_date": date, "resume": False}
     if adapter_config.adapter == "none":
-        model = load_backbone(directory, config.dtype)
+        model = load_backbone(checkpoint, config.dtype)
         line, summary = evaluate_only(config, model, data)
         held.enter_context(new_run(output, settings))
         with disk_errors(output):
@@ -151,7 +151,7 @@ def _train(
     abstract = jax.eval_shape(lambda: Backbone(model_config, dtype=config.dtype, rngs=nnx.Rngs(0)))
     like = jax.eval_shape(initial_state, abstract, lora)
     check_space(output, like.adapter, like.moments, keep=config.keep_checkpoints)
-    model = load_backbone(directory, config.dtype)
+    model = load_backbone(checkpoint, config.dtype)
     identity = _identity(
         config, adapter_config, backbone=backbone, data=data.fingerprint, total_steps=steps, initial=digest(lora),
         padded_from=_padded_from(data),
@@ -188,6 +188,7 @@ def _train(
         plot_training(output / METRICS_FILE, output / PLOT_FILE)
         summary = _summary(output, state, seconds)
         write_json(output / SUMMARY_FILE, summary)
+        remove_leftovers(output)
     return summary
 
 
@@ -290,25 +291,21 @@ def _diverged(step: int, metrics: dict[str, Any], checkpoints: Checkpoints) -> s
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], int]]:
-    """Within, SIGTERM and the first Ctrl-C only set what the yielded function returns: the signal's number, or 0. A second
-    Ctrl-C raises `KeyboardInterrupt`, and a third ends the process as the system does, without a word."""
-    asked, interrupts = 0, 0
+    """Within, SIGTERM and the first Ctrl-C only set what the yielded function returns: the signal's number, or 0. After one
+    of them Ctrl-C does what it did outside: it ends a process in which `run_cli` runs, and else is a `KeyboardInterrupt`."""
+    asked = 0
 
     def handler(signum: int, frame: Any) -> None:
-        nonlocal asked, interrupts
+        nonlocal asked
         asked = asked or signum
-        interrupts += signum == signal.SIGINT
-        if interrupts > 1:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
 
     previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: asked
     finally:
         for number, old in previous.items():
-            if number == signal.SIGTERM or interrupts < 2:
-                signal.signal(number, old)
+            signal.signal(number, old)
 
 
 def _identity(config: TrainConfig, adapter: AdapterConfig, **more: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ CONFIG_FILE, METRICS_FILE, PLOT_FILE, SUMMARY_FILE = (
     "summary.json",
 )
 ADAPTER_DIR, MODEL_DIR, CHECKPOINT_DIR = "adapter", "model", "checkpoints"
+_WRITTEN = (CONFIG_FILE, METRICS_FILE, PLOT_FILE, SUMMARY_FILE, ADAPTER_DIR, MODEL_DIR)
+_LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, _WRITTEN))})\.\w{{8}}\.(partial|old)")
 
 
 def check_output(output: Path, *, resume: bool) -> None:
@@ -111,6 +114,13 @@ def disk_errors(output: Path, advice: str = "free space, then continue with --re
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--output {output}: cannot be written ({reason}); {advice}") from error
+
+
+def remove_leftovers(output: Path) -> None:
+    """What `atomic_files` had begun when the run was killed; of a run that is held, and whose own files are whole."""
+    for path in output.iterdir():
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 def check_space(output: Path, trained: Any, moments: Any, *, keep: int) -> None:

@@ -92,8 +92,27 @@ CASES: dict[str, Case] = {
         ),
         _case("llama_llama3_old", rope_theta=500000.0, rope_scaling=LLAMA3),
         _case("llama_llama3_new", rope_parameters={"rope_theta": 500000.0, **LLAMA3}, without=_NEW_ROPE),
+        _case(  # both places name a length: the outer one counts
+            "llama_llama3_outer",
+            rope_theta=500000.0,
+            rope_scaling=LLAMA3,
+            original_max_position_embeddings=32,
+        ),
+        _case(  # no place does: max_position_embeddings is taken
+            "llama_llama3_absent",
+            rope_theta=500000.0,
+            rope_scaling={k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"},
+        ),
+        _case("llama_float16", num_key_value_heads=1, dtype="float16"),
         _case("llama_default_new", rope_parameters={"rope_type": "default", "rope_theta": 300.0}, without=_NEW_ROPE),
         _case("mistral_window", sliding_window=8, rope_theta=1000.0, rms_norm_eps=1e-3),
+        _case(  # transformers reads it as Ministral, whose head_dim must be given
+            "mistral_layer_types",
+            num_hidden_layers=4,
+            head_dim=16,
+            sliding_window=6,
+            layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        ),
         _case("mistral_head_dim", sliding_window=None, hidden_size=48, head_dim=20, num_key_value_heads=4),
         _case(
             "qwen2_tied",  # a window that `use_sliding_window` turns off
@@ -166,7 +185,7 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def weights(case: Case) -> dict[str, np.ndarray]:
-    """The weights of a case, float32 or bfloat16 as it says; each depends on (case name, tensor name) alone."""
+    """The weights of a case, of the type that it says; each depends on (case name, tensor name) alone."""
     dtype = np.dtype(ml_dtypes.bfloat16 if case.dtype == "bfloat16" else case.dtype)
     tensors = {}
     for name, shape in tensor_shapes(case.config).items():
