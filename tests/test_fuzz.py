@@ -32,7 +32,8 @@ from adafuse_jax.core.errors import EXIT_CODE, MAX_MESSAGE
 from adafuse_jax.core.fields import flag_name, kinds
 from adafuse_jax.core.flags import parse_flags
 from adafuse_jax.data.chat import load_tokenizer
-from adafuse_jax.decoding.session import Session, read_prompts
+from adafuse_jax.decoding.prompts import read_prompts
+from adafuse_jax.decoding.session import Session
 from adafuse_jax.evaluation.config import EvaluationConfig
 from adafuse_jax.export import ExportConfig
 from adafuse_jax.interop.hf_config import read_model_config
@@ -145,7 +146,7 @@ def answer(folder: Path, capfd: pytest.CaptureFixture[str], **changes: Any) -> l
     capfd.readouterr()
     with pytest.raises(SystemExit) as end:
         run_cli(decode.main, flags_of(folder, json=True, **changes))
-    assert end.value.code == 0
+    assert end.value.code == 0, capfd.readouterr().err
     return json.loads(capfd.readouterr().out)["token_ids"]
 
 
