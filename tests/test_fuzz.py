@@ -338,12 +338,13 @@ HARMLESS: dict[str, Callable[[Any], bytes]] = {
 
 
 NULL_REFUSED = ("adapter/adapter_config.json", "a null")
-READ_BY_TRANSFORMERS = ("model/tokenizer_config.json", "byte order mark")
+READ_BY_TRANSFORMERS = (("model/config.json", "byte order mark"), ("model/tokenizer_config.json", "byte order mark"))
+"""It takes no byte order mark."""
 CHANGES = [
     (f"{name}.json", change)
     for name in ("model/config", "model/generation_config", "model/tokenizer_config", "adapter/adapter_config")
     for change in HARMLESS
-    if (f"{name}.json", change) not in (NULL_REFUSED, READ_BY_TRANSFORMERS)
+    if (f"{name}.json", change) not in (NULL_REFUSED, *READ_BY_TRANSFORMERS)
 ]
 
 
