@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 from adafuse_jax.core.errors import UserError, quoted
+from adafuse_jax.core.runtime import native_stdout_on_stderr
 from adafuse_jax.core.tables import read_json, read_text
 from adafuse_jax.data.files import without_logs
 
@@ -124,7 +125,9 @@ def _load(path_or_hub_id: str | Path) -> Any:
     try:
         with _silent():
             tokenizer = _without_code(name, local)
-    except Exception as error:  # the library raises anything
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises anything, panics of its Rust code too
         reason = " ".join(str(error)[:2000].split())[:160] or type(error).__name__
         advice = "it needs tokenizer.json and tokenizer_config.json" if local else "check the name and the connection"
         raise UserError(f"cannot load the tokenizer: {name}: {reason}: {advice}") from None
@@ -143,7 +146,8 @@ def _load(path_or_hub_id: str | Path) -> Any:
 def _silent() -> Iterator[None]:
     """No log lines from transformers and the hub's library: of a directory's faults, the error names the one that counts."""
     # transformers warns on import when torch is missing, which is no fault here
-    with mock.patch.dict(os.environ, {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}), without_logs():
+    environment = mock.patch.dict(os.environ, {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"})
+    with environment, without_logs(), native_stdout_on_stderr():
         import transformers  # noqa: F401 - sets the level of its logger
 
         library = logging.getLogger("transformers")
