@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import ClassVar
 
 import jax
@@ -16,6 +17,7 @@ from adafuse_jax import AdaFuse, AdapterConfig, load_backbone
 from adafuse_jax.adapters.directory import load_adapter, save_adapter
 from adafuse_jax.adapters.router import Router, Routing, balance_loss, router_statistics
 from adafuse_jax.configs import LINEARS, ModelConfig
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.presets import PRESETS
 
 POSITIONS = {
@@ -233,6 +235,23 @@ class TestDirectory:
         again = load_adapter(tmp_path / "a", model.config, backbone_identity="id", dtype=jnp.float32)
         assert again.config == adapter.config
         jax.tree.map(np.testing.assert_array_equal, again, adapter)
+
+    def test_a_flipped_byte_is_found(self, models, tmp_path):
+        """In the values, where safetensors has no checksum. Adapters of earlier versions have no digest."""
+        model = models("llama_gqa")
+        save_adapter(random_adapter(model.config), tmp_path / "a", backbone_name="tiny", backbone_identity="id")
+        weights, config = tmp_path / "a" / "adapter_model.safetensors", tmp_path / "a" / "adapter_config.json"
+        data = bytearray(weights.read_bytes())
+        data[-2] ^= 1
+        weights.write_bytes(data)
+        with pytest.raises(
+            UserError, match=r"other bytes than were written .*; restore the file, or remove weights_sha256"
+        ):
+            load_adapter(tmp_path / "a", model.config, backbone_identity="id", dtype=jnp.float32)
+        table = json.loads(config.read_text())
+        del table["weights_sha256"]
+        config.write_text(json.dumps(table))
+        load_adapter(tmp_path / "a", model.config, backbone_identity="id", dtype=jnp.float32)
 
     def test_experts_are_cast_and_the_router_is_not(self, models, tmp_path):
         model = models("llama_gqa")

@@ -1,6 +1,6 @@
 """The adapter directory: what training leaves behind and decoding takes up. Two files,
 
-adapter_config.json          the method and its settings, and the identity of the backbone it belongs to
+adapter_config.json          the method and its settings, the identity of its backbone, and the SHA-256 of the weights' file
 adapter_model.safetensors    the module's leaves by their path; of AdaFuse router.weight [E, in],
                              experts.<target>.A [L, E, R, in], experts.<target>.B [L, E, out, R]
 
@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 from adafuse_jax.adapters.methods import MODULES, AnyAdapter, make_adapter
 from adafuse_jax.configs import AdapterConfig, ModelConfig
-from adafuse_jax.core.atomic_files import new_directory, write_json
+from adafuse_jax.core.atomic_files import new_directory, sha256, write_json
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
 from adafuse_jax.interop.hf_config import MAX_LAYERS
@@ -32,6 +32,8 @@ from adafuse_jax.interop.safetensors_files import read_tensors
 from adafuse_jax.presets import PRESETS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+DIGEST = "weights_sha256"
+"""Key of adapter_config.json, absent in adapters of earlier versions: a safetensors file has no checksum of its own."""
 MAX_SIZE = 2**20
 """Of a rank or a number of experts in adapter_config.json."""
 
@@ -43,16 +45,22 @@ def save_adapter(
     `replace` puts it in place of what is there. Raises as `new_directory`."""
     table = {**adapter.config.table(), "backbone": {"name": backbone_name, "identity": backbone_identity}}
     tensors = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(adapter))}
-    write_adapter_files(out, table, tensors, metadata={"format": "adafuse-jax"}, replace=replace)
+    write_adapter_files(out, table, tensors, metadata={"format": "adafuse-jax"}, replace=replace, with_digest=True)
 
 
 def write_adapter_files(
-    out: Path, table: dict[str, Any], tensors: dict[str, np.ndarray], *, metadata: dict[str, str], replace: bool = False
+    out: Path,
+    table: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    *,
+    metadata: dict[str, str],
+    replace: bool = False,
+    with_digest: bool = False,
 ) -> None:
-    """The two files as the directory `out`. Raises as `new_directory`."""
+    """The two files as the directory `out`; `with_digest` adds the weights' to the table. Raises as `new_directory`."""
     with new_directory(out, replace=replace) as partial:
-        write_json(partial / CONFIG_FILE, table)
         save_file(tensors, partial / WEIGHTS_FILE, metadata=metadata)
+        write_json(partial / CONFIG_FILE, table | ({DIGEST: sha256(partial / WEIGHTS_FILE)} if with_digest else {}))
 
 
 def read_adapter_table(directory: Path) -> Table:
@@ -73,7 +81,7 @@ def _parse(table: Table) -> tuple[AdapterConfig, dict[str, Any]]:
     if not isinstance(method, str) or method not in MODULES:
         raise table.error("adapter", f"none of {', '.join(MODULES)}; {advice}")
     settings = PRESETS[method].settings
-    unknown = sorted(table.values.keys() - {"adapter", "backbone", *settings})
+    unknown = sorted(table.values.keys() - {"adapter", "backbone", DIGEST, *settings})
     missing = sorted(name for name in settings if name not in table)
     if unknown or missing:
         raise UserError(f"{table.where}: unknown keys {quoted(unknown)}, missing keys {quoted(missing)}; {advice}")
@@ -146,4 +154,10 @@ def load_adapter(directory: str | Path, model: ModelConfig, *, backbone_identity
             shapes = f"{list(tensors[name].shape)}, {CONFIG_FILE} and the backbone say {list(leaf.shape)}"
             raise UserError(f"{path}: tensor {name} has shape {shapes}; the files are not of one adapter")
         filled.append((key, leaf.replace(jnp.asarray(tensors[name], jnp.float32 if "router" in key else dtype))))
+    written = table.text(DIGEST, None)
+    if written is not None and sha256(path) != written:
+        raise UserError(
+            f"{path}: has other bytes than were written (by its SHA-256); restore the file, or remove {DIGEST} from "
+            f"{CONFIG_FILE} if you have changed it"
+        )
     return nnx.merge(graphdef, nnx.from_flat_state(filled))

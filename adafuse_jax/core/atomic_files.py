@@ -153,9 +153,14 @@ def _files(directory: Path) -> set[str]:
     return {str(path.relative_to(directory)) for path in paths} - {DIGESTS_FILE}
 
 
-def _digest(path: Path) -> dict[str, Any]:
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal. Raises `OSError`."""
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _prefix(path: Path) -> str:
