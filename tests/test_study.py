@@ -4,6 +4,7 @@ whole from data files to the tables."""
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from test_accuracy import write_gz, write_study
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.router import Routing, expert_load
 from adafuse_jax.configs import AdapterConfig
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.data.packing import Rows
 from adafuse_jax.interop.huggingface import load_backbone
@@ -24,16 +26,17 @@ from benchmarks.accuracy_data import Packed
 from studies.accuracy import arms, generation, made_up, mixture, scoring, tasks, training
 from studies.accuracy.__main__ import main
 from studies.accuracy.pregated import PreGated, Variant
-from studies.accuracy.study import Run, best_rate, read_records
+from studies.accuracy.study import Plan, Run, Study, best_rate, grid, of_seeds, read_records
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LENGTH, LIMIT = 192, 6
-SMALL: dict[str, dict[str, Any]] = {
-    "lora-32": arms.ARMS["lora-32"] | {"rank": 2, "alpha": 4.0},
-    "adafuse-context": arms.ARMS["adafuse-context"] | {"rank": 2, "alpha": 4.0, "num_experts": 4},
+FEW: dict[str, Any] = {"rank": 2, "alpha": 4.0, "targets": ("q_proj", "down_proj")}
+SMALL = {
+    "lora-32": arms.ARMS["lora-32"] | FEW,
+    "adafuse-context": arms.ARMS["adafuse-context"] | FEW | {"num_experts": 4},
 }
-MIXTURE = {"adapter": "adafuse", "targets": ("q_proj", "down_proj"), "num_experts": 4, "rank": 2, "top_k": 2}
+MIXTURE = FEW | {"adapter": "adafuse", "num_experts": 4, "top_k": 2}
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +142,8 @@ def test_measures_by_hand():
 
 def adapter_of(model: Any, variant: Variant, seed: int = 0) -> PreGated:
     adapter = PreGated(AdapterConfig(**MIXTURE), model.config, variant, rngs=nnx.Rngs(seed))
-    return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), adapter)
+    draw = np.random.default_rng(1).normal
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf + draw(size=leaf.shape, scale=0.1), jnp.float32), adapter)
 
 
 def test_a_plain_variant_is_adafuse(model: Any):
@@ -150,11 +154,16 @@ def test_a_plain_variant_is_adafuse(model: Any):
     adafuse.router, adafuse.experts = planned.router, planned.experts
     tokens = jnp.arange(24).reshape(2, 12)
     positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
-    adapter, context = training.seen(planned, model, tokens, positions, tokens)
-    assert context is None
-    here, there = model.run(tokens, adapter=adapter), model.run(tokens, adapter=adafuse)
-    np.testing.assert_allclose(here.hidden, there.hidden, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(here.hidden, model.run(tokens).hidden, atol=1e-2)
+
+    @jax.jit
+    def hidden(adapter: Any) -> jax.Array:
+        view, context = training.seen(adapter, model, tokens, positions, tokens)
+        assert context is None
+        return model.run(tokens, adapter=view).hidden
+
+    here, there, bare = (hidden(adapter) for adapter in (planned, adafuse, None))
+    np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(here, bare, atol=1e-2)
 
 
 def test_shared_expert_is_a_lora_beside_the_routed(model: Any):
@@ -164,6 +173,19 @@ def test_shared_expert_is_a_lora_beside_the_routed(model: Any):
     routing = adapter.plan(model, jnp.arange(5)[None], jnp.arange(5)[None], jnp.zeros((1, 5), int))[0]
     a, b = layer.shared.A[0], layer.shared.B[0]
     expected = layer.routed(x, routing) + adapter.config.scale * (x @ a.T) @ b.T
+    np.testing.assert_allclose(layer(x, routing), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_experts_of_one_a(model: Any):
+    """As experts whose A are equal, and with one A's parameters."""
+    adapter = adapter_of(model, Variant(shared_a=True))
+    x = jax.random.normal(jax.random.key(2), (1, 5, model.config.embed_dim))
+    layer = jax.tree.map(lambda leaf: leaf[1], adapter.experts["q_proj"])
+    assert layer.A.shape == (1, 2, model.config.embed_dim)
+    routing = adapter.plan(model, jnp.arange(5)[None], jnp.arange(5)[None], jnp.zeros((1, 5), int))[0]
+    gates = np.asarray(routing.dense_gates(), np.float64)
+    expected = sum(gates[..., e, None] * 2.0 * (x @ layer.A[0].T @ layer.B[e].T) for e in range(4))
+    assert adapter.config.scale == 2.0
     np.testing.assert_allclose(layer(x, routing), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -249,18 +271,22 @@ def test_greedy_decoding_is_the_full_forward_pass(model: Any, variant: Variant |
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
     prompts, lengths = jnp.array([[1, 40, 41, 42, 50], [1, 60, 61, 0, 0]]), jnp.array([5, 3])
     plan: dict[str, Any] = {"new_tokens": 4}
-    found = generation.greedy(model, params, prompts, lengths, jnp.int32(0), stops=(-1,), **plan)
+
+    @jax.jit
+    def following(adapter: Any, tokens: jax.Array) -> jax.Array:
+        view, _ = training.seen(adapter, model, tokens, jnp.arange(10)[None], jnp.zeros_like(tokens))
+        return model.logits(model.run(tokens, adapter=view).hidden[0]).argmax(-1)
+
+    found = generation.greedy(model, params, prompts, lengths, jnp.int32(0), jnp.array([-1]), **plan)
     assert found.shape == (2, 2, 4)
     for s, adapter in enumerate(each):
         for n in range(2):
             text = prompts[n, : lengths[n]].tolist()
             for _ in range(4):
-                tokens = jnp.array([text + [0] * (10 - len(text))])
-                view, _ = training.seen(adapter, model, tokens, jnp.arange(10)[None], jnp.zeros_like(tokens))
-                text.append(int(model.logits(model.run(tokens, adapter=view).hidden[0, len(text) - 1]).argmax()))
+                text.append(int(following(adapter, jnp.array([text + [0] * (10 - len(text))]))[len(text) - 1]))
             assert found[s, n].tolist() == text[lengths[n] :]
     stop = int(found[0, 0, 1])
-    again = generation.greedy(model, params, prompts, lengths, jnp.int32(0), stops=(stop,), **plan)
+    again = generation.greedy(model, params, prompts, lengths, jnp.int32(0), jnp.array([stop]), **plan)
     assert set(again[0, 0, 1:].tolist()) == {stop}
 
 
@@ -271,44 +297,53 @@ def test_weights_of_examples():
     assert mixture.weights_of(rows).tolist() == [[0, 0.5, 0.5, 0, 1, 0]]
 
 
-def test_study_from_files_to_tables(
-    file: Path, stories260k_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
-    """Two arms at two learning rates, killed after one, started again; then a seed; then the tables."""
+def test_study_from_files_to_tables(file: Path, stories260k_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An arm at two learning rates, then on two seeds; started again; then the tables, beside a LoRA of other numbers."""
     monkeypatch.setattr(arms, "ARMS", SMALL)
-    runs, out = tmp_path / "runs", tmp_path / "study.md"
+    runs, out, arm = tmp_path / "runs", tmp_path / "study.md", "adafuse-context"
     flags = ["--model", str(stories260k_dir), "--mixture", str(file), "--runs", str(runs), "--dtype", "float32"]
-    flags += ["--steps", "4", "--batch-size", "2", "--new-tokens", "3", "--learning-rates", "1e-2", "1e-3", "--arms"]
-    assert main([*flags, *SMALL, "--budget-seconds", "1e-6"]) == 0
+    flags += ["--steps", "16", "--batch-size", "2", "--new-tokens", "3", "--learning-rates", "1e-2", "1e-3"]
+    assert main([*flags, "--budget-seconds", "1e-6"]) == 0
     assert not list(runs.glob("*")), "the budget was over before the first run"
-    assert main([*flags, "adafuse-context"]) == 0
-    before = {path: path.stat().st_mtime_ns for path in runs.iterdir()}
-    assert main([*flags, *SMALL]) == 0
-    assert all(path.stat().st_mtime_ns == then for path, then in before.items()), "a recorded run is not done again"
-    records = read_records(runs)
-    assert set(records) == {f"grid-{arm}-0@0.01,0@0.001" for arm in SMALL}
-    best = best_rate(records, "lora-32")
-    replicas = records["grid-lora-32-0@0.01,0@0.001"]["replicas"]
+    plan = Plan(steps=16, batch_size=2, new_tokens=3, dtype="float32")
+    study = Study(str(stories260k_dir), file, runs, plan)
+    study.do_all([grid(arm, (1e-2, 1e-3))], budget_seconds=None, begun=0)
+    replicas = study.records[f"grid-{arm}-0@0.01,0@0.001"]["replicas"]
+    best = best_rate(study.records, arm)
     assert max(r["mean"] for r in replicas) == next(r["mean"] for r in replicas if r["learning_rate"] == best)
+    study.do_all([of_seeds(arm, (0, 5), study.records)], budget_seconds=None, begun=0)
+
+    before = {path: path.stat().st_mtime_ns for path in runs.iterdir()}
+    assert main([*flags, "--arms", arm]) == main([*flags, "--arms", arm, "--stage", "seeds", "--seeds", "0", "5"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in runs.iterdir()} == before, "what is recorded is not done again"
+    records = read_records(runs)
+    assert records == study.records
     for record in records.values():
-        first, last = (record["history"][at]["loss"][0] for at in (0, -1))
-        assert last < first
-        assert record["replicas"][0]["mean"] == pytest.approx(
-            scoring.mixture_mean(record["replicas"][0]["measures"]), abs=1e-3
-        )
-    assert main([*flags, "lora-32", "--stage", "seeds", "--seeds", "0", "5"]) == 0
-    (seeds,) = (r for r in read_records(runs).values() if r["run"]["stage"] == "seeds")
-    again, other = seeds["replicas"]
+        losses = [point["loss"][0] for point in record["history"]]
+        assert sum(losses[-4:]) < sum(losses[:4])
+        for replica in record["replicas"]:
+            assert replica["mean"] == pytest.approx(scoring.mixture_mean(replica["measures"]), abs=1e-3)
+            assert sum(replica["load"]) == pytest.approx(1, abs=1e-3)
+    (seeds,) = (record for record in records.values() if record["run"]["stage"] == "seeds")
+    again, other = (replica["measures"]["code"]["loss"] for replica in seeds["replicas"])
     was = next(r for r in replicas if r["learning_rate"] == best)
-    assert again["measures"]["code"]["loss"] == pytest.approx(was["measures"]["code"]["loss"], rel=1e-3)
-    assert other["measures"]["code"]["loss"] != again["measures"]["code"]["loss"]
+    assert again == pytest.approx(was["measures"]["code"]["loss"], rel=1e-3)
+    assert other != again
+
+    for name, record in records.items():
+        lora = json.loads(json.dumps(record).replace(arm, "lora-32")) | {"settings": arms.table(SMALL["lora-32"])}
+        for replica in lora["replicas"]:
+            replica["measures"]["vel"]["exact"] -= 8 * (2 + replica["seed"] / 5)  # 2 or 3 points less in the mean
+        (runs / f"{name.replace(arm, 'lora-32')}.json").write_text(json.dumps(lora))
     assert main(["--report", "--runs", str(runs), "--out", str(out)]) == 0
     text = out.read_text()
-    assert "## Several seeds" in text
     assert f"**{was['mean']:.2f}**" in text
-    monkeypatch.setattr(arms, "ARMS", SMALL)
-    with pytest.raises(ValueError, match="another --runs"):
-        main([*flags, "lora-32", "--steps", "5"])
+    assert f"| {arm} | lora-32 | +2.50 ± 6.35 | +0.00 ± 0.00 | lora-32 | +2.50 ± 6.35 | +0.00 ± 0.00 |" in text
+    with pytest.raises(UserError, match="another --runs"):
+        main([*flags, "--steps", "5"])
+    monkeypatch.setitem(arms.ARMS, arm, SMALL[arm] | {"rank": 3})
+    with pytest.raises(UserError, match="no longer is; remove it"):
+        main(flags)
 
 
 def test_runs_have_names_of_their_own():

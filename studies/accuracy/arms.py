@@ -10,6 +10,9 @@ MoLA has 2/4/6/8 experts by depth: both are smaller in all. The scale is s = α/
     adafuse-normed   router: input normalised, own learning rate, balance by a selection bias. All below have this router
     adafuse-shared   a shared expert of rank 16, and 2 of 14 experts of rank 8
     adafuse-fine     4 of 16 experts of rank 8
+    adafuse-shared-fine
+                     a shared expert of rank 16, and 4 of 28 experts of rank 4
+    adafuse-shared-a one A of rank 21 for all of 11 experts, each with a B of its own
     adafuse-init     orthogonal A, and expert dropout
     adafuse-context  as adafuse-shared; the router also sees the decayed mean of the tokens before
     by-task          a shared expert of rank 16, and one of 8 experts of rank 14 given by the set: what routing could gain
@@ -60,6 +63,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "adafuse-init": _mixture("adafuse", num_experts=8, variant=Variant(orthogonal=True, expert_dropout=0.1)),
     "adafuse-fine": _mixture("adafuse", 8, num_experts=16, top_k=4, variant=Variant()),
     "adafuse-late": _mixture("adafuse", 32, num_experts=4, top_k=1, **{TIED: 0.75, SETTLED: 0.1}),
+    "adafuse-shared-fine": _mixture("adafuse", 4, num_experts=28, top_k=4, variant=Variant(shared_rank=16)),
+    "adafuse-shared-a": _mixture("adafuse", 21, num_experts=11, variant=Variant(shared_a=True)),
     "rslora-128": _rank_stabilized(128),
     "rslora-32": _rank_stabilized(32),
 }
@@ -78,17 +83,24 @@ def make_adapter(settings: dict[str, Any], model: ModelConfig, key: jax.Array) -
 def parameters(settings: dict[str, Any], model: ModelConfig) -> tuple[int, int]:
     """(in all, active for a token): of E experts k are active, a router whole."""
     adapter = jax.eval_shape(lambda: make_adapter(settings, model, jax.random.key(0)))
-    experts, _ = jax.tree.flatten(adapter, is_leaf=lambda node: isinstance(node, LoRAExperts))
+    nodes = jax.tree.leaves(adapter, is_leaf=lambda node: isinstance(node, LoRAExperts))
     active = 0
-    for node in experts:
-        leaves = jax.tree.leaves(node)
-        chosen = 1.0
-        if isinstance(node, LoRAExperts) and node.A.shape[1] > 1:
-            chosen = settings["top_k"] / node.A.shape[1]
-        active += round(chosen * sum(math.prod(leaf.shape) for leaf in leaves))
+    for node in nodes:
+        for leaf in jax.tree.leaves(node):
+            several = isinstance(node, LoRAExperts) and leaf.shape[1] > 1  # [L, E, …]
+            active += math.prod(leaf.shape) * settings["top_k"] // leaf.shape[1] if several else math.prod(leaf.shape)
     return methods.num_parameters(adapter), active
 
 
 def table(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as JSON has them."""
     return {name: dataclasses.asdict(v) if isinstance(v, Variant) else v for name, v in settings.items()}
+
+
+def restored(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Settings from `table`'s form; what a variant got later has its default."""
+
+    def of(name: str, value: Any) -> Any:
+        return Variant(**value) if name == VARIANT else tuple(value) if isinstance(value, list) else value
+
+    return {name: of(name, value) for name, value in recorded.items()}

@@ -21,21 +21,20 @@ from studies.accuracy.tasks import final_number
 from studies.accuracy.training import seen
 
 
-@partial(jax.jit, static_argnames=("stops", "new_tokens"))
+@partial(jax.jit, static_argnames="new_tokens")
 def greedy(
     model: Backbone,
     params: Any,
     prompts: Int[Array, "N P"],
     lengths: Int[Array, " N"],
     task: Int[Array, ""],
+    stops: Int[Array, " stops"],
     *,
-    stops: tuple[int, ...],
     new_tokens: int,
 ) -> Int[Array, "S N new"]:
     """The likeliest token again and again, until one of `stops`, which is repeated to the end."""
     count, width = prompts.shape
     slots = width + new_tokens
-    ends = jnp.array(stops)
 
     def next_token(hidden: Array) -> Array:
         return jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32)
@@ -62,12 +61,12 @@ def greedy(
 
     def unfinished(state: tuple) -> Array:
         at, token, *_ = state
-        return (at + 1 < new_tokens) & ~jnp.isin(token, ends).all()
+        return (at + 1 < new_tokens) & ~jnp.isin(token, stops).all()
 
     def body(state: tuple) -> tuple:
         at, token, cache, past, found = state
         fresh, cache, past = jax.vmap(advance, in_axes=(0, 0, 0, 0, None))(params, token, cache, past, at)
-        token = jnp.where(jnp.isin(token, ends), token, fresh)
+        token = jnp.where(jnp.isin(token, stops), token, fresh)
         return at + 1, token, cache, past, found.at[..., at + 1].set(token)
 
     at, token, _, _, found = jax.lax.while_loop(unfinished, body, (jnp.int32(0), token, cache, past, found))

@@ -11,6 +11,7 @@ kernels that decode AdaFuse need no other form for it (a shared expert is one mo
     context             z += W_c m / rms(m),  m_t = λ m_{t−1} + (1 − λ) x_t / rms(x_t) from a text's first token on
     by task             the expert of a token is that of its set: no router learns it, a bound on what routing can gain
     expert dropout      while training, each expert is not to be chosen in a row with this probability
+    shared A            one A for all experts of a linear, a B for each (as HydraLoRA)
     orthogonal          the A of all experts of a linear are segments of one orthogonal matrix
 """
 
@@ -38,6 +39,7 @@ class Variant:
     """What a variant has beside AdaFuse's settings. Multipliers are of the learning rate."""
 
     shared_rank: int = 0
+    shared_a: bool = False
     normalize_input: bool = True
     selection_bias: bool = True
     router_rate: float = 0.1
@@ -46,6 +48,20 @@ class Variant:
     by_task: bool = False
     expert_dropout: float = 0.0
     orthogonal: bool = False
+
+
+class SharedA(LoRAExperts):
+    """E experts of one A [L, 1, R, in]; B [L, E, out, R]."""
+
+    def __init__(self, *shape: int, **options: Any):
+        super().__init__(*shape, **options)
+        self.A = LoRAParam(self.A[:, :1])
+
+    def __call__(self, x: Float[Array, "B T in"], routing: Routing) -> Float[Array, "B T out"]:
+        a, b = self.A[0].astype(x.dtype), self.B[...].astype(x.dtype)
+        h = jnp.einsum("bti,ri->btr", x, a, preferred_element_type=jnp.float32)
+        gated = (self.scale * routing.dense_gates()[..., None] * h[..., None, :]).astype(x.dtype)
+        return jnp.einsum("bter,eor->bto", gated, b)
 
 
 class WithShared(nnx.Module):
@@ -72,6 +88,11 @@ class PreGated(AdaFuse):
             del self.router
         for name in config.targets:
             out_dim, in_dim = model.linear_shape(name)
+            if variant.shared_a:
+                self.experts[name] = SharedA(
+                    model.num_layers, out_dim, in_dim,
+                    num_experts=config.num_experts, rank=config.rank, scale=config.scale, rngs=rngs,
+                )  # fmt: skip
             if variant.orthogonal:
                 self.experts[name].A[...] = _orthogonal(self.experts[name].A[...], rngs.params())
             if variant.shared_rank:

@@ -84,6 +84,11 @@ class Study:
                 f"{runs / name}.json: was made with {record['identity']}, this study has {self.identity}; "
                 "give another --runs",
             )
+            arm = record["run"]["arm"]
+            require(
+                arm not in arms.ARMS or arms.restored(record["settings"]) == arms.ARMS[arm],
+                f"{runs / name}.json: was made with {record['settings']}, which {arm} no longer is; remove it",
+            )
         self._pool = ThreadPoolExecutor(threads)
         self._programs: dict[tuple[str, int], Future[Programs]] = {}
 
@@ -115,7 +120,7 @@ class Study:
             losses=scoring.target_losses.lower(self.model, params, *[block] * 5, integers()).compile(),
             greedy=generation.greedy.lower(
                 self.model, params, integers(*prompts.tokens.shape), integers(*prompts.lengths.shape), integers(),
-                stops=self.mixture.stops, new_tokens=plan.new_tokens,
+                integers(len(self.mixture.stops)), new_tokens=plan.new_tokens,
             ).compile(),
         )  # fmt: skip
 
@@ -124,12 +129,12 @@ class Study:
         left = [run for run in runs if run.name not in self.records]
         longest = 0.0
         for at, run in enumerate(left):
-            for later in left[at : at + 4]:
-                self.programs(later.arm, len(later.seeds))
             elapsed = time.perf_counter() - begun
             if budget_seconds is not None and elapsed + longest > budget_seconds:
                 print(f"[{elapsed:5.0f} s] {run.name} does not fit {budget_seconds:g} s; start again", file=sys.stderr)
                 break
+            for later in left[at : at + 4]:
+                self.programs(later.arm, len(later.seeds))
             record = self.do(run)
             longest = max(longest, record["wall_seconds"])
             means = [round(replica["mean"], 2) for replica in record["replicas"]]
@@ -158,7 +163,12 @@ class Study:
         decoded_at = time.perf_counter()
         prompts = self.mixture.prompts
         found = programs.greedy(
-            self.model, trained.params, prompts.tokens, prompts.lengths.astype(np.int32), np.int32(SETS.index("gsm8k"))
+            self.model,
+            trained.params,
+            prompts.tokens,
+            prompts.lengths.astype(np.int32),
+            np.int32(SETS.index("gsm8k")),
+            np.array(self.mixture.stops, np.int32),
         )
         matches = generation.exact_match(self.tokenizer, np.asarray(found), prompts, self.mixture.stops)
         ended = time.perf_counter()
