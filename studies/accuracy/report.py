@@ -152,7 +152,7 @@ def _baseline(records: Records, found: Mapping[str, Any], arm: str, cost: str) -
     same = [
         name
         for name in found
-        if name.startswith(LORA) and abs(_of_arm(records, name)["parameters"]["total"] / own - 1) < 0.1
+        if name.startswith(LORA) and abs(_of_arm(records, name)["parameters"][cost] / own - 1) < 0.1
     ]
     return max(same, key=lambda name: float(np.mean([r["mean"] for r in found[name].values()])), default=None)
 
