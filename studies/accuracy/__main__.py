@@ -5,7 +5,8 @@
     python -m studies.accuracy --report --runs DIR [--out FILE]
 
 The first needs the data files and a tokenizer, and may run on another machine than the second. `--stage seeds` trains arms
-at the best learning rate of their grids.
+at the best learning rate of their grids. The test questions are another mixture file (--prepare --split test), whose records
+have a folder of their own; their learning rates come from the validation's: --stage seeds --grids DIR.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from adafuse_jax.configs import require
 from adafuse_jax.core import runtime
 from adafuse_jax.core.atomic_files import write_text
-from adafuse_jax.core.errors import run_cli
+from adafuse_jax.core.cli import run_cli
+from adafuse_jax.core.fields import require
 from studies.accuracy.arms import ARMS
 from studies.accuracy.mixture import prepare
 from studies.accuracy.report import report
@@ -45,6 +46,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens of a packed row (--prepare)")
     parser.add_argument("--limit", type=int, help="examples of each set and split, at most (--prepare, to try it)")
     parser.add_argument("--runs", type=Path, default=RESULTS / "accuracy_runs", help="folder of the records")
+    parser.add_argument("--grids", type=Path, help="folder of the grids that --stage seeds chooses by, if not --runs")
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.md", help="file of the tables (--report)")
     parser.add_argument("--stage", default="grid", choices=["grid", "seeds"])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
@@ -92,7 +94,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.stage == "grid":
         runs = [grid(arm, arguments.learning_rates) for arm in arguments.arms]
     else:
-        runs = [of_seeds(arm, arguments.seeds, study.records) for arm in arguments.arms]
+        grids = study.records if arguments.grids is None else read_records(arguments.grids)
+        runs = [of_seeds(arm, arguments.seeds, grids) for arm in arguments.arms]
     print(f"[{time.perf_counter() - begun:5.0f} s] {len(study.records)} runs are recorded", file=sys.stderr, flush=True)
     study.do_all(runs, budget_seconds=arguments.budget_seconds, begun=begun)
     return 0

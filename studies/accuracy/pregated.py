@@ -139,14 +139,16 @@ class PreGated(AdaFuse):
     def bound(self, routing: Routing) -> Bound:
         return Bound(self, routing)
 
-    def balance_loss(self, routing: Routing, mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+    def balance_loss(
+        self, routing: Routing, mask: Bool[Array, "B T"], load: Float[Array, " E"] | None = None
+    ) -> Float[Array, ""]:
         """With a selection bias, Σ_e b_e · (f_e − 1/E), whose gradient moves the bias alone; nothing where no router is."""
         if self.variant.by_task:
             return jnp.float32(0)
         if self.bias is None:
-            return balance_loss(routing, mask)
-        load = jax.lax.stop_gradient(expert_load(routing, mask)[0])
-        return jnp.sum(self.bias[...] * (load - 1 / self.config.num_experts))
+            return balance_loss(routing, mask, load=load)
+        found = jax.lax.stop_gradient(expert_load(routing, mask)[0] if load is None else load)
+        return jnp.sum(self.bias[...] * (found - 1 / self.config.num_experts))
 
     def rates(self) -> Any:
         """A multiplier of the learning rate for every parameter."""

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adafuse_jax.configs import DType, require
+from adafuse_jax.configs import DType
 from adafuse_jax.core.atomic_files import write_text
+from adafuse_jax.core.fields import require
 from adafuse_jax.interop.huggingface import load_backbone
 from studies.accuracy import arms, generation, mixture, scoring, training
 from studies.accuracy.tasks import SETS
