@@ -25,7 +25,8 @@ from adafuse_jax.data.packing import Rows
 from adafuse_jax.model.attention import attention_of_lanes
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.training.recipe import Recipe
-from benchmarks.accuracy_training import OPTIMIZER, Lanes, is_pregated, losses_at, recipe_of, schedule
+from benchmarks.accuracy_training import OPTIMIZER, is_pregated, losses_at, recipe_of, schedule
+from benchmarks.accuracy_training import Lanes as Replicas
 from studies.accuracy.arms import make_adapter
 from studies.accuracy.mixture import Training
 from studies.accuracy.pregated import PreGated
@@ -47,20 +48,20 @@ def seen(
 
 
 @partial(jax.jit, static_argnames="settings")
-def start(seeds: Int[Array, " S"], model: Backbone, settings: Settings) -> Lanes:
+def start(seeds: Int[Array, " S"], model: Backbone, settings: Settings) -> Replicas:
     """One replica per seed."""
     table = dict(settings)
 
-    def one(seed: Array) -> Lanes:
+    def one(seed: Array) -> Replicas:
         params = recipe_of(table, steps=1).start(make_adapter(table, model.config, jax.random.key(seed)))
-        return Lanes(params=params, moments=OPTIMIZER.init(params))
+        return Replicas(params=params, moments=OPTIMIZER.init(params))
 
     return jax.vmap(one)(seeds)
 
 
-@partial(jax.jit, donate_argnames="lanes")
+@partial(jax.jit, donate_argnames="replicas")
 def step(
-    lanes: Lanes,
+    replicas: Replicas,
     model: Backbone,
     rows: Training,
     drawn: Int[Array, "S B"],
@@ -69,10 +70,10 @@ def step(
     balance: Float[Array, ""],
     at: Int[Array, ""],
     recipe: Recipe,
-) -> tuple[Lanes, dict[str, Array]]:
+) -> tuple[Replicas, dict[str, Array]]:
     """One optimiser step of every replica on its rows `drawn`. Metrics are [S], `load` [S, E] where one router decides."""
 
-    def one(lane: Lanes, drawn: Array, rate: Array, key: Array) -> tuple[Lanes, dict[str, Array]]:
+    def one(replica: Replicas, drawn: Array, rate: Array, key: Array) -> tuple[Replicas, dict[str, Array]]:
         batch = jax.tree.map(lambda leaf: leaf[drawn], rows)
         real = batch.segment_ids > 0
 
@@ -92,15 +93,15 @@ def step(
             own = getattr(params, "balance_loss", None)
             return loss if own is None else loss + balance * own(out.routing, real), metrics
 
-        grads, metrics = jax.grad(loss_of, has_aux=True)(lane.params)
-        updates, moments = OPTIMIZER.update(recipe.gradients(grads, at), lane.moments, lane.params)
+        grads, metrics = jax.grad(loss_of, has_aux=True)(replica.params)
+        updates, moments = OPTIMIZER.update(recipe.gradients(grads, at), replica.moments, replica.params)
         updates = recipe.updates(updates, at)
-        if isinstance(lane.params, PreGated):
-            updates = jax.tree.map(lambda own, update: own * update, lane.params.rates(), updates)
-        params = jax.tree.map(lambda p, u: p - rate * u, lane.params, updates)
-        return Lanes(params=params, moments=moments), metrics
+        if isinstance(replica.params, PreGated):
+            updates = jax.tree.map(lambda own, update: own * update, replica.params.rates(), updates)
+        params = jax.tree.map(lambda p, u: p - rate * u, replica.params, updates)
+        return Replicas(params=params, moments=moments), metrics
 
-    return jax.vmap(one)(lanes, drawn, rates, keys)
+    return jax.vmap(one)(replicas, drawn, rates, keys)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,12 +129,12 @@ def train(
     rates: Sequence[float],
     steps: int,
     batch_size: int,
-    begin: Callable[..., Lanes] | None = None,
-    advance: Callable[..., tuple[Lanes, dict[str, Array]]] | None = None,
+    begin: Callable[..., Replicas] | None = None,
+    advance: Callable[..., tuple[Replicas, dict[str, Array]]] | None = None,
 ) -> Trained:
     """Replica s starts from seed s, sees the rows in the order of seed s, and has learning rate s. `rows` are on the
     device. `begin` and `advance` are `start` and `step` compiled ahead."""
-    lanes = begin(jnp.array(seeds), model) if begin else start(jnp.array(seeds), model, tuple(settings.items()))
+    replicas = begin(jnp.array(seeds), model) if begin else start(jnp.array(seeds), model, tuple(settings.items()))
     advance = advance or step
     orders = [_order(len(rows.tokens), seed, batch_size) for seed in seeds]
     keys = jax.vmap(jax.random.key)(jnp.array(seeds))
@@ -144,7 +145,9 @@ def train(
     for at in range(steps):
         drawn = np.stack([order.locate(at * batch_size + np.arange(batch_size))[1] for order in orders])  # [S, B]
         rate = peak * np.float32(schedule(at, steps))
-        lanes, metrics = advance(lanes, model, rows, drawn.astype(np.int32), rate, keys, balance, np.int32(at), recipe)
+        replicas, metrics = advance(
+            replicas, model, rows, drawn.astype(np.int32), rate, keys, balance, np.int32(at), recipe
+        )
         window.append(metrics["loss"])
         if at == 0:
             jax.block_until_ready(metrics)
@@ -153,9 +156,9 @@ def train(
             means = np.mean(jax.device_get(window), axis=0)
             history.append({"step": at + 1, "loss": [round(float(x), 5) if np.isfinite(x) else None for x in means]})
             window.clear()
-    jax.block_until_ready(lanes)
+    jax.block_until_ready(replicas)
     load = np.round(np.asarray(metrics["load"]), 4).tolist() if "load" in metrics else None
-    return Trained(params=lanes.params, seconds=time.perf_counter() - begun, history=history, load=load)
+    return Trained(params=replicas.params, seconds=time.perf_counter() - begun, history=history, load=load)
 
 
 def _order(count: int, seed: int, batch_size: int) -> Batches:
@@ -174,10 +177,13 @@ def shapes(
     """Arguments of `start` and `step` as shapes, to compile them ahead."""
     seeds = jax.ShapeDtypeStruct((replicas,), jnp.int32)
     table = tuple(settings.items())
-    lanes = jax.eval_shape(partial(start, settings=table), seeds, model)
+    state = jax.eval_shape(partial(start, settings=table), seeds, model)
     keys = jax.eval_shape(jax.vmap(jax.random.key), seeds)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     recipe = jax.tree.map(lambda _: scalar, recipe_of(settings, steps=1))
     drawn = jax.ShapeDtypeStruct((replicas, batch_size), jnp.int32)
     rates, balance = jax.ShapeDtypeStruct((replicas,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
-    return {"start": (seeds, model, table), "step": (lanes, model, rows, drawn, rates, keys, balance, scalar, recipe)}
+    return {
+        "start": (seeds, model, table),
+        "step": (state, model, rows, drawn, rates, keys, balance, scalar, recipe),
+    }
