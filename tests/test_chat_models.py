@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 import decode as script
 import train as train_script
 from adafuse_jax.evaluation import __main__ as evaluation
+from adafuse_jax.evaluation.config import EvaluationConfig
 
 PREFILLED = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[U]{{ m.content }}{% elif m.role == 'assistant' %}"
@@ -31,7 +32,8 @@ ROLES = (
 
 def changed(source: Path, out: Path, file: str, **values) -> Path:
     """A copy of a model directory with other values in one of its JSON files."""
-    shutil.copytree(source, out, dirs_exist_ok=True)
+    if source != out:
+        shutil.copytree(source, out)
     table = json.loads((out / file).read_text()) | values
     (out / file).write_text(json.dumps(table))
     return out
@@ -47,8 +49,7 @@ def answers(capsys):
     return answers
 
 
-def test_generation_prompt_with_an_open_reasoning_block(stories260k_dir, tmp_path, answers, capsys):
-    """Decoding with and without the template, training on single turns, evaluation."""
+def test_generation_prompt_with_an_open_reasoning_block(stories260k_dir, tmp_path, answers):
     model = changed(stories260k_dir, tmp_path / "m", "tokenizer_config.json", chat_template=PREFILLED)
     flags = {"model": model, "prompt": "Tell me a story", "max_new_tokens": 12}
     (answer,) = answers(**flags)
@@ -56,19 +57,14 @@ def test_generation_prompt_with_an_open_reasoning_block(stories260k_dir, tmp_pat
     assert answer["token_ids"] == [441, 416, 411, 328, 432, 410, 454, 412, 340, 269, 410, 454]
     (raw,) = answers(**flags, raw=True)
     assert raw["token_ids"] == [426, 274, 415, 293, 349, 304, 422, 410, 293, 267, 329, 261]
-    tiny.write_jsonl(tmp_path / "d.jsonl", [{"instruction": f"Say {i}", "output": f"It is {i}."} for i in range(8)])
-    tiny.write_jsonl(
-        tmp_path / "q.jsonl", [{"question": f"Is it {i}?", "choices": ["yes", "no"], "answer": i % 2} for i in range(4)]
-    )
-    train = {"model": model, "dataset": tmp_path / "d.jsonl", "output": tmp_path / "run", "steps": 1, "batch_size": 2}
-    assert (
-        train_script.main(tiny.as_flags(train | {"rank": 2, "num_experts": 2, "max_length": 64, "dtype": "float32"}))
-        == 0
-    )
-    report = evaluation.run(
-        evaluation.EvaluationConfig(model=str(model), dataset=(str(tmp_path / "q.jsonl"),), max_new_tokens=2)
-    )
-    assert report["datasets"][0]["questions"] == 4
+
+
+def test_training_and_evaluation_with_one(tmp_path):
+    folder = tiny.write_folder(tmp_path / "tiny")
+    model = changed(folder / "model", folder / "model", "tokenizer_config.json", chat_template=PREFILLED)
+    assert train_script.main(tiny.train_flags(folder, steps=1, adapter="lora", num_experts=None)) == 0
+    config = EvaluationConfig(model=str(model), dataset=(str(folder / "choices.jsonl"),), limit=3, max_new_tokens=2)
+    assert evaluation.run(config)["datasets"][0]["questions"] == 3
 
 
 @pytest.mark.parametrize("pad", [-1, None, 0, 512])

@@ -227,6 +227,8 @@ class TestReasoningTemplates:
         assert len(stop_tokens(tokenizer)) == 2
         row = encode(Chat((S("s"), U("a"), A("b"))), tokenizer, LONG)
         assert split_texts(row, tokenizer)[1] == "b<|im_end|>"
+        (candidate,) = encode_choices(MultipleChoice("a", ("b",), 0), tokenizer, LONG, system="s")
+        np.testing.assert_array_equal(candidate.tokens, row.tokens[:-1])
         with pytest.raises(UserError, match=r"turns user: no system.*give a system turn"):
             encode_prompt((U("a"),), tokenizer)
 

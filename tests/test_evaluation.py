@@ -215,10 +215,10 @@ class Case:
 
 BAD = [
     Case("no data set", ("--dataset is required",), {"dataset": None}),
-    Case("no batch", ("--batch-size is 0", "greater than 0"), {"batch_size": 0}),
-    Case("no questions asked", ("--limit is 0", "greater than 0"), {"limit": 0}),
-    Case("no length", ("--max-length is -1", "greater than 0"), {"max_length": -1}),
-    Case("no new tokens", ("--max-new-tokens is 0", "greater than 0"), {"max_new_tokens": 0}),
+    Case("no batch", ("--batch-size is 0", "must be an integer from"), {"batch_size": 0}),
+    Case("no questions asked", ("--limit is 0", "must be an integer from"), {"limit": 0}),
+    Case("no length", ("--max-length is -1", "must be an integer from"), {"max_length": -1}),
+    Case("no new tokens", ("--max-new-tokens is 0", "must be an integer from"), {"max_new_tokens": 0}),
     Case("beyond the context", ("--max-length 300", "256 positions", "lower it"), {"max_length": 300}),
     Case("nothing fits", ("{}/choices.jsonl", "none of 12 questions fits 20 tokens", "raise"), {"max_length": 20}),
     Case("no choices", ("{}/alpha.jsonl", "no multiple-choice", "give a data set"), {"dataset": ["{}/alpha.jsonl"]}),

@@ -32,7 +32,8 @@ from adafuse_jax.core.errors import EXIT_CODE, MAX_MESSAGE
 from adafuse_jax.core.fields import flag_name, kinds
 from adafuse_jax.core.flags import parse_flags
 from adafuse_jax.data.chat import load_tokenizer
-from adafuse_jax.decoding.session import Session, read_prompts
+from adafuse_jax.decoding.prompts import read_prompts
+from adafuse_jax.decoding.session import Session
 from adafuse_jax.evaluation.config import EvaluationConfig
 from adafuse_jax.export import ExportConfig
 from adafuse_jax.interop.hf_config import read_model_config
@@ -145,7 +146,7 @@ def answer(folder: Path, capfd: pytest.CaptureFixture[str], **changes: Any) -> l
     capfd.readouterr()
     with pytest.raises(SystemExit) as end:
         run_cli(decode.main, flags_of(folder, json=True, **changes))
-    assert end.value.code == 0
+    assert end.value.code == 0, capfd.readouterr().err
     return json.loads(capfd.readouterr().out)["token_ids"]
 
 
@@ -337,12 +338,13 @@ HARMLESS: dict[str, Callable[[Any], bytes]] = {
 
 
 NULL_REFUSED = ("adapter/adapter_config.json", "a null")
-READ_BY_TRANSFORMERS = ("model/tokenizer_config.json", "byte order mark")
+READ_BY_TRANSFORMERS = (("model/config.json", "byte order mark"), ("model/tokenizer_config.json", "byte order mark"))
+"""It takes no byte order mark."""
 CHANGES = [
     (f"{name}.json", change)
     for name in ("model/config", "model/generation_config", "model/tokenizer_config", "adapter/adapter_config")
     for change in HARMLESS
-    if (f"{name}.json", change) not in (NULL_REFUSED, READ_BY_TRANSFORMERS)
+    if (f"{name}.json", change) not in (NULL_REFUSED, *READ_BY_TRANSFORMERS)
 ]
 
 

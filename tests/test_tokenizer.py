@@ -173,7 +173,7 @@ class TestAdapters:
         vocab = table["model"]["vocab"]
         vocab["!"], vocab['"'] = vocab['"'], vocab["!"]
         (adapter / "tokenizer.json").write_text(json.dumps(table))
-        with pytest.raises(UserError, match="has id 1 in the adapter's tokenizer, where the model's has 0"):
+        with pytest.raises(UserError, match="has id 0 in the adapter's tokenizer, where the model's has 1"):
             load_tokenizer(base, adapter)
 
     def test_decode_and_export(self, folder, tmp_path, capsys):

@@ -112,6 +112,20 @@ def memory_errors(advice: str) -> Iterator[None]:
         raise UserError(f"the host has too little memory ({reason}); {advice}") from error
 
 
+@contextlib.contextmanager
+def native_stdout_on_stderr() -> Iterator[None]:
+    """Within, what compiled libraries print on stdout goes to stderr: stdout is for answers."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
 def exact_float32() -> None:
     """Multiply float32 matrices in float32: by default GPUs round their operands to 10-bit mantissas (TF32).
 

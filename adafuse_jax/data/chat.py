@@ -368,14 +368,17 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Any, *, tools: str = "
     return next(_encode_texts([_Rendered(text, (), append_eos=False)], tokenizer)).tokens
 
 
-def encode_choices(example: MultipleChoice, tokenizer: Any, max_length: int) -> list[Encoded] | None:
+def encode_choices(
+    example: MultipleChoice, tokenizer: Any, max_length: int, *, system: str | None = None
+) -> list[Encoded] | None:
     """One `Encoded` a candidate, its mask on the candidate's own tokens (no reasoning block before it, and no end-of-turn
     token: its probability says nothing about the choice). None when a candidate does not fit `max_length`: cut candidates
     cannot be compared."""
     rows = []
+    before = () if system is None else (Message("system", system),)
     with template_date():
         for i in range(len(example.choices)):
-            (reply,), _ = _replies(example.chat(i), tokenizer)
+            (reply,), _ = _replies(Chat((*before, *example.chat(i).messages)), tokenizer)
             rows.append(
                 _Rendered(reply.text[: reply.content_end], ((reply.content, reply.content_end),), append_eos=False)
             )

@@ -18,7 +18,7 @@ from typing import Any
 
 from adafuse_jax.core.errors import UserError
 
-MAX_SECONDS = 5
+MAX_SECONDS = 3
 """Of processor time for one rendering. A template of a real model takes a millisecond."""
 MAX_MEMORY = 2**29
 """Bytes of address space of the rendering process."""
@@ -69,8 +69,8 @@ class _Worker:
         self._owner = 0
         self._template: str | None = None
 
-    def ask(self, template: str, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer of the process. Raises `TemplateLimit` when there is none."""
+    def ask(self, template: str, request: dict[str, Any], where: str) -> dict[str, Any]:
+        """The answer of the process. Raises `TemplateLimit` when there is none; `where` names the tokenizer in it."""
         with self._lock:
             forked = self._owner != os.getpid()  # a forked process must not share the pipes
             if self._process is None or forked or self._process.poll() is not None:
@@ -84,7 +84,7 @@ class _Worker:
                     limits = {"seconds": MAX_SECONDS, "bytes": MAX_MEMORY}
                     process.stdin.write(json.dumps({"template": template, "limits": limits}) + "\n")
                     self._template = template
-                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.write(json.dumps(request, default=str) + "\n")
                 process.stdin.flush()
                 line = process.stdout.readline()
             except BrokenPipeError:
@@ -97,10 +97,10 @@ class _Worker:
             code = self.stop()
         if code == -signal.SIGPROF:
             raise TemplateLimit(
-                f"chat template: takes more than {MAX_SECONDS} seconds for one conversation; correct the template"
+                f"{where}: chat template: takes more than {MAX_SECONDS} seconds for one conversation; correct the template"
             )
         raise TemplateLimit(
-            f"chat template: ended the process that rendered it (exit code {code}); correct the template"
+            f"{where}: chat template: ended the process that rendered it (exit code {code}); correct the template"
         )
 
     def _start(self) -> None:
@@ -169,6 +169,7 @@ def render_parts(
                 for turns, add in parts
             ],
         },
+        tokenizer.name_or_path,
     )  # fmt: skip
     if "error" in reply:
         raise TemplateRefusal(reply["error"], reply["part"])

@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 from adafuse_jax.core.errors import UserError, quoted
+from adafuse_jax.core.runtime import native_stdout_on_stderr
 from adafuse_jax.core.tables import read_json, read_text
 from adafuse_jax.data.files import without_logs
 
@@ -42,9 +43,9 @@ def load_tokenizer(path_or_hub_id: str | Path, adapter: str | Path | None = None
     """
     tokenizer = _load(path_or_hub_id)
     own = None if adapter is None else Path(adapter).expanduser()
-    if own is None or (not (own / TOKENIZER_FILE).exists() and _own_template(own) is None):
+    if own is None or (not os.path.exists(own / TOKENIZER_FILE) and _own_template(own) is None):
         return tokenizer
-    if (own / TOKENIZER_FILE).exists():
+    if os.path.exists(own / TOKENIZER_FILE):
         changed = _load(own)
         _check_same_tokens(tokenizer, changed, own)
     else:
@@ -83,9 +84,9 @@ def _files(directory: Path) -> dict[str, bytes]:
 
 def _own_template(adapter: Path) -> str | None:
     """The chat template of an adapter's directory without a tokenizer."""
-    if (adapter / TEMPLATE_FILE).exists():
+    if os.path.exists(adapter / TEMPLATE_FILE):
         return read_text(adapter / TEMPLATE_FILE)
-    if not (adapter / CONFIG_FILE).exists():
+    if not os.path.exists(adapter / CONFIG_FILE):
         return None
     template = read_json(adapter / CONFIG_FILE).get("chat_template")
     if template is not None and not isinstance(template, str):
@@ -97,7 +98,7 @@ def _check_same_tokens(base: Any, other: Any, place: Path) -> None:
     """Refuse ids that mean another token, and log tokens that only one of the two has."""
     mine, theirs = base.get_vocab(), other.get_vocab()
     by_id = {index: token for token, index in mine.items()}
-    for token, index in theirs.items():
+    for token, index in sorted(theirs.items(), key=lambda item: item[1]):
         if mine.get(token, index) != index or by_id.get(index, token) != token:
             was = f"{mine[token]}" if token in mine else quoted(by_id[index])
             raise UserError(
@@ -124,7 +125,9 @@ def _load(path_or_hub_id: str | Path) -> Any:
     try:
         with _silent():
             tokenizer = _without_code(name, local)
-    except Exception as error:  # the library raises anything
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises anything, panics of its Rust code too
         reason = " ".join(str(error)[:2000].split())[:160] or type(error).__name__
         advice = "it needs tokenizer.json and tokenizer_config.json" if local else "check the name and the connection"
         raise UserError(f"cannot load the tokenizer: {name}: {reason}: {advice}") from None
@@ -143,7 +146,8 @@ def _load(path_or_hub_id: str | Path) -> Any:
 def _silent() -> Iterator[None]:
     """No log lines from transformers and the hub's library: of a directory's faults, the error names the one that counts."""
     # transformers warns on import when torch is missing, which is no fault here
-    with mock.patch.dict(os.environ, {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}), without_logs():
+    environment = mock.patch.dict(os.environ, {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"})
+    with environment, without_logs(), native_stdout_on_stderr():
         import transformers  # noqa: F401 - sets the level of its logger
 
         library = logging.getLogger("transformers")
@@ -175,7 +179,7 @@ def _without_code(name: str, local: bool) -> Any:
     except Exception as error:
         if not any(named):
             raise
-        if local and not (Path(name) / TOKENIZER_FILE).exists():
+        if local and not os.path.exists(Path(name) / TOKENIZER_FILE):
             raise UserError(
                 f"auto_map of {CONFIG_FILE} names Python code, which is never run, and there is no {TOKENIZER_FILE}"
             ) from error
@@ -189,7 +193,7 @@ def _check_files(directory: Path) -> None:
     """Refuse files that reading could wait on for ever."""
     for name in (*FILES, "config.json"):
         path = directory / name
-        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
             raise UserError(f"{path}: is not a regular file; restore the tokenizer's files")
 
 

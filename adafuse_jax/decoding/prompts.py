@@ -50,7 +50,7 @@ def _json_prompt(line: str, where: str) -> Prompt:
             return Chat(messages, tools=json.dumps(tools) if tools else "")
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     roles = ", ".join(get_args(Role))
     raise UserError(f'{where}: give {{"prompt": TEXT}} or {{"messages": [{{"role", "content"}}, …]}} of roles {roles}')

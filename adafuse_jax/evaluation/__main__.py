@@ -44,7 +44,9 @@ def run(config: EvaluationConfig) -> dict[str, Any]:
     for text in config.dataset:
         split, examples = read_questions(text, config)
         try:
-            questions = Questions.encode(examples, tokenizer, config.max_length or context, room=room)
+            questions = Questions.encode(
+                examples, tokenizer, config.max_length or context, room=room, system=config.system
+            )
         except UserError as error:
             raise UserError(f"{text}: {error}") from error
         if questions.left_out:

@@ -27,6 +27,7 @@ class EvaluationConfig:
         "NAME",
     )
     skip_bad_rows: bool = flag("leave out rows that cannot be read or used, and log how many and the first", False)
+    system: str | None = flag("system message put before each question", None, "TEXT")
     limit: int | None = flag("questions per data set, evenly spaced; default: all of them", None, low=1, high=MAX_COUNT)
     batch_size: int = flag("candidates scored together, and questions answered together", 16, low=1, high=MAX_ROWS)
     max_length: int | None = flag(

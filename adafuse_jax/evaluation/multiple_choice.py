@@ -42,8 +42,17 @@ class Questions:
     left_out: int
 
     @classmethod
-    def encode(cls, examples: Sequence[MultipleChoice], tokenizer: Any, max_length: int, *, room: int = 0) -> Questions:
-        """`room` is the number of tokens that a question must leave behind its prompt, for an answer to be generated.
+    def encode(
+        cls,
+        examples: Sequence[MultipleChoice],
+        tokenizer: Any,
+        max_length: int,
+        *,
+        room: int = 0,
+        system: str | None = None,
+    ) -> Questions:
+        """`system` is a message before each question; `room` is the number of tokens that a question must leave behind its
+        prompt, for an answer to be generated.
 
         Raises `UserError` when none is left."""
         kept: list[MultipleChoice] = []
@@ -52,7 +61,10 @@ class Questions:
         with template_date():
             for example in examples:
                 try:
-                    encoded, prompt = encode_choices(example, tokenizer, max_length), prompt_of(example, tokenizer)
+                    encoded, prompt = (
+                        encode_choices(example, tokenizer, max_length, system=system),
+                        prompt_of(example, tokenizer, system),
+                    )
                 except TemplateLimit:
                     raise
                 except UserError as error:
@@ -70,9 +82,10 @@ class Questions:
         return cls(examples=kept, prompts=prompts, candidates=candidates, left_out=len(examples) - len(kept))
 
 
-def prompt_of(example: MultipleChoice, tokenizer: Any) -> list[int]:
+def prompt_of(example: MultipleChoice, tokenizer: Any, system: str | None = None) -> list[int]:
     """The tokens that an answer to a question starts from."""
-    return encode_prompt([Message("user", example.question)], tokenizer).tolist()
+    before = [] if system is None else [Message("system", system)]
+    return encode_prompt([*before, Message("user", example.question)], tokenizer).tolist()
 
 
 def chosen_by_likelihood(loaded: Loaded, questions: Questions, *, batch_size: int) -> dict[str, list[int]]:
