@@ -106,7 +106,7 @@ def test_none_is_the_backbone_and_a_run_may_begin_from_a_lora_of_peft(folder):
     assert (none["trainable_parameters"], none["steps"]) == (0, 0)
     assert none["before"] == none["after"]
     assert sorted(path.name for path in (folder / "none").iterdir()) == [
-        "metrics.jsonl", "summary.json", "train_config.json",
+        ".lock", "metrics.jsonl", "summary.json", "train_config.json",
     ]  # fmt: skip
     first = [summary["before"]["eval_loss"] for summary in (none, new, begun, mixed)]
     assert first[0] == pytest.approx(first[1], abs=1e-5)

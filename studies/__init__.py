@@ -1,0 +1,1 @@
+"""Research on the product: experiments whose variants live here, not in the installed package."""

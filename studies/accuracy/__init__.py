@@ -1,0 +1,13 @@
+"""Where do pre-gated experts win? Arms of equal cost on a mixture of tasks that pull apart.
+
+made_up      two invented languages that contradict each other
+tasks        the eight sets, their splits, and what each is scored by
+mixture      the sets as tokens, in one file
+pregated     AdaFuse's variants: routers that are known before layer 0
+arms         name → settings of its adapter
+training     several runs of one arm at once
+scoring      losses → a set's measures → its score → the mixture's mean
+generation   greedy decoding of several runs at once
+study        the runs, one file each
+report       the tables
+"""

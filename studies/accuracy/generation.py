@@ -1,0 +1,86 @@
+"""Greedy decoding of many prompts by several replicas at once: prefill, then one token a step for all, with a KV cache.
+
+It serves exact match of gsm8k. The product's engine decodes one adapter; this decodes S that differ in their values.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from adafuse_jax.model.attention import attention_of_lanes
+from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.model.cache import KVCache
+from studies.accuracy.mixture import Prompts
+from studies.accuracy.tasks import final_number
+from studies.accuracy.training import seen
+
+
+@partial(jax.jit, static_argnames="new_tokens")
+def greedy(
+    model: Backbone,
+    params: Any,
+    prompts: Int[Array, "N P"],
+    lengths: Int[Array, " N"],
+    task: Int[Array, ""],
+    stops: Int[Array, " stops"],
+    *,
+    new_tokens: int,
+) -> Int[Array, "S N new"]:
+    """The likeliest token again and again, until one of `stops`, which is repeated to the end."""
+    count, width = prompts.shape
+    slots = width + new_tokens
+
+    def next_token(hidden: Array) -> Array:
+        return jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32)
+
+    def prefill(params: Any) -> tuple[Array, KVCache, Array | None]:
+        index = jnp.broadcast_to(jnp.arange(width), prompts.shape)
+        positions = jnp.where(index < lengths[:, None], index, slots)  # what pads a prompt is not cached
+        adapter, context = seen(params, model, prompts, positions, jnp.full_like(prompts, task))
+        cache = KVCache.empty(model.config, count, slots, model.dtype)
+        out = model.run(prompts, adapter=adapter, positions=positions, cache=cache, attention=attention_of_lanes)
+        last = (jnp.arange(count), lengths - 1)
+        assert out.cache is not None
+        return next_token(out.hidden[last]), out.cache, None if context is None else context[last]
+
+    def advance(params: Any, token: Array, cache: KVCache, past: Array | None, at: Array) -> tuple[Array, KVCache, Any]:
+        tokens, positions = token[:, None], (lengths + at)[:, None]
+        adapter, context = seen(params, model, tokens, positions, jnp.full_like(tokens, task), past=past)
+        out = model.run(tokens, adapter=adapter, positions=positions, cache=cache, attention=attention_of_lanes)
+        assert out.cache is not None
+        return next_token(out.hidden[:, 0]), out.cache, None if context is None else context[:, 0]
+
+    token, cache, past = jax.vmap(prefill)(params)
+    found = jnp.zeros((*token.shape, new_tokens), jnp.int32).at[..., 0].set(token)
+
+    def unfinished(state: tuple) -> Array:
+        at, token, *_ = state
+        return (at + 1 < new_tokens) & ~jnp.isin(token, stops).all()
+
+    def body(state: tuple) -> tuple:
+        at, token, cache, past, found = state
+        fresh, cache, past = jax.vmap(advance, in_axes=(0, 0, 0, 0, None))(params, token, cache, past, at)
+        token = jnp.where(jnp.isin(token, stops), token, fresh)
+        return at + 1, token, cache, past, found.at[..., at + 1].set(token)
+
+    at, token, _, _, found = jax.lax.while_loop(unfinished, body, (jnp.int32(0), token, cache, past, found))
+    return jnp.where(jnp.arange(new_tokens) <= at, found, token[..., None])
+
+
+def exact_match(
+    tokenizer: Any, found: Int[np.ndarray, "S N new"], prompts: Prompts, stops: tuple[int, ...]
+) -> list[float]:
+    """Points of every replica: replies whose final number is the right one. `tokenizer` is a `tokenizers.Tokenizer`."""
+    result = []
+    for replies in found.tolist():
+        cut = [reply[: next((i for i, t in enumerate(reply) if t in stops), None)] for reply in replies]
+        numbers = [final_number(text) for text in tokenizer.decode_batch(cut)]
+        right = [a == b for a, b in zip(numbers, prompts.numbers.tolist(), strict=True)]
+        result.append(100 * float(np.mean(right)))
+    return result

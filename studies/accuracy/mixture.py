@@ -1,0 +1,214 @@
+"""The mixture as tokens: packed training rows, and the questions that are scored, in one .npz file that needs no tokenizer.
+
+    loss weight of a target = 1 / (targets of its example)
+
+so that every example counts the same, a letter as much as a program. Rows of T tokens hold examples of several sets;
+`tasks` gives the index in SETS of every token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from adafuse_jax.core.atomic_files import new_file
+from adafuse_jax.core.errors import UserError
+from adafuse_jax.data.chat import Encoded, encode_all, encode_prompt, load_tokenizer, stop_tokens
+from adafuse_jax.data.examples import Chat, MultipleChoice
+from adafuse_jax.data.packing import Rows, pack
+from benchmarks.accuracy_data import Packed, pack_candidates, targets_of
+from studies.accuracy.tasks import SETS, Example, final_number, read_task
+
+PROMPTS = 200
+"""Questions of gsm8k that are answered by decoding."""
+ARRAYS = ("tokens", "positions", "segment_ids", "place", "wanted", "owner")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """N rows of T tokens; `place`, `wanted` and `weight` list their K targets as `targets_of` does."""
+
+    tokens: Int[np.ndarray, "N T"]
+    positions: Int[np.ndarray, "N T"]
+    segment_ids: Int[np.ndarray, "N T"]
+    tasks: Int[np.ndarray, "N T"]
+    place: Int[np.ndarray, "N K"]
+    wanted: Int[np.ndarray, "N K"]
+    weight: Float[np.ndarray, "N K"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """Prompts of gsm8k, padded on the right, and the numbers that answer them."""
+
+    tokens: Int[np.ndarray, "N P"]
+    lengths: Int[np.ndarray, " N"]
+    numbers: Float[np.ndarray, " N"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """`scored`: set → its questions of `split`; a text without choices is a question with one."""
+
+    training: Training
+    scored: dict[str, Packed]
+    prompts: Prompts
+    split: str
+    stops: tuple[int, ...]
+    digest: str
+    """Of all arrays: runs of one study have the same."""
+
+
+def prepare(model: str, data: Path, out: Path, *, length: int, split: str, limit: int | None = None) -> dict[str, Any]:
+    """Write the mixture file with the questions of `split` ("validation" or "test"), at most `limit` of each set and split.
+    Returns its table of contents."""
+    tokenizer = load_tokenizer(model)
+    tasks = {name: read_task(name, data) for name in SETS}
+    encoded: list[Encoded] = []
+    task_of: list[int] = []
+    for index, name in enumerate(SETS):
+        of_set, _ = encode_all(tasks[name].training[:limit], tokenizer, length)
+        encoded += of_set
+        task_of += [index] * len(of_set)
+    order = np.random.default_rng(0).permutation(len(encoded))
+    rows = pack([encoded[i] for i in order], length)
+    tables: dict[str, Any] = {
+        "tokens": rows.tokens, "loss_mask": rows.loss_mask, "segment_ids": rows.segment_ids, "positions": rows.positions,
+        "tasks": _tasks_of(rows, [encoded[i] for i in order], [task_of[i] for i in order]),
+    }  # fmt: skip
+    contents: dict[str, Any] = {"length": length, "split": split, "stops": stop_tokens(tokenizer), "sets": {}}
+    for name in SETS:
+        examples = getattr(tasks[name], split)[:limit]
+        packed = _packed(examples, tokenizer, length)
+        tables |= {f"{name}/{array}": getattr(packed, array) for array in ARRAYS}
+        tables |= {f"{name}/choices": np.array(packed.choices), f"{name}/answers": np.array(packed.answers)}
+        contents["sets"][name] = [task_of.count(SETS.index(name)), len(packed.answers), packed.left_out]
+    tables |= _prompts(getattr(tasks["gsm8k"], split)[: min(PROMPTS, limit or PROMPTS)], tokenizer)
+    contents["rows"] = len(rows)
+    contents["digest"] = _digest(tables)
+    small: dict[str, Any] = {name: _narrow(array) for name, array in tables.items()}
+    with new_file(out, text=False) as file:
+        np.savez_compressed(file, contents=np.array(json.dumps(contents)), **small)
+    return contents
+
+
+def load(path: Path) -> Mixture:
+    """Raises `UserError` for a file that is missing or was not written by `prepare`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            tables = {name: file[name] for name in file.files}
+        contents = json.loads(str(tables.pop("contents")))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--mixture {path}: cannot be read ({error}); make it with --prepare") from error
+    wide = {name: _wide(array) for name, array in tables.items()}
+    rows = Rows(*(wide[f.name] for f in fields(Rows)))
+    place, wanted, there = targets_of(rows)
+    weight = np.where(there, np.take_along_axis(weights_of(rows), place + 1, axis=1), 0).astype(np.float32)
+    scored = {
+        name: Packed(
+            **{array: wide[f"{name}/{array}"] for array in ARRAYS},
+            choices=wide[f"{name}/choices"].tolist(),
+            answers=wide[f"{name}/answers"].tolist(),
+            left_out=contents["sets"][name][2],
+        )
+        for name in SETS
+    }
+    return Mixture(
+        training=Training(
+            tokens=rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids, tasks=wide["tasks"],
+            place=place, wanted=wanted, weight=weight,
+        ),
+        scored=scored,
+        prompts=Prompts(
+            tokens=wide["prompts/tokens"], lengths=wide["prompts/lengths"], numbers=tables["prompts/numbers"]
+        ),
+        split=contents["split"],
+        stops=tuple(contents["stops"]),
+        digest=contents["digest"],
+    )  # fmt: skip
+
+
+def weights_of(rows: Rows) -> Float[np.ndarray, "N T"]:
+    """1 / (targets of its example) for every target, 0 elsewhere."""
+    weights = np.zeros(rows.tokens.shape, np.float32)
+    for row, (mask, segments) in enumerate(zip(rows.loss_mask, rows.segment_ids, strict=True)):
+        counts = np.bincount(segments, weights=mask)
+        weights[row, mask] = 1 / counts[segments[mask]]
+    return weights
+
+
+def _tasks_of(rows: Rows, encoded: Sequence[Encoded], task_of: Sequence[int]) -> Int[np.ndarray, "N T"]:
+    """The set of every token: an example is found again by its tokens, in which its set's prompt is."""
+    known = {e.tokens.tobytes(): task for e, task in zip(encoded, task_of, strict=True)}
+    tasks = np.zeros(rows.tokens.shape, np.int32)
+    for row, segments in enumerate(rows.segment_ids):
+        for segment in range(1, segments.max() + 1):
+            tasks[row, segments == segment] = known[rows.tokens[row, segments == segment].tobytes()]
+    return tasks
+
+
+def _packed(examples: Sequence[Example], tokenizer: Any, length: int) -> Packed:
+    """Rows whose K is T: the questions of every set have one shape."""
+    if isinstance(examples[0], MultipleChoice):
+        packed = pack_candidates([e for e in examples if isinstance(e, MultipleChoice)], tokenizer, length, 1)
+        pad = ((0, 0), (0, length - packed.place.shape[1]))
+        place, wanted, owner = np.pad(packed.place, pad), np.pad(packed.wanted, pad), packed.owner
+        owner = np.pad(owner, pad, constant_values=-1)
+        choices, answers, left_out = packed.choices, packed.answers, packed.left_out
+        rows = Rows(packed.tokens, packed.owner[:, :0], packed.segment_ids, packed.positions)
+    else:
+        encoded, left_out = encode_all(examples, tokenizer, length)
+        rows = pack(encoded, length)
+        place, wanted, there = targets_of(rows)
+        pad = ((0, 0), (0, length - place.shape[1]))
+        texts = np.cumsum([0, *rows.segment_ids.max(1)])[:-1, None] - 1  # segments are counted from 1 in every row
+        owner = np.where(there, texts + np.take_along_axis(rows.segment_ids, place, axis=1), -1)
+        place, wanted, owner = np.pad(place, pad), np.pad(wanted, pad), np.pad(owner, pad, constant_values=-1)
+        choices, answers = [1] * len(encoded), [0] * len(encoded)
+    return Packed(
+        tokens=rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids, place=place, wanted=wanted,
+        owner=owner, choices=choices, answers=answers, left_out=left_out,
+    )  # fmt: skip
+
+
+def _prompts(examples: Sequence[Example], tokenizer: Any) -> dict[str, np.ndarray]:
+    chats = [e for e in examples if isinstance(e, Chat)]
+    prompts = [encode_prompt(chat.messages[:1], tokenizer) for chat in chats]
+    tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    numbers = np.array([final_number(chat.messages[1].content) for chat in chats], np.float64)
+    return {
+        "prompts/tokens": tokens,
+        "prompts/lengths": np.array([len(p) for p in prompts]),
+        "prompts/numbers": numbers,
+    }
+
+
+def _narrow(array: np.ndarray) -> np.ndarray:
+    """In 16 bits where the integers fit."""
+    if array.dtype.kind == "i" and array.size and np.iinfo(np.int16).min <= array.min() and array.max() < 2**15:
+        return array.astype(np.int16)
+    if array.dtype.kind == "i" and array.size and array.min() >= 0 and array.max() < 2**16:
+        return array.astype(np.uint16)
+    return array
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.int32) if array.dtype.kind in "iu" else array
+
+
+def _digest(tables: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(tables.items()):
+        digest.update(name.encode() + np.ascontiguousarray(array).astype(np.float64).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,239 @@
+"""The runs of the study. Each leaves one JSON file, which appears complete or not at all and is skipped when it is there.
+
+    grid     an arm at all learning rates of the grid, seed 0
+    seeds    an arm at its best learning rate, on several seeds
+
+A run trains its replicas together, and scores them on the questions of the mixture file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adafuse_jax.configs import DType
+from adafuse_jax.core.atomic_files import write_text
+from adafuse_jax.core.fields import require
+from adafuse_jax.interop.huggingface import load_backbone
+from studies.accuracy import arms, generation, mixture, scoring, training
+from studies.accuracy.tasks import SETS
+
+Records = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What all runs of a study share; a part of every record."""
+
+    steps: int = 640
+    batch_size: int = 8
+    dtype: DType = "bfloat16"
+    new_tokens: int = 192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """An arm trained on the mixture, a replica for each (seed, learning rate)."""
+
+    stage: str
+    arm: str
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}-{self.arm}-" + ",".join(
+            f"{seed}@{rate:g}" for seed, rate in zip(self.seeds, self.rates, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Programs:
+    start: Any
+    step: Any
+    losses: Any
+    greedy: Any
+
+
+class Study:
+    """Backbone, mixture, and the records that are there."""
+
+    def __init__(self, model: str, mixture_file: Path, runs: Path, plan: Plan, *, command: str = "", threads: int = 3):
+        from tokenizers import Tokenizer
+
+        self.plan, self.runs, self.command = plan, runs, command
+        self.mixture = mixture.load(mixture_file)
+        self.rows = training.on_device(self.mixture.training)
+        self.model = load_backbone(model, plan.dtype)
+        self.tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
+        runs.mkdir(parents=True, exist_ok=True)
+        self.records = read_records(runs)
+        for name, record in self.records.items():
+            require(
+                record["identity"] == self.identity,
+                f"{runs / name}.json: was made with {record['identity']}, this study has {self.identity}; "
+                "give another --runs",
+            )
+            arm = record["run"]["arm"]
+            require(
+                arm not in arms.ARMS or arms.restored(record["settings"]) == arms.ARMS[arm],
+                f"{runs / name}.json: was made with {record['settings']}, which {arm} no longer is; remove it",
+            )
+        self._pool = ThreadPoolExecutor(threads)
+        self._programs: dict[tuple[str, int], Future[Programs]] = {}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(self.model))
+        kind = {"mixture": self.mixture.digest, "split": self.mixture.split, "parameters": parameters}
+        return dataclasses.asdict(self.plan) | kind
+
+    def programs(self, arm: str, replicas: int) -> Future[Programs]:
+        """Those of an arm; the first call starts to compile them in another thread."""
+        if (arm, replicas) not in self._programs:
+            self._programs[arm, replicas] = self._pool.submit(self._compiled, arm, replicas)
+        return self._programs[arm, replicas]
+
+    def _compiled(self, arm: str, replicas: int) -> Programs:
+        plan, settings = self.plan, arms.ARMS[arm]
+        given = training.shapes(settings, self.model, self.rows, replicas=replicas, batch_size=plan.batch_size)
+        params = given["step"][0].params
+        length = self.rows.tokens.shape[1]
+
+        def integers(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+        block, prompts = integers(2 * plan.batch_size, length), self.mixture.prompts
+        return Programs(
+            start=training.start.lower(*given["start"]).compile(),
+            step=training.step.lower(*given["step"]).compile(),
+            losses=scoring.target_losses.lower(self.model, params, *[block] * 5, integers()).compile(),
+            greedy=generation.greedy.lower(
+                self.model, params, integers(*prompts.tokens.shape), integers(*prompts.lengths.shape), integers(),
+                integers(len(self.mixture.stops)), new_tokens=plan.new_tokens,
+            ).compile(),
+        )  # fmt: skip
+
+    def do_all(self, runs: Sequence[Run], *, budget_seconds: float | None, begun: float) -> None:
+        """The unfinished of `runs`; none is started that would end after the budget if it took as long as the longest."""
+        left = [run for run in runs if run.name not in self.records]
+        longest = 0.0
+        for at, run in enumerate(left):
+            elapsed = time.perf_counter() - begun
+            if budget_seconds is not None and elapsed + longest > budget_seconds:
+                print(f"[{elapsed:5.0f} s] {run.name} does not fit {budget_seconds:g} s; start again", file=sys.stderr)
+                break
+            for later in left[at : at + 4]:
+                self.programs(later.arm, len(later.seeds))
+            record = self.do(run)
+            longest = max(longest, record["wall_seconds"])
+            means = [round(replica["mean"], 2) for replica in record["replicas"]]
+            print(
+                f"[{time.perf_counter() - begun:5.0f} s] {run.name}: {means}, training {record['training_seconds']:.0f} s "
+                f"of {record['wall_seconds']:.0f}",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def do(self, run: Run) -> dict[str, Any]:
+        """Train, score, and write the record."""
+        settings, plan = arms.ARMS[run.arm], self.plan
+        waited = time.perf_counter()
+        programs = self.programs(run.arm, len(run.seeds)).result()
+        begun = time.perf_counter()
+        trained = training.train(
+            settings, self.model, self.rows, seeds=run.seeds, rates=run.rates, steps=plan.steps,
+            batch_size=plan.batch_size, begin=programs.start, advance=programs.step,
+        )  # fmt: skip
+        scored_at = time.perf_counter()
+        measures = scoring.measures(
+            self.model, trained.params, self.mixture.scored, batch_size=2 * plan.batch_size, losses_of=programs.losses
+        )
+        decoded_at = time.perf_counter()
+        prompts = self.mixture.prompts
+        found = programs.greedy(
+            self.model,
+            trained.params,
+            prompts.tokens,
+            prompts.lengths.astype(np.int32),
+            np.int32(SETS.index("gsm8k")),
+            np.array(self.mixture.stops, np.int32),
+        )
+        matches = generation.exact_match(self.tokenizer, np.asarray(found), prompts, self.mixture.stops)
+        ended = time.perf_counter()
+        replicas = []
+        for at, (seed, rate) in enumerate(zip(run.seeds, run.rates, strict=True)):
+            measures[at]["gsm8k"]["exact"] = matches[at]
+            replica: dict[str, Any] = {"seed": seed, "learning_rate": rate, "diverged": trained.diverged[at]}
+            replica["mean"] = round(scoring.mixture_mean(measures[at]), 4)
+            replica["measures"] = {name: {m: round(x, 4) for m, x in of.items()} for name, of in measures[at].items()}
+            if trained.load is not None:
+                replica["load"] = trained.load[at]
+            replicas.append(replica)
+        total, active = arms.parameters(settings, self.model.config)
+        record: dict[str, Any] = {
+            "run": dataclasses.asdict(run),
+            "settings": arms.table(settings),
+            "parameters": {"total": total, "active": active},
+            "replicas": replicas,
+            "history": trained.history,
+            "identity": self.identity,
+            "training_seconds": round(trained.seconds, 2),
+            "scoring_seconds": round(decoded_at - scored_at, 2),
+            "decoding_seconds": round(ended - decoded_at, 2),
+            "compile_wait_seconds": round(begun - waited, 2),
+            "wall_seconds": round(ended - waited, 2),
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            "command": self.command,
+        }
+        record = json.loads(json.dumps(record))
+        write_text(self.runs / f"{run.name}.json", json.dumps(record) + "\n")
+        self.records[run.name] = record
+        return record
+
+
+def read_records(runs: Path) -> Records:
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(runs.glob("*.json"))}
+
+
+def grid(arm: str, rates: Sequence[float]) -> Run:
+    return Run(stage="grid", arm=arm, seeds=(0,) * len(rates), rates=tuple(rates))
+
+
+def of_seeds(arm: str, seeds: Sequence[int], records: Mapping[str, dict[str, Any]]) -> Run:
+    """At the arm's best learning rate. Raises `UserError` while its grid is not recorded."""
+    best = best_rate(records, arm)
+    require(best is not None, f"--arms {arm}: no learning rate of it is recorded; run its --stage grid first")
+    assert best is not None
+    return Run(stage="seeds", arm=arm, seeds=tuple(seeds), rates=(best,) * len(seeds))
+
+
+def grid_of(records: Mapping[str, dict[str, Any]], arm: str) -> dict[float, dict[str, Any]]:
+    """Learning rate → replica of the arm's grid, those that did not diverge, by rate."""
+    found = {
+        replica["learning_rate"]: replica
+        for record in records.values()
+        if record["run"]["stage"] == "grid" and record["run"]["arm"] == arm
+        for replica in record["replicas"]
+        if not replica["diverged"]
+    }
+    return dict(sorted(found.items()))
+
+
+def best_rate(records: Mapping[str, dict[str, Any]], arm: str) -> float | None:
+    """The one with the best mean, the smallest of equal ones; None before the grid."""
+    found = grid_of(records, arm)
+    return max(found, key=lambda rate: (found[rate]["mean"], -rate)) if found else None
