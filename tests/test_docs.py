@@ -30,7 +30,8 @@ from adafuse_jax.export import ExportConfig
 ROOT = tiny.REPOSITORY
 README = ROOT / "README.md"
 PAGES = sorted(
-    [README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "pallas_kernels").rglob("*.md")]
+    [README, ROOT / "CONTRIBUTING.md", ROOT / "studies" / "README.md"]
+    + [page for folder in ("docs", "pallas_kernels") for page in (ROOT / folder).rglob("*.md")]
 )
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 RECORDS = ROOT / "benchmarks" / "results" / "nvidia_h200"
@@ -46,7 +47,7 @@ CONFIGS: dict[str, tuple[type, ...]] = {
 FOREIGN = {"--model_args", "--batch_size", "--tasks"}
 """Flags of lm-evaluation-harness."""
 PYTEST_FLAGS = {"-q", "-x", "-m", "-k"}
-TOP_LEVEL = ("adafuse_jax", "pallas_kernels", "benchmarks", "tests", "docs")
+TOP_LEVEL = ("adafuse_jax", "pallas_kernels", "benchmarks", "studies", "tests", "docs")
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
@@ -218,7 +219,8 @@ def check_argparse(module: str, arguments: Sequence[str], monkeypatch: pytest.Mo
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
     monkeypatch.setattr(sys, "argv", [module, *arguments])
-    main = importlib.import_module(module).main
+    package = ROOT.joinpath(*module.split("."), "__main__.py").is_file()
+    main = importlib.import_module(f"{module}.__main__" if package else module).main
     with pytest.raises(Parsed):
         main(*[list(arguments)] * bool(inspect.signature(main).parameters))
 
@@ -274,7 +276,7 @@ def flags() -> frozenset[str]:
         names = [f.name.replace("_", "-") for f in dataclasses.fields(config)]
         switches = [f.name.replace("_", "-") for f in dataclasses.fields(config) if f.type in ("bool", bool)]
         found |= {f"--{name}" for name in names} | {f"--no-{name}" for name in switches}
-    for module in (ROOT / "benchmarks").glob("*.py"):
+    for module in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "studies").rglob("*.py")]:
         found |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', module.read_text()))
     return frozenset(found | FOREIGN)
 
