@@ -373,7 +373,7 @@ def test_damaged_files_give_rows_or_one_line(tmp_path, data):
                     b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}\n',
                 ),
                 ("a.csv", b'instruction,output,system\n"a, b",c,d\n"e\n""f",g,\n'),
-                ("a.jsonl.gz", gzip.compress(ROW.encode(), mtime=0, mtime=0)),
+                ("a.jsonl.gz", gzip.compress(ROW.encode(), mtime=0)),
             ]
         )
     )
