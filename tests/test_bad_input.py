@@ -651,7 +651,7 @@ DECODE = [
             WEIGHTS,
             ADAPTER_CONFIG,
             ADAPTER_WEIGHTS,
-        )  # fmt: skip
+        )
     ),
     # adapter
     Case("adapter missing", ("{}/none", "no such adapter", "give"), {"adapter": "{}/none"}),
