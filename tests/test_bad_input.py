@@ -641,6 +641,18 @@ DECODE = [
         ("{}/model", "model.layers.1.mlp.up_proj.weight holds NaN", "restore"),
         damage=edit_tensors(WEIGHTS, lambda t: t["model.layers.1.mlp.up_proj.weight"].fill(np.nan)),
     ),
+    *(
+        Case(f"{name} is a pipe", ("{}/" + name, "not a regular file"), ADAPTER, pipe(name))
+        for name in (
+            "model/config.json",
+            "model/generation_config.json",
+            "model/tokenizer.json",
+            "model/tokenizer_config.json",
+            WEIGHTS,
+            ADAPTER_CONFIG,
+            ADAPTER_WEIGHTS,
+        )
+    ),
     # adapter
     Case("adapter missing", ("{}/none", "no such adapter", "give"), {"adapter": "{}/none"}),
     Case("adapter is a model", ("{}/model", "is a whole model", "--model"), {"adapter": "{}/model"}),

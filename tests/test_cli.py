@@ -27,6 +27,7 @@ COMMANDS = {
     "lm_eval": ["-m", "adafuse_jax.evaluation.lm_eval", "--model=adafuse", "--tasks=t"],
     "demo": ["-m", "adafuse_jax.demo"],
 }
+SLEEP = "import time; time.sleep(60)"
 BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
 """A library that computes for minutes without a look at Python's signals, as XLA's compiler does."""
 
@@ -34,7 +35,7 @@ BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
 def start(arguments: list[str], folder: Path, jax: str, **options) -> subprocess.Popen[str]:
     """A command in `folder`, with a module in place of JAX that runs the code `jax`."""
     (folder / "jax.py").write_text(jax)
-    script = [str(tiny.REPOSITORY / arguments[0]), *arguments[1:]] if arguments[0] != "-m" else arguments
+    script = [str(tiny.REPOSITORY / arguments[0]), *arguments[1:]] if arguments[0].endswith(".py") else arguments
     path = os.pathsep.join([str(folder), str(tiny.REPOSITORY)])
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.Popen(
@@ -65,9 +66,11 @@ class TestWhileLibrariesLoad:
 
 
 class TestSignals:
-    def run(self, folder: Path, jax: str, *numbers: int) -> tuple[int, str, float]:
-        """(exit code, stderr, seconds from the last signal to the end) of a command that gets signals within JAX."""
-        process = start(COMMANDS["decode"], folder, f"open('begun', 'w').close()\n{jax}")
+    def run(self, folder: Path, code: str, *numbers: int) -> tuple[int, str, float]:
+        """(exit code, stderr, seconds from the last signal to the end) of a command that runs `code` and gets signals."""
+        (folder / "code.py").write_text(f"open('begun', 'w').close()\n{code}")
+        frame = "from adafuse_jax.core.cli import run_cli; run_cli(lambda argv: exec(open('code.py').read(), {}))"
+        process = start(["-c", frame], folder, "")
         while not (folder / "begun").exists():
             assert process.poll() is None
             time.sleep(0.01)
@@ -82,6 +85,11 @@ class TestSignals:
         code, err, seconds = self.run(tmp_path, f"try:\n    {code}\nfinally:\n    {BUSY}", signal.SIGINT, signal.SIGINT)
         assert (code, err) == (130, "interrupted\n")
         assert seconds < 2
+
+    def test_a_second_ctrl_c_while_the_interpreter_ends(self, tmp_path: Path):
+        code = f"import atexit, time\natexit.register(lambda: hashlib.pbkdf2_hmac('sha256', b'', b'', 2**24))\n{SLEEP}"
+        status, err, _ = self.run(tmp_path, f"import hashlib\n{code}", signal.SIGINT, signal.SIGINT)
+        assert (status, err) == (130, "interrupted\n")
 
     def test_sigterm_runs_the_cleanup(self, tmp_path: Path):
         code = "import time\ntry:\n    time.sleep(60)\nfinally:\n    open('cleaned', 'w').close()"

@@ -62,7 +62,7 @@ class TestJson:
             ("a.jsonl", f"\ufeff{ROW}\r\n\r\n{ROW}\r\n", [AB, AB]),
             ("a.jsonl", f"{ROW}\r{ROW}", [AB, AB]),
             ("a.jsonl", f"[{ROW},\n{ROW}]", [AB, AB]),
-            ("a.jsonl", gzip.compress(f"{ROW}\n".encode()), [AB]),
+            ("a.jsonl", gzip.compress(f"{ROW}\n".encode(), mtime=0), [AB]),
             ("a.jsonl", '{\n"instruction": "a",\n"output": "b"\n}\n', [AB]),
             ("a.json", f"{ROW}\n{ROW}\n", [AB, AB]),
             ("a.json", f" \n[\n{ROW}\n,\r{ROW} ]\n", [AB, AB]),
@@ -266,7 +266,7 @@ class TestStreams:
         [
             f"{ROW}\n".encode(),
             f" [{ROW}]".encode(),
-            gzip.compress(f"{ROW}\n".encode()),
+            gzip.compress(f"{ROW}\n".encode(), mtime=0),
             b"instruction,output\na,b\n",
             "parquet",
         ],

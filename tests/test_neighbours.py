@@ -87,7 +87,8 @@ def test_files(tmp_path: Path, neighbours: dict[str, tuple]):
     write({"mean": 1}, tmp_path / "results.json")
     for start in (0, 1):  # a new run, and one resumed at step 1
         report = Report(tmp_path / "metrics.jsonl", start=start, steps=2, log_every=1)
+        report.open()
         report.evaluation(start, {"eval_loss": 1.0})
         report.close()
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")[0]] == [0, 1]
     check(tmp_path, neighbours, "results.json", "metrics.jsonl")

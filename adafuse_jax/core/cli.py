@@ -31,7 +31,7 @@ GRACE_SECONDS = 10.0
 def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run `main(argv)`, by default with the process's arguments, and raise `SystemExit` with the code of the module's table.
 
-    Afterwards SIGINT and SIGTERM have their default action, so that neither disturbs the end of the interpreter.
+    Afterwards SIGINT and SIGTERM end the process at once, with that code: neither disturbs the end of the interpreter.
     """
     _occupy_descriptors()
     stdout = _Stdout(sys.stdout)
@@ -41,6 +41,8 @@ def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
             code = _outcome(main, argv, signals, stdout)
         except KeyboardInterrupt:  # in the handling of another exception
             code = signals.report()
+        else:
+            signals.code = code
         finally:
             sys.stdout = stdout.stream
             if stdout.error is not None:
@@ -171,7 +173,8 @@ def _print_error(text: str) -> None:
 
 
 class _Signals:
-    """Within, the first Ctrl-C and SIGTERM raise `KeyboardInterrupt` in the main thread, and `received` is the signal.
+    """Within, the first Ctrl-C and SIGTERM raise `KeyboardInterrupt` in the main thread, and `received` is the signal; while
+    a library is imported they end the process.
 
     Python runs its handlers between two bytecodes only; a compilation is one. So a thread reads every signal as it comes:
     it ends the process at the second Ctrl-C, and `GRACE_SECONDS` after a SIGTERM that nothing reacted to.
@@ -180,6 +183,7 @@ class _Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self.ending = False
+        self.code = 1
         self._numbers: list[int] = []
 
     def __enter__(self) -> _Signals:
@@ -197,8 +201,9 @@ class _Signals:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        code = self.code
         for number in self._numbers:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, lambda *_: os._exit(code))
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)
             self._timer.cancel()
@@ -209,12 +214,16 @@ class _Signals:
         self.ending = True
         number = self.received or signal.SIGINT
         _print_error(LINES[signal.Signals(number)])
-        return 128 + number
+        self.code = 128 + number
+        return self.code
 
     def _raise(self, number: int, frame: Any) -> None:
-        if not self.ending:
-            self.received = number
-            raise KeyboardInterrupt
+        if self.ending:
+            return
+        if _is_importing(frame):  # compiled modules print the traceback of an exception that they meet
+            _end_now(signal.Signals(number))
+        self.received = number
+        raise KeyboardInterrupt
 
     def _watch(self, reader: int) -> None:
         interrupts = 0
@@ -232,6 +241,12 @@ def _bytes_of(reader: int) -> Iterator[int]:
     while data := os.read(reader, 64):
         yield from data
     os.close(reader)
+
+
+def _is_importing(frame: Any) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _end_now(number: signal.Signals, *, quiet: bool = False) -> NoReturn:
