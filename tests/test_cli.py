@@ -245,6 +245,20 @@ def test_warnings_and_log_lines_are_one_line():
     assert third == "failed"
 
 
+def test_without_a_home_programs_are_not_cached():
+    code = (
+        "import os, pwd\n"
+        "def missing(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = missing\n"
+        "from adafuse_jax.core import runtime; runtime.set_up(); import jax; print(jax.config.jax_compilation_cache_dir)"
+    )
+    unset = ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")
+    environment = {name: value for name, value in tiny.environment().items() if name not in unset}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.stdout, done.returncode) == ("None\n", 0), done.stderr
+    assert done.stderr.startswith("no home directory: compiled programs are not cached")
+
+
 def test_the_package_loads_no_library():
     code = (
         "import sys; import adafuse_jax.core.cli; before = {'jax', 'numpy', 'yaml', 'transformers'} & set(sys.modules)\n"

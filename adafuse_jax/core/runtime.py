@@ -14,6 +14,8 @@ from typing import Any
 
 from adafuse_jax.core.errors import UserError, shortened
 
+log = logging.getLogger(__name__)
+
 MAX_LOG_LINE = 1000
 """Characters of a log line, at most."""
 
@@ -40,8 +42,12 @@ def set_up() -> None:
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "adafuse-jax" / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        try:
+            home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        except RuntimeError:  # neither HOME nor an entry of the user
+            log.warning("no home directory: compiled programs are not cached; set JAX_COMPILATION_CACHE_DIR")
+        else:
+            jax.config.update("jax_compilation_cache_dir", str(home / "adafuse-jax" / "compiled"))
 
 
 class _StderrHandler(logging.StreamHandler):
