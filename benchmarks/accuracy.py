@@ -101,10 +101,12 @@ class Study:
         for path in self.work.glob("*.json"):
             self.results[path.stem] = json.loads(path.read_text(encoding="utf-8"))
         for name, result in self.results.items():
+            was, now = result["identity"], self.identity
+            changed = [key for key in {**was, **now} if was.get(key) != now.get(key)]
             require(
-                result["identity"] == self.identity,
-                f"{self.work / name}.json: was made with {result['identity']}, this study has {self.identity}; "
-                "give another --work",
+                not changed,
+                f"{self.work / name}.json: was made with { ({key: was.get(key) for key in changed}) }, this study has "
+                f"{ ({key: now.get(key) for key in changed}) }; give another --work",
             )
             method = result["run"]["method"]
             require(

@@ -35,7 +35,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"batch_size": 7}, {"max_length": 2**30}, {"grad_accum": 400}, {"batch_size": 10**7, "packing": False}]
+    "changes", [{"batch_size": 7}, {"max_length": 2**24}, {"grad_accum": 400}, {"batch_size": 2**16, "packing": False}]
 )
 @pytest.mark.usefixtures("memory")
 def test_a_step_that_cannot_fit_is_refused(changes: dict):
