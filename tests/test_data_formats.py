@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 
@@ -191,9 +192,12 @@ BAD_ROWS = [
     ({"instruction": "a", "output": "b"}, {"instruction": "a"}, "column 'output' is missing or null"),
     ({"instruction": "a", "output": "b"}, {"instruction": ["a"], "output": "b"}, "holds a list, not text"),
     ({"text": "a"}, {"text": None}, "column 'text'"),
-    ({"messages": TURNS}, {"messages": None}, "must hold a list"),
+    ({"messages": TURNS}, {"messages": None}, "column 'messages' is missing or null"),
+    ({"messages": TURNS}, {"messages": 5}, "must hold a list"),
     ({"messages": TURNS}, {"messages": [{"role": "narrator", "content": "x"}]}, "unknown role 'narrator'"),
     ({"messages": TURNS}, {"messages": [{"role": "user", "content": None}]}, "turn 1"),
+    ({"messages": TURNS}, {"messages": [{"role": "tool", "content": {"a": 1}}]}, "turn 1: its text holds a dict"),
+    (GOOD, GOOD | {"choices": "one, two"}, "'choices' holds .*no JSON"),
 ]
 
 
@@ -205,6 +209,32 @@ def test_a_bad_row_is_named(tmp_path, good, bad, message):
     assert "rows.jsonl" in text
     assert "row 2" in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("row", "note"),
+    [
+        (
+            {"instruction": "a", "output": "b", "system": "S", "system_prompt": "T"},
+            "system_prompt is not used beside system",
+        ),
+        ({"conversations": TURNS, "conversation": TURNS}, "conversation is not used beside conversations"),
+        (GOOD | {"question_stem": "What?"}, "question_stem is not used beside question"),
+        (GOOD | {"answerKey": "B"}, "answerKey is not used beside answer"),
+        (GOOD | {"hint": "H", "context": "C"}, "context is not used beside hint"),
+    ],
+)
+def test_of_two_columns_for_one_thing_the_unused_is_logged(tmp_path, caplog, row, note):
+    with caplog.at_level(logging.INFO, "adafuse_jax"):
+        read(tmp_path, row)
+    assert f"1 rows whose {note}" in caplog.text
+
+
+def test_choices_of_a_csv_are_json(tmp_path):
+    (tmp_path / "a.csv").write_text('question,choices,answer\nq,"[""x"", ""y""]",B\n')
+    (example,) = load(DatasetSpec(source=str(tmp_path / "a.csv"))).examples
+    assert example.answer == 1
+    assert "A. x\nB. y" in example.question
 
 
 def test_unrecognised_columns_are_listed_with_the_formats(tmp_path):

@@ -61,6 +61,7 @@ class TestJson:
         [
             ("a.jsonl", f"\ufeff{ROW}\r\n\r\n{ROW}\r\n", [AB, AB]),
             ("a.jsonl", f"{ROW}\r{ROW}", [AB, AB]),
+            ("a.jsonl", f"{ROW}\n\ufeff{ROW}\n", [AB, AB]),
             ("a.jsonl", f"[{ROW},\n{ROW}]", [AB, AB]),
             ("a.jsonl", gzip.compress(f"{ROW}\n".encode(), mtime=0), [AB]),
             ("a.jsonl", '{\n"instruction": "a",\n"output": "b"\n}\n', [AB]),
@@ -173,6 +174,8 @@ class TestCsv:
             ('instruction,output\n"a"x,b\n', "malformed CSV: a.csv: row 1, line 2: ',' expected after"),
             ('instruction,output\n"\n\n",b\nc,\n"d",,\n', "row 3, line 6: 3 cells"),
             ("instruction,output,output\na,b,c\n", "repeated column: a.csv: line 1"),
+            ("instruction;output\na;b\n", "malformed CSV: a.csv: line 1: semicolons separate the columns"),
+            ("\ninstruction\toutput\na\tb\n", "malformed CSV: a.csv: line 2: tabs separate the columns"),
             ("instruction,output\n", "no rows: a.csv"),
         ],
     )

@@ -142,6 +142,8 @@ class TestFiles:
         with caplog.at_level(logging.INFO, "adafuse_jax"):
             assert len(texts(path)) == 4
         assert "columns not used: split" in caplog.text
+        path.write_text("".join(json.dumps({"text": "a", "split": i}) + "\n" for i in range(3)))
+        assert len(texts(path)) == 3
         path.write_text("".join(json.dumps({"text": "a", "split": f"hair {i}"}) + "\n" for i in range(30)))
         assert len(texts(path)) == 30
 

@@ -13,16 +13,12 @@ from typing import Any
 
 from adafuse_jax.core.errors import quoted
 from adafuse_jax.data.examples import MultipleChoice
-from adafuse_jax.data.rows import Notes, Number, Row, RowError, text_of
+from adafuse_jax.data.rows import Notes, Number, Row, RowError, first_given, json_value, text_of
 
 QUESTION_COLUMNS = ("question", "question_stem")
 ANSWER_COLUMNS = ("answer", "answerKey")
 ANSWER_FORMAT = re.compile(r"answer format:[ \t]*(\S+)\s*$", re.IGNORECASE)
 ANSWER_INSTRUCTION = "Answer with the letter of the correct choice."
-
-
-def _first(row: Row, columns: Sequence[str]) -> str:
-    return next((c for c in columns if row.get(c) is not None), columns[0])
 
 
 def _labels_and_texts(choices: Any) -> tuple[list[str], list[str]]:
@@ -64,12 +60,13 @@ def _answer_index(answer: Any, labels: Sequence[str], column: str) -> int:
 
 
 def multiple_choice(row: Row, notes: Notes) -> MultipleChoice:
-    labels, texts = _labels_and_texts(row.get("choices"))
-    column = _first(row, ANSWER_COLUMNS)
+    labels, texts = _labels_and_texts(json_value(row.get("choices"), "column 'choices'"))
+    column = first_given(row, ANSWER_COLUMNS, notes) or ANSWER_COLUMNS[0]
     answer = _answer_index(row.get(column), labels, column)
     letters = tuple(string.ascii_uppercase[: len(texts)])
-    context = next((text_of(row[c], f"column {c!r}").strip() for c in ("hint", "context") if row.get(c)), "")
-    asked = _first(row, QUESTION_COLUMNS)
+    about = first_given(row, ("hint", "context"), notes)
+    context = "" if about is None else text_of(row[about], f"column {about!r}").strip()
+    asked = first_given(row, QUESTION_COLUMNS, notes) or QUESTION_COLUMNS[0]
     prompt = [f"Context: {context}\n"] if context else []
     prompt.append(f"Question: {text_of(row.get(asked), f'column {asked!r}').strip()}")
     prompt += [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True)]

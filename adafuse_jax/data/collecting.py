@@ -22,7 +22,7 @@ from adafuse_jax.data.examples import Example
 from adafuse_jax.data.files import FileRows
 from adafuse_jax.data.formats import FORMATS, Format, bound, convert, recognise
 from adafuse_jax.data.json_rows import Item
-from adafuse_jax.data.rows import BadRow, Notes, SkipRow
+from adafuse_jax.data.rows import BadRow, Notes, Number, SkipRow
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,8 @@ def _convert_all(
                 known |= row.keys()
             if by_split:
                 split = row.get(SPLIT_COLUMN)
-                names |= {split if isinstance(split, str) and split.strip() else None: None}
+                named = isinstance(split, str) and not isinstance(split, Number) and split.strip()
+                names |= {split if named else None: None}
                 if None in names or len(names) > MAX_SPLITS:
                     by_split, split = False, None
                     notes.unused[SPLIT_COLUMN] = None

@@ -21,6 +21,7 @@ from adafuse_jax.data.rows import (
     Row,
     RowError,
     SkipRow,
+    first_given,
     is_blank,
     json_text,
     json_value,
@@ -60,6 +61,8 @@ CHAT_COLUMNS = (*SYSTEM_COLUMNS, "history", "tools")
 
 def conversation(turns: Any, row: Row, column: str, notes: Notes) -> Chat:
     """The Chat of a list of turns. Raises RowError, which names the turn, and SkipRow without a reply to learn."""
+    if turns is None:
+        raise RowError(f"column {column!r} is missing or null: every row needs it")
     turns = json_value(turns, f"column {column!r}") if isinstance(turns, str) else turns
     if not isinstance(turns, list | tuple):
         raise RowError(f"column {column!r} must hold a list of turns {{role, content}} or {{from, value}}")
@@ -103,11 +106,11 @@ def chat(turns: Sequence[Message], row: Row, notes: Notes) -> Chat:
         notes.altered["conversations ended at their last reply"] += 1
     if not any(message.weight for message in messages if message.role == "assistant"):
         raise SkipRow("weight 0 on every reply")
-    return Chat(tuple(_with_system(messages, row)), _tools(row))
+    return Chat(tuple(_with_system(messages, row, notes)), _tools(row))
 
 
-def _with_system(messages: list[Message], row: Row) -> list[Message]:
-    column = next((name for name in SYSTEM_COLUMNS if not is_blank(row.get(name))), None)
+def _with_system(messages: list[Message], row: Row, notes: Notes) -> list[Message]:
+    column = first_given(row, SYSTEM_COLUMNS, notes)
     if column is None:
         return messages
     text = text_of(row[column], f"column {column!r}")
@@ -200,7 +203,7 @@ def _content(content: Any) -> str:
                 raise RowError(f"a part of type {quoted(kind or type(part).__name__)}: only text is supported")
             texts.append(text_of(part, "a text part"))
         return "".join(texts)
-    if content is None or isinstance(content, Mapping):
+    if content is None:
         raise RowError(f"no text: {NEEDED}")
     return text_of(content, "its text")
 

@@ -20,7 +20,7 @@ from adafuse_jax.core.errors import UserError, shortened
 from adafuse_jax.data.choices import ANSWER_COLUMNS, ANSWER_FORMAT, QUESTION_COLUMNS, llm_adapters, multiple_choice
 from adafuse_jax.data.conversations import CHAT_COLUMNS, conversation, exchange
 from adafuse_jax.data.examples import Chat, Example, MultipleChoice, Text
-from adafuse_jax.data.rows import Notes, Repeated, Row, RowError, SkipRow, is_blank, text_of
+from adafuse_jax.data.rows import Notes, Repeated, Row, RowError, SkipRow, first_given, is_blank, text_of
 
 PAIRS = (
     ("problem", "solution"),
@@ -77,7 +77,8 @@ def _plain_text(row: Row, notes: Notes) -> Text:
 
 def _turns(*columns: str) -> Convert:
     def convert_row(row: Row, notes: Notes) -> Chat:
-        column = next((name for name in columns if row.get(name) is not None), columns[0])
+        empty = next((name for name in columns if row.get(name) is not None), columns[0])
+        column = first_given(row, columns, notes) or empty
         return conversation(row.get(column), row, column, notes)
 
     return convert_row

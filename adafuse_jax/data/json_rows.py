@@ -23,6 +23,8 @@ CHUNK = 2**18
 NEAR_END = 16
 """Characters from the end of what was read within which a mistake may be a value that goes on."""
 SPACE = re.compile(r"[ \t\n\r]*")
+BYTE_ORDER_MARK = "\ufeff"
+"""Within a file where one was appended to another."""
 Item = tuple[int, dict[str, Any] | BadRow]
 """A line number, from 1 (0: unknown), and the row that begins there."""
 
@@ -110,6 +112,7 @@ def _require_utf8(text: str, path: Path, line: int) -> None:
 
 
 def _line(line: str) -> dict[str, Any] | BadRow:
+    line = line.removeprefix(BYTE_ORDER_MARK)
     bad = invalid_byte(line)
     if bad is not None:
         return bad

@@ -7,7 +7,7 @@ import decimal
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +82,14 @@ def _check_unicode(value: str, name: str) -> None:
     except UnicodeEncodeError as error:
         half = f"\\u{ord(value[error.start]):04x}"
         raise RowError(f"{name} has half of a surrogate pair ({half}), which is no character: correct it") from None
+
+
+def first_given(row: Row, names: Sequence[str], notes: Notes) -> str | None:
+    """Of columns that hold the same thing, the first that has a value; None without one. Others with values are noted."""
+    given = [name for name in names if not is_blank(row.get(name))]
+    for name in given[1:]:
+        notes.altered[f"rows whose {name} is not used beside {given[0]}"] += 1
+    return given[0] if given else None
 
 
 def is_blank(value: Any) -> bool:

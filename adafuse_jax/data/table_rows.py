@@ -47,6 +47,7 @@ def csv_rows(stream: io.TextIOBase, path: Path, used: Iterable[str]) -> Iterator
             if bad is not None:
                 raise UserError(f"{bad.fault}: {path}: line {line}: {bad.detail}")
             header = [name.strip() for name in cells]
+            _require_commas(header, path, line)
             repeated_columns(header, used, path, "line 1")
             continue
         more = len(cells) - len(header)
@@ -58,6 +59,14 @@ def csv_rows(stream: io.TextIOBase, path: Path, used: Iterable[str]) -> Iterator
             yield line, dict(zip(header, cells, strict=False))  # none is missing but of columns without a name
         else:
             yield line, BadRow("malformed CSV", _width_fault(cells, header, extra))
+
+
+def _require_commas(header: Sequence[str], path: Path, line: int) -> None:
+    """Raise UserError for a header whose names other characters separate."""
+    separator = next((mark for mark in "\t;|" if len(header) == 1 and mark in header[0]), None)
+    if separator is not None:
+        name = {"\t": "tabs", ";": "semicolons", "|": "bars"}[separator]
+        raise UserError(f"malformed CSV: {path}: line {line}: {name} separate the columns: save it with commas")
 
 
 def _width_fault(cells: Sequence[str], header: Sequence[str], extra: int) -> str:
