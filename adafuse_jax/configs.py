@@ -25,6 +25,8 @@ LINEARS = ATTENTION_LINEARS + FFN_LINEARS
 
 MAX_EXPERTS, MAX_COUNT, MAX_ROWS, MAX_TOKENS = 4096, 10**9, 2**16, 2**24
 """The largest values of flags: experts, steps and other counts, rows of a batch, tokens of a sequence."""
+LEAST_TEMPERATURE = 1e-8
+"""Temperatures below count as 0: float32 logits that differ at all differ by more than that, so only ties are drawn."""
 
 
 def _preset(help: str, name: str, **bounds: Any) -> Any:
@@ -315,8 +317,9 @@ class DecodeConfig:
             "--batch-size is for --prompts-file and --num-samples; give one of them, or leave --batch-size out",
         )
         require(
-            self.num_samples == 1 or self.temperature > 0,
-            f"--num-samples {self.num_samples} draws, and --temperature 0 has one answer only; give a temperature",
+            self.num_samples == 1 or self.temperature >= LEAST_TEMPERATURE,
+            f"--num-samples {self.num_samples} draws, and --temperature {self.temperature:g} has one answer only; give a "
+            "higher one",
         )
         require(self.num_samples == 1 or not self.chat, "--num-samples and --chat exclude each other; give one of them")
         require(

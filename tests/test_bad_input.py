@@ -623,7 +623,7 @@ DECODE = [
     ),
     Case(
         "prompts role unknown",
-        ("--prompts-file {}/p.jsonl, line 1", "roles system, ", "give"),
+        ("--prompts-file {}/p.jsonl, line 1", "turn 1: unknown role '5'", "use system, "),
         PROMPTS,
         write("p.jsonl", '{"messages": [{"role": 5, "content": "a"}]}\n'),
     ),

@@ -119,6 +119,9 @@ class TestPrompts:
         os.close(reader)
         with pytest.raises(UserError, match="is not a regular file"):
             read_prompts(Path("/dev/zero"))
+        with pytest.raises(UserError) as caught:
+            read_prompts(folder)
+        assert str(caught.value) == f"--prompts-file {folder}: is not a regular file; give an existing file of prompts"
 
     def test_tool_turns_in_a_file(self, folder):
         turns = [
@@ -129,8 +132,37 @@ class TestPrompts:
         path = folder / "tools.jsonl"
         path.write_text(json.dumps({"messages": turns, "tools": [{"function": {"name": "add"}}]}) + "\n")
         (chat,) = read_prompts(path)
-        assert [m.turn() for m in chat.messages] == [turns[0], turns[1] | {"content": ""}, turns[2]]
+        call = {"type": "function", "function": {"name": "add", "arguments": {}}}  # as in training
+        assert [m.turn() for m in chat.messages] == [turns[0], turns[1] | {"tool_calls": [call]}, turns[2]]
         assert json.loads(chat.tools) == [{"function": {"name": "add"}}]
+
+    def test_lines_of_a_file(self, tmp_path, caplog):
+        """Line ends of every system; turns as training reads them; what nothing reads is logged."""
+        (tmp_path / "p.txt").write_bytes(b"one\rtwo\r\n\nthree\xe2\x80\xa8four\n")
+        assert read_prompts(tmp_path / "p.txt") == ["one", "two", "three\u2028four"]
+        parts = '[{"type": "text", "text": "a"}, "b"]'
+        (tmp_path / "p.JSONL").write_text(
+            f'{{"messages": [{{"from": "human", "content": {parts}, "mood": "x"}}]}}\n{{"prompt": 1.50, "system": "S"}}\n'
+        )
+        chat, number = read_prompts(tmp_path / "p.JSONL")
+        assert [m.turn() for m in chat.messages] == [{"role": "user", "content": "ab"}]
+        assert number == "1.50"
+        assert caplog.messages == [f"--prompts-file {tmp_path}/p.JSONL: keys not used: mood of turns, system"]
+
+    def test_nul_characters_are_refused(self, folder, tmp_path, monkeypatch):
+        """UTF-16 without a byte order mark, mostly."""
+        (tmp_path / "p.txt").write_bytes(b"Hi\na\0b\n")
+        with pytest.raises(UserError, match=r"p\.txt, line 2: holds a NUL character"):
+            read_prompts(tmp_path / "p.txt")
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\0b\n")))
+        with pytest.raises(UserError, match="stdin: holds a NUL character"):
+            script.main(tiny.decode_flags(folder, prompt=None))
+
+    def test_messages_are_refused_with_raw(self, folder):
+        path = folder / "messages.jsonl"
+        path.write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+        with pytest.raises(UserError, match="has messages, which need the chat template; leave --raw out"):
+            script.main(tiny.decode_flags(folder, prompt=None, prompts_file=path, raw=True))
 
     def test_ids_are_checked_before_anything_is_answered(self, folder, tmp_path, capsys):
         """The tokenizer has a token that the model has not, in the second prompt."""
@@ -181,7 +213,13 @@ class TestPrompts:
 
     @pytest.mark.parametrize(
         "flags",
-        [{"num_samples": 2}, {"num_samples": 0, "temperature": 1}, {"batch_size": 2}, {"num_samples": 2, "chat": True}],
+        [
+            {"num_samples": 2},
+            {"num_samples": 2, "temperature": 1e-9},
+            {"num_samples": 0, "temperature": 1},
+            {"batch_size": 2},
+            {"num_samples": 2, "chat": True},
+        ],
     )
     def test_samples_that_cannot_be_drawn(self, folder, flags):
         with pytest.raises((UserError, SystemExit)):

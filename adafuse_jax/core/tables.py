@@ -52,6 +52,8 @@ def read_text(
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             os.set_blocking(file.fileno(), True)
             data = file.read(max_bytes + 1)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:  # a name with a NUL byte is a ValueError
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{where}: cannot be read ({reason}); {advice}") from error

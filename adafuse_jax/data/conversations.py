@@ -69,7 +69,7 @@ def conversation(turns: Any, row: Row, column: str, notes: Notes) -> Chat:
     messages = []
     try:
         for turn in turns:
-            messages.append(_message(turn, notes))
+            messages.append(message_of(turn, notes))
     except RowError as error:
         raise RowError(f"column {column!r}, turn {len(messages) + 1}: {error}") from None
     return chat([*_history(row, notes), *messages], row, notes)
@@ -106,7 +106,7 @@ def chat(turns: Sequence[Message], row: Row, notes: Notes) -> Chat:
         notes.altered["conversations ended at their last reply"] += 1
     if not any(message.weight for message in messages if message.role == "assistant"):
         raise SkipRow("weight 0 on every reply")
-    return Chat(tuple(_with_system(messages, row, notes)), _tools(row))
+    return Chat(tuple(_with_system(messages, row, notes)), tools_of(row))
 
 
 def _with_system(messages: list[Message], row: Row, notes: Notes) -> list[Message]:
@@ -120,7 +120,8 @@ def _with_system(messages: list[Message], row: Row, notes: Notes) -> list[Messag
     return messages if present else [Message("system", text), *messages]
 
 
-def _tools(row: Row) -> str:
+def tools_of(row: Row) -> str:
+    """The column `tools` as JSON text, "" without one. Raises RowError."""
     if is_blank(row.get("tools")):
         return ""
     tools = json_value(row["tools"], "column 'tools'")
@@ -143,7 +144,7 @@ def _history(row: Row, notes: Notes) -> list[Message]:
                 prompt, reply = (text_of(text, "a text") for text in entry)
                 messages += (Message("user", prompt), Message("assistant", reply))
             else:
-                messages.append(_message(entry, notes))
+                messages.append(message_of(entry, notes))
         except RowError as error:
             raise RowError(f"column 'history', entry {n}, a [prompt, reply] pair or a turn: {error}") from None
     if any(m.role == "assistant" and not m.content.strip() and "tool_calls" not in m.extra for m in messages):
@@ -151,7 +152,8 @@ def _history(row: Row, notes: Notes) -> list[Message]:
     return messages
 
 
-def _message(turn: Any, notes: Notes) -> Message:
+def message_of(turn: Any, notes: Notes) -> Message:
+    """The Message of a turn; `notes` gets the keys that nothing reads. Raises RowError."""
     if type(turn) is dict and len(turn) == 2:  # nearly all turns
         pair = ("role", "content") if "role" in turn else ("from", "value")
         label, content = turn.get(pair[0]), turn.get(pair[1])

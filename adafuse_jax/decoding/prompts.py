@@ -5,18 +5,23 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from adafuse_jax.core.errors import UserError
+from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.fields import require_text
 from adafuse_jax.core.tables import read_text
-from adafuse_jax.data.examples import Chat, Message, Role
+from adafuse_jax.data.conversations import message_of, tools_of
+from adafuse_jax.data.examples import Chat
+from adafuse_jax.data.rows import Notes, Number, RowError
 
-TURN_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
-"""Of a turn in a prompt, beside its role and its content."""
+log = logging.getLogger(__name__)
+
+LINE_END = re.compile(r"\r\n|\n|\r")
 Prompt = str | Chat
 """Text, or the turns before the answer."""
 
@@ -27,42 +32,58 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises `UserError` for a file that cannot be read, is not UTF-8, or has no prompt; and for a bad line, by number.
     """
     text = read_text(path, what="--prompts-file ", advice="give an existing file of prompts", pipe=True)
-    prompts = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            is_json, where = path.suffix == ".jsonl", f"--prompts-file {path}, line {number}"
-            prompts.append(_json_prompt(line, where) if is_json else line.rstrip("\r"))
+    prompts: list[Prompt] = []
+    notes = Notes()
+    for number, line in enumerate(LINE_END.split(text), 1):
+        where = f"--prompts-file {path}, line {number}"
+        if line.strip() and path.suffix.lower() == ".jsonl":
+            prompts.append(_json_prompt(line, where, notes))
+        elif line.strip():
+            require_text(where, line)
+            prompts.append(line)
     if not prompts:
         raise UserError(f"--prompts-file {path}: has no prompt; write one a line")
+    if notes.altered:
+        log.info("--prompts-file %s: %s", path, "; ".join(f"{n} {what}" for what, n in notes.altered.items()))
+    if notes.unused:
+        log.warning("--prompts-file %s: keys not used: %s", path, shortened(", ".join(notes.unused), 200))
     return prompts
 
 
-def _json_prompt(line: str, where: str) -> Prompt:
+def _json_prompt(line: str, where: str, notes: Notes) -> Prompt:
+    """The prompt of a line. `notes` gets keys of the object and of its turns that nothing reads."""
     try:
-        table: Any = json.loads(line)
-        if isinstance(table, dict) and isinstance(table.get("prompt"), str):
-            require_text(where, table["prompt"])
-            return table["prompt"]
-        messages = tuple(_message(turn) for turn in table["messages"])
-        tools = table.get("tools")
-        if messages and all(m.role in get_args(Role) for m in messages) and isinstance(tools, list | None):
-            require_text(where, "".join(m.content for m in messages))
-            return Chat(messages, tools=json.dumps(tools) if tools else "")
-    except UserError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        pass
-    roles = ", ".join(get_args(Role))
-    raise UserError(f'{where}: give {{"prompt": TEXT}} or {{"messages": [{{"role", "content"}}, …]}} of roles {roles}')
+        table: Any = json.loads(line, parse_int=Number, parse_float=Number)
+    except (ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict) or (not isinstance(table.get("prompt"), str) and not table.get("messages")):
+        raise UserError(f'{where}: give {{"prompt": TEXT}} or {{"messages": [{{"role", "content"}}, …]}}')
+    prompt: Prompt
+    if isinstance(table.get("prompt"), str):
+        prompt, read = str(table["prompt"]), {"prompt"}
+        require_text(where, prompt)
+    else:
+        prompt, read = _conversation(table, where, notes), {"messages", "tools"}
+    notes.unused |= {name: None for name, value in table.items() if name not in read and value is not None}
+    return prompt
 
 
-def _message(turn: dict[str, Any]) -> Message:
-    """A turn of a prompt with the further keys that templates know. Its content is text, or nothing beside tool calls."""
-    extra = {name: turn[name] for name in TURN_KEYS if turn.get(name) is not None}
-    content = turn.get("content") if "tool_calls" in extra else turn["content"]
-    if not isinstance(content or "", str):
-        raise TypeError
-    return Message(turn["role"], content or "", extra=json.dumps(extra) if extra else "")
+def _conversation(table: dict[str, Any], where: str, notes: Notes) -> Chat:
+    """The turns as training reads them."""
+    turns = table["messages"]
+    if not isinstance(turns, list):
+        raise UserError(f"{where}: messages is {quoted(turns)}; it must be a list of turns")
+    messages = []
+    try:
+        for turn in turns:
+            messages.append(message_of(turn, notes))
+    except RowError as error:
+        raise UserError(f"{where}: turn {len(messages) + 1}: {error}") from None
+    require_text(where, "".join(m.content for m in messages))
+    try:
+        return Chat(tuple(messages), tools=tools_of(table))
+    except RowError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def stdin_lines(ask: str = "") -> Iterator[str]:
@@ -87,4 +108,5 @@ def stdin_lines(ask: str = "") -> Iterator[str]:
         if first:
             line, first = line.removeprefix("\ufeff"), False
         if line.strip():
+            require_text("stdin", line)
             yield line.rstrip("\r\n")

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-LEAST_TEMPERATURE = 1e-8
-"""Temperatures below count as 0: float32 logits that differ at all differ by more than that, so only ties are drawn."""
+from adafuse_jax.configs import LEAST_TEMPERATURE
+
 MOST_TEMPERATURE = 1e30
 """Temperatures above count as this one, at which every distribution of float32 logits is uniform."""
 PENALTY_BOUNDS = (1e-30, 1e30)

@@ -231,6 +231,10 @@ def decode(config: DecodeConfig) -> None:
     prompts: list[Prompt] | None = None
     if config.prompts_file is not None:
         prompts = read_prompts(Path(config.prompts_file))
+        if config.raw and any(isinstance(prompt, Chat) for prompt in prompts):
+            raise UserError(
+                f"--prompts-file {config.prompts_file}: has messages, which need the chat template; leave --raw out"
+            )
     elif config.prompt is not None:
         prompts = [config.prompt]
     session = Session(config)
