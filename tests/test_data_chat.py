@@ -258,6 +258,39 @@ def test_system_turns_that_the_template_leaves_out_are_logged(tmp_path, caplog, 
     assert [r.message for r in caplog.records] == ["set: the chat template leaves system turns out"]
 
 
+def test_reasoning_that_the_template_leaves_out_is_logged(tmp_path, caplog, chatml):
+    chats = [Chat((U("a"), replace(A("b"), extra='{"reasoning_content": "r"}')))]
+    template = CHATML.replace("m['content']", "(m.thinking or '') + m['content']")
+    encode_all(chats, load_tokenizer(write_tokenizer(tmp_path / "t", template=template)), 512, name="set")
+    assert not caplog.records
+    encode_all(chats, chatml, 512, name="set")
+    assert [r.message for r in caplog.records] == ["set: the chat template leaves the reasoning of assistant turns out"]
+
+
+def test_a_template_that_leaves_contents_out_is_refused(tmp_path):
+    """It takes a text for a list of parts, as those of models with images do."""
+    template = CHATML.replace(
+        "m['content']", "(m.content | selectattr('text', 'defined') | map(attribute='text') | join)"
+    )
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "t", template=template))
+    with pytest.raises(UserError, match="does not write the content of an assistant turn"):
+        encode(Chat((U("a"), A("b"))), tokenizer, LONG)
+    with pytest.raises(UserError, match="leaves the user turn out"):
+        encode_prompt((U("a"),), tokenizer)
+    altered = load_tokenizer(write_tokenizer(tmp_path / "u", template=CHATML.replace("content']", "content'] | upper")))
+    assert altered.decode(encode(Chat((U("a"), A("b"))), altered, LONG).tokens).endswith("B<|im_end|>")
+    assert "A<|im_end|>" in altered.decode(encode_prompt((U("a"),), altered))
+
+
+def test_a_reply_is_no_part_of_the_conversation_before_it(tmp_path):
+    """A template of the last two turns: with the reply, the turns before it are other ones than in the prompt."""
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "t", template=CHATML.replace("messages", "messages[-2:]")))
+    rows, _ = encode_all([Chat((U("a"), A("b"), U("c"), A("d")))], tokenizer, LONG)
+    assert [tokenizer.decode(row.tokens[row.loss_mask]) for row in rows] == ["b<|im_end|>", "d<|im_end|>"]
+    prompt = encode_prompt((U("a"), A("b"), U("c")), tokenizer)
+    np.testing.assert_array_equal(rows[1].tokens[: len(prompt)], prompt)
+
+
 class TestToolTurns:
     TEMPLATE = (
         "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}:"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -155,6 +156,13 @@ class TestAdapters:
             tokenizer = load_tokenizer(base, adapter)
         assert tokenizer.chat_template == self.TEMPLATE
         assert f"{adapter}: its own {'tokenizer' if form == 'tokenizer' else 'chat template'} is used" in caplog.text
+
+    def test_the_template_of_a_processor_is_used_and_logged(self, tmp_path, caplog):
+        directory = write_tokenizer(tmp_path / "model")
+        edit(directory / "chat_template.json", chat_template=CHATML)
+        with caplog.at_level(logging.INFO, "adafuse_jax"):
+            assert load_tokenizer(directory).chat_template == CHATML
+        assert caplog.messages == [f"{directory}: the chat template of chat_template.json is used"]
 
     def test_without_one_the_model_s_is_used(self, dirs, caplog):
         base, adapter = dirs

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +38,8 @@ log = logging.getLogger(__name__)
 ENCODE_CHUNK = 1024
 MARK = "\ue000"
 """A character of private use, which no template writes: it shows where a template puts a reply."""
-UNWRITTEN = ("tool_calls", "tool_call_id", "reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+UNWRITTEN = ("tool_calls", "tool_call_id", *REASONING)
 """Keys of a turn that the Alpaca text has no place for."""
 
 
@@ -161,6 +162,8 @@ def _appended(prompt: str, whole: str, messages: Sequence[Message], tokenizer: A
     if turn[:found_at].strip():  # a reasoning block, say, which may hold the content too
         header, _ = _around_mark((*messages[:-1], replace(messages[-1], content=MARK)), tokenizer, tools)
         found_at = max(turn.find(content, len(header.rstrip()) - len(prompt)), found_at)
+    if content not in turn and "tool_calls" not in messages[-1].turn():
+        _around_mark((*messages[:-1], replace(messages[-1], content=MARK)), tokenizer, tools)
     behind = found_at + (len(content) if content in turn else 0)
     at, token = _first_special(turn[behind:], tokenizer, last="tool_calls" in messages[-1].turn())
     # Space before the content may be one token with it.
@@ -170,8 +173,11 @@ def _appended(prompt: str, whole: str, messages: Sequence[Message], tokenizer: A
 
 
 def _composed(prompt: str, whole: str, messages: Sequence[Message], tokenizer: Any, tools: str) -> _Reply:
-    """A reply whose text in the finished conversation does not continue its prompt."""
+    """A reply whose text in the finished conversation does not continue its prompt. What the template writes around the
+    content is part of the reply, unless the conversation before it is another one, too."""
     message = messages[-1]
+    if not whole.startswith(_before_reply(prompt, messages, tokenizer, tools)):
+        return _rewritten(prompt, messages, tokenizer, tools)
     header, tail = _around_mark((*messages[:-1], replace(message, content=MARK)), tokenizer, tools)
     if "tool_calls" in message.turn():
         body = whole[_common(whole, prompt) :]
@@ -184,6 +190,25 @@ def _composed(prompt: str, whole: str, messages: Sequence[Message], tokenizer: A
             body = body.lstrip()[len(begun.strip()) :].removeprefix(begun[len(begun.rstrip()) :])
         at, token = _first_special(tail, tokenizer)
         body = header[common:] + body + tail[:at]
+    content_end = len(prompt) + len(body)
+    return _Reply(prompt + body + token, len(prompt), len(prompt), content_end, content_end + len(token))
+
+
+def _before_reply(prompt: str, messages: Sequence[Message], tokenizer: Any, tools: str) -> str:
+    """What a prompt begins with before the start of the assistant's turn, without trailing space."""
+    text = render(messages[:-1], tokenizer, add_generation_prompt=False, tools=tools).rstrip()
+    return text if prompt.startswith(text) else ""
+
+
+def _rewritten(prompt: str, messages: Sequence[Message], tokenizer: Any, tools: str) -> _Reply:
+    """A reply of the message's content and the end-of-turn token alone."""
+    if "tool_calls" in messages[-1].turn():
+        raise UserError(
+            "chat template: rewrites the conversation before a tool call; use a model whose template does not"
+        )
+    _, tail = _around_mark((*messages[:-1], replace(messages[-1], content=MARK)), tokenizer, tools)
+    at, token = _first_special(tail, tokenizer)
+    body = messages[-1].content.strip() + tail[:at]
     content_end = len(prompt) + len(body)
     return _Reply(prompt + body + token, len(prompt), len(prompt), content_end, content_end + len(token))
 
@@ -222,20 +247,53 @@ def _require_written(messages: Sequence[Message], text: str, tokenizer: Any, too
             raise UserError(f"chat template: leaves out {what}: use a model whose template writes them, or other data")
 
 
-def _leaves_system_out(examples: Sequence[Example], tokenizer: Any) -> bool:
-    """True if the text of the first conversation with a system turn is the same whatever that turn holds."""
-    chats = (example.messages for example in examples if isinstance(example, Chat))
-    messages = next((messages for messages in chats if any(m.role == "system" for m in messages)), None)
-    if messages is None:
-        return False
-    changed = [replace(m, content=MARK) if m.role == "system" else m for m in messages]
+def _left_out(examples: Sequence[Example], tokenizer: Any) -> list[str]:
+    """System turns and the reasoning of assistant turns, where the text of the first conversation that has them is the same
+    whatever they hold."""
+    chats = [example.messages for example in examples if isinstance(example, Chat)]
+    reasoned = (messages for messages in chats if any(m.extra and _has_reasoning(m) for m in messages))
+    changes = {
+        "system turns": (next((c for c in chats if any(m.role == "system" for m in c)), ()), _other_system),
+        "the reasoning of assistant turns": (next(reasoned, ()), _other_reasoning),
+    }
+    return [what for what, (messages, changed) in changes.items() if messages and _same(messages, changed, tokenizer)]
+
+
+def _same(messages: Sequence[Message], changed: Callable[[Message], Message], tokenizer: Any) -> bool:
+    """True if the conversation's text is the same with every message changed."""
     try:
-        texts = _render_all([(messages, False), (changed, False)], tokenizer)
+        texts = _render_all([(messages, False), ([changed(m) for m in messages], False)], tokenizer)
     except TemplateLimit:
         raise
     except UserError:  # reported for its row
         return False
     return texts[0] == texts[1]
+
+
+def _other_system(message: Message) -> Message:
+    return replace(message, content=MARK) if message.role == "system" else message
+
+
+def _other_last(messages: Sequence[Message]) -> Callable[[Message], Message]:
+    return lambda message: replace(message, content=MARK) if message is messages[-1] else message
+
+
+def _has_reasoning(message: Message) -> bool:
+    return message.role == "assistant" and any(name in message.turn() for name in REASONING)
+
+
+def _other_reasoning(message: Message) -> Message:
+    if not message.extra or not _has_reasoning(message):
+        return message
+    extra = {name: MARK if name in REASONING else value for name, value in json.loads(message.extra).items()}
+    return replace(message, extra=json.dumps(extra))
+
+
+def log_unwritten_system(tokenizer: Any, where: str) -> None:
+    """Log if the tokenizer's chat template leaves system turns out."""
+    turns = (Message("system", "."), Message("user", "?"))
+    if template_of(tokenizer) and _same(turns, _other_system, tokenizer):
+        log.warning("%s: the chat template leaves system turns out", where)
 
 
 def _replies(chat: Chat, tokenizer: Any) -> tuple[list[_Reply], bool]:
@@ -316,8 +374,8 @@ def encode_all(
     unfit = conversations = turns = 0
     prefix = f"{name}: " if name else ""
     with template_date():
-        if _leaves_system_out(examples, tokenizer):
-            log.warning("%sthe chat template leaves system turns out", prefix)
+        for what in _left_out(examples, tokenizer) if template_of(tokenizer) else ():
+            log.warning("%sthe chat template leaves %s out", prefix, what)
         for at in range(0, len(examples), ENCODE_CHUNK):
             rendered: list[tuple[Example, list[_Rendered]]] = []
             for example in examples[at : at + ENCODE_CHUNK]:
@@ -363,8 +421,12 @@ def _pieces(encoded: Encoded, max_length: int) -> Iterator[Encoded]:
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: Any, *, tools: str = "") -> Int32[np.ndarray, " T"]:
-    """The tokens that decoding starts from: the conversation so far and the start of an assistant turn; int32 [T]."""
+    """The tokens that decoding starts from: the conversation so far and the start of an assistant turn; int32 [T].
+
+    Raises UserError as `render`, and for a template that leaves the last turn out."""
     text = render(messages, tokenizer, add_generation_prompt=True, tools=tools)
+    if messages and messages[-1].content.strip() and _same(messages, _other_last(messages), tokenizer):
+        raise UserError(f"chat template: leaves the {messages[-1].role} turn out; correct the template")
     return next(_encode_texts([_Rendered(text, (), append_eos=False)], tokenizer)).tokens
 
 

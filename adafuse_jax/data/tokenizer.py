@@ -20,6 +20,8 @@ from adafuse_jax.data.files import without_logs
 log = logging.getLogger(__name__)
 
 CONFIG_FILE, TOKENIZER_FILE, TEMPLATE_FILE = "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"
+PROCESSOR_TEMPLATE_FILE = "chat_template.json"
+"""Where transformers' processors have the chat template; its tokenizers do not read it."""
 FILES = (
     TOKENIZER_FILE, CONFIG_FILE, "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", TEMPLATE_FILE,
@@ -42,6 +44,9 @@ def load_tokenizer(path_or_hub_id: str | Path, adapter: str | Path | None = None
         adapter's has other ids for the tokens of the model's.
     """
     tokenizer = _load(path_or_hub_id)
+    if tokenizer.chat_template is None and os.path.exists(Path(path_or_hub_id) / PROCESSOR_TEMPLATE_FILE):
+        tokenizer.chat_template = _template_in(Path(path_or_hub_id) / PROCESSOR_TEMPLATE_FILE)
+        log.info("%s: the chat template of %s is used", path_or_hub_id, PROCESSOR_TEMPLATE_FILE)
     own = None if adapter is None else Path(adapter).expanduser()
     if own is None or (not os.path.exists(own / TOKENIZER_FILE) and _own_template(own) is None):
         return tokenizer
@@ -86,11 +91,17 @@ def _own_template(adapter: Path) -> str | None:
     """The chat template of an adapter's directory without a tokenizer."""
     if os.path.exists(adapter / TEMPLATE_FILE):
         return read_text(adapter / TEMPLATE_FILE)
-    if not os.path.exists(adapter / CONFIG_FILE):
-        return None
-    template = read_json(adapter / CONFIG_FILE).get("chat_template")
+    found = (
+        _template_in(path) for name in (CONFIG_FILE, PROCESSOR_TEMPLATE_FILE) if os.path.exists(path := adapter / name)
+    )
+    return next((template for template in found if template is not None), None)
+
+
+def _template_in(file: Path) -> str | None:
+    """The key chat_template of a JSON file."""
+    template = read_json(file).get("chat_template")
     if template is not None and not isinstance(template, str):
-        raise UserError(f"{adapter / CONFIG_FILE}: chat_template is {quoted(template)}; it must be text")
+        raise UserError(f"{file}: chat_template is {quoted(template)}; it must be text")
     return template
 
 

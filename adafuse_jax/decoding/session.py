@@ -19,7 +19,7 @@ from adafuse_jax.adapters.directory import load_adapter
 from adafuse_jax.configs import DecodeConfig, Strategy
 from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.data.chat import encode_prompt, stop_tokens
+from adafuse_jax.data.chat import encode_prompt, log_unwritten_system, stop_tokens
 from adafuse_jax.data.examples import Chat, Message
 from adafuse_jax.data.tokenizer import load_tokenizer
 from adafuse_jax.decoding.engine import Engine, Token
@@ -69,6 +69,8 @@ class Session:
         self.config = config
         self.tokenizer = load_tokenizer(checkpoint.directory, config.adapter)
         stops = stop_tokens(self.tokenizer)
+        if config.system is not None:
+            log_unwritten_system(self.tokenizer, config.model)
         self._asked: Counter[tuple[int, ...]] = Counter()
         dtype = config.dtype or checkpoint.dtype
         if dtype == "float32":

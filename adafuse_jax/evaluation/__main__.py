@@ -30,6 +30,7 @@ COLUMNS = {
 
 def run(config: EvaluationConfig) -> dict[str, Any]:
     """Load everything, then score every data set. All mistakes in the data show before the backbone is read."""
+    from adafuse_jax.data.chat import log_unwritten_system
     from adafuse_jax.data.tokenizer import load_tokenizer
     from adafuse_jax.evaluation.loading import load
     from adafuse_jax.evaluation.multiple_choice import Questions, evaluate, mean_of
@@ -40,6 +41,8 @@ def run(config: EvaluationConfig) -> dict[str, Any]:
     if config.max_length is not None and config.max_length > context:
         raise UserError(f"--max-length {config.max_length} exceeds the {context} positions of {config.model}; lower it")
     tokenizer, room = load_tokenizer(directory, config.adapter), config.max_new_tokens if config.generate else 0
+    if config.system is not None:
+        log_unwritten_system(tokenizer, config.model)
     sets = []
     for text in config.dataset:
         split, examples = read_questions(text, config)
