@@ -117,6 +117,7 @@ class TestJson:
             ("a.json", f"[{ROW}\n {ROW}]", "malformed JSON: a.json: line 2, column 2: Expecting ',' delimiter"),
             ("a.json", f"[{ROW}]\n]", "malformed JSON: a.json: line 2, column 1: Extra data after the list"),
             ("a.json", "[" * 10**5, "nested too deeply"),
+            ("a.json", '{"instruction": {"0": "a"}, "output": {"1": "b"}}', "column 'instruction' holds a dict"),
             ("a.json", f"[{ROW},\n".encode() + b'{"x": "\xff"}]', "not UTF-8: a.json: line 2: byte 0xff"),
             ("a.jsonl", f"\n[{ROW},\n".encode() + b'{"x": "\xff"}]', "not UTF-8: a.jsonl: line 3: byte 0xff"),
             ("a.jsonl", b'\n[{"x": "\xff"}]', "not UTF-8: a.jsonl: line 2: byte 0xff"),

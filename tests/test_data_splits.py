@@ -147,6 +147,15 @@ class TestFiles:
         path.write_text("".join(json.dumps({"text": "a", "split": f"hair {i}"}) + "\n" for i in range(30)))
         assert len(texts(path)) == 30
 
+    def test_names_are_one_line_in_messages(self, tmp_path, caplog):
+        path = tmp_path / "a.jsonl"
+        path.write_text(json.dumps({"text": "a", "split": "train\n\x1b[31m" + "x" * 1000}) + "\n")
+        with caplog.at_level(logging.INFO, "adafuse_jax"):
+            assert len(texts(path)) == 1
+        (message,) = caplog.messages
+        assert message.isprintable()
+        assert len(message) < 400
+
     def test_a_bad_row_counts_for_its_split(self, tmp_path):
         path = tmp_path / "a.jsonl"
         path.write_text(

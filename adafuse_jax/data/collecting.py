@@ -157,7 +157,7 @@ def _convert_all(
             if isinstance(row, BadRow):
                 raise UserError(f"{row.fault}: {where}: {row.detail}")
             if not row.keys() <= known:
-                notes.unused |= {name or "(no name)": None for name in row.keys() - known}
+                notes.unused |= {name or "(no name)": None for name in row if name not in known}
                 known |= row.keys()
             if by_split:
                 split = row.get(SPLIT_COLUMN)

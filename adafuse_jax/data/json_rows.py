@@ -268,6 +268,9 @@ def _rows_within(value: Any, path: Path) -> list[dict[str, Any] | BadRow]:
 
 def _columns(value: dict[str, Any]) -> list[dict[str, Any] | BadRow] | None:
     """Rows of {"column": [value, ...]} or {"column": {"0": value, ...}}; None if `value` is a row itself."""
+    indices = [list(v) for v in value.values() if isinstance(v, dict)]
+    if any(index != indices[0] for index in indices):
+        return None
     tables = {key: list(v.values()) if isinstance(v, dict) else v for key, v in value.items()}
     if not all(isinstance(v, list) for v in tables.values()) or len({len(v) for v in tables.values()}) != 1:
         return None

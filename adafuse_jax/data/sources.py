@@ -252,7 +252,8 @@ class Dataset:
             among = [name for name in self._names if not name.lower().startswith("test")]
         if len(among) != 1:
             raise self._no_split("train")
-        log.info("%s: no split train; training on %s (its splits: %s)", self.spec.source, among[0], self._listed())
+        name = shortened(among[0], 60)
+        log.info("%s: no split train; training on %s (its splits: %s)", self.spec.source, name, self._listed())
         return among[0]
 
     def held_out_split(self, kinds: Sequence[str] = ("validation", "test"), besides: str | None = None) -> str | None:
@@ -266,7 +267,7 @@ class Dataset:
                     return exact
             among = [name for name in names if name.lower().startswith(kind)]
             if len(among) == 1:
-                log.info("%s: no split %s; held out is %s", self.spec.source, kind, among[0])
+                log.info("%s: no split %s; held out is %s", self.spec.source, kind, shortened(among[0], 60))
                 return among[0]
         return None
 
@@ -282,7 +283,7 @@ class Dataset:
 
     def _no_split(self, split: str) -> UserError:
         source = self.spec.source + (f":{self.spec.subset}" if self.spec.subset else "")
-        first = min(self.splits, key=lambda name: not name.lower().startswith(split))
+        first = shortened(min(self.splits, key=lambda name: not name.lower().startswith(split)), 60)
         choose = f"choose one, as {source}#{first}"
         return UserError(f"no split {quoted(split)}: {source}: its splits are {self._listed()}: {choose}")
 
@@ -297,7 +298,7 @@ class Dataset:
             raise self._no_split(asked)
         real = self._names[name]
         table = self._table or self._collect(self._readers[real]())
-        where = f"{self.spec.source}, split {name}"
+        where = f"{self.spec.source}, split {shortened(name, 60)}"
         return table.loaded(real if table.splits else None, where)
 
 
