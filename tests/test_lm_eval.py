@@ -282,3 +282,6 @@ def test_chat_text_without_a_template(tmp_path: Path):
     begun = "### Instruction:\nHi\n\n### Response:\nHo</s>\n\n### Instruction:\nSo?"
     assert lm.apply_chat_template(history) == begun + "\n\n### Response:\n"
     assert lm.apply_chat_template(history[:2], add_generation_prompt=False) == begun[: begun.index("</s>")]
+    lm.tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}"
+    with pytest.raises(UserError, match="alters the last message"):
+        lm.apply_chat_template(history[:2], add_generation_prompt=False)

@@ -140,13 +140,16 @@ class AdaFuseLM(TemplateLM):
         """The conversation by the tokenizer's template, or as the Alpaca text that adapters without one are trained on.
 
         Without `add_generation_prompt` the text ends with the last message, to be continued. Raises `UserError` when the
-        template refuses the conversation.
+        template refuses the conversation, or does not write the message that is to be continued as it is.
         """
         messages = [Message(m["role"], m["content"]) for m in chat_history]  # type: ignore[arg-type]
         if add_generation_prompt or not messages:
             return render(messages, self.tokenizer, add_generation_prompt=add_generation_prompt)
         text, last = render(messages, self.tokenizer, add_generation_prompt=False), messages[-1].content.strip()
-        return text[: text.rindex(last) + len(last)]
+        at = text.rfind(last)
+        if at < 0:
+            raise UserError("chat template: alters the last message, so it cannot be continued; correct the template")
+        return text[: at + len(last)]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids, with the special tokens the tokenizer adds unless the text begins with one or the caller decides."""
