@@ -21,11 +21,11 @@ from adafuse_jax.data.chat import (
     encode_choices,
     encode_prompt,
     load_tokenizer,
-    render,
     stop_tokens,
     template_date,
 )
 from adafuse_jax.data.examples import Chat, Message, MultipleChoice, Text
+from adafuse_jax.data.rendering import render
 from adafuse_jax.data.sources import DatasetSpec, load_examples
 
 S, U, A = (lambda text, role=role: Message(role, text) for role in ("system", "user", "assistant"))
@@ -280,6 +280,16 @@ def test_a_template_that_leaves_contents_out_is_refused(tmp_path):
     altered = load_tokenizer(write_tokenizer(tmp_path / "u", template=CHATML.replace("content']", "content'] | upper")))
     assert altered.decode(encode(Chat((U("a"), A("b"))), altered, LONG).tokens).endswith("B<|im_end|>")
     assert "A<|im_end|>" in altered.decode(encode_prompt((U("a"),), altered))
+
+
+def test_candidates_end_with_their_own_text(tmp_path):
+    """Before the end-of-turn token the template writes a space, as Llama 2's does, or text that is no special token."""
+    for number, end in enumerate((" </s>", "<end>\n")):
+        template = CHATML.replace("<|im_end|>\n", end)
+        tokenizer = load_tokenizer(write_tokenizer(tmp_path / str(number), template=template))
+        rows = encode_choices(MultipleChoice("Q", ("yes", "no"), 0), tokenizer, LONG)
+        assert [tokenizer.decode(row.tokens[row.loss_mask]).strip("\n") for row in rows] == ["yes", "no"]
+        assert all(row.loss_mask[-1] for row in rows)
 
 
 def test_a_reply_is_no_part_of_the_conversation_before_it(tmp_path):

@@ -17,9 +17,8 @@ loss_mask[t] is True iff token t is itself a target, predicted from t-1; token 0
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +27,9 @@ from jaxtyping import Bool, Int32
 
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.examples import Chat, Example, Message, MultipleChoice, Text
-from adafuse_jax.data.templates import TemplateLimit, TemplateRefusal, render_parts, template_date, template_of
+from adafuse_jax.data.left_out import left_out, require_last_turn, require_written
+from adafuse_jax.data.rendering import MARK, render, render_all
+from adafuse_jax.data.templates import TemplateLimit, template_date
 from adafuse_jax.data.tokenizer import load_tokenizer as load_tokenizer
 from adafuse_jax.data.tokenizer import special_token_texts
 from adafuse_jax.data.tokens import tokens_and_starts
@@ -36,11 +37,6 @@ from adafuse_jax.data.tokens import tokens_and_starts
 log = logging.getLogger(__name__)
 
 ENCODE_CHUNK = 1024
-MARK = "\ue000"
-"""A character of private use, which no template writes: it shows where a template puts a reply."""
-REASONING = ("reasoning_content", "thinking", "reasoning")
-UNWRITTEN = ("tool_calls", "tool_call_id", *REASONING)
-"""Keys of a turn that the Alpaca text has no place for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,46 +70,6 @@ class _Reply:
     @property
     def closed(self) -> bool:
         return self.end > self.content_end
-
-
-def render(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool, tools: str = "") -> str:
-    """The conversation as text: by the tokenizer's chat template, or else as Alpaca text.
-
-    Raises UserError when the template refuses the conversation (roles that do not alternate, a system turn, ...) or takes
-    too much time or memory, or when tools are used without a template."""
-    return _render_all([(messages, add_generation_prompt)], tokenizer, tools)[0]
-
-
-def _render_all(parts: Sequence[tuple[Sequence[Message], bool]], tokenizer: Any, tools: str = "") -> list[str]:
-    if not template_of(tokenizer):
-        return [_alpaca(messages, tokenizer, add, tools) for messages, add in parts]
-    turns = [([message.turn() for message in messages], add) for messages, add in parts]
-    try:
-        return render_parts(tokenizer, turns, tools=json.loads(tools) if tools else None)
-    except TemplateRefusal as error:
-        calls = {True: " with tool calls", False: ""}
-        roles = ", ".join(m.role + calls["tool_calls" in m.turn()] for m in parts[error.part][0]) or "none"
-        hint = (
-            "" if any(m.role == "system" for m in parts[error.part][0]) else ", or give a system turn if it needs one"
-        )
-        raise UserError(
-            f"chat template: turns {roles}: {error}: change the data or the tokenizer's template{hint}"
-        ) from None
-
-
-def _alpaca(messages: Sequence[Message], tokenizer: Any, add_generation_prompt: bool, tools: str) -> str:
-    blocks = []
-    for m in messages:
-        lost = [name for name in UNWRITTEN if name in m.turn()] or (["role tool"] if m.role == "tool" else [])
-        if tools or lost:
-            raise UserError(f"{lost[0] if lost else 'tools'}: the tokenizer has no chat template to write it; give one")
-        if m.role == "assistant":
-            blocks.append(f"### Response:\n{m.content}{tokenizer.eos_token}")
-        else:
-            blocks.append(f"### Instruction:\n{m.content}" if m.role == "user" else m.content)
-    if add_generation_prompt:
-        blocks.append("### Response:\n")
-    return "\n\n".join(blocks)
 
 
 def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
@@ -222,88 +178,14 @@ def _common(one: str, other: str) -> int:
     return low
 
 
-def _require_written(messages: Sequence[Message], text: str, tokenizer: Any, tools: str) -> None:
-    """Raise UserError if the conversation's text is the same without its tools, tool calls or results: most templates do not
-    write them, and leave them out without an error."""
-
-    def without_calls(message: Message) -> Message:
-        extra = json.loads(message.extra) if message.extra else {}
-        return replace(message, extra=json.dumps({k: v for k, v in extra.items() if k != "tool_calls"}))
-
-    changed = {
-        "the tools": (messages, ""),
-        "tool calls": ([without_calls(message) for message in messages], tools),
-        "results of tools": ([replace(m, content=MARK) if m.role == "tool" else m for m in messages], tools),
-    }
-    present = (tools, any("tool_calls" in m.turn() for m in messages), any(m.role == "tool" for m in messages))
-    for (what, (turns, offered)), is_present in zip(changed.items(), present, strict=True):
-        try:
-            other = render(turns, tokenizer, add_generation_prompt=False, tools=offered) if is_present else ""
-        except TemplateLimit:
-            raise
-        except UserError:  # it refuses the changed conversation: so it reads what was changed
-            continue
-        if other == text:
-            raise UserError(f"chat template: leaves out {what}: use a model whose template writes them, or other data")
-
-
-def _left_out(examples: Sequence[Example], tokenizer: Any) -> list[str]:
-    """System turns and the reasoning of assistant turns, where the text of the first conversation that has them is the same
-    whatever they hold."""
-    chats = [example.messages for example in examples if isinstance(example, Chat)]
-    reasoned = (messages for messages in chats if any(m.extra and _has_reasoning(m) for m in messages))
-    changes = {
-        "system turns": (next((c for c in chats if any(m.role == "system" for m in c)), ()), _other_system),
-        "the reasoning of assistant turns": (next(reasoned, ()), _other_reasoning),
-    }
-    return [what for what, (messages, changed) in changes.items() if messages and _same(messages, changed, tokenizer)]
-
-
-def _same(messages: Sequence[Message], changed: Callable[[Message], Message], tokenizer: Any) -> bool:
-    """True if the conversation's text is the same with every message changed."""
-    try:
-        texts = _render_all([(messages, False), ([changed(m) for m in messages], False)], tokenizer)
-    except TemplateLimit:
-        raise
-    except UserError:  # reported for its row
-        return False
-    return texts[0] == texts[1]
-
-
-def _other_system(message: Message) -> Message:
-    return replace(message, content=MARK) if message.role == "system" else message
-
-
-def _other_last(messages: Sequence[Message]) -> Callable[[Message], Message]:
-    return lambda message: replace(message, content=MARK) if message is messages[-1] else message
-
-
-def _has_reasoning(message: Message) -> bool:
-    return message.role == "assistant" and any(name in message.turn() for name in REASONING)
-
-
-def _other_reasoning(message: Message) -> Message:
-    if not message.extra or not _has_reasoning(message):
-        return message
-    extra = {name: MARK if name in REASONING else value for name, value in json.loads(message.extra).items()}
-    return replace(message, extra=json.dumps(extra))
-
-
-def log_unwritten_system(tokenizer: Any, where: str) -> None:
-    """Log if the tokenizer's chat template leaves system turns out."""
-    turns = (Message("system", "."), Message("user", "?"))
-    if template_of(tokenizer) and _same(turns, _other_system, tokenizer):
-        log.warning("%s: the chat template leaves system turns out", where)
-
-
 def _replies(chat: Chat, tokenizer: Any) -> tuple[list[_Reply], bool]:
     """The assistant turns with weight, and whether all of them are in one text, that of the last."""
     messages = chat.messages
     asked = [i for i, message in enumerate(messages) if message.role == "assistant" and message.weight]
     parts = [part for i in asked for part in ((messages[:i], True), (messages[: i + 1], False))]
-    texts = _render_all(parts, tokenizer, chat.tools)
+    texts = render_all(parts, tokenizer, chat.tools)
     if asked and (chat.tools or any(message.extra or message.role == "tool" for message in messages)):
-        _require_written(messages[: asked[-1] + 1], texts[-1], tokenizer, chat.tools)
+        require_written(messages[: asked[-1] + 1], texts[-1], tokenizer, chat.tools)
     replies = []
     appends = True
     for n, i in enumerate(asked):
@@ -374,7 +256,7 @@ def encode_all(
     unfit = conversations = turns = 0
     prefix = f"{name}: " if name else ""
     with template_date():
-        for what in _left_out(examples, tokenizer) if template_of(tokenizer) else ():
+        for what in left_out(examples, tokenizer):
             log.warning("%sthe chat template leaves %s out", prefix, what)
         for at in range(0, len(examples), ENCODE_CHUNK):
             rendered: list[tuple[Example, list[_Rendered]]] = []
@@ -425,24 +307,24 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Any, *, tools: str = "
 
     Raises UserError as `render`, and for a template that leaves the last turn out."""
     text = render(messages, tokenizer, add_generation_prompt=True, tools=tools)
-    if messages and messages[-1].content.strip() and _same(messages, _other_last(messages), tokenizer):
-        raise UserError(f"chat template: leaves the {messages[-1].role} turn out; correct the template")
+    require_last_turn(messages, tokenizer)
     return next(_encode_texts([_Rendered(text, (), append_eos=False)], tokenizer)).tokens
 
 
 def encode_choices(
     example: MultipleChoice, tokenizer: Any, max_length: int, *, system: str | None = None
 ) -> list[Encoded] | None:
-    """One `Encoded` a candidate, its mask on the candidate's own tokens (no reasoning block before it, and no end-of-turn
-    token: its probability says nothing about the choice). None when a candidate does not fit `max_length`: cut candidates
-    cannot be compared."""
+    """One `Encoded` a candidate, its mask on the candidate's own tokens (no reasoning block before it, and nothing behind
+    it, such as the end-of-turn token: its probability says nothing about the choice). None when a candidate does not fit
+    `max_length`: cut candidates cannot be compared."""
     rows = []
     before = () if system is None else (Message("system", system),)
     with template_date():
         for i in range(len(example.choices)):
             (reply,), _ = _replies(Chat((*before, *example.chat(i).messages)), tokenizer)
-            rows.append(
-                _Rendered(reply.text[: reply.content_end], ((reply.content, reply.content_end),), append_eos=False)
-            )
+            own = example.choices[i].strip()
+            at = reply.text.find(own, reply.content, reply.content_end)
+            end = reply.content_end if at < 0 else at + len(own)
+            rows.append(_Rendered(reply.text[:end], ((reply.content, end),), append_eos=False))
     encoded = list(_encode_texts(rows, tokenizer))
     return encoded if all(len(e.tokens) <= max_length for e in encoded) else None

@@ -19,8 +19,9 @@ from adafuse_jax.adapters.directory import load_adapter
 from adafuse_jax.configs import DecodeConfig, Strategy
 from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.data.chat import encode_prompt, log_unwritten_system, stop_tokens
+from adafuse_jax.data.chat import encode_prompt, stop_tokens
 from adafuse_jax.data.examples import Chat, Message
+from adafuse_jax.data.left_out import log_unwritten_system
 from adafuse_jax.data.tokenizer import load_tokenizer
 from adafuse_jax.decoding.engine import Engine, Token
 from adafuse_jax.decoding.prompts import Prompt, read_prompts, stdin_lines

@@ -30,7 +30,7 @@ COLUMNS = {
 
 def run(config: EvaluationConfig) -> dict[str, Any]:
     """Load everything, then score every data set. All mistakes in the data show before the backbone is read."""
-    from adafuse_jax.data.chat import log_unwritten_system
+    from adafuse_jax.data.left_out import log_unwritten_system
     from adafuse_jax.data.tokenizer import load_tokenizer
     from adafuse_jax.evaluation.loading import load
     from adafuse_jax.evaluation.multiple_choice import Questions, evaluate, mean_of

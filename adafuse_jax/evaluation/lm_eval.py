@@ -27,8 +27,8 @@ if __name__ == "__main__":  # before the harness is imported: what fails or is i
 from adafuse_jax.configs import DType
 from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError, quoted
-from adafuse_jax.data.chat import render
 from adafuse_jax.data.examples import Message
+from adafuse_jax.data.rendering import render
 
 try:
     from lm_eval.api.model import TemplateLM

@@ -1,0 +1,97 @@
+"""Parts of a conversation that a chat template does not write: refused where a model would learn or answer without them
+(tools, their calls and results, the last turn), logged where it would still see the rest (system turns, reasoning)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from adafuse_jax.core.errors import UserError
+from adafuse_jax.data.examples import Chat, Example, Message
+from adafuse_jax.data.rendering import MARK, REASONING, render, render_all
+from adafuse_jax.data.templates import TemplateLimit
+
+log = logging.getLogger(__name__)
+
+
+def require_written(messages: Sequence[Message], text: str, tokenizer: Any, tools: str) -> None:
+    """Raise UserError if the conversation's text is the same without its tools, tool calls or results: most templates do not
+    write them, and leave them out without an error."""
+
+    def without_calls(message: Message) -> Message:
+        extra = json.loads(message.extra) if message.extra else {}
+        return replace(message, extra=json.dumps({k: v for k, v in extra.items() if k != "tool_calls"}))
+
+    changed = {
+        "the tools": (messages, ""),
+        "tool calls": ([without_calls(message) for message in messages], tools),
+        "results of tools": ([replace(m, content=MARK) if m.role == "tool" else m for m in messages], tools),
+    }
+    present = (tools, any("tool_calls" in m.turn() for m in messages), any(m.role == "tool" for m in messages))
+    for (what, (turns, offered)), is_present in zip(changed.items(), present, strict=True):
+        try:
+            other = render(turns, tokenizer, add_generation_prompt=False, tools=offered) if is_present else ""
+        except TemplateLimit:
+            raise
+        except UserError:  # it refuses the changed conversation: so it reads what was changed
+            continue
+        if other == text:
+            raise UserError(f"chat template: leaves out {what}: use a model whose template writes them, or other data")
+
+
+def left_out(examples: Sequence[Example], tokenizer: Any) -> list[str]:
+    """System turns and the reasoning of assistant turns, where the text of the first conversation that has them is the same
+    whatever they hold."""
+    chats = [example.messages for example in examples if isinstance(example, Chat)] if tokenizer.chat_template else []
+    reasoned = (messages for messages in chats if any(m.extra and _has_reasoning(m) for m in messages))
+    changes = {
+        "system turns": (next((c for c in chats if any(m.role == "system" for m in c)), ()), _other_system),
+        "the reasoning of assistant turns": (next(reasoned, ()), _other_reasoning),
+    }
+    return [what for what, (messages, changed) in changes.items() if messages and _same(messages, changed, tokenizer)]
+
+
+def _same(messages: Sequence[Message], changed: Callable[[Message], Message], tokenizer: Any) -> bool:
+    """True if the conversation's text is the same with every message changed."""
+    try:
+        texts = render_all([(messages, False), ([changed(m) for m in messages], False)], tokenizer)
+    except TemplateLimit:
+        raise
+    except UserError:  # reported for its row
+        return False
+    return texts[0] == texts[1]
+
+
+def _other_system(message: Message) -> Message:
+    return replace(message, content=MARK) if message.role == "system" else message
+
+
+def require_last_turn(messages: Sequence[Message], tokenizer: Any) -> None:
+    """Raise UserError if the conversation's text is the same whatever its last turn says."""
+
+    def other_last(message: Message) -> Message:
+        return replace(message, content=MARK) if message is messages[-1] else message
+
+    if messages and messages[-1].content.strip() and _same(messages, other_last, tokenizer):
+        raise UserError(f"chat template: leaves the {messages[-1].role} turn out; correct the template")
+
+
+def _has_reasoning(message: Message) -> bool:
+    return message.role == "assistant" and any(name in message.turn() for name in REASONING)
+
+
+def _other_reasoning(message: Message) -> Message:
+    if not message.extra or not _has_reasoning(message):
+        return message
+    extra = {name: MARK if name in REASONING else value for name, value in json.loads(message.extra).items()}
+    return replace(message, extra=json.dumps(extra))
+
+
+def log_unwritten_system(tokenizer: Any, where: str) -> None:
+    """Log if the tokenizer's chat template leaves system turns out."""
+    turns = (Message("system", "."), Message("user", "?"))
+    if tokenizer.chat_template and _same(turns, _other_system, tokenizer):
+        log.warning("%s: the chat template leaves system turns out", where)
