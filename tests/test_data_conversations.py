@@ -66,6 +66,15 @@ def test_chats(tmp_path, row, expected):
     assert read(tmp_path, row) == Chat(tuple(expected))
 
 
+def test_values_of_turns_that_nothing_reads_are_logged(tmp_path, caplog):
+    user = {"role": "user", "from": "human", "content": "a", "value": "x", "tool_calls": [1]}
+    with caplog.at_level(logging.INFO, "adafuse_jax"):
+        assert read(tmp_path, {"messages": [user, A("b").turn()]}) == Chat((U("a"), A("b")))
+    (message,) = caplog.messages
+    wanted = "from of turns, beside role, value of turns, beside content, tool_calls of user turns"
+    assert message.endswith(f"columns not used: {wanted}")
+
+
 class TestTools:
     def test_openai(self, tmp_path):
         call = CALL | {"function": {"name": "weather", "arguments": '{"city": "Oslo", "n": 1.5}'}}

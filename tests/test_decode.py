@@ -149,6 +149,11 @@ class TestPrompts:
         assert number == "1.50"
         assert caplog.messages == [f"--prompts-file {tmp_path}/p.JSONL: keys not used: mood of turns, system"]
 
+    def test_keys_that_stand_twice_are_refused(self, tmp_path):
+        (tmp_path / "p.jsonl").write_text('{"prompt": "a", "prompt": "b"}\n')
+        with pytest.raises(UserError, match="line 1: has the key 'prompt' more than once"):
+            read_prompts(tmp_path / "p.jsonl")
+
     def test_nul_characters_are_refused(self, folder, tmp_path, monkeypatch):
         """UTF-16 without a byte order mark, mostly."""
         (tmp_path / "p.txt").write_bytes(b"Hi\na\0b\n")

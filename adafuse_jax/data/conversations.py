@@ -166,6 +166,9 @@ def message_of(turn: Any, notes: Notes) -> Message:
     for key in turn.keys() - TURN_KEYS:
         if turn[key] is not None:
             notes.unused[f"{key} of turns"] = None
+    for key, other in (("from", "role"), ("value", "content")):
+        if None not in (turn.get(key), turn.get(other)) and turn[key] != turn[other]:
+            notes.unused[f"{key} of turns, beside {other}"] = None
     given = turn.get("role")
     given = turn.get("from") if given is None else given
     if given is None:
@@ -180,6 +183,8 @@ def message_of(turn: Any, notes: Notes) -> Message:
     content = turn.get("value") if content is None else content
     weight = 1 if turn.get("weight") is None else _weight(turn["weight"])
     extra = {key: turn[key] for key in TEMPLATE_KEYS if turn.get(key) is not None}
+    if role != "assistant":
+        notes.unused |= {f"{key} of {role} turns": None for key in ("tool_calls", "function_call") if turn.get(key)}
     if role == "assistant":
         calls, content = _tool_calls(turn, label, content)
         if calls:

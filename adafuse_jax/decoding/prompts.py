@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import io
-import json
 import logging
 import re
 import sys
@@ -17,7 +16,8 @@ from adafuse_jax.core.fields import require_text
 from adafuse_jax.core.tables import read_text
 from adafuse_jax.data.conversations import message_of, tools_of
 from adafuse_jax.data.examples import Chat
-from adafuse_jax.data.rows import Notes, Number, RowError
+from adafuse_jax.data.json_rows import DECODER
+from adafuse_jax.data.rows import Notes, Repeated, RowError
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +53,13 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _json_prompt(line: str, where: str, notes: Notes) -> Prompt:
     """The prompt of a line. `notes` gets keys of the object and of its turns that nothing reads."""
     try:
-        table: Any = json.loads(line, parse_int=Number, parse_float=Number)
+        table: Any = DECODER.decode(line.strip())
     except (ValueError, RecursionError):
         table = None
     if not isinstance(table, dict) or (not isinstance(table.get("prompt"), str) and not table.get("messages")):
         raise UserError(f'{where}: give {{"prompt": TEXT}} or {{"messages": [{{"role", "content"}}, …]}}')
+    if type(table) is Repeated:
+        raise UserError(f"{where}: has the key {quoted(table.key)} more than once; keep one of them")
     prompt: Prompt
     if isinstance(table.get("prompt"), str):
         prompt, read = str(table["prompt"]), {"prompt"}
