@@ -332,6 +332,16 @@ class TestToolTurns:
         with pytest.raises(UserError, match=rf"a.jsonl: row 3: chat template: leaves out {what}:"):
             encode_all([replace(chat, where="a.jsonl: row 3")], tokenizer, 512)
 
+    def test_text_beside_calls_that_the_template_leaves_out_is_logged(self, tmp_path, caplog):
+        """As Llama 3.1's template does."""
+        chats = [Chat((U("1?"), replace(self.CALL, content="I add.")))]
+        tokenizer = load_tokenizer(write_tokenizer(tmp_path / "t", template=self.TEMPLATE))
+        encode_all(chats, tokenizer, 512)
+        assert not caplog.records
+        template = self.TEMPLATE.replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}")
+        encode_all(chats, load_tokenizer(write_tokenizer(tmp_path / "u", template=template)), 512)
+        assert caplog.messages == ["the chat template leaves the text beside tool calls out"]
+
     def test_calls_and_tools_reach_the_template(self, tmp_path):
         tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", template=self.TEMPLATE))
         chat = Chat((U("1?"), self.CALL, Message("tool", "2"), A("two")), tools=self.TOOLS)

@@ -43,15 +43,20 @@ def require_written(messages: Sequence[Message], text: str, tokenizer: Any, tool
 
 
 def left_out(examples: Sequence[Example], tokenizer: Any) -> list[str]:
-    """System turns and the reasoning of assistant turns, where the text of the first conversation that has them is the same
-    whatever they hold."""
+    """System turns, the reasoning of assistant turns and their text beside tool calls, where the text of the first
+    conversation that has them is the same whatever they hold."""
     chats = [example.messages for example in examples if isinstance(example, Chat)] if tokenizer.chat_template else []
-    reasoned = (messages for messages in chats if any(m.extra and _has_reasoning(m) for m in messages))
     changes = {
-        "system turns": (next((c for c in chats if any(m.role == "system" for m in c)), ()), _other_system),
-        "the reasoning of assistant turns": (next(reasoned, ()), _other_reasoning),
+        "system turns": _other_system,
+        "the reasoning of assistant turns": _other_reasoning,
+        "the text beside tool calls": _other_text_of_calls,
     }
-    return [what for what, (messages, changed) in changes.items() if messages and _same(messages, changed, tokenizer)]
+    found = []
+    for what, changed in changes.items():
+        messages = next((messages for messages in chats if any(changed(m) is not m for m in messages)), None)
+        if messages is not None and _same(messages, changed, tokenizer):
+            found.append(what)
+    return found
 
 
 def _same(messages: Sequence[Message], changed: Callable[[Message], Message], tokenizer: Any) -> bool:
@@ -79,15 +84,16 @@ def require_last_turn(messages: Sequence[Message], tokenizer: Any) -> None:
         raise UserError(f"chat template: leaves the {messages[-1].role} turn out; correct the template")
 
 
-def _has_reasoning(message: Message) -> bool:
-    return message.role == "assistant" and any(name in message.turn() for name in REASONING)
-
-
 def _other_reasoning(message: Message) -> Message:
-    if not message.extra or not _has_reasoning(message):
+    extra = json.loads(message.extra) if message.extra and message.role == "assistant" else {}
+    if not any(name in extra for name in REASONING):
         return message
-    extra = {name: MARK if name in REASONING else value for name, value in json.loads(message.extra).items()}
-    return replace(message, extra=json.dumps(extra))
+    return replace(message, extra=json.dumps({k: MARK if k in REASONING else value for k, value in extra.items()}))
+
+
+def _other_text_of_calls(message: Message) -> Message:
+    has_both = message.extra and message.content.strip() and "tool_calls" in message.turn()
+    return replace(message, content=MARK) if has_both else message
 
 
 def log_unwritten_system(tokenizer: Any, where: str) -> None:
