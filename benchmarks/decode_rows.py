@@ -34,7 +34,7 @@ from adafuse_jax.configs import AdapterConfig, ModelConfig, Strategy
 from adafuse_jax.core import runtime
 from adafuse_jax.decoding import engine as engine_module
 from adafuse_jax.decoding.engine import Engine
-from adafuse_jax.decoding.fused import fused_obstacle
+from adafuse_jax.decoding.fused import fused_unsupported_reason
 from adafuse_jax.decoding.sampling import Sampling
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
@@ -255,7 +255,7 @@ def measure_devices(job: dict[str, Any], tell: Tell) -> None:
             if devices > 1:
                 mesh = make_mesh(devices, config)
                 share, its = shard(model, mesh), adapter and shard(adapter, mesh)
-            launch: Strategy = "unmerged" if fused_obstacle(share, adapter=its) else "fused"
+            launch: Strategy = "unmerged" if fused_unsupported_reason(share, adapter=its) else "fused"
             for strategy in (launch, "unmerged"):
                 engine = Engine(share, its, strategy=strategy, eos_ids=())
                 row = {"method": method, "targets": targets, "strategy": engine.strategy, "devices": devices}

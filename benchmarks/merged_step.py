@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.configs import Strategy
-from adafuse_jax.decoding.fused import Fused, fused_obstacle
+from adafuse_jax.decoding.fused import Fused, fused_unsupported_reason
 from adafuse_jax.decoding.merging import Merged, with_weights
 from adafuse_jax.decoding.steps import DecodeState, decode_step
 from adafuse_jax.model.backbone import Backbone
@@ -138,7 +138,7 @@ def run(
 
 
 def launch_of(model: Backbone, adapter: AdaFuse | None) -> Fused | None:
-    return None if fused_obstacle(model) else Fused.of(model, adapter, merged=True)
+    return None if fused_unsupported_reason(model) else Fused.of(model, adapter, merged=True)
 
 
 def pointers(merged: Merged | None) -> list[int]:

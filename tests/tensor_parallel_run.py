@@ -25,7 +25,7 @@ from adafuse_jax import UserError, load_backbone
 from adafuse_jax.configs import LINEARS
 from adafuse_jax.decoding import steps
 from adafuse_jax.decoding.engine import Engine
-from adafuse_jax.decoding.fused import Fused, fused_obstacle, fused_step
+from adafuse_jax.decoding.fused import Fused, fused_step, fused_unsupported_reason
 from adafuse_jax.parallel.axes import TENSOR
 from adafuse_jax.parallel.mesh import make_mesh, place_state, shard
 from pallas_kernels.megakernel import decode_token, kernel_sm90
@@ -154,8 +154,8 @@ def run_fused(devices: int) -> dict:
     step = jax.jit(lambda *arguments: fused_step(*arguments, num_ctas=132))
     text = step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     needs = {name: f"{name} = true" in text for name in ("uses_xla_collective_metadata", "skip_device_barrier")}
-    obstacles = [
-        fused_obstacle(shard(model, Mesh(devices, axes)))
+    reasons = [
+        fused_unsupported_reason(shard(model, Mesh(devices, axes)))
         for devices, axes in (
             (jax.devices()[1:], (TENSOR,)),
             (jax.devices()[:1], (TENSOR,)),
@@ -167,7 +167,7 @@ def run_fused(devices: int) -> dict:
     whole = [(model, adapter), (shard(model, mesh), shard(adapter, mesh))]
     with (
         mock.patch.object(kernel_sm90, "run_megakernel", one_shard),
-        mock.patch("adafuse_jax.decoding.engine.fused_obstacle", return_value=None),
+        mock.patch("adafuse_jax.decoding.engine.fused_unsupported_reason", return_value=None),
         mock.patch("adafuse_jax.decoding.fused.decode_token", partial(decode_token, num_ctas=3)),
     ):
         for parts in whole:
@@ -192,7 +192,7 @@ def run_fused(devices: int) -> dict:
         "tokens": tokens,
         "programs": programs,
         "multicast": "symmetric_memory" in text,
-        "obstacles": obstacles,
+        "reasons": reasons,
     } | needs
 
 

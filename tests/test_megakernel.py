@@ -24,7 +24,7 @@ from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.configs import LINEARS, AdapterConfig, ModelConfig
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.decoding.engine import Engine
-from adafuse_jax.decoding.fused import Fused, fused_obstacle, fused_step, route, tabulate
+from adafuse_jax.decoding.fused import Fused, fused_step, fused_unsupported_reason, route, tabulate
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
 from adafuse_jax.parallel.mesh import make_mesh, place_state, shard
@@ -486,6 +486,6 @@ def test_what_it_cannot_do_is_said():
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="on a CPU")
 def test_engine_refuses_it_where_it_cannot_run():
     model, *_ = make(Case())
-    assert "Hopper" in (fused_obstacle(model) or "")
+    assert "Hopper" in (fused_unsupported_reason(model) or "")
     with pytest.raises(UserError, match="fused cannot run: it needs a Hopper GPU"):
         Engine(model, strategy="fused")

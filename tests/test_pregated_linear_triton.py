@@ -125,7 +125,7 @@ def test_unsupported_reasons():
     assert unsupported_reason(x[1:], weights) is None
 
 
-def test_obstacle_is_an_error(monkeypatch):
+def test_unsupported_reason_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_triton", SimpleNamespace(triton_call=None))
     case = Case(outs={"q": 8}, in_dim=8, batch=33)
     with pytest.raises(ValueError, match="cannot run as triton: there are 33 rows"):

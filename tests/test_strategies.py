@@ -189,11 +189,11 @@ class TestOneLaunch:
             experts = None if adapter is None else out.routing.experts_of_row()
             return model.logits(out.hidden[:, 0]), experts, out.cache
 
-        def obstacle(model, batch=1, adapter=None):
+        def unsupported_reason(model, batch=1, adapter=None):
             return "it takes 2 rows" if batch > 2 else None
 
         monkeypatch.setattr(steps_module, "fused_step", step)
-        monkeypatch.setattr(engine_module, "fused_obstacle", obstacle)
+        monkeypatch.setattr(engine_module, "fused_unsupported_reason", unsupported_reason)
 
     @pytest.mark.parametrize("strategy", ["golden", "switch"])
     @cases

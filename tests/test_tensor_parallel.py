@@ -66,7 +66,7 @@ def test_fused_shares_add_up():
     assert found["uses_xla_collective_metadata"]
     assert not found["skip_device_barrier"]
     assert not found["multicast"]
-    assert ["the first devices of one process" in (told or "") for told in found["obstacles"]] == [True, False, True]
+    assert ["the first devices of one process" in (reason or "") for reason in found["reasons"]] == [True, False, True]
 
 
 def test_decode_script(tmp_path):

@@ -25,7 +25,7 @@ from adafuse_jax.adapters.lora import merged as with_lora
 from adafuse_jax.adapters.methods import AnyAdapter
 from adafuse_jax.configs import TOKEN_STRATEGIES, Strategy
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.decoding.fused import Fused, fused_obstacle
+from adafuse_jax.decoding.fused import Fused, fused_unsupported_reason
 from adafuse_jax.decoding.merging import Merged, unmerge, with_weights
 from adafuse_jax.decoding.sampling import Sampling, row_keys
 from adafuse_jax.decoding.simple import LayerWiseMerging
@@ -58,7 +58,7 @@ class Token:
     """Host time since the generation of this token's predecessor (of the first token: since the call)."""
 
 
-def told_at() -> int:
+def dispatch_log_level() -> int:
     """The level of what is said about one launch: on a CPU nobody expects it."""
     return logging.INFO if jax.default_backend() == "gpu" else logging.DEBUG
 
@@ -114,18 +114,18 @@ class Engine:
         eos_ids: Sequence[int] | None = None,
     ):
         self._mesh = mesh_of(model)
-        readable = adapter if isinstance(adapter, AdaFuse) else None
-        no_launch, self._by_default = fused_obstacle(model, adapter=readable), strategy is None
+        fusable_adapter = adapter if isinstance(adapter, AdaFuse) else None
+        no_launch, self._by_default = fused_unsupported_reason(model, adapter=fusable_adapter), strategy is None
         devices = 1 if self._mesh is None else self._mesh.size
         untried = f"over more than {TRIED_DEVICES} devices it must be asked for" if devices > TRIED_DEVICES else None
         if strategy is None:
-            fits, why_not = (
+            fits, reason = (
                 adapter is None or "fused" in PRESETS[adapter.config.adapter].strategies,
                 no_launch or untried,
             )
-            strategy = "fused" if fits and why_not is None else "unmerged"
-            why = f": fused is not used, as {why_not}" if fits and why_not else ""
-            log.log(told_at(), "decoding %s%s", strategy, why)
+            strategy = "fused" if fits and reason is None else "unmerged"
+            why = f": fused is not used, as {reason}" if fits and reason else ""
+            log.log(dispatch_log_level(), "decoding %s%s", strategy, why)
         if strategy not in get_args(Strategy):
             raise UserError(f"strategy {strategy!r} is none of {', '.join(get_args(Strategy))}")
         if strategy in TOKEN_STRATEGIES and self._mesh is not None:
@@ -157,13 +157,18 @@ class Engine:
         self._model, self.adapter, self.strategy = model, acting, strategy
         self._fused: Fused | None = None
         in_merged = strategy in ("golden", "switch", "merged")
-        self._read = None if in_merged else readable
-        no_launch = fused_obstacle(model) or untried if in_merged else no_launch
+        self._read = None if in_merged else fusable_adapter
+        no_launch = fused_unsupported_reason(model) or untried if in_merged else no_launch
         if strategy == "fused" or (in_merged and no_launch is None):
             self._fused = Fused.of(model, acting if isinstance(acting, AdaFuse) else None, merged=in_merged)
         elif in_merged:
-            log.log(told_at(), "decoding %s with single operations: one launch cannot run, as %s", strategy, no_launch)
-        self._obstacles: dict[int, str | None] = {1: no_launch}
+            log.log(
+                dispatch_log_level(),
+                "decoding %s with single operations: one launch cannot run, as %s",
+                strategy,
+                no_launch,
+            )
+        self._unsupported_reasons: dict[int, str | None] = {1: no_launch}
         config = model.config
         self.context_length = config.max_position_embeddings
         vocab = range(config.vocab_size)
@@ -193,20 +198,23 @@ class Engine:
             raise UserError("a decoding step failed and took the merged weights with it; load the model again")
         return self._merged
 
-    def _obstacle(self, batch: int) -> str | None:
+    def _unsupported_reason(self, batch: int) -> str | None:
         """Why a step of so many rows cannot be one launch, which the log says once, or None."""
-        if self._fused is not None and batch not in self._obstacles:
-            self._obstacles[batch] = why_not = fused_obstacle(self._model, batch, self._read)
-            if why_not is not None:
+        if self._fused is not None and batch not in self._unsupported_reasons:
+            self._unsupported_reasons[batch] = reason = fused_unsupported_reason(self._model, batch, self._read)
+            if reason is not None:
                 log.log(
-                    told_at(), "decoding %d prompts with single operations instead of one launch: %s", batch, why_not
+                    dispatch_log_level(),
+                    "decoding %d prompts with single operations instead of one launch: %s",
+                    batch,
+                    reason,
                 )
-        return self._obstacles.get(batch)
+        return self._unsupported_reasons.get(batch)
 
     def strategy_of(self, batch: int) -> Strategy:
         """How so many rows are decoded together: `strategy`, or unmerged where that is *fused* by default and cannot
         run."""
-        return "unmerged" if self.strategy == "fused" and self._obstacle(batch) else self.strategy
+        return "unmerged" if self.strategy == "fused" and self._unsupported_reason(batch) else self.strategy
 
     def check_prompt(self, prompt: Sequence[int]) -> None:
         """Raise `UserError` for a prompt without tokens or with ids that the model has not."""
@@ -262,8 +270,8 @@ class Engine:
                 f"strategy {self.strategy} merges the experts of one row into the weights, and there are {len(prompts)} "
                 "prompts; give one at a time, or decode unmerged"
             )
-        if self.strategy == "fused" and not self._by_default and (why_not := self._obstacle(len(prompts))):
-            raise UserError(f"strategy fused cannot run: {why_not}; decode fewer prompts together, or unmerged")
+        if self.strategy == "fused" and not self._by_default and (reason := self._unsupported_reason(len(prompts))):
+            raise UserError(f"strategy fused cannot run: {reason}; decode fewer prompts together, or unmerged")
         sampling = sampling or Sampling.of()
         budgets = np.array([self.max_new_tokens(len(p), max_new_tokens) for p in prompts])
         budget, slots = int(budgets.max()), bucket(int((budgets + [len(p) for p in prompts]).max()), MIN_SLOTS)
@@ -366,7 +374,7 @@ class Engine:
     def _step(self, state: DecodeState, sampling: Sampling) -> tuple[Any, DecodeState]:
         merged = self._present() if self._merges else None
         self._merged, self._switched = None, False  # if the step fails, what it was given is gone
-        fused = None if self._obstacle(len(state.token)) else self._fused
+        fused = None if self._unsupported_reason(len(state.token)) else self._fused
         output, state, self._merged = decode_step(
             self._model,
             self.adapter,

@@ -106,7 +106,7 @@ def shape_of(config: ModelConfig, devices: int = 1) -> Shape:
     return Shape(**sizes | {name: sizes[name] // devices for name in shared})
 
 
-def fused_obstacle(model: Backbone, batch: int = 1, adapter: AdaFuse | None = None) -> str | None:
+def fused_unsupported_reason(model: Backbone, batch: int = 1, adapter: AdaFuse | None = None) -> str | None:
     """Why the fused step cannot decode `batch` rows with this model on its device, or None. `adapter`: the one whose
     factors it is to read."""
     device, mesh = next(iter(model.embed_tokens[...].devices())), mesh_of(model)

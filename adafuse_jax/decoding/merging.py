@@ -79,7 +79,7 @@ def unmerge(adapter: AdaFuse, merged: Merged) -> Merged:
     return replace(merged, weights=sgmm(merged.weights, *factors(adapter), terms), gates=nothing[1])
 
 
-def merged_anew(
+def update_merged(
     adapter: AdaFuse,
     model: Backbone,
     before: Merged,
@@ -133,7 +133,7 @@ class Merging:
         """Route one token by x^1, and merge its experts into the weights of all layers."""
         routing = self.adapter.router(x)
         chosen = routing.experts[0, 0], routing.gates[0, 0]
-        return routing, merged_anew(self.adapter, self.model, self.before, *chosen, hold=self.hold)
+        return routing, update_merged(self.adapter, self.model, self.before, *chosen, hold=self.hold)
 
 
 class MergingLayer(Hook):

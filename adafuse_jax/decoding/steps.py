@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int, Key
 
 from adafuse_jax.adapters.base import Adapter
 from adafuse_jax.decoding.fused import Fused, fused_step, route
-from adafuse_jax.decoding.merging import Merged, Merging, merged_anew, with_weights
+from adafuse_jax.decoding.merging import Merged, Merging, update_merged, with_weights
 from adafuse_jax.decoding.sampling import Sampling, sample
 from adafuse_jax.model.backbone import Backbone
 from adafuse_jax.model.cache import KVCache
@@ -109,7 +109,7 @@ def decode_step(
             # Nothing adapted runs before the router: with *switch*, those weights are only named here.
             whole = with_weights(model, merged.weights)
             experts, gates = route(whole, adapter, fused.table, token, position, cache)
-            merged = merged_anew(adapter, model, merged, experts[0], gates[0], hold=state.done[0])
+            merged = update_merged(adapter, model, merged, experts[0], gates[0], hold=state.done[0])
             logits, _, cache = fused_step(with_weights(model, merged.weights), None, fused, token, position, cache)
         state = replace(state, cache=cache, position=position + 1)
         state, finite = _choose(state, logits, sampling, eos_ids, pad_id)

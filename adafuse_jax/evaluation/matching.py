@@ -66,8 +66,8 @@ def _names(said: str, label: str) -> bool:
     if len(label) > 1:
         return re.search(_words(label), said, re.IGNORECASE) is not None
     alone = rf"(?:^|\(){label}(?=[.:,)]|$)"
-    told = rf"(?i:answer is|answer:|option):? ?\(?{label}(?!\w)(?! [a-z])"
-    return re.search(f"{alone}|{told}", said) is not None
+    announced = rf"(?i:answer is|answer:|option):? ?\(?{label}(?!\w)(?! [a-z])"
+    return re.search(f"{alone}|{announced}", said) is not None
 
 
 def _holds_text(said: str, texts: list[str]) -> list[bool]:
