@@ -105,6 +105,15 @@ def test_wrong_values_never_end_in_a_traceback(directory: Path, model: ModelConf
     assert [m for m in messages if str(directory) not in m or len(m) > MAX_MESSAGE or "\n" in m] == []
 
 
+def test_files_have_the_permissions_of_any_new_file(directory: Path, model: ModelConfig, tmp_path: Path):
+    """safetensors writes files that only their owner reads."""
+    (tmp_path / "new").touch()
+    save_adapter(load(directory, model), tmp_path / "out", backbone_name="m", backbone_identity="id")
+    modes = {path.name: path.stat().st_mode for path in (*(tmp_path / "out").iterdir(), tmp_path / "new")}
+    assert set(modes) == {CONFIG, WEIGHTS, "new"}
+    assert len(set(modes.values())) == 1, modes
+
+
 def test_tensors_that_are_not_finite_are_named(directory: Path, model: ModelConfig):
     name = sorted(load_file(directory / WEIGHTS))[0]
     for value in (np.nan, np.inf):

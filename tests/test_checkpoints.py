@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -130,11 +131,14 @@ class TestDamage:
         flip(files_of(directory / "6" / "state")[0])
         check_restored(directory, 3)
         save(directory, 5)
-        assert checkpoints(directory).steps() == [3, 5]
+        assert checkpoints(directory).steps() == [3, 5, 6]  # nobody has asked to remove 6
         check_restored(directory, 5)
         flip(files_of(directory / "5" / "state")[0])
         save(directory, 5)
         check_restored(directory, 5)
+        save(directory, 6)
+        assert checkpoints(directory).steps() == [5, 6]
+        check_restored(directory, 6)
 
     def test_one_of_another_run_is_refused_though_one_before_would_do(self, directory: Path):
         with pytest.raises(
@@ -231,6 +235,17 @@ class TestMetrics:
         report.close()
         assert caplog.messages == [f"{path}: 1 damaged line(s) left out"]
         assert [json.loads(line) for line in path.read_text().splitlines()] == GOOD
+
+    def test_a_byte_order_mark_damages_no_line(self, tmp_path: Path):
+        path = tmp_path / "metrics.jsonl"
+        path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(line).encode() for line in GOOD))
+        assert read_metrics(path) == (GOOD, 0)
+
+    def test_a_pipe_in_its_place_is_refused_not_waited_for(self, tmp_path: Path):
+        os.mkfifo(tmp_path / "metrics.jsonl")
+        report = Report(tmp_path / "metrics.jsonl", start=2, steps=4, log_every=1)
+        with pytest.raises(UserError, match=r"metrics\.jsonl: is not a regular file"):
+            report.open()
 
     def test_nothing_is_written_before_the_run_begins(self, tmp_path: Path):
         report = Report(tmp_path / "metrics.jsonl", start=0, steps=4, log_every=1)

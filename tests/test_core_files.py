@@ -64,6 +64,33 @@ class TestAtomic:
             pytest.fail("entered")
         assert os.listdir(tmp_path) == ["out"]
 
+    def test_what_others_put_into_a_replaced_directory_stays(self, tmp_path: Path):
+        out = tmp_path / "out"
+        for content in ("first", "second"):
+            with new_directory(out, replace=True, keep_others=True) as partial:
+                (partial / "file").write_text(content)
+            (out / "notes.txt").write_text("mine")
+            (out / "more").mkdir(exist_ok=True)
+            (out / "more" / "x").write_text("mine, too")
+        with new_directory(out, replace=True, keep_others=True) as partial:
+            (partial / "file").write_text("third")
+        assert {str(p.relative_to(out)): p.read_text() for p in out.rglob("*") if p.is_file()} == {
+            "file": "third", "notes.txt": "mine", "more/x": "mine, too"
+        }  # fmt: skip
+        assert os.listdir(tmp_path) == ["out"]
+
+    @pytest.mark.parametrize("replace", [False, True])
+    def test_of_a_symbolic_link_the_target_directory_is_written(self, tmp_path: Path, replace: bool):
+        (tmp_path / "disk" / "target").mkdir(parents=True)
+        (tmp_path / "link").symlink_to(tmp_path / "disk" / "target")
+        if replace:
+            (tmp_path / "link" / "file").write_text("old")
+        with new_directory(tmp_path / "link", replace=replace) as partial:
+            (partial / "file").write_text("new")
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "disk" / "target" / "file").read_text() == "new"
+        assert [os.listdir(tmp_path / "disk"), sorted(os.listdir(tmp_path))] == [["target"], ["disk", "link"]]
+
     def test_a_failed_directory_leaves_the_old_one(self, tmp_path: Path):
         with new_directory(tmp_path / "out") as partial:
             (partial / "file").write_text("old")
@@ -125,8 +152,9 @@ class TestTables:
 
     def test_a_fifo_does_not_hang(self, tmp_path: Path):
         os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(UserError, match="not a regular file"):
+        with pytest.raises(UserError) as error:
             read_text(tmp_path / "pipe")
+        assert str(error.value) == f"{tmp_path}/pipe: is not a regular file; restore the file"
 
     @pytest.mark.parametrize("name", ["a\0b", "x" * 300, "missing"])
     def test_a_name_that_no_file_has(self, tmp_path: Path, name: str):

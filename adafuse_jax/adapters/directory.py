@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from adafuse_jax.adapters.methods import MODULES, AnyAdapter, make_adapter
 from adafuse_jax.configs import AdapterConfig, ModelConfig
@@ -28,7 +27,7 @@ from adafuse_jax.core.atomic_files import new_directory, sha256, write_json
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
 from adafuse_jax.interop.hf_config import MAX_LAYERS
-from adafuse_jax.interop.safetensors_files import read_tensors
+from adafuse_jax.interop.safetensors_files import read_tensors, write_tensors
 from adafuse_jax.presets import PRESETS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -42,7 +41,7 @@ def save_adapter(
     adapter: AnyAdapter, out: Path, *, backbone_name: str, backbone_identity: str, replace: bool = False
 ) -> None:
     """Write `adapter` to the directory `out`, which appears complete or not at all. It must not exist or be empty, unless
-    `replace` puts it in place of what is there. Raises as `new_directory`."""
+    `replace` puts it in place of what is there, whose files of other names stay. Raises as `new_directory`."""
     table = {**adapter.config.table(), "backbone": {"name": backbone_name, "identity": backbone_identity}}
     tensors = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(adapter))}
     write_adapter_files(out, table, tensors, metadata={"format": "adafuse-jax"}, replace=replace, with_digest=True)
@@ -58,8 +57,8 @@ def write_adapter_files(
     with_digest: bool = False,
 ) -> None:
     """The two files as the directory `out`; `with_digest` adds the weights' to the table. Raises as `new_directory`."""
-    with new_directory(out, replace=replace) as partial:
-        save_file(tensors, partial / WEIGHTS_FILE, metadata=metadata)
+    with new_directory(out, replace=replace, keep_others=True) as partial:
+        write_tensors(partial / WEIGHTS_FILE, tensors, metadata=metadata)
         write_json(partial / CONFIG_FILE, table | ({DIGEST: sha256(partial / WEIGHTS_FILE)} if with_digest else {}))
 
 

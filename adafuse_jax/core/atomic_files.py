@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -18,7 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from adafuse_jax.core.errors import UserError
+from adafuse_jax.core.errors import UserError, shortened
+
+log = logging.getLogger(__name__)
 
 DIGESTS_FILE = "digests.json"
 LOCK_FILE = ".lock"
@@ -42,12 +45,17 @@ def new_file(path: Path, *, text: bool = True) -> Iterator[IO[Any]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
+        set_usual_mode(Path(name))
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
         raise
+
+
+def set_usual_mode(path: Path) -> None:
+    """Give a file the permissions that a new one has; those of temporary files, and of safetensors, are the owner's only."""
+    os.chmod(path, 0o666 & ~_umask())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -62,12 +70,14 @@ def write_json(path: Path, table: Any) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
+def new_directory(out: Path, *, replace: bool = False, keep_others: bool = False) -> Iterator[Path]:
     """Within, an empty directory to fill; at the end of the block it becomes `out`. After an exception it is gone, and `out`
     is as it was.
 
     `out` must not exist or be empty, unless `replace` is given: then it takes the place of the directory that is there. A
-    kill between the two renames of a replacement leaves the old one beside it, as `.NAME.*.old`. Parents are made.
+    kill between the two renames of a replacement leaves the old one beside it, as `.NAME.*.old`. With `keep_others` what the
+    old one holds under other names than the new one is copied into it. Parents are made. Of a symbolic link the target is
+    written.
 
     Raises:
       UserError: `out` exists, is not an empty directory, and is not to be replaced.
@@ -75,6 +85,7 @@ def new_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if not replace:
         require_free(out)
+    out = Path(os.path.realpath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=_prefix(out), suffix=".partial"))
     try:
@@ -83,6 +94,8 @@ def new_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
         if not replace or not out.exists() or not any(out.iterdir()):
             os.rename(partial, out)  # onto an empty directory, too; not onto one that was filled meanwhile
             return
+        if keep_others:
+            _copy_others(out, partial)
         aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=_prefix(out), suffix=".old"))
         os.rename(out, aside)
         try:
@@ -94,6 +107,17 @@ def new_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _copy_others(old: Path, new: Path) -> None:
+    others = [path for path in sorted(old.iterdir()) if not os.path.lexists(new / path.name)]
+    for path in others:
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, new / path.name, follow_symlinks=False)
+    if others:
+        log.info("%s: files that are not of this run stay: %s", old, shortened(", ".join(p.name for p in others), 200))
 
 
 def require_free(out: Path, name: str = "") -> None:

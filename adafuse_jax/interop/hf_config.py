@@ -141,7 +141,8 @@ def parse_hf_config(directory: Path) -> HFConfig:
     dtype = _dtype(table)
     unused = [*(name for name in table.unread() if not _is_inert(name, table.values[name])), *rope_unused]
     if unused:
-        remarks.insert(0, shortened(f"{table.where}: keys that are not used: {', '.join(unused)}", 400))
+        names = ", ".join(shortened(name, 60) for name in unused)
+        remarks.insert(0, shortened(f"{table.where}: keys that are not used: {names}", 400))
     return HFConfig(model=model, dtype=dtype, remarks=tuple(remarks))
 
 

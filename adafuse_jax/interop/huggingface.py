@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from adafuse_jax.configs import ATTENTION_LINEARS, LINEARS, DType, ModelConfig
 from adafuse_jax.core.atomic_files import new_directory, write_json
@@ -27,7 +26,7 @@ from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import read_json
 from adafuse_jax.data.tokenizer import PATTERNS, tokenizer_files, write_tokenizer
 from adafuse_jax.interop.hf_config import hf_config, parse_hf_config
-from adafuse_jax.interop.safetensors_files import DTYPES, Tensors, require_float
+from adafuse_jax.interop.safetensors_files import DTYPES, Tensors, require_float, write_tensors
 from adafuse_jax.model.backbone import Backbone
 
 log = logging.getLogger(__name__)
@@ -237,9 +236,9 @@ def export_backbone(
     files and what else config.json holds come from `source`; the tokenizer's are those of `tokenizer`, by name, if given.
 
     The directory appears complete or not at all. Raises `UserError` if `out` exists and is not an empty directory, unless
-    `replace` puts it in place of what is there.
+    `replace` puts it in place of what is there, whose files of other names stay.
     """
-    with new_directory(Path(out), replace=replace) as partial_out:
+    with new_directory(Path(out), replace=replace, keep_others=True) as partial_out:
         _write_model(model, partial_out, source, tokenizer)
 
 
@@ -275,7 +274,7 @@ def _write_model(model: Backbone, out: Path, source: str | Path | None, tokenize
         for name, array in arrays.items():
             if not np.isfinite(array).all():
                 raise UserError(f"{name} is not finite in {array.dtype}; give --dtype float32, or restore the adapter")
-        save_file(arrays, out / file_name, metadata={"format": "pt"})
+        write_tensors(out / file_name, arrays, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(arrays, file_name)
     if len(shards) > 1:
         total = sum(leaf.nbytes for leaf in jax.tree.leaves(model))

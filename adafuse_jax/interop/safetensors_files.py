@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
+from adafuse_jax.core.atomic_files import set_usual_mode
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
 
@@ -65,6 +67,12 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         if not np.isfinite(tensors[name]).all():
             raise UserError(f"{path}: tensor {shortened(name, 120)} holds NaN or infinite values; restore the file")
     return tensors
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, metadata: dict[str, str]) -> None:
+    """A safetensors file with the permissions of any new file. Raises `OSError` or `SafetensorError`."""
+    save_file(tensors, path, metadata=metadata)
+    set_usual_mode(path)
 
 
 class Tensors:

@@ -118,7 +118,10 @@ class Checkpoints:
                 faults.append(str(error))
                 continue
             if faults:
-                log.warning("damaged: %s; going on from the checkpoint before, %s", shortened(faults[0], 250), where)
+                more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+                log.warning(
+                    "damaged%s: %s; going on from the checkpoint before, %s", more, shortened(faults[0], 240), where
+                )
             if "format" not in saved:
                 log.warning("%s: was written by an earlier version, without digests, and is used unchecked", where)
             return state
@@ -154,7 +157,7 @@ class Checkpoints:
                 write_digests(partial)
             present = self.steps()
             for old in present:
-                if old > step or old in [s for s in present if s <= step][: -self.keep]:
+                if old in [s for s in present if s <= step][: -self.keep]:
                     self._remove(old)
         except Exception as error:  # orbax raises anything on a full disk
             self._error = error
@@ -208,6 +211,5 @@ def _named(state: TrainState) -> dict[str, jax.Array]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of the message; of a long one its end, where the cause stands."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    return line if len(line) <= 120 else "…" + line[-120:]
+    """The first line of the message; of a long one its beginning and its end."""
+    return shortened((str(error).splitlines() or [type(error).__name__])[0], 160)

@@ -150,7 +150,9 @@ def _train(
 
     abstract = jax.eval_shape(lambda: Backbone(model_config, dtype=config.dtype, rngs=nnx.Rngs(0)))
     like = jax.eval_shape(initial_state, abstract, lora)
-    check_space(output, like.adapter, like.moments, keep=config.keep_checkpoints)
+    check_space(
+        output, like.adapter, like.moments, keep=min(config.keep_checkpoints, -(-steps // config.checkpoint_every))
+    )
     model = load_backbone(checkpoint, config.dtype)
     identity = _identity(
         config, adapter_config, backbone=backbone, data=data.fingerprint, total_steps=steps, initial=digest(lora),
@@ -282,7 +284,7 @@ def _as_line(metrics: dict[str, Any], lr: float, batch: Batch, seconds: float) -
 
 def _diverged(step: int, metrics: dict[str, Any], checkpoints: Checkpoints) -> str:
     bad = next(name for name in FINITE if name in metrics and not np.isfinite(metrics[name]).all())
-    last = checkpoints.steps()[-1:]
+    last = [saved for saved in checkpoints.steps() if saved < step][-1:]  # later ones are damaged
     good = (
         f"the last good checkpoint is {checkpoints.directory / str(last[0])}" if last else "there is no checkpoint yet"
     )

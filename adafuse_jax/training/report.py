@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import sys
@@ -32,7 +33,7 @@ class Report:
     def open(self) -> None:
         """Write what has been reported so far, and from now on at once. Raises `OSError`."""
         # From step 0 on, all of it will be: also the evaluation before the first step.
-        lines, damaged = read_metrics(self.path) if self.start and self.path.exists() else ([], 0)
+        lines, damaged = read_metrics(self.path) if self.start and self.path.is_file() else ([], 0)
         if damaged:
             log.warning("%s: %d damaged line(s) left out", self.path, damaged)
         lines = [line for line in lines if line["step"] <= self.start]
@@ -75,7 +76,7 @@ class Report:
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines of a metrics file, and how many were left out: cut short by a kill, damaged, or without a step."""
     lines, damaged = [], 0
-    for data in path.read_bytes().split(b"\n"):
+    for data in path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"):
         if not data.strip():
             continue
         try:
