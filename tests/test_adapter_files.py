@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from adafuse_jax.adapters.directory import load_adapter, save_adapter
 from adafuse_jax.adapters.methods import make_adapter
-from adafuse_jax.configs import AdapterConfig, ModelConfig
+from adafuse_jax.configs import LINEARS, AdapterConfig, ModelConfig
 from adafuse_jax.core.errors import MAX_MESSAGE, UserError
 from adafuse_jax.export import ExportConfig, export
 from adafuse_jax.interop.hf_config import read_model_config
@@ -112,6 +112,29 @@ def test_files_have_the_permissions_of_any_new_file(directory: Path, model: Mode
     modes = {path.name: path.stat().st_mode for path in (*(tmp_path / "out").iterdir(), tmp_path / "new")}
     assert set(modes) == {CONFIG, WEIGHTS, "new"}
     assert len(set(modes.values())) == 1, modes
+
+
+LEFT_OUT = (
+    {"target_modules": ["q_proj"]}, {"target_modules": []}, {"target_modules": ["proj"]}, {"layers_to_transform": [0]},
+    {"layers_to_transform": 1}, {"exclude_modules": ["up_proj"]},
+)  # fmt: skip
+SELECTED: tuple[dict[str, Any], ...] = (
+    {"target_modules": "all-linear"}, {"target_modules": None}, {"layers_to_transform": [0, 1, 2, 3]},
+    {"exclude_modules": ["lm_head"]},
+    {"target_modules": [f"{block}.{linear}" for linear in LINEARS for block in ("self_attn", "mlp")]},
+)  # fmt: skip
+
+
+def test_tensors_that_peft_would_leave_out_are_refused(model: ModelConfig, tmp_path: Path):
+    """A config that selects fewer modules than there are tensors: PEFT drops those, and the function is another one."""
+    directory = Path(shutil.copytree(PEFT, tmp_path / "adapter"))
+    table = json.loads((directory / CONFIG).read_text())
+    for change in LEFT_OUT:
+        (directory / CONFIG).write_text(json.dumps(table | change))
+        refused(directory, model, WEIGHTS, "leaves out", next(iter(change)))
+    for change in SELECTED:
+        (directory / CONFIG).write_text(json.dumps(table | change))
+        load(directory, model)
 
 
 def test_tensors_that_are_not_finite_are_named(directory: Path, model: ModelConfig):

@@ -40,11 +40,11 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 """Variants of LoRA that have other mathematics → the values that leave it plain; None and absence do too."""
 
 INERT = frozenset({
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_config",
-    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "inference_mode", "layers_pattern", "loftq_config", "lora_ga_config", "megatron_config",
+    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 })  # fmt: skip
-"""Keys that leave the function as it is: the tensors say which linears and layers they adapt."""
+"""Keys that leave the function as it is."""
 
 
 def tensor_name(layer: int, linear: str, factor: str) -> str:
@@ -67,8 +67,9 @@ def load_peft_lora(directory: Path, table: Table, model: ModelConfig, *, dtype: 
         value = table.get(name)
         if value is not None and value not in plain:
             raise UserError(f"{table.where}: {name} {quoted(value)} is not supported; give a plain LoRA")
-    rank, alpha = table.integer("r", low=1, high=MAX_SIZE), table.number("lora_alpha")
-    stabilised, dropout = table.boolean("use_rslora", False), table.number("lora_dropout", 0.0)
+    rank, alpha = table.integer("r", low=1, high=MAX_SIZE), table.number("lora_alpha", low=0, high=1e6, above=True)
+    selection = {name: table.get(name) for name in ("target_modules", "layers_to_transform", "exclude_modules")}
+    stabilised, dropout = table.boolean("use_rslora", False), table.number("lora_dropout", 0.0, low=0, high=1)
     if unknown := [name for name in table.unread() if name not in INERT]:
         log.info("%s", shortened(f"{table.where}: keys that are not used: {', '.join(unknown)}", 400))
     path = directory / WEIGHTS_FILE
@@ -76,6 +77,7 @@ def load_peft_lora(directory: Path, table: Table, model: ModelConfig, *, dtype: 
         raise UserError(f"{directory}: has no {WEIGHTS_FILE}; convert its .bin file to safetensors first")
     tensors = read_tensors(path)
     targets = _targets(tensors, path)
+    _require_selected(selection, tensors, table, path)
     try:
         config = AdapterConfig(
             adapter="lora", targets=targets, rank=rank, dropout=dropout,
@@ -116,6 +118,36 @@ def _targets(tensors: dict[str, np.ndarray], path: Path) -> tuple[str, ...]:
     if not found:
         raise UserError(f"{path}: holds no tensor; restore the file")
     return tuple(found)
+
+
+def _require_selected(selection: dict[str, Any], tensors: dict[str, np.ndarray], table: Table, path: Path) -> None:
+    """Raise `UserError` for a tensor of a linear that the config does not select: PEFT leaves it out. Patterns, which may
+    take for ever to match, are not compared, with a line in the log."""
+    if patterns := [key for key, value in selection.items() if isinstance(value, str) and value != "all-linear"]:
+        log.info("%s: %s: a pattern is not used; the tensors say what is adapted", table.where, " and ".join(patterns))
+    layers = selection["layers_to_transform"]
+    layers = (
+        {str(layer) for layer in layers} if isinstance(layers, list) else layers if layers is None else {str(layers)}
+    )
+
+    def is_named(module: str, names: list[Any]) -> bool:
+        return any(module == name or module.endswith(f".{name}") for name in names)
+
+    for key in ("target_modules", "exclude_modules"):
+        if not isinstance(selection[key], list | str | None):
+            raise table.error(key, "it must be a list of names, or a pattern")
+    targets, excluded = selection["target_modules"], selection["exclude_modules"]
+    for tensor in sorted(tensors):
+        module = tensor.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
+        fault = "target_modules" if isinstance(targets, list) and not is_named(module, targets) else ""
+        fault = "exclude_modules" if isinstance(excluded, list) and is_named(module, excluded) else fault
+        if layers is not None and NAME.fullmatch(tensor)[1] not in layers:  # type: ignore[index] # `_targets` has matched
+            fault = "layers_to_transform"
+        if fault:
+            raise UserError(
+                f"{path}: tensor {shortened(tensor, 120)} is of a module that {fault} in {CONFIG_FILE} leaves out; restore "
+                "the files of one adapter"
+            )
 
 
 def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], directory: Path) -> np.ndarray:

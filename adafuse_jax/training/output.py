@@ -132,7 +132,7 @@ def check_space(output: Path, trained: Any, moments: Any, *, keep: int) -> None:
     free = shutil.disk_usage(_nearest_existing(output)).free + present
     if free < need:
         raise UserError(
-            f"--output {output}: {keep} checkpoints and the adapter need {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            f"--output {output}: {keep} checkpoints and the adapter need {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; "
             "free space, lower --keep-checkpoints or give another disk"
         )
 
