@@ -145,6 +145,25 @@ class TestStreams:
         assert (done.returncode, done.stdout) == (2, "")
         assert [text[: len(line or "")] for text in done.stderr.splitlines()] == ([] if line is None else [line])
 
+    @pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", "2> >(exit)"])
+    def test_lines_that_nobody_gets_end_nothing(self, redirection: str, unbuffered: str, tmp_path: Path):
+        (tmp_path / "lines.py").write_text(
+            "import sys, time\n"
+            "from tqdm import tqdm\n"
+            "from adafuse_jax.core.cli import run_cli\n"
+            "def main(argv):\n"
+            "    for _ in range(3):\n"
+            "        print('a line' * 5000, file=sys.stderr, flush=True)\n"
+            "        tqdm.write('another', file=sys.stderr)\n"
+            "        time.sleep(0.1)\n"
+            "    print('done')\n"
+            "run_cli(main)\n"
+        )
+        environment = tiny.environment(PYTHONUNBUFFERED=unbuffered, PYTHONPATH=str(tiny.REPOSITORY))
+        command = ["bash", "-c", f"{sys.executable} {tmp_path}/lines.py {redirection}"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+        assert (done.returncode, done.stdout) == (0, "done\n")
+
     def test_a_reader_that_goes_is_no_error(self, unbuffered: str):
         done = shell("| true; exit ${PIPESTATUS[0]}", HELP, unbuffered)
         assert (done.returncode, done.stderr) == (BROKEN_PIPE_CODE, "")

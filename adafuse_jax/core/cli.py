@@ -34,9 +34,9 @@ def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
     Afterwards SIGINT and SIGTERM end the process at once, with that code: neither disturbs the end of the interpreter.
     """
     _occupy_descriptors()
-    stdout = _Stdout(sys.stdout)
+    stdout, stderr = _Stdout(sys.stdout), sys.stderr
     with _Signals() as signals:
-        sys.stdout = stdout  # type: ignore[assignment]
+        sys.stdout, sys.stderr = stdout, _Stderr(stderr)  # type: ignore[assignment]
         try:
             code = _outcome(main, argv, signals, stdout)
         except KeyboardInterrupt:  # in the handling of another exception
@@ -44,7 +44,7 @@ def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
         else:
             signals.code = code
         finally:
-            sys.stdout = stdout.stream
+            sys.stdout, sys.stderr = stdout.stream, stderr
             if stdout.error is not None:
                 _discard(stdout.stream)
             try:
@@ -156,6 +156,25 @@ class _Stdout:
             error.filename = STDOUT
             self.error = error
             raise
+
+
+class _Stderr:
+    """A stderr whose errors end nothing: a full disk for the log, or a reader that goes, would end a run of days."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            return self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def _discard(stream: Any) -> None:
