@@ -865,7 +865,17 @@ def test_read_only_output(refused: Callable, monkeypatch: pytest.MonkeyPatch):
 
 def test_full_disk(refused: Callable, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    refused("train", Case("full disk", ("--output {}/run", "2 checkpoints", "GB are free", "free space")))
+    refused(
+        "train",
+        Case("full disk", ("--output {}/run", "2 checkpoints", "GB are free", "free space"), {"checkpoint_every": 1}),
+    )
+
+
+def test_space_is_asked_for_as_many_checkpoints_as_the_run_writes(refused: Callable, monkeypatch: pytest.MonkeyPatch):
+    """--keep-checkpoints 1000000000 means all of them."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    flags = {"keep_checkpoints": 10**9, "steps": 9, "checkpoint_every": 4}
+    refused("train", Case("all checkpoints", ("--output {}/run: 3 checkpoints", "GB are free"), flags))
 
 
 def test_too_little_memory(refused: Callable, monkeypatch: pytest.MonkeyPatch):

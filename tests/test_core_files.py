@@ -161,6 +161,14 @@ class TestTables:
         with pytest.raises(UserError, match="cannot be read"):
             read_text(tmp_path / name)
 
+    @pytest.mark.parametrize(
+        ("suffix", "text"),
+        [(".json", '{"a": 1, "b": {"c": 1, "c": 1}}'), (".yaml", "c: 1\nc: 2\n"), (".toml", "c = 1\nc = 2\n")],
+    )
+    def test_of_a_key_that_is_there_twice_neither_value_is_taken(self, suffix: str, text: str):
+        with pytest.raises(UserError, match=r"^f: not valid .*(twice|overwrite).*; correct the file$"):
+            parse_table(text, suffix, "f", unique=True)
+
     @pytest.mark.parametrize("depth", [MAX_DEPTH + 1, 100_000])
     def test_deep_nesting_is_refused(self, depth: int):
         text = '{"a": ' + "[" * depth + "]" * depth + "}"

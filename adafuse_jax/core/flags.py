@@ -88,7 +88,7 @@ def _read_config_file(given: str, fields: dict[str, Kind]) -> dict[str, Any]:
         raise UserError(f"{where}: unknown kind of file; use one of {' '.join(CONFIG_SUFFIXES)}")
     text = read_text(path, what="--config ", max_bytes=MAX_CONFIG_BYTES, advice="give an existing file")
     values: dict[str, Any] = {}
-    for key, value in parse_table(text, path.suffix, where).items():
+    for key, value in parse_table(text, path.suffix, where, unique=True).items():
         name = str(key).replace("-", "_")
         if name not in fields:
             raise UserError(f"{where}: unknown key {quoted(str(key))}; the keys are the names of the flags, see --help")

@@ -16,8 +16,10 @@ import math
 import os
 import stat
 import tomllib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +75,13 @@ def read_json(path: Path, *, what: str = "", advice: str = "restore the file") -
     return parse_table(read_text(path, what=what, advice=advice), ".json", f"{what}{path}", advice=advice)
 
 
-def parse_table(text: str, suffix: str, where: str, *, advice: str = "correct the file") -> dict[str, Any]:
-    """The object that `text` holds as `.json`, `.yaml`, `.yml` or `.toml`. Raises `UserError` with `where` in it."""
+def parse_table(
+    text: str, suffix: str, where: str, *, advice: str = "correct the file", unique: bool = False
+) -> dict[str, Any]:
+    """The object that `text` holds as `.json`, `.yaml`, `.yml` or `.toml`; a key that is there twice has its last value in
+    JSON, unless they must be `unique`. Raises `UserError` with `where` in it."""
     parsers: dict[str, Any] = {
-        ".json": json.loads,
+        ".json": partial(json.loads, object_pairs_hook=_unique if unique else None),
         ".toml": tomllib.loads,
         ".yaml": _parse_yaml,
         ".yml": _parse_yaml,
@@ -95,13 +100,24 @@ def parse_table(text: str, suffix: str, where: str, *, advice: str = "correct th
     return table
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    counts = Counter(name for name, _ in pairs)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"{quoted(twice[0])} is given twice")
+    return dict(pairs)
+
+
 class _PlainYaml(yaml.SafeLoader):
-    """Without references: a few lines of them can stand for gigabytes."""
+    """Without references: a few lines of them can stand for gigabytes; and without keys that are there twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("references (*name) are not supported")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        _unique([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return super().construct_mapping(node, deep)
 
 
 def _parse_yaml(text: str) -> Any:
