@@ -219,7 +219,7 @@ class TrainConfig:
     grad_accum: int = flag("micro-batches per optimiser step", 1, low=1, high=MAX_ROWS)
     max_length: int = flag("tokens per sequence; longer examples are cut", 1024, low=8, high=MAX_TOKENS)
     packing: bool = flag("pack several examples into a sequence, masked from each other", True)
-    learning_rate: float = flag("peak learning rate of AdamW", 2e-4, above=0, high=1e3)
+    learning_rate: float = flag("peak learning rate of AdamW", 2e-4, above=0, high=1e30)
     tied_share: float = flag(
         "share of the steps, from the first, in which AdaFuse's experts learn as one LoRA", 0.0, low=0, high=1
     )
