@@ -75,12 +75,13 @@ def test_directories(writer, tmp_path: Path, model_dir: Path, neighbours: dict[s
 @pytest.mark.parametrize("writer", [write_export, write_adapter])
 def test_replacement(writer, tmp_path: Path, model_dir: Path, neighbours: dict[str, tuple]):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "earlier").touch()
+    (tmp_path / "out" / "notes.txt").write_text("of the user")
+    (tmp_path / "out" / "config.json").write_text("earlier")
     writer(tmp_path / "out", model_dir, replace=True)
     check(tmp_path, neighbours, "out")
-    assert not (tmp_path / "out" / "earlier").exists()
+    assert (tmp_path / "out" / "notes.txt").read_text() == "of the user"
     if writer is write_export:
-        assert load_backbone(tmp_path / "out").dtype == jnp.float32
+        assert load_backbone(tmp_path / "out").dtype == jnp.float32  # config.json is the new one
 
 
 def test_files(tmp_path: Path, neighbours: dict[str, tuple]):
