@@ -341,9 +341,9 @@ def main(argv: Sequence[str]) -> int:
             break
         study.do(run)
         result = study.results[run.name]
-        told = [next(iter(lane.values())) for lane in result["lanes"]]
+        by_lane = [next(iter(lane.values())) for lane in result["lanes"]]
         print(
-            f"[{time.perf_counter() - begun:6.0f} s] {run.name}: {told}, {result['wall_seconds']:.1f} s",
+            f"[{time.perf_counter() - begun:6.0f} s] {run.name}: {by_lane}, {result['wall_seconds']:.1f} s",
             file=sys.stderr,
         )
     study.close()

@@ -173,12 +173,12 @@ def markdown(rows: list[dict[str, Any]], table: dict[str, Any]) -> str:
         lines += ["", f"The loss of some seed was not finite: {', '.join(diverged)}."]
     lanes = max(row["lanes_trained_together"] for row in rows)
     if lanes:
-        told = f"up to {lanes} seeds train in one program, which shares their time."
-        lines += ["", f"Seconds are those of the optimiser steps; {told}", *_which_device(rows)]
+        sharing = f"up to {lanes} seeds train in one program, which shares their time."
+        lines += ["", f"Seconds are those of the optimiser steps; {sharing}", *_which_device(rows)]
     left = {name: counts for name, counts in table["scored_and_left_out"].items() if counts[1]}
     if left:
-        told = ", ".join(f"{dropped} of {kept + dropped} of {name}" for name, (kept, dropped) in left.items())
-        lines += ["", f"Left out because they do not fit {study['length']} tokens: {told}."]
+        left_out = ", ".join(f"{dropped} of {kept + dropped} of {name}" for name, (kept, dropped) in left.items())
+        lines += ["", f"Left out because they do not fit {study['length']} tokens: {left_out}."]
     return "\n".join(lines) + "\n"
 
 

@@ -66,13 +66,22 @@ def conversation(turns: Any, row: Row, column: str, notes: Notes) -> Chat:
     turns = json_value(turns, f"column {column!r}") if isinstance(turns, str) else turns
     if not isinstance(turns, list | tuple):
         raise RowError(f"column {column!r} must hold a list of turns {{role, content}} or {{from, value}}")
-    messages = []
+    try:
+        messages = messages_of(turns, notes)
+    except RowError as error:
+        raise RowError(f"column {column!r}, {error}") from None
+    return chat([*_history(row, notes), *messages], row, notes)
+
+
+def messages_of(turns: Sequence[Any], notes: Notes) -> list[Message]:
+    """The messages of a list of turns. Raises RowError, which names the turn."""
+    messages: list[Message] = []
     try:
         for turn in turns:
             messages.append(message_of(turn, notes))
     except RowError as error:
-        raise RowError(f"column {column!r}, turn {len(messages) + 1}: {error}") from None
-    return chat([*_history(row, notes), *messages], row, notes)
+        raise RowError(f"turn {len(messages) + 1}: {error}") from None
+    return messages
 
 
 def exchange(prompt: str, reply: str, row: Row, notes: Notes) -> Chat:

@@ -14,7 +14,7 @@ from typing import Any
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.fields import require_text
 from adafuse_jax.core.tables import read_text
-from adafuse_jax.data.conversations import message_of, tools_of
+from adafuse_jax.data.conversations import messages_of, tools_of
 from adafuse_jax.data.examples import Chat
 from adafuse_jax.data.json_rows import DECODER
 from adafuse_jax.data.rows import Notes, Repeated, RowError
@@ -75,12 +75,10 @@ def _conversation(table: dict[str, Any], where: str, notes: Notes) -> Chat:
     turns = table["messages"]
     if not isinstance(turns, list):
         raise UserError(f"{where}: messages is {quoted(turns)}; it must be a list of turns")
-    messages = []
     try:
-        for turn in turns:
-            messages.append(message_of(turn, notes))
+        messages = messages_of(turns, notes)
     except RowError as error:
-        raise UserError(f"{where}: turn {len(messages) + 1}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
     require_text(where, "".join(m.content for m in messages))
     try:
         return Chat(tuple(messages), tools=tools_of(table))

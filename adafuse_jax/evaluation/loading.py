@@ -26,8 +26,11 @@ class Loaded:
     dtype: DType
 
 
-def load(model: str | Checkpoint, adapter: str | None = None, dtype: DType | None = None) -> Loaded:
+def load(
+    model: str | Checkpoint, adapter: str | None = None, dtype: DType | None = None, *, tokenizer: Any = None
+) -> Loaded:
     """Load from directories (a hub id or an opened checkpoint, for the model); float32 models multiply in float32.
+    `tokenizer`: the model's and the adapter's, if it is loaded already.
 
     Raises `UserError` for what `Checkpoint.open`, `load_tokenizer`, `load_adapter` and `load_backbone` refuse, in this
     order: the large files are read last.
@@ -35,7 +38,8 @@ def load(model: str | Checkpoint, adapter: str | None = None, dtype: DType | Non
     if dtype is not None and dtype not in get_args(DType):
         raise UserError(f"dtype is {quoted(dtype)}: choose from {', '.join(get_args(DType))}")
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
-    tokenizer = load_tokenizer(checkpoint.directory, adapter)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(checkpoint.directory, adapter)
     dtype = dtype or checkpoint.dtype
     if dtype == "float32":
         runtime.exact_float32()
