@@ -137,7 +137,7 @@ def make_prompts(arguments: argparse.Namespace, shapes: Shapes) -> tuple[list[li
     most = shapes.max_position_embeddings - arguments.new_tokens
     if arguments.conversations is None:
         lengths = [min(RANDOM_PROMPT, most)] * arguments.queries
-        told = f"{arguments.queries} random prompts of {lengths[0]} tokens"
+        description = f"{arguments.queries} random prompts of {lengths[0]} tokens"
     else:
         low, high = arguments.prompt_tokens
         texts = conversation_texts(arguments.conversations)
@@ -147,7 +147,7 @@ def make_prompts(arguments: argparse.Namespace, shapes: Shapes) -> tuple[list[li
             raise SystemExit(
                 f"--conversations {arguments.conversations}: none of its {len(texts)} questions has {low} to {high} tokens"
             )
-        told = (
+        description = (
             f"{len(lengths)} prompts as long as the first questions of {arguments.conversations.name} that have {low} to "
             f"{high} tokens ({BYTES_PER_TOKEN} bytes each), {sum(lengths) / len(lengths):.0f} on average"
         )
@@ -155,12 +155,12 @@ def make_prompts(arguments: argparse.Namespace, shapes: Shapes) -> tuple[list[li
     return (
         [rng.integers(3, shapes.vocab_size, lengths[i % len(lengths)]).tolist() for i in range(count)],
         len(lengths),
-        told,
+        description,
     )
 
 
 def run_job(job: Job, common: dict[str, Any], timeout: float, python: str) -> tuple[dict[str, Any], str | None]:
-    """What the process told until it ended, and what went wrong, if anything did."""
+    """The results that the process reported until it ended, and what went wrong, if anything did."""
     print(f"{job.name}:", flush=True)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
@@ -185,7 +185,7 @@ def run_job(job: Job, common: dict[str, Any], timeout: float, python: str) -> tu
 def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
     """Measure, and keep part-*.json up to date."""
     shapes = SIZES[arguments.size]
-    prompts, queries, told = make_prompts(arguments, shapes)
+    prompts, queries, description = make_prompts(arguments, shapes)
     jobs = jobs_of(part, arguments)
     if arguments.only:
         jobs = [
@@ -198,7 +198,7 @@ def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
         return
     name = "-".join(["part", part, *(arguments.only or ())])
     found: dict[str, Any] = {
-        "part": part, "command": command, "size": arguments.size, "prompts": told, "versions": {}, "rows": [],
+        "part": part, "command": command, "size": arguments.size, "prompts": description, "versions": {}, "rows": [],
     }  # fmt: skip
     common = {
         "size": arguments.size, "prompts": prompts, "new_tokens": arguments.new_tokens, "queries": queries,

@@ -72,15 +72,15 @@ def complete(
     """`FIELDS` of a measured row, None where there is nothing to say."""
     place = {key: row[key] for key in KEY}
     full: dict[str, Any] = dict.fromkeys(FIELDS) | place
-    told = costs(shapes, **place, context=row.get("context", 0), distinct=row.get("distinct_experts"))
-    full |= {"params_b": told.params_b}
+    cost = costs(shapes, **place, context=row.get("context", 0), distinct=row.get("distinct_experts"))
+    full |= {"params_b": cost.params_b}
     if "ms_per_token" not in row:
         return full
     ms, base = row["ms_per_token"], rows.get(baseline_of(row), {}).get("ms_per_token")
     full |= {"ms_per_token": ms, "spread_ms": row["spread_ms"], "peak_gib": row.get("peak_gib")}
-    full |= {"bytes_gb": told.bytes_gb, "flops_g": told.flops_g}
+    full |= {"bytes_gb": cost.bytes_gb, "flops_g": cost.flops_g}
     full["overhead_pct"] = None if base is None else 100 * (ms / base - 1)
-    full["read_bandwidth_pct"] = None if read is None else 100 * told.bytes_gb / ms / read
+    full["read_bandwidth_pct"] = None if read is None else 100 * cost.bytes_gb / ms / read
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in full.items()}
 
 
@@ -102,7 +102,7 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
     tables: dict[str, list[Any]] = {
         name: next((part[name] for part in reversed(parts) if name in part), []) for name in EXTRA
     }
-    notes = [*(f"Prompts: {told}." for told in prompts), *NOTES]
+    notes = [*(f"Prompts: {text}." for text in prompts), *NOTES]
     for way in ways[-1:]:
         speeds = (f"{kind} by {name} {speed:.2f}" for kind in ("read", "copy") for name, speed in way[kind].items())
         notes.append(f"Ceilings, TB/s: {', '.join(speeds)}.")
@@ -229,7 +229,7 @@ def to_markdown(result: dict[str, Any]) -> str:
     for row in result["details"]:
         name = " ".join(str(row[key]) for key in KEY if row[key] != "-")
         if "tried" in row:
-            tried = "; ".join(f"{way}: {told}" for way, told in row["tried"].items())
+            tried = "; ".join(f"{way}: {outcome}" for way, outcome in row["tried"].items())
             lines.append(f"- {name} ran with {row['configuration']}. {tried}.")
         if "step_ms" in row:
             lines.append(

@@ -341,8 +341,8 @@ def measure_layer(
             except Exception as error:
                 row[f"{name}_error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
         found.append(row)
-        told = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-        print("  layer: " + ", ".join(told), flush=True)
+        parts = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        print("  layer: " + ", ".join(parts), flush=True)
         tell({"breakdown": found})
 
 

@@ -73,7 +73,7 @@ def run(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row for the bare backbone and each strategy; `pointer_steps` more steps follow, before pointers are compared.
 
-    `report` is told the rows so far after each."""
+    `report` gets the rows so far after each."""
     config = model_config(shapes)
     model = random_backbone(config)
     adapter = random_adafuse(adapter_config(shapes, "qv"), config)

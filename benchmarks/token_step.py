@@ -70,8 +70,8 @@ def time_cases(cases: Sequence[tuple[str, int]], num_layers: int, steps: int, re
 
         times, *_ = time_steps(advance, fresh_state(config, model.dtype, batch), None, steps, repeats)
         ms, spread = statistics.median(times), max(times) - min(times)
-        told = f"{targets}:{batch}, {num_layers} layers: {ms:.3f} ± {spread:.3f} ms, compiled in {seconds:.0f} s"
-        print(told, flush=True)
+        line = f"{targets}:{batch}, {num_layers} layers: {ms:.3f} ± {spread:.3f} ms, compiled in {seconds:.0f} s"
+        print(line, flush=True)
 
 
 def timeline(targets: str, batch: int, num_layers: int) -> list[str]:

@@ -146,8 +146,8 @@ def real_goldens() -> dict:
     story = greedy(model, np.array([tokenizer.bos_token_id]), STORY_TOKENS)
     text = tokenizer.decode(story, skip_special_tokens=True)
     page = (SHARED / "assets" / "models" / "stories260K.md").read_text()
-    told = page.split("-t 0.0\n", 1)[1].split("\n```", 1)[0]
-    if text.split() != told.split():
+    committed = page.split("-t 0.0\n", 1)[1].split("\n```", 1)[0]
+    if text.split() != committed.split():
         sys.exit("stories260K: the greedy text differs from ../shared/assets/models/stories260K.md")
     return {"smollm2": chats, "stories260k": {"tokens": story.tolist(), "text": text}}
 
@@ -206,14 +206,14 @@ def main() -> int:
     real = real_goldens() if SHARED.is_dir() else None
     if real is None:
         print("goldens: ../shared is absent, so the real models (SmolLM2, stories260K) are skipped")
-    told = f"{len(tiny)} tiny models" + (", SmolLM2 and stories260K" if real else "")
+    what = f"{len(tiny)} tiny models" + (", SmolLM2 and stories260K" if real else "")
 
     if args.check:
         found = check_tiny(args.out, tiny) + (check_real(args.out, real) if real else [])
         for line in found:
             print(f"goldens: {line}", file=sys.stderr)
         if not found:
-            print(f"goldens: {told} agree with transformers {transformers.__version__}")
+            print(f"goldens: {what} agree with transformers {transformers.__version__}")
         return 1 if found else 0
 
     (args.out / "tiny").mkdir(parents=True, exist_ok=True)
@@ -221,7 +221,7 @@ def main() -> int:
         np.savez_compressed(args.out / "tiny" / f"{name}.npz", **golden)
     if real:
         write_json(real, args.out / "real.json")
-    print(f"goldens: wrote {told} to {args.out}")
+    print(f"goldens: wrote {what} to {args.out}")
     return 0
 
 

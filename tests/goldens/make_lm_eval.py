@@ -84,7 +84,7 @@ def scores(lm: HFLM, free: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def compute(name: str, folder: Path) -> dict[str, Any]:
     directory = write_case(name, folder / name)
     lm = HFLM(pretrained=str(directory), dtype="float32", device="cpu", batch_size=1)
-    told = generations(lm)
+    rows = generations(lm)
     texts = [(text,) for text in TEXTS]
     rolling = lm.loglikelihood_rolling(ask("loglikelihood_rolling", texts), disable_tqdm=True)
     manager = TaskManager(include_path=str(write_tasks(folder / "tasks")), include_defaults=False)
@@ -97,9 +97,9 @@ def compute(name: str, folder: Path) -> dict[str, Any]:
         )
 
     return {
-        "loglikelihood": scores(lm, [row for row in told if row["settings"]["until"] == []]),
+        "loglikelihood": scores(lm, [row for row in rows if row["settings"]["until"] == []]),
         "rolling": [{"text": text, "log_likelihood": value} for (text,), value in zip(texts, rolling, strict=True)],
-        "generate": told,
+        "generate": rows,
         "tasks": tasks(chat=False),
         "chat_tasks": tasks(chat=True),
     }
