@@ -12,14 +12,15 @@ def main(argv: Sequence[str]) -> int:
     import json
     import sys
 
-    from adafuse_jax.configs import AdapterConfig, TrainConfig
+    from adafuse_jax.adapters.config import AdapterConfig
     from adafuse_jax.core import runtime
     from adafuse_jax.core.flags import parse_flags
+    from adafuse_jax.training.config import TrainConfig
 
     config, adapter_config = parse_flags(__doc__, (TrainConfig, AdapterConfig), argv)
     runtime.set_up()
     with runtime.memory_errors("lower --batch-size, --max-length, --rank or --num-experts"):
-        from adafuse_jax.training.loop import Stopped, train
+        from adafuse_jax.training.trainer import Stopped, train
 
         try:
             summary = train(config, adapter_config)

@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adafuse_jax.adapters.adafuse import AdaFuse
-    from adafuse_jax.adapters.methods import make_adapter
-    from adafuse_jax.configs import AdapterConfig, DecodeConfig, ModelConfig, TrainConfig
+    from adafuse_jax.adapters.config import AdapterConfig
+    from adafuse_jax.adapters.registry import make_adapter
+    from adafuse_jax.checkpoints.hf_checkpoint import export_backbone, load_backbone
     from adafuse_jax.core.errors import UserError
-    from adafuse_jax.interop.huggingface import export_backbone, load_backbone
-    from adafuse_jax.model.backbone import Backbone
+    from adafuse_jax.inference.config import DecodeConfig
+    from adafuse_jax.models.config import ModelConfig
+    from adafuse_jax.models.decoder import Backbone
+    from adafuse_jax.training.config import TrainConfig
 
 __all__ = [
     "AdaFuse",
@@ -36,11 +39,14 @@ __all__ = [
 
 _MODULES = {
     "adapters.adafuse": ("AdaFuse",),
-    "adapters.methods": ("make_adapter",),
-    "configs": ("AdapterConfig", "DecodeConfig", "ModelConfig", "TrainConfig"),
+    "adapters.registry": ("make_adapter",),
+    "adapters.config": ("AdapterConfig",),
+    "inference.config": ("DecodeConfig",),
+    "models.config": ("ModelConfig",),
+    "training.config": ("TrainConfig",),
     "core.errors": ("UserError",),
-    "interop.huggingface": ("export_backbone", "load_backbone"),
-    "model.backbone": ("Backbone",),
+    "checkpoints.hf_checkpoint": ("export_backbone", "load_backbone"),
+    "models.decoder": ("Backbone",),
 }
 
 

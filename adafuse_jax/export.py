@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from adafuse_jax.configs import DType
 from adafuse_jax.core import runtime
 from adafuse_jax.core.atomic_files import require_free
 from adafuse_jax.core.cli import run_cli
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.fields import check, flag
 from adafuse_jax.core.flags import parse_flags
+from adafuse_jax.models.config import DType
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +48,11 @@ def export(config: ExportConfig) -> None:
     import jax.numpy as jnp
     from safetensors import SafetensorError
 
-    from adafuse_jax.adapters.directory import load_adapter, save_adapter
     from adafuse_jax.adapters.lora import LoRA, merged
+    from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter
+    from adafuse_jax.checkpoints.hf_checkpoint import Checkpoint, export_backbone, load_backbone
+    from adafuse_jax.checkpoints.peft import save_peft_lora
     from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files, write_tokenizer
-    from adafuse_jax.interop.huggingface import Checkpoint, export_backbone, load_backbone
-    from adafuse_jax.interop.peft import save_peft_lora
 
     out = Path(config.output)
     require_free(out, "--output")

@@ -35,13 +35,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
 from adafuse_jax.core import runtime
 from adafuse_jax.core.atomic_files import write_json
 from adafuse_jax.core.cli import run_cli
 from adafuse_jax.core.fields import require
 from adafuse_jax.data.chat import encode_all, load_tokenizer
 from adafuse_jax.data.packing import Rows, pack
-from adafuse_jax.interop.huggingface import load_backbone
 from benchmarks import accuracy_report
 from benchmarks.accuracy_data import SETS, Packed, Questions, pack_candidates, read_set, targets_of
 from benchmarks.accuracy_methods import (

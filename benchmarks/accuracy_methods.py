@@ -24,8 +24,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from adafuse_jax.adapters import methods
-from adafuse_jax.configs import FFN_LINEARS, LINEARS, AdapterConfig, ModelConfig
+from adafuse_jax.adapters import registry
+from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.models.config import FFN_LINEARS, LINEARS, ModelConfig
 
 NO_ADAPTER = ("none", "full")
 TIED = "tied"
@@ -117,4 +118,4 @@ def settings_of(name: str, base: str = VARIANTS[0]) -> dict[str, Any]:
 def make_adapter(settings: dict[str, Any], model: ModelConfig, key: jax.Array) -> Any:
     """The adapter of the settings, with initial values drawn from `key`."""
     config = AdapterConfig(**{name: value for name, value in settings.items() if name not in USUAL})
-    return methods.make_adapter(config, model, rngs=nnx.Rngs(params=key))
+    return registry.make_adapter(config, model, rngs=nnx.Rngs(params=key))

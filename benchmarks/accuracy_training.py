@@ -26,11 +26,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from adafuse_jax.adapters.router import Routing, balance_loss, expert_load
+from adafuse_jax.adapters.router import balance_loss, expert_load
 from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.packing import Rows
-from adafuse_jax.model.attention import attention_of_lanes
-from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.models.attention import attention_of_lanes
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.hooks import Routing
 from adafuse_jax.training.recipe import Recipe
 from benchmarks.accuracy_data import Packed, targets_of
 from benchmarks.accuracy_methods import SETTLED, TIED, USUAL, make_adapter

@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from adafuse_jax.presets import PRESETS
+from adafuse_jax.adapters.presets import PRESETS
 from benchmarks.decode_costs import SIZES, Shapes
 from benchmarks.decode_report import EXTRA, merge_parts
 

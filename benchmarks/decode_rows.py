@@ -28,18 +28,20 @@ from flax import nnx
 from jaxtyping import Array
 
 from adafuse_jax.adapters.adafuse import AdaFuse
-from adafuse_jax.adapters.base import Adapter
-from adafuse_jax.adapters.methods import make_adapter
-from adafuse_jax.configs import AdapterConfig, ModelConfig, Strategy
+from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.adapters.presets import PRESETS
+from adafuse_jax.adapters.registry import make_adapter
 from adafuse_jax.core import runtime
-from adafuse_jax.decoding import engine as engine_module
-from adafuse_jax.decoding.engine import Engine
-from adafuse_jax.decoding.fused import fused_unsupported_reason
-from adafuse_jax.decoding.sampling import Sampling
-from adafuse_jax.model.backbone import Backbone
-from adafuse_jax.model.cache import KVCache
+from adafuse_jax.inference import engine as engine_module
+from adafuse_jax.inference.backends.megakernel import fused_unsupported_reason
+from adafuse_jax.inference.config import Strategy
+from adafuse_jax.inference.engine import Engine
+from adafuse_jax.inference.sampling import Sampling
+from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.hooks import Adapter
+from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.parallel.mesh import make_mesh, shard
-from adafuse_jax.presets import PRESETS
 from benchmarks.decode_costs import MOLA_EXPERTS, SIZES, TARGETS, Shapes, costs
 
 NO_REPEATS = Sampling.of(repetition_penalty=1e6)

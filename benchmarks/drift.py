@@ -36,18 +36,18 @@ from jaxtyping import Array, Float, Int, Key
 
 from adafuse_jax import AdaFuse, Backbone, load_backbone
 from adafuse_jax.adapters.adafuse import AdaFuseLayer
-from adafuse_jax.adapters.directory import load_adapter
-from adafuse_jax.adapters.router import Routing
-from adafuse_jax.configs import DType, ModelConfig
+from adafuse_jax.checkpoints.adapter_directory import load_adapter
+from adafuse_jax.checkpoints.hf_checkpoint import backbone_identity
+from adafuse_jax.checkpoints.hf_config import read_model_config
 from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import load_tokenizer
-from adafuse_jax.decoding.merging import Merged, adapted_weights, factors, unmerge, with_weights
-from adafuse_jax.decoding.sampling import Sampling, sample
-from adafuse_jax.interop.hf_config import read_model_config
-from adafuse_jax.interop.huggingface import backbone_identity
-from adafuse_jax.model.cache import KVCache
-from adafuse_jax.model.layers import Linear
+from adafuse_jax.inference.backends.merged import Merged, adapted_weights, factors, unmerge, with_weights
+from adafuse_jax.inference.sampling import Sampling, sample
+from adafuse_jax.models.config import DType, ModelConfig
+from adafuse_jax.models.hooks import Routing
+from adafuse_jax.models.kv_cache import KVCache
+from adafuse_jax.models.layers import Linear
 from pallas_kernels.sgmm import choose_implementation, golden_terms, sgmm, switch_terms
 from pallas_kernels.sgmm.reference import merge_layer
 

@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 
 from adafuse_jax.adapters.adafuse import AdaFuse
-from adafuse_jax.configs import Strategy
-from adafuse_jax.decoding.fused import Fused, fused_unsupported_reason
-from adafuse_jax.decoding.merging import Merged, with_weights
-from adafuse_jax.decoding.steps import DecodeState, decode_step
-from adafuse_jax.model.backbone import Backbone
-from adafuse_jax.model.cache import KVCache
+from adafuse_jax.inference.backends.megakernel import Fused, fused_unsupported_reason
+from adafuse_jax.inference.backends.merged import Merged, with_weights
+from adafuse_jax.inference.config import Strategy
+from adafuse_jax.inference.programs import DecodeState, decode_step
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.kv_cache import KVCache
 from benchmarks.decode_costs import SIZES, Shapes
 from benchmarks.decode_rows import NO_REPEATS, adapter_config, model_config, random_adafuse, random_backbone
 

@@ -26,9 +26,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adafuse_jax.decoding.fused import Fused, fused_step
-from adafuse_jax.decoding.steps import decode_step
-from adafuse_jax.model.cache import KVCache
+from adafuse_jax.inference.backends.megakernel import Fused, fused_step
+from adafuse_jax.inference.programs import decode_step
+from adafuse_jax.models.kv_cache import KVCache
 from benchmarks.decode_costs import SIZES, TARGETS
 from benchmarks.decode_rows import NO_REPEATS, adapter_config, model_config, random_adafuse, random_backbone
 from benchmarks.merged_step import SLOTS, fresh_state, time_steps

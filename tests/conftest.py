@@ -25,12 +25,14 @@ def forget_programs():
     gc.collect()
 
 
-@pytest.fixture
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+@pytest.fixture(autouse=True)
 def default_signals():
-    """For tests that call `run_cli`, which leaves signals to the end of the process: Ctrl-C ends pytest as before."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """A test that calls `run_cli`, which leaves signals to the end of the process, leaves pytest's to the next test."""
     yield
-    for number, handler in before.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 

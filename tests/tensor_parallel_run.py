@@ -22,10 +22,10 @@ from test_megakernel import Case, by_modules, in_fp32, make
 from test_methods import FEW, random_method
 
 from adafuse_jax import UserError, load_backbone
-from adafuse_jax.configs import LINEARS
-from adafuse_jax.decoding import steps
-from adafuse_jax.decoding.engine import Engine
-from adafuse_jax.decoding.fused import Fused, fused_step, fused_unsupported_reason
+from adafuse_jax.inference import programs
+from adafuse_jax.inference.backends.megakernel import Fused, fused_step, fused_unsupported_reason
+from adafuse_jax.inference.engine import Engine
+from adafuse_jax.models.config import LINEARS
 from adafuse_jax.parallel.axes import TENSOR
 from adafuse_jax.parallel.mesh import make_mesh, place_state, shard
 from pallas_kernels.megakernel import decode_token, kernel_sm90
@@ -41,7 +41,7 @@ def run(family: str, targets: tuple[str, ...], devices: int) -> dict:
     alone = generate(Engine(model, adapter, eos_ids=()), *prompts, n=12)
     mesh = make_mesh(devices, model.config)
     cut, cut_adapter = shard(model, mesh), shard(adapter, mesh)
-    steps.decode_step.clear_cache()
+    programs.decode_step.clear_cache()
     engine = Engine(cut, cut_adapter, eos_ids=())
     together = [generate(engine, *prompts, n=12) for _ in range(2)]
 
@@ -55,7 +55,7 @@ def run(family: str, targets: tuple[str, ...], devices: int) -> dict:
     experts = {name: (share(e.A[...]), share(e.B[...])) for name, e in cut_adapter.experts.items()}
     return {
         "alone": alone, "together": together, "linears": linears, "experts": experts,
-        "programs": steps.decode_step._cache_size(),
+        "programs": programs.decode_step._cache_size(),
     }  # fmt: skip
 
 
@@ -167,16 +167,16 @@ def run_fused(devices: int) -> dict:
     whole = [(model, adapter), (shard(model, mesh), shard(adapter, mesh))]
     with (
         mock.patch.object(kernel_sm90, "run_megakernel", one_shard),
-        mock.patch("adafuse_jax.decoding.engine.fused_unsupported_reason", return_value=None),
-        mock.patch("adafuse_jax.decoding.fused.decode_token", partial(decode_token, num_ctas=3)),
+        mock.patch("adafuse_jax.inference.engine.fused_unsupported_reason", return_value=None),
+        mock.patch("adafuse_jax.inference.backends.megakernel.decode_token", partial(decode_token, num_ctas=3)),
     ):
         for parts in whole:
-            steps.decode_step.clear_cache()
+            programs.decode_step.clear_cache()
             engine = Engine(*parts, eos_ids=(), strategy="fused")
             tokens.append([generate(engine, *([5, 3, 8], [7]), n=12) for _ in range(2)])
-            programs.append(steps.decode_step._cache_size())
+            programs.append(programs.decode_step._cache_size())
         unasked = [Engine(*whole[1]).strategy]
-        with mock.patch("adafuse_jax.decoding.engine.TRIED_DEVICES", 1):
+        with mock.patch("adafuse_jax.inference.engine.TRIED_DEVICES", 1):
             unasked += [Engine(*whole[1]).strategy, Engine(*whole[1], strategy="fused").strategy]
         lora = shard(random_method("lora", model.config, **FEW["lora"]), mesh)
         launched = Engine(whole[1][0], lora, strategy="merged")._fused is not None

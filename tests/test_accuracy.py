@@ -15,7 +15,6 @@ import optax
 import pytest
 import tiny
 
-from adafuse_jax.configs import ModelConfig
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.chat import encode_all, load_tokenizer
@@ -24,6 +23,7 @@ from adafuse_jax.data.packing import pack
 from adafuse_jax.evaluation.loading import load
 from adafuse_jax.evaluation.multiple_choice import Questions as Encoded
 from adafuse_jax.evaluation.multiple_choice import chosen_by_likelihood
+from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.training.recipe import Recipe
 from benchmarks import accuracy, accuracy_report
 from benchmarks.accuracy_data import (

@@ -18,14 +18,15 @@ from flax import nnx
 from goldens.tiny_models import CASES, write_model_dir
 from safetensors.numpy import load_file, save_file
 
-from adafuse_jax.adapters.directory import load_adapter, save_adapter
-from adafuse_jax.adapters.methods import make_adapter
-from adafuse_jax.configs import LINEARS, AdapterConfig, ModelConfig
+from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.adapters.registry import make_adapter
+from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter
+from adafuse_jax.checkpoints.hf_checkpoint import Checkpoint
+from adafuse_jax.checkpoints.hf_config import read_model_config
+from adafuse_jax.checkpoints.peft import INERT, save_peft_lora
 from adafuse_jax.core.errors import MAX_MESSAGE, UserError
 from adafuse_jax.export import ExportConfig, export
-from adafuse_jax.interop.hf_config import read_model_config
-from adafuse_jax.interop.huggingface import Checkpoint
-from adafuse_jax.interop.peft import INERT, save_peft_lora
+from adafuse_jax.models.config import LINEARS, ModelConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT = Path(__file__).parent / "goldens" / "peft" / "all_linears"

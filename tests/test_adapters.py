@@ -14,11 +14,12 @@ from goldens.tiny_models import CASES, write_model_dir
 from reference import f64, hidden_states, top_k_gates
 
 from adafuse_jax import AdaFuse, AdapterConfig, load_backbone
-from adafuse_jax.adapters.directory import load_adapter, save_adapter
-from adafuse_jax.adapters.router import Router, Routing, balance_loss, router_statistics
-from adafuse_jax.configs import LINEARS, ModelConfig
+from adafuse_jax.adapters.presets import PRESETS
+from adafuse_jax.adapters.router import Router, balance_loss, router_statistics
+from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.presets import PRESETS
+from adafuse_jax.models.config import LINEARS, ModelConfig
+from adafuse_jax.models.hooks import Routing
 
 POSITIONS = {
     "attention": ("q_proj", "v_proj"),

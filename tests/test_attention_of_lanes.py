@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adafuse_jax.model.attention import attention, attention_of_lanes
+from adafuse_jax.models.attention import attention, attention_of_lanes
 
 LANES, ROWS, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 3, 2, 8, 6, 2, 4
 

@@ -8,9 +8,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from test_methods import FEW
 
-from adafuse_jax.adapters.methods import MODULES, make_adapter
-from adafuse_jax.configs import AdapterConfig, ModelConfig
-from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.adapters.registry import MODULES, make_adapter
+from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.parallel.axes import TENSOR_PARALLEL, logical_axes, partition_spec
 
 MODEL = ModelConfig(

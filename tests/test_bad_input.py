@@ -25,13 +25,15 @@ import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from adafuse_jax.adapters.directory import save_adapter
-from adafuse_jax.adapters.methods import make_adapter
-from adafuse_jax.configs import AdapterConfig, Strategy, TrainConfig
+from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.adapters.presets import PRESETS
+from adafuse_jax.adapters.registry import make_adapter
+from adafuse_jax.checkpoints.adapter_directory import save_adapter
+from adafuse_jax.checkpoints.hf_checkpoint import backbone_identity
+from adafuse_jax.checkpoints.hf_config import read_model_config
 from adafuse_jax.core.flags import parse_flags
-from adafuse_jax.interop.hf_config import read_model_config
-from adafuse_jax.interop.huggingface import backbone_identity
-from adafuse_jax.presets import PRESETS
+from adafuse_jax.inference.config import Strategy
+from adafuse_jax.training.config import TrainConfig
 
 Damage = Callable[[Path], object]
 WEIGHTS = "model/model.safetensors"
@@ -769,9 +771,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-pytestmark = pytest.mark.usefixtures("default_signals")
-
-
 @pytest.fixture
 def folder(template: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(template, tmp_path / "work", copy_function=shutil.copy2))
@@ -882,7 +881,7 @@ def test_too_little_memory(refused: Callable, monkeypatch: pytest.MonkeyPatch):
     def load(*args: object) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\nAnd more.")
 
-    monkeypatch.setattr("adafuse_jax.training.loop.load_backbone", load)
+    monkeypatch.setattr("adafuse_jax.training.trainer.load_backbone", load)
     refused("train", Case("memory", ("too little memory", "allocating 5 bytes", "lower --batch-size")))
 
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adafuse_jax.adapters.methods import num_parameters
-from adafuse_jax.configs import LINEARS
+from adafuse_jax.adapters.registry import num_parameters
+from adafuse_jax.models.config import LINEARS
 from benchmarks import decode, decode_costs, decode_report, decode_rows, merged_step, streaming, token_step
 from benchmarks.decode_costs import SIZES, costs
 

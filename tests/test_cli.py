@@ -177,7 +177,7 @@ def test_a_closed_stdin_is_no_prompt(tmp_path: Path):
 
 
 @pytest.fixture
-def outcome(capfd: pytest.CaptureFixture[str], default_signals: None) -> Callable[..., tuple[object, str]]:
+def outcome(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[object, str]]:
     """(exit code, stderr) of a command that raises an exception, run in this process."""
 
     def run(error: BaseException) -> tuple[object, str]:
@@ -221,7 +221,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         "error", [ValueError("bug"), KeyError("bug"), ImportError("bug", name="adafuse_jax.nothing")]
     )
-    def test_a_bug_has_its_traceback(self, error: Exception, default_signals: None):
+    def test_a_bug_has_its_traceback(self, error: Exception):
         def main(argv: object) -> int:
             raise error
 

@@ -16,14 +16,7 @@ from data_fixtures import BOS_CHATML, CHATML, write_tokenizer
 
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data import templates
-from adafuse_jax.data.chat import (
-    encode_all,
-    encode_choices,
-    encode_prompt,
-    load_tokenizer,
-    stop_tokens,
-    template_date,
-)
+from adafuse_jax.data.chat import encode_all, encode_choices, encode_prompt, load_tokenizer, stop_tokens, template_date
 from adafuse_jax.data.examples import Chat, Message, MultipleChoice, Text
 from adafuse_jax.data.rendering import render
 from adafuse_jax.data.sources import DatasetSpec, load_examples

@@ -15,8 +15,8 @@ import tiny
 import decode as script
 import train as train_script
 from adafuse_jax import UserError, load_backbone
-from adafuse_jax.decoding.prompts import read_prompts
-from adafuse_jax.interop import huggingface
+from adafuse_jax.checkpoints import hf_checkpoint
+from adafuse_jax.inference.prompts import read_prompts
 
 SPECIAL = {256: "<s>", 258: "<|im_start|>"}
 FIELDS = {
@@ -353,7 +353,7 @@ class TestHub:
         assert asked[0][0] == "some-org/some-model"
         assert model.config == load_backbone(folder / "model").config
         assert "model*.safetensors" in asked[0][1]
-        assert huggingface.model_directory("some-org/some-model") == folder / "model"
+        assert hf_checkpoint.model_directory("some-org/some-model") == folder / "model"
 
 
 class TestHelp:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adafuse_jax.configs import AdapterConfig, DecodeConfig, TrainConfig
+from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.flags import parse_flags
 from adafuse_jax.data.examples import Chat
@@ -21,6 +21,8 @@ from adafuse_jax.demo.config import DemoConfig
 from adafuse_jax.demo.report import answers_table, expert_shares, expert_table
 from adafuse_jax.demo.skills import ECHO, SKILLS, Case, draw_material
 from adafuse_jax.demo.story import MARKER, adapter_configs, claim, command, run_demo, verdict
+from adafuse_jax.inference.config import DecodeConfig
+from adafuse_jax.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 NEXT = dict(zip("abcdefghijklmnopqrstuvwxyz", "bcdefghijklmnopqrstuvwxyza", strict=True))

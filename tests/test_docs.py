@@ -20,12 +20,14 @@ from xml.etree import ElementTree
 import pytest
 import tiny
 
-from adafuse_jax.configs import AdapterConfig, DecodeConfig, TrainConfig
+from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.flags import parse_flags
 from adafuse_jax.demo.config import DemoConfig
 from adafuse_jax.evaluation.config import EvaluationConfig
 from adafuse_jax.export import ExportConfig
+from adafuse_jax.inference.config import DecodeConfig
+from adafuse_jax.training.config import TrainConfig
 
 ROOT = tiny.REPOSITORY
 README = ROOT / "README.md"

@@ -11,9 +11,9 @@ import pytest
 from test_adapters import random_adapter
 
 from adafuse_jax import load_backbone
-from adafuse_jax.adapters.directory import save_adapter
-from adafuse_jax.decoding.merging import Merged, adapted_weights
-from adafuse_jax.interop.huggingface import backbone_identity
+from adafuse_jax.checkpoints.adapter_directory import save_adapter
+from adafuse_jax.checkpoints.hf_checkpoint import backbone_identity
+from adafuse_jax.inference.backends.merged import Merged, adapted_weights
 from benchmarks import drift
 
 

@@ -15,15 +15,15 @@ from goldens.tiny_models import CASES, write_model_dir
 from test_adapters import FAMILIES, POSITIONS, models, random_adapter  # noqa: F401 - a fixture
 
 from adafuse_jax import UserError, load_backbone
-from adafuse_jax.configs import ModelConfig
 from adafuse_jax.data.chat import encode_prompt, load_tokenizer
 from adafuse_jax.data.examples import Message
-from adafuse_jax.decoding import engine as engine_module
-from adafuse_jax.decoding import steps
-from adafuse_jax.decoding.engine import Engine
-from adafuse_jax.decoding.sampling import Sampling
-from adafuse_jax.model.backbone import Backbone
-from adafuse_jax.model.cache import KVCache
+from adafuse_jax.inference import engine as engine_module
+from adafuse_jax.inference import programs
+from adafuse_jax.inference.engine import Engine
+from adafuse_jax.inference.sampling import Sampling
+from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.kv_cache import KVCache
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -103,24 +103,24 @@ class TestPrefill:
         model = models("llama_gqa")
         engine = Engine(model, random_adapter(model.config))
         generate(engine, prompt_of(model, 20), n=4)
-        programs = steps.prefill_chunk._cache_size(), steps.decode_step._cache_size()
+        compiled = programs.prefill_chunk._cache_size(), programs.decode_step._cache_size()
         for length in range(17, 60, 5):
             generate(engine, prompt_of(model, length), n=4)
-        assert (steps.prefill_chunk._cache_size(), steps.decode_step._cache_size()) == programs
+        assert (programs.prefill_chunk._cache_size(), programs.decode_step._cache_size()) == compiled
 
     def test_no_more_programs_than_buckets(self, models, monkeypatch):  # noqa: F811
         """Prompts of 1 … 110 tokens: at most a step for each cache size, a prefill for each pair of sizes that occurs."""
         monkeypatch.setattr(engine_module, "MIN_SLOTS", 32)
         model = models("qwen3")
         engine = Engine(model, eos_ids=())
-        before = steps.prefill_chunk._cache_size(), steps.decode_step._cache_size()
+        before = programs.prefill_chunk._cache_size(), programs.decode_step._cache_size()
         context, pairs, sizes = model.config.max_position_embeddings, set(), set()
         for length in (1, 16, 17, 40, 64, 65, 90, 110):
             generate(engine, prompt_of(model, length), n=3)
             slots = engine_module.bucket(min(length + 3, context), engine_module.MIN_SLOTS)
             sizes.add(slots)
             pairs |= {(slots, chunk) for chunk in engine_module._chunks(length)}
-        after = steps.prefill_chunk._cache_size(), steps.decode_step._cache_size()
+        after = programs.prefill_chunk._cache_size(), programs.decode_step._cache_size()
         assert 0 < after[0] - before[0] <= len(pairs)
         assert 0 < after[1] - before[1] <= len(sizes) < 4
 
@@ -133,7 +133,7 @@ class TestPrefill:
         model = Backbone(config, rngs=nnx.Rngs(0))
         state = Engine(model, eos_ids=())._empty_state(1, 32, Sampling.of())
         tokens, logits = np.zeros((1, 16), np.int32), jnp.zeros((1, 64))
-        chunk = steps.prefill_chunk.lower(model, None, state, logits, tokens, np.array([16]), pad_id=0)
+        chunk = programs.prefill_chunk.lower(model, None, state, logits, tokens, np.array([16]), pad_id=0)
         a_layer = sum(leaf.nbytes for leaf in jax.tree.leaves(model.layers)) / config.num_layers
         assert chunk.compile().memory_analysis().temp_size_in_bytes < 0.6 * a_layer
 

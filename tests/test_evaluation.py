@@ -17,8 +17,10 @@ import tiny
 from flax import nnx
 
 from adafuse_jax.adapters.adafuse import AdaFuse
-from adafuse_jax.adapters.directory import save_adapter
-from adafuse_jax.configs import AdapterConfig
+from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.checkpoints.adapter_directory import save_adapter
+from adafuse_jax.checkpoints.hf_checkpoint import backbone_identity
+from adafuse_jax.checkpoints.hf_config import read_model_config
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.examples import MultipleChoice
 from adafuse_jax.evaluation.loading import load
@@ -32,8 +34,6 @@ from adafuse_jax.evaluation.multiple_choice import (
     prompt_of,
     standard_error,
 )
-from adafuse_jax.interop.hf_config import read_model_config
-from adafuse_jax.interop.huggingface import backbone_identity
 
 LETTERS = MultipleChoice(
     "Question: Which purrs?\nA. a dog\nB. a cat\nC. a cat and a dog\n\nAnswer with…", ("A", "B", "C"), 1

@@ -23,25 +23,27 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import decode
-from adafuse_jax.adapters.directory import save_adapter
-from adafuse_jax.adapters.methods import make_adapter
-from adafuse_jax.configs import AdapterConfig, DecodeConfig, TrainConfig
+from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.adapters.registry import make_adapter
+from adafuse_jax.checkpoints.adapter_directory import save_adapter
+from adafuse_jax.checkpoints.hf_checkpoint import backbone_identity
+from adafuse_jax.checkpoints.hf_config import read_model_config
+from adafuse_jax.checkpoints.peft import save_peft_lora
 from adafuse_jax.core import runtime
 from adafuse_jax.core.cli import run_cli
 from adafuse_jax.core.errors import EXIT_CODE, MAX_MESSAGE
 from adafuse_jax.core.fields import flag_name, kinds
 from adafuse_jax.core.flags import parse_flags
 from adafuse_jax.data.chat import load_tokenizer
-from adafuse_jax.decoding.prompts import read_prompts
-from adafuse_jax.decoding.session import Session
 from adafuse_jax.evaluation.config import EvaluationConfig
 from adafuse_jax.export import ExportConfig
-from adafuse_jax.interop.hf_config import read_model_config
-from adafuse_jax.interop.huggingface import backbone_identity
-from adafuse_jax.interop.peft import save_peft_lora
+from adafuse_jax.inference.config import DecodeConfig
+from adafuse_jax.inference.prompts import read_prompts
+from adafuse_jax.inference.session import Session
+from adafuse_jax.training.config import TrainConfig
 from adafuse_jax.training.prepare import prepare_data
 
-pytestmark = [pytest.mark.usefixtures("default_signals"), pytest.mark.timeout(240)]
+pytestmark = pytest.mark.timeout(240)
 CASES = {"run": 0}
 
 

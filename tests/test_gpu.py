@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adafuse_jax.model.attention import Visibility, attention, flash_attention_fits
+from adafuse_jax.models.attention import Visibility, attention, flash_attention_fits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")]
 

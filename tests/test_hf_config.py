@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from adafuse_jax.configs import ModelConfig
+from adafuse_jax.checkpoints.hf_config import generation_remark, parse_hf_config, read_model_config
 from adafuse_jax.core.errors import MAX_MESSAGE, UserError
-from adafuse_jax.interop.hf_config import generation_remark, parse_hf_config, read_model_config
+from adafuse_jax.models.config import ModelConfig
 
 ABSENT = object()
 NO_LENGTH = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from adafuse_jax.configs import ModelConfig, TrainConfig
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.chat import Encoded
 from adafuse_jax.data.packing import pack
+from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.training import limits
+from adafuse_jax.training.config import TrainConfig
 
 MODEL = ModelConfig(
     model_type="llama", vocab_size=8, embed_dim=64, hidden_dim=8, num_layers=10, num_heads=1, num_kv_heads=1, head_dim=8,

@@ -23,12 +23,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from adafuse_jax.adapters.adafuse import AdaFuse
-from adafuse_jax.adapters.directory import save_adapter
-from adafuse_jax.configs import AdapterConfig
+from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.checkpoints.adapter_directory import save_adapter
+from adafuse_jax.checkpoints.hf_checkpoint import backbone_identity
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.evaluation.lm_eval import AdaFuseLM
 from adafuse_jax.evaluation.loading import load
-from adafuse_jax.interop.huggingface import backbone_identity
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "lm_eval.json").read_text())
 ATOL = 1e-4  # of a log-likelihood in nats

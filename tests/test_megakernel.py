@@ -21,12 +21,13 @@ from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from adafuse_jax.adapters.adafuse import AdaFuse
-from adafuse_jax.configs import LINEARS, AdapterConfig, ModelConfig
+from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.decoding.engine import Engine
-from adafuse_jax.decoding.fused import Fused, fused_step, fused_unsupported_reason, route, tabulate
-from adafuse_jax.model.backbone import Backbone
-from adafuse_jax.model.cache import KVCache
+from adafuse_jax.inference.backends.megakernel import Fused, fused_step, fused_unsupported_reason, route, tabulate
+from adafuse_jax.inference.engine import Engine
+from adafuse_jax.models.config import LINEARS, ModelConfig
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.parallel.mesh import make_mesh, place_state, shard
 from pallas_kernels.megakernel import Shape, buffers, executor_np, kernel_sm90, unsupported_reason
 from pallas_kernels.megakernel.plan import SMEM_BYTES, make_plan, num_tiles

@@ -15,10 +15,10 @@ from safetensors.numpy import load_file
 import decode as decode_script
 import train as train_script
 from adafuse_jax import AdapterConfig
-from adafuse_jax.adapters.methods import make_adapter
-from adafuse_jax.interop.hf_config import read_model_config
-from adafuse_jax.interop.huggingface import load_backbone
-from adafuse_jax.interop.peft import save_peft_lora
+from adafuse_jax.adapters.registry import make_adapter
+from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
+from adafuse_jax.checkpoints.hf_config import read_model_config
+from adafuse_jax.checkpoints.peft import save_peft_lora
 
 FEW = {"targets": ["q_proj", "down_proj"]}
 SETTINGS: dict[str, dict] = {

@@ -17,16 +17,16 @@ from reference import f64, hidden_states, top_k_gates
 from test_adapters import tokens_of
 
 from adafuse_jax import AdapterConfig, Backbone, UserError, load_backbone
-from adafuse_jax.adapters.base import Hook
-from adafuse_jax.adapters.directory import load_adapter, save_adapter
-from adafuse_jax.adapters.methods import make_adapter, num_parameters
-from adafuse_jax.adapters.router import Routing
-from adafuse_jax.configs import LINEARS, TrainConfig
+from adafuse_jax.adapters.presets import PRESETS
+from adafuse_jax.adapters.registry import make_adapter, num_parameters
+from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter
 from adafuse_jax.data.batches import Batch
-from adafuse_jax.decoding.engine import Engine
-from adafuse_jax.decoding.simple import LayerWiseMerging
-from adafuse_jax.model.cache import KVCache
-from adafuse_jax.presets import PRESETS
+from adafuse_jax.inference.backends.simple import LayerWiseMerging
+from adafuse_jax.inference.engine import Engine
+from adafuse_jax.models.config import LINEARS
+from adafuse_jax.models.hooks import Hook, Routing
+from adafuse_jax.models.kv_cache import KVCache
+from adafuse_jax.training.config import TrainConfig
 from adafuse_jax.training.step import TrainState, make_optimizer, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

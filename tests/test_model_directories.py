@@ -20,18 +20,20 @@ from flax import nnx
 from goldens.tiny_models import CASES, weights, write_json, write_model_dir, write_tensors
 from safetensors.numpy import load_file, save_file
 
-from adafuse_jax.configs import AdapterConfig, DecodeConfig, TrainConfig
+from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.checkpoints.hf_checkpoint import Checkpoint, export_backbone, hf_name, load_backbone, tensor_shapes
 from adafuse_jax.core.errors import MAX_MESSAGE, UserError
-from adafuse_jax.decoding.engine import Engine
-from adafuse_jax.decoding.sampling import Sampling
-from adafuse_jax.decoding.session import Session
 from adafuse_jax.evaluation.__main__ import run as evaluate
 from adafuse_jax.evaluation.config import EvaluationConfig
 from adafuse_jax.evaluation.loading import load
 from adafuse_jax.export import ExportConfig, export
-from adafuse_jax.interop.huggingface import Checkpoint, export_backbone, hf_name, load_backbone, tensor_shapes
-from adafuse_jax.model.backbone import Backbone
-from adafuse_jax.training.loop import train
+from adafuse_jax.inference.config import DecodeConfig
+from adafuse_jax.inference.engine import Engine
+from adafuse_jax.inference.sampling import Sampling
+from adafuse_jax.inference.session import Session
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.training.config import TrainConfig
+from adafuse_jax.training.trainer import train
 
 GOLDENS = Path(__file__).parent / "goldens"
 SINGLE, SHARDED = "llama_mha", "llama_mqa_sharded"

@@ -26,8 +26,8 @@ from goldens.tiny_models import CASES, Case, tensor_shapes, write_json, write_mo
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from adafuse_jax.checkpoints.hf_checkpoint import export_backbone, load_backbone
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.interop.huggingface import export_backbone, load_backbone
 
 GOLDENS = Path(__file__).parent / "goldens" / "tiny"
 TOLERANCE = 1e-4  # largest logit difference over the standard deviation of the logits, float32
@@ -351,7 +351,7 @@ def anonymous_bytes(pid: int | str) -> int:
 
 IMPORT_ALONE = textwrap.dedent("""
     import sys, jax, jax.numpy as jnp
-    from adafuse_jax.interop.huggingface import load_backbone
+    from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
     jax.block_until_ready(jnp.ones((8, 8)) @ jnp.ones((8, 8)))
     print("ready", flush=True)
     sys.stdin.readline()

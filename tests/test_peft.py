@@ -18,14 +18,14 @@ from safetensors.numpy import load_file, save_file
 
 import decode as script
 from adafuse_jax import AdapterConfig, UserError, load_backbone
-from adafuse_jax.adapters.directory import load_adapter, save_adapter
 from adafuse_jax.adapters.lora import LoRA, merged
-from adafuse_jax.adapters.methods import make_adapter
+from adafuse_jax.adapters.registry import make_adapter
+from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter
+from adafuse_jax.checkpoints.hf_checkpoint import backbone_identity
+from adafuse_jax.checkpoints.hf_config import read_model_config
+from adafuse_jax.checkpoints.peft import save_peft_lora, tensor_name
 from adafuse_jax.export import ExportConfig, export
 from adafuse_jax.export import main as export_script
-from adafuse_jax.interop.hf_config import read_model_config
-from adafuse_jax.interop.huggingface import backbone_identity
-from adafuse_jax.interop.peft import save_peft_lora, tensor_name
 from adafuse_jax.training.initial import initial_weights
 
 PEFT = Path(__file__).parent / "goldens" / "peft"

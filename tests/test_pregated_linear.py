@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import benchmarks.pregated_linear as benchmark
 from adafuse_jax.adapters.low_rank import LoRAExperts
-from adafuse_jax.adapters.router import Routing
+from adafuse_jax.models.hooks import Routing
 from pallas_kernels.pregated_linear import IMPLEMENTATIONS, Mixture, choose_implementation, make_mixture, op
 from pallas_kernels.pregated_linear import pregated_linear as linear
 from pallas_kernels.pregated_linear.kernel_sm90 import pregated_linear_sm90, unsupported_reason

@@ -25,14 +25,15 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
-from adafuse_jax.configs import AdapterConfig, TrainConfig
+from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
 from adafuse_jax.core.atomic_files import write_digests
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.flags import parse_flags
 from adafuse_jax.core.tables import Table
 from adafuse_jax.data.chat import load_tokenizer
-from adafuse_jax.interop.huggingface import load_backbone
-from adafuse_jax.training import loop
+from adafuse_jax.training import trainer
+from adafuse_jax.training.config import TrainConfig
 from adafuse_jax.training.output import check_output, new_run, remove_leftovers, require_no_checkpoint_lost
 from adafuse_jax.training.prepare import prepare_data
 
@@ -249,7 +250,7 @@ def finished_again(uninterrupted: Path, folder: Path, tmp_path: Path) -> Path:
 
 def train_here(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
     config, adapter_config = parse_flags("", (TrainConfig, AdapterConfig), flags(folder, str(output), **changes))
-    return loop.train(config, adapter_config)  # type: ignore[arg-type]
+    return trainer.train(config, adapter_config)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -368,7 +369,7 @@ def test_a_failing_first_step_leaves_no_run_directory(
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
         return state, {"loss": np.float32(np.inf)}
 
-    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(trainer, "train_step", step)
     with pytest.raises((UserError, jax.errors.JaxRuntimeError), match=r"^step 1: loss|RESOURCE"):
         short_run(folder, tmp_path / "run", eval_examples=4)
     assert not (tmp_path / "run").exists()
@@ -388,8 +389,8 @@ class TestOneRunADirectory:
                 return load_backbone(*args)
 
             before: dict[str, tuple] = {}
-            monkeypatch.setattr(loop, "load_backbone", load)
-            monkeypatch.setattr(loop, "train_step", lambda state, *_, **__: (state, {"loss": np.float32(1)}))
+            monkeypatch.setattr(trainer, "load_backbone", load)
+            monkeypatch.setattr(trainer, "train_step", lambda state, *_, **__: (state, {"loss": np.float32(1)}))
             with pytest.raises(UserError, match=f"--output {run}: another process is using it"):
                 short_run(folder, run)
             assert tiny.snapshot(tmp_path) == before
@@ -482,10 +483,11 @@ def test_epochs_see_every_example_so_many_times(folder: Path, tmp_path: Path):
 
 
 def test_the_first_signal_asks_and_a_second_interrupt_interrupts():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
     def interrupt_twice(first: int) -> None:
-        with loop._stop_signals() as asked:
+        with trainer._stop_signals() as asked:
             assert asked() == 0
             signal.raise_signal(first)
             assert asked() == first
@@ -502,7 +504,7 @@ def test_the_first_signal_asks_and_a_second_interrupt_interrupts():
 def test_only_the_adapter_trains(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The backbone that was trained with is the one in the file, and no array of the optimiser has its shape."""
     used = []
-    monkeypatch.setattr(loop, "load_backbone", lambda *args: used.append(load_backbone(*args)) or used[0])
+    monkeypatch.setattr(trainer, "load_backbone", lambda *args: used.append(load_backbone(*args)) or used[0])
     short_run(folder, tmp_path / "run")
     before = load_backbone(folder / "model", "float32")
     for leaf, fresh in zip(jax.tree.leaves(nnx.state(used[0])), jax.tree.leaves(nnx.state(before)), strict=True):

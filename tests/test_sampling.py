@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from adafuse_jax.data.chat import load_tokenizer
-from adafuse_jax.decoding.sampling import Sampling, keep_likely, penalize, row_keys, sample
-from adafuse_jax.decoding.stream import TextStream
+from adafuse_jax.inference.detokenizer import TextStream
+from adafuse_jax.inference.sampling import Sampling, keep_likely, penalize, row_keys, sample
 
 compiled = jax.jit(sample)
 

@@ -14,16 +14,16 @@ from test_adapters import models, random_adapter  # noqa: F401 - a fixture
 from test_engine import generate, prompt_of
 
 from adafuse_jax import Backbone, UserError, load_backbone
-from adafuse_jax.configs import LINEARS, ModelConfig
 from adafuse_jax.data.chat import encode_prompt, load_tokenizer
 from adafuse_jax.data.examples import Message
-from adafuse_jax.decoding import engine as engine_module
-from adafuse_jax.decoding import steps as steps_module
-from adafuse_jax.decoding.engine import Engine
-from adafuse_jax.decoding.merging import Merged, Merging, unmerge
-from adafuse_jax.decoding.sampling import Sampling
-from adafuse_jax.decoding.steps import decode_step
-from adafuse_jax.model.cache import KVCache
+from adafuse_jax.inference import engine as engine_module
+from adafuse_jax.inference import programs as steps_module
+from adafuse_jax.inference.backends.merged import Merged, Merging, unmerge
+from adafuse_jax.inference.engine import Engine
+from adafuse_jax.inference.programs import decode_step
+from adafuse_jax.inference.sampling import Sampling
+from adafuse_jax.models.config import LINEARS, ModelConfig
+from adafuse_jax.models.kv_cache import KVCache
 
 MERGING = ("golden", "switch", "simple")
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-9}

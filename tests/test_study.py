@@ -16,13 +16,14 @@ from flax import nnx
 from test_accuracy import write_gz, write_study
 
 from adafuse_jax.adapters.adafuse import AdaFuse
-from adafuse_jax.adapters.router import Routing, expert_load
-from adafuse_jax.configs import AdapterConfig
+from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.adapters.router import expert_load
+from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.data.packing import Rows
-from adafuse_jax.interop.huggingface import load_backbone
+from adafuse_jax.models.hooks import Routing
 from benchmarks.accuracy_data import Packed
 from studies.accuracy import arms, generation, made_up, mixture, scoring, tasks, training
 from studies.accuracy.__main__ import main
@@ -371,7 +372,7 @@ def test_runs_have_names_of_their_own():
 
 def test_arms_cost_what_they_are_compared_at(smollm2_dir: Path):
     """Within 1% of the LoRA with as many active or as many parameters in all; the layer-wise baselines are as published."""
-    from adafuse_jax.interop.hf_config import read_model_config
+    from adafuse_jax.checkpoints.hf_config import read_model_config
 
     config = read_model_config(smollm2_dir)
     active, total = (arms.parameters(arms.ARMS[name], config)[0] for name in ("lora-32", "lora-128"))

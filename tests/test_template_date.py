@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import tiny
 
-from adafuse_jax.configs import TrainConfig
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.tables import Table
 from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.training.clock import run_date
+from adafuse_jax.training.config import TrainConfig
 from adafuse_jax.training.prepare import Data, prepare_data
 
 DATED = (
@@ -119,8 +119,8 @@ def test_dates_that_are_none(folder: Path):
 
 def test_train_config_records_the_date_and_gives_it_back(folder: Path, on_day, tmp_path: Path, monkeypatch):
     """Through train.py's function: a run, and the same one resumed on another day."""
-    from adafuse_jax.configs import AdapterConfig
-    from adafuse_jax.training import loop
+    from adafuse_jax.adapters.config import AdapterConfig
+    from adafuse_jax.training import trainer
 
     model = tiny.write_model(tmp_path / "model")
     table = json.loads((model / "tokenizer_config.json").read_text())
@@ -133,9 +133,9 @@ def test_train_config_records_the_date_and_gives_it_back(folder: Path, on_day, t
     )  # fmt: skip
     adapter = AdapterConfig(adapter="lora", rank=1, targets=("q_proj",))
     on_day(DAY_1)
-    loop.train(config, adapter)
+    trainer.train(config, adapter)
     assert json.loads((tmp_path / "run" / "train_config.json").read_text())["template_date"] == DAY_1.isoformat()
     weights = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
     on_day(DAY_2)
-    loop.train(dataclasses.replace(config, resume=True), adapter)
+    trainer.train(dataclasses.replace(config, resume=True), adapter)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == weights

@@ -14,7 +14,7 @@ import tiny
 from test_adapters import POSITIONS
 
 from adafuse_jax import UserError
-from adafuse_jax.configs import LINEARS, ModelConfig
+from adafuse_jax.models.config import LINEARS, ModelConfig
 from adafuse_jax.parallel.mesh import make_mesh
 
 TESTS = Path(__file__).parent

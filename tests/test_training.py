@@ -16,12 +16,12 @@ from test_adapters import random_adapter, tokens_of
 
 from adafuse_jax import load_backbone
 from adafuse_jax.adapters.router import expert_load
-from adafuse_jax.configs import TrainConfig
 from adafuse_jax.data.batches import Batch
 from adafuse_jax.data.chat import Encoded
 from adafuse_jax.data.packing import Rows, pack
 from adafuse_jax.evaluation.heldout import HeldOut, score
 from adafuse_jax.training import step
+from adafuse_jax.training.config import TrainConfig
 from adafuse_jax.training.recipe import Recipe, tied_gradients
 from adafuse_jax.training.step import TrainState, learning_rate, make_optimizer, token_losses, train_step
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from adafuse_jax.adapters.base import Hook
+from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.low_rank import LoRAExperts, dropped
-from adafuse_jax.adapters.router import Router, Routing, balance_loss
-from adafuse_jax.configs import LINEARS, AdapterConfig, ModelConfig
-from adafuse_jax.model.layers import Linear
+from adafuse_jax.adapters.router import Router, balance_loss
+from adafuse_jax.models.config import LINEARS, ModelConfig
+from adafuse_jax.models.hooks import Hook, Routing
+from adafuse_jax.models.layers import Linear
 
 
 class AdaFuse(nnx.Module):

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 if TYPE_CHECKING:
-    from adafuse_jax.adapters.router import Routing
+    from adafuse_jax.models.hooks import Routing
 
 
 class LoRAParam(nnx.Param):

@@ -5,48 +5,18 @@ z = W_g x;   G = softmax(TopK(z))        (arXiv 2603.11873, Eq. 1), fp32
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from adafuse_jax.adapters.low_rank import LoRAParam
+from adafuse_jax.models.hooks import Routing
 
 
 def is_router(path: tuple) -> bool:
     """Whether a leaf of an adapter is a router's, by its path in the pytree."""
     return "router" in jax.tree_util.keystr(path)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """`experts[…, j]` is used with `gates[…, j]`; `probabilities` is the softmax over all E logits.
-
-    Routings of many routers are stacked in front: [L, routers of a layer, B, T, …].
-    """
-
-    experts: Int[Array, "*routers B T k"]
-    gates: Float[Array, "*routers B T k"]
-    probabilities: Float[Array, "*routers B T E"]
-
-    @classmethod
-    def of_one_expert(cls, batch: int, length: int) -> Routing:
-        """There is one expert, and every token uses it whole."""
-        shape = (batch, length, 1)
-        return cls(jnp.zeros(shape, jnp.int32), jnp.ones(shape), jnp.ones(shape))
-
-    def experts_of_row(self) -> Int[Array, "B choices"]:
-        """The experts that the first token of every row uses, those of all routers one after the other."""
-        chosen = jnp.moveaxis(self.experts[..., 0, :], -2, 0)  # [B, *routers, k]
-        return chosen.reshape(len(chosen), -1)
-
-    def dense_gates(self) -> Float[Array, "*routers B T E"]:
-        """Gates of all experts: exactly k nonzero per token."""
-        chosen = jax.nn.one_hot(self.experts, self.probabilities.shape[-1], dtype=self.gates.dtype)  # […, k, E]
-        return jnp.einsum("...k,...ke->...e", self.gates, chosen)
 
 
 class Router(nnx.Module):

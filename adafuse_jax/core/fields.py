@@ -25,6 +25,8 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 """Of a file's name and of a path, on Linux."""
 MAX_SEED = 2**32 - 1
 """The largest that a JAX key takes."""
+MAX_COUNT, MAX_ROWS, MAX_TOKENS = 10**9, 2**16, 2**24
+"""The largest values of flags: steps and other counts, rows of a batch, tokens of a sequence."""
 
 Text = Literal["any", "path", "spec"]
 """A text as it is; a path; a data set's `SOURCE[…]`, which may begin with a path."""

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adafuse_jax.configs import AdapterConfig, DecodeConfig, TrainConfig
+from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.decoding.session import Session
 from adafuse_jax.demo.answers import Answers, answer_all
 from adafuse_jax.demo.backbone import BATCH_SIZE, pretrain
 from adafuse_jax.demo.config import DemoConfig
@@ -28,7 +27,10 @@ from adafuse_jax.demo.report import (
     step,
 )
 from adafuse_jax.demo.skills import SKILLS, Case, Material, draw_material
-from adafuse_jax.training.loop import train
+from adafuse_jax.inference.config import DecodeConfig
+from adafuse_jax.inference.session import Session
+from adafuse_jax.training.config import TrainConfig
+from adafuse_jax.training.trainer import train
 
 MARKER = ".made-by-adafuse-demo"
 WRITTEN = ("data", "backbone", "run", "expert_use.png")

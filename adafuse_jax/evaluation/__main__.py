@@ -30,11 +30,11 @@ COLUMNS = {
 
 def run(config: EvaluationConfig) -> dict[str, Any]:
     """Load everything, then score every data set. All mistakes in the data show before the backbone is read."""
+    from adafuse_jax.checkpoints.hf_checkpoint import Checkpoint
     from adafuse_jax.data.left_out import log_unwritten_system
     from adafuse_jax.data.tokenizer import load_tokenizer
     from adafuse_jax.evaluation.loading import load
     from adafuse_jax.evaluation.multiple_choice import Questions, evaluate, mean_of
-    from adafuse_jax.interop.huggingface import Checkpoint
 
     checkpoint = Checkpoint.open(config.model)
     directory, context = checkpoint.directory, checkpoint.config.max_position_embeddings

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from adafuse_jax.configs import MAX_COUNT, MAX_ROWS, MAX_TOKENS, DType
-from adafuse_jax.core.fields import check, flag, require
+from adafuse_jax.core.fields import MAX_COUNT, MAX_ROWS, MAX_TOKENS, check, flag, require
+from adafuse_jax.models.config import DType
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.training.step import LOSS_CHUNK
 
 LENGTH_BUCKET = 64

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from adafuse_jax.adapters.base import Adapter
 from adafuse_jax.data.chat import Encoded
-from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.hooks import Adapter
 from adafuse_jax.training.step import token_losses
 
 LENGTH_BUCKET = 64

@@ -24,11 +24,11 @@ MODULE = "adafuse_jax.evaluation.lm_eval"
 if __name__ == "__main__":  # before the harness is imported: what fails or is interrupted meanwhile is one line, too
     run_cli(lambda argv: importlib.import_module(MODULE).main(argv))
 
-from adafuse_jax.configs import DType
 from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.data.examples import Message
 from adafuse_jax.data.rendering import render
+from adafuse_jax.models.config import DType
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -40,11 +40,11 @@ except ModuleNotFoundError as error:
         raise
     raise UserError("lm-evaluation-harness is not installed; pip install 'adafuse-jax[eval]'") from error
 
-from adafuse_jax.decoding.engine import Engine, occurrences
-from adafuse_jax.decoding.sampling import Sampling
-from adafuse_jax.decoding.stream import TextStream
 from adafuse_jax.evaluation.continuations import score_continuations
 from adafuse_jax.evaluation.loading import Loaded, load
+from adafuse_jax.inference.detokenizer import TextStream
+from adafuse_jax.inference.engine import Engine, occurrences
+from adafuse_jax.inference.sampling import Sampling
 
 ARGUMENTS = ("model", "adapter", "batch_size", "max_length", "dtype")
 DEFAULTS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "seed": 0}

@@ -7,13 +7,13 @@ from typing import Any, get_args
 
 import jax.numpy as jnp
 
-from adafuse_jax.adapters.directory import load_adapter
-from adafuse_jax.configs import DType
+from adafuse_jax.checkpoints.adapter_directory import load_adapter
+from adafuse_jax.checkpoints.hf_checkpoint import Checkpoint, load_backbone
 from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.data.tokenizer import load_tokenizer
-from adafuse_jax.interop.huggingface import Checkpoint, load_backbone
-from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.models.config import DType
+from adafuse_jax.models.decoder import Backbone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

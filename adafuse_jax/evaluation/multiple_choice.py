@@ -23,10 +23,10 @@ from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import Encoded, encode_choices, encode_prompt, stop_tokens
 from adafuse_jax.data.examples import Message, MultipleChoice
 from adafuse_jax.data.templates import TemplateLimit, template_date
-from adafuse_jax.decoding.engine import Engine
 from adafuse_jax.evaluation.heldout import score
 from adafuse_jax.evaluation.loading import Loaded
 from adafuse_jax.evaluation.matching import match
+from adafuse_jax.inference.engine import Engine
 
 SCORES = ("accuracy", "accuracy_norm", "accuracy_bytes", "generated")
 

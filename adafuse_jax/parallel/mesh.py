@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adafuse_jax.configs import ModelConfig
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.model.cache import KVCache
+from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.parallel.axes import CACHE, TENSOR, logical_axes, partition_spec
 
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
-from adafuse_jax.configs import TrainConfig
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.tables import Table
 from adafuse_jax.data.templates import template_date
+from adafuse_jax.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 

@@ -11,16 +11,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Key
 
-from adafuse_jax.adapters.directory import load_adapter
-from adafuse_jax.adapters.full import FullWeights
-from adafuse_jax.adapters.layerwise import LayerWise
+from adafuse_jax.adapters.baselines.full import FullWeights
+from adafuse_jax.adapters.baselines.layerwise import LayerWise
+from adafuse_jax.adapters.baselines.pesc import PESC
+from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.low_rank import LoRAExperts
-from adafuse_jax.adapters.methods import AnyAdapter, make_adapter
-from adafuse_jax.adapters.pesc import PESC
-from adafuse_jax.configs import AdapterConfig, ModelConfig
+from adafuse_jax.adapters.registry import AnyAdapter, make_adapter
+from adafuse_jax.checkpoints.adapter_directory import load_adapter
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.decoder import Backbone
 
 
 def initial_weights(

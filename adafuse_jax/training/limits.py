@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from adafuse_jax.configs import ModelConfig, TrainConfig
 from adafuse_jax.core.errors import UserError
+from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.training.config import TrainConfig
 
 BYTES_PER_TOKEN = 13
 """Of `Rows` and `Batch`: three int32 arrays and a mask."""

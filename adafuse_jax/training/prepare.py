@@ -7,7 +7,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from adafuse_jax.configs import TrainConfig
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.chat import Encoded, encode_all, encode_choices
@@ -15,6 +14,7 @@ from adafuse_jax.data.examples import Example, MultipleChoice, Text
 from adafuse_jax.data.packing import Rows, pack
 from adafuse_jax.data.sources import Dataset, DatasetSpec, held_out_split
 from adafuse_jax.evaluation.heldout import HeldOut
+from adafuse_jax.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 

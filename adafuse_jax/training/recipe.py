@@ -22,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.low_rank import LoRAExperts
 from adafuse_jax.adapters.router import is_router
-from adafuse_jax.configs import AdapterConfig, TrainConfig
 from adafuse_jax.core.errors import UserError
+from adafuse_jax.training.config import TrainConfig
 
 
 def require_recipe(config: TrainConfig, adapter: AdapterConfig) -> None:

@@ -23,13 +23,13 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from adafuse_jax.adapters.adafuse import AdaFuse
-from adafuse_jax.adapters.full import FullWeights
+from adafuse_jax.adapters.baselines.full import FullWeights
 from adafuse_jax.adapters.lora import LoRA
-from adafuse_jax.adapters.methods import AnyAdapter, in_use
+from adafuse_jax.adapters.registry import AnyAdapter, in_use
 from adafuse_jax.adapters.router import expert_load, is_router, router_statistics
-from adafuse_jax.configs import TrainConfig
 from adafuse_jax.data.batches import Batch
-from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.training.config import TrainConfig
 from adafuse_jax.training.recipe import Recipe
 
 PLAIN = Recipe()

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from adafuse_jax.configs import TrainConfig
 from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.training.config import TrainConfig
 from adafuse_jax.training.prepare import Data
 
 log = logging.getLogger(__name__)

@@ -27,9 +27,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from adafuse_jax.adapters import methods
+from adafuse_jax.adapters import registry
+from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.low_rank import LoRAExperts
-from adafuse_jax.configs import FFN_LINEARS, LINEARS, AdapterConfig, ModelConfig
+from adafuse_jax.models.config import FFN_LINEARS, LINEARS, ModelConfig
 from benchmarks.accuracy_methods import SETTLED, TIED, USUAL
 from studies.accuracy.pregated import PreGated, Variant
 from studies.accuracy.tasks import SETS
@@ -77,7 +78,7 @@ def make_adapter(settings: dict[str, Any], model: ModelConfig, key: jax.Array) -
     rngs = nnx.Rngs(params=key)
     if VARIANT in settings:
         return PreGated(config, model, settings[VARIANT], rngs=rngs)
-    return methods.make_adapter(config, model, rngs=rngs)
+    return registry.make_adapter(config, model, rngs=rngs)
 
 
 def parameters(settings: dict[str, Any], model: ModelConfig) -> tuple[int, int]:
@@ -89,7 +90,7 @@ def parameters(settings: dict[str, Any], model: ModelConfig) -> tuple[int, int]:
         for leaf in jax.tree.leaves(node):
             several = isinstance(node, LoRAExperts) and leaf.shape[1] > 1  # [L, E, …]
             active += math.prod(leaf.shape) * settings["top_k"] // leaf.shape[1] if several else math.prod(leaf.shape)
-    return methods.num_parameters(adapter), active
+    return registry.num_parameters(adapter), active
 
 
 def table(settings: dict[str, Any]) -> dict[str, Any]:

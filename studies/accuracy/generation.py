@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from adafuse_jax.model.attention import attention_of_lanes
-from adafuse_jax.model.backbone import Backbone
-from adafuse_jax.model.cache import KVCache
+from adafuse_jax.models.attention import attention_of_lanes
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.kv_cache import KVCache
 from studies.accuracy.mixture import Prompts
 from studies.accuracy.tasks import final_number
 from studies.accuracy.training import seen

@@ -26,10 +26,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from adafuse_jax.adapters.adafuse import AdaFuse, AdaFuseLayer
+from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.low_rank import LoRAExperts, LoRAParam
-from adafuse_jax.adapters.router import Routing, balance_loss, expert_load
-from adafuse_jax.configs import AdapterConfig, ModelConfig
-from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.adapters.router import balance_loss, expert_load
+from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.hooks import Routing
 
 DROPPED = -1e9
 

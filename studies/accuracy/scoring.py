@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from adafuse_jax.model.attention import attention_of_lanes
-from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.models.attention import attention_of_lanes
+from adafuse_jax.models.decoder import Backbone
 from benchmarks.accuracy_data import Packed
 from studies.accuracy.tasks import MEASURES, SETS
 from studies.accuracy.training import seen

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adafuse_jax.configs import DType
+from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
 from adafuse_jax.core.atomic_files import write_text
 from adafuse_jax.core.fields import require
-from adafuse_jax.interop.huggingface import load_backbone
+from adafuse_jax.models.config import DType
 from studies.accuracy import arms, generation, mixture, scoring, training
 from studies.accuracy.tasks import SETS
 

@@ -22,8 +22,8 @@ from jaxtyping import Array, Float, Int, Key
 from adafuse_jax.adapters.router import expert_load
 from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.packing import Rows
-from adafuse_jax.model.attention import attention_of_lanes
-from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.models.attention import attention_of_lanes
+from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.training.recipe import Recipe
 from benchmarks.accuracy_training import OPTIMIZER, is_pregated, losses_at, recipe_of, schedule
 from benchmarks.accuracy_training import Lanes as Replicas

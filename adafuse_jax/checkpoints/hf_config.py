@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adafuse_jax.configs import ModelConfig, RopeConfig
+from adafuse_jax.checkpoints.inert_keys import GENERATION_INERT, INERT, INERT_VALUES, SUPPORTED_VALUES
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table, read_json
-from adafuse_jax.interop.inert_keys import GENERATION_INERT, INERT, INERT_VALUES, SUPPORTED_VALUES
+from adafuse_jax.models.config import ModelConfig, RopeConfig
 
 log = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from adafuse_jax.adapters.adafuse import AdaFuse
-from adafuse_jax.configs import ATTENTION_LINEARS, LINEARS, ModelConfig
-from adafuse_jax.model.attention import Visibility, attention
-from adafuse_jax.model.backbone import Backbone
-from adafuse_jax.model.cache import KVCache
-from adafuse_jax.model.layers import apply_rope, rope_frequencies, rope_tables
+from adafuse_jax.models.attention import Visibility, attention
+from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.kv_cache import KVCache
+from adafuse_jax.models.layers import apply_rope, rope_frequencies, rope_tables
 from adafuse_jax.parallel.axes import CACHE, TABLES, TENSOR, linear_axes, partition_spec
 from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels.megakernel import Experts, Shape, Weights, decode_token, unsupported_reason

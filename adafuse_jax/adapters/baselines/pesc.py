@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from adafuse_jax.adapters.base import Hook
-from adafuse_jax.adapters.layerwise import Mixture
+from adafuse_jax.adapters.baselines.layerwise import Mixture
+from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.low_rank import dropped
-from adafuse_jax.adapters.router import Routing, balance_loss
-from adafuse_jax.configs import LINEARS, AdapterConfig, ModelConfig
+from adafuse_jax.adapters.router import balance_loss
+from adafuse_jax.models.config import LINEARS, ModelConfig
+from adafuse_jax.models.hooks import Hook, Routing
 
 
 def gelu(x: Array) -> Array:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from adafuse_jax.configs import AdapterConfig
-from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.models.decoder import Backbone
 
 
 class FullWeights(nnx.Module):

@@ -20,21 +20,22 @@ import numpy as np
 import optax
 from flax import nnx
 
-from adafuse_jax.adapters.directory import save_adapter
-from adafuse_jax.adapters.full import FullWeights
+from adafuse_jax.adapters.baselines.full import FullWeights
+from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.lora import LoRA
-from adafuse_jax.adapters.methods import in_use, num_parameters
-from adafuse_jax.configs import AdapterConfig, TrainConfig
+from adafuse_jax.adapters.registry import in_use, num_parameters
+from adafuse_jax.checkpoints.adapter_directory import save_adapter
+from adafuse_jax.checkpoints.hf_checkpoint import Checkpoint, export_backbone, load_backbone
 from adafuse_jax.core import runtime
 from adafuse_jax.core.atomic_files import write_json, write_text
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.tables import Table
 from adafuse_jax.data.batches import Batch
 from adafuse_jax.data.chat import load_tokenizer
-from adafuse_jax.interop.huggingface import Checkpoint, export_backbone, load_backbone
-from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.training.checkpoint import Checkpoints
 from adafuse_jax.training.clock import run_date
+from adafuse_jax.training.config import TrainConfig
 from adafuse_jax.training.initial import digest, initial_weights, read_initial_lora
 from adafuse_jax.training.limits import require_memory
 from adafuse_jax.training.output import (

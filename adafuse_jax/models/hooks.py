@@ -12,12 +12,43 @@ full      none                                 every weight of the backbone trai
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from adafuse_jax.adapters.router import Routing
-from adafuse_jax.model.layers import Linear
+from adafuse_jax.models.layers import Linear
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """`experts[…, j]` is used with `gates[…, j]`; `probabilities` is the softmax over all E logits.
+
+    Routings of many routers are stacked in front: [L, routers of a layer, B, T, …].
+    """
+
+    experts: Int[Array, "*routers B T k"]
+    gates: Float[Array, "*routers B T k"]
+    probabilities: Float[Array, "*routers B T E"]
+
+    @classmethod
+    def of_one_expert(cls, batch: int, length: int) -> Routing:
+        """There is one expert, and every token uses it whole."""
+        shape = (batch, length, 1)
+        return cls(jnp.zeros(shape, jnp.int32), jnp.ones(shape), jnp.ones(shape))
+
+    def experts_of_row(self) -> Int[Array, "B choices"]:
+        """The experts that the first token of every row uses, those of all routers one after the other."""
+        chosen = jnp.moveaxis(self.experts[..., 0, :], -2, 0)  # [B, *routers, k]
+        return chosen.reshape(len(chosen), -1)
+
+    def dense_gates(self) -> Float[Array, "*routers B T E"]:
+        """Gates of all experts: exactly k nonzero per token."""
+        chosen = jax.nn.one_hot(self.experts, self.probabilities.shape[-1], dtype=self.gates.dtype)  # […, k, E]
+        return jnp.einsum("...k,...ke->...e", self.gates, chosen)
 
 
 class Hook:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from adafuse_jax.configs import RopeConfig
+from adafuse_jax.models.config import RopeConfig
 
 
 class Linear(nnx.Module):

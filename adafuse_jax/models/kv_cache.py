@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from adafuse_jax.configs import ModelConfig
+from adafuse_jax.models.config import ModelConfig
 
 
 @jax.tree_util.register_dataclass

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from adafuse_jax.configs import LEAST_TEMPERATURE
+from adafuse_jax.inference.config import LEAST_TEMPERATURE
 
 MOST_TEMPERATURE = 1e30
 """Temperatures above count as this one, at which every distribution of float32 logits is uniform."""

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int, Key
 
-from adafuse_jax.adapters.layerwise import LayerWise, LayerWiseHook, Mixture
-from adafuse_jax.adapters.router import Routing
-from adafuse_jax.model.layers import Linear
+from adafuse_jax.adapters.baselines.layerwise import LayerWise, LayerWiseHook, Mixture
+from adafuse_jax.models.hooks import Routing
+from adafuse_jax.models.layers import Linear
 from pallas_kernels.sgmm import golden_terms
 from pallas_kernels.sgmm.reference import merge_layer
 

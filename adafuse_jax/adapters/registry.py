@@ -6,14 +6,15 @@ import jax
 from flax import nnx
 
 from adafuse_jax.adapters.adafuse import AdaFuse
-from adafuse_jax.adapters.base import Adapter
-from adafuse_jax.adapters.full import FullWeights
+from adafuse_jax.adapters.baselines.full import FullWeights
+from adafuse_jax.adapters.baselines.mola import MoLA
+from adafuse_jax.adapters.baselines.moral import MoRAL
+from adafuse_jax.adapters.baselines.pesc import PESC
+from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.lora import LoRA
-from adafuse_jax.adapters.mola import MoLA
-from adafuse_jax.adapters.moral import MoRAL
-from adafuse_jax.adapters.pesc import PESC
-from adafuse_jax.configs import AdapterConfig, ModelConfig
-from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.hooks import Adapter
 
 AnyAdapter = AdaFuse | MoRAL | MoLA | PESC | LoRA
 MODULES: dict[str, type[AnyAdapter]] = {"adafuse": AdaFuse, "moral": MoRAL, "mola": MoLA, "pesc": PESC, "lora": LoRA}

@@ -20,14 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adafuse_jax.configs import ATTENTION_LINEARS, LINEARS, DType, ModelConfig
+from adafuse_jax.checkpoints.hf_config import hf_config, parse_hf_config
+from adafuse_jax.checkpoints.safetensors_files import DTYPES, Tensors, require_float, write_tensors
 from adafuse_jax.core.atomic_files import new_directory, write_json
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import read_json
 from adafuse_jax.data.tokenizer import PATTERNS, tokenizer_files, write_tokenizer
-from adafuse_jax.interop.hf_config import hf_config, parse_hf_config
-from adafuse_jax.interop.safetensors_files import DTYPES, Tensors, require_float, write_tensors
-from adafuse_jax.model.backbone import Backbone
+from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, DType, ModelConfig
+from adafuse_jax.models.decoder import Backbone
 
 log = logging.getLogger(__name__)
 

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
-from adafuse_jax.adapters.base import Adapter
-from adafuse_jax.decoding.fused import Fused, fused_step, route
-from adafuse_jax.decoding.merging import Merged, Merging, update_merged, with_weights
-from adafuse_jax.decoding.sampling import Sampling, sample
-from adafuse_jax.model.backbone import Backbone
-from adafuse_jax.model.cache import KVCache
+from adafuse_jax.inference.backends.megakernel import Fused, fused_step, route
+from adafuse_jax.inference.backends.merged import Merged, Merging, update_merged, with_weights
+from adafuse_jax.inference.sampling import Sampling, sample
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.hooks import Adapter
+from adafuse_jax.models.kv_cache import KVCache
 
 
 @jax.tree_util.register_dataclass

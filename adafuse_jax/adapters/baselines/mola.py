@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from adafuse_jax.adapters.layerwise import LayerWise
-from adafuse_jax.adapters.router import Routing
-from adafuse_jax.configs import AdapterConfig, ModelConfig
+from adafuse_jax.adapters.baselines.layerwise import LayerWise
+from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.core.errors import UserError
+from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.hooks import Routing
 
 
 class MoLA(LayerWise):

@@ -15,20 +15,20 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from adafuse_jax.adapters.directory import load_adapter
-from adafuse_jax.configs import DecodeConfig, Strategy
+from adafuse_jax.checkpoints.adapter_directory import load_adapter
+from adafuse_jax.checkpoints.hf_checkpoint import Checkpoint, load_backbone
+from adafuse_jax.checkpoints.hf_config import generation_remark
 from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import encode_prompt, stop_tokens
 from adafuse_jax.data.examples import Chat, Message
 from adafuse_jax.data.left_out import log_unwritten_system
 from adafuse_jax.data.tokenizer import load_tokenizer
-from adafuse_jax.decoding.engine import Engine, Token
-from adafuse_jax.decoding.prompts import Prompt, read_prompts, stdin_lines
-from adafuse_jax.decoding.sampling import Sampling
-from adafuse_jax.decoding.stream import TextStream
-from adafuse_jax.interop.hf_config import generation_remark
-from adafuse_jax.interop.huggingface import Checkpoint, load_backbone
+from adafuse_jax.inference.config import DecodeConfig, Strategy
+from adafuse_jax.inference.detokenizer import TextStream
+from adafuse_jax.inference.engine import Engine, Token
+from adafuse_jax.inference.prompts import Prompt, read_prompts, stdin_lines
+from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.parallel.mesh import make_mesh, shard
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ the rank, scale and initial values of AdaFuse. AdaFuse with the same targets the
 
 from __future__ import annotations
 
-from adafuse_jax.adapters.layerwise import LayerWise
+from adafuse_jax.adapters.baselines.layerwise import LayerWise
 
 
 class MoRAL(LayerWise):

@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adafuse_jax.adapters.directory import CONFIG_FILE, MAX_SIZE, WEIGHTS_FILE, write_adapter_files
+from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.lora import LoRA
-from adafuse_jax.configs import ATTENTION_LINEARS, LINEARS, AdapterConfig, ModelConfig
+from adafuse_jax.checkpoints.adapter_directory import CONFIG_FILE, MAX_SIZE, WEIGHTS_FILE, write_adapter_files
+from adafuse_jax.checkpoints.safetensors_files import read_tensors
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
-from adafuse_jax.interop.safetensors_files import read_tensors
+from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig
 
 log = logging.getLogger(__name__)
 

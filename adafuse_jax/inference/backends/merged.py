@@ -20,11 +20,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from adafuse_jax.adapters.adafuse import AdaFuse
-from adafuse_jax.adapters.base import Hook
-from adafuse_jax.adapters.router import Routing
-from adafuse_jax.configs import Strategy
-from adafuse_jax.model.backbone import Backbone
-from adafuse_jax.model.layers import Linear
+from adafuse_jax.inference.config import Strategy
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.hooks import Hook, Routing
+from adafuse_jax.models.layers import Linear
 from pallas_kernels.sgmm import golden_terms, sgmm, switch_terms
 from pallas_kernels.sgmm.reference import merge_layer
 

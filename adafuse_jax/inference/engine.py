@@ -19,21 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from adafuse_jax.adapters.adafuse import AdaFuse
-from adafuse_jax.adapters.layerwise import LayerWise
+from adafuse_jax.adapters.baselines.layerwise import LayerWise
 from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.lora import merged as with_lora
-from adafuse_jax.adapters.methods import AnyAdapter
-from adafuse_jax.configs import TOKEN_STRATEGIES, Strategy
+from adafuse_jax.adapters.presets import PRESETS
+from adafuse_jax.adapters.registry import AnyAdapter
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.decoding.fused import Fused, fused_unsupported_reason
-from adafuse_jax.decoding.merging import Merged, unmerge, with_weights
-from adafuse_jax.decoding.sampling import Sampling, row_keys
-from adafuse_jax.decoding.simple import LayerWiseMerging
-from adafuse_jax.decoding.steps import DecodeState, decode_step, first_token, prefill_chunk
-from adafuse_jax.model.backbone import Backbone
-from adafuse_jax.model.cache import KVCache
+from adafuse_jax.inference.backends.megakernel import Fused, fused_unsupported_reason
+from adafuse_jax.inference.backends.merged import Merged, unmerge, with_weights
+from adafuse_jax.inference.backends.simple import LayerWiseMerging
+from adafuse_jax.inference.config import TOKEN_STRATEGIES, Strategy
+from adafuse_jax.inference.programs import DecodeState, decode_step, first_token, prefill_chunk
+from adafuse_jax.inference.sampling import Sampling, row_keys
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.parallel.mesh import mesh_of, place_state
-from adafuse_jax.presets import PRESETS
 
 log = logging.getLogger(__name__)
 

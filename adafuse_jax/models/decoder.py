@@ -19,11 +19,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from adafuse_jax.adapters.base import Adapter, Hook
-from adafuse_jax.configs import ATTENTION_LINEARS, LINEARS, ModelConfig
-from adafuse_jax.model.attention import Visibility, attention
-from adafuse_jax.model.cache import KVCache
-from adafuse_jax.model.layers import Linear, RMSNorm, apply_rope, rope_frequencies, rope_tables
+from adafuse_jax.models.attention import Visibility, attention
+from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig
+from adafuse_jax.models.hooks import Adapter, Hook
+from adafuse_jax.models.kv_cache import KVCache
+from adafuse_jax.models.layers import Linear, RMSNorm, apply_rope, rope_frequencies, rope_tables
 
 
 @jax.tree_util.register_dataclass

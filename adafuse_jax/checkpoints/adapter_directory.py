@@ -21,14 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adafuse_jax.adapters.methods import MODULES, AnyAdapter, make_adapter
-from adafuse_jax.configs import AdapterConfig, ModelConfig
+from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.adapters.presets import PRESETS
+from adafuse_jax.adapters.registry import MODULES, AnyAdapter, make_adapter
+from adafuse_jax.checkpoints.hf_config import MAX_LAYERS
+from adafuse_jax.checkpoints.safetensors_files import read_tensors, write_tensors
 from adafuse_jax.core.atomic_files import new_directory, sha256, write_json
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
-from adafuse_jax.interop.hf_config import MAX_LAYERS
-from adafuse_jax.interop.safetensors_files import read_tensors, write_tensors
-from adafuse_jax.presets import PRESETS
+from adafuse_jax.models.config import ModelConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 DIGEST = "weights_sha256"
@@ -116,7 +117,7 @@ def load_adapter(directory: str | Path, model: ModelConfig, *, backbone_identity
       UserError: a missing, truncated or mismatched file, or an adapter of another backbone (PEFT does not say which
         backbone, beyond the shapes of its linears).
     """
-    from adafuse_jax.interop.peft import load_peft_lora
+    from adafuse_jax.checkpoints.peft import load_peft_lora
 
     directory = Path(directory).expanduser()
     table = read_adapter_table(directory)

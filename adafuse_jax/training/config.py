@@ -1,0 +1,97 @@
+"""Settings of `train.py` as a frozen dataclass; its flags are made from these fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from adafuse_jax.core.errors import UserError, quoted
+from adafuse_jax.core.fields import MAX_COUNT, MAX_ROWS, MAX_SEED, MAX_TOKENS, check, flag, require
+
+TrainDType = Literal["float32", "bfloat16"]
+"""Without float16, in which gradients vanish or overflow."""
+
+
+def _require_date(name: str, text: str | None) -> None:
+    try:
+        datetime.fromisoformat(text or "2026-01-01")
+    except ValueError:
+        raise UserError(f"{name} is {quoted(text)}: it must be a date or time in ISO format, as 2026-03-01") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """What `python train.py` does: data, schedule, optimiser, checkpoints."""
+
+    model: str = flag("Hugging Face model directory or hub id", metavar="DIR|ID", text="path")
+    dataset: tuple[str, ...] = flag(
+        "data sets: SOURCE[:SUBSET][#SPLIT][@FORMAT][=WEIGHT], SOURCE a preset, hub id, file, directory or pipe",
+        metavar="SPEC",
+        text="spec",
+    )
+    output: str = flag("directory for checkpoints, metrics, plots and the final adapter", metavar="DIR", text="path")
+    init_lora: str | None = flag(
+        "LoRA to begin from, written by train.py or PEFT: it is every expert's initial value", None, "DIR", text="path"
+    )
+    eval_dataset: tuple[str, ...] = flag(
+        "held-out data sets, as --dataset without a weight; default: the sets' own validation or test split",
+        (),
+        "SPEC",
+        text="spec",
+    )
+    skip_bad_rows: bool = flag("leave out rows that cannot be read or used, and log how many and the first", False)
+    eval_fraction: float = flag(
+        "share of the training data held out when there is no other held-out split", 0.02, low=0, below=1
+    )
+    eval_examples: int = flag(
+        "held-out examples scored at each evaluation, at most (0: no evaluation)", 200, low=0, high=MAX_COUNT
+    )
+    eval_every: int = flag("steps between evaluations; the last step is always evaluated", 200, low=1, high=MAX_COUNT)
+    steps: int | None = flag("optimiser steps; default: from --epochs", None, low=1, high=MAX_COUNT)
+    epochs: float = flag(
+        "passes over the data, when --steps is not given: each row is drawn so many times, and the last batch is filled up "
+        "with padding; of data sets with weights, as many rows in all",
+        1.0,
+        above=0,
+        high=1e6,
+    )
+    batch_size: int = flag("sequences per micro-batch", 8, low=1, high=MAX_ROWS)
+    grad_accum: int = flag("micro-batches per optimiser step", 1, low=1, high=MAX_ROWS)
+    max_length: int = flag("tokens per sequence; longer examples are cut", 1024, low=8, high=MAX_TOKENS)
+    packing: bool = flag("pack several examples into a sequence, masked from each other", True)
+    learning_rate: float = flag("peak learning rate of AdamW", 2e-4, above=0, high=1e30)
+    tied_share: float = flag(
+        "share of the steps, from the first, in which AdaFuse's experts learn as one LoRA", 0.0, low=0, high=1
+    )
+    router_share: float = flag(
+        "share of the steps, from the first, in which routers learn; then they stay as they are", 1.0, low=0, high=1
+    )
+    min_lr_ratio: float = flag("final learning rate of the cosine, as a share of the peak", 0.1, low=0, below=1)
+    warmup_ratio: float = flag("share of the steps spent warming up", 0.03, low=0, below=1)
+    weight_decay: float = flag("AdamW weight decay on the experts' matrices", 0.0, low=0, high=1e3)
+    clip_norm: float = flag("global gradient norm above which gradients are scaled down", 1.0, above=0, high=1e30)
+    beta1: float = flag("AdamW first-moment decay", 0.9, low=0, below=1)
+    beta2: float = flag("AdamW second-moment decay", 0.999, low=0, below=1)
+    dtype: TrainDType = flag("type of the backbone and of the activations; adapters train in float32", "bfloat16")
+    remat: bool = flag("recompute each layer in the backward pass to save memory", True)
+    seed: int = flag("seed of the adapters' initial values and of the data order", 0, low=0, high=MAX_SEED)
+    checkpoint_every: int = flag("steps between checkpoints", 100, low=1, high=MAX_COUNT)
+    keep_checkpoints: int = flag("checkpoints kept", 2, low=1, high=MAX_COUNT)
+    log_every: int = flag("steps between lines of metrics.jsonl", 1, low=1, high=MAX_COUNT)
+    resume: bool = flag("continue the run in --output from its last checkpoint", False)
+    template_date: str | None = flag(
+        "time that chat templates write if they ask for the present one, in ISO format; default: the start of the run",
+        None,
+        "DATE",
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        require(
+            self.batch_size * self.max_length < 2**31,
+            f"--batch-size {self.batch_size} × --max-length {self.max_length}: a micro-batch has at most 2**31 - 1 tokens; "
+            "lower one of them",
+        )
+        require(len(self.dataset) > 0, "--dataset is empty; name at least one data set")
+        _require_date("--template-date", self.template_date)
