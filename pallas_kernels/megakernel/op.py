@@ -31,7 +31,7 @@ from pallas_kernels.megakernel.plan import (
     no_smem_reason,
     to_k_tiles,
 )
-from pallas_kernels.pregated_linear.mixture import Mixture, used_first
+from pallas_kernels.megakernel.mixture import Mixture, used_first
 
 MAX_BATCH = 32
 

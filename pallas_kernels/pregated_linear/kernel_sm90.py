@@ -37,7 +37,7 @@ from pallas_kernels.megakernel.plan import (
 )
 from pallas_kernels.megakernel.register_tiles import store_transposed
 from pallas_kernels.megakernel.schedule import Scalars
-from pallas_kernels.pregated_linear.mixture import Mixture, used_first
+from pallas_kernels.megakernel.mixture import Mixture, used_first
 
 MAX_BATCH = 32
 

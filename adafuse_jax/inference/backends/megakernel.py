@@ -28,7 +28,7 @@ from adafuse_jax.parallel.axes import CACHE, TABLES, TENSOR, linear_axes, partit
 from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels.megakernel import Experts, Shape, Weights, decode_token, unsupported_reason
 from pallas_kernels.megakernel.plan import TILE_K
-from pallas_kernels.pregated_linear import make_mixture
+from pallas_kernels.megakernel.mixture import make_mixture
 
 TABLE_ROWS = 4096
 """Tokens whose gates are computed at once."""
