@@ -20,7 +20,8 @@ def main(argv: Sequence[str]) -> int:
     config, adapter_config = parse_flags(__doc__, (TrainConfig, AdapterConfig), argv)
     runtime.set_up()
     with runtime.memory_errors("lower --batch-size, --max-length, --rank or --num-experts"):
-        from adafuse_jax.training.trainer import Stopped, train
+        from adafuse_jax.training.signals import Stopped
+        from adafuse_jax.training.trainer import train
 
         try:
             summary = train(config, adapter_config)

@@ -27,7 +27,8 @@ from adafuse_jax.models.config import LINEARS
 from adafuse_jax.models.hooks import Hook, Routing
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.training.config import TrainConfig
-from adafuse_jax.training.step import TrainState, make_optimizer, train_step
+from adafuse_jax.training.optimizer import make_optimizer
+from adafuse_jax.training.step import TrainState, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
     runtime.set_up()
     with runtime.memory_errors("free some memory"):
         from adafuse_jax.demo.story import run_demo
-        from adafuse_jax.training.trainer import Stopped
+        from adafuse_jax.training.signals import Stopped
 
         try:
             return run_demo(config)

@@ -28,7 +28,7 @@ from adafuse_jax.data.packing import Rows, pack
 from adafuse_jax.demo.skills import Case
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.decoder import Backbone
-from adafuse_jax.training.step import token_losses
+from adafuse_jax.models.loss import token_losses
 
 BOS, EOS = "<s>", "</s>"
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '\n') }}{% endfor %}"
