@@ -25,7 +25,8 @@ from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.registry import in_use, num_parameters
 from adafuse_jax.checkpoints.adapter_directory import save_adapter
-from adafuse_jax.checkpoints.hf_checkpoint import Checkpoint, export_backbone, load_backbone
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
+from adafuse_jax.checkpoints.hf_export import export_backbone
 from adafuse_jax.core import runtime
 from adafuse_jax.core.atomic_files import write_json, write_text
 from adafuse_jax.core.errors import UserError, quoted
@@ -108,7 +109,7 @@ def _train(
     config: TrainConfig, adapter_config: AdapterConfig, output: Path, recorded: Table | None, held: ExitStack
 ) -> dict[str, Any]:
     """With the run's directory in `held` and its config `recorded`, if it is resumed."""
-    checkpoint = Checkpoint.open(config.model)
+    checkpoint = HFCheckpoint.open(config.model)
     directory, model_config = checkpoint.directory, checkpoint.config
     if config.max_length > model_config.max_position_embeddings:
         raise UserError(
@@ -184,7 +185,7 @@ def _train(
     with disk_errors(output):
         if isinstance(state.adapter, FullWeights):
             trained = state.adapter.as_backbone(model.dtype)
-            export_backbone(trained, output / MODEL_DIR, source=directory, replace=True)
+            export_backbone(trained, output / MODEL_DIR, source=checkpoint, replace=True)
         else:
             names = {"backbone_name": config.model, "backbone_identity": backbone}
             save_adapter(state.adapter, output / ADAPTER_DIR, **names, replace=True)
