@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from adafuse_jax.checkpoints.hf_checkpoint import export_backbone
+from adafuse_jax.checkpoints.hf_export import export_backbone
 from adafuse_jax.data.batches import Batch, Batches
 from adafuse_jax.data.chat import Encoded, encode_all, load_tokenizer
 from adafuse_jax.data.examples import Text
