@@ -24,7 +24,7 @@ def train(argv: Sequence[str], program: str = "train.py") -> int:
     config, adapter_config = parse_flags(train.__doc__, (TrainConfig, AdapterConfig), argv, program)
     runtime.set_up()
     with runtime.memory_errors("lower --batch-size, --max-length, --rank or --num-experts"):
-        from adafuse_jax.training.trainer import Stopped
+        from adafuse_jax.training.signals import Stopped
         from adafuse_jax.training.trainer import train as run_training
 
         try:

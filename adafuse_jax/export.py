@@ -50,13 +50,14 @@ def export(config: ExportConfig) -> None:
 
     from adafuse_jax.adapters.lora import LoRA, merged
     from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter
-    from adafuse_jax.checkpoints.hf_checkpoint import Checkpoint, export_backbone, load_backbone
+    from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
+    from adafuse_jax.checkpoints.hf_export import export_backbone
     from adafuse_jax.checkpoints.peft import save_peft_lora
     from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files, write_tokenizer
 
     out = Path(config.output)
     require_free(out, "--output")
-    checkpoint = Checkpoint.open(config.model)
+    checkpoint = HFCheckpoint.open(config.model)
     identity = checkpoint.identity()
     adapter = load_adapter(config.adapter, checkpoint.config, backbone_identity=identity, dtype=jnp.dtype("float32"))
     own = tokenizer_files(checkpoint.directory)
@@ -75,7 +76,7 @@ def export(config: ExportConfig) -> None:
             save_peft_lora(adapter, out, backbone_name=config.model)
         else:
             model = merged(load_backbone(checkpoint, config.dtype), adapter)
-            export_backbone(model, out, source=checkpoint.directory, tokenizer=tokenizer)
+            export_backbone(model, out, source=checkpoint, tokenizer=tokenizer)
         if config.format != "huggingface" and tokenizer != own:
             write_tokenizer(tokenizer, out)
     except (OSError, SafetensorError) as error:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from adafuse_jax.adapters.registry import num_parameters
 from adafuse_jax.models.config import LINEARS
@@ -24,7 +25,7 @@ from benchmarks.decode.costs import SIZES, costs
 from benchmarks.decode.prompts import make_prompts
 from benchmarks.kernels import streaming
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = tiny.REPOSITORY
 TORCH = REPOSITORY / ".venv-torch" / "bin" / "python"
 ROW_FIELDS = {
     "method", "targets", "strategy", "batch", "ms_per_token", "spread_ms", "overhead_pct", "bytes_gb", "read_bandwidth_pct",

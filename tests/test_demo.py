@@ -6,10 +6,10 @@ import os
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.core.errors import UserError
@@ -24,7 +24,7 @@ from examples.skills.report import answers_table, expert_shares, expert_table
 from examples.skills.skills import ECHO, SKILLS, Case, draw_material
 from examples.skills.story import MARKER, adapter_configs, claim, command, run_demo, verdict
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = tiny.REPOSITORY
 NEXT = dict(zip("abcdefghijklmnopqrstuvwxyz", "bcdefghijklmnopqrstuvwxyza", strict=True))
 
 

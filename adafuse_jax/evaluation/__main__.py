@@ -30,13 +30,13 @@ COLUMNS = {
 
 def run(config: EvaluationConfig) -> dict[str, Any]:
     """Load everything, then score every data set. All mistakes in the data show before the backbone is read."""
-    from adafuse_jax.checkpoints.hf_checkpoint import Checkpoint
+    from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
     from adafuse_jax.data.left_out import log_unwritten_system
     from adafuse_jax.data.tokenizer import load_tokenizer
     from adafuse_jax.evaluation.loading import load
     from adafuse_jax.evaluation.multiple_choice import Questions, evaluate, mean_of
 
-    checkpoint = Checkpoint.open(config.model)
+    checkpoint = HFCheckpoint.open(config.model)
     directory, context = checkpoint.directory, checkpoint.config.max_position_embeddings
     if config.max_length is not None and config.max_length > context:
         raise UserError(f"--max-length {config.max_length} exceeds the {context} positions of {config.model}; lower it")

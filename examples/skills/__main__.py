@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     (config,) = parse_flags(__doc__, (DemoConfig,), argv)
     runtime.set_up()
     with runtime.memory_errors("free some memory"):
-        from adafuse_jax.training.trainer import Stopped
+        from adafuse_jax.training.signals import Stopped
         from examples.skills.story import run_demo
 
         try:

@@ -20,14 +20,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from adafuse_jax.checkpoints.hf_checkpoint import export_backbone
+from adafuse_jax.checkpoints.hf_export import export_backbone
 from adafuse_jax.data.batches import Batch, Batches
 from adafuse_jax.data.chat import Encoded, encode_all, load_tokenizer
 from adafuse_jax.data.examples import Text
 from adafuse_jax.data.packing import Rows, pack
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.decoder import Backbone
-from adafuse_jax.training.step import token_losses
+from adafuse_jax.models.loss import token_losses
 from examples.skills.skills import Case
 
 BOS, EOS = "<s>", "</s>"
