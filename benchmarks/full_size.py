@@ -14,11 +14,13 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.common.records import command_line, facts, write_json
+from benchmarks.common.timing import Stopwatch, wait
 
 SIZES = {
     "llama2-7b": {
@@ -111,19 +113,19 @@ def measure_import(model: Path) -> dict[str, Any]:
 
     from adafuse_jax import load_backbone
 
-    jax.block_until_ready(jax.numpy.zeros(8))
+    wait(jax.numpy.zeros(8))
     before, peak, done = anonymous_gib(), 0.0, threading.Event()
 
-    def watch() -> None:
+    def track_peak() -> None:
         nonlocal peak
         while not done.wait(0.02):
             peak = max(peak, anonymous_gib())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=track_peak)
     watcher.start()
-    begun = time.perf_counter()
-    backbone = jax.block_until_ready(load_backbone(model))
-    seconds = time.perf_counter() - begun
+    watch = Stopwatch()
+    backbone = wait(load_backbone(model))
+    seconds = watch.seconds
     done.set()
     watcher.join()
     memory = jax.local_devices()[0].memory_stats() or {}
@@ -139,9 +141,9 @@ def measure_import(model: Path) -> dict[str, Any]:
 
 def run(command: list[str]) -> str:
     print("$", " ".join(command), flush=True)
-    begun = time.perf_counter()
+    watch = Stopwatch()
     result = subprocess.run([sys.executable, *command], check=True, stdout=subprocess.PIPE, text=True)
-    print(f"  {time.perf_counter() - begun:.1f} s", flush=True)
+    print(f"  {watch.seconds:.1f} s", flush=True)
     return result.stdout
 
 
@@ -178,22 +180,17 @@ def main() -> None:
     ]  # fmt: skip
     trained = json.loads(run(train))
     decode = [
-        "decode.py",
-        "--model",
-        str(model),
-        "--prompt",
-        "The quick brown fox " * 6,
-        "--raw",
-        "--max-new-tokens",
-        "50",
-    ]
+        "decode.py", "--model", str(model), "--prompt", "The quick brown fox " * 6, "--raw", "--max-new-tokens", "50",
+    ]  # fmt: skip
     rows = {}
     for name, extra in {"backbone": [], "adafuse": ["--adapter", str(output / "adapter")]}.items():
         rows[name] = json.loads(run([*decode, *extra, "--json", "--stats"]).splitlines()[-1])
         del rows[name]["text"], rows[name]["token_ids"], rows[name]["prompt"]
-    result = {"size": arguments.size, "import": imported, "train": trained, "train_command": train, "decode": rows}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "full_size.json").write_text(json.dumps(result, indent=2) + "\n")
+    result = {
+        **facts(), "command": command_line("benchmarks.full_size"), "size": arguments.size, "import": imported,
+        "train": trained, "train_command": train, "decode": rows,
+    }  # fmt: skip
+    write_json(arguments.out / "full_size.json", result)
     print(json.dumps(result, indent=2))
 
 

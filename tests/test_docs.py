@@ -266,7 +266,7 @@ def test_some_commands_are_checked():
         "adafuse serve --model DIR",
         "adafuse train --model DIR --output RUN",
         "python -m adafuse_jax.export --model DIR --adapter DIR --output OUT --format gguf",
-        "python -m benchmarks.sgmm --outer OUT",
+        "python -m benchmarks.kernels.sgmm --outer OUT",
         ".venv/bin/python -m pytest -q tests/test_sgmm.py -k no_such_test",
         ".venv/bin/python -m pytest -q -m tpu",
         "curl example.org",
@@ -289,7 +289,7 @@ def flags() -> frozenset[str]:
         names = [f.name.replace("_", "-") for f in dataclasses.fields(config)]
         switches = [f.name.replace("_", "-") for f in dataclasses.fields(config) if f.type in ("bool", bool)]
         found |= {f"--{name}" for name in names} | {f"--no-{name}" for name in switches}
-    for module in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "studies").rglob("*.py")]:
+    for module in [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "studies").rglob("*.py")]:
         found |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', module.read_text()))
     return frozenset(found | FOREIGN)
 

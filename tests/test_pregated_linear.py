@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-import benchmarks.pregated_linear as benchmark
+import benchmarks.kernels.pregated_linear as benchmark
 from adafuse_jax.adapters.low_rank import LoRAExperts
 from adafuse_jax.models.hooks import Routing
 from pallas_kernels.pregated_linear import IMPLEMENTATIONS, Mixture, choose_implementation, make_mixture, op

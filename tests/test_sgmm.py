@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-import benchmarks.sgmm as benchmark
-from benchmarks.sgmm_report import to_markdown
+import benchmarks.kernels.sgmm as benchmark
+from benchmarks.kernels.sgmm_report import to_markdown
 from pallas_kernels.sgmm import IMPLEMENTATIONS, Terms, choose_implementation, golden_terms, op, sgmm, switch_terms
 from pallas_kernels.sgmm.kernel_sm90 import configure, sgmm_sm90
 
-RESULTS = Path(benchmark.__file__).parent / "results" / "nvidia_h200"
+RESULTS = Path(benchmark.__file__).parents[1] / "results" / "nvidia_h200"
 HALF_ULP = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 """Half a unit in the last place of 1, which is all that one rounding may lose."""
 SUM_ERROR = 2.0**-23

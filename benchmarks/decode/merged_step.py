@@ -1,20 +1,16 @@
 """The whole decode step by strategy, at the shapes of Llama-2-7B on one GPU: time, memory, and whose buffers it writes.
 
-    python -m benchmarks.merged_step --out benchmarks/results/nvidia_h200
+    python -m benchmarks.decode.merged_step --out benchmarks/results/nvidia_h200
 
 writes merged_step.json and merged_step.md. Random bfloat16 weights, adapters on q and v, 8 experts of rank 64, 2 of them per
 token, batch 1, a cache of 512 slots. One step is gate → merge → backbone → sampling in one program (`decode_step`), compiled
-ahead of time, and its backbone one launch where that can run, as in the engine; steps are chained without waiting for their
-tokens. `overhead` is over the bare backbone's step of this run.
+ahead of time; its backbone is the megakernel where that can run, as in the engine. Steps are chained without waiting for
+their tokens. `overhead` is over the bare backbone's step of this run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -32,11 +28,18 @@ from adafuse_jax.inference.config import Strategy
 from adafuse_jax.inference.programs import DecodeState, decode_step
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.kv_cache import KVCache
-from benchmarks.decode_costs import SIZES, Shapes
-from benchmarks.decode_rows import NO_REPEATS, adapter_config, model_config, random_adafuse, random_backbone
+from benchmarks.common.records import command_line, facts, write_json
+from benchmarks.common.reports import table
+from benchmarks.common.timing import Timing, time_calls, wait
+from benchmarks.decode.costs import SIZES, Shapes
+from benchmarks.decode.models import adapter_config, model_config, random_adafuse, random_backbone
+from benchmarks.decode.rows import NO_REPEATS
 
 SLOTS, PROMPT = 512, 128
 STRATEGIES: tuple[Strategy, ...] = ("golden", "switch")
+HEAD = (
+    "strategy", "backbone", "ms per token", "over the backbone", "adapted GB", "aliased GB", "temp GB", "pointers stay",
+)  # fmt: skip
 
 
 def fresh_state(config: Any, dtype: Any, batch: int = 1) -> DecodeState:
@@ -54,17 +57,16 @@ def time_steps(
     merged: Merged | None,
     steps: int,
     repeats: int,
-) -> tuple[list[float], DecodeState, Merged | None]:
-    """ms per step of each repeat, and what the steps left. Each repeat begins after the prompt; one before them warms up."""
-    times = []
-    for _ in range(repeats + 1):
-        state = jax.block_until_ready(replace(state, position=jnp.full_like(state.position, PROMPT)))
-        begun = time.perf_counter()
-        for _ in range(steps):
-            _, state, merged = step(state, merged)
-        jax.block_until_ready(state)
-        times.append(1e3 * (time.perf_counter() - begun) / steps)
-    return times[1:], state, merged
+) -> tuple[Timing, DecodeState, Merged | None]:
+    """The times of chained steps, and the last state and weights. Each repeat begins after the prompt."""
+
+    def restart(both: tuple[DecodeState, Merged | None]) -> tuple[DecodeState, Merged | None]:
+        return replace(both[0], position=jnp.full_like(both[0].position, PROMPT)), both[1]
+
+    timing, (state, merged) = time_calls(
+        lambda both: step(*both)[1:], (state, merged), calls=steps, repeats=repeats, restart=restart
+    )
+    return timing, state, merged
 
 
 def run(
@@ -90,10 +92,10 @@ def run(
         nothing = jax.eval_shape(lambda: Merged.nothing("golden", model, adapter))
         return replace(nothing, strategy=strategy)
 
-    launches = {s: launch_of(model, None if s is None else adapter) for s in (None, *STRATEGIES)}
+    megakernels = {s: megakernel_of(model, None if s is None else adapter) for s in (None, *STRATEGIES)}
     lowered = {
-        s: decode_step.lower(*arguments(s, abstract(s)), eos_ids=(), pad_id=0, fused=launch)
-        for s, launch in launches.items()
+        s: decode_step.lower(*arguments(s, abstract(s)), eos_ids=(), pad_id=0, fused=megakernel)
+        for s, megakernel in megakernels.items()
     }
     with ThreadPoolExecutor(len(lowered)) as pool:
         compiled = dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True))
@@ -112,50 +114,46 @@ def run(
             step=step,
             weights=weights,
             acting=acting,
-            launch=launches[strategy],
+            megakernel=megakernels[strategy],
         ) -> tuple[Any, DecodeState, Merged | None]:
-            return step(weights, acting, state, merged, NO_REPEATS, fused=launch)
+            return step(weights, acting, state, merged, NO_REPEATS, fused=megakernel)
 
-        times, state, merged = time_steps(advance, state, merged, steps, repeats)
+        timing, state, merged = time_steps(advance, state, merged, steps, repeats)
         for _ in range(0 if merged is None else pointer_steps):
             _, state, merged = advance(state, merged)
         memory = step.memory_analysis()
         row = {
             "strategy": strategy or "backbone", "targets": "qv" if strategy else "-",
-            "launch": "one launch" if launches[strategy] else "single operations",
-            "ms": statistics.median(times), "spread_ms": max(times) - min(times),
+            "backend": "megakernel" if megakernels[strategy] else "unfused",
+            "ms": timing.ms, "spread_ms": timing.spread_ms,
             "adapted_gb": adapted_bytes(merged) / 1e9, "alias_gb": memory.alias_size_in_bytes / 1e9,
             "temporary_gb": memory.temp_size_in_bytes / 1e9,
             "same_pointers": None if merged is None else before == pointers(merged),
             "steps": (repeats + 1) * steps + (0 if merged is None else pointer_steps),
         }  # fmt: skip
         row["overhead_pct"] = 100 * (row["ms"] / (rows[0]["ms"] if rows else row["ms"]) - 1)
-        print(in_words(row), flush=True)
+        print(" | ".join(cells(row)), flush=True)
         rows.append(row)
         report(rows)
         del merged, weights, advance
     return rows
 
 
-def launch_of(model: Backbone, adapter: AdaFuse | None) -> Fused | None:
+def megakernel_of(model: Backbone, adapter: AdaFuse | None) -> Fused | None:
     return None if fused_unsupported_reason(model) else Fused.of(model, adapter, merged=True)
 
 
 def pointers(merged: Merged | None) -> list[int]:
-    return (
-        []
-        if merged is None
-        else sorted(w.unsafe_buffer_pointer() for w in jax.block_until_ready(merged.weights).values())
-    )
+    return [] if merged is None else sorted(w.unsafe_buffer_pointer() for w in wait(merged.weights).values())
 
 
 def adapted_bytes(merged: Merged | None) -> int:
     return 0 if merged is None else sum(w.nbytes for w in merged.weights.values())
 
 
-def in_words(row: dict[str, Any]) -> str:
-    text = "| {strategy} | {launch} | {ms:.3f} ± {spread_ms:.3f} | {overhead_pct:+.1f}% | {adapted_gb:.2f} | "
-    return (text + "{alias_gb:.2f} | {temporary_gb:.3f} | {same_pointers} |").format(**row)
+def cells(row: dict[str, Any]) -> list[str]:
+    text = "{strategy}|{backend}|{ms:.3f} ± {spread_ms:.3f}|{overhead_pct:+.1f}%|{adapted_gb:.2f}|{alias_gb:.2f}|"
+    return (text + "{temporary_gb:.3f}|{same_pointers}").format(**row).split("|")
 
 
 def main() -> None:
@@ -164,24 +162,19 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="llama2-7b")
     parser.add_argument("--steps", type=int, default=60, help="of one repeat")
     arguments = parser.parse_args()
-    result = {
-        "device": jax.devices()[0].device_kind, "jax": jax.__version__, "size": arguments.size,
-        "command": " ".join(["python -m benchmarks.merged_step", *sys.argv[1:]]),
-    }  # fmt: skip
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    result = facts() | {"size": arguments.size, "command": command_line("benchmarks.decode.merged_step")}
     report = partial(write, arguments.out, result)
     run(SIZES[arguments.size], arguments.steps, repeats=5, pointer_steps=700, report=report)
 
 
 def write(out: Path, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    (out / "merged_step.json").write_text(json.dumps(result | {"rows": rows}, indent=2) + "\n")
-    table = [
+    write_json(out / "merged_step.json", result | {"rows": rows})
+    lines = [
         "# The decode step by strategy", "",
         "{device}, JAX {jax}, `{command}`, {size}, bfloat16, q and v adapted.".format(**result), "",
-        "| strategy | backbone | ms per token | over the backbone | adapted GB | aliased GB | temp GB | pointers stay |",
-        "|---|---|---|---|---|---|---|---|", *map(in_words, rows),
+        *table(HEAD, map(cells, rows)),
     ]  # fmt: skip
-    (out / "merged_step.md").write_text("\n".join(table) + "\n")
+    (out / "merged_step.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

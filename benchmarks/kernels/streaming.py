@@ -1,22 +1,21 @@
 """How fast a kernel of one thread block per multiprocessor streams weights through shared memory, and what a barrier
 costs.
 
-    python -m benchmarks.streaming
+    python -m benchmarks.kernels.streaming
 
 prints a row for each way to do it: TB/s, and µs per phase. W [layers, rows, columns] is read in chunks of 16 KiB, one
-phase per layer, by the copies of `pallas_kernels.megakernel` and nothing else: a bound for the decode step in one
-launch. A barrier is over the whole grid, after each phase; `stored`: each block stores a tile's sums before it;
-`input`: it loads what the next phase would multiply with after it. Fewer copies under way at a phase's start let such
-stores and loads wait less."""
+phase per layer, by the copies of `pallas_kernels.megakernel` and nothing else: a bound for the megakernel's step. A barrier
+is over the whole grid, after each phase; `stored`: each block stores a tile's sums before it; `input`: it loads the input of
+the next phase after it. With fewer copies in flight at a phase's start such stores and loads wait less.
+"""
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from benchmarks.common.timing import time_calls
 from pallas_kernels.megakernel.kernel_sm90 import COMPILER_PARAMS
 from pallas_kernels.megakernel.pipeline import Pipeline
 from pallas_kernels.megakernel.plan import TILE_K, WGMMA_M
@@ -38,9 +38,8 @@ INPUT_ROWS = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """Chunks [rows, columns]; every block reads one of `slices` parts of the columns, through a pipeline of `stages`,
-    of which
-    `quiet` are in flight at once when a phase begins."""
+    """Chunks [rows, columns]; every block reads one of `slices` parts of the columns, through a pipeline of `stages`, of
+    which `quiet` are in flight at once when a phase begins."""
 
     rows: int = 128
     columns: int = TILE_K
@@ -156,18 +155,14 @@ def main() -> None:
     ways = [way for way in WAYS if num_blocks % way.slices == 0]  # else not all of W is read
     with ThreadPoolExecutor() as pool:
         compiled = list(pool.map(lambda way: jax.jit(make(way, num_blocks)).lower(*abstract).compile(), ways))
+
+    def read(step: Callable[[Array, Array], Array], _: Any) -> Array:
+        return step(w, x)
+
     for way, step in zip(ways, compiled, strict=True):
-        times = []
-        for _ in range(8):
-            begun = time.perf_counter()
-            jax.block_until_ready([step(w, x) for _ in range(8)])
-            times.append((time.perf_counter() - begun) / 8)
-        seconds, spread = statistics.median(times[1:]), max(times[1:]) - min(times[1:])
-        print(
-            f"{way!s:70} {1e3 * seconds:.3f} ± {1e3 * spread:.3f} ms  {w.nbytes / seconds / 1e12:.3f} TB/s  "
-            f"{1e6 * seconds / LAYERS:.2f} µs per phase",
-            flush=True,
-        )
+        timing, _ = time_calls(partial(read, step), None, calls=8, repeats=7)
+        speed, phase = w.nbytes / timing.ms / 1e9, 1e3 * timing.ms / LAYERS
+        print(f"{way!s:70} {timing}  {speed:.3f} TB/s  {phase:.2f} µs per phase", flush=True)
 
 
 if __name__ == "__main__":
