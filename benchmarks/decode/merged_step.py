@@ -32,7 +32,7 @@ from benchmarks.common.records import command_line, facts, write_json
 from benchmarks.common.reports import table
 from benchmarks.common.timing import Timing, time_calls, wait
 from benchmarks.decode.costs import SIZES, Shapes
-from benchmarks.decode.models import adapter_config, model_config, random_adafuse, random_backbone
+from benchmarks.decode.models import adapter_config, model_config, random_adapter, random_backbone
 from benchmarks.decode.rows import NO_REPEATS
 
 SLOTS, PROMPT = 512, 128
@@ -78,7 +78,7 @@ def run(
     `report` gets the rows so far after each."""
     config = model_config(shapes)
     model = random_backbone(config)
-    adapter = random_adafuse(adapter_config(shapes, "qv"), config)
+    adapter = random_adapter(adapter_config(shapes, "qv"), config)
     bare = with_weights(model, dict.fromkeys(adapter.config.targets))
 
     def arguments(strategy: Strategy | None, merged: Merged | None) -> tuple[Any, ...]:

@@ -31,7 +31,7 @@ from adafuse_jax.models.kv_cache import KVCache
 from benchmarks.common.timing import Stopwatch, wait
 from benchmarks.decode.costs import SIZES, TARGETS
 from benchmarks.decode.merged_step import SLOTS, fresh_state, time_steps
-from benchmarks.decode.models import adapter_config, model_config, random_adafuse, random_backbone
+from benchmarks.decode.models import adapter_config, model_config, random_adapter, random_backbone
 from benchmarks.decode.rows import NO_REPEATS
 from pallas_kernels.megakernel import Profile
 
@@ -54,7 +54,7 @@ def time_cases(cases: Sequence[tuple[str, int]], num_layers: int, steps: int, re
     parts: dict[str, Any] = {}
     for targets, _ in cases:
         if targets not in parts:
-            adapter = None if targets == "bare" else random_adafuse(adapter_config(SHAPES, targets), config)
+            adapter = None if targets == "bare" else random_adapter(adapter_config(SHAPES, targets), config)
             parts[targets] = adapter, Fused.of(model, adapter)
 
     def compiled(targets: str, batch: int) -> tuple[Any, float]:
@@ -77,7 +77,7 @@ def timeline(targets: str, batch: int, num_layers: int) -> list[str]:
     """Lines of `summarise` for one case."""
     config = replace(model_config(SHAPES), num_layers=num_layers)
     model = random_backbone(config)
-    adapter = None if targets == "bare" else random_adafuse(adapter_config(SHAPES, targets), config)
+    adapter = None if targets == "bare" else random_adapter(adapter_config(SHAPES, targets), config)
     cache = KVCache.empty(config, batch, SLOTS, model.dtype)
     tokens, positions = jnp.arange(batch, dtype=jnp.int32), jnp.full(batch, PROFILED_PROMPT, jnp.int32)
     with tempfile.TemporaryDirectory() as folder:
