@@ -27,7 +27,7 @@ from adafuse_jax.models.config import DType
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportConfig:
-    """What `python -m adafuse_jax.export` does."""
+    """Model, adapter, and the form and place of the export."""
 
     model: str = flag("Hugging Face model directory or hub id of the adapter's backbone", metavar="DIR|ID", text="path")
     adapter: str = flag("adapter directory written by train.py, or a LoRA of PEFT", metavar="DIR", text="path")
@@ -84,8 +84,9 @@ def export(config: ExportConfig) -> None:
         raise UserError(f"--output {out}: cannot be written ({reason}); give another directory") from error
 
 
-def main(argv: Sequence[str]) -> None:
-    (config,) = parse_flags(__doc__.splitlines()[0], (ExportConfig,), argv)
+def main(argv: Sequence[str], program: str = "python -m adafuse_jax.export") -> None:
+    """Export an adapter for other programs."""
+    (config,) = parse_flags(main.__doc__, (ExportConfig,), argv, program)
     runtime.set_up()
     with runtime.memory_errors("set JAX_PLATFORMS=cpu to merge in the host's memory"):
         export(config)

@@ -32,7 +32,7 @@ from adafuse_jax.data.packing import Rows
 from adafuse_jax.models.attention import attention_of_lanes
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.hooks import Routing
-from adafuse_jax.training.recipe import Recipe
+from adafuse_jax.training.schedules import Phases
 from benchmarks.accuracy_data import Packed, targets_of
 from benchmarks.accuracy_methods import SETTLED, TIED, USUAL, make_adapter
 
@@ -78,16 +78,16 @@ def _start(seeds: Int[Array, " S"], model: Backbone, settings: tuple[tuple[str, 
             params: Any = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model)
         else:
             params = make_adapter(table, model.config, jax.random.key(seed))
-        params = recipe_of(table, steps=1).start(params)
+        params = recipe_of(table, steps=1).initial(params)
         return Lanes(params=params, moments=OPTIMIZER.init(params))
 
     return jax.vmap(one)(seeds)
 
 
-def recipe_of(settings: dict[str, Any], steps: int) -> Recipe:
+def recipe_of(settings: dict[str, Any], steps: int) -> Phases:
     """Of a run of so many steps."""
     table = USUAL | settings
-    return Recipe.of(table[TIED], table[SETTLED], steps)
+    return Phases.of(table[TIED], table[SETTLED], steps)
 
 
 def acting(model: Backbone, params: Any) -> tuple[Backbone, Any]:
@@ -117,7 +117,7 @@ def step(
     rates: Float[Array, " S"],
     balance: Float[Array, ""],
     at: Int[Array, ""],
-    recipe: Recipe,
+    recipe: Phases,
     *,
     remat: bool,
 ) -> tuple[Lanes, dict[str, Array]]:

@@ -24,7 +24,7 @@ from adafuse_jax.evaluation.loading import load
 from adafuse_jax.evaluation.multiple_choice import Questions as Encoded
 from adafuse_jax.evaluation.multiple_choice import chosen_by_likelihood
 from adafuse_jax.models.config import ModelConfig
-from adafuse_jax.training.recipe import Recipe
+from adafuse_jax.training.schedules import Phases
 from benchmarks import accuracy, accuracy_report
 from benchmarks.accuracy_data import (
     FILES,
@@ -264,9 +264,9 @@ def test_tied_experts_learn_as_one_lora_and_then_apart(loaded: Any, rows: Any):
     )  # fmt: skip
     rates = jnp.full(2, 1e-2)
     those, _ = step(
-        those, loaded.model, batch, rates, jnp.float32(0), jnp.int32(0), Recipe(tied=jnp.int32(1)), remat=False
+        those, loaded.model, batch, rates, jnp.float32(0), jnp.int32(0), Phases(tied_steps=jnp.int32(1)), remat=False
     )
-    that, _ = step(that, loaded.model, batch, rates, jnp.float32(0), jnp.int32(0), Recipe(), remat=False)
+    that, _ = step(that, loaded.model, batch, rates, jnp.float32(0), jnp.int32(0), Phases(), remat=False)
     for name, experts in those.params.experts.items():
         np.testing.assert_allclose(experts.B[:, :, 3], that.params.experts[name].B[:, :, 0], rtol=1e-2, atol=1e-6)
     one, two = (jax.tree.leaves(state.moments)[1:] for state in (those, that))  # their global norms are equal, too

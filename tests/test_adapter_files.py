@@ -29,7 +29,7 @@ from adafuse_jax.export import ExportConfig, export
 from adafuse_jax.models.config import LINEARS, ModelConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PEFT = Path(__file__).parent / "goldens" / "peft" / "all_linears"
+PEFT = tiny.GOLDENS / "peft" / "all_linears"
 OURS: dict[str, dict[str, Any]] = {
     "adafuse": {"num_experts": 3}, "mola": {"experts_per_layer": (2, 3)}, "lora": {}, "pesc": {"num_experts": 3},
 }  # fmt: skip

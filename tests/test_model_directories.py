@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 from goldens.tiny_models import CASES, weights, write_json, write_model_dir, write_tensors
 from safetensors.numpy import load_file, save_file
@@ -37,7 +38,7 @@ from adafuse_jax.models.families import FAMILIES
 from adafuse_jax.training.config import TrainConfig
 from adafuse_jax.training.trainer import train
 
-GOLDENS = Path(__file__).parent / "goldens"
+GOLDENS = tiny.GOLDENS
 SINGLE, SHARDED = "llama_mha", "llama_mqa_sharded"
 INDEX = "model.safetensors.index.json"
 

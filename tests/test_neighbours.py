@@ -18,7 +18,7 @@ from adafuse_jax.checkpoints.hf_export import export_backbone
 from adafuse_jax.checkpoints.peft import save_peft_lora
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.evaluation.__main__ import write
-from adafuse_jax.training.report import Report, read_metrics
+from adafuse_jax.training.metrics import Report, read_metrics
 
 SUFFIXES = (".old", ".partial", ".new", ".tmp", ".bak")
 

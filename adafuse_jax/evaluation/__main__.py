@@ -124,8 +124,9 @@ def write(report: dict[str, Any], out: Path) -> None:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another file") from error
 
 
-def main(argv: Sequence[str]) -> int:
-    (config,) = parse_flags(__doc__, (EvaluationConfig,), argv)
+def main(argv: Sequence[str], program: str = "python -m adafuse_jax.evaluation") -> int:
+    """Accuracy on multiple-choice data sets."""
+    (config,) = parse_flags(main.__doc__, (EvaluationConfig,), argv, program)
     runtime.set_up()
     with runtime.memory_errors("lower --batch-size or --max-length, or give --dtype bfloat16"):
         report = run(config)

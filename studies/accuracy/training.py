@@ -24,7 +24,7 @@ from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.packing import Rows
 from adafuse_jax.models.attention import attention_of_lanes
 from adafuse_jax.models.decoder import Backbone
-from adafuse_jax.training.recipe import Recipe
+from adafuse_jax.training.schedules import Phases
 from benchmarks.accuracy_training import OPTIMIZER, is_pregated, losses_at, recipe_of, schedule
 from benchmarks.accuracy_training import Lanes as Replicas
 from studies.accuracy.arms import make_adapter
@@ -53,7 +53,7 @@ def start(seeds: Int[Array, " S"], model: Backbone, settings: Settings) -> Repli
     table = dict(settings)
 
     def one(seed: Array) -> Replicas:
-        params = recipe_of(table, steps=1).start(make_adapter(table, model.config, jax.random.key(seed)))
+        params = recipe_of(table, steps=1).initial(make_adapter(table, model.config, jax.random.key(seed)))
         return Replicas(params=params, moments=OPTIMIZER.init(params))
 
     return jax.vmap(one)(seeds)
@@ -69,7 +69,7 @@ def step(
     keys: Key[Array, " S"],
     balance: Float[Array, ""],
     at: Int[Array, ""],
-    recipe: Recipe,
+    recipe: Phases,
 ) -> tuple[Replicas, dict[str, Array]]:
     """One optimiser step of every replica on its rows `drawn`. Metrics are [S], `load` [S, E] where one router decides."""
 

@@ -27,8 +27,8 @@ from adafuse_jax.models.layers import apply_rope, rope_frequencies, rope_tables
 from adafuse_jax.parallel.axes import CACHE, TABLES, TENSOR, linear_axes, partition_spec
 from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels.megakernel import Experts, Shape, Weights, decode_token, unsupported_reason
+from pallas_kernels.megakernel.mixture import make_mixture
 from pallas_kernels.megakernel.plan import TILE_K
-from pallas_kernels.pregated_linear import make_mixture
 
 TABLE_ROWS = 4096
 """Tokens whose gates are computed at once."""

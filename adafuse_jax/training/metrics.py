@@ -1,4 +1,4 @@
-"""What a run says: a progress bar, metrics.jsonl, and a picture of loss and expert load at the end."""
+"""Metrics of a run: progress bar, metrics.jsonl, summary, and a plot of loss and expert load."""
 
 from __future__ import annotations
 
@@ -9,12 +9,52 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
+from adafuse_jax.core import runtime
 from adafuse_jax.core.atomic_files import new_file, write_text
+from adafuse_jax.data.batches import Batch
 
 log = logging.getLogger(__name__)
+
+
+FINITE = ("loss", "balance", "grad_norm")
+"""Metrics whose overflow ends a run."""
+
+
+def not_finite(metrics: dict[str, Any]) -> str | None:
+    """The first of FINITE that holds a NaN or an infinite value."""
+    return next((name for name in FINITE if name in metrics and not np.isfinite(metrics[name]).all()), None)
+
+
+def step_line(metrics: dict[str, Any], lr: float, batch: Batch, seconds: float) -> dict[str, Any]:
+    """The metrics of a step as JSON, rounded, with its learning rate and its speed."""
+    tokens = int((batch.segment_ids > 0).sum())
+    rounded = {name: np.round(np.asarray(value, np.float64), 6).tolist() for name, value in metrics.items()}
+    return {**rounded, "lr": lr, "tokens": tokens, "tokens_per_second": round(tokens / seconds, 1)}
+
+
+def summarize(path: Path, *, steps: int, parameters: int, seconds: float) -> dict[str, Any]:
+    """The summary of a run from its metrics file: held-out numbers before and after, and if there were steps their speed."""
+    lines, _ = read_metrics(path)
+    held_out = [line for line in lines if "eval_loss" in line]
+    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    speed = {
+        "median_tokens_per_second": float(np.median(speeds)) if speeds else None,
+        "seconds_in_steps": round(seconds, 2),
+    }
+    return {
+        "steps": steps,
+        "trainable_parameters": parameters,
+        "before": held_out[0] if held_out else None,
+        "after": held_out[-1] if held_out else None,
+        **(speed if steps else {}),
+        "peak_device_gib": runtime.peak_device_gib(),
+        "device": jax.local_devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
 
 
 class Report:
@@ -54,9 +94,9 @@ class Report:
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self._write({"step": step, **metrics})
-        self.say(f"step {step}/{self.steps} held out: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+        self.message(f"step {step}/{self.steps} held out: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:

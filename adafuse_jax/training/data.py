@@ -1,18 +1,26 @@
-"""From data-set names to what the loop needs: batches by step, held-out data, and a fingerprint of it all."""
+"""From data-set names to the data of a run: batches by step, held-out data, and a fingerprint of both.
+
+Chat templates that write the date get that of the run's first start, also when it is resumed.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from adafuse_jax.core.errors import UserError
+from adafuse_jax.core.tables import Table
 from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.chat import Encoded, encode_all, encode_choices
 from adafuse_jax.data.examples import Example, MultipleChoice, Text
 from adafuse_jax.data.packing import Rows, pack
 from adafuse_jax.data.sources import Dataset, DatasetSpec, held_out_split
+from adafuse_jax.data.templates import template_date
 from adafuse_jax.evaluation.heldout import HeldOut
 from adafuse_jax.training.config import TrainConfig
 
@@ -28,6 +36,13 @@ class Data:
     fingerprint: str
     """SHA-256 of the packed rows and their weights: a resumed run must see the same."""
     largest_token: int
+
+    @property
+    def padded_from(self) -> int | None:
+        """The rows of the run if the last batch is filled up with padding, for its identity; None without padding, and in
+        runs of earlier versions, in which rows of the next epoch filled it."""
+        total = self.batches.total_rows
+        return None if total is None or total % self.batches.rows_per_step == 0 else total
 
 
 def prepare_data(config: TrainConfig, tokenizer: Any) -> Data:
@@ -147,3 +162,33 @@ def _fingerprint(batches: Batches) -> str:
         digest.update(packed.loss_mask.tobytes())
         digest.update(packed.segment_ids.tobytes())
     return digest.hexdigest()
+
+
+@contextmanager
+def run_date(config: TrainConfig, tokenizer: Any, recorded: Table | None) -> Iterator[str | None]:
+    """Within, templates that ask for the present time get one date; it is yielded in ISO format, None if none asks.
+
+    It is `--template-date`, that of the config `recorded` by a run that is resumed, or now, in this order.
+    """
+    if "strftime_now" not in str(tokenizer.chat_template):
+        if config.template_date is not None:
+            log.warning("--template-date %s: the chat template writes no date; it has no effect", config.template_date)
+        yield None
+        return
+    text = config.template_date or (recorded.text("template_date", None) if recorded is not None else None)
+    if text is None and recorded is not None:
+        log.warning(
+            "the chat template writes the date, and the run is of an earlier version, which did not record it: it is "
+            "rendered with today's; if the data then counts as changed, give the day of its start as --template-date"
+        )
+        yield None
+        return
+    date = None
+    try:
+        date = None if text is None else datetime.fromisoformat(text)
+    except ValueError:
+        assert recorded is not None  # the flag is checked where it is parsed
+        raise UserError(f"{recorded.where}: template_date is no ISO date; restore the file") from None
+    with template_date(date) as fixed:
+        log.info("the chat template writes the date: rendered with %s, also when the run is resumed", fixed)
+        yield fixed.isoformat()
