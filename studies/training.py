@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -63,8 +63,9 @@ def phases_of(settings: dict[str, Any], steps: int) -> Phases:
     return Phases.of(table[TIED], table[SETTLED], steps)
 
 
+@cache
 def optimizer_of(steps: int, *more: optax.GradientTransformation) -> optax.GradientTransformation:
-    """AdamW of CONFIG, then `more`, then each replica's rate."""
+    """AdamW of CONFIG, then `more`, then each replica's rate; the same object for the same arguments, as programs are."""
     return with_rate(optax.chain(make_optimizer(CONFIG, steps), *more))
 
 
@@ -112,8 +113,8 @@ class Trainer:
         remat: bool = False,
     ):
         self.make, self.steps, self.optimizer, self.phases = make, steps, optimizer, phases
-        self.start = jax.jit(self._start)
-        self._step = partial(replicas_step, optimizer=optimizer, remat=remat, phases=phases, forward=forward)
+        self.start: Callable[..., TrainState] = jax.jit(self._start)
+        self.step = partial(replicas_step, optimizer=optimizer, remat=remat, phases=phases, forward=forward)
         self._options = {"optimizer": optimizer, "remat": remat, "forward": forward}
 
     def _start(self, model: Backbone, seeds: Int[Array, " S"], rates: Float[Array, " S"]) -> TrainState:
@@ -130,9 +131,9 @@ class Trainer:
         batch = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((replicas, 1, batch_size, *leaf.shape[1:]), leaf.dtype), rows
         )
-        self.start = self.start.lower(model, seeds, rates).compile()
+        self.start = jax.jit(self._start).lower(model, seeds, rates).compile()
         step = replicas_step.lower(states, model, batch, phases=self.phases, **self._options).compile()
-        self._step = partial(step, phases=self.phases)
+        self.step = partial(step, phases=self.phases)
         return states
 
     def train(
@@ -155,7 +156,7 @@ class Trainer:
         for at in range(self.steps):
             drawn = np.stack([order.locate(at * batch_size + np.arange(batch_size))[1] for order in orders])  # [S, B]
             batch = jax.tree.map(lambda leaf, drawn=drawn: leaf[drawn][:, None], rows)  # [S, 1, B, T]
-            states, metrics = self._step(states, model, batch)
+            states, metrics = self.step(states, model, batch)
             tokens += int((batch.segment_ids[0] > 0).sum())
             window.append(metrics["loss"])
             if at == 0:

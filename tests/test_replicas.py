@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from goldens.tiny_models import CASES, write_model_dir
 from test_training import as_batch, config, examples
 
@@ -150,3 +153,15 @@ def test_attention_equals_single_calls(own_masks: bool, remat: bool):
         alone = gradients(attention)(q[replica], k[replica], v[replica], mask[replica] if own_masks else mask)
         for here, there in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(here[replica], there, rtol=1e-5, atol=1e-5)
+
+
+def test_the_documented_example_runs(tmp_path: Path):
+    folder = tiny.write_folder(tmp_path)
+    text = (tiny.REPOSITORY / "docs" / "training.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = code.replace('("openbookqa",)', f'("{folder}/choices.jsonl",), max_length=128')
+    names: dict[str, Any] = {}
+    exec(code.replace('"DIR"', f'"{folder}/model"').replace(", 100\n", ", 2\n"), names)
+    assert names["metrics"]["loss"].shape == (3,)
+    assert np.isfinite(names["metrics"]["loss"]).all()
+    assert names["first"].experts["q_proj"].A.ndim == 4

@@ -1,6 +1,6 @@
 """Fine-tune SmolLM2-135M-Instruct on OpenBookQA: test accuracy of the bare backbone and after AdaFuse.
 
-    python -m benchmarks.openbookqa --model SMOLLM2_DIR --train TRAIN_FILE --test TEST_FILE --work /tmp/obqa \
+    python -m benchmarks.training.openbookqa --model SMOLLM2_DIR --train TRAIN_FILE --test TEST_FILE --work /tmp/obqa \
         --out benchmarks/results/nvidia_h200
 
 The learning rate is the best of a small grid on a tenth of the training set, held out. The test set is scored in the
@@ -78,7 +78,7 @@ def main() -> None:
     shutil.copyfile(arguments.work / f"final-{first}" / "training.png", arguments.out / "openbookqa.png")
     shutil.copyfile(arguments.work / f"final-{first}" / "metrics.jsonl", arguments.out / "openbookqa_metrics.jsonl")
     result = {
-        "command": "python -m benchmarks.openbookqa " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.training.openbookqa " + " ".join(sys.argv[1:]),
         "final_command": "python train.py " + " ".join(final(first)),
         "train_flags": " ".join(common[2:]),
         "grid_on_held_out_training_questions": {str(lr): value for lr, value in grid.items()},

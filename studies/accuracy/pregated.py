@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -33,7 +34,6 @@ from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.decoder import Backbone, Output
 from adafuse_jax.models.hooks import Routing
 from adafuse_jax.training.replicas import replica_attention, replica_forward
-from studies.training import Texts
 
 DROPPED = -1e9
 
@@ -192,7 +192,7 @@ def seen(
     return trained.bound(routing), context
 
 
-def forward(trained: Any, model: Backbone, texts: Texts, *, key: Any = None, **options: Any) -> tuple[Backbone, Output]:
+def forward(trained: Any, model: Backbone, texts: Any, *, key: Any = None, **options: Any) -> tuple[Backbone, Output]:
     """`forward` of `train_step` for every arm; `key` is the randomness of expert dropout."""
     if not isinstance(trained, PreGated):
         return replica_forward(trained, model, texts, key=key, **options)
@@ -204,9 +204,12 @@ def forward(trained: Any, model: Backbone, texts: Texts, *, key: Any = None, **o
     return model, out
 
 
-def own_rates(updates: Any, params: Any) -> Any:
-    """Updates times the multipliers of `PreGated.rates`."""
+def _own_rates(updates: Any, params: Any) -> Any:
     return jax.tree.map(jnp.multiply, params.rates(), updates) if isinstance(params, PreGated) else updates
+
+
+OWN_RATES = optax.stateless(_own_rates)
+"""Updates times the multipliers of `PreGated.rates`."""
 
 
 class PlannedLayer(AdaFuseLayer):

@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
 from adafuse_jax.core.fields import require
@@ -107,7 +106,7 @@ class Study:
         plan, settings, rows = self.plan, arms.ARMS[arm], self.mixture.training
         trainer = Trainer(
             partial(arms.make, settings), steps=plan.steps,
-            optimizer=optimizer_of(plan.steps, optax.stateless(pregated.own_rates)),
+            optimizer=optimizer_of(plan.steps, pregated.OWN_RATES),
             phases=phases_of(settings, plan.steps), forward=pregated.forward,
         )  # fmt: skip
         trained = trainer.compile(self.model, rows, replicas=replicas, batch_size=plan.batch_size).adapter

@@ -111,7 +111,7 @@ def write(results: Mapping[str, dict[str, Any]], out: Path) -> None:
 
     some = next(iter(results.values()), None)
     questions = {k: v for r in results.values() if r["run"]["data"] == "mixture" for k, v in r["questions"].items()}
-    table = {
+    table: dict[str, Any] = {
         **{name: of_all(name) for name in ("command", "device", "jax", "python")},
         "study": None if some is None else some["identity"],
         "scored_and_left_out": questions,

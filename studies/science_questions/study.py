@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
@@ -287,7 +286,7 @@ class Study:
             "history": trained.history,
         }
         if run.stage == "mixture" and run.method in ON_ALL:
-            classes = jnp.array(classes_of(self.tokenizer, self.model.config.vocab_size))
+            classes = classes_of(self.tokenizer, self.model.config.vocab_size)
             first = jax.tree.map(lambda leaf: leaf[0], trained.adapter)
             record["expert_use"] = {  # counts [classes, E] by data set
                 name: expert_use(self.model, first, packed, classes, batch_size=self.scored).tolist()
