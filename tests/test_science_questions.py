@@ -201,7 +201,7 @@ def test_study_from_start_to_report(
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("--replicas", "0"), "--lanes is 0: it must be greater than 0"),
+        (("--replicas", "0"), "--replicas is 0: it must be greater than 0"),
         (("--epochs", "-1"), "--epochs is -1.0: it must be greater than 0"),
         (
             ("--learning-rates", "1e37", "1e38", "--epochs", "2"),

@@ -7,7 +7,7 @@ balance coefficient everywhere. AdaFuse's one router sees the token alone if q, 
 norm its input is so small that the gates stay equal and the slightest step changes who is chosen. The balance loss cannot
 be met, as a frequent token is one expert's or another's as a whole, and so it moves the most frequent ones back and forth
 to the end: the line break among them, after which comes the answer. A token that changes its experts loses what they have
-learned for it. Hence these recipes, all AdaFuse: `adafuse-settled` stops its router after a tenth of the steps, when the
+learned for it. Hence these recipes, all AdaFuse: `adafuse-settled` freezes its router after a tenth of the steps, when the
 load is even; `adafuse-tied` does so too, and its experts learn as one LoRA until half of the steps are done, and then each
 on its own. `adafuse-tied-4` has four experts of twice the rank, as many parameters. An ablation of it found a longer tie to
 be no worse: `adafuse-late-4` has it, and `adafuse-late-2` with two experts of four times the rank, one for each token.
@@ -87,7 +87,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 """What each changes; one that changes nothing of the AdaFuse in question is left out. k = 1 without renormalising, or its
 router would get no gradient. With q, k or v among the targets the router sees the token alone; with o and FFN linears, the
-context. Where the experts are tied until after the router has settled, it never learns from the task, so balance = 0
+context. Where the experts are tied until after the router is frozen, it never learns from the task, so balance = 0
 leaves it nearly as it was drawn; and k = 1, whose gates are 1/E or so, learns as much slower."""
 
 
