@@ -19,7 +19,7 @@ VENV := .venv/bin/python
 	@touch $@
 
 demo: .venv/installed
-	$(VENV) -m adafuse_jax.demo
+	$(VENV) -m examples.skills
 
 test: .venv/installed
 	JAX_PLATFORMS=cpu $(VENV) -m pytest -n 2 -q

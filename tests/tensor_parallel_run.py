@@ -13,13 +13,12 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fused_cases import Case, by_modules, in_fp32, make
 from goldens.tiny_models import CASES, write_model_dir
 from jax import lax
 from jax.sharding import Mesh
-from test_adapters import family_case, random_adapter
+from random_models import FEW, family_case, random_adapter, random_method
 from test_engine import generate, prompt_of
-from test_megakernel import Case, by_modules, in_fp32, make
-from test_methods import FEW, random_method
 
 from adafuse_jax import UserError, load_backbone
 from adafuse_jax.inference import programs

@@ -10,64 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from goldens.tiny_models import CASES, write_model_dir
+from random_models import FAMILIES, POSITIONS, random_adapter, tokens_of
 from reference import f64, hidden_states, top_k_gates
 
-from adafuse_jax import AdaFuse, AdapterConfig, load_backbone
+from adafuse_jax import AdaFuse, AdapterConfig
 from adafuse_jax.adapters.presets import PRESETS
 from adafuse_jax.adapters.router import Router, balance_loss, router_statistics
 from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.models.config import LINEARS, ModelConfig
 from adafuse_jax.models.hooks import Routing
-
-POSITIONS = {
-    "attention": ("q_proj", "v_proj"),
-    "after_attention": ("o_proj", "down_proj"),
-    "ffn": ("gate_proj", "up_proj", "down_proj"),
-    "down": ("down_proj",),
-    "all": LINEARS,
-}
-"""Target sets whose first linear has each of the four possible inputs x^1."""
-
-FAMILIES = ("llama_gqa", "llama_bias", "mistral_window", "qwen2_window", "qwen3")
-
-
-def family_case(name: str) -> str:
-    """The case called `name`, or the first one that begins so."""
-    return name if name in CASES else next(case for case in CASES if case.startswith(name))
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory):
-    loaded = {}
-
-    def get(name: str):
-        if name not in loaded:
-            case = family_case(name)
-            out = tmp_path_factory.mktemp(case)
-            write_model_dir(CASES[case], out)
-            loaded[name] = load_backbone(out, "float32")
-        return loaded[name]
-
-    return get
-
-
-def random_adapter(model: ModelConfig, seed: int = 0, **settings) -> AdaFuse:
-    """An adapter with B ≠ 0 and a router that is not balanced."""
-    config = AdapterConfig(**({"num_experts": 4, "rank": 3, "top_k": 2, "alpha": 6.0} | settings))
-    adapter = AdaFuse(config, model, rngs=nnx.Rngs(seed))
-    key = jax.random.key(seed + 100)
-    for name in config.targets:
-        key, draw = jax.random.split(key)
-        b = adapter.experts[name].B
-        b[...] = 0.1 * jax.random.normal(draw, b.shape)
-    adapter.router.weight[...] = adapter.router.weight[...] * 5
-    return adapter
-
-
-def tokens_of(model, shape=(2, 12), seed=0):
-    return jax.random.randint(jax.random.key(seed), shape, 0, model.config.vocab_size)
 
 
 def reference_hidden(model, adapter: AdaFuse, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

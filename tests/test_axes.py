@@ -6,7 +6,7 @@ import jax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from test_methods import FEW
+from random_models import FEW
 
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.registry import MODULES, make_adapter

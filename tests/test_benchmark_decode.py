@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from adafuse_jax.adapters.registry import num_parameters
 from adafuse_jax.models.config import LINEARS
 from benchmarks import decode, decode_costs, decode_report, decode_rows, merged_step, streaming, token_step
 from benchmarks.decode_costs import SIZES, costs
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = tiny.REPOSITORY
 TORCH = REPOSITORY / ".venv-torch" / "bin" / "python"
 ROW_FIELDS = {
     "method", "targets", "strategy", "batch", "ms_per_token", "spread_ms", "overhead_pct", "bytes_gb", "read_bandwidth_pct",

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from data_fixtures import BOS_CHATML, CHATML, write_tokenizer
 
 from adafuse_jax.core.errors import UserError
@@ -574,7 +574,7 @@ class TestLoadTokenizer:
             capture_output=True,
             text=True,
             check=True,
-            cwd=Path(__file__).parents[1],
+            cwd=tiny.REPOSITORY,
             env={k: v for k, v in os.environ.items() if not k.startswith("TRANSFORMERS_")},
         )
         assert (done.stdout, done.stderr) == ("", "")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import tiny
 
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.examples import Chat, MultipleChoice, Text
@@ -110,7 +111,7 @@ class TestFiles:
             try: load(DatasetSpec(source="bad.jsonl"))
             except UserError: pass
         """
-        env = {"PYTHONPATH": str(Path(__file__).parents[1]), "HOME": str(tmp_path), "PATH": ""}
+        env = {"PYTHONPATH": str(tiny.REPOSITORY), "HOME": str(tmp_path), "PATH": ""}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

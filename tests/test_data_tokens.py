@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+import tiny
+from data_fixtures import write_tokenizer
 
 from adafuse_jax.data import tokens
 from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.data.tokens import tokens_and_starts
-from tests.data_fixtures import write_tokenizer
 
-PROSE = (Path(__file__).parents[1] / "README.md").read_text() + "naïve 東京 😀\r\n\t  x" * 50
+PROSE = (tiny.REPOSITORY / "README.md").read_text() + "naïve 東京 😀\r\n\t  x" * 50
 
 
 @pytest.fixture(scope="module", params=["smollm2", "stories260k", "bytes"])

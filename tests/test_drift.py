@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_adapters import random_adapter
+from random_models import random_adapter
 
 from adafuse_jax import load_backbone
 from adafuse_jax.checkpoints.adapter_directory import save_adapter

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 from goldens.tiny_models import CASES, write_model_dir
-from test_adapters import FAMILIES, POSITIONS, models, random_adapter  # noqa: F401 - a fixture
+from random_models import FAMILIES, POSITIONS, models, random_adapter  # noqa: F401 - a fixture
 
 from adafuse_jax import UserError, load_backbone
 from adafuse_jax.data.chat import encode_prompt, load_tokenizer
@@ -25,7 +25,7 @@ from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.kv_cache import KVCache
 
-GOLDENS = Path(__file__).parent / "goldens"
+GOLDENS = tiny.GOLDENS
 
 
 def generate(engine: Engine, *prompts, n: int = 16, **options) -> list[list[int]]:

@@ -30,7 +30,7 @@ from adafuse_jax.core.errors import UserError
 from adafuse_jax.evaluation.lm_eval import AdaFuseLM
 from adafuse_jax.evaluation.loading import load
 
-GOLDEN = json.loads((Path(__file__).parent / "goldens" / "lm_eval.json").read_text())
+GOLDEN = json.loads((tiny.GOLDENS / "lm_eval.json").read_text())
 ATOL = 1e-4  # of a log-likelihood in nats
 
 

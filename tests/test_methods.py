@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from goldens.tiny_models import CASES, write_model_dir
+from random_models import FEW, METHODS, SMALL, random_method, tokens_of
 from reference import f64, hidden_states, top_k_gates
-from test_adapters import tokens_of
 
 from adafuse_jax import AdapterConfig, Backbone, UserError, load_backbone
 from adafuse_jax.adapters.presets import PRESETS
@@ -32,15 +32,6 @@ from adafuse_jax.training.step import TrainState, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SMALL = {
-    "lora": {"rank": 3, "alpha": 6.0},
-    "moral": {"num_experts": 4, "rank": 3, "alpha": 6.0},
-    "mola": {"experts_per_layer": (2, 4, 5), "rank": 3, "alpha": 6.0},
-    "pesc": {"num_experts": 4, "rank": 3, "alpha": 1.5},
-}
-METHODS = tuple(SMALL)
-FEW = {method: {"targets": ("q_proj", "down_proj")} if method != "pesc" else {} for method in METHODS}
-"""Fewer linears, where the rest would only take longer to compile."""
 FAMILIES = ("llama_mqa_sharded", "qwen3_bias")
 """Of three layers each: MoLA's parts are of one layer each."""
 
@@ -55,29 +46,6 @@ def models(tmp_path_factory: pytest.TempPathFactory):
 def run(model: Backbone, tokens, adapter=None, **options):
     """A forward pass that compiles nothing but its single operations."""
     return model(tokens, adapter=adapter, unroll=True, **options)
-
-
-def random_method(method: str, model, seed: int = 0, **settings):
-    """An adapter with B ≠ 0 and routers that are not balanced."""
-    config = AdapterConfig(adapter=method, **(SMALL[method] | settings))
-    adapter = make_adapter(config, model, rngs=nnx.Rngs(seed))
-    keys = iter(jax.random.split(jax.random.key(seed + 100), 100))
-
-    def fill(path, leaf):
-        name = jax.tree_util.keystr(path)
-        if "router" in name:
-            return leaf * 5
-        there = jnp.abs(adapter_a(adapter, path)).sum((-1, -2), keepdims=True) > 0  # of MoLA some are not there
-        return leaf if ".A" in name else 0.1 * jax.random.normal(next(keys), leaf.shape) * there
-
-    return jax.tree_util.tree_map_with_path(fill, adapter)
-
-
-def adapter_a(adapter, path) -> jax.Array:
-    """The A beside the leaf at `path`."""
-    leaves = jax.tree_util.tree_leaves_with_path(adapter)
-    name = jax.tree_util.keystr(path).replace(".B", ".A")
-    return next(leaf for p, leaf in leaves if jax.tree_util.keystr(p) == name)
 
 
 def reference(model: Backbone, adapter, tokens: np.ndarray) -> np.ndarray:

@@ -21,15 +21,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 from goldens.tiny_models import CASES, Case, tensor_shapes, write_json, write_model_dir, write_tensors
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from adafuse_jax.checkpoints.hf_checkpoint import export_backbone, load_backbone
+from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
+from adafuse_jax.checkpoints.hf_export import export_backbone
 from adafuse_jax.core.errors import UserError
 
-GOLDENS = Path(__file__).parent / "goldens" / "tiny"
+GOLDENS = tiny.GOLDENS / "tiny"
 TOLERANCE = 1e-4  # largest logit difference over the standard deviation of the logits, float32
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 

@@ -28,7 +28,7 @@ from adafuse_jax.export import ExportConfig, export
 from adafuse_jax.export import main as export_script
 from adafuse_jax.training.initial import initial_weights
 
-PEFT = Path(__file__).parent / "goldens" / "peft"
+PEFT = tiny.GOLDENS / "peft"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 ATOL = 5e-5
 """Of logits, over their standard deviation. Sums in fp32 differ by up to 2.5e-5, which depends on the CPU, and PEFT's

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_adapters import models, random_adapter  # noqa: F401 - a fixture
+from random_models import models, random_adapter  # noqa: F401 - a fixture
 from test_engine import generate, prompt_of
 
 from adafuse_jax import Backbone, UserError, load_backbone

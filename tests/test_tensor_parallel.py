@@ -6,24 +6,24 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
 import tiny
-from test_adapters import POSITIONS
+from random_models import POSITIONS
 
 from adafuse_jax import UserError
 from adafuse_jax.models.config import LINEARS, ModelConfig
 from adafuse_jax.parallel.mesh import make_mesh
 
-TESTS = Path(__file__).parent
+TESTS = tiny.GOLDENS.parent
 
 
 def with_devices(count: int, *command: object) -> str:
     """The last line that a Python program prints with `count` CPU devices."""
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(sys.path),
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, *map(str, command)], env=environment, cwd=TESTS, capture_output=True, text=True, timeout=300

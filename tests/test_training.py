@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from goldens.tiny_models import CASES, write_model_dir
-from test_adapters import random_adapter, tokens_of
+from random_models import random_adapter, tokens_of
 
 from adafuse_jax import load_backbone
 from adafuse_jax.adapters.router import expert_load

@@ -24,12 +24,17 @@ class _OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse_flags(description: str, config_types: Sequence[type], argv: Sequence[str]) -> list[Any]:
-    """Parse `argv` into one instance of each dataclass in `config_types` (their field names must not clash).
+def parse_flags(
+    description: str | None, config_types: Sequence[type], argv: Sequence[str], program: str | None = None
+) -> list[Any]:
+    """Parse `argv` into one instance of each dataclass in `config_types` (their field names must not clash). `program` is
+    its name in the usage; default: that of the script.
 
     Raises `UserError` for unknown flags or keys, values of a wrong type, and whatever the dataclasses refuse.
     """
-    parser = _OneLineParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = _OneLineParser(
+        prog=program, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
     parser.add_argument("--config", metavar="FILE", help="JSON, TOML or YAML file of flag names and values")
     fields: dict[str, tuple[dataclasses.Field, Kind]] = {}
     for config_type in config_types:

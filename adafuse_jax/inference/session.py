@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from adafuse_jax.checkpoints.adapter_directory import load_adapter
-from adafuse_jax.checkpoints.hf_checkpoint import Checkpoint, load_backbone
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
 from adafuse_jax.checkpoints.hf_config import generation_remark
+from adafuse_jax.checkpoints.placement import Stacked
 from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import encode_prompt, stop_tokens
@@ -64,8 +65,8 @@ class Session:
     """A loaded model, its adapter and its tokenizer, ready to answer."""
 
     def __init__(self, config: DecodeConfig):
-        checkpoint = Checkpoint.open(config.model)
-        if remark := generation_remark(checkpoint.directory):
+        checkpoint = HFCheckpoint.open(config.model)
+        if remark := generation_remark(checkpoint.hf_config.generation):
             log.info("%s", remark)
         self.config = config
         self.tokenizer = load_tokenizer(checkpoint.directory, config.adapter)
@@ -87,10 +88,10 @@ class Session:
             )
             if config.strategy is not None:
                 adapter.config.require_strategy(config.strategy)
-        model = load_backbone(checkpoint, dtype)
-        if config.tensor_parallel > 1:
-            mesh = make_mesh(config.tensor_parallel, model.config)
-            model, adapter = shard(model, mesh), adapter and shard(adapter, mesh)
+        mesh = None if config.tensor_parallel == 1 else make_mesh(config.tensor_parallel, checkpoint.config)
+        model = load_backbone(checkpoint, dtype, place=Stacked(mesh))
+        if mesh is not None and adapter is not None:
+            adapter = shard(adapter, mesh)
         eos_ids = {*model.config.eos_token_ids, *stops}
         self.engine = Engine(model, adapter, strategy=config.strategy, eos_ids=sorted(eos_ids))
         self.adapted, self.num_experts = adapter is not None, adapter.config.max_experts if adapter else 0

@@ -23,7 +23,8 @@ from adafuse_jax.adapters.baselines.full import FullWeights
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.registry import in_use, num_parameters
 from adafuse_jax.checkpoints.adapter_directory import save_adapter
-from adafuse_jax.checkpoints.hf_checkpoint import Checkpoint, export_backbone, load_backbone
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
+from adafuse_jax.checkpoints.hf_export import export_backbone
 from adafuse_jax.core import runtime
 from adafuse_jax.core.atomic_files import write_json, write_text
 from adafuse_jax.core.errors import UserError, quoted
@@ -87,7 +88,7 @@ def _train(
 ) -> dict[str, Any]:
     """`train`, with the run's directory in `held` and its config `recorded`, if it is resumed."""
     # Everything that a run reads, the large files last
-    checkpoint = Checkpoint.open(config.model)
+    checkpoint = HFCheckpoint.open(config.model)
     directory, model_config = checkpoint.directory, checkpoint.config
     require_context(config, model_config)
     require_memory(config, model_config)
@@ -163,7 +164,7 @@ def _train(
     with disk_errors(output):
         if isinstance(state.adapter, FullWeights):
             trained = state.adapter.as_backbone(model.dtype)
-            export_backbone(trained, output / MODEL_DIR, source=directory, replace=True)
+            export_backbone(trained, output / MODEL_DIR, source=checkpoint, replace=True)
         else:
             names = {"backbone_name": config.model, "backbone_identity": backbone}
             save_adapter(state.adapter, output / ADAPTER_DIR, **names, replace=True)

@@ -20,18 +20,31 @@ from jaxtyping import Array, Float, Int
 
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.models.attention import Visibility, attention
-from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig
+from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig, unsupported_field
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.models.layers import apply_rope, rope_frequencies, rope_tables
 from adafuse_jax.parallel.axes import CACHE, TABLES, TENSOR, linear_axes, partition_spec
 from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels.megakernel import Experts, Shape, Weights, decode_token, unsupported_reason
+from pallas_kernels.megakernel.mixture import make_mixture
 from pallas_kernels.megakernel.plan import TILE_K
-from pallas_kernels.pregated_linear import make_mixture
 
 TABLE_ROWS = 4096
 """Tokens whose gates are computed at once."""
+CONSUMED_FIELDS = frozenset({
+    *Shape.__dataclass_fields__,
+    "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "sliding_windows",  # `weights_of`
+    "rope.theta", "rope.kind", "rope.factor", "rope.low_freq_factor", "rope.high_freq_factor",
+    "rope.original_max_position_embeddings",  # cos and sin
+})  # fmt: skip
+"""Fields of `ModelConfig` that reach the kernel; a model with any other is decoded by its own modules."""
+IRRELEVANT_FIELDS = {
+    "model_type": "families differ in the other fields",
+    "max_position_embeddings": "the engine bounds the cache, and the kernel reads what is in it",
+    "bos_token_id": "of prompts", "eos_token_ids": "the engine stops", "pad_token_id": "of batches",
+}  # fmt: skip
+"""Field → the reason why it cannot matter to the kernel."""
 
 
 @jax.tree_util.register_dataclass
@@ -100,7 +113,7 @@ def _padded(x: Array, axis: int, more: int) -> Array:
 
 
 def shape_of(config: ModelConfig, devices: int = 1) -> Shape:
-    """Of one device's share."""
+    """Sizes of one device's shard."""
     shared = "hidden_dim", "num_heads", "num_kv_heads", "vocab_size"
     sizes = {name: getattr(config, name) for name in Shape.__dataclass_fields__}
     return Shape(**sizes | {name: sizes[name] // devices for name in shared})
@@ -109,6 +122,8 @@ def shape_of(config: ModelConfig, devices: int = 1) -> Shape:
 def fused_unsupported_reason(model: Backbone, batch: int = 1, adapter: AdaFuse | None = None) -> str | None:
     """Why the fused step cannot decode `batch` rows with this model on its device, or None. `adapter`: the one whose
     factors it is to read."""
+    if reason := unsupported_field(model.config, CONSUMED_FIELDS | IRRELEVANT_FIELDS.keys()):
+        return reason
     device, mesh = next(iter(model.embed_tokens[...].devices())), mesh_of(model)
     if mesh is not None and (mesh.axis_names != (TENSOR,) or [*mesh.devices] != jax.local_devices()[: mesh.size]):
         return f"it runs on a mesh of one axis over the first devices of one process, and this is {mesh}"

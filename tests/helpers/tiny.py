@@ -18,7 +18,8 @@ from typing import Any
 from data_fixtures import CHATML, write_tokenizer
 from goldens.tiny_models import Case, write_model_dir
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
+GOLDENS = REPOSITORY / "tests" / "goldens"
 VOCAB_SIZE = 260  # 256 bytes and four special tokens
 EOS_ID = 257
 CONFIG: dict[str, Any] = {

@@ -20,15 +20,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from adafuse_jax.checkpoints.hf_checkpoint import export_backbone
+from adafuse_jax.checkpoints.hf_export import export_backbone
 from adafuse_jax.data.batches import Batch, Batches
 from adafuse_jax.data.chat import Encoded, encode_all, load_tokenizer
 from adafuse_jax.data.examples import Text
 from adafuse_jax.data.packing import Rows, pack
-from adafuse_jax.demo.skills import Case
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.loss import token_losses
+from examples.skills.skills import Case
 
 BOS, EOS = "<s>", "</s>"
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '\n') }}{% endfor %}"
@@ -73,9 +73,9 @@ def model_config(tokenizer: Any) -> ModelConfig:
 
 
 def pretrain(
-    lines: Sequence[Case], out: Path, *, steps: int, seed: int, say: Callable[[str], object] = lambda text: None
+    lines: Sequence[Case], out: Path, *, steps: int, seed: int, log: Callable[[str], object] = lambda text: None
 ) -> Backbone:
-    """Train a backbone on raw lines and leave it in `out`, a Hugging Face directory; `say` hears how the loss falls."""
+    """Train a backbone on raw lines and leave it in `out`, a Hugging Face directory; `log` receives lines about the loss."""
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = write_tokenizer(Path(scratch))
         per_call = min(steps, STEPS_PER_CALL)
@@ -88,7 +88,7 @@ def pretrain(
             model, moments, losses = _train(model, moments, batches.at(call), optimizer=optimizer)
             if (call + 1) % max(1, calls // 4) == 0:
                 done = (call + 1) * per_call
-                say(f"step {done} of {calls * per_call}: loss {jnp.mean(losses):.2f} nats per byte of the answers")
+                log(f"step {done} of {calls * per_call}: loss {jnp.mean(losses):.2f} nats per byte of the answers")
         export_backbone(model, out, source=scratch)
     return model
 

@@ -138,13 +138,13 @@ def draw_material(seed: int, *, raw: int, train: int, held_out: int) -> Material
     material = Material(raw=[], train=[], held_out={})
     practice = sum(skill.practice for skill in SKILLS)
     for skill in SKILLS:
-        kept: dict[Arguments, None] = {}
-        while len(kept) < held_out:
-            kept[skill.draw(rng)] = None
-        material.held_out[skill.name] = [skill.case(arguments, rng) for arguments in kept]
+        asked: dict[Arguments, None] = {}
+        while len(asked) < held_out:
+            asked[skill.draw(rng)] = None
+        material.held_out[skill.name] = [skill.case(arguments, rng) for arguments in asked]
         for cases, make, total in ((material.raw, skill.raw, raw), (material.train, skill.case, train)):
             drawn = (skill.draw(rng) for _ in itertools.count())
-            fresh = (arguments for arguments in drawn if arguments not in kept)
+            fresh = (arguments for arguments in drawn if arguments not in asked)
             share = itertools.islice(fresh, total * skill.practice // practice)
             cases.extend(make(arguments, rng) for arguments in share)
     rng.shuffle(material.raw)

@@ -14,23 +14,23 @@ from typing import Any
 
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.demo.answers import Answers, answer_all
-from adafuse_jax.demo.backbone import BATCH_SIZE, pretrain
-from adafuse_jax.demo.config import DemoConfig
-from adafuse_jax.demo.report import (
+from adafuse_jax.inference.config import DecodeConfig
+from adafuse_jax.inference.session import Session
+from adafuse_jax.training.config import TrainConfig
+from adafuse_jax.training.trainer import train
+from examples.skills.answers import Answers, answer_all
+from examples.skills.backbone import BATCH_SIZE, pretrain
+from examples.skills.config import DemoConfig
+from examples.skills.report import (
     answers_table,
     expert_shares,
     expert_table,
     mean_exact_match,
     plot_expert_use,
-    say,
+    show,
     step,
 )
-from adafuse_jax.demo.skills import SKILLS, Case, Material, draw_material
-from adafuse_jax.inference.config import DecodeConfig
-from adafuse_jax.inference.session import Session
-from adafuse_jax.training.config import TrainConfig
-from adafuse_jax.training.trainer import train
+from examples.skills.skills import SKILLS, Case, Material, draw_material
 
 MARKER = ".made-by-adafuse-demo"
 WRITTEN = ("data", "backbone", "run", "expert_use.png")
@@ -49,7 +49,7 @@ def run_demo(config: DemoConfig) -> int:
     begun = time.perf_counter()
     out = Path(config.output)
     claim(out)
-    say(f"AdaFuse-JAX demo: {len(SKILLS)} skills, a backbone that has none of them, and adapters that teach it all.")
+    show(f"AdaFuse-JAX demo: {len(SKILLS)} skills, a backbone that has none of them, and adapters that teach it all.")
 
     with step(f"Data: made-up words and numbers, in {out}/data"):
         material = draw_material(
@@ -59,8 +59,8 @@ def run_demo(config: DemoConfig) -> int:
             held_out=config.held_out_prompts,
         )
         _write_data(material, out / "data")
-        say(f"  {len(material.raw):,} lines for the backbone, such as  {_inline(material.raw[0])}")
-        say(f"  {len(material.train):,} prompts for the adapters, such as  {_inline(material.train[0])}")
+        show(f"  {len(material.raw):,} lines for the backbone, such as  {_inline(material.raw[0])}")
+        show(f"  {len(material.train):,} prompts for the adapters, such as  {_inline(material.train[0])}")
 
     with step(f"Backbone: a Llama of 4 layers and 0.9 M weights, pre-trained on the lines, in {out}/backbone"):
         pretrain(
@@ -68,7 +68,7 @@ def run_demo(config: DemoConfig) -> int:
             out / "backbone",
             steps=config.pretrain_steps,
             seed=config.seed,
-            say=lambda text: say(f"  {text}"),
+            log=lambda text: show(f"  {text}"),
         )
 
     train_config, adapter_config = adapter_configs(config)
@@ -76,25 +76,27 @@ def run_demo(config: DemoConfig) -> int:
     with step(
         f"Adapters: {experts} experts in each of the {linears} linears of every layer, one router, frozen backbone"
     ):
-        say(f"  the same as  {command('train.py', train_config, adapter_config)}")
+        show(f"  the same as  {command('train.py', train_config, adapter_config)}")
         train(train_config, adapter_config)
 
     adapted_config = DecodeConfig(model=train_config.model, adapter=f"{train_config.output}/adapter")
     with step(f"Answers to {config.held_out_prompts} held-out prompts of every skill, without and with the adapters"):
         backbone = _answers(DecodeConfig(model=train_config.model), material)
         adapted = _answers(adapted_config, material)
-    say("\n" + answers_table(backbone, adapted))
+    show("\n" + answers_table(backbone, adapted))
 
     picture, skills, shares = out / "expert_use.png", list(adapted), expert_shares(adapted)
     plot_expert_use(skills, shares, picture)
-    say(f"\n● Experts that read the answers of each skill: share of the assignments (as a picture: {picture})")
-    say(f"  All {linears} linears are targets, which teaches fastest. With q_proj the router sees one token at a time:")
-    say("  skills that write the same alphabet share experts; capitals, digits and hyphens bring others.\n")
-    say(expert_table(skills, shares))
+    show(f"\n● Experts that read the answers of each skill: share of the assignments (as a picture: {picture})")
+    show(
+        f"  All {linears} linears are targets, which teaches fastest. With q_proj the router sees one token at a time:"
+    )
+    show("  skills that write the same alphabet share experts; capitals, digits and hyphens bring others.\n")
+    show(expert_table(skills, shares))
 
     example = dataclasses.replace(adapted_config, prompt="Write backwards: world", stats=True)
-    say(f"\nAll of it took {time.perf_counter() - begun:.0f} s. Ask something yourself:")
-    say(f"  {command('decode.py', example)}")
+    show(f"\nAll of it took {time.perf_counter() - begun:.0f} s. Ask something yourself:")
+    show(f"  {command('decode.py', example)}")
     return verdict(mean_exact_match(backbone), mean_exact_match(adapted))
 
 
@@ -122,7 +124,7 @@ def claim(out: Path) -> None:
 
 
 def adapter_configs(config: DemoConfig) -> tuple[TrainConfig, AdapterConfig]:
-    """What train.py is asked to do."""
+    """Configs of the demo's training run."""
     out = config.output
     training = TrainConfig(
         model=f"{out}/backbone",
@@ -164,9 +166,9 @@ def command(script: str, *configs: Any) -> str:
 def verdict(backbone: float, adapted: float) -> int:
     """0 if the adapters made the difference; else 1, with a line that says what is wrong."""
     if backbone > BACKBONE_AT_MOST:
-        say(f"\nFAILED: the backbone alone answers {backbone:.0%} (at most {BACKBONE_AT_MOST:.0%} were expected)")
+        show(f"\nFAILED: the backbone alone answers {backbone:.0%} (at most {BACKBONE_AT_MOST:.0%} were expected)")
     if adapted < ADAPTED_AT_LEAST:
-        say(f"\nFAILED: with adapters {adapted:.0%} are right (at least {ADAPTED_AT_LEAST:.0%} were expected)")
+        show(f"\nFAILED: with adapters {adapted:.0%} are right (at least {ADAPTED_AT_LEAST:.0%} were expected)")
     return int(backbone > BACKBONE_AT_MOST or adapted < ADAPTED_AT_LEAST)
 
 

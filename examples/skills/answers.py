@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from adafuse_jax.demo.skills import Case
 from adafuse_jax.inference.session import Session
+from examples.skills.skills import Case
 
 MAX_ANSWER = 16
 """Tokens; the longest right answer has eleven and its end."""

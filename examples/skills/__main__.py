@@ -1,4 +1,4 @@
-"""Train a backbone and AdaFuse adapters from nothing, and show what the adapters change: `python -m adafuse_jax.demo`."""
+"""Train a backbone and AdaFuse adapters from nothing, and show what the adapters change: `python -m examples.skills`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def main(argv: Sequence[str]) -> int:
 
     from adafuse_jax.core import runtime
     from adafuse_jax.core.flags import parse_flags
-    from adafuse_jax.demo.config import DemoConfig
+    from examples.skills.config import DemoConfig
 
     (config,) = parse_flags(__doc__, (DemoConfig,), argv)
     runtime.set_up()
     with runtime.memory_errors("free some memory"):
-        from adafuse_jax.demo.story import run_demo
         from adafuse_jax.training.signals import Stopped
+        from examples.skills.story import run_demo
 
         try:
             return run_demo(config)

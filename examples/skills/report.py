@@ -1,4 +1,4 @@
-"""What the demo shows: timed steps, a table of answers, and the experts each skill used, in numbers and as a picture."""
+"""Output of the demo: timed steps, a table of answers, and the experts each skill used, in numbers and as a picture."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from adafuse_jax.demo.answers import Answers
+from examples.skills.answers import Answers
 
 SHADES = " ░▒▓█"
 SHADE_STEP = 0.08
 """Share of assignments per shade; every shade but the last is this wide."""
 
 
-def say(text: str = "") -> None:
+def show(text: str = "") -> None:
     print(text, flush=True)
 
 
 @contextmanager
 def step(title: str) -> Iterator[None]:
     """Print `title`, and when the block is done how long it took."""
-    say(f"\n● {title}")
+    show(f"\n● {title}")
     begun = time.perf_counter()
     yield
-    say(f"  {time.perf_counter() - begun:.0f} s")
+    show(f"  {time.perf_counter() - begun:.0f} s")
 
 
 def answers_table(backbone: Mapping[str, Answers], adapted: Mapping[str, Answers]) -> str:
