@@ -89,19 +89,11 @@ class Session:
                 dtype=jnp.dtype("float32" if config.strategy == "merged" else dtype),
             )
             if config.strategy is not None:
-<<<<<<< HEAD
                 require_strategy(adapter.config, config.strategy)
-        model = load_backbone(checkpoint, dtype)
-        if config.tensor_parallel > 1:
-            mesh = make_mesh(config.tensor_parallel, model.config)
-            model, adapter = shard(model, mesh), adapter and shard(adapter, mesh)
-=======
-                adapter.config.require_strategy(config.strategy)
         mesh = None if config.tensor_parallel == 1 else make_mesh(config.tensor_parallel, checkpoint.config)
         model = load_backbone(checkpoint, dtype, place=Stacked(mesh))
         if mesh is not None and adapter is not None:
             adapter = shard(adapter, mesh)
->>>>>>> main
         eos_ids = {*model.config.eos_token_ids, *stops}
         self.engine = Engine(model, adapter, strategy=config.strategy, eos_ids=sorted(eos_ids))
         self.adapted, self.num_experts = adapter is not None, adapter.config.max_experts if adapter else 0

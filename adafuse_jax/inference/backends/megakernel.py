@@ -37,10 +37,8 @@ log = logging.getLogger(__name__)
 
 TABLE_ROWS = 4096
 """Tokens whose gates are computed at once."""
-<<<<<<< HEAD
 TRIED_DEVICES = 2
 """Devices that the megakernel has run on together, at most."""
-=======
 CONSUMED_FIELDS = frozenset({
     *Shape.__dataclass_fields__,
     "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "sliding_windows",  # `weights_of`
@@ -54,7 +52,6 @@ IRRELEVANT_FIELDS = {
     "bos_token_id": "of prompts", "eos_token_ids": "the engine stops", "pad_token_id": "of batches",
 }  # fmt: skip
 """Field → the reason why it cannot matter to the kernel."""
->>>>>>> main
 
 
 @jax.tree_util.register_dataclass
