@@ -80,10 +80,10 @@ class TestTiming:
 
 def test_ceilings():
     found = measure_ceilings(2**12, 64, seconds=1e-4, repeats=2)
-    assert found.array_bytes == 2**14
+    assert found["array_bytes"] == 2**14
     for kind in ("read", "copy", "matmul"):
-        assert min(getattr(found, kind).values()) > 0
-        assert getattr(found, f"best_{kind}") == max(getattr(found, kind).values())
+        assert min(found[kind].values()) > 0
+        assert found[f"best_{kind}"] == max(found[kind].values())
 
 
 class TestRecords:

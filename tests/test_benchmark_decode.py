@@ -55,7 +55,7 @@ class TestCosts:
         shapes = SIZES["tiny"]
         config = models.model_config(shapes)
         model = models.random_backbone(config)
-        adapter = models.random_adafuse(models.adapter_config(shapes, "qv"), config)
+        adapter = models.random_adapter(models.adapter_config(shapes, "qv"), config)
         count = sum(leaf.size for leaf in jax.tree.leaves((model, adapter)))
         assert costs(shapes, "adafuse", "qv", "unmerged", 1, 0).params_b * 1e9 == pytest.approx(count)
         assert costs(shapes, "backbone", "-", "-", 1, 0).params_b * 1e9 == sum(x.size for x in jax.tree.leaves(model))
@@ -87,7 +87,7 @@ class TestRandomModules:
         shapes = SIZES["tiny"]
         config = models.model_config(shapes)
         model = models.random_backbone(config)
-        adapter = models.random_adafuse(models.adapter_config(shapes, "all7"), config)
+        adapter = models.random_adapter(models.adapter_config(shapes, "all7"), config)
         weight = np.asarray(model.layers.down_proj.weight[...], np.float32)
         assert model.dtype == jnp.bfloat16
         assert weight.std() == pytest.approx(0.02, rel=0.1)

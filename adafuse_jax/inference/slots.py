@@ -163,6 +163,11 @@ class Slots:
         self._settings: tuple[Any, Any] = None, None
         self._clock = 0.0
 
+    @property
+    def rows(self) -> dict[int, Row]:
+        """The rows by slot."""
+        return {slot: row for slot, row in enumerate(self._rows) if row is not None}
+
     def insert(
         self,
         prompt: Sequence[int],

@@ -6,7 +6,6 @@ Each is the best of several forms, as no single one is the fastest on every devi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,42 +15,19 @@ from jaxtyping import Array
 
 from benchmarks.common.timing import time_calls
 
-REPEATS = 5
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ceilings:
-    """Speed by form: `read` and `copy` in TB/s over an array of `array_bytes`, `matmul` in TFLOP/s."""
-
-    array_bytes: int
-    read: dict[str, float]
-    copy: dict[str, float]
-    matmul: dict[str, float]
-
-    @property
-    def best_read(self) -> float:
-        return max(self.read.values())
-
-    @property
-    def best_copy(self) -> float:
-        return max(self.copy.values())
-
-    @property
-    def best_matmul(self) -> float:
-        return max(self.matmul.values())
-
-
-def measure_ceilings(elements: int, matmul_dim: int, *, seconds: float, repeats: int = REPEATS) -> Ceilings:
-    """Over `elements` int32 and square matrices of `matmul_dim`; `seconds` are those of one repeat."""
+def measure_ceilings(elements: int, matmul_dim: int, *, seconds: float, repeats: int = 5) -> dict[str, Any]:
+    """`read` and `copy` in TB/s over `elements` int32, `matmul` in TFLOP/s for square matrices of `matmul_dim`: each by
+    form, and `best_read`, … . `seconds` are those of one repeat."""
     bits = jax.random.bits(jax.random.key(0, impl="rbg"), (elements,), jnp.uint32)
     x = jax.lax.bitcast_convert_type(bits, jnp.int32)
     m = jax.random.normal(jax.random.key(1), (matmul_dim, matmul_dim), jnp.bfloat16) / matmul_dim**0.5
-    row = min(4096, elements)
+    short, long = min(4096, elements), min(16384, elements)
     reads: dict[str, Callable[[Array], Array]] = {
         "sum": jnp.sum,
         "max": jnp.max,
-        "sums of 4096": lambda x: jnp.sum(x.reshape(-1, row), axis=1),
-        "sums of 16384": lambda x: jnp.sum(x.reshape(-1, min(4 * row, elements)), axis=1),
+        "sums of 4096": lambda x: jnp.sum(x.reshape(-1, short), axis=1),
+        "sums of 16384": lambda x: jnp.sum(x.reshape(-1, long), axis=1),
         "xor": lambda x: jax.lax.reduce(x, jnp.int32(0), jax.lax.bitwise_xor, (0,)),
     }
     copies: dict[str, Callable[[Array], Array]] = {"copy": jnp.copy, "x + 1": lambda x: x + 1}
@@ -63,9 +39,13 @@ def measure_ceilings(elements: int, matmul_dim: int, *, seconds: float, repeats:
     def read(function: Callable[[Array], Array], _: Any) -> Array:
         return function(x)
 
-    return Ceilings(
-        array_bytes=x.nbytes,
-        read={name: speed(x.nbytes, partial(read, jax.jit(f)), None) for name, f in reads.items()},
-        copy={name: speed(2 * x.nbytes, jax.jit(f), x) for name, f in copies.items()},
-        matmul={f"{matmul_dim}³": speed(2 * matmul_dim**3, partial(jax.jit(jnp.matmul), m), m)},
-    )
+    found = {
+        "read": {name: speed(x.nbytes, partial(read, jax.jit(f)), None) for name, f in reads.items()},
+        "copy": {name: speed(2 * x.nbytes, jax.jit(f), x) for name, f in copies.items()},
+        "matmul": {f"{matmul_dim}³": speed(2 * matmul_dim**3, partial(jax.jit(jnp.matmul), m), m)},
+    }
+    return {
+        "array_bytes": x.nbytes,
+        **found,
+        **{f"best_{kind}": max(speeds.values()) for kind, speeds in found.items()},
+    }

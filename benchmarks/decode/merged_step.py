@@ -30,7 +30,7 @@ from benchmarks.common.records import command_line, facts, write_json
 from benchmarks.common.reports import table
 from benchmarks.common.timing import Timing, time_calls, wait
 from benchmarks.decode.costs import SIZES, Shapes
-from benchmarks.decode.models import adapter_config, model_config, random_adafuse, random_backbone
+from benchmarks.decode.models import adapter_config, model_config, random_adapter, random_backbone
 from benchmarks.decode.rows import NO_REPEATS, no_stops, running_state
 
 SLOTS, PROMPT = 512, 128
@@ -72,7 +72,7 @@ def run(
     `report` gets the rows so far after each."""
     config = model_config(shapes)
     model = random_backbone(config)
-    adapter = random_adafuse(adapter_config(shapes, "qv"), config)
+    adapter = random_adapter(adapter_config(shapes, "qv"), config)
     # The last is donated the model's adapted weights.
     backends: list[Backend] = [choose_backend(None, model, None), Golden(model, adapter), Switch(model, adapter)]
 

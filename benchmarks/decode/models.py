@@ -15,7 +15,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.presets import PRESETS
 from adafuse_jax.adapters.registry import make_adapter
@@ -82,8 +81,5 @@ def random_backbone(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Backbone:
 
 
 def random_adapter(config: AdapterConfig, model: ModelConfig, dtype: Any = jnp.bfloat16) -> Any:
+    """An adapter of the method in `config`."""
     return random_module(lambda: make_adapter(config, model, rngs=nnx.Rngs(0)), dtype, seed=3)
-
-
-def random_adafuse(config: AdapterConfig, model: ModelConfig, dtype: Any = jnp.bfloat16) -> AdaFuse:
-    return random_module(lambda: AdaFuse(config, model, rngs=nnx.Rngs(0)), dtype, seed=2)

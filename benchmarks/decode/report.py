@@ -95,7 +95,9 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
             if "error" not in row or "error" in rows.get(key_of(row), row):
                 rows[key_of(row)] = row
     measured = [part["ceilings"] for part in parts if "ceilings" in part]
-    ceilings = {name: max((of[name] for of in measured), default=None) for name in ("read_tbps", "copy_tbps")}
+    ceilings = {
+        f"{kind}_tbps": max((max(of[kind].values()) for of in measured), default=None) for kind in ("read", "copy")
+    }
     ordered = sorted(rows.values(), key=rank_of)
     finished = {key_of(row): complete(row, rows, shapes, ceilings["read_tbps"]) for row in ordered}
     versions = {name: version for part in parts for name, version in part["versions"].items()}

@@ -195,11 +195,7 @@ def measure_rows(job: dict[str, Any], report: Report) -> None:
 
 
 def report_ceilings(job: dict[str, Any], report: Report) -> None:
-    found = measure_ceilings(job["elements"], job["matmul_dim"], seconds=job["seconds"])
-    report({"ceilings": {
-        "array_gb": found.array_bytes / 1e9, "read": found.read, "copy": found.copy, "matmul": found.matmul,
-        "read_tbps": found.best_read, "copy_tbps": found.best_copy,
-    }})  # fmt: skip
+    report({"ceilings": measure_ceilings(job["elements"], job["matmul_dim"], seconds=job["seconds"])})
 
 
 def report_layer(job: dict[str, Any], report: Report) -> None:

@@ -30,7 +30,7 @@ from adafuse_jax.models.kv_cache import KVCache
 from benchmarks.common.timing import Stopwatch, wait
 from benchmarks.decode.costs import SIZES, TARGETS
 from benchmarks.decode.merged_step import PROMPT, SLOTS, lower, time_steps
-from benchmarks.decode.models import adapter_config, model_config, random_adafuse, random_backbone
+from benchmarks.decode.models import adapter_config, model_config, random_adapter, random_backbone
 from benchmarks.decode.rows import running_state
 from pallas_kernels.megakernel import Profile
 
@@ -53,7 +53,7 @@ def time_cases(cases: Sequence[tuple[str, int]], num_layers: int, steps: int, re
     backends: dict[str, Megakernel] = {}
     for targets, _ in cases:
         if targets not in backends:
-            adapter = None if targets == "bare" else random_adafuse(adapter_config(SHAPES, targets), config)
+            adapter = None if targets == "bare" else random_adapter(adapter_config(SHAPES, targets), config)
             backends[targets] = Megakernel(model, adapter)
     for targets, batch in cases:  # not while another is compiled: that delays the steps
         state, watch = running_state(config, model.dtype, batch, SLOTS, PROMPT), Stopwatch()
@@ -67,7 +67,7 @@ def timeline(targets: str, batch: int, num_layers: int) -> list[str]:
     """Lines of `summarise` for one case."""
     config = replace(model_config(SHAPES), num_layers=num_layers)
     model = random_backbone(config)
-    adapter = None if targets == "bare" else random_adafuse(adapter_config(SHAPES, targets), config)
+    adapter = None if targets == "bare" else random_adapter(adapter_config(SHAPES, targets), config)
     cache = KVCache.empty(config, batch, SLOTS, model.dtype)
     tokens, positions = jnp.arange(batch, dtype=jnp.int32), jnp.full(batch, PROFILED_PROMPT, jnp.int32)
     with tempfile.TemporaryDirectory() as folder:

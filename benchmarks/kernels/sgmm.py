@@ -139,14 +139,6 @@ def slice_rank(experts: list[Weights], rank: int) -> list[Weights]:
     return [{name: x[:, :, :rank] for name, x in a.items()}, {name: x[..., :rank] for name, x in b.items()}]
 
 
-def ceilings_of(size: Size) -> dict[str, Any]:
-    found = measure_ceilings(size.ceiling_elements, size.matmul_dim, seconds=size.seconds, repeats=size.repeats)
-    return {
-        "array_bytes": found.array_bytes, "copy": found.copy, "best_copy": found.best_copy, "read": found.read,
-        "best_read": found.best_read, "matmul": found.matmul, "best_matmul": found.best_matmul,
-    }  # fmt: skip
-
-
 def compile_all(jobs: dict[Any, tuple[Callable[..., Any], bool, tuple[Any, ...]]]) -> dict[Any, Any]:
     """name → (function, whether its first argument is donated, arguments) becomes name → executable or exception."""
 
@@ -274,8 +266,9 @@ def run(
 ) -> dict[str, Any]:
     """Measure, write the three files, print the table. Raises `SystemExit` if a result was wrong."""
     watch = Stopwatch()
+    ceilings = measure_ceilings(size.ceiling_elements, size.matmul_dim, seconds=size.seconds, repeats=size.repeats)
     result: dict[str, Any] = facts() | {
-        "command": command, "size": size.name, "num_experts": len(EXPERT_ORDER), "ceilings": ceilings_of(size), "rows": [],
+        "command": command, "size": size.name, "num_experts": len(EXPERT_ORDER), "ceilings": ceilings, "rows": [],
         "sweep": [],
     }  # fmt: skip
     print(json.dumps(result), flush=True)
