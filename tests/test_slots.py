@@ -13,14 +13,15 @@ from test_engine import generate, prompt_of
 from test_methods import FEW, random_method
 
 from adafuse_jax import UserError
+from adafuse_jax.inference import prefill as prefill_module
 from adafuse_jax.inference import programs
-from adafuse_jax.inference import slots as slots_module
 from adafuse_jax.inference import state as state_module
 from adafuse_jax.inference.backends import megakernel
 from adafuse_jax.inference.backends.megakernel import Megakernel
 from adafuse_jax.inference.engine import Engine
+from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.sampling import Sampling
-from adafuse_jax.inference.slots import Row, Slots
+from adafuse_jax.inference.slots import Slots
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -62,7 +63,7 @@ class TestRowsThatComeLater:
     @pytest.mark.parametrize("strategy", ["unmerged", "fused", "merged"])
     def test_equal_the_same_rows_alone(self, models, strategy, monkeypatch):  # noqa: F811
         """A greedy row runs; a long prompt, chunk by chunk, and a sampled row join it, and then one that reuses a slot."""
-        monkeypatch.setattr(slots_module, "CHUNKS", (4, 16))
+        monkeypatch.setattr(prefill_module, "CHUNKS", (4, 16))
         if strategy == "fused":
             monkeypatch.setattr(megakernel, "fused_step", by_modules)
             monkeypatch.setattr(megakernel, "fused_unsupported_reason", lambda *_, **__: None)
@@ -121,7 +122,7 @@ class TestRowsThatComeLater:
 class TestEviction:
     def test_leaves_no_trace(self, engine, monkeypatch):
         """Rows end while they decode, while their prompt is prefilled and while it waits; then others take their slots."""
-        monkeypatch.setattr(slots_module, "CHUNKS", (4, 16))
+        monkeypatch.setattr(prefill_module, "CHUNKS", (4, 16))
         prompts = [prompt_of(engine, n, seed=n) for n in (30, 28, 7)]
         slots = engine.slots(2)
         slots.insert(prompts[0], max_new_tokens=20)
