@@ -8,7 +8,8 @@ from typing import get_args
 import pytest
 from mistakes import ADAPTER, LONG_NAME, OTHERS, PROMPTS, Case, check_refused, folder_at, loop, parametrize, pipe, write
 
-from adafuse_jax.adapters.presets import PRESETS
+from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.inference.backends.registry import strategies_of
 from adafuse_jax.inference.config import Strategy
 
 FULL = {"adapter": "full", "num_experts": None, "rank": None}

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_adapters import models, random_adapter  # noqa: F401 - a fixture
+from random_models import FEW, models, random_adapter, random_method  # noqa: F401 - a fixture
 from test_engine import generate, prompt_of
-from test_methods import FEW, random_method
 
 from adafuse_jax import UserError
 from adafuse_jax.inference import prefill as prefill_module
