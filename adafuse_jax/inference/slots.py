@@ -35,6 +35,8 @@ from adafuse_jax.parallel.mesh import place_state
 
 LOOKAHEAD = 2
 """Steps queued on the device before the host waits for a token, so that reading tokens never stalls the device."""
+NO_ROW: tuple[Sampling, tuple[int, ...]] = Sampling.of(), ()
+"""Sampling and stop ids of a slot whose tokens nobody reads."""
 
 
 class Slots:
@@ -238,27 +240,20 @@ class Slots:
 
     def _start(self, prefill: Prefill) -> Any:
         positions = np.array([len(row.prompt) for row in prefill.rows], np.int32)
-        sampling = Sampling.stack([row.sampling for row in prefill.rows])
-        stop_ids = padded([row.stop_ids for row in prefill.rows])
-        result, state = start(
-            self._take_state(),
-            prefill.logits,
-            prefill.slots,
-            positions,
-            prefill.keys,
-            sampling,
-            stop_ids,
-            pad_id=self._pad_id,
+        settings = (
+            Sampling.stack([row.sampling for row in prefill.rows]),
+            padded([row.stop_ids for row in prefill.rows]),
         )
+        given = prefill.logits, prefill.slots, positions, prefill.keys, *settings
+        result, state = start(self._take_state(), *given, pad_id=self._pad_id)
         self._state = self._placed(state)
         return result
 
     def _warm_up(self, prefill: Prefill, running: list[Row]) -> None:
         """Run what will be run, on rows that have not begun: a step, unless rows run already, the first token, and a chunk
         without tokens for each length. Nothing of it stays."""
-        state = self._take_state()
-        shapes = self.num_slots, prefill.whole, state.cache.slots, state.seen is None
-        self._state = state
+        assert self._state is not None
+        shapes = self.num_slots, prefill.whole, self._state.cache.slots, self._state.seen is None
         sampling, stop_ids = self._settings_of(prefill.rows)
         step = "step", *shapes, sampling.greedy, sampling.penalize, stop_ids.shape
         new = {step, *((*step, size) for size in prefill.sizes)} - self._warm
@@ -281,7 +276,7 @@ class Slots:
     def _settings_of(self, rows: Sequence[Row]) -> tuple[Sampling, jax.Array]:
         """Sampling and stop ids of every slot, [B]; on the device, until other rows run."""
         by_slot = {row.slot: (row.sampling, row.stop_ids) for row in rows}
-        wanted = tuple(by_slot.get(slot, (Sampling.of(), ())) for slot in range(self.num_slots))
+        wanted = tuple(by_slot.get(slot, NO_ROW) for slot in range(self.num_slots))
         if wanted != self._settings[0]:
             samplings, stop_ids = zip(*wanted, strict=True)
             self._settings = wanted, (Sampling.stack(samplings), padded(stop_ids))
