@@ -174,15 +174,15 @@ class TestEqualsUnmerged:
         assert engine.adapter.router.weight[...].dtype == jnp.float32
 
 
-class TestOneLaunch:
-    """Where all layers can be one launch, it gets the merged weights. Here the modules stand for it."""
+class TestWithTheMegakernel:
+    """Where the megakernel can run, it gets the merged weights. Here the modules stand for it."""
 
     @pytest.fixture(autouse=True)
-    def launch(self, monkeypatch):
-        self.launches = []
+    def stand_in(self, monkeypatch):
+        self.traced = []
 
         def step(model, adapter, fused, token, positions, cache):
-            self.launches.append((adapter is None, sorted(fused.a)))
+            self.traced.append((adapter is None, sorted(fused.a)))
             out = model.run(token[:, None], adapter=adapter, positions=positions[:, None], cache=cache, unroll=True)
             experts = None if adapter is None else out.routing.experts_of_row()
             return model.logits(out.hidden[:, 0]), experts, out.cache
@@ -195,13 +195,13 @@ class TestOneLaunch:
 
     @pytest.mark.parametrize("strategy", ["golden", "switch"])
     @cases
-    def test_merged_weights_are_launched(self, models, case, strategy):  # noqa: F811
+    def test_it_gets_merged_weights(self, models, case, strategy):  # noqa: F811
         model, adapter = adapted(case, models)
         prompt = prompt_of(model, 9)
         wanted = generate(Engine(model, adapter, strategy="unmerged", eos_ids=()), prompt, n=24)
         engine = Engine(copied(model), adapter, strategy=strategy, eos_ids=())
         assert generate(engine, prompt, n=24) == wanted
-        assert self.launches == [(True, [])]  # traced once, without an adapter
+        assert self.traced == [(True, [])]  # once, without an adapter
 
     def test_default_is_fused_and_large_batches_are_not(self, models, caplog):  # noqa: F811
         model, adapter = adapted(CASES[0], models)
@@ -209,18 +209,18 @@ class TestOneLaunch:
         assert (engine.strategy, Engine(model).strategy) == ("fused", "fused")
         prompts = [prompt_of(model, n) for n in (4, 9, 6)]
         assert [t.ids.tolist() for t in engine.generate(prompts[:2], max_new_tokens=5)]
-        assert self.launches == [(False, ["q_proj", "v_proj"])]
+        assert self.traced == [(False, ["q_proj", "v_proj"])]
         for _ in range(2):
             with caplog.at_level("DEBUG", logger="adafuse_jax.inference"):
                 assert len([t.ids.tolist() for t in engine.generate(prompts, max_new_tokens=5)]) == 5
-        assert len(self.launches) == 1
+        assert len(self.traced) == 1
         assert (engine.strategy_of(2), engine.strategy_of(3)) == ("fused", "unmerged")
         assert caplog.text.count("decoding 3 prompts unfused: the megakernel cannot, as it takes 2 rows") == 1
         with pytest.raises(UserError, match="fused cannot run: it takes 2 rows; decode fewer"):
             next(Engine(model, adapter, strategy="fused", eos_ids=()).generate(prompts, max_new_tokens=5))
 
 
-def test_default_without_a_launch_is_unmerged_and_the_log_says_why(models, caplog):  # noqa: F811
+def test_default_without_the_megakernel_is_unmerged_and_the_log_says_why(models, caplog):  # noqa: F811
     with caplog.at_level("DEBUG", logger="adafuse_jax.inference"):
         engine = Engine(models("llama_mha"))
     if jax.default_backend() == "cpu":

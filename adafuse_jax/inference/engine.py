@@ -86,7 +86,7 @@ class Engine:
         pad_id = self.config.pad_token_id
         return Slots(
             self.backend, num_slots, config=self.config, dtype=self._dtype, mesh=self._mesh, stop_ids=self.eos_ids,
-            pad_id=pad_id if pad_id in range(self.config.vocab_size) else 0, warm=self._warm,
+            pad_id=pad_id if pad_id is not None and 0 <= pad_id < self.config.vocab_size else 0, warm=self._warm,
         )  # fmt: skip
 
     def generate(

@@ -176,12 +176,11 @@ class Slots:
 
     def _issue(self) -> bool:
         """Queue the next chunk and the next token; False if there is neither."""
-        running = self._running()
         if self._prefill is None and self._waiting:
-            self._begin(running)
+            self._begin(self._running())
         if prefilling := self._prefill is not None:
             self._next_chunk()
-        if running:
+        if running := self._running():  # with those that the chunk has started
             sampling, stop_ids = self._settings_of(running)
             result, self._state = advance(self._backend, self._take_state(), sampling, stop_ids, self._pad_id)
             self._emit(running, result)

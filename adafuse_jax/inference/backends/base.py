@@ -79,9 +79,11 @@ class Backend(Protocol):
 
     def put_carry(self, carry: Any) -> None:
         """Take back what the step returned."""
+        return
 
     def restore(self) -> None:
         """Take out of the model what steps have merged into it."""
+        return
 
 
 def dispatch_log_level() -> int:

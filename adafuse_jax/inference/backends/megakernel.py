@@ -309,4 +309,5 @@ class Megakernel(Backend):
         cache: KVCache,
         hold: Bool[Array, " B"],
     ) -> StepOutput:
-        return *fused_step(*reads, token, position, cache), carry
+        model, adapter, fused = reads
+        return *fused_step(model, adapter, fused, token, position, cache), carry

@@ -20,7 +20,7 @@ class Unfused(Backend):
 
     def __init__(self, model: Backbone, adapter: Adapter | None, strategy: str = "unmerged"):
         self._model, self.adapter, self.strategy = model, adapter, strategy
-        self.reads = model, adapter
+        self.reads: Any = model, adapter
 
     @property
     def model(self) -> Backbone:
