@@ -195,7 +195,7 @@ def _ids(table: Table, name: str) -> tuple[int, ...]:
 
 
 def _rope(table: Table, max_positions: int) -> tuple[RopeConfig, list[str]]:
-    """RoPE in both spellings, `rope_theta` + `rope_scaling` and the newer `rope_parameters`; the older one wins, as upstream.
+    """RoPE in both spellings, `rope_theta` + `rope_scaling` and the newer `rope_parameters`; the older one wins.
     The second value names the keys that are not used."""
     scaling, parameters = table.get("rope_scaling"), table.get("rope_parameters")
     name = "rope_scaling" if scaling else "rope_parameters"
