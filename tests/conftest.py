@@ -12,6 +12,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from chats import chatml, plain  # noqa: F401 - fixtures
+from mistakes import finished_run, folder, good_folder, refused  # noqa: F401 - fixtures
+from random_models import models  # noqa: F401 - a fixture
 
 CACHE = Path.home() / ".cache" / "adafuse-jax-tests"
 

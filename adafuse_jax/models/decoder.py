@@ -139,7 +139,7 @@ class Backbone(nnx.Module):
           dropout_key: randomness of the adapter's dropout; None means none.
           remat: recompute each layer in the backward pass.
           unroll: unroll the layers instead of scanning (XLA then reads the stacked weights without copying slices).
-          attention: of (q, k, v, mask); under `jax.vmap` on a GPU it must be `attention_of_lanes`.
+          attention: of (q, k, v, mask); under `jax.vmap` on a GPU it must have a batching rule of its own.
         """
         config = self.config
         if positions is None:

@@ -12,6 +12,7 @@ loss.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +28,7 @@ from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.registry import AnyAdapter, in_use
 from adafuse_jax.adapters.router import expert_load, router_statistics
 from adafuse_jax.data.batches import Batch
-from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.decoder import Backbone, Output
 from adafuse_jax.models.loss import token_losses
 from adafuse_jax.training.schedules import Phases
 
@@ -46,7 +47,31 @@ class TrainState:
     key: Key[Array, ""]
 
 
-def load_of_step(model: Backbone, adapter: AdaFuse, batch: Batch) -> Float[Array, " E"]:
+def forward(
+    trained: AnyAdapter | FullWeights | None,
+    model: Backbone,
+    batch: Any,
+    *,
+    key: Key[Array, ""] | None = None,
+    **options: Any,
+) -> tuple[Backbone, Output]:
+    """A pass over rows [B, T]: the backbone that ran, whose head gives the logits, and its output. `key` is the randomness
+    of dropout; `options` are those of `Backbone.run`."""
+    backbone, adapter = in_use(trained, model)
+    out = backbone.run(
+        batch.tokens,
+        adapter=adapter,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
+        dropout_key=key if trained is not None and trained.config.dropout else None,
+        **options,
+    )
+    return backbone, out
+
+
+def load_of_step(
+    model: Backbone, adapter: AdaFuse, batch: Batch, forward: Callable[..., Any] = forward
+) -> Float[Array, " E"]:
     """f over all micro-batches of [A, B, T] arrays, from a pass through layer 0 as far as the router; the rest is dead code
     to XLA. Of a step of stories260K on two CPU cores it takes 0.04%, or 2.4% if the first target is in the FFN."""
     first = jax.tree.map(lambda leaf: leaf, model)
@@ -56,9 +81,7 @@ def load_of_step(model: Backbone, adapter: AdaFuse, batch: Batch) -> Float[Array
     only.experts = experts
 
     def add_micro(total: Array, micro: Any) -> tuple[Array, None]:
-        out = first.run(
-            micro.tokens, adapter=only, positions=micro.positions, segment_ids=micro.segment_ids, unroll=True
-        )
+        _, out = forward(only, first, micro, unroll=True)
         real = micro.segment_ids > 0
         return total + real.sum() * expert_load(out.routing, real)[0], None
 
@@ -66,7 +89,7 @@ def load_of_step(model: Backbone, adapter: AdaFuse, batch: Batch) -> Float[Array
     return total / jnp.maximum((batch.segment_ids > 0).sum(), 1)
 
 
-@partial(jax.jit, static_argnames=("optimizer", "remat"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("optimizer", "remat", "forward"), donate_argnames="state")
 def train_step(
     state: TrainState,
     model: Backbone,
@@ -75,10 +98,14 @@ def train_step(
     optimizer: optax.GradientTransformation,
     remat: bool,
     phases: Phases = ONE_PHASE,
+    forward: Callable[..., tuple[Backbone, Output]] = forward,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step over a batch of [A, B, T] arrays: gradients of all A micro-batches, normalised by all their targets, so that
     A × B may be split in any way (but for the layer-wise methods' balance loss, and for dropout, which draws anew in each
     micro-batch). Balance loss and statistics are means over the micro-batches, weighted by their tokens.
+
+    `loss_mask` may hold weights of the targets instead; the loss is then their weighted mean. `forward` may be another
+    function that is called like the one above.
 
     Returns the new state (the old one is donated) and the metrics of the step: `loss` (nats per target), `grad_norm`, and
     where there are routers their `balance` (the method's balance loss), `load` [E], `entropy` and `pair` [E, E].
@@ -88,18 +115,13 @@ def train_step(
     key, dropout_key = jax.random.split(state.key)
     config = state.adapter.config
     is_split = len(batch.tokens) > 1
-    load = load_of_step(model, state.adapter, batch) if is_split and isinstance(state.adapter, AdaFuse) else None
+    load = (
+        load_of_step(model, state.adapter, batch, forward) if is_split and isinstance(state.adapter, AdaFuse) else None
+    )
 
     def micro_loss(trained: AnyAdapter | FullWeights, micro: Any, index: Array) -> tuple[Array, dict[str, Array]]:
-        backbone, adapter = in_use(trained, model)
-        out = backbone.run(
-            micro.tokens,
-            adapter=adapter,
-            positions=micro.positions,
-            segment_ids=micro.segment_ids,
-            dropout_key=jax.random.fold_in(dropout_key, index) if config.dropout else None,
-            remat=remat,
-        )
+        key = jax.random.fold_in(dropout_key, index)
+        backbone, out = forward(trained, model, micro, key=key, remat=remat)
         real = micro.segment_ids > 0
         loss = token_losses(backbone, out.hidden, micro.tokens, micro.loss_mask).sum() / targets
         if isinstance(trained, LoRA | FullWeights):  # no router
