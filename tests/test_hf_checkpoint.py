@@ -25,7 +25,7 @@ from adafuse_jax.evaluation.__main__ import run as evaluate
 from adafuse_jax.evaluation.config import EvaluationConfig
 from adafuse_jax.export import ExportConfig, export
 from adafuse_jax.inference.session import Session
-from adafuse_jax.models.families import FAMILIES
+from adafuse_jax.models.registry import FAMILIES
 from adafuse_jax.training.trainer import train
 
 FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")

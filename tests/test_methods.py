@@ -299,7 +299,7 @@ class TestPresets:
             total += hook.ffn(jnp.tanh, jax.random.normal(jax.random.key(2), (2, 5, model.config.embed_dim))).std()
             if method == "lora":
                 return float(total)
-            routing = jax.tree.map(lambda leaf: jnp.stack(3 * [leaf]), hook.made)
+            routing = jax.tree.map(lambda leaf: jnp.stack(3 * [leaf]), hook.layer_routing)
             return float(total + adapter.config.balance_coefficient * adapter.balance_loss(routing, mask))
 
         same = loss()

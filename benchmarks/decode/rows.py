@@ -198,13 +198,9 @@ def report_ceilings(job: dict[str, Any], report: Report) -> None:
     report({"ceilings": measure_ceilings(job["elements"], job["matmul_dim"], seconds=job["seconds"])})
 
 
-def report_layer(job: dict[str, Any], report: Report) -> None:
-    measure_layer(SIZES[job["size"]], job["ranks"], job["lengths"], job["seconds"], report, job["num_layers"])
-
-
 KINDS: dict[str, Callable[[dict[str, Any], Report], None]] = {
     "ceilings": report_ceilings, "rows": measure_rows, "contexts": measure_contexts, "devices": measure_devices,
-    "layer": report_layer,
+    "layer": measure_layer,
 }  # fmt: skip
 
 
