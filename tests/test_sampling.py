@@ -79,6 +79,19 @@ class TestSample:
         np.testing.assert_array_equal(rows, alone)
         assert len(set(alone)) > 5
 
+    def test_rows_with_settings_of_their_own_draw_what_they_draw_alone(self):
+        """A greedy row beside sampled ones too, and a row without a penalty beside one with it."""
+        settings = [
+            Sampling.of(), Sampling.of(temperature=1.3, top_k=5), Sampling.of(temperature=0.4, top_p=0.8),
+            Sampling.of(repetition_penalty=1e6), Sampling.of(temperature=2.0, repetition_penalty=3.0),
+        ]  # fmt: skip
+        logits = jax.random.normal(jax.random.key(1), (5, 30))
+        seen = jax.random.bernoulli(jax.random.key(2), 0.3, (5, 30)).at[3, jnp.argmax(logits[3])].set(True)
+        together = sample(logits, Sampling.stack(settings), keys(5), seen)
+        alone = [int(sample(logits[i][None], s, keys(5)[i][None], seen[i][None])[0]) for i, s in enumerate(settings)]
+        assert together.tolist() == alone
+        assert (alone[0], alone[3] == logits[3].argmax()) == (logits[0].argmax(), False)
+
     def test_values_change_without_recompiling(self):
         step = jax.jit(sample)
         for temperature, top_k, top_p in [(0.5, 0, 1.0), (1.0, 3, 0.9), (2.0, 1, 0.1)]:

@@ -265,6 +265,15 @@ class TestTheBackbone:
         for leaf, was in zip(weights_of(engine.model), before, strict=True):
             np.testing.assert_array_equal(leaf, was)
 
+    def test_the_log_states_the_drift_of_switch(self, models, caplog):  # noqa: F811
+        model = models("llama_gqa")
+        adapter = random_adapter(model.config)
+        with caplog.at_level("INFO", logger="adafuse_jax.inference"):
+            Engine(model, adapter, strategy="golden")
+            assert not caplog.text
+            Engine(copied(model), adapter, strategy="switch")
+        assert "every token rounds the weights once more" in caplog.text
+
     def test_switch_takes_the_weights_over(self, models):  # noqa: F811
         given = copied(models("llama_gqa"))
         engine = Engine(given, random_adapter(given.config, targets=("q_proj",)), strategy="switch", eos_ids=())
