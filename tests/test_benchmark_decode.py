@@ -26,6 +26,7 @@ from benchmarks.decode.prompts import make_prompts
 from benchmarks.kernels import streaming
 
 REPOSITORY = tiny.REPOSITORY
+RESULTS = REPOSITORY / "benchmarks" / "results" / "nvidia_h200"
 TORCH = REPOSITORY / ".venv-torch" / "bin" / "python"
 ROW_FIELDS = {
     "method", "targets", "strategy", "batch", "ms_per_token", "spread_ms", "overhead_pct", "bytes_gb", "read_bandwidth_pct",
@@ -216,6 +217,13 @@ class TestDecode:
         assert problem == "KeyError: 'none'"
 
 
+def test_committed_reports():
+    """decode.json and decode.md are made from the parts beside them."""
+    record = report.merge(report.read_parts(RESULTS))
+    assert json.loads((RESULTS / "decode.json").read_text()) == record
+    assert (RESULTS / "decode.md").read_text() == report.to_markdown(record)
+
+
 class TestPrompts:
     @pytest.mark.parametrize("name", ["chats.json", "chats.jsonl", "chats.jsonl.gz"])
     def test_lengths_of_conversations(self, tmp_path, name):
@@ -289,7 +297,7 @@ class TestTokenStep:
         ]
 
 
-@pytest.mark.parametrize("way", [streaming.WAYS[0], streaming.WAYS[-2]], ids=str)
-def test_streaming_lowers_for_a_gpu_without_one(way):
-    step = jax.jit(streaming.make(way, num_blocks=132))
+@pytest.mark.parametrize("variant", [streaming.VARIANTS[0], streaming.VARIANTS[-2]], ids=str)
+def test_streaming_lowers_for_a_gpu_without_one(variant):
+    step = jax.jit(streaming.make(variant, num_blocks=132))
     step.trace(*streaming.shapes(132)).lower(lowering_platforms=("cuda",))

@@ -17,8 +17,8 @@ from random_models import FAMILIES, POSITIONS, models, random_adapter  # noqa: F
 from adafuse_jax import UserError, load_backbone
 from adafuse_jax.data.chat import encode_prompt, load_tokenizer
 from adafuse_jax.data.examples import Message
+from adafuse_jax.inference import prefill as prefill_module
 from adafuse_jax.inference import programs
-from adafuse_jax.inference import slots as slots_module
 from adafuse_jax.inference import state as state_module
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.sampling import Sampling
@@ -95,7 +95,7 @@ class TestPrefill:
         assert generate(Engine(model, adapter, eos_ids=()), prompt, n=6) == [wanted]
 
     def test_several_chunks(self, models, monkeypatch):  # noqa: F811
-        monkeypatch.setattr(slots_module, "CHUNKS", (4, 16))
+        monkeypatch.setattr(prefill_module, "CHUNKS", (4, 16))
         model = models("qwen2_window")
         prompt = prompt_of(model, 55)
         assert generate(Engine(model, eos_ids=()), prompt, n=6) == [greedy_by_full_forward(model, None, prompt, 6)]
@@ -120,7 +120,7 @@ class TestPrefill:
             generate(engine, prompt_of(model, length), n=3)
             positions = state_module.cache_length(min(length + 3, context))
             sizes.add(positions)
-            pairs |= {(positions, chunk) for chunk in slots_module.chunk_lengths(length)}
+            pairs |= {(positions, chunk) for chunk in prefill_module.chunk_lengths(length)}
         after = programs.prefill_chunk._cache_size(), programs.decode_step._cache_size()
         assert 0 < after[0] - before[0] <= len(pairs)
         assert 0 < after[1] - before[1] <= len(sizes) < 4
@@ -254,13 +254,13 @@ class TestConversation:
         answer = generate(engine, first, n=8, keep_cache=True)[0]
         second = [*first, *answer, *prompt_of(model, 7, seed=1)]
         seen = []
-        chunk_lengths = slots_module.chunk_lengths
+        chunk_lengths = prefill_module.chunk_lengths
 
         def spy(length: int) -> list[int]:
             seen.append(length)
             return chunk_lengths(length)
 
-        monkeypatch.setattr(slots_module, "chunk_lengths", spy)
+        monkeypatch.setattr(prefill_module, "chunk_lengths", spy)
         kept = generate(engine, second, n=8, keep_cache=True)
         assert seen == [len(second) - len(first) - 7]  # the last token of the answer was never read
         assert kept == generate(fresh, second, n=8)

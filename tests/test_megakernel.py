@@ -149,8 +149,16 @@ def test_scratch_buffers_are_in_the_table(devices):
     assert {*made, *batch} == filled - ({"device_partials"} if devices is None else set())
 
 
+QUICK = {
+    "bare, one launch", "more query heads than attention takes together",
+    "context in parts, window, router in the FFN, one of two adapted", "two groups of a key's queries, three experts",
+}  # fmt: skip
+
+
 @interpreted
-@pytest.mark.parametrize("name", INTERPRETED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in INTERPRETED]
+)
 def test_interpreted(name):
     case, options = INTERPRETED[name]
     parameters = plgpu.InterpretGPUParams(inline_mgpu="ignore")

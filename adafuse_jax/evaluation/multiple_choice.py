@@ -27,7 +27,7 @@ from adafuse_jax.evaluation.heldout import score
 from adafuse_jax.evaluation.loading import Loaded
 from adafuse_jax.evaluation.matching import match
 from adafuse_jax.inference.engine import Engine
-from adafuse_jax.inference.slots import Row
+from adafuse_jax.inference.rows import Row
 
 SCORES = ("accuracy", "accuracy_norm", "accuracy_bytes", "generated")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from adafuse_jax.data.tokenizer import special_token_texts
-from adafuse_jax.inference.slots import Row
+from adafuse_jax.inference.rows import Row
 
 
 class _Decoder:

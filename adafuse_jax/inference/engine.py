@@ -8,8 +8,9 @@ from typing import Any
 
 from adafuse_jax.adapters.registry import AnyAdapter
 from adafuse_jax.inference.backends.registry import choose_backend
+from adafuse_jax.inference.rows import Step, check_prompt, fitting_tokens
 from adafuse_jax.inference.sampling import Sampling
-from adafuse_jax.inference.slots import Slots, Step, check_prompt, fitting_tokens
+from adafuse_jax.inference.slots import Slots
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.hooks import Adapter
 from adafuse_jax.parallel.mesh import mesh_of

@@ -30,8 +30,8 @@ from adafuse_jax.inference.config import DecodeConfig
 from adafuse_jax.inference.detokenizer import TextStream
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.prompts import Prompt, read_prompts, stdin_lines
+from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.sampling import Sampling
-from adafuse_jax.inference.slots import Row
 from adafuse_jax.parallel.mesh import make_mesh, shard
 
 log = logging.getLogger(__name__)

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,101 +25,16 @@ from jax.sharding import Mesh
 
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.inference.backends.base import Backend
+from adafuse_jax.inference.prefill import Prefill, common_length
 from adafuse_jax.inference.programs import advance, prefill_chunk, release, start
-from adafuse_jax.inference.sampling import Sampling, row_keys
+from adafuse_jax.inference.rows import Row, Step, check_prompt, fitting_tokens
+from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.inference.state import DecodeState, cache_length
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.parallel.mesh import place_state
 
-CHUNKS = (16, 64, 256, 1024)
-"""Prompt tokens per prefill program; a prompt runs through the largest and then the smallest that holds the rest."""
 LOOKAHEAD = 2
 """Steps queued on the device before the host waits for a token, so that reading tokens never stalls the device."""
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Row:
-    """A prompt in a slot, and its answer so far.
-
-    `token_ids` leaves out the token that ended the row. `seconds` is the host's time for each token, the first of which
-    is the prefill's; `experts` [k] those that read each token after the prompt. Whoever reads the row may set
-    `finish_reason`, which ends it.
-    """
-
-    slot: int
-    prompt: Sequence[int]
-    budget: int
-    sampling: Sampling
-    seed: int
-    sample: int
-    stop_ids: tuple[int, ...]
-    reuse_cache: bool
-    cached: int = 0
-    issued: int = 0
-    token_ids: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    experts: list[np.ndarray] = field(default_factory=list)
-    finish_reason: Literal["stop", "length", "evicted"] | None = None
-    _clock: float = 0.0
-
-    def begin(self) -> None:
-        self._clock = time.perf_counter()
-
-    def take(self, token_id: int, done: bool, experts: np.ndarray | None) -> None:
-        """The next token; `done`: it is one of `stop_ids`."""
-        now = time.perf_counter()
-        self.seconds.append(now - self._clock)
-        self._clock = now
-        if experts is not None:
-            self.experts.append(experts)
-        if done:
-            self.finish_reason = "stop"
-        else:
-            self.token_ids.append(token_id)
-            self.finish_reason = "length" if len(self.seconds) == self.budget else None
-
-    def tokens_in_cache(self) -> list[int]:
-        """Those that are certain to be: the newest may not have been read yet."""
-        return [*self.prompt, *self.token_ids][: len(self.prompt) + len(self.seconds) - 1]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One token of some rows: ids [B], whether each row's was the end of it, and the experts [B, k] that *read* the token
-    before (None for the bare backbone, and for tokens that prefill sampled). Only the slots of `rows` mean something."""
-
-    ids: np.ndarray
-    done: np.ndarray
-    experts: np.ndarray | None
-    rows: Mapping[int, Row]
-    """By slot, this token included."""
-    seconds: float
-    """Host time since the step before this; of the first: since its prefill began."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Prefill:
-    """Rows whose prompts are prefilled together: `sizes` of the chunks, `done` of them issued."""
-
-    rows: list[Row]
-    sizes: list[int]
-    whole: bool
-    logits: Any
-    keys: Any
-    done: int = 0
-
-    @property
-    def slots(self) -> np.ndarray:
-        return np.array([row.slot for row in self.rows], np.int32)
-
-    def chunk(self, at: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(tokens [R, size], starts [R], lengths [R]) of the chunk that begins `at` tokens after what the cache has."""
-        tokens = np.zeros((len(self.rows), size), np.int32)
-        rest = [row.prompt[row.cached + at :][:size] for row in self.rows]
-        for line, part in zip(tokens, rest, strict=True):
-            line[: len(part)] = part
-        starts = np.array([row.cached + at for row in self.rows], np.int32)
-        return tokens, starts, np.array([len(part) for part in rest], np.int32)
 
 
 class Slots:
@@ -158,10 +71,15 @@ class Slots:
         self._rows: list[Row | None] = [None] * num_slots
         self._cached: list[list[int]] = [[] for _ in range(num_slots)]
         self._waiting: deque[Row] = deque()
-        self._prefill: _Prefill | None = None
+        self._prefill: Prefill | None = None
         self._queue: deque[tuple[list[Row], Any]] = deque()
         self._settings: tuple[Any, Any] = None, None
         self._clock = 0.0
+
+    @property
+    def rows(self) -> dict[int, Row]:
+        """The rows by slot."""
+        return {slot: row for slot, row in enumerate(self._rows) if row is not None}
 
     def insert(
         self,
@@ -290,14 +208,7 @@ class Slots:
             if row.reuse_cache and not row.sampling.penalize:
                 row.cached = common_length(row.prompt, self._cached[row.slot])
             self._cached[row.slot] = []
-        self._prefill = _Prefill(
-            rows=rows, sizes=chunk_lengths(max(len(row.prompt) - row.cached for row in rows)), whole=whole,
-            logits=jnp.zeros((len(rows), self._config.vocab_size), jnp.float32),
-            keys=jnp.concatenate([
-                row_keys(seed, [row.prompt for row in alike], [row.sample for row in alike])
-                for seed, alike in ((seed, list(of)) for seed, of in groupby(rows, key=lambda row: row.seed))
-            ]),
-        )  # fmt: skip
+        self._prefill = Prefill.of(rows, self._config.vocab_size, whole=whole)
         self._warm_up(self._prefill, running)
         for row in rows:
             row.begin()
@@ -319,13 +230,13 @@ class Slots:
                 if row.finish_reason is not None:
                     self._release(row)
 
-    def _run_chunk(self, prefill: _Prefill, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
+    def _run_chunk(self, prefill: Prefill, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
         model, adapter, rows = self._backend.model, self._backend.adapter, None if prefill.whole else prefill.slots
         self._state, prefill.logits = prefill_chunk(
             model, adapter, self._take_state(), prefill.logits, tokens, starts, lengths, rows, pad_id=self._pad_id
         )
 
-    def _start(self, prefill: _Prefill) -> Any:
+    def _start(self, prefill: Prefill) -> Any:
         positions = np.array([len(row.prompt) for row in prefill.rows], np.int32)
         sampling = Sampling.stack([row.sampling for row in prefill.rows])
         stop_ids = padded([row.stop_ids for row in prefill.rows])
@@ -342,7 +253,7 @@ class Slots:
         self._state = self._placed(state)
         return result
 
-    def _warm_up(self, prefill: _Prefill, running: list[Row]) -> None:
+    def _warm_up(self, prefill: Prefill, running: list[Row]) -> None:
         """Run what will be run, on rows that have not begun: a step, unless rows run already, the first token, and a chunk
         without tokens for each length. Nothing of it stays."""
         state = self._take_state()
@@ -390,44 +301,7 @@ class Slots:
         return state if self._mesh is None else place_state(state, self._mesh)
 
 
-def chunk_lengths(length: int) -> list[int]:
-    """Chunks that hold a prompt: the largest as often as it is filled, then the smallest for the rest."""
-    whole, rest = divmod(length, CHUNKS[-1])
-    return [CHUNKS[-1]] * whole + [next(c for c in CHUNKS if c >= rest)] * (rest > 0)
-
-
-def common_length(prompt: Sequence[int], cached: Sequence[int]) -> int:
-    """Tokens that both begin with; the prompt's last has to be read in any case."""
-    length = 0
-    while length < min(len(prompt) - 1, len(cached)) and prompt[length] == cached[length]:
-        length += 1
-    return length
-
-
 def padded(rows: Sequence[Sequence[int]]) -> jax.Array:
     """Stop ids [B, M], filled up with -1, which is no token; M is a power of two."""
     width = 1 << (max(1, *map(len, rows)) - 1).bit_length()
     return jnp.array([[*ids, *[-1] * (width - len(ids))] for ids in rows], jnp.int32)
-
-
-def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
-    """Raise `UserError` for a prompt without tokens or with ids that the model has not."""
-    if not len(prompt):
-        raise UserError("a prompt is empty; give it at least one token")
-    wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
-    if wrong is not None:
-        raise UserError(
-            f"the prompt has token {wrong} and the model {vocab_size} tokens: its tokenizer is of another model; "
-            "restore the files in --model"
-        )
-
-
-def fitting_tokens(prompt_tokens: int, wanted: int, config: ModelConfig) -> int:
-    """`wanted` new tokens, or as many as the context has left after the prompt. Raises `UserError` if it has none."""
-    context = config.max_position_embeddings
-    if prompt_tokens >= context:
-        raise UserError(
-            f"the prompt has {prompt_tokens} tokens and the context holds {context}, the answer included; "
-            "shorten the prompt"
-        )
-    return min(wanted, context - prompt_tokens)

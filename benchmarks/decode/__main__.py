@@ -27,7 +27,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adafuse_jax.adapters.presets import PRESETS
 from benchmarks.common.jobs import Job, run_job
 from benchmarks.common.records import command_line, commit, write_json
 from benchmarks.decode.costs import SIZES
@@ -73,7 +72,7 @@ def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
     if part == "jax":
         elements, matmul_dim, seconds = (2**12, 64, 2e-4) if is_tiny else (2**30, 8192, 0.06)
         jobs = [rows_module_job("ceilings", "ceilings", elements=elements, matmul_dim=matmul_dim, seconds=seconds)]
-        strategies = [s for s in PRESETS["adafuse"].strategies if s not in ONE_ROW] + list(ONE_ROW)
+        strategies = ["fused", "unmerged", *ONE_ROW]
         batches = sorted(arguments.batches)
         jobs += [rows_job("backbone", "backbone", "-", "-", batches)]
         jobs += [rows_job("backbone-unmerged", "backbone", "-", "unmerged", batches)]

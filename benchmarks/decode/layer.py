@@ -17,7 +17,7 @@ from adafuse_jax.models.kv_cache import KVCache
 from benchmarks.common.jobs import Report
 from benchmarks.common.records import first_line
 from benchmarks.common.timing import time_calls
-from benchmarks.decode.costs import Shapes
+from benchmarks.decode.costs import SIZES
 from benchmarks.decode.models import adapter_config, model_config, random_adapter, random_backbone
 
 CONTEXT = 512
@@ -49,21 +49,20 @@ def layer_points(ranks: Sequence[int], lengths: Sequence[int], rank: int) -> lis
     return swept + [(rank, t) for t in lengths if (rank, t) not in swept]
 
 
-def measure_layer(
-    shapes: Shapes, ranks: Sequence[int], lengths: Sequence[int], seconds: float, report: Report, num_layers: int
-) -> None:
+def measure_layer(job: dict[str, Any], report: Report) -> None:
     """ms of one layer with all seven linears adapted: the bare layer, and what each kind of mixture adds."""
+    shapes, num_layers, lengths = SIZES[job["size"]], job["num_layers"], job["lengths"]
     config = replace(model_config(shapes), num_layers=num_layers, vocab_size=min(shapes.vocab_size, 256))
     model = random_backbone(config)
     found: list[dict[str, Any]] = []
 
     def per_layer(adapter: Adapter | None, length: int) -> float:
-        timing, _ = time_calls(*layer_call(model, adapter, length), seconds=seconds, repeats=REPEATS)
+        timing, _ = time_calls(*layer_call(model, adapter, length), seconds=job["seconds"], repeats=REPEATS)
         return timing.ms / num_layers
 
     bare = {length: per_layer(None, length) for length in lengths}
     print("  bare layer: " + ", ".join(f"T={t} {ms:.4f} ms" for t, ms in bare.items()), flush=True)
-    for rank, length in layer_points(ranks, lengths, shapes.rank):
+    for rank, length in layer_points(job["ranks"], lengths, shapes.rank):
         row: dict[str, Any] = {"rank": rank, "length": length, "backbone_ms": bare[length]}
         for name, method in (("adafuse", "adafuse"), ("layerwise", "moral")):
             try:

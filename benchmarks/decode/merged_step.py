@@ -18,55 +18,49 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from adafuse_jax.adapters.adafuse import AdaFuse
-from adafuse_jax.inference.backends.megakernel import Fused, fused_unsupported_reason
-from adafuse_jax.inference.backends.merged import Merged, with_weights
-from adafuse_jax.inference.config import Strategy
-from adafuse_jax.inference.programs import DecodeState, decode_step
-from adafuse_jax.models.decoder import Backbone
-from adafuse_jax.models.kv_cache import KVCache
+from adafuse_jax.inference.backends.base import Backend
+from adafuse_jax.inference.backends.megakernel import Megakernel
+from adafuse_jax.inference.backends.merged import Golden, Merged, Switch
+from adafuse_jax.inference.backends.registry import choose_backend
+from adafuse_jax.inference.programs import decode_step
+from adafuse_jax.inference.state import DecodeState
 from benchmarks.common.records import command_line, facts, write_json
 from benchmarks.common.reports import table
 from benchmarks.common.timing import Timing, time_calls, wait
 from benchmarks.decode.costs import SIZES, Shapes
 from benchmarks.decode.models import adapter_config, model_config, random_adapter, random_backbone
-from benchmarks.decode.rows import NO_REPEATS
+from benchmarks.decode.rows import NO_REPEATS, no_stops, running_state
 
 SLOTS, PROMPT = 512, 128
-STRATEGIES: tuple[Strategy, ...] = ("golden", "switch")
 HEAD = (
     "strategy", "backbone", "ms per token", "over the backbone", "adapted GB", "aliased GB", "temp GB", "pointers stay",
 )  # fmt: skip
 
 
-def fresh_state(config: Any, dtype: Any, batch: int = 1) -> DecodeState:
-    """After a prompt; every row has a token of its own."""
-    return DecodeState(
-        cache=KVCache.empty(config, batch, SLOTS, dtype), token=1 + jnp.arange(batch, dtype=jnp.int32),
-        position=jnp.full(batch, PROMPT, jnp.int32), done=jnp.zeros(batch, bool),
-        seen=jnp.zeros((batch, config.vocab_size), bool), key=jax.random.split(jax.random.key(0), batch),
-    )  # fmt: skip
-
-
 def time_steps(
-    step: Callable[[DecodeState, Merged | None], tuple[Any, DecodeState, Merged | None]],
-    state: DecodeState,
-    merged: Merged | None,
-    steps: int,
-    repeats: int,
-) -> tuple[Timing, DecodeState, Merged | None]:
-    """The times of chained steps, and the last state and weights. Each repeat begins after the prompt."""
+    backend: Backend, step: Any, state: DecodeState, steps: int, repeats: int
+) -> tuple[Timing, Callable[[DecodeState], DecodeState], DecodeState]:
+    """The times of chained steps of the compiled program `step`, one step as a function, and the last state. Each repeat
+    begins after the prompt."""
+    stops = no_stops(len(state.token))
 
-    def restart(both: tuple[DecodeState, Merged | None]) -> tuple[DecodeState, Merged | None]:
-        return replace(both[0], position=jnp.full_like(both[0].position, PROMPT)), both[1]
+    def advance(state: DecodeState) -> DecodeState:
+        _, state, carry = step(backend.reads, backend.take_carry(), state, NO_REPEATS, stops)
+        backend.put_carry(carry)
+        return state
 
-    timing, (state, merged) = time_calls(
-        lambda both: step(*both)[1:], (state, merged), calls=steps, repeats=repeats, restart=restart
-    )
-    return timing, state, merged
+    def restart(state: DecodeState) -> DecodeState:
+        return replace(state, position=jnp.full_like(state.position, PROMPT))
+
+    timing, state = time_calls(advance, state, calls=steps, repeats=repeats, restart=restart)
+    return timing, advance, state
+
+
+def lower(backend: Backend, carry: Any, state: DecodeState) -> Any:
+    stops = no_stops(len(state.token))
+    return decode_step.lower(backend.step, backend.reads, carry, state, NO_REPEATS, stops, pad_id=0)
 
 
 def run(
@@ -79,68 +73,44 @@ def run(
     config = model_config(shapes)
     model = random_backbone(config)
     adapter = random_adapter(adapter_config(shapes, "qv"), config)
-    bare = with_weights(model, dict.fromkeys(adapter.config.targets))
+    # The last is donated the model's adapted weights.
+    backends: list[Backend] = [choose_backend(None, model, None), Golden(model, adapter), Switch(model, adapter)]
 
-    def arguments(strategy: Strategy | None, merged: Merged | None) -> tuple[Any, ...]:
-        """None is the bare backbone."""
-        weights, acting = (bare if strategy == "switch" else model), (None if strategy is None else adapter)
-        return weights, acting, fresh_state(config, model.dtype), merged, NO_REPEATS
+    def fresh_state() -> DecodeState:
+        return running_state(config, jnp.bfloat16, 1, SLOTS, PROMPT)
 
-    def abstract(strategy: Strategy | None) -> Merged | None:
-        if strategy is None:
-            return None
-        nothing = jax.eval_shape(lambda: Merged.nothing("golden", model, adapter))
-        return replace(nothing, strategy=strategy)
-
-    megakernels = {s: megakernel_of(model, None if s is None else adapter) for s in (None, *STRATEGIES)}
-    lowered = {
-        s: decode_step.lower(*arguments(s, abstract(s)), eos_ids=(), pad_id=0, fused=megakernel)
-        for s, megakernel in megakernels.items()
-    }
+    lowered = [lower(backend, merged_of(backend), fresh_state()) for backend in backends]
     with ThreadPoolExecutor(len(lowered)) as pool:
-        compiled = dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True))
+        compiled = list(pool.map(lambda program: program.compile(), lowered))
     rows: list[dict[str, Any]] = []
-    for strategy, step in compiled.items():
-        merged = None if strategy is None else Merged.nothing(strategy, model, adapter)
-        weights, acting, state, *_ = arguments(strategy, None)
-        before = pointers(merged)
-        if strategy == "switch":
-            del model, weights  # its adapted weights are donated: from here on the step has the only ones
-            weights = bare
-
-        def advance(
-            state: DecodeState,
-            merged: Merged | None,
-            step=step,
-            weights=weights,
-            acting=acting,
-            megakernel=megakernels[strategy],
-        ) -> tuple[Any, DecodeState, Merged | None]:
-            return step(weights, acting, state, merged, NO_REPEATS, fused=megakernel)
-
-        timing, state, merged = time_steps(advance, state, merged, steps, repeats)
-        for _ in range(0 if merged is None else pointer_steps):
-            _, state, merged = advance(state, merged)
+    for backend, step in zip(backends, compiled, strict=True):
+        merges, before = isinstance(backend, Golden), pointers(merged_of(backend))
+        timing, advance, state = time_steps(backend, step, fresh_state(), steps, repeats)
+        for _ in range(pointer_steps if merges else 0):
+            state = advance(state)
         memory = step.memory_analysis()
         row = {
-            "strategy": strategy or "backbone", "targets": "qv" if strategy else "-",
-            "backend": "megakernel" if megakernels[strategy] else "unfused",
+            "strategy": backend.strategy if merges else "backbone", "targets": "qv" if merges else "-",
+            "backend": "megakernel" if uses_megakernel(backend) else "unfused",
             "ms": timing.ms, "spread_ms": timing.spread_ms,
-            "adapted_gb": adapted_bytes(merged) / 1e9, "alias_gb": memory.alias_size_in_bytes / 1e9,
+            "adapted_gb": adapted_bytes(merged_of(backend)) / 1e9, "alias_gb": memory.alias_size_in_bytes / 1e9,
             "temporary_gb": memory.temp_size_in_bytes / 1e9,
-            "same_pointers": None if merged is None else before == pointers(merged),
-            "steps": (repeats + 1) * steps + (0 if merged is None else pointer_steps),
+            "same_pointers": before == pointers(merged_of(backend)) if merges else None,
+            "steps": (repeats + 1) * steps + (pointer_steps if merges else 0),
         }  # fmt: skip
         row["overhead_pct"] = 100 * (row["ms"] / (rows[0]["ms"] if rows else row["ms"]) - 1)
         print(" | ".join(cells(row)), flush=True)
         rows.append(row)
         report(rows)
-        del merged, weights, advance
     return rows
 
 
-def megakernel_of(model: Backbone, adapter: AdaFuse | None) -> Fused | None:
-    return None if fused_unsupported_reason(model) else Fused.of(model, adapter, merged=True)
+def merged_of(backend: Backend) -> Merged | None:
+    return backend.merged if isinstance(backend, Golden) else None
+
+
+def uses_megakernel(backend: Backend) -> bool:
+    return isinstance(backend, Megakernel) or (isinstance(backend, Golden) and backend.reads[2] is not None)
 
 
 def pointers(merged: Merged | None) -> list[int]:

@@ -36,8 +36,8 @@ def conversation_texts(path: Path) -> list[str]:
 
 
 def make_prompts(arguments: argparse.Namespace, shapes: Shapes) -> tuple[list[list[int]], int, str]:
-    """Random tokens, as many as the conversations' first messages have, and a phrase that says so; some more, if need
-    be, so that no batch has a prompt twice."""
+    """(prompts, number to decode one by one, description): random tokens, as many as the conversations' first messages have;
+    prompts are added until no batch has one twice."""
     rng = np.random.default_rng(0)
     most = shapes.max_position_embeddings - arguments.new_tokens
     if arguments.conversations is None:

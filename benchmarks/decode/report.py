@@ -24,8 +24,8 @@ NOTES = (
     "the median over the queries, ± their slowest less their fastest. Compilation is in none of the times.",
     "Bytes are computed, per step: weights, norms and head, the cache up to its mean length, the factors of the experts in "
     "use, and what a merge writes and reads again. The share of the read bandwidth is these bytes over the time.",
-    "Over backbone: over the row of the same batch without an adapter, which is one launch where that can run; of unmerged "
-    "and simple, over the one that is single operations as they are; of a peer, over hf in the same form.",
+    "Over backbone: over the row of the same batch without an adapter, by the megakernel where that can run; of unmerged "
+    "and simple, over the unfused one; of a peer, over hf in the same form.",
     "Our rows decode greedily among the tokens that the text does not have yet, through Engine.generate, which hands every "
     "token to the host; the peers take the likeliest token and hand over none.",
     "Peak memory includes prefill; of our rows it is the process's from its start, of the peers that of the timed queries.",
@@ -221,7 +221,7 @@ def to_markdown(result: dict[str, Any]) -> str:
     for row in result["details"]:
         name = " ".join(str(row[key]) for key in KEY if row[key] != "-")
         if "tried" in row:
-            tried = "; ".join(f"{way}: {outcome}" for way, outcome in row["tried"].items())
+            tried = "; ".join(": ".join(pair) for pair in row["tried"].items())
             lines.append(f"- {name} ran with {row['configuration']}. {tried}.")
         if "step_ms" in row:
             lines.append(

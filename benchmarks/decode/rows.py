@@ -21,13 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import benchmarks.simple_merging  # noqa: F401 - registers the strategy
 from adafuse_jax.core import runtime
-from adafuse_jax.inference import engine as engine_module
+from adafuse_jax.inference.backends.base import Backend
 from adafuse_jax.inference.backends.megakernel import fused_unsupported_reason
-from adafuse_jax.inference.config import Strategy
 from adafuse_jax.inference.engine import Engine
+from adafuse_jax.inference.programs import advance
 from adafuse_jax.inference.sampling import Sampling
-from adafuse_jax.parallel.mesh import make_mesh, shard
+from adafuse_jax.inference.state import DecodeState, cache_length
+from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.parallel.mesh import make_mesh, mesh_of, place_state, shard
 from benchmarks.common.ceilings import measure_ceilings
 from benchmarks.common.jobs import Report, add_job_flags, reporter
 from benchmarks.common.records import facts, first_line
@@ -81,20 +84,40 @@ def batches_of(prompts: Sequence[Sequence[int]], batch: int, count: int) -> list
     return [[prompts[(i * batch + j) % len(prompts)] for j in range(batch)] for i in range(count)]
 
 
-def time_steps(engine: Engine, batch: int, context: int, steps: int = 40, repeats: int = 5) -> float:
-    """ms of a step at `context` tokens in the cache. The steps are chained, and none of their tokens goes to the host. The
-    rows begin with different tokens, and so use experts of their own."""
-    slots = engine_module.bucket(context + steps, engine_module.MIN_SLOTS)
-    state = engine._empty_state(batch, slots, NO_REPEATS)
-    state = replace(state, token=jnp.arange(batch, dtype=jnp.int32))
+def running_state(config: ModelConfig, dtype: Any, batch: int, length: int, position: int) -> DecodeState:
+    """`position` tokens are in a cache of `length`. The rows' tokens differ, and so they use experts of their own."""
+    state = DecodeState.empty(config, batch, length, dtype).with_seen(config.vocab_size)
+    return replace(
+        state, token=jnp.arange(batch, dtype=jnp.int32), position=jnp.full(batch, position, jnp.int32),
+        done=jnp.zeros(batch, bool),
+    )  # fmt: skip
 
-    def restart(state: Any) -> Any:
-        return engine._placed(replace(state, position=jnp.full(batch, context, jnp.int32)))
+
+def no_stops(batch: int) -> jax.Array:
+    return jnp.full((batch, 1), -1, jnp.int32)
+
+
+def time_steps(backend: Backend, batch: int, context: int, steps: int = 40, repeats: int = 5) -> float:
+    """ms of a step at `context` tokens in the cache. The steps are chained, and none of their tokens goes to the host."""
+    backend, model, stops = backend.for_batch(batch), backend.model, no_stops(batch)
+    state, mesh = (
+        running_state(model.config, model.dtype, batch, cache_length(context + steps), context),
+        mesh_of(model),
+    )
+    del model  # with *switch* the steps are donated its weights
+
+    def restart(state: DecodeState) -> DecodeState:
+        state = replace(state, position=jnp.full(batch, context, jnp.int32))
+        return state if mesh is None else place_state(state, mesh)
 
     timing, _ = time_calls(
-        lambda state: engine._step(state, NO_REPEATS)[1], state, calls=steps, repeats=repeats, restart=restart
+        lambda state: advance(backend, state, NO_REPEATS, stops)[1],
+        state,
+        calls=steps,
+        repeats=repeats,
+        restart=restart,
     )
-    engine.restore()
+    backend.restore()
     return timing.ms
 
 
@@ -110,7 +133,7 @@ def measure_contexts(job: dict[str, Any], report: Report) -> None:
             moved = costs(shapes, method, targets, engine.strategy, 1, context).bytes_gb
             row: dict[str, Any] = {"method": method, "targets": targets, "strategy": engine.strategy}
             row |= {"context": context, "bytes_gb": moved}
-            row["ms"] = time_steps(engine, 1, context)
+            row["ms"] = time_steps(engine.backend, 1, context)
             found.append(row)
             print("  {method} {targets}, {context} tokens: {ms:.3f} ms, {bytes_gb:.3f} GB".format(**row), flush=True)
             report({"contexts": found})
@@ -131,11 +154,11 @@ def measure_devices(job: dict[str, Any], report: Report) -> None:
             if devices > 1:
                 mesh = make_mesh(devices, config)
                 sharded = shard(model, mesh), adapter and shard(adapter, mesh)
-            fastest: Strategy = "unmerged" if fused_unsupported_reason(sharded[0], adapter=sharded[1]) else "fused"
+            fastest = "unmerged" if fused_unsupported_reason(sharded[0], adapter=sharded[1]) else "fused"
             for strategy in (fastest, "unmerged"):
                 engine = Engine(*sharded, strategy=strategy, eos_ids=())
                 row = {"method": method, "targets": targets, "strategy": engine.strategy, "devices": devices}
-                row["ms"] = time_steps(engine, 1, job["context"])
+                row["ms"] = time_steps(engine.backend, 1, job["context"])
                 found.append(row)
                 print("  {method} {targets} {strategy}, {devices} devices: {ms:.3f} ms".format(**row), flush=True)
                 report({"devices": found})
@@ -161,7 +184,7 @@ def measure_rows(job: dict[str, Any], report: Report) -> None:
             longest = max(queries, key=lambda rows: max(map(len, rows)))
             row["warm_up_s"] = warm_up(engine, longest, job["new_tokens"])
             row |= time_rows(engine, queries, job["new_tokens"], job["row_seconds"])
-            row["step_ms"] = time_steps(engine, batch, round(row["context"]))
+            row["step_ms"] = time_steps(engine.backend, batch, round(row["context"]))
             row["stall_pct"] = 100 * (row["ms_per_token"] / row["step_ms"] - 1)
             text = "{ms_per_token:.3f} ± {spread_ms:.3f} ms, {queries} queries, warm-up {warm_up_s:.0f} s".format(**row)
         except Exception as error:
@@ -175,13 +198,9 @@ def report_ceilings(job: dict[str, Any], report: Report) -> None:
     report({"ceilings": measure_ceilings(job["elements"], job["matmul_dim"], seconds=job["seconds"])})
 
 
-def report_layer(job: dict[str, Any], report: Report) -> None:
-    measure_layer(SIZES[job["size"]], job["ranks"], job["lengths"], job["seconds"], report, job["num_layers"])
-
-
 KINDS: dict[str, Callable[[dict[str, Any], Report], None]] = {
     "ceilings": report_ceilings, "rows": measure_rows, "contexts": measure_contexts, "devices": measure_devices,
-    "layer": report_layer,
+    "layer": measure_layer,
 }  # fmt: skip
 
 

@@ -25,14 +25,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adafuse_jax.inference.backends.megakernel import Fused, fused_step
-from adafuse_jax.inference.programs import decode_step
+from adafuse_jax.inference.backends.megakernel import Fused, Megakernel, fused_step
 from adafuse_jax.models.kv_cache import KVCache
 from benchmarks.common.timing import Stopwatch, wait
 from benchmarks.decode.costs import SIZES, TARGETS
-from benchmarks.decode.merged_step import SLOTS, fresh_state, time_steps
+from benchmarks.decode.merged_step import PROMPT, SLOTS, lower, time_steps
 from benchmarks.decode.models import adapter_config, model_config, random_adapter, random_backbone
-from benchmarks.decode.rows import NO_REPEATS
+from benchmarks.decode.rows import running_state
 from pallas_kernels.megakernel import Profile
 
 SHAPES = SIZES["llama2-7b"]
@@ -51,25 +50,16 @@ def case_of(text: str) -> tuple[str, int]:
 def time_cases(cases: Sequence[tuple[str, int]], num_layers: int, steps: int, repeats: int) -> None:
     config = replace(model_config(SHAPES), num_layers=num_layers)
     model = random_backbone(config)
-    parts: dict[str, Any] = {}
+    backends: dict[str, Megakernel] = {}
     for targets, _ in cases:
-        if targets not in parts:
+        if targets not in backends:
             adapter = None if targets == "bare" else random_adapter(adapter_config(SHAPES, targets), config)
-            parts[targets] = adapter, Fused.of(model, adapter)
-
-    def compiled(targets: str, batch: int) -> tuple[Any, float]:
-        watch, (adapter, fused) = Stopwatch(), parts[targets]
-        arguments = model, adapter, fresh_state(config, model.dtype, batch), None, NO_REPEATS
-        step = decode_step.lower(*arguments, eos_ids=(), pad_id=0, fused=fused).compile()
-        return step, watch.seconds
-
+            backends[targets] = Megakernel(model, adapter)
     for targets, batch in cases:  # not while another is compiled: that delays the steps
-        (step, seconds), (adapter, fused) = compiled(targets, batch), parts[targets]
-
-        def advance(state: Any, merged: Any, step=step, adapter=adapter, fused=fused) -> Any:
-            return step(model, adapter, state, merged, NO_REPEATS, fused=fused)
-
-        timing, *_ = time_steps(advance, fresh_state(config, model.dtype, batch), None, steps, repeats)
+        state, watch = running_state(config, model.dtype, batch, SLOTS, PROMPT), Stopwatch()
+        step = lower(backends[targets], None, state).compile()
+        seconds = watch.seconds
+        timing, *_ = time_steps(backends[targets], step, state, steps, repeats)
         print(f"{targets}:{batch}, {num_layers} layers: {timing}, compiled in {seconds:.0f} s", flush=True)
 
 

@@ -142,26 +142,24 @@ def run(
     """Print a line for every group, batch and implementation. Raises `SystemExit` if a result was wrong."""
     wrong = 0
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}", flush=True)
-    for group, (outs, in_dim) in groups.items():
+    linears = {f"{name:6}": partial(pregated_linear, implementation=name) for name in implementations}
+    for (group, (outs, in_dim)), batch in product(groups.items(), batches):
         factors = draw(outs, in_dim, num_layers)
-        for batch in batches:
-            x = jax.random.normal(jax.random.key(1), (batch, in_dim), DTYPE)
-            mixture = mixture_of(batch)
-            for implementation in implementations:
-                linear: Linear = partial(pregated_linear, implementation=implementation)
-                for kind, arguments in (("plain", (factors[0], {}, {}, None)), ("experts", (*factors, mixture))):
-                    label = f"{group:8}   B {batch:2}   {implementation:6}   {kind:7}"
-                    try:
-                        wrong += not measure(linear, label, x, *arguments, repeats=repeats)
-                    except Exception as error:  # the others still run
-                        print(f"{label}   {first_line(error)}", flush=True)
-            for label, linear in triton_configs(batch) if sweep else ():
-                try:
-                    wrong += not measure(
-                        linear, f"{group:8}   B {batch:2}   {label}", x, *factors, mixture, repeats=repeats
-                    )
-                except Exception as error:  # tiles that do not fit
-                    print(f"{label}   {first_line(error)}", flush=True)
+        x = jax.random.normal(jax.random.key(1), (batch, in_dim), DTYPE)
+        experts: tuple = (*factors, mixture_of(batch))
+        plain: tuple = (factors[0], {}, {}, None)
+        cases: list[tuple[str, Linear, tuple]] = [
+            (f"{name}   {kind:7}", linear, arguments)
+            for name, linear in linears.items()
+            for kind, arguments in (("plain", plain), ("experts", experts))
+        ]
+        cases += [(name, linear, experts) for name, linear in (triton_configs(batch) if sweep else ())]
+        for name, linear, arguments in cases:
+            label = f"{group:8}   B {batch:2}   {name}"
+            try:
+                wrong += not measure(linear, label, x, *arguments, repeats=repeats)
+            except Exception as error:  # tiles that do not fit; the others still run
+                print(f"{label}   {first_line(error)}", flush=True)
     if wrong:
         raise SystemExit(f"{wrong} wrong results")
 
