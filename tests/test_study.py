@@ -398,9 +398,9 @@ def test_runs_have_names_of_their_own():
 
 def test_arms_cost_what_they_are_compared_at(smollm2_dir: Path):
     """Within 1% of the LoRA with as many active or as many parameters in all; the layer-wise baselines are as published."""
-    from adafuse_jax.checkpoints.hf_config import read_model_config
+    from adafuse_jax.checkpoints.hf_config import parse_hf_config
 
-    config = read_model_config(smollm2_dir)
+    config = parse_hf_config(smollm2_dir).model
     active, total = (arms.parameters(arms.ARMS[name], config)[0] for name in ("lora-32", "lora-128"))
     for name, settings in arms.ARMS.items():
         if name.startswith("adafuse"):

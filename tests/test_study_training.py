@@ -14,7 +14,7 @@ import pytest
 import tiny
 from study_data import BATCH, LENGTH, choices, small
 
-from adafuse_jax.adapters.registry import in_use
+from adafuse_jax.adapters.registry import resolve_forward
 from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.chat import encode_all
 from adafuse_jax.data.packing import Rows, pack
@@ -177,7 +177,7 @@ def test_full_training_runs_in_the_backbones_type(loaded: Any):
     params = jax.tree.map(lambda leaf: leaf[0], start({"adapter": "full"}, loaded.model, (0,)))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), loaded.model)
-    backbone, adapter = in_use(params, half)
+    backbone, adapter = resolve_forward(params, half)
     assert adapter is None
     assert backbone.dtype == jnp.bfloat16
 
