@@ -17,7 +17,6 @@ gates are 1/2, whose halves the router weighs.
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +29,6 @@ from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.training.initial import initial_weights
 from studies.training import SETTLED, TIED, USUAL
 
-NO_ADAPTER = ("none", "full")
 BALANCE = 0.01
 _MIXTURE: dict[str, Any] = {"rank": 16, "alpha": 32.0, "top_k": 2, "dropout": 0.0, "balance_coefficient": BALANCE}
 _ADAFUSE: dict[str, Any] = {**_MIXTURE, "adapter": "adafuse", "targets": LINEARS, "num_experts": 8}
@@ -100,12 +98,6 @@ def ablated(validation: Mapping[str, Mapping[Any, float]]) -> str:
 def changes(ablation: str, base: str) -> bool:
     """Whether an ablation is another adapter or recipe than `base`."""
     return USUAL | settings_of(ablation, base) != USUAL | METHODS[base]
-
-
-def available() -> list[str]:
-    """The METHODS whose adapter this version has."""
-    known = typing.get_args(typing.get_type_hints(AdapterConfig)["adapter"])
-    return [name for name, settings in METHODS.items() if settings["adapter"] in (*known, *NO_ADAPTER)]
 
 
 def settings_of(name: str, base: str = VARIANTS[0]) -> dict[str, Any]:
