@@ -18,6 +18,7 @@ gates are 1/2, whose halves the router weighs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -114,7 +115,7 @@ def make(settings: dict[str, Any], model: Backbone, key: jax.Array) -> Any:
 def trainable_parameters(settings: dict[str, Any], model: Backbone) -> int:
     if settings["adapter"] == "none":
         return 0
-    return num_parameters(jax.eval_shape(lambda: make(settings, model, jax.random.key(0))))
+    return num_parameters(jax.eval_shape(partial(make, settings), model, jax.random.key(0)))
 
 
 def needs_remat(settings: dict[str, Any]) -> bool:
