@@ -1,5 +1,6 @@
 # make demo   train a small backbone and AdaFuse adapters on this machine's CPU, decode with both, show who used which expert
-# make test   the test suite        make check   lint, format and types        make goldens   compare with transformers and PEFT
+# make test   the quick tests       make test-slow   the others
+# make check   lint, format and types        make goldens   compare with transformers and PEFT
 #
 # Each makes .venv first, with Python 3.12 or newer. EXTRAS=dev,cuda installs JAX for NVIDIA GPUs.
 
@@ -9,7 +10,7 @@ PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3 python \
 	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo "$$p"; break; }; done)
 VENV := .venv/bin/python
 
-.PHONY: demo test check format goldens clean
+.PHONY: demo test test-slow check format goldens clean
 
 .venv/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.12 or newer on PATH or in pyenv's versions;" \
@@ -21,8 +22,14 @@ VENV := .venv/bin/python
 demo: .venv/installed
 	$(VENV) -m examples.skills
 
+# Each worker takes a run of neighbouring tests, which share fixtures and compiled programs.
+PYTEST := JAX_PLATFORMS=cpu $(VENV) -m pytest -q -n 2 --dist worksteal --durations=10
+
 test: .venv/installed
-	JAX_PLATFORMS=cpu $(VENV) -m pytest -n 2 -q
+	$(PYTEST) -m 'not slow'
+
+test-slow: .venv/installed
+	$(PYTEST) -m slow
 
 check: .venv/installed
 	$(VENV) -m ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,23 @@ from pathlib import Path
 
 import jax
 import pytest
+from chats import chatml, plain  # noqa: F401 - fixtures
+from mistakes import finished_run, folder, good_folder, refused  # noqa: F401 - fixtures
+from random_models import models  # noqa: F401 - a fixture
 
 CACHE = Path.home() / ".cache" / "adafuse-jax-tests"
+MAX_PROGRAM_BYTES = 2**30
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """XLA compiles a program once per machine, whichever worker, script or session asks for it."""
+    programs = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or CACHE / "programs")
+    settings = {"jax_compilation_cache_dir": str(programs), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)  # of the scripts that tests start
+    if not hasattr(config, "workerinput") and sum(p.stat().st_size for p in programs.glob("*")) > MAX_PROGRAM_BYTES:
+        shutil.rmtree(programs)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -45,19 +45,37 @@ from adafuse_jax.training.data import prepare_data
 
 pytestmark = pytest.mark.timeout(240)
 CASES = {"run": 0}
+COUNTS = {
+    "model/config.json": 110, "model/generation_config.json": 40, "model/tokenizer_config.json": 50,
+    "model/tokenizer.json": 50, "adapter/adapter_config.json": 60, "peft/adapter_config.json": 60,
+    "model/model.safetensors": 30, "adapter/adapter_model.safetensors": 30, "model/chat_template.jinja": 40, "data": 120,
+    "prompts": 50, "config.json": 30, "config.yaml": 30, "config.toml": 30, "flags": 120,
+}  # fmt: skip
+"""What is damaged → cases."""
 
 
-def fuzz(count: int) -> Callable:
-    """`count` cases, the same in every run; shrinking would take minutes, and the falsifying case is printed anyway."""
+def fuzz(name: str) -> Callable:
+    """As many cases as `COUNTS` has, the same in every run; shrinking would take minutes, and the falsifying case is
+    printed anyway."""
     times = int(os.environ.get("FUZZ_TIMES", "1"))
-    return settings(
-        max_examples=count * times,
+    options = settings(
+        max_examples=COUNTS[name] * times,
         derandomize=times == 1,
         database=None,
         deadline=None,
         phases=[p for p in settings.default.phases if p.name in ("explicit", "generate")],
         suppress_health_check=list(HealthCheck),
     )
+
+    def decorated(case: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            before = CASES["run"]
+            options(case)()
+            assert CASES["run"] - before >= COUNTS[name]
+
+        return run
+
+    return decorated
 
 
 def load(argv: Sequence[str]) -> int:
@@ -158,17 +176,9 @@ def tables(folder: Path) -> dict[str, Any]:
     return {str(p.relative_to(folder)): json.loads(p.read_text()) for p in folder.rglob("*.json")}
 
 
-MODEL_FILES = {
-    "model/config.json": 110,
-    "model/generation_config.json": 40,
-    "model/tokenizer_config.json": 50,
-    "model/tokenizer.json": 50,
-}
-
-
-@pytest.mark.parametrize("name", MODEL_FILES)
+@pytest.mark.parametrize("name", [name for name in COUNTS if name.startswith("model/") and name.endswith(".json")])
 def test_files_of_a_model(name: str, folder: Path, tables: dict[str, Any], check: Callable):
-    @fuzz(MODEL_FILES[name])
+    @fuzz(name)
     @given(damaged_json(tables[name]))
     def case(content: bytes):
         check(load, flags_of(folder), name, content)
@@ -180,7 +190,7 @@ def test_files_of_a_model(name: str, folder: Path, tables: dict[str, Any], check
 def test_the_config_of_an_adapter(name: str, folder: Path, tables: dict[str, Any], check: Callable):
     file = f"{name}/adapter_config.json"
 
-    @fuzz(60)
+    @fuzz(file)
     @given(damaged_json(tables[file]))
     def case(content: bytes):
         check(load, flags_of(folder, adapter=folder / name), file, content)
@@ -195,7 +205,7 @@ def test_weights(name: str, folder: Path, check: Callable):
     size = int.from_bytes(content[:8], "little")
     header, rest = content[8 : 8 + size], content[8 + size :]
 
-    @fuzz(30)
+    @fuzz(name)
     @given(damaged_bytes(header[:400]), st.booleans())
     def case(damaged: bytes, right_size: bool):
         damaged += header[400:]
@@ -218,7 +228,7 @@ TEMPLATES = (
 def test_chat_templates(folder: Path, check: Callable):
     good = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
 
-    @fuzz(40)
+    @fuzz("model/chat_template.jinja")
     @given(st.one_of(st.sampled_from([t.encode() for t in TEMPLATES]), damaged_bytes(good.encode())))
     def case(content: bytes):
         check(load, flags_of(folder), "model/chat_template.jinja", content)
@@ -261,7 +271,7 @@ def data_files(draw: st.DrawFn) -> tuple[str, bytes]:
 
 
 def test_data(folder: Path, check: Callable):
-    @fuzz(120)
+    @fuzz("data")
     @given(data_files())
     def case(file: tuple[str, bytes]):
         name, content = file
@@ -274,7 +284,7 @@ def test_data(folder: Path, check: Callable):
 def test_prompts(folder: Path, check: Callable):
     lines = [{"prompt": "Hi"}, {"messages": [{"role": "user", "content": "Hi"}]}]
 
-    @fuzz(50)
+    @fuzz("prompts")
     @given(st.sampled_from([".txt", ".jsonl"]), st.sampled_from(lines).flatmap(damaged_json))
     def case(suffix: str, line: bytes):
         name = f"prompts{suffix}"
@@ -293,7 +303,7 @@ def test_config_files(suffix: str, folder: Path, check: Callable):
     content = "\n".join(f"{key} = {json.dumps(value)}" for key, value in table.items()).encode()
     strategy = damaged_bytes(content) if suffix == ".toml" else damaged_json(table)
 
-    @fuzz(30)
+    @fuzz(f"config{suffix}")
     @given(strategy)
     def case(damaged: bytes):
         check(parse(TrainConfig, AdapterConfig), [f"--config={folder}/c{suffix}"], f"c{suffix}", damaged)
@@ -320,7 +330,7 @@ def test_flags(check: Callable):
     names = [(types, flag_name(kind.name)) for types in COMMANDS for t in types for kind in kinds(t)]
     more = st.sampled_from(["--", "-1", "1e5", "0.3", "all", "~", "~x/y", "/"])
 
-    @fuzz(120)
+    @fuzz("flags")
     @given(st.sampled_from(names), st.one_of(VALUES.map(as_text), more), st.booleans())
     def case(flag: tuple[tuple[type, ...], str], text: str, joined: bool):
         types, name = flag
@@ -356,7 +366,6 @@ def test_what_changes_nothing(
 ):
     expected = answer(folder, capfd, adapter=folder / "adapter")
     original = (folder / name).read_bytes()
-    CASES["run"] += 1
     try:
         (folder / name).write_bytes(HARMLESS[change](tables[name]))
         assert answer(folder, capfd, adapter=folder / "adapter") == expected
@@ -365,5 +374,4 @@ def test_what_changes_nothing(
 
 
 def test_the_budget():
-    """Of the cases above, which ran before this."""
-    assert CASES["run"] >= 500
+    assert sum(COUNTS.values()) >= 500

@@ -1,4 +1,4 @@
-"""The fused decoding step against the model's own modules: logits, new keys and values, experts; and how its work is cut.
+"""The fused decoding step against the model's own modules: logits, new keys and values, experts.
 
 Here its tile schedule runs in NumPy, with as many CTAs as a GPU has, and its kernel in the interpreter, one launch per phase
 with several CTAs or one launch with one CTA; with `-m gpu`, compiled.
@@ -6,8 +6,6 @@ with several CTAs or one launch with one CTA; with `-m gpu`, compiled.
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fused_cases import Case, by_modules, in_fp32, make
+from fused_cases import LLAMA2_7B, Case, by_modules, in_fp32, make, plan_of
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from adafuse_jax.core.errors import UserError
@@ -26,8 +24,7 @@ from adafuse_jax.inference.engine import Engine
 from adafuse_jax.models.config import LINEARS
 from adafuse_jax.parallel.mesh import make_mesh, place_state, shard
 from pallas_kernels.megakernel import Shape, buffers, executor_np, kernel_sm90, unsupported_reason
-from pallas_kernels.megakernel.plan import SMEM_BYTES, make_plan, num_tiles
-from pallas_kernels.megakernel.schedule import Scalars, TileSchedule
+from pallas_kernels.megakernel.schedule import TileSchedule
 
 interpreted = pytest.mark.skipif(
     jax.__version_info__ < (0, 12) or jax.default_backend() != "cpu",
@@ -152,8 +149,16 @@ def test_scratch_buffers_are_in_the_table(devices):
     assert {*made, *batch} == filled - ({"device_partials"} if devices is None else set())
 
 
+QUICK = {
+    "bare, one launch", "more query heads than attention takes together",
+    "context in parts, window, router in the FFN, one of two adapted", "two groups of a key's queries, three experts",
+}  # fmt: skip
+
+
 @interpreted
-@pytest.mark.parametrize("name", INTERPRETED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in INTERPRETED]
+)
 def test_interpreted(name):
     case, options = INTERPRETED[name]
     parameters = plgpu.InterpretGPUParams(inline_mgpu="ignore")
@@ -224,99 +229,6 @@ def test_lowers_for_a_gpu_without_one(case):
     step.trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
-LLAMA2_7B = Shape(
-    num_layers=32, embed_dim=4096, hidden_dim=11008, num_heads=32, num_kv_heads=32, head_dim=128, vocab_size=32000,
-    norm_eps=1e-5,
-)  # fmt: skip
-SMOLLM2 = Shape(
-    num_layers=30,
-    embed_dim=576,
-    hidden_dim=1536,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    vocab_size=49152,
-    norm_eps=1e-5,
-)
-
-
-def plan_of(shape: Shape, **changes: Any) -> Any:
-    options = {
-        "adapted": LINEARS, "batch": 1, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "cache_slots": 512,
-        "max_experts_used": 2, "rank": 64, "num_ctas": 132,
-    }  # fmt: skip
-    return make_plan(shape.linears(), **(options | changes))
-
-
-@pytest.mark.parametrize("shape", [LLAMA2_7B, SMOLLM2])
-@pytest.mark.parametrize("batch", [1, 8, 32])
-@pytest.mark.parametrize("num_ctas", [78, 114, 132])
-def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_ctas):
-    plan = plan_of(shape, batch=batch, max_experts_used=min(8, 2 * batch), num_ctas=num_ctas)
-    assert plan.padded_batch >= batch
-    for group in plan.groups:
-        chunks, units = Counter(), sum(map(group.units, group.passes))
-        for block in range(num_ctas):
-            part, member = block % group.split_k, block // group.split_k
-            if member < group.cta_groups:
-                low, high = (s * group.chunks // group.split_k for s in (part, part + 1))
-                assert 0 < high - low <= group.max_slice_chunks
-                for unit in range(member, units, group.cta_groups):
-                    chunks.update((unit, c) for c in range(low, high))
-        assert set(chunks.values()) == {1}
-        assert len(chunks) == units * group.in_dim // 64
-        has_experts = bool(group.adapted)
-        assert has_experts <= group.a_split_k <= has_experts * (group.chunks // group.split_k)
-    assert plan.stages >= 4
-    assert plan.stages * 128 * 64 * 2 + (plan.x_smem_rows + plan.h_smem_rows) * 64 * 2 < SMEM_BYTES
-
-
-@pytest.mark.parametrize(("batch", "max_experts_used", "used"), [(1, 2, 2), (1, 4, 1), (8, 8, 7), (32, 8, 8)])
-@pytest.mark.parametrize(
-    "adapted", [LINEARS, ("q_proj", "v_proj"), ("k_proj", "up_proj")], ids=["all 7", "q, v", "k, up"]
-)
-def test_blocks_share_the_experts_products(batch, max_experts_used, used, adapted):
-    """All of A, of the sums h, of B and of the sums y, each once; what waits for A counts the blocks that have some; no
-    block has more than an eighth more chunks than the mean, or two tiles of B, if so many experts are in use as planned;
-    and none takes a linear's h twice."""
-    plan = plan_of(LLAMA2_7B, batch=batch, max_experts_used=max_experts_used, adapted=adapted)
-    scalars = Scalars(list(range(used)), used, [])
-    for group in (plan.qkv, plan.o, plan.gate_up, plan.down):
-        a, h, b, y = Counter(), Counter(), Counter(), Counter()
-        with_a, chunks = 0, np.zeros(plan.num_ctas)
-        for block in range(plan.num_ctas):
-            schedule = TileSchedule(group, plan, scalars, block)
-            number, at = schedule.a_tiles()
-            mine = [(schedule.slice, *map(int, at(n))) for n in range(int(number))]
-            a.update(mine)
-            with_a += bool(mine)
-            chunks[block] += sum(schedule.a_chunks(part)[1] for *_, part in mine)
-            first, number = schedule.h_share()
-            h.update(int(first + n * group.reducer_ctas) for n in range(int(number)))
-            chunks[block] += int(schedule.num_w) * schedule.num_chunks
-            number, at = schedule.epilogue_share()
-            firsts = [tuple(map(int, at(n))) for n in range(int(number))]
-            y.update((unit, half, first + i) for unit, half, first in firsts for i in range(schedule.n_tiles_at_once))
-            number, at = schedule.b_tiles()
-            tiles = [tuple(map(int, at(n))) for n in range(int(number))]
-            tiles = [(list(group.outs)[linear], *others) for linear, *others in tiles if others[-1]]
-            for name, tile, place, pieces in tiles:
-                assert (group.adapted[place], pieces) == (name, used)
-                b.update([(name, tile)])
-            chunks[block] += used * len(tiles)
-            assert len({name for name, *_ in tiles}) == len(tiles)
-        pairs = range(len(group.adapted)), range(-(-used // 2))
-        assert a == Counter(itertools.product(range(group.split_k), *pairs, range(group.a_split_k)))
-        assert int(schedule.num_a_ctas()) == with_a
-        narrow = range(plan.padded_batch // 8)
-        assert h == Counter(range(len(group.adapted) * used * len(narrow)))
-        assert y == Counter(itertools.product(range(group.num_units), (0, 1), narrow))
-        assert b == Counter((name, t) for name in group.adapted for t in range(num_tiles(group.outs[name])))
-        assert used < max_experts_used or chunks.max() <= max(
-            1.13 * chunks.mean(), chunks.mean() + 2 * max_experts_used
-        )
-
-
 def attended(cases: dict[str, tuple[Case, int]], devices: int = 1) -> set[str]:
     """Names of the cases, of so many blocks each, in which every block attends to the heads of its slice of o itself."""
     found = set()
@@ -339,35 +251,6 @@ def test_cases_have_blocks_that_attend_themselves():
     }  # fmt: skip
     assert attended({name: (case, 132) for name, case in COMPILED.items()}) == {"as many keys as queries", "33 heads"}
     assert attended({name: (case, 132) for name, case in TOGETHER.items()}, devices=2) == {"as many keys as queries"}
-
-
-def test_plan_counts_tiles_and_semaphores_once():
-    plan = plan_of(LLAMA2_7B)
-    for group in plan.groups:
-        tiles = [group.first_tile(name) + t for name, out in group.outs.items() for t in range(num_tiles(out))]
-        units = [group.first_unit(names) + t for names in group.passes for t in range(group.units(names))]
-        assert tiles == list(range(group.num_tiles))
-        assert units == list(range(len(units)))
-    semaphores = [group.first_semaphore + i for group in plan.groups for i in range(2 + group.cta_groups)]
-    assert semaphores == list(range(plan.num_semaphores))
-
-
-@pytest.mark.parametrize("batch", [1, 8, 32])
-@pytest.mark.parametrize("adapted", [(), ("q_proj", "down_proj")])
-def test_every_part_that_a_layer_stores_is_kept_in_the_cache(batch, adapted):
-    plan = plan_of(LLAMA2_7B, batch=batch, adapted=adapted, max_experts_used=min(8, 2 * batch))
-    kept = {(part, t) for part, tiles in enumerate(plan.tiles_by_partial()) for t in range(tiles)}
-    step = 8 if plan.is_batch_one else 1
-    stored = set()
-    for group in (plan.qkv, plan.o, plan.gate_up, plan.down):
-        parts = range(group.split_k + bool(group.adapted))
-        stored |= {(part // step, t) for part in parts for t in range(group.num_tiles)}
-    assert stored <= kept
-
-
-def test_long_contexts_are_shared_by_blocks_that_batches_do_not_need():
-    assert [plan_of(LLAMA2_7B, cache_slots=n).context_splits for n in (512, 1024, 4096)] == [1, 2, 4]
-    assert plan_of(LLAMA2_7B, cache_slots=4096, batch=8).context_splits == 1
 
 
 @pytest.mark.parametrize("targets", [("k_proj",), ("o_proj",), ("up_proj", "down_proj")])

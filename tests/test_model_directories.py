@@ -34,7 +34,7 @@ from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.inference.session import Session
 from adafuse_jax.models.decoder import Backbone
-from adafuse_jax.models.families import FAMILIES
+from adafuse_jax.models.registry import FAMILIES
 from adafuse_jax.training.config import TrainConfig
 from adafuse_jax.training.trainer import train
 

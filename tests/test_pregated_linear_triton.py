@@ -18,11 +18,11 @@ import pytest
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from test_pregated_linear import CASES, Case, assert_near  # noqa: E402
-from test_sgmm_triton import GUARD, TRITON_TYPES, HostTensor, guarded  # noqa: E402
+from linear_cases import CASES, Case, assert_near  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime import interpreter as triton_interpreter  # noqa: E402
+from triton_host import GUARD, TRITON_TYPES, HostTensor, guarded  # noqa: E402
 
 import pallas_kernels.pregated_linear.kernel_triton as kernels  # noqa: E402
 from pallas_kernels.pregated_linear import Mixture, pregated_linear  # noqa: E402

@@ -17,36 +17,14 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime import interpreter as triton_interpreter  # noqa: E402
+from triton_host import GUARD, TRITON_TYPES, HostTensor, guarded  # noqa: E402
 
 import pallas_kernels.sgmm.kernel_triton as kernels  # noqa: E402
 from pallas_kernels.sgmm import Terms, sgmm  # noqa: E402
 from pallas_kernels.sgmm.kernel_triton import Config, configure, sgmm_triton, unsupported_reason  # noqa: E402
 
-GUARD = 4096
 SMALL = Config(tile_m=32, tile_n=32, tile_k=16, num_warps=4, num_stages=2)
-TRITON_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32"}
 LLAMA_8B = {"k": (1024, 4096), "down": (4096, 14336)}
-
-
-class HostTensor:
-    """What Triton's interpreter asks of a torch tensor; all memory is host memory, so copies are the tensor itself."""
-
-    def __init__(self, array: np.ndarray):
-        self.array, self.dtype = array, array.dtype.name
-
-    def data_ptr(self) -> int:
-        return self.array.ctypes.data
-
-    untyped_storage = cpu = copy_ = new_empty = set_ = storage_offset = size = stride = lambda self, *_, **__: self
-
-
-def guarded(array) -> tuple[np.ndarray, np.ndarray]:
-    """A copy, and the memory it lies in, which is NaN (or -1) on both sides."""
-    array = np.asarray(array)
-    memory = np.full(array.size + 2 * GUARD, -1 if array.dtype.kind == "i" else np.nan, array.dtype)
-    inside = memory[GUARD:-GUARD].reshape(array.shape)
-    inside[...] = array
-    return inside, memory
 
 
 def interpreted_call(*args, kernel, out_shape, grid, input_output_aliases, name, num_warps, num_stages, **constants):

@@ -51,6 +51,7 @@ def test_same_tokens_and_half_of_everything(family, targets):
         assert shares == ([0.5, 1.0] if name in ("o_proj", "down_proj") else [1.0, 0.5]), name
 
 
+@pytest.mark.slow
 def test_fused_shares_add_up():
     """With the kernel's phases in plain fp32, a device's share at a time. What the launch asks of GPUs when it is compiled:
     each other's addresses, a barrier before it, and no multicast memory. And which meshes are refused."""

@@ -1,10 +1,10 @@
-"""The adapter directory: what training leaves behind and decoding takes up. Two files,
+"""Adapter directories, written by training and read by decoding. Two files,
 
 adapter_config.json          the method and its settings, the identity of its backbone, and the SHA-256 of the weights' file
 adapter_model.safetensors    the module's leaves by their path; of AdaFuse router.weight [E, in],
                              experts.<target>.A [L, E, R, in], experts.<target>.B [L, E, out, R]
 
-A LoRA that PEFT wrote, in files of the same two names, is taken too.
+A LoRA of PEFT, in files of the same two names, is read too.
 """
 
 from __future__ import annotations

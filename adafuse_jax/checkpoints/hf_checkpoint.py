@@ -23,7 +23,7 @@ from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.data.tokenizer import PATTERNS
 from adafuse_jax.models.config import LINEARS, DType, ModelConfig
 from adafuse_jax.models.decoder import Backbone
-from adafuse_jax.models.families import FAMILIES
+from adafuse_jax.models.registry import FAMILIES
 from adafuse_jax.parallel.axes import logical_axes
 
 log = logging.getLogger(__name__)

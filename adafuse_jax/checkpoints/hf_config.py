@@ -16,10 +16,10 @@ from adafuse_jax.checkpoints.inert_keys import GENERATION_INERT, INERT, INERT_VA
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ModelConfig, RopeConfig
-from adafuse_jax.models.families import FAMILIES, Family
+from adafuse_jax.models.families.family import Family
+from adafuse_jax.models.registry import FAMILIES
 
 log = logging.getLogger(__name__)
-
 
 ROPE_KINDS = ("default", "linear", "llama3")
 DTYPE_NAMES = {
@@ -67,7 +67,8 @@ def parse_hf_config(directory: Path) -> HFConfig:
 
 
 def parse_tables(table: Table, generation: Table) -> HFConfig:
-    """Special tokens of generation_config.json win over config.json's; one that is no token of the model is left out.
+    """Parse the two files. Special tokens of generation_config.json win over config.json's; one that is no token of the
+    model is left out.
 
     Raises:
       UserError: a missing key; a value of a wrong type or range; a model type, rope type, activation,
@@ -194,8 +195,8 @@ def _ids(table: Table, name: str) -> tuple[int, ...]:
 
 
 def _rope(table: Table, max_positions: int) -> tuple[RopeConfig, list[str]]:
-    """Both spellings: `rope_theta` + `rope_scaling`, and the newer `rope_parameters`; the older one wins, as upstream. The
-    second value names the keys that are not used."""
+    """RoPE in both spellings, `rope_theta` + `rope_scaling` and the newer `rope_parameters`; the older one wins.
+    The second value names the keys that are not used."""
     scaling, parameters = table.get("rope_scaling"), table.get("rope_parameters")
     name = "rope_scaling" if scaling else "rope_parameters"
     values = scaling or parameters or {}

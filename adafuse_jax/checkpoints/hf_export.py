@@ -22,7 +22,7 @@ from adafuse_jax.core.tables import Table, read_json
 from adafuse_jax.data.tokenizer import tokenizer_files, write_tokenizer
 from adafuse_jax.models.config import ModelConfig, RopeConfig, flat_fields
 from adafuse_jax.models.decoder import Backbone
-from adafuse_jax.models.families import FAMILIES
+from adafuse_jax.models.registry import FAMILIES
 
 log = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,9 +64,8 @@ def _add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field, kind: Kind)
         return
     metavar = f.metadata["metavar"] or (None if kind.choices else {int: "N", float: "X"}.get(kind.type, "NAME"))
     extra: dict[str, Any] = {"nargs": "+"} if kind.is_tuple else {}
-    parser.add_argument(
-        flag_name(f.name), type=_parser_of(kind.type), choices=kind.choices, metavar=metavar, help=text, **extra
-    )
+    parse = partial(kind.unmoved, where=flag_name(f.name)) if f.metadata["moved"] else _parser_of(kind.type)
+    parser.add_argument(flag_name(f.name), type=parse, choices=kind.choices, metavar=metavar, help=text, **extra)
 
 
 def _parser_of(kind: type) -> Callable[[str], Any]:

@@ -1,4 +1,4 @@
-"""Which keys a query may see, and grouped-query attention over them."""
+"""Visibility of keys, and grouped-query attention over them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Visibility:
 
 
 def flash_attention_fits(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> bool:
-    """Whether cuDNN's fused attention takes these: on a CUDA GPU, 16-bit, T and S even, H a multiple of 8 up to 128.
+    """True where cuDNN's fused attention runs: on a CUDA GPU, 16-bit, T and S even, H a multiple of 8 up to 128.
 
     A single query, odd, is a matrix-vector product, which it would not help.
     """

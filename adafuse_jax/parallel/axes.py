@@ -43,7 +43,7 @@ CACHE: Axes = ("layers", "batch", "length", "kv_heads", "head_dim")
 
 
 def logical_axes(path: tuple[Any, ...]) -> Axes:
-    """Of a leaf of a backbone or of an adapter, by its path in the pytree; () for
+    """Logical axes of a leaf of a backbone or of an adapter, by its path in the pytree; () for
     routers and the experts of PESC, which are of no linear.
 
     Raises:
@@ -63,7 +63,7 @@ def logical_axes(path: tuple[Any, ...]) -> Axes:
 
 
 def linear_axes(linear: str, leaf: str) -> Axes:
-    """Of the stacked `weight` or `bias` of one of the seven linears, or of the factors `A` and `B` of its experts."""
+    """Logical axes of a linear's stacked `weight` or `bias`, or of the factors `A` and `B` of its experts."""
     out, into = LINEARS[linear]
     return {
         "weight": ("layers", out, into),
@@ -74,7 +74,7 @@ def linear_axes(linear: str, leaf: str) -> Axes:
 
 
 def partition_spec(axes: Axes, rules: Rules = TENSOR_PARALLEL) -> PartitionSpec:
-    """How an array with these axes is sharded; axes that are whole at the end are left out."""
+    """Partition spec of an array with these axes, without a tail of axes that are whole."""
     spec = [None if axis is None else rules.get(axis) for axis in axes]
     while spec and spec[-1] is None:
         spec.pop()

@@ -12,9 +12,11 @@ from flax import nnx
 
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.config import AdapterConfig
-from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.config import LINEARS, ModelConfig
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.kv_cache import KVCache
+from pallas_kernels.megakernel import Shape
+from pallas_kernels.megakernel.plan import make_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,3 +80,27 @@ def by_modules(model, adapter, cache, tokens, positions):
 
 def in_fp32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
+
+
+LLAMA2_7B = Shape(
+    num_layers=32, embed_dim=4096, hidden_dim=11008, num_heads=32, num_kv_heads=32, head_dim=128, vocab_size=32000,
+    norm_eps=1e-5,
+)  # fmt: skip
+SMOLLM2 = Shape(
+    num_layers=30,
+    embed_dim=576,
+    hidden_dim=1536,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    vocab_size=49152,
+    norm_eps=1e-5,
+)
+
+
+def plan_of(shape: Shape, **changes: Any) -> Any:
+    options = {
+        "adapted": LINEARS, "batch": 1, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "cache_slots": 512,
+        "max_experts_used": 2, "rank": 64, "num_ctas": 132,
+    }  # fmt: skip
+    return make_plan(shape.linears(), **(options | changes))

@@ -4,7 +4,7 @@
 
 writes decode.json, decode.md and decode.png. The protocol is the paper's: ShareGPT queries one by one, 200 new tokens each,
 Llama-2-7B shapes in bf16, E=8, R=64, k=2; the weights are random, so only the lengths of the prompts count. Everything that
-is measured runs in a process of its own, and leaves what it found in --out as part-*.json, from which the three files
+is measured runs in a process of its own, and leaves its results in --out as part-*.json, from which the three files
 are made. The parts can run at different times, and parts of parts, by the names that they print:
 
     python -m benchmarks.decode --out OUT --part jax --only backbone golden switch-qv
@@ -14,30 +14,24 @@ are made. The parts can run at different times, and parts of parts, by the names
     methods the methods that AdaFuse is compared with, in the same engine
     context a step by the length of its context, to the model's longest
     layer   one adapted layer: its backbone part and its adapter part, over rank and sequence length
-    devices a step of one row on one GPU, and on two that share the model
-    hf, peft, moe    the peers, see `benchmarks.peers_torch`
+    devices a step of one row on one GPU, and on two over which the model is sharded
+    hf, peft, moe    the peers, see `benchmarks.peers`
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
-import math
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from adafuse_jax.adapters.presets import PRESETS
-from benchmarks.decode_costs import SIZES, Shapes
-from benchmarks.decode_report import EXTRA, merge_parts
+from benchmarks.common.jobs import Job, run_job
+from benchmarks.common.records import command_line, commit, write_json
+from benchmarks.decode.costs import SIZES
+from benchmarks.decode.prompts import make_prompts
+from benchmarks.decode.report import EXTRA, merge_parts
 
 PARTS = ("jax", "methods", "context", "layer", "devices", "hf", "peft", "moe")
 ONE_ROW = ("golden", "switch", "simple")
@@ -47,45 +41,38 @@ METHODS = (
     ("moral", "all7", "simple"), ("mola", "all7", "unmerged"), ("pesc", "-", "unmerged"),
 )  # fmt: skip
 """(method, targets, strategy) of the part `methods`; AdaFuse's own simple merge is in `jax`."""
-BYTES_PER_TOKEN = 4
-RANDOM_PROMPT = 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One process: `rows` are the places in the tables that it fills."""
-
-    name: str
-    module: str
-    settings: dict[str, Any]
-    rows: list[dict[str, Any]] = field(default_factory=list)
+LAYERS = 4
+"""Of the breakdown: enough that a step on the device takes longer than its dispatch."""
 
 
 def place(method: str, targets: str, strategy: str = "-", batch: int = 1) -> dict[str, Any]:
     return {"method": method, "targets": targets, "strategy": strategy, "batch": batch}
 
 
+def rows_module_job(name: str, kind: str, rows: Sequence[dict[str, Any]] = (), **settings: Any) -> Job:
+    return Job(name=name, module="benchmarks.decode.rows", settings={"kind": kind, **settings}, rows=list(rows))
+
+
 def rows_job(name: str, method: str, targets: str, strategy: str, batches: list[int]) -> Job:
-    settings = {"kind": "rows", "method": method, "strategy": strategy, "targets": targets, "batches": batches}
     rows = [place(method, targets, strategy, batch) for batch in batches]
-    return Job(name=name, module="benchmarks.decode_rows", settings=settings, rows=rows)
+    return rows_module_job(name, "rows", rows, method=method, strategy=strategy, targets=targets, batches=batches)
 
 
 def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
-    rows_module, peers_module = "benchmarks.decode_rows", "benchmarks.peers_torch"
+    """Jobs of a part, in order. `seconds` in the settings are those of one repeat."""
+    is_tiny = arguments.size == "tiny"
     if part == "layer":
-        lengths, ranks = ([1, 16], [4, 8]) if arguments.size == "tiny" else ([1, 128, 512, 2048], [8, 16, 32, 64, 128])
-        settings = {"kind": "layer", "ranks": ranks, "lengths": lengths, "seconds": 0.2}
-        return [Job(name="layer", module=rows_module, settings=settings)]
+        lengths, ranks = ([1, 16], [4, 8]) if is_tiny else ([1, 128, 512, 2048], [8, 16, 32, 64, 128])
+        layers, seconds = (1, 2e-4) if is_tiny else (LAYERS, 0.04)
+        return [rows_module_job("layer", "layer", ranks=ranks, lengths=lengths, num_layers=layers, seconds=seconds)]
     if part == "context":
-        contexts = [16, 64] if arguments.size == "tiny" else [128, 472, 984, 2008, 4056]
-        return [Job(name="context", module=rows_module, settings={"kind": "contexts", "contexts": contexts})]
+        return [rows_module_job("context", "contexts", contexts=[16, 64] if is_tiny else [128, 472, 984, 2008, 4056])]
     if part == "devices":
-        settings = {"kind": "devices", "devices": [1, 2], "context": 16 if arguments.size == "tiny" else 236}
-        return [Job(name="devices", module=rows_module, settings=settings)]
+        return [rows_module_job("devices", "devices", devices=[1, 2], context=16 if is_tiny else 236)]
     if part == "jax":
-        jobs = [Job(name="ceilings", module=rows_module, settings={"kind": "ceilings", "seconds": 0.3})]
-        strategies = [s for s in PRESETS["adafuse"].strategies if s not in ONE_ROW] + list(ONE_ROW)
+        elements, matmul_dim, seconds = (2**12, 64, 2e-4) if is_tiny else (2**30, 8192, 0.06)
+        jobs = [rows_module_job("ceilings", "ceilings", elements=elements, matmul_dim=matmul_dim, seconds=seconds)]
+        strategies = ["fused", "unmerged", *ONE_ROW]
         batches = sorted(arguments.batches)
         jobs += [rows_job("backbone", "backbone", "-", "-", batches)]
         jobs += [rows_job("backbone-unmerged", "backbone", "-", "unmerged", batches)]
@@ -107,83 +94,12 @@ def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
         rows = [place(method + endings[form], targets) for form in arguments.forms]
         settings = {"method": method, "targets": targets, "forms": arguments.forms}
         name = part if targets == "-" else f"{part}-{targets}"
-        jobs.append(Job(name=name, module=peers_module, settings=settings, rows=rows))
+        jobs.append(Job(name=name, module="benchmarks.peers", settings=settings, rows=rows))
     return jobs
 
 
-def conversation_texts(path: Path) -> list[str]:
-    """The first message of the user in every conversation, ShareGPT's `conversations` or chat `messages`."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as file:
-        content = file.read()
-    if content.lstrip().startswith("["):
-        table = json.loads(content)
-    else:
-        table = [json.loads(line) for line in content.split("\n") if line.strip()]
-    found = []
-    for row in table:
-        turns = row.get("conversations") or row.get("messages") or []
-        said = (
-            t.get("value") or t.get("content") for t in turns if (t.get("from") or t.get("role")) in ("human", "user")
-        )
-        found.append(next(said, None))
-    return [text for text in found if text]
-
-
-def make_prompts(arguments: argparse.Namespace, shapes: Shapes) -> tuple[list[list[int]], int, str]:
-    """Random tokens, as many as the conversations' first messages have, and a phrase that says so; some more, if need
-    be, so that no batch has a prompt twice."""
-    rng = np.random.default_rng(0)
-    most = shapes.max_position_embeddings - arguments.new_tokens
-    if arguments.conversations is None:
-        lengths = [min(RANDOM_PROMPT, most)] * arguments.queries
-        description = f"{arguments.queries} random prompts of {lengths[0]} tokens"
-    else:
-        low, high = arguments.prompt_tokens
-        texts = conversation_texts(arguments.conversations)
-        counts = [math.ceil(len(text.encode()) / BYTES_PER_TOKEN) for text in texts]
-        lengths = [n for n in counts if low <= n <= min(high, most)][: arguments.queries]
-        if not lengths:
-            raise SystemExit(
-                f"--conversations {arguments.conversations}: none of its {len(texts)} questions has {low} to {high} tokens"
-            )
-        description = (
-            f"{len(lengths)} prompts as long as the first questions of {arguments.conversations.name} that have {low} to "
-            f"{high} tokens ({BYTES_PER_TOKEN} bytes each), {sum(lengths) / len(lengths):.0f} on average"
-        )
-    count = max(len(lengths), *arguments.batches)
-    return (
-        [rng.integers(3, shapes.vocab_size, lengths[i % len(lengths)]).tolist() for i in range(count)],
-        len(lengths),
-        description,
-    )
-
-
-def run_job(job: Job, common: dict[str, Any], timeout: float, python: str) -> tuple[dict[str, Any], str | None]:
-    """The results that the process reported until it ended, and what went wrong, if anything did."""
-    print(f"{job.name}:", flush=True)
-    begun = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        order, result, log = (Path(scratch) / name for name in ("job.json", "result.json", "stderr"))
-        order.write_text(json.dumps(common | job.settings))
-        command = [python, "-m", job.module, "--job", str(order), "--result", str(result)]
-        problem = None
-        with log.open("w") as errors:
-            try:
-                done = subprocess.run(command, stderr=errors, timeout=timeout)
-                if done.returncode:
-                    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-                    problem = (lines or [f"exit code {done.returncode}"])[-1][:300]
-                    print("\n".join(lines[-30:]), flush=True)
-            except subprocess.TimeoutExpired:
-                problem = f"stopped after {timeout:.0f} s"
-        found = json.loads(result.read_text()) if result.exists() else {}
-    print(f"  {time.perf_counter() - begun:.0f} s{f', {problem}' if problem else ''}", flush=True)
-    return found, problem
-
-
 def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
-    """Measure, and keep part-*.json up to date."""
+    """Measure; part-*.json is written again after every job."""
     shapes = SIZES[arguments.size]
     prompts, queries, description = make_prompts(arguments, shapes)
     jobs = jobs_of(part, arguments)
@@ -198,7 +114,8 @@ def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
         return
     name = "-".join(["part", part, *(arguments.only or ())])
     found: dict[str, Any] = {
-        "part": part, "command": command, "size": arguments.size, "prompts": description, "versions": {}, "rows": [],
+        "part": part, "command": command, "commit": commit(), "size": arguments.size, "prompts": description,
+        "versions": {}, "rows": [],
     }  # fmt: skip
     common = {
         "size": arguments.size, "prompts": prompts, "new_tokens": arguments.new_tokens, "queries": queries,
@@ -208,17 +125,16 @@ def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
     python = arguments.torch_python if part in ("hf", "peft", "moe") else sys.executable
     for job in jobs:
         result, problem = run_job(job, common, arguments.job_seconds, python)
-        for fact in ("jax", "torch", "transformers"):
-            found["versions"] |= {fact: result[fact]} if fact in result else {}
+        found["versions"] |= {name: result[name] for name in ("jax", "torch", "transformers") if name in result}
         found |= {key: result[key] for key in ("device", "ceilings", *EXTRA) if key in result}
         rows = result.get("rows", [])
-        there = [{key: row[key] for key in place("", "")} for row in rows]
-        rows += [row | {"error": problem or "no result"} for row in job.rows if row not in there]
+        measured = [{key: row[key] for key in place("", "")} for row in rows]
+        rows += [row | {"error": problem or "no result"} for row in job.rows if row not in measured]
         found["rows"] += rows
         if problem and not job.rows:
             found.setdefault("problems", []).append(f"{job.name}: {problem}")
         found["finished"] = time.time()
-        (arguments.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        write_json(arguments.out / f"{name}.json", found)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -253,8 +169,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     arguments = parse(argv)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python -m benchmarks.decode", *argv])
+    command = command_line("benchmarks.decode", argv)
     for part in PARTS if arguments.part == "all" else () if arguments.part == "merge" else (arguments.part,):
         run_part(part, arguments, command)
     print(merge_parts(arguments.out), flush=True)

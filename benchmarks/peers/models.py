@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from benchmarks.decode_costs import TARGETS, Shapes
+from benchmarks.decode.costs import TARGETS, Shapes
 
 
 class MoELinear(nn.Module):
-    """y = W x + Σ_j g_j s B[e_j] (A[e_j] x), (e, g) = top-k softmax of its own fp32 router; `gather` says in which form."""
+    """y = W x + Σ_j g_j s B[e_j] (A[e_j] x), (e, g) = top-k softmax of its own fp32 router; `gather` chooses the form."""
 
     def __init__(self, base: nn.Linear, shapes: Shapes):
         super().__init__()

@@ -1,6 +1,6 @@
 """SGMM at the shapes of Llama-2-7B on one GPU: time, bandwidth and error, beside the ceilings of this GPU.
 
-    python -m benchmarks.sgmm --out benchmarks/results/nvidia_h200
+    python -m benchmarks.kernels.sgmm --out benchmarks/results/nvidia_h200
 
 writes sgmm.json, sgmm.md and sgmm.png. 8 experts in bfloat16, random numbers; a merge adds to every layer
 W[out, in] += Σ_j c_j · B[e_j] A[e_j], and moves
@@ -20,9 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,7 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from benchmarks.sgmm_report import in_words, plot, to_markdown
+from benchmarks.common.ceilings import measure_ceilings
+from benchmarks.common.records import command_line, facts, first_line, write_json
+from benchmarks.common.timing import Stopwatch, time_calls
+from benchmarks.kernels.sgmm_check import errors, wrong_elements
+from benchmarks.kernels.sgmm_report import log_line, plot, to_markdown
 from pallas_kernels.sgmm import IMPLEMENTATIONS, Terms, golden_terms, sgmm, switch_terms
 from pallas_kernels.sgmm.reference import merge_layer
 
@@ -49,7 +50,7 @@ Weights = dict[str, Array]
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What is measured. `seconds` are those of one repeat, in which as many calls are chained as fit."""
+    """Shapes and effort of a run. `seconds` are those of one repeat, in which as many calls are chained as fit."""
 
     name: str
     num_layers: int
@@ -133,100 +134,9 @@ def draw_all(size: Size, rank: int) -> tuple[Weights, Weights, Weights]:
 
 
 @partial(jax.jit, static_argnames="rank")
-def cut_rank(experts: list[Weights], rank: int) -> list[Weights]:
+def slice_rank(experts: list[Weights], rank: int) -> list[Weights]:
     a, b = experts
     return [{name: x[:, :, :rank] for name, x in a.items()}, {name: x[..., :rank] for name, x in b.items()}]
-
-
-def wrong_elements(merged: Weights, base: Weights, a: Weights, b: Weights, terms: Terms) -> Array:
-    """How many elements of the whole result are further than one unit in the last place from the reference."""
-
-    def count(layer: Array, total: Array) -> Array:
-        for name, w in merged.items():
-            reference = merge_layer(base[name][layer], a[name][layer], b[name][layer], terms).astype(jnp.float32)
-            allowed = jnp.finfo(DTYPE).eps * abs(reference) + 2e-6
-            close = abs(w[layer].astype(jnp.float32) - reference) <= allowed  # False for NaN
-            total += jnp.sum(~close, dtype=jnp.float32)
-        return total
-
-    return jax.lax.fori_loop(0, next(iter(merged.values())).shape[0], count, jnp.float32(0))
-
-
-@jax.jit
-def sample(arrays: tuple[Weights, ...], layer: Array, rows: dict[str, Array]) -> tuple[Weights, ...]:
-    """The rows of one layer of W, base and B, and all of A."""
-    merged, base, a, b = arrays
-    w_rows, base_rows = ({name: w[layer, rows[name]] for name, w in x.items()} for x in (merged, base))
-    return w_rows, base_rows, {n: x[layer] for n, x in a.items()}, {n: x[layer][:, rows[n]] for n, x in b.items()}
-
-
-def errors(size: Size, merged: Weights, base: Weights, a: Weights, b: Weights, terms: Terms) -> dict[str, float]:
-    """Against float64 on the host, and those of its correct rounding: the largest, and relative in norm."""
-    rng = np.random.default_rng(0)
-    rows = {n: np.sort(rng.choice(w.shape[1], size.checked_rows, replace=False)) for n, w in merged.items()}
-    w_rows, base_rows, a_layer, b_rows = jax.device_get(sample((merged, base, a, b), size.num_layers // 2, rows))
-    largest, squares, norm = np.zeros(2), np.zeros(2), 0.0
-    for name in merged:
-        exact = base_rows[name].astype(np.float64)
-        for expert, coefficient in zip(*jax.device_get((terms.experts, terms.coefficients)), strict=True):
-            if coefficient:
-                product = b_rows[name][expert].astype(np.float64) @ a_layer[name][expert].astype(np.float64)
-                exact += np.float64(coefficient) * product
-        rounded = exact.astype(np.float32).astype(DTYPE)
-        off = [np.abs(x.astype(np.float64) - exact) for x in (w_rows[name], rounded)]
-        largest = np.maximum(largest, [x.max() for x in off])
-        squares, norm = squares + [np.sum(x**2) for x in off], norm + float(np.sum(exact**2))
-    relative = np.sqrt(squares / norm)
-    return {
-        "max_error": float(largest[0]), "max_error_of_rounding": float(largest[1]),
-        "relative_error": float(relative[0]), "relative_error_of_rounding": float(relative[1]),
-    }  # fmt: skip
-
-
-def time_calls(call: Callable[[Any], Any], state: Any, seconds: float, repeats: int) -> tuple[dict[str, Any], Any]:
-    """state = call(state), chained; ms per call: the median of the repeats, and the slowest less the fastest."""
-    state = jax.block_until_ready(call(call(state)))
-    times: list[float] = []
-    calls = 2
-    for _ in range(repeats + 2):  # the first two say how many calls fill a repeat
-        begun = time.perf_counter()
-        for _ in range(calls):
-            state = call(state)
-        jax.block_until_ready(state)
-        times.append((time.perf_counter() - begun) / calls)
-        if len(times) <= 2:
-            calls = min(max(round(seconds / times[-1]), 2), 200)
-    times = times[2:]
-    return {
-        "ms": 1e3 * statistics.median(times), "spread_ms": 1e3 * (max(times) - min(times)),
-        "repeats": repeats, "calls_per_repeat": calls,
-    }, state  # fmt: skip
-
-
-def measure_ceilings(size: Size) -> dict[str, Any]:
-    """Copy (TB/s, read and write counted), read (TB/s), bfloat16 products (TFLOP/s): the best of some ways of each."""
-    bits = jax.random.bits(jax.random.key(0), (size.ceiling_elements,), jnp.uint32)
-    x = jax.lax.bitcast_convert_type(bits, jnp.int32)
-    m = jax.random.normal(jax.random.key(1), (size.matmul_dim, size.matmul_dim), DTYPE) / size.matmul_dim**0.5
-    ways: dict[str, dict[str, Callable[..., Array]]] = {
-        "copy": {"jnp.copy": jnp.copy, "x + 1": lambda x: x + 1},
-        "read": {"sum": jnp.sum, "max": jnp.max, "sums of rows": lambda x: jnp.sum(x.reshape(-1, 4096), axis=1)},
-        "matmul": {f"{size.matmul_dim}³": jnp.matmul},
-    }
-    work = {"copy": 2 * x.nbytes, "read": x.nbytes, "matmul": 2 * size.matmul_dim**3}
-    found: dict[str, Any] = {"array_bytes": x.nbytes}
-    for kind, candidates in ways.items():
-        speeds = {}
-        for name, function in candidates.items():
-            jitted = jax.jit(function)
-
-            def call(state: Any, kind: str = kind, f: Callable[..., Array] = jitted) -> Array:
-                return f(x) if kind == "read" else f(state, m) if kind == "matmul" else f(state)
-
-            timing, _ = time_calls(call, m if kind == "matmul" else x, size.seconds, size.repeats)
-            speeds[name] = work[kind] / timing["ms"] / 1e9
-        found |= {kind: speeds, f"best_{kind}": max(speeds.values())}
-    return found
 
 
 def compile_all(jobs: dict[Any, tuple[Callable[..., Any], bool, tuple[Any, ...]]]) -> dict[Any, Any]:
@@ -250,7 +160,7 @@ def measure(
     size: Size, row: dict[str, Any], executable: Any, checker: Any, pristine: Weights, a: Weights, b: Weights, slots: int,
     repeats: int, copy: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """`row`, which says what to run, and what was found: errors and time, or why there is none."""
+    """`row`, the configuration to run, with its errors and times, or with the error that prevented them."""
     base, top_k = pristine if row["mode"] == "golden" else None, row["top_k"]
     products = {"golden": top_k, "switch": 2 * top_k, "one shared": 2 * top_k - 1}[row["mode"]]
     dims = [w.shape[1:] for w in pristine.values()]
@@ -269,16 +179,21 @@ def measure(
         weights = {name: jnp.copy(w) if base is None else poison(w) for name, w in pristine.items()}
         weights = executable(weights, a, b, terms, base)
         row["wrong_elements"] = int(checker(weights, pristine, a, b, checked))
-        row |= errors(size, weights, pristine, a, b, terms)
+        row |= errors(size.num_layers // 2, size.checked_rows, weights, pristine, a, b, terms)
         worse = any(not row[f"{x}_error"] <= 1.02 * row[f"{x}_error_of_rounding"] for x in ("max", "relative"))
         row["wrong"] = worse or row["wrong_elements"] > 0
         if row["wrong"]:
             return row
-        timing, _ = time_calls(lambda w: executable(w, a, b, terms, base), weights, size.seconds, repeats)
+        timing, _ = time_calls(
+            lambda w: executable(w, a, b, terms, base), weights, seconds=size.seconds, repeats=repeats
+        )
     except Exception as error:
-        return row | {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
-    speed, tflops = moved / timing["ms"] / 1e9, flops / timing["ms"] / 1e9
-    return row | timing | {"tb_per_s": speed, "percent_of_copy": 100 * speed / copy, "tflops": tflops}
+        return row | {"error": first_line(error)}
+    speed = moved / timing.ms / 1e9
+    return row | {
+        "ms": timing.ms, "spread_ms": timing.spread_ms, "repeats": repeats, "calls_per_repeat": timing.calls,
+        "tb_per_s": speed, "percent_of_copy": 100 * speed / copy, "tflops": flops / timing.ms / 1e9,
+    }  # fmt: skip
 
 
 def measure_all(
@@ -303,20 +218,20 @@ def measure_all(
     jobs: dict[Any, Any] = {}
     for row in rows:
         key = rank, targets, implementation, golden, slots = place(row)
-        w, a, b = arrays(row, *jax.eval_shape(partial(cut_rank, rank=rank), experts))
+        w, a, b = arrays(row, *jax.eval_shape(partial(slice_rank, rank=rank), experts))
         terms, checked = terms_of("golden", 1, slots), terms_of("golden", 1, CHECKED_SLOTS)
         jobs[key] = merge_function(implementation), True, (w, a, b, terms, w if golden else None)
         jobs[rank, targets] = wrong_elements, False, (w, w, a, b, checked)
     compiled = compile_all(jobs)
-    rank, cut = 0, experts
+    rank, sliced = 0, experts
     for row in rows:
         if row["rank"] != rank:
-            del cut
+            del sliced
             rank = row["rank"]
-            cut = cut_rank(experts, rank)
+            sliced = slice_rank(experts, rank)
         key = place(row)
-        row = measure(size, row, compiled[key], compiled[key[:2]], *arrays(row, *cut), key[-1], repeats, copy)
-        print(in_words(row), flush=True)
+        row = measure(size, row, compiled[key], compiled[key[:2]], *arrays(row, *sliced), key[-1], repeats, copy)
+        print(log_line(row), flush=True)
         yield row
 
 
@@ -350,10 +265,11 @@ def run(
     size: Size, out: Path, command: str, implementations: tuple[str, ...] = IMPLEMENTATIONS, swept: str = "pallas"
 ) -> dict[str, Any]:
     """Measure, write the three files, print the table. Raises `SystemExit` if a result was wrong."""
-    begun = time.perf_counter()
-    result: dict[str, Any] = {
-        "device": jax.devices()[0].device_kind, "jax": jax.__version__, "command": command, "size": size.name,
-        "num_experts": len(EXPERT_ORDER), "ceilings": measure_ceilings(size), "rows": [], "sweep": [],
+    watch = Stopwatch()
+    ceilings = measure_ceilings(size.ceiling_elements, size.matmul_dim, seconds=size.seconds, repeats=size.repeats)
+    result: dict[str, Any] = facts() | {
+        "command": command, "size": size.name, "num_experts": len(EXPERT_ORDER), "ceilings": ceilings, "rows": [],
+        "sweep": [],
     }  # fmt: skip
     print(json.dumps(result), flush=True)
     copy, rows = result["ceilings"]["best_copy"], result["rows"]
@@ -364,13 +280,12 @@ def run(
         sweep = sweep_rows(size, swept)
         result["sweep"].extend(measure_all(size, sweep, weights, experts, size.sweep_repeats, copy))
     finally:
-        result["seconds"] = round(time.perf_counter() - begun, 1)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "sgmm.json").write_text(json.dumps(result, indent=2) + "\n")
+        result["seconds"] = round(watch.seconds, 1)
+        write_json(out / "sgmm.json", result)
         (out / "sgmm.md").write_text(to_markdown(result))
     plot(result, out / "sgmm.png")
-    print("\n".join(["", *map(in_words, rows), f"{result['seconds']} s"]))
-    wrong = [in_words(row) for row in (*rows, *result["sweep"]) if row.get("wrong")]
+    print("\n".join(["", *map(log_line, rows), f"{result['seconds']} s"]))
+    wrong = [log_line(row) for row in (*rows, *result["sweep"]) if row.get("wrong")]
     if wrong:
         raise SystemExit("\n".join([f"{len(wrong)} wrong results:", *wrong]))
     return result
@@ -382,7 +297,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a sweep of three points only")
     arguments = parser.parse_args()
     size = replace(LLAMA2_7B, sweep_ranks=(16, 64, 128), sweep_top_ks=(2,), repeats=5) if arguments.quick else LLAMA2_7B
-    run(size, arguments.out, " ".join(["python -m benchmarks.sgmm", *sys.argv[1:]]))
+    run(size, arguments.out, command_line("benchmarks.kernels.sgmm"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Linears with pre-gated experts at the shapes of Llama-2-7B on one GPU: time and bandwidth, for a token and for batches.
 
-    python -m benchmarks.pregated_linear [--sweep]
+    python -m benchmarks.kernels.pregated_linear [--sweep]
 
 8 experts of rank 64, top-2, bfloat16, random numbers. y = W x + Σ_u g_u B[e_u] (A[e_u] x) of the linears that share an
 input reads
@@ -15,8 +15,6 @@ compared with the reference first; a wrong one is not timed, and ends the run wi
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -27,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from benchmarks.common.records import first_line
+from benchmarks.common.timing import Timing, time_calls
 from pallas_kernels.pregated_linear import IMPLEMENTATIONS, Mixture, make_mixture, pregated_linear
 
 DTYPE = jnp.bfloat16
@@ -98,17 +98,11 @@ def worst_error(linear: Linear, x: Array, *arguments: Any) -> float:
     return worst
 
 
-def time_layers(linear: Linear, x: Array, *arguments: Any, repeats: int) -> float:
-    """ms per layer, the median of the repeats, each of ten calls without waiting between them."""
-    num_layers = next(iter(arguments[0].values())).shape[0]
-    call, xs = jax.jit(partial(all_layers, linear)), [x + layer for layer in range(num_layers)]
-    jax.block_until_ready([call(xs, *arguments) for _ in range(2)])
-    times = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        jax.block_until_ready([call(xs, *arguments) for _ in range(10)])
-        times.append((time.perf_counter() - begun) / 10)
-    return 1e3 * statistics.median(times) / num_layers
+def time_layers(linear: Linear, x: Array, *arguments: Any, repeats: int) -> Timing:
+    """Times of all layers, one after the other."""
+    call = jax.jit(partial(all_layers, linear))
+    xs = [x + layer for layer in range(next(iter(arguments[0].values())).shape[0])]
+    return time_calls(lambda _: call(xs, *arguments), None, calls=10, repeats=repeats)[0]
 
 
 def measure(linear: Linear, label: str, x: Array, *arguments: Any, repeats: int) -> bool:
@@ -118,8 +112,9 @@ def measure(linear: Linear, label: str, x: Array, *arguments: Any, repeats: int)
     if error > TOLERANCE:
         print(f"{line}   WRONG", flush=True)
         return False
-    ms = time_layers(linear, x, *arguments, repeats=repeats)
-    print(f"{line}   {ms:8.4f} ms   {moved_bytes(*arguments) / ms / 1e6:7.0f} GB/s", flush=True)
+    timing, num_layers = time_layers(linear, x, *arguments, repeats=repeats), next(iter(arguments[0].values())).shape[0]
+    ms, spread = timing.ms / num_layers, timing.spread_ms / num_layers
+    print(f"{line}   {ms:8.4f} ± {spread:.4f} ms   {moved_bytes(*arguments) / ms / 1e6:7.0f} GB/s", flush=True)
     return True
 
 
@@ -147,26 +142,24 @@ def run(
     """Print a line for every group, batch and implementation. Raises `SystemExit` if a result was wrong."""
     wrong = 0
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}", flush=True)
-    for group, (outs, in_dim) in groups.items():
+    linears = {f"{name:6}": partial(pregated_linear, implementation=name) for name in implementations}
+    for (group, (outs, in_dim)), batch in product(groups.items(), batches):
         factors = draw(outs, in_dim, num_layers)
-        for batch in batches:
-            x = jax.random.normal(jax.random.key(1), (batch, in_dim), DTYPE)
-            mixture = mixture_of(batch)
-            for implementation in implementations:
-                linear: Linear = partial(pregated_linear, implementation=implementation)
-                for kind, arguments in (("plain", (factors[0], {}, {}, None)), ("experts", (*factors, mixture))):
-                    label = f"{group:8}   B {batch:2}   {implementation:6}   {kind:7}"
-                    try:
-                        wrong += not measure(linear, label, x, *arguments, repeats=repeats)
-                    except Exception as error:  # the others still run
-                        print(f"{label}   {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
-            for label, linear in triton_configs(batch) if sweep else ():
-                try:
-                    wrong += not measure(
-                        linear, f"{group:8}   B {batch:2}   {label}", x, *factors, mixture, repeats=repeats
-                    )
-                except Exception as error:  # tiles that do not fit
-                    print(f"{label}   {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
+        x = jax.random.normal(jax.random.key(1), (batch, in_dim), DTYPE)
+        experts: tuple = (*factors, mixture_of(batch))
+        plain: tuple = (factors[0], {}, {}, None)
+        cases: list[tuple[str, Linear, tuple]] = [
+            (f"{name}   {kind:7}", linear, arguments)
+            for name, linear in linears.items()
+            for kind, arguments in (("plain", plain), ("experts", experts))
+        ]
+        cases += [(name, linear, experts) for name, linear in (triton_configs(batch) if sweep else ())]
+        for name, linear, arguments in cases:
+            label = f"{group:8}   B {batch:2}   {name}"
+            try:
+                wrong += not measure(linear, label, x, *arguments, repeats=repeats)
+            except Exception as error:  # tiles that do not fit; the others still run
+                print(f"{label}   {first_line(error)}", flush=True)
     if wrong:
         raise SystemExit(f"{wrong} wrong results")
 

@@ -1,4 +1,4 @@
-"""decode.json, decode.md and decode.png from what the parts of `benchmarks.decode` left behind."""
+"""decode.json, decode.md and decode.png, made from the part-*.json of `benchmarks.decode`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.decode_costs import SIZES, Shapes, costs
+from benchmarks.common.records import write_json
+from benchmarks.common.reports import number, picture, table
+from benchmarks.decode.costs import SIZES, Shapes, costs
 
 KEY = ("method", "targets", "strategy", "batch")
 FIELDS = (
@@ -22,8 +24,8 @@ NOTES = (
     "the median over the queries, ± their slowest less their fastest. Compilation is in none of the times.",
     "Bytes are computed, per step: weights, norms and head, the cache up to its mean length, the factors of the experts in "
     "use, and what a merge writes and reads again. The share of the read bandwidth is these bytes over the time.",
-    "Over backbone: over the row of the same batch without an adapter, which is one launch where that can run; of unmerged "
-    "and simple, over the one that is single operations as they are; of a peer, over hf in the same form.",
+    "Over backbone: over the row of the same batch without an adapter, by the megakernel where that can run; of unmerged "
+    "and simple, over the unfused one; of a peer, over hf in the same form.",
     "Our rows decode greedily among the tokens that the text does not have yet, through Engine.generate, which hands every "
     "token to the host; the peers take the likeliest token and hand over none.",
     "Peak memory includes prefill; of our rows it is the process's from its start, of the peers that of the timed queries.",
@@ -62,14 +64,14 @@ def rank_of(row: dict[str, Any]) -> tuple[int, ...]:
 def baseline_of(row: dict[str, Any]) -> tuple[Any, ...]:
     if row["method"] in PEERS:
         return "hf-compiled" if row["method"].endswith("-compiled") else "hf", "-", "-", 1
-    single = row["strategy"] in ("unmerged", "simple")
-    return "backbone", "-", "unmerged" if single else "-", row["batch"]
+    unfused = row["strategy"] in ("unmerged", "simple")
+    return "backbone", "-", "unmerged" if unfused else "-", row["batch"]
 
 
 def complete(
     row: dict[str, Any], rows: dict[tuple[Any, ...], dict[str, Any]], shapes: Shapes, read: float | None
 ) -> Any:
-    """`FIELDS` of a measured row, None where there is nothing to say."""
+    """`FIELDS` of a measured row, None where there is no value."""
     place = {key: row[key] for key in KEY}
     full: dict[str, Any] = dict.fromkeys(FIELDS) | place
     cost = costs(shapes, **place, context=row.get("context", 0), distinct=row.get("distinct_experts"))
@@ -92,25 +94,30 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
         for row in part["rows"]:
             if "error" not in row or "error" in rows.get(key_of(row), row):
                 rows[key_of(row)] = row
-    ways = [part["ceilings"] for part in parts if "ceilings" in part]
-    ceilings = {name: max((way[name] for way in ways), default=None) for name in ("read_tbps", "copy_tbps")}
+    measured = [part["ceilings"] for part in parts if "ceilings" in part]
+    ceilings = {
+        f"{kind}_tbps": max((max(of[kind].values()) for of in measured), default=None) for kind in ("read", "copy")
+    }
     ordered = sorted(rows.values(), key=rank_of)
     finished = {key_of(row): complete(row, rows, shapes, ceilings["read_tbps"]) for row in ordered}
     versions = {name: version for part in parts for name, version in part["versions"].items()}
     extras = [{k: v for k, v in row.items() if k in KEY or k not in FIELDS} for row in ordered]
-    commands, prompts = (list(dict.fromkeys(part[name] for part in parts)) for name in ("command", "prompts"))
+    commands, prompts, commits = (
+        list(dict.fromkeys(part[name] for part in parts if part.get(name))) for name in ("command", "prompts", "commit")
+    )
     tables: dict[str, list[Any]] = {
         name: next((part[name] for part in reversed(parts) if name in part), []) for name in EXTRA
     }
     notes = [*(f"Prompts: {text}." for text in prompts), *NOTES]
-    for way in ways[-1:]:
-        speeds = (f"{kind} by {name} {speed:.2f}" for kind in ("read", "copy") for name, speed in way[kind].items())
+    for of in measured[-1:]:
+        speeds = (f"{kind} by {name} {speed:.2f}" for kind in ("read", "copy") for name, speed in of[kind].items())
         notes.append(f"Ceilings, TB/s: {', '.join(speeds)}.")
     notes += [problem for part in parts for problem in part.get("problems", [])]
     return {
         "device": next((part["device"] for part in reversed(parts) if "device" in part), None),
         "jax": versions.pop("jax", None),
         **versions,
+        **({"commit": "; ".join(commits)} if commits else {}),
         "command": "; ".join(commands),
         "size": shapes.name,
         "num_experts": shapes.num_experts, "rank": shapes.rank, "top_k": shapes.top_k,
@@ -123,85 +130,70 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def table(rows: list[dict[str, Any]], details: dict[tuple[Any, ...], dict[str, Any]]) -> list[str]:
-    """Lines of one table; a row that failed says why."""
+def rows_table(rows: list[dict[str, Any]], details: dict[tuple[Any, ...], dict[str, Any]]) -> list[str]:
+    """Lines of one table; a row that failed has its error in the place of the time."""
     head = (
         "method", "targets", "strategy", "batch", "ms/token", "over backbone", "GB/token", "of read", "peak GiB",
         "parameters, B", "GFLOP/token", "prefill ms", "queries × tokens",
     )  # fmt: skip
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    cells = []
     for row in rows:
         more = details[key_of(row)]
-        cells = [str(row[key]) for key in KEY]
+        key, params = [row[key] for key in KEY], number(row["params_b"], ".3f")
         if row["ms_per_token"] is None:
-            cells += [
-                more.get("error", "not measured").replace("|", "/"),
-                *[""] * 4,
-                number(row["params_b"], ".3f"),
-                "",
-                "",
-                "",
-            ]
-        else:
-            cells += [f"{row['ms_per_token']:.3f} ± {row['spread_ms']:.3f}", number(row["overhead_pct"], "+.1f")]
-            cells[-1] += "%" if cells[-1] else ""
-            cells += [number(row["bytes_gb"], ".2f"), number(row["read_bandwidth_pct"], ".0f")]
-            cells[-1] += "%" if cells[-1] else ""
-            cells += [number(row["peak_gib"], ".1f"), number(row["params_b"], ".3f"), number(row["flops_g"], ".1f")]
-            cells += [number(more.get("prefill_ms"), ".1f"), f"{more['queries']} × {more['new_tokens']}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+            cells.append([*key, more.get("error", "not measured"), *[""] * 4, params])
+            continue
+        cells.append([
+            *key, f"{row['ms_per_token']:.3f} ± {row['spread_ms']:.3f}", number(row["overhead_pct"], "+.1f", "%"),
+            number(row["bytes_gb"], ".2f"), number(row["read_bandwidth_pct"], ".0f", "%"), number(row["peak_gib"], ".1f"),
+            params, number(row["flops_g"], ".1f"), number(more.get("prefill_ms"), ".1f"),
+            f"{more['queries']} × {more['new_tokens']}",
+        ])  # fmt: skip
+    return table(head, cells)
 
 
 def layer_table(breakdown: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "| tokens | R | bare layer, ms | AdaFuse adds, ms | | layer-wise adds, ms | |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in sorted(breakdown, key=lambda row: (row["length"], row["rank"])):
-        cells = [str(row["length"]), str(row["rank"]), f"{row['backbone_ms']:.4f}"]
+    def cells(row: dict[str, Any]) -> list[Any]:
+        found = [row["length"], row["rank"], f"{row['backbone_ms']:.4f}"]
         for name in ("adafuse", "layerwise"):
             added = row.get(f"{name}_ms")
             if added is None:
-                cells += [row.get(f"{name}_error", "not measured").replace("|", "/"), ""]
+                found += [row.get(f"{name}_error", "not measured"), ""]
             else:
-                cells += [f"{added:.4f}", f"{100 * added / row['backbone_ms']:+.1f}%"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+                found += [f"{added:.4f}", f"{100 * added / row['backbone_ms']:+.1f}%"]
+        return found
+
+    head = "tokens", "R", "bare layer, ms", "AdaFuse adds, ms", "", "layer-wise adds, ms", ""
+    return table(head, map(cells, sorted(breakdown, key=lambda row: (row["length"], row["rank"]))))
 
 
 def context_table(contexts: list[dict[str, Any]], read: float | None) -> list[str]:
-    lines = [
-        "| | tokens in the cache | ms | GB | of read | more than the shortest, ms | its bytes' own, ms |",
-        "|---" * 7 + "|",
-    ]
+    """Each step beside that of the shortest context."""
     first: dict[str, Any] = {}
+    cells = []
     for row in contexts:
         start = first.setdefault(row["method"], row)
         share = bytes_ms = None
         if read is not None:
             share, bytes_ms = 100 * row["bytes_gb"] / row["ms"] / read, (row["bytes_gb"] - start["bytes_gb"]) / read
-        cells = [name_of(row), str(row["context"]), f"{row['ms']:.3f}"]
-        cells += [f"{row['bytes_gb']:.2f}", number(share, ".0f") + "%" * (share is not None)]
-        cells += [f"{row['ms'] - start['ms']:.3f}", number(bytes_ms, ".3f")]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        cells.append([
+            name_of(row), row["context"], f"{row['ms']:.3f}", f"{row['bytes_gb']:.2f}", number(share, ".0f", "%"),
+            f"{row['ms'] - start['ms']:.3f}", number(bytes_ms, ".3f"),
+        ])  # fmt: skip
+    head = "", "tokens in the cache", "ms", "GB", "of read", "more than the shortest, ms", "its bytes' own, ms"
+    return table(head, cells)
 
 
 def device_table(rows: list[dict[str, Any]]) -> list[str]:
     """Each step beside that of one device by default, and by the same strategy."""
-    lines = ["| | GPUs | ms | speed over one, its default | over one, the same strategy |", "|---" * 5 + "|"]
-    for row in rows:
+
+    def cells(row: dict[str, Any]) -> list[Any]:
         alone = [r for r in rows if r["devices"] == 1 and r["method"] == row["method"]]
         same = next((r for r in alone if r["strategy"] == row["strategy"]), None)
-        cells = [name_of(row), str(row["devices"]), f"{row['ms']:.3f}"]
-        cells += [f"{base['ms'] / row['ms']:.2f}×" if base else "" for base in (alone[0] if alone else None, same)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        speeds = [f"{base['ms'] / row['ms']:.2f}×" if base else "" for base in (alone[0] if alone else None, same)]
+        return [name_of(row), row["devices"], f"{row['ms']:.3f}", *speeds]
+
+    return table(("", "GPUs", "ms", "speed over one, its default", "over one, the same strategy"), map(cells, rows))
 
 
 def provenance(result: dict[str, Any]) -> str:
@@ -218,7 +210,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         lines += [f"Ceilings of this GPU: read {read:.2f} TB/s, copy {copied:.2f} TB/s (read + write).", ""]
     for title, rows in (("AdaFuse-JAX", result["rows"]), ("Peers in torch", result["peers"])):
         if rows:
-            lines += [f"## {title}", "", *table(rows, details), ""]
+            lines += [f"## {title}", "", *rows_table(rows, details), ""]
     if result["contexts"]:
         lines += ["## Longer contexts, batch 1, steps alone", "", *context_table(result["contexts"], read), ""]
     if result["devices"]:
@@ -229,7 +221,7 @@ def to_markdown(result: dict[str, Any]) -> str:
     for row in result["details"]:
         name = " ".join(str(row[key]) for key in KEY if row[key] != "-")
         if "tried" in row:
-            tried = "; ".join(f"{way}: {outcome}" for way, outcome in row["tried"].items())
+            tried = "; ".join(": ".join(pair) for pair in row["tried"].items())
             lines.append(f"- {name} ran with {row['configuration']}. {tried}.")
         if "step_ms" in row:
             lines.append(
@@ -246,57 +238,54 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """ms/token of every row of batch 1, and the parts of one layer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [row for row in (*result["rows"], *result["peers"]) if row["batch"] == 1 and row["ms_per_token"] is not None]
     rows.sort(key=lambda row: row["ms_per_token"])
     panels = 1 + bool(result["breakdown"])
-    figure, axes = plt.subplots(
-        1, panels, figsize=(8 * panels, 1.5 + 0.32 * max(len(rows), 12)), layout="constrained", squeeze=False
-    )
-    axis = axes[0, 0]
-    names = [name_of(row) for row in rows]
+    size = 8 * panels, 1.5 + 0.32 * max(len(rows), 12)
+    with picture(path, ncols=panels, figsize=size, layout="constrained", squeeze=False) as (figure, axes):
+        plot_rows(axes[0, 0], rows, result["ceilings"]["read_tbps"])
+        if result["breakdown"]:
+            plot_layer(axes[0, 1], result["breakdown"])
+        figure.suptitle(provenance(result), fontsize="medium")
+
+
+def plot_rows(axis: Any, rows: list[dict[str, Any]], read: float | None) -> None:
+    """Bars of ms/token, the fastest first."""
     colors = {"backbone": "dimgray", "adafuse": "tab:blue"} | dict.fromkeys(METHODS[2:], "tab:green")
-    bars = axis.barh(
-        names, [row["ms_per_token"] for row in rows], color=[colors.get(r["method"], "tab:orange") for r in rows]
-    )
-    axis.bar_label(bars, [f"{row['ms_per_token']:.2f}" for row in rows], padding=3, fontsize=8)
-    read, bare = result["ceilings"]["read_tbps"], [row for row in rows if row["method"] == "backbone"]
-    if read is not None and bare:
-        axis.axvline(
-            bare[0]["bytes_gb"] / read, color="black", linestyle=":", label="backbone's bytes at the read ceiling"
-        )
+    times = [row["ms_per_token"] for row in rows]
+    bars = axis.barh(list(map(name_of, rows)), times, color=[colors.get(row["method"], "tab:orange") for row in rows])
+    axis.bar_label(bars, [f"{ms:.2f}" for ms in times], padding=3, fontsize=8)
+    bare = next((row for row in rows if row["method"] == "backbone"), None)
+    if read is not None and bare is not None:
+        label = "backbone's bytes at the read ceiling"
+        axis.axvline(bare["bytes_gb"] / read, color="black", linestyle=":", label=label)
         axis.legend(fontsize="small", loc="upper right")
     axis.invert_yaxis()
     axis.margins(x=0.15)
-    wide = bool(rows) and rows[-1]["ms_per_token"] > 20 * rows[0]["ms_per_token"]  # else bars begin at 0
+    wide = bool(rows) and times[-1] > 20 * times[0]  # else bars begin at 0
     axis.set(xscale="log" if wide else "linear", xlabel="ms/token, batch 1", title="decoding")
     if wide:
         axis.set_xlim(left=1)
     axis.grid(axis="x", alpha=0.3)
-    if result["breakdown"]:
-        points = sorted(result["breakdown"], key=lambda row: (row["length"], row["rank"]))
-        at = range(len(points))
-        for offset, name, color in ((-0.2, "adafuse", "tab:blue"), (0.2, "layerwise", "tab:orange")):
-            bare_ms = [row["backbone_ms"] for row in points]
-            added = [100 * (row.get(f"{name}_ms") or 0) / ms for row, ms in zip(points, bare_ms, strict=True)]
-            axes[0, 1].bar([x + offset for x in at], added, width=0.4, color=color, label=name)
-        axes[0, 1].set_xticks(list(at), [f"T={row['length']}\nR={row['rank']}" for row in points], fontsize=7)
-        axes[0, 1].set(ylabel="adapter part, % of the backbone part", title="one layer, all seven linears adapted")
-        axes[0, 1].grid(axis="y", alpha=0.3)
-        axes[0, 1].legend(fontsize="small")
-    figure.suptitle(provenance(result), fontsize="medium")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+
+
+def plot_layer(axis: Any, breakdown: list[dict[str, Any]]) -> None:
+    """Bars of the adapter part in percent of the bare layer, by length and rank."""
+    points = sorted(breakdown, key=lambda row: (row["length"], row["rank"]))
+    at = range(len(points))
+    for offset, name, color in ((-0.2, "adafuse", "tab:blue"), (0.2, "layerwise", "tab:orange")):
+        added = [100 * (row.get(f"{name}_ms") or 0) / row["backbone_ms"] for row in points]
+        axis.bar([x + offset for x in at], added, width=0.4, color=color, label=name)
+    axis.set_xticks(list(at), [f"T={row['length']}\nR={row['rank']}" for row in points], fontsize=7)
+    axis.set(ylabel="adapter part, % of the backbone part", title="one layer, all seven linears adapted")
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize="small")
 
 
 def merge_parts(out: Path) -> str:
     """Write the three files; returns the tables."""
     result = merge(read_parts(out))
-    (out / "decode.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(out / "decode.json", result)
     markdown = to_markdown(result)
     (out / "decode.md").write_text(markdown)
     try:

@@ -1,4 +1,4 @@
-"""What decoding one token must move and compute, by method: the columns of arXiv 2603.11873's Tables 1, 5 and 6.
+"""Bytes and FLOPs of decoding one token, by method: the columns of arXiv 2603.11873's Tables 1, 5 and 6.
 
     bytes = weights + norms + embedding rows + KV cache (read to the mean position, one row written)
           + factors of the experts that the token uses + routers + what a merge writes and reads again
@@ -52,7 +52,7 @@ class Shapes:
         dims = [(self.embed_dim, self.embed_dim)] if method == "pesc" else map(self.linear_shape, targets)
         return self.num_layers * self.rank * sum(out + into for out, into in dims)
 
-    def experts_there(self, method: str) -> float:
+    def experts_per_layer(self, method: str) -> float:
         """Experts of a layer; of MoLA's, which has more in later layers, the mean."""
         if method in STATIC:
             return 1
@@ -63,7 +63,7 @@ class Shapes:
         if method == "adafuse":
             return self.num_experts * self.linear_shape(targets[0])[1]
         inputs = {"pesc": self.embed_dim} | dict.fromkeys(LAYER_WISE, sum(self.linear_shape(n)[1] for n in targets))
-        return self.num_layers * self.experts_there(method) * inputs.get(method, 0)
+        return self.num_layers * self.experts_per_layer(method) * inputs.get(method, 0)
 
 
 SIZES = {
@@ -91,7 +91,7 @@ def costs(
     norms, head = (2 * layers + 1) * d, shapes.vocab_size * d
     backbone = shapes.elements(LINEARS) + norms + head
     one_expert = shapes.factor_elements(method, adapted) if has_adapter else 0
-    num_experts, routers = shapes.experts_there(method), shapes.router_elements(method, adapted)
+    num_experts, routers = shapes.experts_per_layer(method), shapes.router_elements(method, adapted)
     used = 1 if method in STATIC else distinct or min(batch * k, num_experts)
     products = {"golden": k, "simple": k, "switch": 2 * k}.get(strategy, 0)
 

@@ -1,7 +1,7 @@
-"""The fused step by itself, at Llama-2-7B's shapes: ms by what is adapted and how many rows, or a timeline of its kernel.
+"""The megakernel's step by itself, at Llama-2-7B's shapes: ms by adapted linears and number of rows, or a timeline.
 
-    python -m benchmarks.token_step --cases bare qv all7 all7:8 all7:32      # targets, or targets:rows
-    python -m benchmarks.token_step --cases bare --layers 3 --timeline
+    python -m benchmarks.decode.token_step --cases bare qv all7 all7:8 all7:32      # targets, or targets:rows
+    python -m benchmarks.decode.token_step --cases bare --layers 3 --timeline
 
 for whoever changes the kernel: it compiles no prefill, and prints a case as soon as it is timed. Random weights, a cache of
 512 slots, 128 tokens in it (200 in the timeline); steps are chained, and every row begins with a token of its own. The
@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,12 +25,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adafuse_jax.inference.backends.megakernel import Fused, fused_step
-from adafuse_jax.inference.programs import decode_step
+from adafuse_jax.inference.backends.megakernel import Fused, Megakernel, fused_step
 from adafuse_jax.models.kv_cache import KVCache
-from benchmarks.decode_costs import SIZES, TARGETS
-from benchmarks.decode_rows import NO_REPEATS, adapter_config, model_config, random_adafuse, random_backbone
-from benchmarks.merged_step import SLOTS, fresh_state, time_steps
+from benchmarks.common.timing import Stopwatch, wait
+from benchmarks.decode.costs import SIZES, TARGETS
+from benchmarks.decode.merged_step import PROMPT, SLOTS, lower, time_steps
+from benchmarks.decode.models import adapter_config, model_config, random_adapter, random_backbone
+from benchmarks.decode.rows import running_state
 from pallas_kernels.megakernel import Profile
 
 SHAPES = SIZES["llama2-7b"]
@@ -50,41 +50,30 @@ def case_of(text: str) -> tuple[str, int]:
 def time_cases(cases: Sequence[tuple[str, int]], num_layers: int, steps: int, repeats: int) -> None:
     config = replace(model_config(SHAPES), num_layers=num_layers)
     model = random_backbone(config)
-    parts: dict[str, Any] = {}
+    backends: dict[str, Megakernel] = {}
     for targets, _ in cases:
-        if targets not in parts:
-            adapter = None if targets == "bare" else random_adafuse(adapter_config(SHAPES, targets), config)
-            parts[targets] = adapter, Fused.of(model, adapter)
-
-    def compiled(targets: str, batch: int) -> tuple[Any, float]:
-        begun, (adapter, fused) = time.perf_counter(), parts[targets]
-        arguments = model, adapter, fresh_state(config, model.dtype, batch), None, NO_REPEATS
-        step = decode_step.lower(*arguments, eos_ids=(), pad_id=0, fused=fused).compile()
-        return step, time.perf_counter() - begun
-
+        if targets not in backends:
+            adapter = None if targets == "bare" else random_adapter(adapter_config(SHAPES, targets), config)
+            backends[targets] = Megakernel(model, adapter)
     for targets, batch in cases:  # not while another is compiled: that delays the steps
-        (step, seconds), (adapter, fused) = compiled(targets, batch), parts[targets]
-
-        def advance(state: Any, merged: Any, step=step, adapter=adapter, fused=fused) -> Any:
-            return step(model, adapter, state, merged, NO_REPEATS, fused=fused)
-
-        times, *_ = time_steps(advance, fresh_state(config, model.dtype, batch), None, steps, repeats)
-        ms, spread = statistics.median(times), max(times) - min(times)
-        line = f"{targets}:{batch}, {num_layers} layers: {ms:.3f} ± {spread:.3f} ms, compiled in {seconds:.0f} s"
-        print(line, flush=True)
+        state, watch = running_state(config, model.dtype, batch, SLOTS, PROMPT), Stopwatch()
+        step = lower(backends[targets], None, state).compile()
+        seconds = watch.seconds
+        timing, *_ = time_steps(backends[targets], step, state, steps, repeats)
+        print(f"{targets}:{batch}, {num_layers} layers: {timing}, compiled in {seconds:.0f} s", flush=True)
 
 
 def timeline(targets: str, batch: int, num_layers: int) -> list[str]:
     """Lines of `summarise` for one case."""
     config = replace(model_config(SHAPES), num_layers=num_layers)
     model = random_backbone(config)
-    adapter = None if targets == "bare" else random_adafuse(adapter_config(SHAPES, targets), config)
+    adapter = None if targets == "bare" else random_adapter(adapter_config(SHAPES, targets), config)
     cache = KVCache.empty(config, batch, SLOTS, model.dtype)
     tokens, positions = jnp.arange(batch, dtype=jnp.int32), jnp.full(batch, PROFILED_PROMPT, jnp.int32)
     with tempfile.TemporaryDirectory() as folder:
         step = jax.jit(partial(fused_step, profile=Profile(directory=folder)))
         for _ in range(3):
-            jax.block_until_ready(step(model, adapter, Fused.of(model, adapter), tokens, positions, cache))
+            wait(step(model, adapter, Fused.of(model, adapter), tokens, positions, cache))
             jax.effects_barrier()
         newest = max(Path(folder).iterdir(), key=lambda path: path.stat().st_mtime_ns)
         return summarise(json.loads(newest.read_text())["traceEvents"])

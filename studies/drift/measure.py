@@ -1,27 +1,7 @@
-"""How far *switch* drifts from the exact weights, and what that does to the next token.
-
-    python -m benchmarks.drift --model SMOLLM2_DIR --adapter ADAPTER_DIR --out benchmarks/results/nvidia_h200
-
-writes drift.json, drift.md and drift.png. After 1, 10, 100, … switch steps over the gates of real tokens, in bfloat16 and
-float32:
-
-    weight error   ‖W − W_exact‖ / ‖W_exact‖ over all adapted weights, W_exact = W⁰ + Δ(g) in float64
-    KL             KL(exact ‖ drifted) of the next-token distributions, mean over held-out tokens, in nats
-
-For the KL the weights are unmerged, as after a generation, and every held-out token runs with its own experts merged into
-them. *exact* is the unmerged float32 forward pass of the same weights. *golden* merges every token into the pristine weights
-and *unmerged* writes none: neither depends on the number of steps, and what they show is the rounding of one token.
-
-The tokens are sampled from the adapted model at temperature 1 (every one is new, so no sequence of gates repeats), or come
-from `--text`, which is begun anew where it is too short.
-"""
+"""Weight error and KL of *switch*, *golden* and *unmerged* (the package's docstring defines both)."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,26 +14,19 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from adafuse_jax import AdaFuse, Backbone, load_backbone
+from adafuse_jax import AdaFuse, Backbone
 from adafuse_jax.adapters.adafuse import AdaFuseLayer
 from adafuse_jax.checkpoints.adapter_directory import load_adapter
-from adafuse_jax.checkpoints.hf_checkpoint import backbone_identity
-from adafuse_jax.checkpoints.hf_config import read_model_config
-from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.inference.backends.merged import Merged, adapted_weights, factors, unmerge, with_weights
 from adafuse_jax.inference.sampling import Sampling, sample
-from adafuse_jax.models.config import DType, ModelConfig
+from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.hooks import Routing
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.models.layers import Linear
+from benchmarks.common.timing import Stopwatch, wait
 from pallas_kernels.sgmm import choose_implementation, golden_terms, sgmm, switch_terms
 from pallas_kernels.sgmm.reference import merge_layer
-
-DTYPES: tuple[DType, ...] = ("bfloat16", "float32")
-LENGTH = 256
-"""Tokens of a row; the first row is held out."""
 
 
 class EachTokenMerged:
@@ -89,7 +62,7 @@ class EachTokenMergedLayer(AdaFuseLayer):
 
 @partial(jax.jit, static_argnames=("rows", "length"))
 def sample_tokens(model: Backbone, adapter: AdaFuse, first: int, rows: int, length: int) -> Int[Array, "rows length"]:
-    """What the adapted model writes after the token `first`."""
+    """Tokens that the adapted model samples after the token `first`."""
 
     def step(carry: tuple[Array, KVCache, Array], position: Array) -> tuple[tuple[Array, KVCache, Array], Array]:
         tokens, cache, key = carry
@@ -221,9 +194,9 @@ def measure(
 
     done, drifted = 0, []
     for steps in decades:
-        begun = time.perf_counter()
-        merged = jax.block_until_ready(switch(adapter, merged, experts, gates, done, steps))
-        seconds = time.perf_counter() - begun
+        watch = Stopwatch()
+        merged = wait(switch(adapter, merged, experts, gates, done, steps))
+        seconds = watch.seconds
         error = weight_error(merged.weights, pristine, adapter, merged)
         left = unmerge(adapter, jax.tree.map(jnp.copy, merged)).weights
         kl = divergence(exact, merged_logits(with_weights(model, left), adapter, held_out))
@@ -240,101 +213,3 @@ def measure(
         },
         "unmerged": {"weight_error": None, "kl": divergence(exact, logits_of(model, adapter, held_out))},
     }
-
-
-def table(results: dict[str, Any]) -> str:
-    """Of drift.json, in Markdown."""
-    lines = ["| | steps | weight error | KL, nats |", "|---|---|---|---|"]
-    for dtype, of in results.items():
-        for row in of["switch"]:
-            lines.append(f"| switch, {dtype} | {row['steps']:,} | {row['weight_error']:.1e} | {row['kl']:.1e} |")
-        lines.append(f"| golden, {dtype} | any | {of['golden']['weight_error']:.1e} | {of['golden']['kl']:.1e} |")
-        lines.append(f"| unmerged, {dtype} | any | writes none | {of['unmerged']['kl']:.1e} |")
-    return "\n".join(lines)
-
-
-def plot(results: dict[str, Any], title: str, picture: Path) -> None:
-    """Weight error on the left, KL on the right, over switch steps; the lines of golden and unmerged are level."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for dtype, color in zip(results, ("tab:red", "tab:blue"), strict=False):
-        rows = results[dtype]["switch"]
-        for panel, name in zip(panels, ("weight_error", "kl"), strict=True):
-            panel.plot([r["steps"] for r in rows], [r[name] for r in rows], "o-", color=color, label=f"switch, {dtype}")
-            for strategy, style in (("golden", "--"), ("unmerged", ":")):
-                level = results[dtype][strategy][name]
-                if level is not None and level > 1e-14:  # less is the rounding of the KL itself
-                    panel.axhline(level, linestyle=style, color=color, label=f"{strategy}, {dtype}: at any step")
-    for panel, label in zip(
-        panels, ("‖W − W_exact‖ / ‖W_exact‖", "KL(exact ‖ drifted) of the next token, nats"), strict=True
-    ):
-        panel.set(xscale="log", yscale="log", xlabel="switch steps", ylabel=label)
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize="x-small")
-    figure.suptitle(title, fontsize="medium")
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
-
-
-def decades_to(steps: int) -> list[int]:
-    """1, 10, 100, … and `steps`."""
-    return sorted({10**i for i in range(len(str(steps)))} | {steps})
-
-
-def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face model directory")
-    parser.add_argument("--adapter", type=Path, required=True, help="adapter directory written by train.py")
-    parser.add_argument("--out", type=Path, required=True, help="directory for drift.json, drift.md and drift.png")
-    parser.add_argument("--steps", type=int, default=10000, help="switch steps")
-    parser.add_argument("--text", type=Path, help="text whose tokens to use; default: sampled from the model")
-    arguments = parser.parse_args(argv)
-    if arguments.steps < 1:
-        parser.error(f"--steps is {arguments.steps}: it must be at least 1")
-    begun = time.perf_counter()
-    runtime.exact_float32()
-    config, identity = read_model_config(arguments.model), backbone_identity(arguments.model)
-    tokenizer = load_tokenizer(arguments.model)
-    length = min(LENGTH, config.max_position_embeddings)
-    rows, decades = 1 + -(-max(arguments.steps, 2) // length), decades_to(arguments.steps)
-    tokens: Any = None
-    results: dict[str, Any] = {}
-    for dtype in DTYPES:
-        model = load_backbone(arguments.model, dtype)
-        adapter = load_adafuse(arguments.adapter, config, backbone_identity=identity, dtype=jnp.dtype(dtype))
-        if arguments.text is not None:
-            tokens = jnp.asarray(text_tokens(arguments.text, tokenizer, rows, length))
-        elif tokens is None:
-            first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-            tokens = sample_tokens(model, adapter, first, rows, length)
-        results[dtype] = measure(model, adapter, tokens, decades)
-
-    device = jax.devices()[0].device_kind
-    a = adapter.config
-    shapes = f"{len(a.targets)} linears, E={a.num_experts}, R={a.rank}, k={a.top_k}"
-    adapted = int(sum(w.size for w in adapted_weights(model, adapter).values()))
-    result = {
-        "command": "python -m benchmarks.drift " + " ".join(argv),
-        "device": device,
-        "jax": jax.__version__,
-        "adapter": f"{shapes}, s={a.scale:g}",
-        "adapted_weights": adapted,
-        "tokens": "sampled at temperature 1" if arguments.text is None else str(arguments.text),
-        "held_out_tokens": length,
-        "seconds": round(time.perf_counter() - begun, 1),
-        "results": results,
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "drift.json").write_text(json.dumps(result, indent=2) + "\n")
-    title = f"{arguments.model.name}, {adapted / 1e6:.1f} M adapted weights ({shapes}), {device}, JAX {jax.__version__}"
-    (arguments.out / "drift.md").write_text(f"{title}\n\n{table(results)}\n")
-    plot(results, title, arguments.out / "drift.png")
-    print(table(results))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
