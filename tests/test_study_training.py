@@ -21,7 +21,7 @@ from adafuse_jax.data.packing import Rows, pack
 from adafuse_jax.evaluation.loading import load
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.training.schedules import learning_rate
-from studies.science_questions.methods import available, make, trainable_parameters
+from studies.science_questions.methods import METHODS, make, trainable_parameters
 from studies.training import CONFIG, Texts, Trained, Trainer, optimizer_of, phases_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -59,7 +59,7 @@ def rows(loaded: Any) -> Any:
     return pack(encode_all(choices() * 2, loaded.tokenizer, LENGTH)[0], LENGTH)
 
 
-@pytest.mark.parametrize("name", [name for name in available() if name not in ("none", "lora-matched", "adafuse-ffn")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("none", "lora-matched", "adafuse-ffn")])
 def test_every_method_learns(name: str, loaded: Any, rows: Any):
     """The loss falls, and the learning rate that is given is the one that counts: at 0 nothing changes."""
     settings, rate = small(name), 1e-3 if name == "full" else 3e-2
@@ -126,7 +126,6 @@ def test_frozen_routers_stay(loaded: Any, rows: Any):
     np.testing.assert_allclose(never.router.weight[...], usual.router.weight[...], atol=1e-6)
 
 
-@pytest.mark.skipif("mola" not in available(), reason="MoLA is not in this version")
 def test_mola_counts_the_experts_that_are_there(loaded: Any):
     few, even = (
         trainable_parameters(small("mola") | {"experts_per_layer": numbers}, loaded.model)
