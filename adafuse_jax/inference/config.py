@@ -29,7 +29,9 @@ class DecodeConfig:
         "drift (switch), or, a LoRA, merged once before decoding (merged); default: fused, for AdaFuse or no adapter, on a "
         "Hopper GPU with bfloat16 weights, else unmerged",
         None,
-        moved={"simple": "it is the paper's ablation and a strategy of the benchmarks, see benchmarks/simple_merging.py"},
+        moved={
+            "simple": "it is the paper's ablation and a strategy of the benchmarks, see benchmarks/simple_merging.py"
+        },
     )
     prompt: str | None = flag("one prompt; without a prompt, prompts are read from stdin, one a line", None, "TEXT")
     prompts_file: str | None = flag(
