@@ -37,20 +37,27 @@ BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
 """A library that computes for minutes without a look at Python's signals, as XLA's compiler does."""
 
 
-def start(arguments: list[str], folder: Path, jax: str, **options) -> subprocess.Popen[str]:
-    """A command in `folder`, with a module in place of JAX that runs the code `jax`."""
+def start(
+    arguments: list[str], folder: Path, jax: str, *, interrupt: signal.Handlers = signal.SIG_DFL, **options
+) -> subprocess.Popen[str]:
+    """A command in `folder`, with a module in place of JAX that runs the code `jax`. `interrupt`: what SIGINT does to it,
+    whatever it does to pytest."""
     (folder / "jax.py").write_text(jax)
     script = [str(tiny.REPOSITORY / arguments[0]), *arguments[1:]] if arguments[0].endswith(".py") else arguments
     path = os.pathsep.join([str(folder), str(tiny.REPOSITORY)])
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.Popen(
-        [sys.executable, *script], cwd=folder, env=tiny.environment(PYTHONPATH=path), text=True, **pipes
-    )
+        [sys.executable, *script], cwd=folder, env=tiny.environment(PYTHONPATH=path), text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, interrupt), **pipes,
+    )  # fmt: skip
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str]:
     """(exit code, stderr); stdout must be empty."""
-    out, err = process.communicate(timeout=seconds)
+    try:
+        out, err = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
     assert not out
     return process.returncode, err
 
@@ -169,9 +176,7 @@ class TestSignals:
     def test_a_background_job_ignores_ctrl_c(self, tmp_path: Path):
         """nohup and `&` in scripts start a command with SIGINT ignored."""
         code = "import os, time; os.kill(os.getpid(), 2); time.sleep(0.2); raise ImportError('went on')"
-        ignoring = start(
-            COMMANDS["decode"], tmp_path, code, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
-        )
+        ignoring = start(COMMANDS["decode"], tmp_path, code, interrupt=signal.SIG_IGN)
         status, err = finish(ignoring)
         assert (status, "went on" in err) == (2, True)
 
