@@ -19,6 +19,7 @@ from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.data.packing import Rows
+from benchmarks.common.timing import Stopwatch
 from studies.accuracy import arms, made_up, mixture, pregated, scoring, tasks
 from studies.accuracy.__main__ import main
 from studies.accuracy.study import Plan, Run, Study, best_rate, grid, of_seeds
@@ -194,11 +195,11 @@ def test_study_from_files_to_tables(file: Path, stories260k_dir: Path, tmp_path:
     assert not list(runs.glob("*")), "the budget was over before the first run"
     plan = Plan(steps=8, batch_size=2, new_tokens=3, dtype="float32")
     study = Study(str(stories260k_dir), file, Runs(record, runs), plan)
-    study.do_all([grid(arm, (1e-2, 1e-3))], budget_seconds=None, begun=0)
+    study.do_all([grid(arm, (1e-2, 1e-3))], budget_seconds=None, watch=Stopwatch())
     replicas = study.records[f"grid-{arm}-0@0.01,0@0.001"]["replicas"]
     best = best_rate(study.records, arm)
     assert max(r["mean"] for r in replicas) == next(r["mean"] for r in replicas if r["learning_rate"] == best)
-    study.do_all([of_seeds(arm, (0, 5), study.records)], budget_seconds=None, begun=0)
+    study.do_all([of_seeds(arm, (0, 5), study.records)], budget_seconds=None, watch=Stopwatch())
 
     before = {path: path.stat().st_mtime_ns for path in runs.iterdir()}
     assert main([*flags, "--arms", arm]) == main([*flags, "--arms", arm, "--stage", "seeds", "--seeds", "0", "5"]) == 0

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from adafuse_jax.core import runtime
 from adafuse_jax.core.cli import run_cli
 from adafuse_jax.core.fields import require
+from benchmarks.common.timing import Stopwatch
 from studies.questions import SETS
 from studies.runs import Runs, add_flags, merge
 from studies.science_questions import report
@@ -61,7 +61,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    begun = time.perf_counter()
+    watch = Stopwatch()
     arguments = parse(argv)
     runs = Runs(arguments.record, arguments.runs)
     if arguments.merge:
@@ -81,14 +81,13 @@ def main(argv: Sequence[str]) -> int:
             stage = run.stage
             study.compile_ahead(stage)
             report.write(runs.all, arguments.out)
-        elapsed = time.perf_counter() - begun
+        elapsed = watch.seconds
         if arguments.budget_seconds is not None and elapsed > arguments.budget_seconds:
             print(f"{elapsed:.0f} s are over the budget; {run.name} is next", file=sys.stderr)
             break
         record = study.do(run)
         found = [next(iter(replica.values())) for replica in record["replicas"]]
-        elapsed = time.perf_counter() - begun
-        print(f"[{elapsed:6.0f} s] {run.name}: {found}, {record['wall_seconds']:.1f} s", file=sys.stderr)
+        print(f"[{watch.seconds:6.0f} s] {run.name}: {found}, {record['wall_seconds']:.1f} s", file=sys.stderr)
     study.close()
     report.write(runs.all, arguments.out)
     print((arguments.out / f"{NAME}.md").read_text(encoding="utf-8"))
