@@ -20,7 +20,7 @@ VENV := .venv/bin/python
 	@touch $@
 
 demo: .venv/installed
-	$(VENV) -m adafuse_jax.demo
+	$(VENV) -m examples.skills
 
 # Each worker takes a run of neighbouring tests, which share fixtures and compiled programs.
 PYTEST := JAX_PLATFORMS=cpu $(VENV) -m pytest -q -n 2 --dist worksteal --durations=10

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from adafuse_jax.adapters.adafuse import AdaFuse
     from adafuse_jax.adapters.config import AdapterConfig
     from adafuse_jax.adapters.registry import make_adapter
-    from adafuse_jax.checkpoints.hf_checkpoint import export_backbone, load_backbone
+    from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
+    from adafuse_jax.checkpoints.hf_export import export_backbone
     from adafuse_jax.core.errors import UserError
     from adafuse_jax.inference.config import DecodeConfig
     from adafuse_jax.models.config import ModelConfig
@@ -45,7 +46,8 @@ _MODULES = {
     "models.config": ("ModelConfig",),
     "training.config": ("TrainConfig",),
     "core.errors": ("UserError",),
-    "checkpoints.hf_checkpoint": ("export_backbone", "load_backbone"),
+    "checkpoints.hf_checkpoint": ("load_backbone",),
+    "checkpoints.hf_export": ("export_backbone",),
     "models.decoder": ("Backbone",),
 }
 

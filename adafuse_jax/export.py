@@ -27,7 +27,7 @@ from adafuse_jax.models.config import DType
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportConfig:
-    """What `python -m adafuse_jax.export` does."""
+    """Model, adapter, and the form and place of the export."""
 
     model: str = flag("Hugging Face model directory or hub id of the adapter's backbone", metavar="DIR|ID", text="path")
     adapter: str = flag("adapter directory written by train.py, or a LoRA of PEFT", metavar="DIR", text="path")
@@ -50,13 +50,14 @@ def export(config: ExportConfig) -> None:
 
     from adafuse_jax.adapters.lora import LoRA, merged
     from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter
-    from adafuse_jax.checkpoints.hf_checkpoint import Checkpoint, export_backbone, load_backbone
+    from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
+    from adafuse_jax.checkpoints.hf_export import export_backbone
     from adafuse_jax.checkpoints.peft import save_peft_lora
     from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files, write_tokenizer
 
     out = Path(config.output)
     require_free(out, "--output")
-    checkpoint = Checkpoint.open(config.model)
+    checkpoint = HFCheckpoint.open(config.model)
     identity = checkpoint.identity()
     adapter = load_adapter(config.adapter, checkpoint.config, backbone_identity=identity, dtype=jnp.dtype("float32"))
     own = tokenizer_files(checkpoint.directory)
@@ -75,7 +76,7 @@ def export(config: ExportConfig) -> None:
             save_peft_lora(adapter, out, backbone_name=config.model)
         else:
             model = merged(load_backbone(checkpoint, config.dtype), adapter)
-            export_backbone(model, out, source=checkpoint.directory, tokenizer=tokenizer)
+            export_backbone(model, out, source=checkpoint, tokenizer=tokenizer)
         if config.format != "huggingface" and tokenizer != own:
             write_tokenizer(tokenizer, out)
     except (OSError, SafetensorError) as error:
@@ -83,8 +84,9 @@ def export(config: ExportConfig) -> None:
         raise UserError(f"--output {out}: cannot be written ({reason}); give another directory") from error
 
 
-def main(argv: Sequence[str]) -> None:
-    (config,) = parse_flags(__doc__.splitlines()[0], (ExportConfig,), argv)
+def main(argv: Sequence[str], program: str = "python -m adafuse_jax.export") -> None:
+    """Export an adapter for other programs."""
+    (config,) = parse_flags(main.__doc__, (ExportConfig,), argv, program)
     runtime.set_up()
     with runtime.memory_errors("set JAX_PLATFORMS=cpu to merge in the host's memory"):
         export(config)

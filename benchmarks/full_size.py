@@ -13,82 +13,42 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import threading
-import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-SIZES = {
-    "llama2-7b": {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32,
-    },
-    "tiny": {
-        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 4,
-    },
-}  # fmt: skip
+from benchmarks.common.records import command_line, facts, write_json
+from benchmarks.common.timing import Stopwatch, wait
+from benchmarks.decode.costs import SIZES
+
+SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
-def config_of(size: str) -> dict[str, Any]:
-    return SIZES[size] | {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 4096, "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-        "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-
-
-def write_model(size: str, out: Path, layers_per_shard: int = 4) -> None:
-    """A random bf16 model in shards, and a byte-level tokenizer without merges."""
-    import jax
-    import jax.numpy as jnp
-    from safetensors.numpy import save_file
+def write_model(size: str, out: Path) -> None:
+    """A random bfloat16 model in shards, and a byte-level tokenizer without merges."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    config = config_of(size)
-    d, f, v, layers = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers"))
-    draw = jax.jit(lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype(jnp.bfloat16), static_argnums=1)
-    count = 0
+    from adafuse_jax import export_backbone
+    from benchmarks.decode.models import model_config, random_backbone
 
-    def tensor(*shape: int) -> np.ndarray:
-        nonlocal count
-        count += 1
-        return np.asarray(draw(jax.random.key(count), shape) if len(shape) > 1 else jnp.ones(shape, jnp.bfloat16))
-
-    def layer(i: int) -> dict[str, np.ndarray]:
-        attention = {f"self_attn.{name}_proj": tensor(d, d) for name in "qkvo"}
-        ffn = {"mlp.gate_proj": tensor(f, d), "mlp.up_proj": tensor(f, d), "mlp.down_proj": tensor(d, f)}
-        norms = {"input_layernorm": tensor(d), "post_attention_layernorm": tensor(d)}
-        return {f"model.layers.{i}.{name}.weight": value for name, value in (attention | ffn | norms).items()}
-
-    out.mkdir(parents=True)
-    groups = [range(i, min(i + layers_per_shard, layers)) for i in range(0, layers, layers_per_shard)]
-    weight_map: dict[str, str] = {}
-    total = 0
-    for n in range(len(groups) + 1):
-        if n == len(groups):
-            shard = {f"{name}.weight": tensor(v, d) for name in ("model.embed_tokens", "lm_head")}
-            shard["model.norm.weight"] = tensor(d)
-        else:
-            shard = {name: value for i in groups[n] for name, value in layer(i).items()}
-        name = f"model-{n + 1:05}-of-{len(groups) + 1:05}.safetensors"
-        save_file(shard, out / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, name)
-        total += sum(value.nbytes for value in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index))
-    (out / "config.json").write_text(json.dumps(config))
-
-    symbols = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    symbols = [*SPECIAL.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(symbols)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(s, special=True) for s in symbols[:3]])
-    tokenizer.save(str(out / "tokenizer.json"))
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (out / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special}))
+    tokenizer.add_special_tokens([AddedToken(s, special=True) for s in SPECIAL.values()])
+    config = model_config(SIZES[size])
+    config = replace(
+        config, vocab_size=max(config.vocab_size, len(symbols)), bos_token_id=symbols.index("<s>"),
+        eos_token_ids=(symbols.index("</s>"),),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save(f"{scratch}/tokenizer.json")
+        write_json(Path(scratch) / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL})
+        export_backbone(random_backbone(config), out, source=scratch)
 
 
 def write_texts(path: Path, rows: int, length: int) -> None:
@@ -111,19 +71,19 @@ def measure_import(model: Path) -> dict[str, Any]:
 
     from adafuse_jax import load_backbone
 
-    jax.block_until_ready(jax.numpy.zeros(8))
+    wait(jax.numpy.zeros(8))
     before, peak, done = anonymous_gib(), 0.0, threading.Event()
 
-    def watch() -> None:
+    def track_peak() -> None:
         nonlocal peak
         while not done.wait(0.02):
             peak = max(peak, anonymous_gib())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=track_peak)
     watcher.start()
-    begun = time.perf_counter()
-    backbone = jax.block_until_ready(load_backbone(model))
-    seconds = time.perf_counter() - begun
+    watch = Stopwatch()
+    backbone = wait(load_backbone(model))
+    seconds = watch.seconds
     done.set()
     watcher.join()
     memory = jax.local_devices()[0].memory_stats() or {}
@@ -139,9 +99,9 @@ def measure_import(model: Path) -> dict[str, Any]:
 
 def run(command: list[str]) -> str:
     print("$", " ".join(command), flush=True)
-    begun = time.perf_counter()
+    watch = Stopwatch()
     result = subprocess.run([sys.executable, *command], check=True, stdout=subprocess.PIPE, text=True)
-    print(f"  {time.perf_counter() - begun:.1f} s", flush=True)
+    print(f"  {watch.seconds:.1f} s", flush=True)
     return result.stdout
 
 
@@ -178,22 +138,17 @@ def main() -> None:
     ]  # fmt: skip
     trained = json.loads(run(train))
     decode = [
-        "decode.py",
-        "--model",
-        str(model),
-        "--prompt",
-        "The quick brown fox " * 6,
-        "--raw",
-        "--max-new-tokens",
-        "50",
-    ]
+        "decode.py", "--model", str(model), "--prompt", "The quick brown fox " * 6, "--raw", "--max-new-tokens", "50",
+    ]  # fmt: skip
     rows = {}
     for name, extra in {"backbone": [], "adafuse": ["--adapter", str(output / "adapter")]}.items():
         rows[name] = json.loads(run([*decode, *extra, "--json", "--stats"]).splitlines()[-1])
         del rows[name]["text"], rows[name]["token_ids"], rows[name]["prompt"]
-    result = {"size": arguments.size, "import": imported, "train": trained, "train_command": train, "decode": rows}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "full_size.json").write_text(json.dumps(result, indent=2) + "\n")
+    result = {
+        **facts(), "command": command_line("benchmarks.full_size"), "size": arguments.size, "import": imported,
+        "train": trained, "train_command": train, "decode": rows,
+    }  # fmt: skip
+    write_json(arguments.out / "full_size.json", result)
     print(json.dumps(result, indent=2))
 
 

@@ -22,7 +22,7 @@ from test_engine import generate, prompt_of
 
 from adafuse_jax import UserError, load_backbone
 from adafuse_jax.inference import programs
-from adafuse_jax.inference.backends.megakernel import Fused, fused_step, fused_unsupported_reason
+from adafuse_jax.inference.backends.megakernel import Fused, Megakernel, fused_step, fused_unsupported_reason
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.models.config import LINEARS
 from adafuse_jax.parallel.axes import TENSOR
@@ -166,7 +166,7 @@ def run_fused(devices: int) -> dict:
     whole = [(model, adapter), (shard(model, mesh), shard(adapter, mesh))]
     with (
         mock.patch.object(kernel_sm90, "run_megakernel", one_shard),
-        mock.patch("adafuse_jax.inference.engine.fused_unsupported_reason", return_value=None),
+        mock.patch("adafuse_jax.inference.backends.megakernel.fused_unsupported_reason", return_value=None),
         mock.patch("adafuse_jax.inference.backends.megakernel.decode_token", partial(decode_token, num_ctas=3)),
     ):
         for parts in whole:
@@ -175,10 +175,10 @@ def run_fused(devices: int) -> dict:
             tokens.append([generate(engine, *([5, 3, 8], [7]), n=12) for _ in range(2)])
             programs.append(programs.decode_step._cache_size())
         unasked = [Engine(*whole[1]).strategy]
-        with mock.patch("adafuse_jax.inference.engine.TRIED_DEVICES", 1):
+        with mock.patch("adafuse_jax.inference.backends.megakernel.TRIED_DEVICES", 1):
             unasked += [Engine(*whole[1]).strategy, Engine(*whole[1], strategy="fused").strategy]
         lora = shard(random_method("lora", model.config, **FEW["lora"]), mesh)
-        launched = Engine(whole[1][0], lora, strategy="merged")._fused is not None
+        launched = isinstance(Engine(whole[1][0], lora, strategy="merged").backend, Megakernel)
         try:
             refused = Engine(*whole[1], strategy="golden").strategy
         except UserError as error:

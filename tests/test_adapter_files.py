@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.registry import make_adapter
 from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter
-from adafuse_jax.checkpoints.hf_checkpoint import Checkpoint
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
 from adafuse_jax.checkpoints.hf_config import read_model_config
 from adafuse_jax.checkpoints.peft import INERT, save_peft_lora
 from adafuse_jax.core.errors import MAX_MESSAGE, UserError
@@ -199,7 +199,7 @@ class TestExportOfTokenizers:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
         folder = tiny.write_folder(tmp_path)
-        checkpoint = Checkpoint.open(folder / "model")
+        checkpoint = HFCheckpoint.open(folder / "model")
         lora = make_adapter(AdapterConfig(adapter="lora", rank=2), checkpoint.config, rngs=nnx.Rngs(0))
         save_peft_lora(lora, folder / "lora", backbone_name="tiny")
         return folder

@@ -8,7 +8,8 @@ from typing import get_args
 import pytest
 from mistakes import ADAPTER, LONG_NAME, OTHERS, PROMPTS, Case, check_refused, folder_at, loop, parametrize, pipe, write
 
-from adafuse_jax.adapters.presets import PRESETS
+from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.inference.backends.registry import strategies_of
 from adafuse_jax.inference.config import Strategy
 
 FULL = {"adapter": "full", "num_experts": None, "rank": None}
@@ -204,9 +205,10 @@ DECODE = [
     Case("raw with system", ("--raw", "--system", "write it"), {"raw": True, "system": "Be brief."}),
     Case("dtype unknown", ("--dtype", "'int8'", "bfloat16"), {"dtype": "int8"}),
     Case("strategy unknown", ("--strategy", "'fast'", "golden"), {"strategy": "fast"}),
+    Case("strategy moved", ("--strategy is 'simple'", "benchmarks/simple_merging.py"), {"strategy": "simple"}),
     *(
         Case(f"{strategy} without adapter", (f"--strategy {strategy}", "give --adapter"), {"strategy": strategy})
-        for strategy in ("golden", "switch", "simple", "merged")
+        for strategy in ("golden", "switch", "merged")
     ),
     *(
         Case(
@@ -216,7 +218,7 @@ DECODE = [
         )
         for method, folder in (("adafuse", "adapter"), *((m, m) for m in OTHERS))
         for strategy in get_args(Strategy)
-        if strategy not in PRESETS[method].strategies
+        if strategy not in strategies_of(AdapterConfig(adapter=method))
     ),
     Case("more devices than there are", ("--tensor-parallel 64", "at most"), {"tensor_parallel": 64}),
     Case("no device", ("--tensor-parallel is 0", "an integer from 1 to"), {"tensor_parallel": 0}),

@@ -1,4 +1,4 @@
-"""benchmarks/decode.py on tiny shapes: costs by hand, rows through the engine, the three files, the torch peers' checks."""
+"""benchmarks.decode on tiny shapes: costs by hand, rows through the engine, the three files, the torch peers' checks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ import tiny
 
 from adafuse_jax.adapters.registry import num_parameters
 from adafuse_jax.models.config import LINEARS
-from benchmarks import decode, decode_costs, decode_report, decode_rows, merged_step, streaming, token_step
-from benchmarks.decode_costs import SIZES, costs
+from benchmarks.common.jobs import Job, run_job
+from benchmarks.decode import __main__ as decode
+from benchmarks.decode import costs as decode_costs
+from benchmarks.decode import layer, merged_step, models, report, rows, token_step
+from benchmarks.decode.costs import SIZES, costs
+from benchmarks.decode.prompts import make_prompts
+from benchmarks.kernels import streaming
 
 REPOSITORY = tiny.REPOSITORY
+RESULTS = REPOSITORY / "benchmarks" / "results" / "nvidia_h200"
 TORCH = REPOSITORY / ".venv-torch" / "bin" / "python"
 ROW_FIELDS = {
     "method", "targets", "strategy", "batch", "ms_per_token", "spread_ms", "overhead_pct", "bytes_gb", "read_bandwidth_pct",
@@ -32,7 +38,7 @@ SEVEN_B = SIZES["llama2-7b"]
 class TestCosts:
     def test_linears_are_those_of_the_backbone(self):
         assert decode_costs.LINEARS == LINEARS
-        config = decode_rows.model_config(SEVEN_B)
+        config = models.model_config(SEVEN_B)
         assert [SEVEN_B.linear_shape(name) for name in LINEARS] == [config.linear_shape(name) for name in LINEARS]
 
     @pytest.mark.parametrize(("targets", "factors", "merge"), [("qv", 0.134, 4.295), ("all7", 0.640, 25.904)])
@@ -48,18 +54,18 @@ class TestCosts:
 
     def test_parameters_are_those_of_the_modules(self):
         shapes = SIZES["tiny"]
-        config = decode_rows.model_config(shapes)
-        model = decode_rows.random_backbone(config)
-        adapter = decode_rows.random_adafuse(decode_rows.adapter_config(shapes, "qv"), config)
+        config = models.model_config(shapes)
+        model = models.random_backbone(config)
+        adapter = models.random_adapter(models.adapter_config(shapes, "qv"), config)
         count = sum(leaf.size for leaf in jax.tree.leaves((model, adapter)))
         assert costs(shapes, "adafuse", "qv", "unmerged", 1, 0).params_b * 1e9 == pytest.approx(count)
         assert costs(shapes, "backbone", "-", "-", 1, 0).params_b * 1e9 == sum(x.size for x in jax.tree.leaves(model))
         for method, targets, _ in decode.METHODS:
-            adapter = decode_rows.random_adapter(decode_rows.adapter_config(shapes, targets, None, method), config)
+            adapter = models.random_adapter(models.adapter_config(shapes, targets, None, method), config)
             count = sum(leaf.size for leaf in jax.tree.leaves(model)) + num_parameters(adapter)
-            told = costs(shapes, method, targets, "unmerged", 1, 0).params_b * 1e9
+            computed = costs(shapes, method, targets, "unmerged", 1, 0).params_b * 1e9
             # the two layers of this size have MoLA's first two numbers of experts, and not all four
-            assert told == pytest.approx(count) or (method == "mola" and told > count)
+            assert computed == pytest.approx(count) or (method == "mola" and computed > count)
         mixture = costs(shapes, "moral", "all7", "unmerged", 1, 0)
         assert costs(shapes, "lora-moe-compiled", "all7", "-", 1, 0) == mixture
 
@@ -80,9 +86,9 @@ class TestCosts:
 class TestRandomModules:
     def test_leaves(self):
         shapes = SIZES["tiny"]
-        config = decode_rows.model_config(shapes)
-        model = decode_rows.random_backbone(config)
-        adapter = decode_rows.random_adafuse(decode_rows.adapter_config(shapes, "all7"), config)
+        config = models.model_config(shapes)
+        model = models.random_backbone(config)
+        adapter = models.random_adapter(models.adapter_config(shapes, "all7"), config)
         weight = np.asarray(model.layers.down_proj.weight[...], np.float32)
         assert model.dtype == jnp.bfloat16
         assert weight.std() == pytest.approx(0.02, rel=0.1)
@@ -103,14 +109,7 @@ def in_process(monkeypatch):
         if job.name in broken:
             return {}, broken[job.name]
         found = {"device": "cpu", "jax": jax.__version__}
-        if job.settings["kind"] == "ceilings":
-            return found | {"ceilings": decode_rows.measure_ceilings(2**12, seconds=1e-3)}, None
-        if job.settings["kind"] == "contexts":
-            decode_rows.measure_contexts(common | job.settings, found.update)
-        elif job.settings["kind"] == "layer":
-            decode_rows.measure_layer(SIZES["tiny"], [8], [1, 8], 1e-3, found.update, num_layers=1)
-        else:
-            decode_rows.measure_rows(common | job.settings, found.update)
+        rows.KINDS[job.settings["kind"]](common | job.settings, found.update)
         return found, None
 
     monkeypatch.setattr(decode, "run_job", run_job)
@@ -127,7 +126,8 @@ class TestDecode:
         only = ("--only", "backbone", "unmerged-all7", "golden-qv", "simple-qv")
         in_process["simple-qv"] = "RuntimeError: out of | memory"
         result = run(tmp_path, "--part=jax", "--batches", "1", "2", "--batch-queries=1", *only)
-        assert {"device", "jax", "command", "ceilings", "rows", "peers", "breakdown", "notes"} <= result.keys()
+        names = {"device", "jax", "commit", "command", "ceilings", "rows", "peers", "breakdown", "notes"}
+        assert names <= result.keys()
         assert set(result["ceilings"]) == {"read_tbps", "copy_tbps"}
         assert all(set(row) == ROW_FIELDS for row in result["rows"])
         places = [(row["method"], row["targets"], row["strategy"], row["batch"]) for row in result["rows"]]
@@ -164,16 +164,17 @@ class TestDecode:
         result = run(tmp_path, "--part=methods")
         places = [(row["method"], row["targets"], row["strategy"]) for row in result["rows"]]
         assert sorted(places) == sorted(decode.METHODS)
-        assert [method for method, *_ in places] == sorted((m for m, *_ in places), key=decode_report.METHODS.index)
+        assert [method for method, *_ in places] == sorted((m for m, *_ in places), key=report.METHODS.index)
         assert all(row["ms_per_token"] > 0 for row in result["rows"]), result["details"]
 
     def test_points_of_the_breakdown(self):
-        points = decode_rows.layer_points([8, 64, 128], [1, 128, 512, 2048], 64)
+        points = layer.layer_points([8, 64, 128], [1, 128, 512, 2048], 64)
         assert points == [(8, 1), (64, 1), (128, 1), (8, 512), (64, 512), (128, 512), (64, 128), (64, 2048)]
 
     def test_layer(self, in_process, tmp_path):
         result = run(tmp_path, "--part=layer")
-        assert sorted((row["length"], row["rank"]) for row in result["breakdown"]) == [(1, 8), (8, 8)]
+        points = [(1, 4), (1, 8), (16, 4), (16, 8)]
+        assert sorted((row["length"], row["rank"]) for row in result["breakdown"]) == points
         for row in result["breakdown"]:
             assert row["backbone_ms"] > 0
             assert {"adafuse_ms", "layerwise_ms"} <= row.keys()
@@ -203,39 +204,46 @@ class TestDecode:
 
     def test_too_few_devices(self, tmp_path):
         with pytest.raises(SystemExit, match="64 devices are needed, and there"):
-            decode_rows.measure_devices({"size": "tiny", "devices": [1, 64]}, print)
+            rows.measure_devices({"size": "tiny", "devices": [1, 64]}, print)
 
     def test_nothing_measured(self, tmp_path):
         with pytest.raises(SystemExit, match="no part"):
             run(tmp_path, "--part=merge")
 
     def test_a_process_that_breaks(self, tmp_path, capfd):
-        job = decode.Job(name="x", module="benchmarks.decode_rows", settings={"kind": "rows", "size": "none"})
-        found, problem = decode.run_job(job, {}, 60, decode.sys.executable)
+        job = Job(name="x", module="benchmarks.decode.rows", settings={"kind": "rows", "size": "none"})
+        found, problem = run_job(job, {}, 60, sys.executable)
         assert found == {}
         assert problem == "KeyError: 'none'"
+
+
+def test_committed_reports():
+    """decode.json and decode.md are made from the parts beside them."""
+    record = report.merge(report.read_parts(RESULTS))
+    assert json.loads((RESULTS / "decode.json").read_text()) == record
+    assert (RESULTS / "decode.md").read_text() == report.to_markdown(record)
 
 
 class TestPrompts:
     @pytest.mark.parametrize("name", ["chats.json", "chats.jsonl", "chats.jsonl.gz"])
     def test_lengths_of_conversations(self, tmp_path, name):
-        rows = [
+        chats = [
             {"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "y" * 400}]},
             {"messages": [{"role": "user", "content": "z" * 241}]},
             {"conversations": [{"from": "human", "value": "short"}]},
             {"conversations": [{"from": "gpt", "value": "nobody asked"}]},
         ]
-        text = json.dumps(rows) if name.endswith("json") else "\n".join(map(json.dumps, rows))
+        text = json.dumps(chats) if name.endswith("json") else "\n".join(map(json.dumps, chats))
         (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
         arguments = decode.parse(["--out=x", f"--conversations={tmp_path / name}", "--batches", "1", "4"])
-        prompts, queries, told = decode.make_prompts(arguments, SEVEN_B)
+        prompts, queries, description = make_prompts(arguments, SEVEN_B)
         assert [len(prompt) for prompt in prompts] == [100, 61, 100, 61]
         assert prompts[0] != prompts[2]
         assert queries == 2
-        assert "57 to 312" in told
+        assert "57 to 312" in description
 
     def test_random_prompts(self):
-        prompts, queries, _ = decode.make_prompts(decode.parse(["--out=x"]), SEVEN_B)
+        prompts, queries, _ = make_prompts(decode.parse(["--out=x"]), SEVEN_B)
         assert (queries, {len(prompt) for prompt in prompts}) == (50, {128})
 
 
@@ -244,7 +252,7 @@ class TestPeers:
         """In float64, token by token: Hugging Face, PEFT, and each form of the layer-wise mixture."""
         if not TORCH.exists():
             pytest.skip("no .venv-torch")
-        command = [TORCH, "-m", "benchmarks.peers_torch", "--check"]
+        command = [TORCH, "-m", "benchmarks.peers", "--check"]
         offline = os.environ | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=offline)
         if "ModuleNotFoundError" in done.stderr:
@@ -254,10 +262,10 @@ class TestPeers:
 
 
 def test_merged_step():
-    """Rows of the backbone and of what merges in one launch, which keeps the weights in their buffers."""
-    rows = merged_step.run(SIZES["tiny"], steps=3, repeats=2, pointer_steps=4)
-    assert [row["strategy"] for row in rows] == ["backbone", "golden", "switch"]
-    for row in rows[1:]:
+    """Rows of the backbone and of the merging strategies; a merge writes into the buffers of the weights."""
+    measured = merged_step.run(SIZES["tiny"], steps=3, repeats=2, pointer_steps=4)
+    assert [row["strategy"] for row in measured] == ["backbone", "golden", "switch"]
+    for row in measured[1:]:
         assert row["ms"] > 0
         assert row["same_pointers"] is True
         assert row["alias_gb"] >= row["adapted_gb"] > 0
@@ -289,7 +297,7 @@ class TestTokenStep:
         ]
 
 
-@pytest.mark.parametrize("way", [streaming.WAYS[0], streaming.WAYS[-2]], ids=str)
-def test_streaming_lowers_for_a_gpu_without_one(way):
-    step = jax.jit(streaming.make(way, num_blocks=132))
+@pytest.mark.parametrize("variant", [streaming.VARIANTS[0], streaming.VARIANTS[-2]], ids=str)
+def test_streaming_lowers_for_a_gpu_without_one(variant):
+    step = jax.jit(streaming.make(variant, num_blocks=132))
     step.trace(*streaming.shapes(132)).lower(lowering_platforms=("cuda",))

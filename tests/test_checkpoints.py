@@ -17,7 +17,7 @@ import tiny
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.training import checkpoint
 from adafuse_jax.training.checkpoint import Checkpoints
-from adafuse_jax.training.report import Report, plot_training, read_metrics
+from adafuse_jax.training.metrics import Report, plot_training, read_metrics
 from adafuse_jax.training.step import TrainState
 
 IDENTITY = {"rank": 2, "total_steps": 9, "padded_from": None}
@@ -34,7 +34,7 @@ def state(step: int) -> TrainState:
 
 
 def checkpoints(directory: Path, *, keep: int = 2, **identity: Any) -> Checkpoints:
-    return Checkpoints(directory, keep=keep, identity=IDENTITY | identity, usual={})
+    return Checkpoints(directory, keep=keep, identity=IDENTITY | identity)
 
 
 def save(directory: Path, *steps: int, keep: int = 2) -> Path:

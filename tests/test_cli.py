@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,32 +21,43 @@ from adafuse_jax.core.cli import BROKEN_PIPE_CODE, run_cli
 from adafuse_jax.core.errors import MAX_MESSAGE, UserError
 
 COMMANDS = {
+    "adafuse train": ["-m", "adafuse_jax", "train", "--model=m", "--dataset=d", "--output=o"],
+    "adafuse decode": ["-m", "adafuse_jax", "decode", "--model=m", "--prompt=Hi"],
+    "adafuse evaluate": ["-m", "adafuse_jax", "evaluate", "--model=m", "--dataset=d"],
+    "adafuse export": ["-m", "adafuse_jax", "export", "--model=m", "--adapter=a", "--output=o"],
     "train": ["train.py", "--model=m", "--dataset=d", "--output=o"],
     "decode": ["decode.py", "--model=m", "--prompt=Hi"],
     "export": ["-m", "adafuse_jax.export", "--model=m", "--adapter=a", "--output=o"],
     "evaluation": ["-m", "adafuse_jax.evaluation", "--model=m", "--dataset=d"],
     "lm_eval": ["-m", "adafuse_jax.evaluation.lm_eval", "--model=adafuse", "--tasks=t"],
-    "demo": ["-m", "adafuse_jax.demo"],
+    "demo": ["-m", "examples.skills"],
 }
 SLEEP = "import time; time.sleep(60)"
 BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
 """A library that computes for minutes without a look at Python's signals, as XLA's compiler does."""
 
 
-def start(arguments: list[str], folder: Path, jax: str, **options) -> subprocess.Popen[str]:
-    """A command in `folder`, with a module in place of JAX that runs the code `jax`."""
+def start(
+    arguments: list[str], folder: Path, jax: str, *, interrupt: signal.Handlers = signal.SIG_DFL, **options
+) -> subprocess.Popen[str]:
+    """A command in `folder`, with a module in place of JAX that runs the code `jax`. `interrupt`: what SIGINT does to it,
+    whatever it does to pytest."""
     (folder / "jax.py").write_text(jax)
     script = [str(tiny.REPOSITORY / arguments[0]), *arguments[1:]] if arguments[0].endswith(".py") else arguments
     path = os.pathsep.join([str(folder), str(tiny.REPOSITORY)])
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.Popen(
-        [sys.executable, *script], cwd=folder, env=tiny.environment(PYTHONPATH=path), text=True, **pipes
-    )
+        [sys.executable, *script], cwd=folder, env=tiny.environment(PYTHONPATH=path), text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, interrupt), **pipes,
+    )  # fmt: skip
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str]:
     """(exit code, stderr); stdout must be empty."""
-    out, err = process.communicate(timeout=seconds)
+    try:
+        out, err = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
     assert not out
     return process.returncode, err
 
@@ -63,6 +75,62 @@ class TestWhileLibrariesLoad:
             "error: a library cannot be imported (ImportError: libcudart.so: no such file); "
             "repair the installation: pip install -e ."
         ]
+
+
+class TestAdafuse:
+    """The program that is installed, and its four commands."""
+
+    @pytest.mark.parametrize(
+        ("words", "fault"), [([], "a command is missing"), (["serve"], "unknown command 'serve'"), (["-x"], "unknown")]
+    )
+    def test_without_a_command(self, words: list[str], fault: str, tmp_path: Path):
+        code, err = finish(start(["-m", "adafuse_jax", *words], tmp_path, ""))
+        assert code == 2
+        assert err.startswith(f"error: {fault}")
+        assert err.endswith("; give one of train, decode, evaluate, export; see --help\n")
+
+    @pytest.mark.parametrize(
+        ("arguments", "program"),
+        [
+            (["-m", "adafuse_jax"], "adafuse"),
+            (["-m", "adafuse_jax", "train"], "adafuse train"),
+            (["-m", "adafuse_jax", "decode"], "adafuse decode"),
+            (["-m", "adafuse_jax", "evaluate"], "adafuse evaluate"),
+            (["-m", "adafuse_jax", "export"], "adafuse export"),
+            (["train.py"], "train.py"),
+            (["decode.py"], "decode.py"),
+            (["-m", "adafuse_jax.evaluation"], "python -m adafuse_jax.evaluation"),
+            (["-m", "adafuse_jax.export"], "python -m adafuse_jax.export"),
+        ],
+    )
+    def test_help_names_the_program(self, arguments: list[str], program: str):
+        done = subprocess.run(
+            [sys.executable, *arguments, "--help"], capture_output=True, text=True, cwd=tiny.REPOSITORY,
+            env=tiny.environment(COLUMNS="200"),
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        words = done.stdout.split()
+        assert " ".join(words).startswith(f"usage: {program} {'COMMAND' if program == 'adafuse' else '[-h]'}")
+
+    def test_installed_from_a_clone(self, tmp_path: Path):
+        """The two packages and the program, without examples, benchmarks and studies."""
+        clone, target = tmp_path / "clone", tmp_path / "target"
+        for folder in ("adafuse_jax", "pallas_kernels", "examples"):
+            shutil.copytree(tiny.REPOSITORY / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md", "LICENSE", "train.py", "decode.py"):
+            shutil.copy(tiny.REPOSITORY / name, clone)
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-index", "--no-deps"]
+        subprocess.run([*pip, "--no-build-isolation", "--target", str(target), str(clone)], check=True, timeout=120)
+        assert {path.name for path in target.iterdir() if path.is_dir() and path.suffix != ".dist-info"} == {
+            "adafuse_jax", "pallas_kernels", "bin",
+        }  # fmt: skip
+        for words, code in ((["--help"], 0), (["export", "--model=m"], 2)):
+            done = subprocess.run(
+                [target / "bin" / "adafuse", *words], capture_output=True, text=True, cwd=tmp_path,
+                env=tiny.environment(PYTHONPATH=str(target)),
+            )  # fmt: skip
+            assert done.returncode == code, done.stderr
+            assert done.stdout.count("\n  ") == (4 if code == 0 else 0)
 
 
 class TestSignals:
@@ -108,9 +176,7 @@ class TestSignals:
     def test_a_background_job_ignores_ctrl_c(self, tmp_path: Path):
         """nohup and `&` in scripts start a command with SIGINT ignored."""
         code = "import os, time; os.kill(os.getpid(), 2); time.sleep(0.2); raise ImportError('went on')"
-        ignoring = start(
-            COMMANDS["decode"], tmp_path, code, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
-        )
+        ignoring = start(COMMANDS["decode"], tmp_path, code, interrupt=signal.SIG_IGN)
         status, err = finish(ignoring)
         assert (status, "went on" in err) == (2, True)
 

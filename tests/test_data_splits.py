@@ -15,7 +15,7 @@ from adafuse_jax.data.examples import Text
 from adafuse_jax.data.files import split_in_name
 from adafuse_jax.data.sources import Dataset, DatasetSpec
 from adafuse_jax.training.config import TrainConfig
-from adafuse_jax.training.prepare import _training_and_held_out
+from adafuse_jax.training.data import _training_and_held_out
 
 ULTRA = ("test_gen", "test_sft", "train_gen", "train_sft")
 

@@ -322,7 +322,7 @@ class TestChat:
 
 
 class TestStrategies:
-    @pytest.mark.parametrize("strategy", ["golden", "switch", "simple"])
+    @pytest.mark.parametrize("strategy", ["golden", "switch"])
     def test_same_answers_and_conversations_as_unmerged(self, run, folder, strategy):
         adapter = folder / "run" / "adapter"
         one = objects(run(json=True, max_new_tokens=24, adapter=adapter)[0])[0]

@@ -1,4 +1,4 @@
-"""The demo: its generated data is right and fair, it writes what it promises, and it spares what is not its own."""
+"""The demo: its generated data is right and fair, it writes the files it documents, and it removes no file of another."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.flags import parse_flags
 from adafuse_jax.data.examples import Chat
 from adafuse_jax.data.sources import DatasetSpec, load_examples
-from adafuse_jax.demo.answers import Answers
-from adafuse_jax.demo.config import DemoConfig
-from adafuse_jax.demo.report import answers_table, expert_shares, expert_table
-from adafuse_jax.demo.skills import ECHO, SKILLS, Case, draw_material
-from adafuse_jax.demo.story import MARKER, adapter_configs, claim, command, run_demo, verdict
 from adafuse_jax.inference.config import DecodeConfig
 from adafuse_jax.training.config import TrainConfig
+from examples.skills.answers import Answers
+from examples.skills.config import DemoConfig
+from examples.skills.report import answers_table, expert_shares, expert_table
+from examples.skills.skills import ECHO, SKILLS, Case, draw_material
+from examples.skills.story import MARKER, adapter_configs, claim, command, run_demo, verdict
 
 ROOT = tiny.REPOSITORY
 NEXT = dict(zip("abcdefghijklmnopqrstuvwxyz", "bcdefghijklmnopqrstuvwxyza", strict=True))
@@ -91,13 +91,13 @@ class TestMaterial:
 
 
 class TestOutputDirectory:
-    def test_a_foreign_directory_is_refused_and_kept(self, tmp_path):
+    def test_a_foreign_directory_is_refused_unchanged(self, tmp_path):
         (tmp_path / "thesis.txt").write_text("mine")
         with pytest.raises(UserError, match=r"is not an earlier demo; give another directory"):
             run_demo(DemoConfig(output=str(tmp_path)))
         assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
-    def test_a_file_is_refused_and_kept(self, tmp_path):
+    def test_a_file_is_refused_unchanged(self, tmp_path):
         (tmp_path / "demo").write_text("mine")
         with pytest.raises(UserError, match="give another directory"):
             claim(tmp_path / "demo")
@@ -113,7 +113,7 @@ class TestOutputDirectory:
         claim(out)
         assert [p.name for p in out.iterdir()] == [MARKER]
 
-    def test_a_file_of_the_users_in_an_earlier_demo_is_kept(self, tmp_path):
+    def test_a_users_file_in_an_earlier_demo_stays(self, tmp_path):
         claim(tmp_path)
         (tmp_path / "data").mkdir()
         (tmp_path / "notes.txt").write_text("mine")
@@ -124,7 +124,7 @@ class TestOutputDirectory:
     def test_refusal_is_one_line_and_exit_code_2(self, tmp_path):
         (tmp_path / "mine").touch()
         done = subprocess.run(
-            [sys.executable, "-m", "adafuse_jax.demo", "--output", str(tmp_path)],
+            [sys.executable, "-m", "examples.skills", "--output", str(tmp_path)],
             capture_output=True, text=True, cwd=ROOT,
         )  # fmt: skip
         assert done.returncode == 2
@@ -174,20 +174,20 @@ def finished(tmp_path_factory):
     flags = ["--pretrain-steps", "20", "--train-steps", "3", "--train-prompts", "66", "--held-out-prompts", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "adafuse_jax.demo", *flags],
+        [sys.executable, "-m", "examples.skills", *flags],
         capture_output=True, text=True, cwd=folder, env=environment,
     )  # fmt: skip
     return folder, done
 
 
 class TestTinyDemo:
-    def test_too_little_training_is_told_by_the_exit_code(self, finished):
+    def test_too_little_training_gives_exit_code_1(self, finished):
         _, done = finished
         assert done.returncode == 1, done.stderr
         assert "FAILED: with adapters" in done.stdout
         assert "Traceback" not in done.stderr
 
-    def test_writes_what_it_promises(self, finished):
+    def test_writes_the_documented_files(self, finished):
         folder, _ = finished
         assert [p.name for p in folder.iterdir()] == ["demo"]
         names = {str(p.relative_to(folder / "demo")) for p in (folder / "demo").rglob("*")}

@@ -23,11 +23,11 @@ import tiny
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.flags import parse_flags
-from adafuse_jax.demo.config import DemoConfig
 from adafuse_jax.evaluation.config import EvaluationConfig
 from adafuse_jax.export import ExportConfig
 from adafuse_jax.inference.config import DecodeConfig
 from adafuse_jax.training.config import TrainConfig
+from examples.skills.config import DemoConfig
 
 ROOT = tiny.REPOSITORY
 README = ROOT / "README.md"
@@ -41,7 +41,11 @@ MAX_LINES, MAX_WORDS = 150, 1500
 CONFIGS: dict[str, tuple[type, ...]] = {
     "train.py": (TrainConfig, AdapterConfig),
     "decode.py": (DecodeConfig,),
-    "adafuse_jax.demo": (DemoConfig,),
+    "adafuse train": (TrainConfig, AdapterConfig),
+    "adafuse decode": (DecodeConfig,),
+    "adafuse evaluate": (EvaluationConfig,),
+    "adafuse export": (ExportConfig,),
+    "examples.skills": (DemoConfig,),
     "adafuse_jax.evaluation": (EvaluationConfig,),
     "adafuse_jax.export": (ExportConfig,),
 }
@@ -49,7 +53,7 @@ CONFIGS: dict[str, tuple[type, ...]] = {
 FOREIGN = {"--model_args", "--batch_size", "--tasks"}
 """Flags of lm-evaluation-harness."""
 PYTEST_FLAGS = {"-q", "-x", "-m", "-k"}
-TOP_LEVEL = ("adafuse_jax", "pallas_kernels", "benchmarks", "studies", "tests", "docs")
+TOP_LEVEL = ("adafuse_jax", "pallas_kernels", "benchmarks", "examples", "studies", "tests", "docs")
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
@@ -127,7 +131,7 @@ def test_first_commands_of_a_clone():
 
 def commands(text: str) -> Iterator[list[str]]:
     """The words of every command in the shell blocks, without assignments before them, and of those in the text."""
-    yield from map(shlex.split, re.findall(r"`((?:python|make) [^`\n]+)`", prose(text)))
+    yield from map(shlex.split, re.findall(r"`((?:python|make|adafuse) [^`\n]+)`", prose(text)))
     for language, content in blocks(text):
         if language not in ("bash", "sh"):
             continue
@@ -166,6 +170,11 @@ def check_command(words: Sequence[str], tmp_path: Path, monkeypatch: pytest.Monk
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         for named in re.findall(r"\[([\w,]+)\]", " ".join(rest)):
             assert set(named.split(",")) <= extras.keys(), named
+    elif program == "adafuse":
+        command = " ".join(words[:2])
+        assert command in CONFIGS, f"unknown command {command}"
+        if words[2:]:
+            parse_flags("", CONFIGS[command], with_config_file(rest[1:], command, tmp_path))
     else:
         assert re.fullmatch(r"(\.venv/bin/)?python(3\.\d+)?", program), f"unknown program {program}"
         name, *arguments = rest[1:] if rest[0] == "-m" else rest
@@ -254,8 +263,10 @@ def test_some_commands_are_checked():
         "python train.py --model DIR --dataset x --output RUN --ranks 16",
         "python train.py --model DIR --output RUN",
         "python decode.py --model DIR --strategy fastest",
+        "adafuse serve --model DIR",
+        "adafuse train --model DIR --output RUN",
         "python -m adafuse_jax.export --model DIR --adapter DIR --output OUT --format gguf",
-        "python -m benchmarks.sgmm --outer OUT",
+        "python -m benchmarks.kernels.sgmm --outer OUT",
         ".venv/bin/python -m pytest -q tests/test_sgmm.py -k no_such_test",
         ".venv/bin/python -m pytest -q -m tpu",
         "curl example.org",
@@ -278,7 +289,7 @@ def flags() -> frozenset[str]:
         names = [f.name.replace("_", "-") for f in dataclasses.fields(config)]
         switches = [f.name.replace("_", "-") for f in dataclasses.fields(config) if f.type in ("bool", bool)]
         found |= {f"--{name}" for name in names} | {f"--no-{name}" for name in switches}
-    for module in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "studies").rglob("*.py")]:
+    for module in [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "studies").rglob("*.py")]:
         found |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', module.read_text()))
     return frozenset(found | FOREIGN)
 
@@ -359,7 +370,7 @@ TRAINED = ["none", "lora-matched", "mola", "adafuse-late-2", "moral", "pesc", "a
 
 def test_numbers_are_the_records():
     latency = json.loads((RECORDS / "decode.json").read_text())
-    accuracy = json.loads((RECORDS / "accuracy.json").read_text())["rows"]
+    accuracy = json.loads((ROOT / "studies/results/nvidia_h200/science_questions.json").read_text())["rows"]
     expected = []
     for part, *key in DECODED:
         rows = [row for row in latency[part] if [row["method"], row["targets"], row["strategy"]] == key]

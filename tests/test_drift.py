@@ -1,4 +1,4 @@
-"""benchmarks/drift.py on a real small model and a random adapter, with few steps."""
+"""studies/drift on a real small model and a random adapter, with few steps."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from random_models import random_adapter
 from adafuse_jax import load_backbone
 from adafuse_jax.checkpoints.adapter_directory import save_adapter
 from adafuse_jax.checkpoints.hf_checkpoint import backbone_identity
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.inference.backends.merged import Merged, adapted_weights
-from benchmarks import drift
+from studies.drift import measure
+from studies.drift.__main__ import main
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def adapter_dir(stories260k_dir, tmp_path_factory):
 def run(stories260k_dir, adapter_dir, tmp_path):
     def run(**more: object) -> dict:
         flags = {"model": stories260k_dir, "adapter": adapter_dir, "out": tmp_path} | more
-        drift.main([f"--{name}={value}" for name, value in flags.items()])
+        main([f"--{name}={value}" for name, value in flags.items()])
         return json.loads((tmp_path / "drift.json").read_text())
 
     return run
@@ -62,7 +64,7 @@ class TestDrift:
 
     def test_a_short_text_is_refused(self, run, tmp_path):
         (tmp_path / "short.txt").write_text("Once upon a time")
-        with pytest.raises(drift.UserError, match="at least 512"):
+        with pytest.raises(UserError, match="at least 512"):
             run(steps=3, text=tmp_path / "short.txt")
 
     def test_weight_error_against_numpy(self, stories260k_dir):
@@ -71,7 +73,7 @@ class TestDrift:
         pristine = adapted_weights(model, adapter)
         merged = Merged.nothing("switch", model, adapter)
         experts, gates = jnp.array([[3, 1], [1, 2]]), jnp.array([[0.7, 0.3], [0.4, 0.6]])
-        merged = drift.switch(adapter, jax.tree.map(jnp.copy, merged), experts, gates, 0, 2)
+        merged = measure.switch(adapter, jax.tree.map(jnp.copy, merged), experts, gates, 0, 2)
         difference = exact_norm = 0.0
         for name, w in merged.weights.items():
             a, b = (np.asarray(x[...], np.float64) for x in (adapter.experts[name].A, adapter.experts[name].B))
@@ -80,7 +82,7 @@ class TestDrift:
             assert np.abs(delta).max() > 0.01
             difference += np.sum((np.asarray(w, np.float64) - exact) ** 2)
             exact_norm += np.sum(exact**2)
-        found = drift.weight_error(merged.weights, pristine, adapter, merged)
+        found = measure.weight_error(merged.weights, pristine, adapter, merged)
         assert found == pytest.approx(np.sqrt(difference / exact_norm), rel=0.05)
         assert 0 < found < 1e-6
 
@@ -88,8 +90,8 @@ class TestDrift:
         model = load_backbone(stories260k_dir, "float32")
         adapter = random_adapter(model.config, targets=("o_proj", "up_proj"))
         tokens = jnp.arange(3, 60)
-        wanted = np.asarray(drift.logits_of(model, adapter, tokens))
-        found = np.asarray(drift.merged_logits(model, adapter, tokens))
+        wanted = np.asarray(measure.logits_of(model, adapter, tokens))
+        found = np.asarray(measure.merged_logits(model, adapter, tokens))
         assert np.abs(found - wanted).max() < 1e-4 * wanted.std()
-        assert drift.divergence(wanted, found) < 1e-9
-        assert drift.divergence(wanted, np.asarray(model(tokens[None]).logits[0])) > 1e-3
+        assert measure.divergence(wanted, found) < 1e-9
+        assert measure.divergence(wanted, np.asarray(model(tokens[None]).logits[0])) > 1e-3

@@ -17,8 +17,9 @@ from random_models import FAMILIES, POSITIONS, models, random_adapter  # noqa: F
 from adafuse_jax import UserError, load_backbone
 from adafuse_jax.data.chat import encode_prompt, load_tokenizer
 from adafuse_jax.data.examples import Message
-from adafuse_jax.inference import engine as engine_module
+from adafuse_jax.inference import prefill as prefill_module
 from adafuse_jax.inference import programs
+from adafuse_jax.inference import state as state_module
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.models.config import ModelConfig
@@ -94,7 +95,7 @@ class TestPrefill:
         assert generate(Engine(model, adapter, eos_ids=()), prompt, n=6) == [wanted]
 
     def test_several_chunks(self, models, monkeypatch):  # noqa: F811
-        monkeypatch.setattr(engine_module, "CHUNKS", (4, 16))
+        monkeypatch.setattr(prefill_module, "CHUNKS", (4, 16))
         model = models("qwen2_window")
         prompt = prompt_of(model, 55)
         assert generate(Engine(model, eos_ids=()), prompt, n=6) == [greedy_by_full_forward(model, None, prompt, 6)]
@@ -110,16 +111,16 @@ class TestPrefill:
 
     def test_no_more_programs_than_buckets(self, models, monkeypatch):  # noqa: F811
         """Prompts of 1 … 110 tokens: at most a step for each cache size, a prefill for each pair of sizes that occurs."""
-        monkeypatch.setattr(engine_module, "MIN_SLOTS", 32)
+        monkeypatch.setattr(state_module, "MIN_CACHE_LENGTH", 32)
         model = models("qwen3")
         engine = Engine(model, eos_ids=())
         before = programs.prefill_chunk._cache_size(), programs.decode_step._cache_size()
         context, pairs, sizes = model.config.max_position_embeddings, set(), set()
         for length in (1, 16, 17, 40, 64, 65, 90, 110):
             generate(engine, prompt_of(model, length), n=3)
-            slots = engine_module.bucket(min(length + 3, context), engine_module.MIN_SLOTS)
-            sizes.add(slots)
-            pairs |= {(slots, chunk) for chunk in engine_module._chunks(length)}
+            positions = state_module.cache_length(min(length + 3, context))
+            sizes.add(positions)
+            pairs |= {(positions, chunk) for chunk in prefill_module.chunk_lengths(length)}
         after = programs.prefill_chunk._cache_size(), programs.decode_step._cache_size()
         assert 0 < after[0] - before[0] <= len(pairs)
         assert 0 < after[1] - before[1] <= len(sizes) < 4
@@ -131,9 +132,10 @@ class TestPrefill:
             head_dim=128, max_position_embeddings=256, norm_eps=1e-5,
         )  # fmt: skip
         model = Backbone(config, rngs=nnx.Rngs(0))
-        state = Engine(model, eos_ids=())._empty_state(1, 32, Sampling.of())
+        state = state_module.DecodeState.empty(config, 1, 32, model.dtype)
         tokens, logits = np.zeros((1, 16), np.int32), jnp.zeros((1, 64))
-        chunk = programs.prefill_chunk.lower(model, None, state, logits, tokens, np.array([16]), pad_id=0)
+        given = model, None, state, logits, tokens, np.array([0]), np.array([16]), None
+        chunk = programs.prefill_chunk.lower(*given, pad_id=0)
         a_layer = sum(leaf.nbytes for leaf in jax.tree.leaves(model.layers)) / config.num_layers
         assert chunk.compile().memory_analysis().temp_size_in_bytes < 0.6 * a_layer
 
@@ -252,15 +254,15 @@ class TestConversation:
         answer = generate(engine, first, n=8, keep_cache=True)[0]
         second = [*first, *answer, *prompt_of(model, 7, seed=1)]
         seen = []
-        prefill = Engine._prefill
+        chunk_lengths = prefill_module.chunk_lengths
 
-        def spy(self, state, prompts, *args, **options):
-            seen.extend(map(len, prompts))
-            return prefill(self, state, prompts, *args, **options)
+        def spy(length: int) -> list[int]:
+            seen.append(length)
+            return chunk_lengths(length)
 
-        monkeypatch.setattr(Engine, "_prefill", spy)
+        monkeypatch.setattr(prefill_module, "chunk_lengths", spy)
         kept = generate(engine, second, n=8, keep_cache=True)
-        assert max(seen) == len(second) - len(first) - 7  # the last token of the answer was never read
+        assert seen == [len(second) - len(first) - 7]  # the last token of the answer was never read
         assert kept == generate(fresh, second, n=8)
 
     def test_another_conversation_begins_anew(self, models):  # noqa: F811
@@ -271,7 +273,7 @@ class TestConversation:
         assert generate(engine, other, n=8, keep_cache=True) == generate(Engine(model, eos_ids=()), other, n=8)
 
     def test_cache_grows_with_the_conversation(self, models, monkeypatch):  # noqa: F811
-        monkeypatch.setattr(engine_module, "MIN_SLOTS", 16)
+        monkeypatch.setattr(state_module, "MIN_CACHE_LENGTH", 16)
         model = models("llama_gqa")
         engine = Engine(model, eos_ids=())
         tokens = prompt_of(model, 10)

@@ -15,11 +15,11 @@ from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.core.errors import MAX_MESSAGE, UserError
 from adafuse_jax.core.fields import Kind, flag_name, kinds
 from adafuse_jax.core.flags import parse_flags
-from adafuse_jax.demo.config import DemoConfig
 from adafuse_jax.evaluation.config import EvaluationConfig
 from adafuse_jax.export import ExportConfig
 from adafuse_jax.inference.config import DecodeConfig
 from adafuse_jax.training.config import TrainConfig
+from examples.skills.config import DemoConfig
 
 REQUIRED: dict[type, list[str]] = {
     TrainConfig: ["--model=m", "--dataset=d", "--output=o"],

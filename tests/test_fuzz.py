@@ -41,7 +41,7 @@ from adafuse_jax.inference.config import DecodeConfig
 from adafuse_jax.inference.prompts import read_prompts
 from adafuse_jax.inference.session import Session
 from adafuse_jax.training.config import TrainConfig
-from adafuse_jax.training.prepare import prepare_data
+from adafuse_jax.training.data import prepare_data
 
 pytestmark = pytest.mark.timeout(240)
 CASES = {"run": 0}

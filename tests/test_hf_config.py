@@ -327,14 +327,19 @@ class TestRemarks:
         assert (config.eos_token_ids, config.bos_token_id) == ((7, 8), None)
 
     def test_settings_of_generation_that_the_flags_replace(self, tmp_path: Path):
-        assert generation_remark(tmp_path) is None
+        def remark(*files: dict[str, Any]) -> str | None:
+            write_config(tmp_path, "llama_mha")
+            for table in files:
+                write_json(table, tmp_path / "generation_config.json")
+            return generation_remark(parse_hf_config(tmp_path).generation)
+
+        assert remark() is None
         greedy = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 2, "transformers_version": "5"}
-        write_json(greedy, tmp_path / "generation_config.json")
-        assert generation_remark(tmp_path) is None
-        write_json(greedy | {"do_sample": True, "repetition_penalty": 1.05}, tmp_path / "generation_config.json")
-        remark = generation_remark(tmp_path)
-        assert remark is not None
-        assert remark.endswith("as the flags decide: do_sample, temperature, top_p, repetition_penalty")
+        assert remark(greedy) is None
+        line = remark(greedy | {"do_sample": True, "repetition_penalty": 1.05})
+        assert line is not None
+        assert line.startswith(f"{tmp_path}/generation_config.json: ")
+        assert line.endswith("as the flags decide: do_sample, temperature, top_p, repetition_penalty")
 
 
 def test_json_is_what_the_file_says(tmp_path: Path):

@@ -21,13 +21,15 @@ from adafuse_jax.adapters.presets import PRESETS
 from adafuse_jax.adapters.registry import make_adapter, num_parameters
 from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter
 from adafuse_jax.data.batches import Batch
-from adafuse_jax.inference.backends.simple import LayerWiseMerging
+from adafuse_jax.inference.backends.registry import strategies_of
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.models.config import LINEARS
 from adafuse_jax.models.hooks import Hook, Routing
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.training.config import TrainConfig
-from adafuse_jax.training.step import TrainState, make_optimizer, train_step
+from adafuse_jax.training.optimizer import make_optimizer
+from adafuse_jax.training.step import TrainState, train_step
+from benchmarks.simple_merging import Merging
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -297,7 +299,7 @@ class TestPresets:
             total += hook.ffn(jnp.tanh, jax.random.normal(jax.random.key(2), (2, 5, model.config.embed_dim))).std()
             if method == "lora":
                 return float(total)
-            routing = jax.tree.map(lambda leaf: jnp.stack(3 * [leaf]), hook.made)
+            routing = jax.tree.map(lambda leaf: jnp.stack(3 * [leaf]), hook.layer_routing)
             return float(total + adapter.config.balance_coefficient * adapter.balance_loss(routing, mask))
 
         same = loss()
@@ -352,7 +354,7 @@ class TestDecoding:
         model = models(FAMILIES[0])
         adapter, token = random_method("mola", model.config, **FEW["mola"]), jnp.array([[7]])
         wanted = run(model, token, adapter).logits
-        found = run(model, token, LayerWiseMerging(adapter, model.dtype)).logits
+        found = run(model, token, Merging(adapter, model.dtype)).logits
         np.testing.assert_allclose(found, wanted, atol=3e-5 * wanted.std())
         assert not np.array_equal(found, wanted)
 
@@ -377,6 +379,6 @@ class TestDecoding:
         model = models(FAMILIES[0])
         adapter = random_method(method, model.config, **FEW[method])
         for strategy in ("golden", "switch", "simple", "merged"):
-            if strategy not in PRESETS[method].strategies:
+            if strategy not in strategies_of(adapter.config):
                 with pytest.raises(UserError, match=f"--strategy {strategy} does not fit an adapter of {method}"):
                     Engine(model, adapter, strategy=strategy)

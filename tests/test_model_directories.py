@@ -22,7 +22,8 @@ from goldens.tiny_models import CASES, weights, write_json, write_model_dir, wri
 from safetensors.numpy import load_file, save_file
 
 from adafuse_jax.adapters.config import AdapterConfig
-from adafuse_jax.checkpoints.hf_checkpoint import Checkpoint, export_backbone, hf_name, load_backbone, tensor_shapes
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone, tensor_shapes
+from adafuse_jax.checkpoints.hf_export import export_backbone
 from adafuse_jax.core.errors import MAX_MESSAGE, UserError
 from adafuse_jax.evaluation.__main__ import run as evaluate
 from adafuse_jax.evaluation.config import EvaluationConfig
@@ -33,6 +34,7 @@ from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.inference.session import Session
 from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.registry import FAMILIES
 from adafuse_jax.training.config import TrainConfig
 from adafuse_jax.training.trainer import train
 
@@ -83,11 +85,11 @@ class TestFiles:
     def test_shapes_are_those_of_the_module(self, tmp_path: Path):
         """The list that files are checked with, against the leaves that are filled from them."""
         for name in CASES:
-            config = Checkpoint.open(write_model_dir(CASES[name], tmp_path / name)).config
+            config = HFCheckpoint.open(write_model_dir(CASES[name], tmp_path / name)).config
             abstract = nnx.to_flat_state(nnx.state(jax.eval_shape(lambda c=config: Backbone(c, rngs=nnx.Rngs(0)))))
             leaves = {}
             for path, leaf in abstract:
-                pattern = hf_name(path)
+                pattern = FAMILIES[config.model_type].tensor_name(path)
                 stack = {pattern.format(i): leaf.shape[1:] for i in range(leaf.shape[0])}
                 leaves |= stack if "{}" in pattern else {pattern: leaf.shape}
             assert dict(tensor_shapes(config)) == leaves
@@ -137,7 +139,7 @@ class TestFiles:
         write_model_dir(CASES[SINGLE], tmp_path)
         width = 8 if dtype == "I64" else 1
         header, data = {}, b""
-        for name, shape in tensor_shapes(Checkpoint.open(tmp_path).config):
+        for name, shape in tensor_shapes(HFCheckpoint.open(tmp_path).config):
             size = int(np.prod(shape)) * width
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [len(data), len(data) + size]}
             data += bytes(size)
@@ -162,11 +164,11 @@ class TestFiles:
 
     def test_files_of_weights_that_are_not_read_are_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture):
         write_model_dir(CASES[SINGLE], tmp_path)
-        assert logged(caplog, lambda: Checkpoint.open(tmp_path)) == []
+        assert logged(caplog, lambda: HFCheckpoint.open(tmp_path)) == []
         (tmp_path / INDEX).write_text("{}")
         (tmp_path / "pytorch_model.bin").write_bytes(b"")
         save_file({"a": np.zeros(1)}, tmp_path / "adapter_model.safetensors")
-        (line,) = logged(caplog, lambda: Checkpoint.open(tmp_path))
+        (line,) = logged(caplog, lambda: HFCheckpoint.open(tmp_path))
         assert line == (
             f"{tmp_path}: weights are read from model.safetensors, not from adapter_model.safetensors, {INDEX}, "
             "pytorch_model.bin"

@@ -12,12 +12,13 @@ from flax import nnx
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.registry import make_adapter
 from adafuse_jax.checkpoints.adapter_directory import save_adapter
-from adafuse_jax.checkpoints.hf_checkpoint import export_backbone, load_backbone
+from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
 from adafuse_jax.checkpoints.hf_config import read_model_config
+from adafuse_jax.checkpoints.hf_export import export_backbone
 from adafuse_jax.checkpoints.peft import save_peft_lora
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.evaluation.__main__ import write
-from adafuse_jax.training.report import Report, read_metrics
+from adafuse_jax.training.metrics import Report, read_metrics
 
 SUFFIXES = (".old", ".partial", ".new", ".tmp", ".bak")
 

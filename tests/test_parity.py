@@ -27,7 +27,8 @@ from goldens.tiny_models import CASES, Case, tensor_shapes, write_json, write_mo
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from adafuse_jax.checkpoints.hf_checkpoint import export_backbone, load_backbone
+from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
+from adafuse_jax.checkpoints.hf_export import export_backbone
 from adafuse_jax.core.errors import UserError
 
 GOLDENS = tiny.GOLDENS / "tiny"

@@ -14,7 +14,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from linear_cases import CASES, LARGE_CASES, SCALE, Case, assert_near
 
-import benchmarks.pregated_linear as benchmark
+import benchmarks.kernels.pregated_linear as benchmark
 from adafuse_jax.adapters.low_rank import LoRAExperts
 from adafuse_jax.models.hooks import Routing
 from pallas_kernels.pregated_linear import IMPLEMENTATIONS, Mixture, choose_implementation, make_mixture, op

@@ -34,8 +34,9 @@ from adafuse_jax.core.tables import Table
 from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.training import trainer
 from adafuse_jax.training.config import TrainConfig
+from adafuse_jax.training.data import prepare_data
 from adafuse_jax.training.output import check_output, new_run, remove_leftovers, require_no_checkpoint_lost
-from adafuse_jax.training.prepare import prepare_data
+from adafuse_jax.training.signals import stop_signals
 
 STEPS, CHECKPOINT_EVERY = 120, 3
 KILLS_STARTING, KILLS_STEPPING, KILLS_ENDING = 4, 17, 2
@@ -62,7 +63,7 @@ def compiled_programs_are_shared(folder: Path) -> Iterator[None]:
 
 def flags(folder: Path, output: str, **changes: Any) -> list[str]:
     """A run in which everything random matters: dropout, two micro-batches, a weighted mixture, a held-out part; and in
-    which experts are let go and routers settle on the way."""
+    which experts are untied and routers freeze on the way."""
     settings = {
         "steps": STEPS,
         "checkpoint_every": CHECKPOINT_EVERY,
@@ -487,7 +488,7 @@ def test_the_first_signal_asks_and_a_second_interrupt_interrupts():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
     def interrupt_twice(first: int) -> None:
-        with trainer._stop_signals() as asked:
+        with stop_signals() as asked:
             assert asked() == 0
             signal.raise_signal(first)
             assert asked() == first

@@ -16,12 +16,12 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from sgmm_cases import CASES, GQA, HALF_ULP, LARGE_CASES, SCALE, SUM_ERROR, Case, assert_near, exact_merge, random_gates
 
-import benchmarks.sgmm as benchmark
-from benchmarks.sgmm_report import to_markdown
+import benchmarks.kernels.sgmm as benchmark
+from benchmarks.kernels.sgmm_report import to_markdown
 from pallas_kernels.sgmm import IMPLEMENTATIONS, Terms, choose_implementation, golden_terms, op, sgmm, switch_terms
 from pallas_kernels.sgmm.kernel_sm90 import configure, sgmm_sm90
 
-RESULTS = Path(benchmark.__file__).parent / "results" / "nvidia_h200"
+RESULTS = Path(benchmark.__file__).parents[1] / "results" / "nvidia_h200"
 interpreted = pytest.mark.skipif(
     jax.__version_info__ < (0, 12) or jax.default_backend() != "cpu",
     reason="the interpreter runs on CPUs; before JAX 0.12 it fails unless every warpgroup sees a barrier's last phase",

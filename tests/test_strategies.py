@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,18 @@ from flax import nnx
 from random_models import models, random_adapter  # noqa: F401 - a fixture
 from test_engine import generate, prompt_of
 
+import benchmarks.simple_merging  # noqa: F401 - registers the strategy
 from adafuse_jax import Backbone, UserError, load_backbone
 from adafuse_jax.data.chat import encode_prompt, load_tokenizer
 from adafuse_jax.data.examples import Message
-from adafuse_jax.inference import engine as engine_module
-from adafuse_jax.inference import programs as steps_module
-from adafuse_jax.inference.backends.merged import Merged, Merging, unmerge
+from adafuse_jax.inference import programs, slots
+from adafuse_jax.inference.backends import megakernel
+from adafuse_jax.inference.backends.merged import Merged, unmerge, update_merged
+from adafuse_jax.inference.backends.registry import BACKENDS, choose_backend
+from adafuse_jax.inference.config import TOKEN_STRATEGIES, Strategy
 from adafuse_jax.inference.engine import Engine
-from adafuse_jax.inference.programs import decode_step
 from adafuse_jax.inference.sampling import Sampling
+from adafuse_jax.inference.state import DecodeState
 from adafuse_jax.models.config import LINEARS, ModelConfig
 from adafuse_jax.models.kv_cache import KVCache
 
@@ -67,18 +70,13 @@ def weights_of(model: Backbone) -> list[np.ndarray]:
 
 def stepwise_logits(model: Backbone, adapter: Any, strategy: str, tokens: np.ndarray) -> np.ndarray:
     """Logits [T, V] of a text read token by token, every token merged."""
-
-    @jax.jit
-    def step(model, token, position, cache, merged):
-        acting = Merging(adapter, model, merged, hold=jnp.array(False))
-        out = model(token, adapter=acting, positions=position, cache=cache, unroll=True)
-        return out.logits[0, 0], out.cache, out.routing[1]
-
-    cache = KVCache.empty(model.config, 1, 64, model.dtype)
-    merged, found = Merged.nothing(strategy, copied(model), adapter), []
+    backend = choose_backend(strategy, copied(model), adapter)
+    step, cache, found = jax.jit(backend.step), KVCache.empty(model.config, 1, 64, model.dtype), []
+    carry = backend.take_carry()
     for position, token in enumerate(tokens):
-        logits, cache, merged = step(model, jnp.array([[token]]), jnp.array([[position]]), cache, merged)
-        found.append(np.asarray(logits))
+        given = jnp.array([token]), jnp.array([position]), cache, jnp.array([False])
+        logits, _, cache, carry = step(backend.reads, carry, *given)
+        found.append(np.asarray(logits[0]))
     return np.array(found)
 
 
@@ -192,8 +190,8 @@ class TestOneLaunch:
         def unsupported_reason(model, batch=1, adapter=None):
             return "it takes 2 rows" if batch > 2 else None
 
-        monkeypatch.setattr(steps_module, "fused_step", step)
-        monkeypatch.setattr(engine_module, "fused_unsupported_reason", unsupported_reason)
+        monkeypatch.setattr(megakernel, "fused_step", step)
+        monkeypatch.setattr(megakernel, "fused_unsupported_reason", unsupported_reason)
 
     @pytest.mark.parametrize("strategy", ["golden", "switch"])
     @cases
@@ -213,19 +211,17 @@ class TestOneLaunch:
         assert [t.ids.tolist() for t in engine.generate(prompts[:2], max_new_tokens=5)]
         assert self.launches == [(False, ["q_proj", "v_proj"])]
         for _ in range(2):
-            with caplog.at_level("DEBUG", logger=engine_module.__name__):
+            with caplog.at_level("DEBUG", logger="adafuse_jax.inference"):
                 assert len([t.ids.tolist() for t in engine.generate(prompts, max_new_tokens=5)]) == 5
         assert len(self.launches) == 1
         assert (engine.strategy_of(2), engine.strategy_of(3)) == ("fused", "unmerged")
-        assert (
-            caplog.text.count("decoding 3 prompts with single operations instead of one launch: it takes 2 rows") == 1
-        )
+        assert caplog.text.count("decoding 3 prompts unfused: the megakernel cannot, as it takes 2 rows") == 1
         with pytest.raises(UserError, match="fused cannot run: it takes 2 rows; decode fewer"):
             next(Engine(model, adapter, strategy="fused", eos_ids=()).generate(prompts, max_new_tokens=5))
 
 
 def test_default_without_a_launch_is_unmerged_and_the_log_says_why(models, caplog):  # noqa: F811
-    with caplog.at_level("DEBUG", logger=engine_module.__name__):
+    with caplog.at_level("DEBUG", logger="adafuse_jax.inference"):
         engine = Engine(models("llama_mha"))
     if jax.default_backend() == "cpu":
         assert engine.strategy == "unmerged"
@@ -250,10 +246,10 @@ class TestTheBackbone:
         engine = Engine(copied(model), adapter, strategy="switch", eos_ids=())
         stream = engine.generate([prompt_of(model, 5)], max_new_tokens=30)
         next(stream), next(stream)
-        merged = np.asarray(engine._merged.weights["q_proj"], np.float32)
+        merged = np.asarray(engine.backend.merged.weights["q_proj"], np.float32)
         assert np.abs(merged - np.asarray(model.layers.q_proj.weight, np.float32)).max() > 0.05
         assert len(list(stream)) == 28
-        changed, steps = 0, 30 + engine_module.LOOKAHEAD
+        changed, steps = 0, 30 + slots.LOOKAHEAD
         for leaf, was in zip(weights_of(engine.model), before, strict=True):
             leaf, was = leaf.astype(np.float64), was.astype(np.float64)
             changed += not np.array_equal(leaf, was)
@@ -275,7 +271,7 @@ class TestTheBackbone:
         generate(engine, prompt_of(given, 5), n=4)
         assert given.layers.q_proj.weight[...].is_deleted()
         assert not given.layers.k_proj.weight[...].is_deleted()
-        assert engine._model.layers.q_proj.weight.get_value() is None
+        assert engine.backend.reads[0].layers.q_proj.weight.get_value() is None
         assert engine.model(jnp.array([[1, 2]])).logits.shape == (1, 2, given.config.vocab_size)
 
 
@@ -300,7 +296,7 @@ class TestEndings:
         stream = engine.generate([prompt], max_new_tokens=40)
         for _ in range(5):
             next(stream)
-        assert np.asarray(engine._merged.gates).any()
+        assert np.asarray(engine.backend.merged.gates).any()
         if end == "close":
             stream.close()
         elif end == "throw":
@@ -308,7 +304,7 @@ class TestEndings:
                 stream.throw(KeyboardInterrupt)
         else:
             del stream
-        assert not np.asarray(engine._merged.gates).any()
+        assert not np.asarray(engine.backend.merged.gates).any()
         assert generate(engine, prompt, n=20) == generate(plain, prompt, n=20)
 
     @strategies
@@ -348,12 +344,12 @@ class TestEndings:
         stream = engine.generate([prompt], max_new_tokens=40)
         next(stream)
 
-        def out_of_memory(model, adapter, state, merged, *args, **options):
-            for w in merged.weights.values():
+        def out_of_memory(step, reads, carry, *args, **options):
+            for w in carry.weights.values():
                 w.delete()
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: of the test")
 
-        monkeypatch.setattr(engine_module, "decode_step", out_of_memory)
+        monkeypatch.setattr(programs, "decode_step", out_of_memory)
         with pytest.raises(jax.errors.JaxRuntimeError, match="of the test"):
             next(stream)
         with pytest.raises(UserError, match="load the model again"):
@@ -375,7 +371,11 @@ class TestRefused:
 
     def test_unknown_strategy(self, models):  # noqa: F811
         with pytest.raises(UserError, match="'fast' is none of fused, unmerged, golden"):
-            Engine(models("llama_gqa"), strategy="fast")  # type: ignore[arg-type]
+            Engine(models("llama_gqa"), strategy="fast")
+
+    def test_what_the_config_knows_of_strategies_is_what_the_backends_are(self):
+        assert {*get_args(Strategy), "simple"} == {*BACKENDS}
+        assert {name for name, backend in BACKENDS.items() if backend.one_row} == {*TOKEN_STRATEGIES, "simple"}
 
 
 def random_backbone(num_layers: int, dtype: Any = jnp.float32, width: int = 64) -> tuple[Backbone, Any]:
@@ -390,9 +390,10 @@ def random_backbone(num_layers: int, dtype: Any = jnp.float32, width: int = 64) 
 
 
 def compiled_step(engine: Engine) -> Any:
-    state = engine._empty_state(1, 128, Sampling.of())
-    given = engine._model, engine.adapter, state, engine._merged, Sampling.of()
-    return decode_step.lower(*given, eos_ids=(), pad_id=0, fused=engine._fused).compile().memory_analysis()
+    backend, state = engine.backend, DecodeState.empty(engine.config, 1, 128, engine.model.dtype)
+    carry = backend.merged if engine.strategy in TOKEN_STRATEGIES else None
+    given = backend.step, backend.reads, carry, state, Sampling.of(), jnp.array([[-1]])
+    return programs.decode_step.lower(*given, pad_id=0).compile().memory_analysis()
 
 
 def nbytes(tree: Any) -> int:
@@ -405,7 +406,7 @@ class TestMemory:
         model, adapter = random_backbone(num_layers=4)
         cache, bare = nbytes(KVCache.empty(model.config, 1, 128, model.dtype)), compiled_step(Engine(model, eos_ids=()))
         engine = Engine(model, adapter, strategy=strategy, eos_ids=())
-        weights, found = nbytes(engine._merged.weights), compiled_step(engine)
+        weights, found = nbytes(engine.backend.merged.weights), compiled_step(engine)
         assert found.alias_size_in_bytes >= weights + cache
         copies = {"golden": 2, "switch": 1}[strategy]
         others = nbytes(model) - weights + nbytes(adapter) + cache
@@ -419,14 +420,16 @@ class TestMemory:
         switch, golden = (Merged.nothing(strategy, model, adapter) for strategy in ("switch", "golden"))
 
         def merge(model, adapter, merged, x):
-            return Merging(adapter, model, merged, hold=jnp.array(False)).merge(x)[1]
+            routing = adapter.router(x)
+            chosen = routing.experts[0, 0], routing.gates[0, 0]
+            return update_merged(adapter, model, merged, *chosen, hold=jnp.array(False))
 
         x, weights = jnp.ones((1, 1, model.config.embed_dim)), nbytes(switch.weights)
         in_step = jax.jit(merge, donate_argnums=2)
         for program in (
             unmerge.lower(adapter, switch),
             in_step.lower(model, adapter, golden, x),
-            in_step.lower(engine_model_of_switch(model, adapter), adapter, switch, x),
+            in_step.lower(choose_backend("switch", copied(model), adapter).reads[0], adapter, switch, x),
         ):
             found = program.compile().memory_analysis()
             assert found.alias_size_in_bytes >= weights
@@ -438,13 +441,9 @@ class TestMemory:
         check_pointers(Engine(model, adapter, strategy=strategy, eos_ids=()), steps=1000)
 
 
-def engine_model_of_switch(model: Backbone, adapter: Any) -> Backbone:
-    return Engine(copied(model), adapter, strategy="switch")._model
-
-
 def check_pointers(engine: Engine, steps: int) -> None:
     def pointers() -> dict[str, int]:
-        return {name: w.unsafe_buffer_pointer() for name, w in engine._merged.weights.items()}
+        return {name: w.unsafe_buffer_pointer() for name, w in engine.backend.merged.weights.items()}
 
     before, count = pointers(), 0
     for _ in engine.generate([[1]], max_new_tokens=steps + 1):
@@ -462,7 +461,7 @@ class TestOnTheGPU:
     def test_memory_and_pointers(self, strategy):
         model, adapter = random_backbone(num_layers=8, dtype=jnp.bfloat16, width=1024)
         engine = Engine(model, adapter, strategy=strategy, eos_ids=())
-        weights, found = nbytes(engine._merged.weights), compiled_step(engine)
+        weights, found = nbytes(engine.backend.merged.weights), compiled_step(engine)
         assert found.alias_size_in_bytes >= weights
         bare = compiled_step(Engine(model if strategy == "golden" else engine.model, eos_ids=()))
         assert found.temp_size_in_bytes < bare.temp_size_in_bytes + weights / 8 / 4  # a quarter of a layer

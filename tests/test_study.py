@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_accuracy import write_gz, write_study
+from study_data import write_gz, write_study
 
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.config import AdapterConfig
@@ -24,11 +25,13 @@ from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.data.packing import Rows
 from adafuse_jax.models.hooks import Routing
-from benchmarks.accuracy_data import Packed
-from studies.accuracy import arms, generation, made_up, mixture, scoring, tasks, training
+from studies.accuracy import arms, generation, made_up, mixture, pregated, scoring, tasks
 from studies.accuracy.__main__ import main
 from studies.accuracy.pregated import PreGated, Variant
-from studies.accuracy.study import Plan, Run, Study, best_rate, grid, of_seeds, read_records
+from studies.accuracy.study import Plan, Run, Study, best_rate, grid, of_seeds
+from studies.questions import Packed
+from studies.runs import Runs, read_records
+from studies.training import Trainer, optimizer_of, phases_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -112,9 +115,9 @@ def test_mixture_file_holds_every_example_once(mixed: mixture.Mixture, stories26
             seen[task] += 1
             text = tokenizer.decode(rows.tokens[row, here])
             assert (f"Answer in {tasks.SETS[task].title()}." in text) == (tasks.SETS[task] in made_up.LANGUAGES)
-            inside = here[rows.place[row]] & (rows.weight[row] > 0)
-            assert rows.weight[row, inside].sum() == pytest.approx(1)
-            assert np.ptp(rows.weight[row, inside]) == 0
+            inside = here & (rows.loss_mask[row] > 0)
+            assert rows.loss_mask[row, inside].sum() == pytest.approx(1)
+            assert np.ptp(rows.loss_mask[row, inside]) == 0
     assert seen.tolist() == [LIMIT] * len(tasks.SETS)
     packed = mixed.scored["vel"]
     row = packed.tokens[0]
@@ -159,7 +162,7 @@ def test_a_plain_variant_is_adafuse(model: Any):
 
     @jax.jit
     def hidden(adapter: Any) -> jax.Array:
-        view, context = training.seen(adapter, model, tokens, positions, tokens)
+        view, context = pregated.seen(adapter, model, tokens, positions, tokens)
         assert context is None
         return model.run(tokens, adapter=view).hidden
 
@@ -270,7 +273,7 @@ def test_greedy_decoding_is_the_full_forward_pass(model: Any):
 
     @jax.jit
     def following(adapter: Any, tokens: jax.Array) -> jax.Array:
-        view, _ = training.seen(adapter, model, tokens, jnp.arange(10)[None], jnp.zeros_like(tokens))
+        view, _ = pregated.seen(adapter, model, tokens, jnp.arange(10)[None], jnp.zeros_like(tokens))
         return model.logits(model.run(tokens, adapter=view).hidden[0]).argmax(-1)
 
     found = generation.greedy(model, params, prompts, lengths, jnp.int32(0), jnp.array([-1]), **plan)
@@ -289,8 +292,11 @@ def test_greedy_decoding_is_the_full_forward_pass(model: Any):
 def test_loss_of_a_step_by_hand(mixed: mixture.Mixture, model: Any):
     """The mean over the examples of a batch of the mean over an example's targets, of a LoRA that is still nothing."""
     rows = mixed.training
-    plan: dict[str, Any] = {"seeds": (0, 7), "rates": (0.0, 0.0), "steps": 1, "batch_size": 2}
-    trained = training.train(SMALL["lora-32"], model, training.on_device(rows), **plan)
+    arm = SMALL["lora-32"]
+    trainer = Trainer(
+        partial(arms.make, arm), steps=1, optimizer=optimizer_of(1), phases=phases_of(arm, 1), forward=pregated.forward
+    )
+    trained = trainer.train(model, rows, seeds=(0, 7), rates=(0.0, 0.0), batch_size=2, points=20)
     run = jax.jit(lambda t, p, s: jax.nn.log_softmax(model(t, positions=p, segment_ids=s).logits))
     for replica, seed in enumerate((0, 7)):
         order = Batches(
@@ -301,11 +307,24 @@ def test_loss_of_a_step_by_hand(mixed: mixture.Mixture, model: Any):
         logs = run(tokens, batch.positions[0], segments)
         for row in range(2):
             (found,) = np.flatnonzero((rows.tokens == tokens[row]).all(1))
-            place = rows.place[found][rows.weight[found] > 0]
+            place = np.flatnonzero(rows.loss_mask[found]) - 1
             for segment in range(1, segments[row].max() + 1):
                 of = place[segments[row, place] == segment]
                 examples.append(-np.mean(logs[row, of, tokens[row, of + 1]]))
         assert trained.history[0]["loss"][replica] == pytest.approx(np.mean(examples), rel=1e-4)
+
+
+def test_targets_of_rows():
+    mask = np.random.default_rng(0).random((5, 40)) < 0.1
+    mask[:, 0] = False
+    tokens = np.random.default_rng(1).integers(0, 99, mask.shape)
+    rows = Rows(tokens, mask, tokens, tokens)
+    place, wanted, there = mixture.targets_of(rows)
+    found = np.zeros_like(mask)
+    for row, (places, following, real) in enumerate(zip(place, wanted, there, strict=True)):
+        found[row, places[real] + 1] = True
+        np.testing.assert_array_equal(rows.tokens[row, places[real] + 1], following[real])
+    np.testing.assert_array_equal(found, mask)
 
 
 def test_weights_of_examples():
@@ -319,12 +338,14 @@ def test_study_from_files_to_tables(file: Path, stories260k_dir: Path, tmp_path:
     """An arm at two learning rates, then on two seeds; started again; then the tables, beside a LoRA of other numbers."""
     monkeypatch.setattr(arms, "ARMS", SMALL)
     runs, out, arm = tmp_path / "runs", tmp_path / "study.md", "adafuse-context"
-    flags = ["--model", str(stories260k_dir), "--mixture", str(file), "--runs", str(runs), "--dtype", "float32"]
+    record = tmp_path / "record.jsonl.gz"
+    places = ["--runs", str(runs), "--record", str(record)]
+    flags = ["--model", str(stories260k_dir), "--mixture", str(file), *places, "--dtype", "float32"]
     flags += ["--steps", "8", "--batch-size", "2", "--new-tokens", "3", "--learning-rates", "1e-2", "1e-3"]
     assert main([*flags, "--budget-seconds", "1e-6"]) == 0
     assert not list(runs.glob("*")), "the budget was over before the first run"
     plan = Plan(steps=8, batch_size=2, new_tokens=3, dtype="float32")
-    study = Study(str(stories260k_dir), file, runs, plan)
+    study = Study(str(stories260k_dir), file, Runs(record, runs), plan)
     study.do_all([grid(arm, (1e-2, 1e-3))], budget_seconds=None, begun=0)
     replicas = study.records[f"grid-{arm}-0@0.01,0@0.001"]["replicas"]
     best = best_rate(study.records, arm)
@@ -353,8 +374,13 @@ def test_study_from_files_to_tables(file: Path, stories260k_dir: Path, tmp_path:
         for replica in lora["replicas"]:
             replica["measures"]["vel"]["exact"] -= 8 * (2 + replica["seed"] / 5)  # 2 or 3 points less in the mean
         (runs / f"{name.replace(arm, 'lora-32')}.json").write_text(json.dumps(lora))
-    assert main(["--report", "--runs", str(runs), "--out", str(out)]) == 0
+    assert main(["--report", *places, "--out", str(out)]) == main(["--merge", *places]) == 0
     text = out.read_text()
+    for path in list(runs.iterdir()):
+        path.unlink()
+    assert main([*flags, "--arms", arm]) == main(["--report", *places, "--out", str(out)]) == 0
+    assert not list(runs.iterdir()), "what is in the record is not done again"
+    assert out.read_text() == text
     assert f"**{was['mean']:.2f}**" in text
     assert f"| {arm} | lora-32 | +2.50 ± 6.35 | +0.00 ± 0.00 | lora-32 | +2.50 ± 6.35 | +0.00 ± 0.00 |" in text
     with pytest.raises(UserError, match="another --runs"):

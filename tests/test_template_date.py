@@ -14,9 +14,8 @@ import tiny
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.tables import Table
 from adafuse_jax.data.chat import load_tokenizer
-from adafuse_jax.training.clock import run_date
 from adafuse_jax.training.config import TrainConfig
-from adafuse_jax.training.prepare import Data, prepare_data
+from adafuse_jax.training.data import Data, prepare_data, run_date
 
 DATED = (
     "{% if not date_string is defined %}{% set date_string = strftime_now(FORMAT) %}{% endif %}Today: {{ date_string }}\n"

@@ -20,10 +20,12 @@ from adafuse_jax.data.batches import Batch
 from adafuse_jax.data.chat import Encoded
 from adafuse_jax.data.packing import Rows, pack
 from adafuse_jax.evaluation.heldout import HeldOut, score
+from adafuse_jax.models.loss import token_losses
 from adafuse_jax.training import step
 from adafuse_jax.training.config import TrainConfig
-from adafuse_jax.training.recipe import Recipe, tied_gradients
-from adafuse_jax.training.step import TrainState, learning_rate, make_optimizer, token_losses, train_step
+from adafuse_jax.training.optimizer import make_optimizer
+from adafuse_jax.training.schedules import Phases, learning_rate, tied_gradients
+from adafuse_jax.training.step import TrainState, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -233,19 +235,19 @@ class TestSchedule:
         assert jnp.abs(updates.experts["q_proj"].A[...]).max() > 0
 
     def test_experts_are_tied_and_routers_move_in_their_share_of_the_steps(self, model):
-        """Of four steps: tied in two, and routers learn in three. The norm that is told is the one that is clipped."""
+        """Of four steps: tied in two, and routers learn in three. `grad_norm` is that of the gradients that are clipped."""
         rows = pack(examples(model, (30, 20, 25, 31)), 32, packing=False)
-        recipe = Recipe.of(0.5, 0.6, 4)
-        assert recipe == Recipe(tied=2, routers=3)
-        assert Recipe.of(0.07, 0.55, 100) == Recipe(tied=7, routers=55)
-        assert Recipe.of(0.0, 1.0, 4) == Recipe()
+        phases = Phases.of(0.5, 0.6, 4)
+        assert phases == Phases(tied_steps=2, router_steps=3)
+        assert Phases.of(0.07, 0.55, 100) == Phases(tied_steps=7, router_steps=55)
+        assert Phases.of(0.0, 1.0, 4) == Phases()
         optimizer = make_optimizer(config(warmup_ratio=0.0, learning_rate=1e-2), 4)
-        state = state_of(recipe.start(random_adapter(model.config)), optimizer)
+        state = state_of(phases.initial(random_adapter(model.config)), optimizer)
         step = partial(train_step, model=model, batch=as_batch(rows, 1), optimizer=optimizer, remat=False)
         for at in range(4):
             before = np.array(state.adapter.router.weight[...])
             _, usual = step(jax.tree.map(jnp.copy, state))
-            state, metrics = step(state, recipe=recipe)
+            state, metrics = step(state, phases=phases)
             b = np.array(state.adapter.experts["q_proj"].B[...])  # [L, E, out, R]
             assert np.array_equal(b, np.broadcast_to(b[:, :1], b.shape)) == (at < 2)
             assert np.array_equal(state.adapter.router.weight[...], before) == (at == 3)

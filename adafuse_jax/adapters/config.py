@@ -96,11 +96,3 @@ class AdapterConfig:
     def table(self) -> dict[str, Any]:
         """The method and those settings that it has."""
         return {"adapter": self.adapter} | {name: getattr(self, name) for name in PRESETS[self.adapter].settings}
-
-    def require_strategy(self, strategy: str) -> None:
-        """Raise `UserError` unless the method can decode so."""
-        fitting = PRESETS[self.adapter].strategies
-        require(
-            strategy in fitting,
-            f"--strategy {strategy} does not fit an adapter of {self.adapter}; it decodes {' or '.join(fitting)}",
-        )

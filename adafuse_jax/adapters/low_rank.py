@@ -6,15 +6,13 @@ A is stacked as [L, E, R, in] and B as [L, E, out, R]; both train in fp32 and ar
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-if TYPE_CHECKING:
-    from adafuse_jax.models.hooks import Routing
+from adafuse_jax.models.hooks import Routing
 
 
 class LoRAParam(nnx.Param):

@@ -15,7 +15,7 @@ from adafuse_jax.models.hooks import Routing
 
 
 def is_router(path: tuple) -> bool:
-    """Whether a leaf of an adapter is a router's, by its path in the pytree."""
+    """True for a router's leaf, by its path in the pytree of an adapter."""
     return "router" in jax.tree_util.keystr(path)
 
 

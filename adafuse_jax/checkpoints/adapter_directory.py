@@ -1,15 +1,14 @@
-"""The adapter directory: what training leaves behind and decoding takes up. Two files,
+"""Adapter directories, written by training and read by decoding. Two files,
 
 adapter_config.json          the method and its settings, the identity of its backbone, and the SHA-256 of the weights' file
 adapter_model.safetensors    the module's leaves by their path; of AdaFuse router.weight [E, in],
                              experts.<target>.A [L, E, R, in], experts.<target>.B [L, E, out, R]
 
-A LoRA that PEFT wrote, in files of the same two names, is taken too.
+A LoRA of PEFT, in files of the same two names, is read too.
 """
 
 from __future__ import annotations
 
-import os
 import typing
 from collections.abc import Callable
 from functools import partial
@@ -24,18 +23,21 @@ from flax import nnx
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.presets import PRESETS
 from adafuse_jax.adapters.registry import MODULES, AnyAdapter, make_adapter
+from adafuse_jax.checkpoints.adapter_files import (
+    CONFIG_FILE,
+    DIGEST,
+    MAX_SIZE,
+    WEIGHTS_FILE,
+    read_adapter_table,
+    write_adapter_files,
+)
 from adafuse_jax.checkpoints.hf_config import MAX_LAYERS
-from adafuse_jax.checkpoints.safetensors_files import read_tensors, write_tensors
-from adafuse_jax.core.atomic_files import new_directory, sha256, write_json
+from adafuse_jax.checkpoints.peft import load_peft_lora
+from adafuse_jax.checkpoints.safetensors_files import read_tensors
+from adafuse_jax.core.atomic_files import sha256
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ModelConfig
-
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-DIGEST = "weights_sha256"
-"""Key of adapter_config.json, absent in adapters of earlier versions: a safetensors file has no checksum of its own."""
-MAX_SIZE = 2**20
-"""Of a rank or a number of experts in adapter_config.json."""
 
 
 def save_adapter(
@@ -46,30 +48,6 @@ def save_adapter(
     table = {**adapter.config.table(), "backbone": {"name": backbone_name, "identity": backbone_identity}}
     tensors = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(adapter))}
     write_adapter_files(out, table, tensors, metadata={"format": "adafuse-jax"}, replace=replace, with_digest=True)
-
-
-def write_adapter_files(
-    out: Path,
-    table: dict[str, Any],
-    tensors: dict[str, np.ndarray],
-    *,
-    metadata: dict[str, str],
-    replace: bool = False,
-    with_digest: bool = False,
-) -> None:
-    """The two files as the directory `out`; `with_digest` adds the weights' to the table. Raises as `new_directory`."""
-    with new_directory(out, replace=replace, keep_others=True) as partial:
-        write_tensors(partial / WEIGHTS_FILE, tensors, metadata=metadata)
-        write_json(partial / CONFIG_FILE, table | ({DIGEST: sha256(partial / WEIGHTS_FILE)} if with_digest else {}))
-
-
-def read_adapter_table(directory: Path) -> Table:
-    """adapter_config.json: of train.py, or of PEFT."""
-    if not os.path.isdir(directory):
-        raise UserError(f"{directory}: no such adapter directory; give one that train.py wrote")
-    if os.path.exists(directory / "config.json") and not os.path.exists(directory / CONFIG_FILE):
-        raise UserError(f"{directory}: is a whole model, not an adapter; give it as --model, without --adapter")
-    return Table.read(directory / CONFIG_FILE, advice="give a complete adapter, or restore the file")
 
 
 def _parse(table: Table) -> tuple[AdapterConfig, dict[str, Any]]:
@@ -117,8 +95,6 @@ def load_adapter(directory: str | Path, model: ModelConfig, *, backbone_identity
       UserError: a missing, truncated or mismatched file, or an adapter of another backbone (PEFT does not say which
         backbone, beyond the shapes of its linears).
     """
-    from adafuse_jax.checkpoints.peft import load_peft_lora
-
     directory = Path(directory).expanduser()
     table = read_adapter_table(directory)
     if "peft_type" in table:

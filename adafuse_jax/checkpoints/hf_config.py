@@ -1,4 +1,4 @@
-"""config.json and generation_config.json ↔ `ModelConfig`, for the families whose mathematics the backbone has.
+"""config.json and generation_config.json → `ModelConfig`: the keys of all families; `models/families` reads the others.
 
 Every key is read as transformers reads it, with its family's default where it is absent. A key that changes the function in
 a way that the backbone does not have is an error; one that nothing reads, and that is not known to be inert, is named in the
@@ -14,37 +14,15 @@ from typing import Any
 
 from adafuse_jax.checkpoints.inert_keys import GENERATION_INERT, INERT, INERT_VALUES, SUPPORTED_VALUES
 from adafuse_jax.core.errors import UserError, quoted, shortened
-from adafuse_jax.core.tables import Table, read_json
+from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ModelConfig, RopeConfig
+from adafuse_jax.models.families.family import Family
+from adafuse_jax.models.registry import FAMILIES
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """A family's class in transformers, and its values of keys that config.json leaves out. `num_kv_heads` None: as many as
-    query heads; `head_dim` None: the hidden size over the heads."""
-
-    architecture: str
-    num_kv_heads: int | None
-    max_positions: int
-    head_dim: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-
-
-FAMILIES = {
-    "llama": Family(
-        architecture="LlamaForCausalLM", num_kv_heads=None, max_positions=2048, bos_token_id=1, eos_token_id=2
-    ),
-    "mistral": Family(
-        architecture="MistralForCausalLM", num_kv_heads=8, max_positions=131072, bos_token_id=1, eos_token_id=2
-    ),
-    "qwen2": Family(architecture="Qwen2ForCausalLM", num_kv_heads=32, max_positions=32768),
-    "qwen3": Family(architecture="Qwen3ForCausalLM", num_kv_heads=32, max_positions=32768, head_dim=128),
-}
 ROPE_KINDS = ("default", "linear", "llama3")
-DTYPES = {
+DTYPE_NAMES = {
     "float32": "float32", "float": "float32", "bfloat16": "bfloat16", "float16": "float16", "half": "float16",
     "float64": "float64", "double": "float64",
 }  # fmt: skip
@@ -61,12 +39,15 @@ NOT_NULL = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HFConfig:
-    """config.json and generation_config.json, parsed. `dtype` is the one that config.json names, None if it names none;
-    `remarks` are log lines about what they hold in vain."""
+    """config.json and generation_config.json, each read once. `dtype` is the one that config.json names, None if it names
+    none; `remarks` are log lines about keys that nothing uses; `table` and `generation` hold the files as they are, the
+    latter empty if it is absent."""
 
     model: ModelConfig
     dtype: str | None
     remarks: tuple[str, ...]
+    table: Table
+    generation: Table
 
 
 def read_model_config(directory: Path) -> ModelConfig:
@@ -78,15 +59,21 @@ def read_model_config(directory: Path) -> ModelConfig:
 
 
 def parse_hf_config(directory: Path) -> HFConfig:
-    """Special tokens of generation_config.json win over config.json's; one that is no token of the model is left out.
-
-    Raises:
-      UserError: a missing or corrupt file or key; a value of a wrong type or range; a model type, rope type, activation,
-        quantisation or other key that is not supported.
-    """
+    """The two files in `directory`. Raises `UserError` for one that is missing (config.json) or corrupt, and as
+    `parse_tables`."""
     table = Table.read(directory / "config.json", advice="give a complete directory, or restore the file")
     path = directory / "generation_config.json"
-    generation = Table.read(path) if path.exists() else Table({}, str(path))
+    return parse_tables(table, Table.read(path) if path.exists() else Table({}, str(path)))
+
+
+def parse_tables(table: Table, generation: Table) -> HFConfig:
+    """Parse the two files. Special tokens of generation_config.json win over config.json's; one that is no token of the
+    model is left out.
+
+    Raises:
+      UserError: a missing key; a value of a wrong type or range; a model type, rope type, activation,
+        quantisation or other key that is not supported.
+    """
     _refuse_null(table)
     model_type = table.choice("model_type", tuple(FAMILIES))
     family = FAMILIES[model_type]
@@ -113,7 +100,6 @@ def parse_hf_config(directory: Path) -> HFConfig:
         raise UserError(f"{table.where}: heads have {head_dim} dimensions; RoPE needs an even number of them")
     vocab_size = table.integer("vocab_size", low=1)
     max_positions = table.integer("max_position_embeddings", family.max_positions, low=1)
-    biased = model_type in ("llama", "qwen3") and table.boolean("attention_bias", False)
     rope, rope_unused = _rope(table, max_positions)
     tokens, remarks = _special_tokens(table, generation, family, vocab_size)
     model = ModelConfig(
@@ -129,28 +115,23 @@ def parse_hf_config(directory: Path) -> HFConfig:
         norm_eps=table.number("rms_norm_eps", 1e-6, low=0, high=1e6),
         rope=rope,
         tie_word_embeddings=table.boolean("tie_word_embeddings", False),
-        qkv_bias=model_type == "qwen2" or biased,
-        o_bias=biased,
-        mlp_bias=model_type == "llama" and table.boolean("mlp_bias", False),
-        qk_norm=model_type == "qwen3",
-        sliding_windows=_sliding_windows(table, model_type, num_layers, max_positions),
         bos_token_id=next(iter(tokens["bos_token_id"]), None),
         eos_token_ids=tokens["eos_token_id"],
         pad_token_id=next(iter(tokens["pad_token_id"]), None),
+        **family.read(table, num_layers, max_positions),
     )
     dtype = _dtype(table)
     unused = [*(name for name in table.unread() if not _is_inert(name, table.values[name])), *rope_unused]
     if unused:
         names = ", ".join(shortened(name, 60) for name in unused)
         remarks.insert(0, shortened(f"{table.where}: keys that are not used: {names}", 400))
-    return HFConfig(model=model, dtype=dtype, remarks=tuple(remarks))
+    return HFConfig(model=model, dtype=dtype, remarks=tuple(remarks), table=table, generation=generation)
 
 
-def generation_remark(directory: Path) -> str | None:
+def generation_remark(generation: Table) -> str | None:
     """A log line that names the settings of generation_config.json which would change what transformers generates; decoding
     follows its flags instead. None if there are none."""
-    path = directory / "generation_config.json"
-    values = read_json(path) if path.exists() else {}
+    values = generation.values
     sampling = () if values.get("do_sample") else ("temperature", "top_k", "top_p", "min_p", "typical_p")
     names = [
         name
@@ -160,7 +141,7 @@ def generation_remark(directory: Path) -> str | None:
         and name not in sampling
         and value not in GENERATION_INERT.get(name, ())
     ]
-    text = f"{path}: settings that are not used, as the flags decide: {', '.join(names)}"
+    text = f"{generation.where}: settings that are not used, as the flags decide: {', '.join(names)}"
     return shortened(text, 400) if names else None
 
 
@@ -181,9 +162,9 @@ def _dtype(table: Table) -> str | None:
     if stored is None:
         return None
     name = "dtype" if new else "torch_dtype"
-    if stored.removeprefix("torch.") not in DTYPES:
-        raise table.error(name, f"supported: {', '.join(DTYPES)}")
-    return DTYPES[stored.removeprefix("torch.")]
+    if stored.removeprefix("torch.") not in DTYPE_NAMES:
+        raise table.error(name, f"supported: {', '.join(DTYPE_NAMES)}")
+    return DTYPE_NAMES[stored.removeprefix("torch.")]
 
 
 def _special_tokens(
@@ -214,8 +195,8 @@ def _ids(table: Table, name: str) -> tuple[int, ...]:
 
 
 def _rope(table: Table, max_positions: int) -> tuple[RopeConfig, list[str]]:
-    """Both spellings: `rope_theta` + `rope_scaling`, and the newer `rope_parameters`; the older one wins, as upstream. The
-    second value names the keys that are not used."""
+    """RoPE in both spellings, `rope_theta` + `rope_scaling` and the newer `rope_parameters`; the older one wins.
+    The second value names the keys that are not used."""
     scaling, parameters = table.get("rope_scaling"), table.get("rope_parameters")
     name = "rope_scaling" if scaling else "rope_parameters"
     values = scaling or parameters or {}
@@ -244,85 +225,3 @@ def _rope(table: Table, max_positions: int) -> tuple[RopeConfig, list[str]]:
         settings |= {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
     unused = [f"{name}.{key}" for key in rope.unread()] + (["rope_parameters"] if scaling and parameters else [])
     return RopeConfig(kind=kind, **settings), unused
-
-
-def _sliding_windows(table: Table, model_type: str, num_layers: int, max_positions: int) -> tuple[int | None, ...]:
-    """Each layer's window in tokens, None for all: what `layer_types` says, else all layers of Mistral and those of Qwen
-    from `max_window_layers` on."""
-    names = {"full_attention": False, "sliding_attention": True, "attention": False}  # the last one is an older name
-    layer_types = table.items("layer_types", None)
-    if layer_types is not None and (
-        len(layer_types) != num_layers or any(not isinstance(kind, str) or kind not in names for kind in layer_types)
-    ):
-        raise UserError(
-            f"{table.where}: layer_types must name {num_layers} layers, each {' or '.join([*names][:2])}; restore the file"
-        )
-    is_windowed = None if layer_types is None else [names[kind] for kind in layer_types]
-    used = True if model_type == "mistral" else table.boolean("use_sliding_window", model_type == "llama")
-    window = table.integer(
-        "sliding_window", 4096 if "sliding_window" not in table.values else None, low=1 if used else 0
-    )
-    first = 0 if model_type == "mistral" else table.integer("max_window_layers", 28, low=-(2**31))
-    if model_type == "llama":
-        # transformers windows the cache of such a model and not its prompt, so that its answers depend on their split.
-        stated = used and "sliding_window" in table and window < max_positions
-        if stated or (is_windowed is not None and any(is_windowed)):
-            name = "sliding_window" if stated else "layer_types"
-            raise table.error(name, "llama has no windows; leave it out")
-        return (None,) * num_layers
-    window = window if used else None
-    if is_windowed is None:
-        return tuple(window if layer >= first else None for layer in range(num_layers))
-    if any(is_windowed) and window is None:
-        raise UserError(
-            f"{table.where}: layer_types has sliding_attention but no sliding_window is in use; restore the file"
-        )
-    return tuple(window if windowed else None for windowed in is_windowed)
-
-
-def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The config.json table of `config`, weights stored as `dtype`."""
-    rope = config.rope
-    scaling: dict[str, Any] | None = None
-    if rope.kind != "default":
-        scaling = {"rope_type": rope.kind, "factor": rope.factor}
-    if rope.kind == "llama3":
-        scaling = dict(
-            scaling or {},
-            low_freq_factor=rope.low_freq_factor,
-            high_freq_factor=rope.high_freq_factor,
-            original_max_position_embeddings=rope.original_max_position_embeddings,
-        )
-    windows = [w for w in config.sliding_windows if w]
-    eos = list(config.eos_token_ids)
-    table: dict[str, Any] = {
-        "architectures": [FAMILIES[config.model_type].architecture],
-        "model_type": config.model_type,
-        "hidden_act": "silu",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.embed_dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": rope.theta,
-        "rope_scaling": scaling,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": config.o_bias,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-        "pad_token_id": config.pad_token_id,
-        "torch_dtype": dtype,
-    }
-    if config.model_type == "llama":
-        table["mlp_bias"] = config.mlp_bias
-    else:
-        table["sliding_window"] = windows[0] if windows else None
-    if config.model_type in ("qwen2", "qwen3"):
-        table["use_sliding_window"] = bool(windows)
-    if config.model_type in ("qwen2", "qwen3") or 0 < len(windows) < config.num_layers:
-        table["layer_types"] = ["sliding_attention" if w else "full_attention" for w in config.sliding_windows]
-    return table

@@ -22,7 +22,7 @@ from flax import nnx
 
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.lora import LoRA
-from adafuse_jax.checkpoints.adapter_directory import CONFIG_FILE, MAX_SIZE, WEIGHTS_FILE, write_adapter_files
+from adafuse_jax.checkpoints.adapter_files import CONFIG_FILE, MAX_SIZE, WEIGHTS_FILE, write_adapter_files
 from adafuse_jax.checkpoints.safetensors_files import read_tensors
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table

@@ -42,13 +42,15 @@ def flag(
     above: float | None = None,
     below: float | None = None,
     text: Text = "any",
+    moved: typing.Mapping[str, str] = types.MappingProxyType({}),
 ) -> Any:
     """A dataclass field with the help text its command-line flag shows; without a default the flag is required.
 
-    A number is in [low, high], greater than `above` and less than `below`; of a tuple, each of its elements.
+    A number is in [low, high], greater than `above` and less than `below`; of a tuple, each of its elements. `moved`: a
+    choice of the past → where it is now.
     """
     bounds = {"low": low, "high": high, "above": above, "below": below}
-    metadata = {"help": help, "metavar": metavar, "text": text, **bounds}
+    metadata = {"help": help, "metavar": metavar, "text": text, "moved": moved, **bounds}
     return (
         dataclasses.field(metadata=metadata)
         if default is ...
@@ -120,12 +122,19 @@ class Kind:
             return self.type(value)
         require(isinstance(value, str), f"{where} is {quoted(value)}: it must be text; write it in quotes")
         if self.choices is not None:
+            value = self.unmoved(value, where)
             known = ", ".join(map(str, self.choices))
             require(value in self.choices, f"{where} is {quoted(value)}: it must be one of {known}")
         require_text(where, value)
         if self.metadata["text"] == "path":
             return checked_path(value, where)
         return os.path.expanduser(value) if self.metadata["text"] == "spec" else value
+
+    def unmoved(self, value: str, where: str) -> str:
+        """`value`. Raises `UserError` for a choice that is elsewhere now."""
+        if value in self.metadata["moved"]:
+            raise UserError(f"{where} is {quoted(value)}: {self.metadata['moved'][value]}")
+        return value
 
     def _fits(self, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, int if self.type is int else int | float):

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,12 +25,17 @@ class _OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse_flags(description: str, config_types: Sequence[type], argv: Sequence[str]) -> list[Any]:
-    """Parse `argv` into one instance of each dataclass in `config_types` (their field names must not clash).
+def parse_flags(
+    description: str | None, config_types: Sequence[type], argv: Sequence[str], program: str | None = None
+) -> list[Any]:
+    """Parse `argv` into one instance of each dataclass in `config_types` (their field names must not clash). `program` is
+    its name in the usage; default: that of the script.
 
     Raises `UserError` for unknown flags or keys, values of a wrong type, and whatever the dataclasses refuse.
     """
-    parser = _OneLineParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = _OneLineParser(
+        prog=program, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
     parser.add_argument("--config", metavar="FILE", help="JSON, TOML or YAML file of flag names and values")
     fields: dict[str, tuple[dataclasses.Field, Kind]] = {}
     for config_type in config_types:
@@ -58,9 +64,8 @@ def _add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field, kind: Kind)
         return
     metavar = f.metadata["metavar"] or (None if kind.choices else {int: "N", float: "X"}.get(kind.type, "NAME"))
     extra: dict[str, Any] = {"nargs": "+"} if kind.is_tuple else {}
-    parser.add_argument(
-        flag_name(f.name), type=_parser_of(kind.type), choices=kind.choices, metavar=metavar, help=text, **extra
-    )
+    parse = partial(kind.unmoved, where=flag_name(f.name)) if f.metadata["moved"] else _parser_of(kind.type)
+    parser.add_argument(flag_name(f.name), type=parse, choices=kind.choices, metavar=metavar, help=text, **extra)
 
 
 def _parser_of(kind: type) -> Callable[[str], Any]:

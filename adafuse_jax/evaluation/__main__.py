@@ -30,13 +30,13 @@ COLUMNS = {
 
 def run(config: EvaluationConfig) -> dict[str, Any]:
     """Load everything, then score every data set. All mistakes in the data show before the backbone is read."""
-    from adafuse_jax.checkpoints.hf_checkpoint import Checkpoint
+    from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
     from adafuse_jax.data.left_out import log_unwritten_system
     from adafuse_jax.data.tokenizer import load_tokenizer
     from adafuse_jax.evaluation.loading import load
     from adafuse_jax.evaluation.multiple_choice import Questions, evaluate, mean_of
 
-    checkpoint = Checkpoint.open(config.model)
+    checkpoint = HFCheckpoint.open(config.model)
     directory, context = checkpoint.directory, checkpoint.config.max_position_embeddings
     if config.max_length is not None and config.max_length > context:
         raise UserError(f"--max-length {config.max_length} exceeds the {context} positions of {config.model}; lower it")
@@ -124,8 +124,9 @@ def write(report: dict[str, Any], out: Path) -> None:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another file") from error
 
 
-def main(argv: Sequence[str]) -> int:
-    (config,) = parse_flags(__doc__, (EvaluationConfig,), argv)
+def main(argv: Sequence[str], program: str = "python -m adafuse_jax.evaluation") -> int:
+    """Accuracy on multiple-choice data sets."""
+    (config,) = parse_flags(main.__doc__, (EvaluationConfig,), argv, program)
     runtime.set_up()
     with runtime.memory_errors("lower --batch-size or --max-length, or give --dtype bfloat16"):
         report = run(config)

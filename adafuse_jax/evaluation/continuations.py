@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from adafuse_jax.models.decoder import Backbone
-from adafuse_jax.training.step import LOSS_CHUNK
+from adafuse_jax.models.loss import LOSS_CHUNK
 
 LENGTH_BUCKET = 64
 

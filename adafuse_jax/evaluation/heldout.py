@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from adafuse_jax.data.chat import Encoded
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.hooks import Adapter
-from adafuse_jax.training.step import token_losses
+from adafuse_jax.models.loss import token_losses
 
 LENGTH_BUCKET = 64
 

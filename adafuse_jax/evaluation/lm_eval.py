@@ -245,38 +245,18 @@ class AdaFuseLM(TemplateLM):
         # One batch size, one program: the last row fills it up.
         spare = self.batch_size - len(contexts)
         prompts = [context[-room:] for context in contexts] + [contexts[-1][-room:]] * spare
-        rows = [_Row(self.tokenizer, until) for _ in contexts]
-        for token in self._engine.generate(
+        stops = tuple(stop for stop in until if stop)
+        streams = [TextStream(self.tokenizer, stops, inside_special=True) for _ in prompts]
+        for step in self._engine.generate(
             prompts,
             max_new_tokens=new_tokens,
             sampling=sampling,
             seed=seed,
             samples=[*samples, *[samples[-1]] * spare],
         ):
-            for row, token_id, done in zip(rows, token.ids, token.done, strict=False):
-                row.take(int(token_id), bool(done))
-            if all(row.ended for row in rows):
-                break
-        return [row.text() for row in rows]
-
-
-class _Row:
-    """One continuation while it is generated: it ends at EOS or at the token that completes a stop string."""
-
-    def __init__(self, tokenizer: Any, until: list[str]):
-        self._stream = TextStream(tokenizer, tuple(stop for stop in until if stop), inside_special=True)
-        self.ended = False
-
-    def take(self, token_id: int, done: bool) -> None:
-        if self.ended:
-            return
-        if not done:
-            self._stream.push(token_id)
-        self.ended = done or self._stream.stopped
-
-    def text(self) -> str:
-        self._stream.flush()
-        return self._stream.text
+            for index, row in step.rows.items():
+                streams[index].read(row)
+        return [stream.text for stream in streams[: len(contexts)]]
 
 
 def main(argv: Sequence[str]) -> int:

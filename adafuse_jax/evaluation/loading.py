@@ -8,7 +8,7 @@ from typing import Any, get_args
 import jax.numpy as jnp
 
 from adafuse_jax.checkpoints.adapter_directory import load_adapter
-from adafuse_jax.checkpoints.hf_checkpoint import Checkpoint, load_backbone
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
 from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.data.tokenizer import load_tokenizer
@@ -27,17 +27,17 @@ class Loaded:
 
 
 def load(
-    model: str | Checkpoint, adapter: str | None = None, dtype: DType | None = None, *, tokenizer: Any = None
+    model: str | HFCheckpoint, adapter: str | None = None, dtype: DType | None = None, *, tokenizer: Any = None
 ) -> Loaded:
     """Load from directories (a hub id or an opened checkpoint, for the model); float32 models multiply in float32.
     `tokenizer`: the model's and the adapter's, if it is loaded already.
 
-    Raises `UserError` for what `Checkpoint.open`, `load_tokenizer`, `load_adapter` and `load_backbone` refuse, in this
+    Raises `UserError` for what `HFCheckpoint.open`, `load_tokenizer`, `load_adapter` and `load_backbone` refuse, in this
     order: the large files are read last.
     """
     if dtype is not None and dtype not in get_args(DType):
         raise UserError(f"dtype is {quoted(dtype)}: choose from {', '.join(get_args(DType))}")
-    checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
+    checkpoint = model if isinstance(model, HFCheckpoint) else HFCheckpoint.open(model)
     if tokenizer is None:
         tokenizer = load_tokenizer(checkpoint.directory, adapter)
     dtype = dtype or checkpoint.dtype

@@ -27,6 +27,7 @@ from adafuse_jax.evaluation.heldout import score
 from adafuse_jax.evaluation.loading import Loaded
 from adafuse_jax.evaluation.matching import match
 from adafuse_jax.inference.engine import Engine
+from adafuse_jax.inference.rows import Row
 
 SCORES = ("accuracy", "accuracy_norm", "accuracy_bytes", "generated")
 
@@ -112,13 +113,11 @@ def generated_answers(loaded: Loaded, questions: Questions, *, batch_size: int, 
     for start in range(0, len(order), batch_size):
         members = order[start : start + batch_size]
         rows = members + members[-1:] * (batch_size - len(members))  # one batch size, one program
-        ids: list[list[int]] = [[] for _ in rows]
-        for token in engine.generate([prompts[i] for i in rows], max_new_tokens=max_new_tokens):
-            for row, (token_id, done) in zip(ids, zip(token.ids, token.done, strict=True), strict=True):
-                if not done:
-                    row.append(int(token_id))
-        for i, row in zip(members, ids[: len(members)], strict=True):
-            answers[i] = loaded.tokenizer.decode(row, skip_special_tokens=True)
+        ended: dict[int, Row] = {}
+        for step in engine.generate([prompts[i] for i in rows], max_new_tokens=max_new_tokens):
+            ended |= step.rows
+        for row, i in enumerate(members):
+            answers[i] = loaded.tokenizer.decode(ended[row].token_ids, skip_special_tokens=True)
     return answers
 
 

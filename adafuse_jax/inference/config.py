@@ -8,8 +8,8 @@ from typing import Literal
 from adafuse_jax.core.fields import MAX_COUNT, MAX_ROWS, MAX_SEED, check, flag, require
 from adafuse_jax.models.config import DType
 
-Strategy = Literal["fused", "unmerged", "golden", "switch", "simple", "merged"]
-TOKEN_STRATEGIES = ("golden", "switch", "simple")
+Strategy = Literal["fused", "unmerged", "golden", "switch", "merged"]
+TOKEN_STRATEGIES = ("golden", "switch")
 """Those that merge the experts of one token, and so decode one row on one device."""
 LEAST_TEMPERATURE = 1e-8
 """Temperatures below count as 0: float32 logits that differ at all differ by more than that, so only ties are drawn."""
@@ -24,11 +24,12 @@ class DecodeConfig:
         "adapter directory written by train.py, or a LoRA of PEFT; default: the bare backbone", None, "DIR", text="path"
     )
     strategy: Strategy | None = flag(
-        "how a token's experts act: beside the weights, in one launch (fused) or as single operations (unmerged), merged "
-        "into a second copy of them (golden), merged in place, which drifts (switch), merged layer by layer (simple), or, "
-        "a LoRA, merged once before decoding (merged); default: fused, for AdaFuse or no adapter, on a Hopper GPU with "
-        "bfloat16 weights, else unmerged",
+        "how a token's experts act: beside the weights, in the megakernel (fused) or in separate XLA ops (unmerged), merged "
+        "into a second copy of them (golden), merged in place, where every token's rounding stays in the weights, which "
+        "drift (switch), or, a LoRA, merged once before decoding (merged); default: fused, for AdaFuse or no adapter, on a "
+        "Hopper GPU with bfloat16 weights, else unmerged",
         None,
+        moved={"simple": "it is the paper's ablation and a strategy of the benchmarks, see benchmarks/simple_merging.py"},
     )
     prompt: str | None = flag("one prompt; without a prompt, prompts are read from stdin, one a line", None, "TEXT")
     prompts_file: str | None = flag(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from adafuse_jax.data.tokenizer import special_token_texts
+from adafuse_jax.inference.rows import Row
 
 
 class _Decoder:
@@ -72,6 +73,14 @@ class TextStream:
         if not self.stopped:
             released, self.text, self._held = released + self._held, self.text + self._held, ""
         return released
+
+    def read(self, row: Row) -> str:
+        """Text that the row's newest token makes certain, all of it at the row's end. A stop string ends the row."""
+        ended_by_token = row.finish_reason == "stop"
+        text = "" if ended_by_token else self.push(row.token_ids[-1])
+        if self.stopped:
+            row.finish_reason = "stop"
+        return text + self.flush() if row.finish_reason else text
 
     def _release(self, new: str, whole: str) -> str:
         """Text that is no part of a stop string, after `new`, which is `whole` with special tokens."""

@@ -1,42 +1,27 @@
-"""The two jitted programs of generation, over one donated state.
+"""The jitted programs of generation, over one donated state.
 
-    prefill   writes a prompt into the cache, a chunk at a time, every prompt token with its own gates
-    step      token → gates → adapted backbone → next token; cache, position and merged weights are updated in place
-
-How the experts act in a step is the engine's strategy: *unmerged*, y = W x + Σ_j g_j s B[e_j] (A[e_j] x), the same as one
-launch, *fused*, or one of `merging`'s, whose backbone is one launch too where that can run. Prefill is unmerged with each.
+prefill   prefill_chunk: prompts into the cache, a chunk at a time, every token with its own gates; start: their first token
+step      decode_step: one token of every row through the backend; cache, position and merged weights change in place
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from adafuse_jax.inference.backends.megakernel import Fused, fused_step, route
-from adafuse_jax.inference.backends.merged import Merged, Merging, update_merged, with_weights
+from adafuse_jax.inference.backends.base import Backend
 from adafuse_jax.inference.sampling import Sampling, sample
+from adafuse_jax.inference.state import DecodeState
 from adafuse_jax.models.decoder import Backbone
-from adafuse_jax.models.hooks import Adapter
-from adafuse_jax.models.kv_cache import KVCache
 
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeState:
-    """Everything a step reads and replaces. `token` is sampled but not yet in the cache; it will take slot `position`. Each
-    row has a key of its own."""
-
-    cache: KVCache
-    token: Int[Array, " B"]
-    position: Int[Array, " B"]
-    done: Bool[Array, " B"]
-    seen: Bool[Array, "B V"] | None
-    key: Key[Array, " B"]
+StepResult = tuple[Int[Array, " B"], Bool[Array, " B"], Bool[Array, " B"], Int[Array, "B k"] | None]
+"""(token, done, whether the logits are finite, the experts that read the token before); the experts of a prompt are None."""
 
 
 @partial(jax.jit, static_argnames="pad_id", donate_argnames=("state", "logits"))
@@ -44,85 +29,115 @@ def prefill_chunk(
     model: Backbone,
     adapter: Any,
     state: DecodeState,
-    logits: Array,
-    tokens: Array,
-    lengths: Array,
+    logits: Float[Array, "R V"],
+    tokens: Int[Array, "R T"],
+    starts: Int[Array, " R"],
+    lengths: Int[Array, " R"],
+    rows: Int[Array, " R"] | None,
     pad_id: int,
-) -> tuple[DecodeState, Array]:
-    """Put tokens[b, :lengths[b]] into the cache; `logits` [B, V] of rows that have tokens here are replaced."""
+) -> tuple[DecodeState, Float[Array, "R V"]]:
+    """Put tokens[r, :lengths[r]] into the cache of slot rows[r] (None: of every slot, R = B), from position starts[r] on.
+    `logits` of rows that have tokens here are replaced. Until `start`, steps write nothing into these slots."""
+    at: Any = slice(None) if rows is None else rows
+    cache = state.cache if rows is None else state.cache.rows(rows)
     offset = jnp.arange(tokens.shape[1])
-    inside = offset < lengths[:, None]  # [B, T]
-    slots = jnp.where(inside, state.position[:, None] + offset, state.cache.slots)
-    out = model.run(jnp.where(inside, tokens, pad_id), adapter=adapter, positions=slots, cache=state.cache)
-    last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]  # [B, D]
+    inside = offset < lengths[:, None]  # [R, T]
+    positions = jnp.where(inside, starts[:, None] + offset, cache.slots)
+    out = model.run(jnp.where(inside, tokens, pad_id), adapter=adapter, positions=positions, cache=cache)
+    last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]  # [R, D]
     assert out.cache is not None
     seen = state.seen
     if seen is not None:
-        seen = seen.at[jnp.arange(len(lengths))[:, None], jnp.where(inside, tokens, seen.shape[1])].set(
-            True, mode="drop"
-        )
-    logits = jnp.where((lengths > 0)[:, None], model.logits(last), logits)
-    return replace(state, cache=out.cache, position=state.position + lengths, seen=seen), logits
+        of_rows = seen[at] & (starts > 0)[:, None]
+        new = jnp.where(inside, tokens, seen.shape[1])
+        seen = seen.at[at].set(of_rows.at[jnp.arange(len(lengths))[:, None], new].set(True, mode="drop"))
+    state = replace(
+        state,
+        cache=out.cache if rows is None else state.cache.with_rows(rows, out.cache),
+        position=state.position.at[at].set(cache.slots),
+        done=state.done.at[at].set(True),
+        seen=seen,
+    )
+    return state, jnp.where((lengths > 0)[:, None], model.logits(last), logits)
+
+
+@partial(jax.jit, static_argnames="pad_id", donate_argnames="state")
+def start(
+    state: DecodeState,
+    logits: Float[Array, "R V"],
+    rows: Int[Array, " R"],
+    positions: Int[Array, " R"],
+    keys: Key[Array, " R"],
+    sampling: Sampling,
+    stop_ids: Int[Array, "R M"],
+    pad_id: int,
+) -> tuple[StepResult, DecodeState]:
+    """Sample after the prompts of slots `rows`, whose next position is `positions`; the other slots stay as they are."""
+    seen = None if state.seen is None else state.seen[rows]
+    going = jnp.zeros(len(rows), bool)
+    token, done, seen, keys, finite = _choose(logits, going, seen, keys, sampling, stop_ids, pad_id)
+    state = replace(
+        state,
+        token=state.token.at[rows].set(token),
+        position=state.position.at[rows].set(positions),
+        done=state.done.at[rows].set(done),
+        seen=None if state.seen is None else state.seen.at[rows].set(seen),
+        key=state.key.at[rows].set(keys),
+    )
+    return (state.token, state.done, jnp.ones_like(state.done).at[rows].set(finite), None), state
+
+
+@partial(jax.jit, static_argnames=("step", "pad_id"), donate_argnames=("state", "carry"))
+def decode_step(
+    step: Callable[..., Any],
+    reads: Any,
+    carry: Any,
+    state: DecodeState,
+    sampling: Sampling,
+    stop_ids: Int[Array, "B M"],
+    pad_id: int,
+) -> tuple[StepResult, DecodeState, Any]:
+    """Read the pending token of every row by the backend's `step`, and sample the one after it. Returns (result, state,
+    carry); the old state and carry are donated."""
+    logits, experts, cache, carry = step(reads, carry, state.token, state.position, state.cache, state.done)
+    token, done, seen, key, finite = _choose(logits, state.done, state.seen, state.key, sampling, stop_ids, pad_id)
+    position = jnp.where(state.done, state.position, state.position + 1)
+    state = DecodeState(cache=cache, token=token, position=position, done=done, seen=seen, key=key)
+    return (token, done, finite, experts), state, carry
+
+
+def advance(
+    backend: Backend, state: DecodeState, sampling: Sampling, stop_ids: Int[Array, "B M"], pad_id: int = 0
+) -> tuple[StepResult, DecodeState]:
+    """`decode_step` of a backend, which lends its carry; one that fails takes the carry along."""
+    carry = backend.take_carry()
+    result, state, carry = decode_step(backend.step, backend.reads, carry, state, sampling, stop_ids, pad_id)
+    backend.put_carry(carry)
+    return result, state
+
+
+@partial(jax.jit, donate_argnames="state")
+def release(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
+    """The row of a slot has ended."""
+    return replace(state, done=state.done.at[slot].set(True))
 
 
 def _choose(
-    state: DecodeState, logits: Array, sampling: Sampling, eos_ids: tuple[int, ...], pad_id: int
-) -> tuple[DecodeState, Bool[Array, " B"]]:
-    """Sample the next token of every row that has not ended; and whether the logits of those rows are finite."""
-    key = draw = state.key
-    if not sampling.greedy:
-        key, draw = jnp.moveaxis(jax.vmap(jax.random.split)(state.key), 1, 0)
-    finite = state.done | jnp.isfinite(logits).all(axis=-1)
-    token = jnp.where(state.done, pad_id, sample(logits, sampling, draw, state.seen))
-    done = state.done | jnp.isin(token, jnp.array(eos_ids, jnp.int32))
-    seen = None if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True)
-    return replace(state, token=token, done=done, seen=seen, key=key), finite
-
-
-@partial(jax.jit, static_argnames=("eos_ids", "pad_id"), donate_argnames="state")
-def first_token(
-    state: DecodeState, logits: Array, sampling: Sampling, eos_ids: tuple[int, ...], pad_id: int
-) -> tuple[Any, DecodeState]:
-    """Sample after the prompt. Returns ((token, done, finite, None), state)."""
-    state, finite = _choose(state, logits, sampling, eos_ids, pad_id)
-    return (state.token, state.done, finite, None), state
-
-
-@partial(jax.jit, static_argnames=("eos_ids", "pad_id"), donate_argnames=("state", "merged"))
-def decode_step(
-    model: Backbone,
-    adapter: Any,
-    state: DecodeState,
-    merged: Merged | None,
+    logits: Float[Array, "B V"],
+    ended: Bool[Array, " B"],
+    seen: Bool[Array, "B V"] | None,
+    key: Key[Array, " B"],
     sampling: Sampling,
-    eos_ids: tuple[int, ...],
+    stop_ids: Int[Array, "B M"],
     pad_id: int,
-    fused: Fused | None = None,
-) -> tuple[Any, DecodeState, Merged | None]:
-    """Read `state.token`, sample the one after it. Returns ((token, done, finite, experts), state, merged); the old
-    state and what was merged are donated. `merged` None decodes unmerged; with `fused` all layers are one launch."""
-    if fused is not None:
-        token, position, cache = state.token, state.position, state.cache
-        if merged is None:
-            logits, experts, cache = fused_step(model, adapter, fused, token, position, cache)
-        else:
-            # Nothing adapted runs before the router: with *switch*, those weights are only named here.
-            whole = with_weights(model, merged.weights)
-            experts, gates = route(whole, adapter, fused.table, token, position, cache)
-            merged = update_merged(adapter, model, merged, experts[0], gates[0], hold=state.done[0])
-            logits, _, cache = fused_step(with_weights(model, merged.weights), None, fused, token, position, cache)
-        state = replace(state, cache=cache, position=position + 1)
-        state, finite = _choose(state, logits, sampling, eos_ids, pad_id)
-        return (state.token, state.done, finite, experts), state, merged
-    acting: Adapter | None = adapter
-    if merged is not None:
-        acting = Merging(adapter, model, merged, hold=state.done[0])
-    out = model.run(
-        state.token[:, None], adapter=acting, positions=state.position[:, None], cache=state.cache, unroll=True
-    )
-    assert out.cache is not None
-    routing, merged = (out.routing, None) if merged is None else out.routing
-    experts = None if routing is None else routing.experts_of_row()
-    state = replace(state, cache=out.cache, position=state.position + 1)
-    state, finite = _choose(state, model.logits(out.hidden[:, 0]), sampling, eos_ids, pad_id)
-    return (state.token, state.done, finite, experts), state, merged
+) -> tuple[Any, ...]:
+    """(token, done, seen, key, finite): the next token of rows that have not `ended`, and whether logits are finite."""
+    draw = key
+    if not sampling.greedy:
+        key, draw = jnp.moveaxis(jax.vmap(jax.random.split)(key), 1, 0)
+    finite = ended | jnp.isfinite(logits).all(axis=-1)
+    token = jnp.where(ended, pad_id, sample(logits, sampling, draw, seen))
+    done = ended | (token[:, None] == stop_ids).any(axis=-1)
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(token)), token].set(True)
+    return token, done, seen, key, finite

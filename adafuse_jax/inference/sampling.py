@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +23,19 @@ PENALTY_BOUNDS = (1e-30, 1e30)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to choose a token. Only the two flags are static: other values change without recompiling.
+    """How to choose a token: for one row or for all rows (numbers), or row by row (arrays [B], by `stack`). Only the two
+    flags are static: other values change without recompiling.
 
-    temperature 0, or less than `LEAST_TEMPERATURE` (`greedy`), takes the likeliest token; top_k 0 and top_p 1 leave the
-    distribution whole.
+    temperature 0, or less than `LEAST_TEMPERATURE`, takes the likeliest token; top_k 0 and top_p 1 leave the distribution
+    whole. `greedy`: every row takes the likeliest; `penalize`: some row has a penalty.
     """
 
     greedy: bool = field(metadata={"static": True})
     penalize: bool = field(metadata={"static": True})
-    temperature: float
-    top_k: int
-    top_p: float
-    repetition_penalty: float
+    temperature: float | Float[Array, " B"]
+    top_k: int | Int[Array, " B"]
+    top_p: float | Float[Array, " B"]
+    repetition_penalty: float | Float[Array, " B"]
 
     @classmethod
     def of(
@@ -43,27 +45,48 @@ class Sampling:
         return cls(
             greedy=temperature < LEAST_TEMPERATURE,
             penalize=repetition_penalty != 1,
-            temperature=min(temperature, MOST_TEMPERATURE),
+            temperature=0.0 if temperature < LEAST_TEMPERATURE else min(temperature, MOST_TEMPERATURE),
             top_k=min(top_k, 2**31 - 1),
             top_p=top_p,
             repetition_penalty=min(max(repetition_penalty, low), high),
         )
 
+    @classmethod
+    def stack(cls, rows: Sequence[Sampling]) -> Sampling:
+        """The settings of every row, on the device."""
 
-def penalize(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, ""]) -> Float[Array, "B V"]:
+        def column(name: str, dtype: Any) -> Array:
+            return jnp.array([getattr(row, name) for row in rows], dtype)
+
+        return cls(
+            greedy=all(row.greedy for row in rows),
+            penalize=any(row.penalize for row in rows),
+            temperature=column("temperature", jnp.float32),
+            top_k=column("top_k", jnp.int32),
+            top_p=column("top_p", jnp.float32),
+            repetition_penalty=column("repetition_penalty", jnp.float32),
+        )
+
+
+def penalize(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, "#B 1"]
+) -> Float[Array, "B V"]:
     """Divide the positive and multiply the negative logits of tokens seen before (arXiv 1909.05858); all stay finite."""
     penalized = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     largest = jnp.finfo(logits.dtype).max
     return jnp.clip(penalized, -largest, largest)
 
 
-def keep_likely(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
+def keep_likely(
+    logits: Float[Array, "B V"], top_k: Int[Array, "#B 1"], top_p: Float[Array, "#B 1"]
+) -> Float[Array, "B V"]:
     """−inf for tokens past the top_k likeliest (0: none), then past the likeliest that hold probability top_p; the
     likeliest stays in any case."""
     vocab = logits.shape[-1]
     ordered = jnp.sort(logits, axis=-1, descending=True)
-    kth = ordered[:, jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab) - 1]
-    ordered = jnp.where(ordered >= kth[:, None], ordered, -jnp.inf)
+    last = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab) - 1
+    kth = jnp.take_along_axis(ordered, jnp.broadcast_to(last, (len(logits), 1)), axis=-1)
+    ordered = jnp.where(ordered >= kth, ordered, -jnp.inf)
     probability = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
     first = jnp.arange(vocab) == 0  # a denormal top_p is 0 on a device
@@ -85,13 +108,18 @@ def sample(
 ) -> Int[Array, " B"]:
     """The next token of every row, each with the noise of its key, so that a row draws what it would draw alone; `seen`
     marks the tokens of prompt and output, needed only to penalize them."""
+    temperature, top_k, top_p, penalty = (
+        jnp.atleast_1d(jnp.asarray(value))[:, None]  # [B, 1], or [1, 1]
+        for value in (sampling.temperature, sampling.top_k, sampling.top_p, sampling.repetition_penalty)
+    )
     if sampling.penalize:
         assert seen is not None
-        logits = penalize(logits, seen, jnp.asarray(sampling.repetition_penalty))
+        logits = penalize(logits, seen, penalty)
     if sampling.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # The likeliest at 0, so that a low temperature sends the others to -inf and never two to +inf.
-    logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
-    logits = keep_likely(logits, jnp.asarray(sampling.top_k), jnp.asarray(sampling.top_p))
+    drawn = temperature > 0  # a greedy row beside others: its own largest logit, without noise
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / jnp.where(drawn, temperature, 1)
+    logits = keep_likely(logits, top_k, top_p)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], logits.dtype))(keys)
-    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+    return jnp.argmax(logits + jnp.where(drawn, noise, 0), axis=-1).astype(jnp.int32)

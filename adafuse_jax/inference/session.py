@@ -16,18 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from adafuse_jax.checkpoints.adapter_directory import load_adapter
-from adafuse_jax.checkpoints.hf_checkpoint import Checkpoint, load_backbone
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
 from adafuse_jax.checkpoints.hf_config import generation_remark
+from adafuse_jax.checkpoints.placement import Stacked
 from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import encode_prompt, stop_tokens
 from adafuse_jax.data.examples import Chat, Message
 from adafuse_jax.data.left_out import log_unwritten_system
 from adafuse_jax.data.tokenizer import load_tokenizer
-from adafuse_jax.inference.config import DecodeConfig, Strategy
+from adafuse_jax.inference.backends.registry import require_strategy
+from adafuse_jax.inference.config import DecodeConfig
 from adafuse_jax.inference.detokenizer import TextStream
-from adafuse_jax.inference.engine import Engine, Token
+from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.prompts import Prompt, read_prompts, stdin_lines
+from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.parallel.mesh import make_mesh, shard
 
@@ -55,7 +58,7 @@ class Completion:
     prefill_ms: float
     ms_per_token: float | None
     batch: int
-    strategy: Strategy | None
+    strategy: str | None
     experts_used: list[int] | None
     peak_device_gib: float | None
 
@@ -64,8 +67,8 @@ class Session:
     """A loaded model, its adapter and its tokenizer, ready to answer."""
 
     def __init__(self, config: DecodeConfig):
-        checkpoint = Checkpoint.open(config.model)
-        if remark := generation_remark(checkpoint.directory):
+        checkpoint = HFCheckpoint.open(config.model)
+        if remark := generation_remark(checkpoint.hf_config.generation):
             log.info("%s", remark)
         self.config = config
         self.tokenizer = load_tokenizer(checkpoint.directory, config.adapter)
@@ -86,11 +89,11 @@ class Session:
                 dtype=jnp.dtype("float32" if config.strategy == "merged" else dtype),
             )
             if config.strategy is not None:
-                adapter.config.require_strategy(config.strategy)
-        model = load_backbone(checkpoint, dtype)
-        if config.tensor_parallel > 1:
-            mesh = make_mesh(config.tensor_parallel, model.config)
-            model, adapter = shard(model, mesh), adapter and shard(adapter, mesh)
+                require_strategy(adapter.config, config.strategy)
+        mesh = None if config.tensor_parallel == 1 else make_mesh(config.tensor_parallel, checkpoint.config)
+        model = load_backbone(checkpoint, dtype, place=Stacked(mesh))
+        if mesh is not None and adapter is not None:
+            adapter = shard(adapter, mesh)
         eos_ids = {*model.config.eos_token_ids, *stops}
         self.engine = Engine(model, adapter, strategy=config.strategy, eos_ids=sorted(eos_ids))
         self.adapted, self.num_experts = adapter is not None, adapter.config.max_experts if adapter else 0
@@ -152,22 +155,38 @@ class Session:
         answers are those that each prompt would get alone.
         """
         config = self.config
-        rows = [_Row(self, ids, emit if i == 0 else lambda text: None) for i, ids in enumerate(prompts)]
-        tokens = self.engine.generate(
-            [row.prompt for row in rows],
+        streams = [TextStream(self.tokenizer, config.stop) for _ in prompts]
+        rows: dict[int, Row] = {}
+        for step in self.engine.generate(
+            prompts,
             max_new_tokens=config.max_new_tokens,
             sampling=self.sampling,
             seed=config.seed,
             samples=samples,
             keep_cache=keep_cache,
+        ):
+            rows |= step.rows
+            for index, row in step.rows.items():
+                text = streams[index].read(row)
+                if index == 0:
+                    emit(text)
+        return [self._completion(rows[index], stream.text, len(rows)) for index, stream in enumerate(streams)]
+
+    def _completion(self, row: Row, text: str, batch: int) -> Completion:
+        prefill, *steps = row.seconds
+        used = np.bincount(np.ravel(row.experts).astype(int), minlength=self.num_experts)
+        return Completion(
+            text=text,
+            token_ids=row.token_ids,
+            finish_reason=row.finish_reason or "length",
+            prompt_tokens=len(row.prompt),
+            prefill_ms=round(1e3 * prefill, 3),
+            ms_per_token=round(1e3 * float(np.mean(steps)), 3) if steps else None,
+            batch=batch,
+            strategy=self.engine.strategy_of(batch) if self.adapted else None,
+            experts_used=used.tolist() if self.num_experts else None,
+            peak_device_gib=runtime.peak_device_gib(),
         )
-        for token in tokens:
-            for index, row in enumerate(rows):
-                if row.finish_reason is None:
-                    row.take(token, index)
-            if all(row.finish_reason for row in rows):
-                break
-        return [row.completion(len(rows)) for row in rows]
 
     def tokens_of_all(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """`tokens_of` each. Raises `UserError` for the first that the chat template refuses, that leaves no room for an
@@ -182,51 +201,6 @@ class Session:
                 raise UserError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from error
             found.append(ids)
         return found
-
-
-class _Row:
-    """One prompt's answer while it is generated."""
-
-    def __init__(self, session: Session, prompt: list[int], emit: Callable[[str], object]):
-        self.session, self.prompt, self.emit = session, prompt, emit
-        self.stream = TextStream(session.tokenizer, session.config.stop)
-        self.room = session.engine.max_new_tokens(len(prompt), session.config.max_new_tokens)
-        self.experts_used = np.zeros(session.num_experts, int)
-        self.token_ids: list[int] = []
-        self.seconds: list[float] = []
-        self.finish_reason: str | None = None
-
-    def take(self, token: Token, index: int) -> None:
-        """This row's part of a step."""
-        self.seconds.append(token.seconds)
-        if token.experts is not None:
-            self.experts_used += np.bincount(token.experts[index], minlength=self.session.num_experts)
-        if token.done[index]:
-            self.finish_reason = "stop"
-        else:
-            self.token_ids.append(int(token.ids[index]))
-            self.emit(self.stream.push(self.token_ids[-1]))
-            if self.stream.stopped:
-                self.finish_reason = "stop"
-            elif len(self.token_ids) == self.room:
-                self.finish_reason = "length"
-        if self.finish_reason:
-            self.emit(self.stream.flush())
-
-    def completion(self, batch: int) -> Completion:
-        seconds, num_experts = self.seconds, self.session.num_experts
-        return Completion(
-            text=self.stream.text,
-            token_ids=self.token_ids,
-            finish_reason=self.finish_reason or "length",
-            prompt_tokens=len(self.prompt),
-            prefill_ms=round(1e3 * seconds[0], 3),
-            ms_per_token=round(1e3 * float(np.mean(seconds[1:])), 3) if len(seconds) > 1 else None,
-            batch=batch,
-            strategy=self.session.engine.strategy_of(batch) if self.session.adapted else None,
-            experts_used=self.experts_used.tolist() if num_experts else None,
-            peak_device_gib=runtime.peak_device_gib(),
-        )
 
 
 def decode(config: DecodeConfig) -> None:

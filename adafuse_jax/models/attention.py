@@ -1,10 +1,9 @@
-"""Which keys a query may see, and grouped-query attention over them."""
+"""Visibility of keys, and grouped-query attention over them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +43,7 @@ class Visibility:
 
 
 def flash_attention_fits(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> bool:
-    """Whether cuDNN's fused attention takes these: on a CUDA GPU, 16-bit, T and S even, H a multiple of 8 up to 128.
+    """True where cuDNN's fused attention runs: on a CUDA GPU, 16-bit, T and S even, H a multiple of 8 up to 128.
 
     A single query, odd, is a matrix-vector product, which it would not help.
     """
@@ -67,44 +66,3 @@ def attention(
         q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
         return jax.nn.dot_product_attention(q32, k32, v32, mask=mask, implementation="xla").astype(q.dtype)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
-
-
-def attention_of_lanes(q: Array, k: Array, v: Array, mask: Bool[Array, "B T S"]) -> Float[Array, "B T N H"]:
-    """`attention` for use under `jax.vmap`: an axis mapped over becomes rows of one larger batch.
-
-    cuDNN's own rule for vmap takes no mask that the heads share. The backward pass computes the forward one again.
-    """
-    return _lanes(q, k, v, mask)
-
-
-def _over_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of arrays [B, …], one mapped axis S folded into B."""
-    mapped = jax.custom_batching.custom_vmap(function)
-
-    @mapped.def_vmap
-    def rule(size: int, batched: list[bool], *arrays: Array) -> tuple[Any, Any]:
-        lanes = [x if own else jnp.broadcast_to(x, (size, *x.shape)) for x, own in zip(arrays, batched, strict=True)]
-        out = mapped(*(x.reshape(-1, *x.shape[2:]) for x in lanes))
-        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return mapped
-
-
-@jax.custom_vjp
-def _lanes(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    return _over_rows(attention)(q, k, v, mask)
-
-
-def _lanes_forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _lanes(q, k, v, mask), (q, k, v, mask)
-
-
-def _lanes_backward(saved: tuple[Array, ...], gradient: Array) -> tuple[Array | None, ...]:
-    def pull(q: Array, k: Array, v: Array, mask: Array, gradient: Array) -> tuple[Array, ...]:
-        return jax.vjp(lambda q, k, v: attention(q, k, v, mask), q, k, v)[1](gradient)
-
-    return (*_over_rows(pull)(*saved, gradient), None)
-
-
-_lanes.defvjp(_lanes_forward, _lanes_backward)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -61,3 +62,22 @@ class ModelConfig:
         if name == "o_proj":
             return self.o_bias
         return self.qkv_bias if name in ATTENTION_LINEARS else self.mlp_bias
+
+
+def flat_fields(config: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(name, value, default) of every field; those of an inner dataclass as `rope.theta`."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            yield from ((f"{field.name}.{name}", *rest) for name, *rest in flat_fields(value))
+        else:
+            yield field.name, value, field.default
+
+
+def unsupported_field(config: ModelConfig, supported: Collection[str]) -> str | None:
+    """The reason why code that knows only the fields `supported` cannot compute this model: another field, of `ModelConfig`
+    or of one derived from it, that differs from its default. None if there is none."""
+    for name, value, default in flat_fields(config):
+        if name not in supported and value != default:
+            return f"the model has {name} {value!r}, which it does not take"
+    return None

@@ -29,9 +29,9 @@ from adafuse_jax.models.layers import Linear, RMSNorm, apply_rope, rope_frequenc
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Hidden states after the final norm, what the adapter says of its choices, and the cache with these tokens added.
+    """Hidden states after the final norm, the adapter's routing, and the cache with these tokens added.
 
-    `routing` is the one that the layers carry, or that of their own routers stacked, [L, routers of a layer, …].
+    `routing` is that of the whole model, or that of each layer's routers stacked, [L, routers of a layer, …].
     """
 
     hidden: Float[Array, "B T D"]
@@ -57,12 +57,12 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "B T D"],
         attend: Callable[[Array, Array, Array], Array],
         adapt: Hook,
-        cut: Callable[[str, Array], tuple[Linear, Array]] | None = None,
+        slice_linear: Callable[[str, Array], tuple[Linear, Array]] | None = None,
     ) -> Float[Array, "B T D"]:
-        """`cut(name, h)`: a linear and its input, if the layer's own are not to be used."""
+        """Run one layer; `slice_linear(name, h)` gives a linear and its input in place of the layer's own."""
 
         def linear(name: str, h: Array) -> Array:
-            module, h = (getattr(self, name), h) if cut is None else cut(name, h)
+            module, h = (getattr(self, name), h) if slice_linear is None else slice_linear(name, h)
             return adapt(name, module, h)
 
         def heads(h: Array) -> Array:
@@ -139,7 +139,7 @@ class Backbone(nnx.Module):
           dropout_key: randomness of the adapter's dropout; None means none.
           remat: recompute each layer in the backward pass.
           unroll: unroll the layers instead of scanning (XLA then reads the stacked weights without copying slices).
-          attention: of (q, k, v, mask); under `jax.vmap` on a GPU it must be `attention_of_lanes`.
+          attention: of (q, k, v, mask); under `jax.vmap` on a GPU it must have a batching rule of its own.
         """
         config = self.config
         if positions is None:
@@ -165,31 +165,31 @@ class Backbone(nnx.Module):
                     k, v = cache.k[index], cache.v[index]
                 return attention(q, k, v, visibility.mask(window))
 
-            def cut(name: str, h: Array) -> tuple[Linear, Array]:
-                # Not before its input is there: a scan copies what it cuts, and would copy all linears of a layer at once.
+            def slice_linear(name: str, h: Array) -> tuple[Linear, Array]:
+                # Once its input is computed: a scan copies each slice, and would copy all linears of a layer at once.
                 at, h = jax.lax.optimization_barrier((index, h))
                 return jax.tree.map(lambda leaf: leaf[at], getattr(self.layers, name)), h
 
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             hook = Hook() if adapter is None else adapter.hook(experts, index, routing, key)
-            x = layer(x, attend, hook, None if unroll or cache is None else cut)
-            return (x, cache, hook.routing), hook.made
+            x = layer(x, attend, hook, None if unroll or cache is None else slice_linear)
+            return (x, cache, hook.routing), hook.layer_routing
 
         x = self.embed_tokens[...][tokens]  # [B, T, D]
         routing = None if adapter is None else adapter.initial_routing(tokens.shape[0], tokens.shape[1])
         experts = None if adapter is None else adapter.experts
         carry, stacked = (x, cache, routing), (self.layers, experts, windows)
-        made: Any
+        layer_routings: Any
         if unroll:
-            made = []
+            layer_routings = []
             for index in range(config.num_layers):
-                layer, its_experts, window = jax.tree.map(lambda leaf, at=index: leaf[at], stacked)
-                carry, of_layer = run_layer(carry, (layer, its_experts, index, window))
-                made.append(of_layer)
-            made = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *made)
+                layer, layer_experts, window = jax.tree.map(lambda leaf, at=index: leaf[at], stacked)
+                carry, layer_routing = run_layer(carry, (layer, layer_experts, index, window))
+                layer_routings.append(layer_routing)
+            layer_routings = jax.tree.map(lambda *routings: jnp.stack(routings), *layer_routings)
         else:
             layers, experts, windows = stacked
             body = jax.checkpoint(run_layer, prevent_cse=False) if remat else run_layer
-            carry, made = jax.lax.scan(body, carry, (layers, experts, jnp.arange(config.num_layers), windows))
+            carry, layer_routings = jax.lax.scan(body, carry, (layers, experts, jnp.arange(config.num_layers), windows))
         x, cache, routing = carry
-        return Output(self.norm(x), made if routing is None else routing, cache)
+        return Output(self.norm(x), layer_routings if routing is None else routing, cache)

@@ -1,4 +1,4 @@
-"""What the backbone asks of an adapter: a hook for each layer, and routings, carried from layer to layer or made in each.
+"""Interface of adapters to the backbone: a hook for each layer, and routings, of the whole model or of each layer's routers.
 
 method    router                               experts see, and are                      experts per layer
 adafuse   one, at the first adapted linear     its input; linear                         E
@@ -36,7 +36,7 @@ class Routing:
 
     @classmethod
     def of_one_expert(cls, batch: int, length: int) -> Routing:
-        """There is one expert, and every token uses it whole."""
+        """The routing to a single expert, with a gate of 1."""
         shape = (batch, length, 1)
         return cls(jnp.zeros(shape, jnp.int32), jnp.ones(shape), jnp.ones(shape))
 
@@ -54,12 +54,12 @@ class Routing:
 class Hook:
     """One layer's view of an adapter, alive while that layer is traced. This one changes nothing.
 
-    `routing` is what the layer before left and travels on to the next; `made` is the routing of this layer's own
-    routers, if it has any.
+    `routing` comes from the layer before and goes to the next; `layer_routing` is that of this layer's own routers, if it
+    has any.
     """
 
     routing: Any = None
-    made: Routing | None = None
+    layer_routing: Routing | None = None
 
     def __call__(self, name: str, linear: Linear, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
         """The adapted output of `linear`, which the layer calls `name`."""
@@ -81,5 +81,5 @@ class Adapter(Protocol):
 
     def hook(self, experts: Any, layer: int | Int[Array, ""], routing: Any, key: Key[Array, ""] | None) -> Hook:
         """The hook of one layer: `experts` is that layer's slice, `layer` its index (an int where the
-        layers are unrolled), `routing` what the layer before left, `key` the
+        layers are unrolled), `routing` that of the layer before, `key` the
         randomness of its dropout (None: no dropout)."""

@@ -34,6 +34,14 @@ class KVCache:
         more = max(0, slots - self.slots)
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))) if more else x, self)
 
+    def rows(self, rows: Int[Array, " R"]) -> KVCache:
+        """A copy of some rows, [L, R, S, K, H]."""
+        return jax.tree.map(lambda x: x[:, rows], self)
+
+    def with_rows(self, rows: Int[Array, " R"], new: KVCache) -> KVCache:
+        """Some rows replaced."""
+        return jax.tree.map(lambda x, y: x.at[:, rows].set(y), self, new)
+
     def write(
         self,
         layer: Int[Array, ""],

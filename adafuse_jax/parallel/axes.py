@@ -4,9 +4,11 @@
     o, down              W [layers, embed, in];     A [layers, experts, rank, in];       B [layers, experts, embed, rank]
     out and in:          heads (q, o), kv_heads (k, v), hidden (gate, up, down)
     lm_head              [vocab, embed];            embed_tokens [input_vocab, embed]
+    norms                [layers, embed]; of queries and keys [layers, head_dim]; the last one [embed]
     cache                [layers, batch, length, kv_heads, head_dim]
 
-An axis that the rules do not name is whole on every device. With `TENSOR_PARALLEL` a device holds whole heads, and computes
+An axis that the rules do not name is whole on every device, as are routers and PESC's experts, which act on whole
+activations. With `TENSOR_PARALLEL` a device holds whole heads, and computes
 attention and the FFN's hidden units of its own; the outputs of o and down are partial sums, so two all-reduces per layer are
 all that devices exchange.
 """
@@ -32,24 +34,36 @@ LINEARS: Mapping[str, tuple[str, str]] = {
     "down_proj": ("embed", "hidden"),
 }  # fmt: skip
 """(out, in) of the seven linears."""
-TABLES: Mapping[str, Axes] = {"embed_tokens": ("input_vocab", "embed"), "lm_head": ("vocab", "embed")}
+TABLES: dict[str, Axes] = {"embed_tokens": ("input_vocab", "embed"), "lm_head": ("vocab", "embed")}
+NORMS: dict[str, Axes] = {
+    "input_layernorm": ("layers", "embed"), "post_attention_layernorm": ("layers", "embed"), "norm": ("embed",),
+    "q_norm": ("layers", "head_dim"), "k_norm": ("layers", "head_dim"),
+}  # fmt: skip
 CACHE: Axes = ("layers", "batch", "length", "kv_heads", "head_dim")
 
 
 def logical_axes(path: tuple[Any, ...]) -> Axes:
-    """Of a leaf of a backbone or of an adapter, by its path in the pytree; () for one that no device shares (norms, routers,
-    and PESC's experts, which act on whole activations)."""
-    names = keystr(path, simple=True, separator="/").split("/")
-    table = next((TABLES[name] for name in names if name in TABLES), None)
-    linear = next((name for name in names if name in LINEARS), None)
-    if table is not None or linear is None:
-        return table or ()
-    leaf = next(name for name in reversed(names) if name not in ("value", "raw_value"))
-    return () if "router" in names else linear_axes(linear, leaf)
+    """Logical axes of a leaf of a backbone or of an adapter, by its path in the pytree; () for
+    routers and the experts of PESC, which are of no linear.
+
+    Raises:
+      ValueError: no table here has it.
+    """
+    names = [name for name in keystr(path, simple=True, separator="/").split("/") if name not in ("value", "raw_value")]
+    if "router" in names:
+        return ()
+    for name in names:
+        if name in LINEARS:
+            return linear_axes(name, names[-1])
+        if name in TABLES or name in NORMS:
+            return (TABLES | NORMS)[name]
+    if names[:2] == ["experts", "lora"]:
+        return ()
+    raise ValueError(f"{'/'.join(names)} has no logical axes; add them to parallel/axes.py")
 
 
 def linear_axes(linear: str, leaf: str) -> Axes:
-    """Of the stacked `weight` or `bias` of one of the seven linears, or of the factors `A` and `B` of its experts."""
+    """Logical axes of a linear's stacked `weight` or `bias`, or of the factors `A` and `B` of its experts."""
     out, into = LINEARS[linear]
     return {
         "weight": ("layers", out, into),
@@ -60,7 +74,7 @@ def linear_axes(linear: str, leaf: str) -> Axes:
 
 
 def partition_spec(axes: Axes, rules: Rules = TENSOR_PARALLEL) -> PartitionSpec:
-    """How an array with these axes is sharded; axes that are whole at the end are left out."""
+    """Partition spec of an array with these axes, without a tail of axes that are whole."""
     spec = [None if axis is None else rules.get(axis) for axis in axes]
     while spec and spec[-1] is None:
         spec.pop()

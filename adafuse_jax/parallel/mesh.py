@@ -1,4 +1,4 @@
-"""Meshes for tensor parallelism, and putting modules and decoding states on them as the rules of `axes` say."""
+"""Meshes for tensor parallelism, and placement of modules and decoding states over them as the rules of `axes` say."""
 
 from __future__ import annotations
 
@@ -6,13 +6,40 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.config import ModelConfig, unsupported_field
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.parallel.axes import CACHE, TENSOR, logical_axes, partition_spec
 
+CONSUMED_FIELDS = frozenset({
+    "vocab_size", "embed_dim", "hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim",  # sizes of the axes
+    "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm",  # which arrays there are
+})  # fmt: skip
+"""Fields of `ModelConfig` that decide the arrays and how they are sharded; a model with any other is refused."""
+IRRELEVANT_FIELDS = {
+    "model_type": "families differ in the other fields",
+    "norm_eps": "norms are over axes that are whole, embed and head_dim",
+    "sliding_windows": "masks are over positions, which are whole",
+    **dict.fromkeys(
+        (
+            "rope.theta", "rope.kind", "rope.factor", "rope.low_freq_factor", "rope.high_freq_factor",
+            "rope.original_max_position_embeddings",
+        ),
+        "angles are of positions and head_dim, which are whole",
+    ),
+    "max_position_embeddings": "the engine bounds the cache",
+    "bos_token_id": "of prompts", "eos_token_ids": "the engine stops", "pad_token_id": "of batches",
+}  # fmt: skip
+"""Field → the reason why it cannot matter to sharding."""
+
 
 def make_mesh(num_devices: int, model: ModelConfig) -> Mesh:
-    """The first `num_devices` devices. Raises `UserError` if there are fewer, or if they cannot share the model evenly."""
+    """The first `num_devices` devices.
+
+    Raises:
+      UserError: there are fewer, they cannot share the model evenly, or it has a field that sharding does not know.
+    """
+    if reason := unsupported_field(model, CONSUMED_FIELDS | IRRELEVANT_FIELDS.keys()):
+        raise UserError(f"--tensor-parallel: {reason}; leave it out")
     devices = jax.devices()
     if len(devices) < num_devices:
         raise UserError(
@@ -30,7 +57,7 @@ def make_mesh(num_devices: int, model: ModelConfig) -> Mesh:
 
 
 def shard[Module](module: Module, mesh: Mesh) -> Module:
-    """A backbone or an adapter over the mesh."""
+    """Distribute a backbone or an adapter over the mesh."""
 
     def place(path: tuple, leaf: jax.Array) -> jax.Array:
         return jax.device_put(leaf, NamedSharding(mesh, partition_spec(logical_axes(path))))
@@ -45,7 +72,7 @@ def mesh_of(module: object) -> Mesh | None:
 
 
 def place_state[State](state: State, mesh: Mesh) -> State:
-    """A decoding state over the mesh: the cache by its heads, the rest whole."""
+    """Distribute a decoding state over the mesh: the cache by its heads, the rest whole."""
 
     def sharding(part: object) -> NamedSharding:
         return NamedSharding(mesh, partition_spec(CACHE) if isinstance(part, KVCache) else PartitionSpec())

@@ -12,6 +12,7 @@ The data position is the step: the order of the data is a function of seed and s
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -28,9 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.core.atomic_files import DIGESTS_FILE, check_digests, new_directory, write_digests
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import read_json
+from adafuse_jax.training.config import TrainConfig
 from adafuse_jax.training.step import TrainState
 
 log = logging.getLogger(__name__)
@@ -41,18 +44,33 @@ FORMAT = 2
 LEFTOVER = re.compile(r"\.\d+\.\w{8}\.(partial|old)")
 """Directories of a process that was killed while it wrote or removed a checkpoint."""
 
+NOT_IDENTITY = (
+    "output", "model", "dataset", "eval_dataset", "eval_examples", "eval_every", "checkpoint_every", "keep_checkpoints",
+    "log_every", "resume", "steps", "epochs", "remat", "init_lora", "template_date",
+)  # fmt: skip
+"""Settings that a resumed run may change, or that `backbone`, `data`, `total_steps`, `initial` of the identity stand for."""
+USUAL = {
+    field.name: field.default for field in dataclasses.fields(TrainConfig) if field.default is not dataclasses.MISSING
+}
+"""Values of settings that a checkpoint lacks because it is older than they are."""
+
+
+def run_identity(config: TrainConfig, adapter: AdapterConfig, **more: Any) -> dict[str, Any]:
+    """Everything that the continuation of a run depends on, as JSON: settings, and `more` (digests of what was read)."""
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IDENTITY}
+    return json.loads(json.dumps({**settings, **adapter.table(), **more}))
+
 
 class Checkpoints:
     """The checkpoints in `directory`, the last `keep` of them. The caller holds a lock on the run.
 
-    `identity` describes everything the continuation depends on (backbone, adapter, data, schedule); a checkpoint of a
-    different identity is refused; `usual` has what it lacks, if it is older than a setting.
+    A checkpoint of an `identity` (`run_identity`) other than this run's is refused.
 
     As a context manager: the end of the block waits for what is being written, but for `KeyboardInterrupt`.
     """
 
-    def __init__(self, directory: Path, *, keep: int, identity: dict[str, Any], usual: dict[str, Any]):
-        self.directory, self.keep, self.identity, self.usual = directory, keep, identity, usual
+    def __init__(self, directory: Path, *, keep: int, identity: dict[str, Any]):
+        self.directory, self.keep, self.identity = directory, keep, identity
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
         self._step = 0
@@ -73,6 +91,11 @@ class Checkpoints:
         names = (path.name for path in self.directory.iterdir() if path.is_dir())
         return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d{0,17}", name))
 
+    def before(self, step: int) -> Path | None:
+        """The last checkpoint of an earlier step."""
+        earlier = [found for found in self.steps() if found < step]
+        return self.directory / str(earlier[-1]) if earlier else None
+
     def save(self, state: TrainState) -> None:
         """Start writing `state`; returns once it is copied from the device. Errors of the write before are raised here."""
         self.wait()
@@ -90,10 +113,9 @@ class Checkpoints:
         self._writer.join()
         error, self._writer, self._error = self._error, None, None
         if error is not None:
-            last = [step for step in self.steps() if step < self._step][-1:]
             raise UserError(
                 f"{self.directory}: the checkpoint of step {self._step} could not be written ({_reason(error)}); the one "
-                f"before is {self.directory / str(last[0]) if last else 'none'}: free space, then continue with --resume"
+                f"before is {self.before(self._step) or 'none'}: free space, then continue with --resume"
             ) from error
 
     def restore(self, like: TrainState) -> TrainState:
@@ -132,7 +154,7 @@ class Checkpoints:
 
     def _require_same(self, saved: dict[str, Any], where: Path) -> None:
         for key in (*self.identity, *saved):
-            was, now = saved.get(key, self.usual.get(key)), self.identity.get(key)
+            was, now = saved.get(key, USUAL.get(key)), self.identity.get(key)
             if key == "format" or was == now:
                 continue
             remedy = "resume with the same, or start a new run in another directory"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.fields import MAX_COUNT, MAX_ROWS, MAX_SEED, MAX_TOKENS, check, flag, require
 
@@ -62,10 +63,16 @@ class TrainConfig:
     packing: bool = flag("pack several examples into a sequence, masked from each other", True)
     learning_rate: float = flag("peak learning rate of AdamW", 2e-4, above=0, high=1e30)
     tied_share: float = flag(
-        "share of the steps, from the first, in which AdaFuse's experts learn as one LoRA", 0.0, low=0, high=1
+        "expert weight tying: share of the steps, from the first, in which AdaFuse's experts learn as one LoRA",
+        0.0,
+        low=0,
+        high=1,
     )
     router_share: float = flag(
-        "share of the steps, from the first, in which routers learn; then they stay as they are", 1.0, low=0, high=1
+        "router freezing: share of the steps, from the first, in which routers learn; then they stay as they are",
+        1.0,
+        low=0,
+        high=1,
     )
     min_lr_ratio: float = flag("final learning rate of the cosine, as a share of the peak", 0.1, low=0, below=1)
     warmup_ratio: float = flag("share of the steps spent warming up", 0.03, low=0, below=1)
@@ -95,3 +102,22 @@ class TrainConfig:
         )
         require(len(self.dataset) > 0, "--dataset is empty; name at least one data set")
         _require_date("--template-date", self.template_date)
+
+
+def require_compatible(config: TrainConfig, adapter: AdapterConfig) -> None:
+    """Raise `UserError` for settings that the adapter has no use for."""
+    if adapter.adapter == "none" and config.resume:
+        raise UserError("--adapter none trains nothing that --resume could continue; leave one of them out")
+    if adapter.adapter == "none" and config.eval_examples == 0:
+        raise UserError("--adapter none only evaluates, and --eval-examples 0 leaves nothing to do; raise it")
+    if config.tied_share > 0 and adapter.adapter != "adafuse":
+        raise UserError(
+            f"--tied-share {config.tied_share}: is for --adapter adafuse, this is {adapter.adapter}; leave it out"
+        )
+    if config.tied_share > 0 and not adapter.renormalize:
+        raise UserError(
+            f"--tied-share {config.tied_share}: tied experts are one LoRA only if the gates sum to 1; leave out "
+            "--no-renormalize, or this"
+        )
+    if config.router_share < 1 and adapter.adapter in ("lora", "full", "none"):
+        raise UserError(f"--router-share {config.router_share}: {adapter.adapter} has no router; leave it out")

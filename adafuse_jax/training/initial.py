@@ -1,4 +1,4 @@
-"""What a run begins to train: random factors with B = 0, or those of a LoRA, or the backbone itself."""
+"""The state at step 0: random factors with B = 0, or those of a LoRA, or the backbone itself; fresh moments; keys."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jaxtyping import Array, Key
 
@@ -22,6 +23,22 @@ from adafuse_jax.checkpoints.adapter_directory import load_adapter
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.training.schedules import Phases
+from adafuse_jax.training.step import TrainState
+
+
+def initial_state(
+    config: AdapterConfig,
+    model: Backbone,
+    lora: LoRA | None,
+    optimizer: optax.GradientTransformation,
+    phases: Phases,
+    key: Key[Array, ""],
+) -> TrainState:
+    """The state at step 0; `key` draws the initial values and then the dropout."""
+    init_key, state_key = jax.random.split(key)
+    adapter = phases.initial(initial_weights(config, model, lora, init_key))
+    return TrainState(step=jnp.int32(0), adapter=adapter, moments=optimizer.init(adapter), key=state_key)
 
 
 def initial_weights(

@@ -1,4 +1,4 @@
-"""The refusal, before a run begins, of batches that no memory holds."""
+"""The refusal, before a run begins, of batches that the model or the memory cannot hold."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ from adafuse_jax.training.config import TrainConfig
 
 BYTES_PER_TOKEN = 13
 """Of `Rows` and `Batch`: three int32 arrays and a mask."""
+
+
+def require_context(config: TrainConfig, model: ModelConfig) -> None:
+    """Raise `UserError` for rows longer than the model's context."""
+    if config.max_length > model.max_position_embeddings:
+        raise UserError(
+            f"--max-length {config.max_length} exceeds the {model.max_position_embeddings} positions of "
+            f"{config.model}; lower it"
+        )
 
 
 def require_memory(config: TrainConfig, model: ModelConfig) -> None:

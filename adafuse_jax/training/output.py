@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from adafuse_jax.core.atomic_files import LOCK_FILE, locked, write_json
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.tables import Table
-from adafuse_jax.training.report import read_metrics
+from adafuse_jax.training.metrics import read_metrics
 
 CONFIG_FILE, METRICS_FILE, PLOT_FILE, SUMMARY_FILE = (
     "train_config.json",

@@ -12,7 +12,7 @@ loss.
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,21 +20,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.baselines.full import FullWeights
 from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.registry import AnyAdapter, in_use
-from adafuse_jax.adapters.router import expert_load, is_router, router_statistics
+from adafuse_jax.adapters.router import expert_load, router_statistics
 from adafuse_jax.data.batches import Batch
-from adafuse_jax.models.decoder import Backbone
-from adafuse_jax.training.config import TrainConfig
-from adafuse_jax.training.recipe import Recipe
+from adafuse_jax.models.decoder import Backbone, Output
+from adafuse_jax.models.loss import token_losses
+from adafuse_jax.training.schedules import Phases
 
-PLAIN = Recipe()
-LOSS_CHUNK = 256
-"""Positions whose logits exist at the same time; the whole [B, T, V] never does."""
+ONE_PHASE = Phases()
 
 
 @jax.tree_util.register_dataclass
@@ -49,62 +47,31 @@ class TrainState:
     key: Key[Array, ""]
 
 
-def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up over the first share of the steps, then a cosine to `min_lr_ratio` of the peak."""
-    warmup = math.ceil(config.warmup_ratio * steps)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=config.learning_rate / (warmup + 1),
-        peak_value=config.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=max(steps, warmup + 1),
-        end_value=config.min_lr_ratio * config.learning_rate,
+def forward(
+    trained: AnyAdapter | FullWeights | None,
+    model: Backbone,
+    batch: Any,
+    *,
+    key: Key[Array, ""] | None = None,
+    **options: Any,
+) -> tuple[Backbone, Output]:
+    """A pass over rows [B, T]: the backbone that ran, whose head gives the logits, and its output. `key` is the randomness
+    of dropout; `options` are those of `Backbone.run`."""
+    backbone, adapter = in_use(trained, model)
+    out = backbone.run(
+        batch.tokens,
+        adapter=adapter,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
+        dropout_key=key if trained is not None and trained.config.dropout else None,
+        **options,
     )
+    return backbone, out
 
 
-def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW; weight decay spares routers, norms and biases."""
-
-    def decays(path: tuple, _: Array) -> bool:
-        return not (is_router(path) or any(word in jax.tree_util.keystr(path) for word in ("norm", "bias")))
-
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config, steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            weight_decay=config.weight_decay,
-            mask=lambda trained: jax.tree_util.tree_map_with_path(decays, trained),
-        ),
-    )
-
-
-def token_losses(
-    model: Backbone, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"], loss_mask: Bool[Array, "B T"]
-) -> Float[Array, " B"]:
-    """Σ_t −log p(x_t | x_<t) over the targets of every row, in nats; the logits are made LOSS_CHUNK positions at a time.
-
-    Position t − 1 predicts token t, so the first token of a row is never a target.
-    """
-    batch, length = tokens.shape
-    pad = -(length - 1) % LOSS_CHUNK
-    chunks = (length - 1 + pad) // LOSS_CHUNK
-
-    def chunked(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(batch, chunks, -1, *x.shape[2:]).swapaxes(0, 1)  # [chunks, B, T/chunks, …]
-
-    @jax.checkpoint
-    def add_chunk(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        hidden, targets, mask = chunk
-        losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), targets)
-        return total + jnp.sum(losses * mask, axis=-1), None
-
-    inputs = chunked(hidden[:, :-1]), chunked(tokens[:, 1:]), chunked(loss_mask[:, 1:])
-    return jax.lax.scan(add_chunk, jnp.zeros(batch), inputs)[0]
-
-
-def load_of_step(model: Backbone, adapter: AdaFuse, batch: Batch) -> Float[Array, " E"]:
+def load_of_step(
+    model: Backbone, adapter: AdaFuse, batch: Batch, forward: Callable[..., Any] = forward
+) -> Float[Array, " E"]:
     """f over all micro-batches of [A, B, T] arrays, from a pass through layer 0 as far as the router; the rest is dead code
     to XLA. Of a step of stories260K on two CPU cores it takes 0.04%, or 2.4% if the first target is in the FFN."""
     first = jax.tree.map(lambda leaf: leaf, model)
@@ -114,9 +81,7 @@ def load_of_step(model: Backbone, adapter: AdaFuse, batch: Batch) -> Float[Array
     only.experts = experts
 
     def add_micro(total: Array, micro: Any) -> tuple[Array, None]:
-        out = first.run(
-            micro.tokens, adapter=only, positions=micro.positions, segment_ids=micro.segment_ids, unroll=True
-        )
+        _, out = forward(only, first, micro, unroll=True)
         real = micro.segment_ids > 0
         return total + real.sum() * expert_load(out.routing, real)[0], None
 
@@ -124,7 +89,7 @@ def load_of_step(model: Backbone, adapter: AdaFuse, batch: Batch) -> Float[Array
     return total / jnp.maximum((batch.segment_ids > 0).sum(), 1)
 
 
-@partial(jax.jit, static_argnames=("optimizer", "remat"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("optimizer", "remat", "forward"), donate_argnames="state")
 def train_step(
     state: TrainState,
     model: Backbone,
@@ -132,11 +97,15 @@ def train_step(
     *,
     optimizer: optax.GradientTransformation,
     remat: bool,
-    recipe: Recipe = PLAIN,
+    phases: Phases = ONE_PHASE,
+    forward: Callable[..., tuple[Backbone, Output]] = forward,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step over a batch of [A, B, T] arrays: gradients of all A micro-batches, normalised by all their targets, so that
     A × B may be split in any way (but for the layer-wise methods' balance loss, and for dropout, which draws anew in each
     micro-batch). Balance loss and statistics are means over the micro-batches, weighted by their tokens.
+
+    `loss_mask` may hold weights of the targets instead; the loss is then their weighted mean. `forward` may be another
+    function that is called like the one above.
 
     Returns the new state (the old one is donated) and the metrics of the step: `loss` (nats per target), `grad_norm`, and
     where there are routers their `balance` (the method's balance loss), `load` [E], `entropy` and `pair` [E, E].
@@ -146,18 +115,13 @@ def train_step(
     key, dropout_key = jax.random.split(state.key)
     config = state.adapter.config
     is_split = len(batch.tokens) > 1
-    load = load_of_step(model, state.adapter, batch) if is_split and isinstance(state.adapter, AdaFuse) else None
+    load = (
+        load_of_step(model, state.adapter, batch, forward) if is_split and isinstance(state.adapter, AdaFuse) else None
+    )
 
     def micro_loss(trained: AnyAdapter | FullWeights, micro: Any, index: Array) -> tuple[Array, dict[str, Array]]:
-        backbone, adapter = in_use(trained, model)
-        out = backbone.run(
-            micro.tokens,
-            adapter=adapter,
-            positions=micro.positions,
-            segment_ids=micro.segment_ids,
-            dropout_key=jax.random.fold_in(dropout_key, index) if config.dropout else None,
-            remat=remat,
-        )
+        key = jax.random.fold_in(dropout_key, index)
+        backbone, out = forward(trained, model, micro, key=key, remat=remat)
         real = micro.segment_ids > 0
         loss = token_losses(backbone, out.hidden, micro.tokens, micro.loss_mask).sum() / targets
         if isinstance(trained, LoRA | FullWeights):  # no router
@@ -181,8 +145,8 @@ def train_step(
     )
     (grads, metrics), _ = jax.lax.scan(add_micro, zeros, (batch, jnp.arange(batch.tokens.shape[0])))
 
-    grads = recipe.gradients(grads, state.step)
+    grads = phases.gradients(grads, state.step)
     updates, moments = optimizer.update(grads, state.moments, state.adapter)
     metrics["grad_norm"] = optax.tree.norm(grads)
-    adapter = optax.apply_updates(state.adapter, recipe.updates(updates, state.step))
+    adapter = optax.apply_updates(state.adapter, phases.updates(updates, state.step))
     return TrainState(step=state.step + 1, adapter=adapter, moments=moments, key=key), metrics

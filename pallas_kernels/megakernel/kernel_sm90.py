@@ -9,9 +9,11 @@ stages ahead as there are. While the consumer warpgroup waits for other CTAs, th
     phase        reads                            writes
     q, k, v      the norm of x                    q, k, v                                        (gemm.py, epilogue.py)
     attention    q, k, v, the cache               the context                                    (attention.py)
-    o, down      the context, the hidden          x + y, its norm; o's phase begins with fused attention, if the plan
-    has it gate, up     the norm of x                    silu(gate) · up
+    o, down      the context, the hidden          x + y, its norm
+    gate, up     the norm of x                    silu(gate) · up
     head         the norm of x                    logits
+
+If the plan has fused attention, there is no phase for it: o's begins with it.
 
 Several devices run it together on their shards of the model: then o and down are all-reduced (all_reduce.py).
 """

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.megakernel.mixture import Mixture, used_first
 from pallas_kernels.megakernel.plan import (
     MIN_STAGES,
     SMEM_BYTES,
@@ -31,7 +32,6 @@ from pallas_kernels.megakernel.plan import (
     no_smem_reason,
     to_k_tiles,
 )
-from pallas_kernels.pregated_linear.mixture import Mixture, used_first
 
 MAX_BATCH = 32
 

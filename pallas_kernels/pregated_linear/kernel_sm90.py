@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.megakernel.buffers import Buffers, partial_sums
 from pallas_kernels.megakernel.gemm import Gemm, steps_of
 from pallas_kernels.megakernel.kernel_sm90 import COMPILER_PARAMS
+from pallas_kernels.megakernel.mixture import Mixture, used_first
 from pallas_kernels.megakernel.pipeline import Pipeline
 from pallas_kernels.megakernel.plan import (
     MIN_STAGES,
@@ -37,7 +38,6 @@ from pallas_kernels.megakernel.plan import (
 )
 from pallas_kernels.megakernel.register_tiles import store_transposed
 from pallas_kernels.megakernel.schedule import Scalars
-from pallas_kernels.pregated_linear.mixture import Mixture, used_first
 
 MAX_BATCH = 32
 

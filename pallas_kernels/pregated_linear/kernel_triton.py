@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from jaxtyping import Array
 
-from pallas_kernels.pregated_linear.mixture import Mixture
+from pallas_kernels.megakernel.mixture import Mixture
 
 MAX_TARGETS = 4  # of each the kernel has four parameters
 MAX_BATCH = 32

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.pregated_linear.mixture import Mixture
+from pallas_kernels.megakernel.mixture import Mixture
 from pallas_kernels.pregated_linear.reference import pregated_linear_xla
 from pallas_kernels.sgmm.op import compute_capability
 

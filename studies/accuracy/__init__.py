@@ -5,9 +5,8 @@ tasks        the eight sets, their splits, and what each is scored by
 mixture      the sets as tokens, in one file
 pregated     AdaFuse's variants: routers that are known before layer 0
 arms         name → settings of its adapter
-training     several runs of one arm at once
 scoring      losses → a set's measures → its score → the mixture's mean
 generation   greedy decoding of several runs at once
-study        the runs, one file each
+study        the runs
 report       the tables
 """

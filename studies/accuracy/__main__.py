@@ -2,11 +2,12 @@
 
     python -m studies.accuracy --prepare --model DIR --data DIR --mixture mixture.npz
     python -m studies.accuracy --model DIR --mixture mixture.npz --runs DIR [--arms ARM ...] [--budget-seconds N]
-    python -m studies.accuracy --report --runs DIR [--out FILE]
+    python -m studies.accuracy --merge --runs DIR
+    python -m studies.accuracy --report
 
 The first needs the data files and a tokenizer, and may run on another machine than the second. `--stage seeds` trains arms
 at the best learning rate of their grids. The test questions are another mixture file (--prepare --split test), whose records
-have a folder of their own; their learning rates come from the validation's: --stage seeds --grids DIR.
+need a --record and --runs of their own; their learning rates come from the validation's: --stage seeds --grids FILE.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from adafuse_jax.core.fields import require
 from studies.accuracy.arms import ARMS
 from studies.accuracy.mixture import prepare
 from studies.accuracy.report import report
-from studies.accuracy.study import Plan, Study, grid, of_seeds, read_records
+from studies.accuracy.study import Plan, Study, grid, of_seeds
 from studies.accuracy.tasks import SPLITS
+from studies.runs import Runs, add_flags, merge, read_records
 
 USUAL = Plan()
 RESULTS = Path("studies/results/nvidia_h200")
@@ -34,9 +36,8 @@ RESULTS = Path("studies/results/nvidia_h200")
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    action = parser.add_mutually_exclusive_group()
+    action = add_flags(parser, RESULTS / "accuracy_runs.jsonl.gz")
     action.add_argument("--prepare", action="store_true", help="write the mixture file")
-    action.add_argument("--report", action="store_true", help="remake the tables from recorded runs")
     parser.add_argument("--model", help="directory of a Hugging Face model")
     parser.add_argument("--data", type=Path, help="folder of the data files that tasks.py names")
     parser.add_argument("--mixture", type=Path, help="the mixture file")
@@ -45,8 +46,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--length", type=int, default=512, help="tokens of a packed row (--prepare)")
     parser.add_argument("--limit", type=int, help="examples of each set and split, at most (--prepare, to try it)")
-    parser.add_argument("--runs", type=Path, default=RESULTS / "accuracy_runs", help="folder of the records")
-    parser.add_argument("--grids", type=Path, help="folder of the grids that --stage seeds chooses by, if not --runs")
+    parser.add_argument("--grids", type=Path, help="record of the grids that --stage seeds chooses by, if another")
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.md", help="file of the tables (--report)")
     parser.add_argument("--stage", default="grid", choices=["grid", "seeds"])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
@@ -63,7 +63,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("length", "limit", "steps", "batch_size", "new_tokens"):
         value = getattr(arguments, name)
         require(value is None or value > 0, f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
-    needed = ("model", "data", "mixture") if arguments.prepare else () if arguments.report else ("model", "mixture")
+    needed: tuple[str, ...] = ("model", "mixture", "runs")
+    if arguments.prepare:
+        needed = ("model", "data", "mixture")
+    elif arguments.report or arguments.merge:
+        needed = ("runs",) if arguments.merge else ()
     for name in needed:
         require(getattr(arguments, name) is not None, f"--{name} is missing; give it")
     return arguments
@@ -79,10 +83,13 @@ def main(argv: Sequence[str]) -> int:
         )  # fmt: skip
         print(json.dumps(contents))
         return 0
+    recorded = Runs(arguments.record, arguments.runs)
+    if arguments.merge:
+        merge(recorded)
+        return 0
     if arguments.report:
-        records = read_records(arguments.runs)
-        require(bool(records), f"--runs {arguments.runs}: no record is there; run the study first")
-        write_text(arguments.out, report(records))
+        require(bool(recorded.all), f"--record {arguments.record}: no run is there; run the study first")
+        write_text(arguments.out, report(recorded.all))
         print(arguments.out)
         return 0
     runtime.set_up()
@@ -90,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
         steps=arguments.steps, batch_size=arguments.batch_size, dtype=arguments.dtype, new_tokens=arguments.new_tokens
     )
     command = "python -m studies.accuracy " + " ".join(argv)
-    study = Study(arguments.model, arguments.mixture, arguments.runs, plan, command=command)
+    study = Study(arguments.model, arguments.mixture, recorded, plan, command=command)
     if arguments.stage == "grid":
         runs = [grid(arm, arguments.learning_rates) for arm in arguments.arms]
     else:

@@ -6,7 +6,7 @@ MoLA has 2/4/6/8 experts by depth: both are smaller in all. The scale is s = α/
 
     adafuse          as the paper
     adafuse-late     the best recipe of the first study: one of 4 experts of rank 32 a token; tied for 3/4 of the steps, its
-                     router settled after 1/10
+                     router frozen after 1/10
     adafuse-normed   router: input normalised, own learning rate, balance by a selection bias. All below have this router
     adafuse-shared   a shared expert of rank 16, and 2 of 14 experts of rank 8
     adafuse-fine     4 of 16 experts of rank 8
@@ -31,9 +31,10 @@ from adafuse_jax.adapters import registry
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.low_rank import LoRAExperts
 from adafuse_jax.models.config import FFN_LINEARS, LINEARS, ModelConfig
-from benchmarks.accuracy_methods import SETTLED, TIED, USUAL
+from adafuse_jax.models.decoder import Backbone
 from studies.accuracy.pregated import PreGated, Variant
 from studies.accuracy.tasks import SETS
+from studies.training import SETTLED, TIED, USUAL
 
 VARIANT = "variant"
 """The setting that makes an adapter of `pregated` instead of one of the product's."""
@@ -72,8 +73,12 @@ ARMS: dict[str, dict[str, Any]] = {
 """In the order of a screening."""
 
 
-def make_adapter(settings: dict[str, Any], model: ModelConfig, key: jax.Array) -> Any:
+def make(settings: dict[str, Any], model: Backbone, key: jax.Array) -> Any:
     """The adapter of an arm, with initial values drawn from `key`."""
+    return make_adapter(settings, model.config, key)
+
+
+def make_adapter(settings: dict[str, Any], model: ModelConfig, key: jax.Array) -> Any:
     config = AdapterConfig(**{name: value for name, value in settings.items() if name not in (*USUAL, VARIANT)})
     rngs = nnx.Rngs(params=key)
     if VARIANT in settings:

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from adafuse_jax.models.attention import attention_of_lanes
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.kv_cache import KVCache
+from adafuse_jax.training.replicas import replica_attention
 from studies.accuracy.mixture import Prompts
+from studies.accuracy.pregated import seen
 from studies.accuracy.tasks import final_number
-from studies.accuracy.training import seen
 
 
 @partial(jax.jit, static_argnames="new_tokens")
@@ -44,7 +44,7 @@ def greedy(
         positions = jnp.where(index < lengths[:, None], index, slots)  # what pads a prompt is not cached
         adapter, context = seen(params, model, prompts, positions, jnp.full_like(prompts, task))
         cache = KVCache.empty(model.config, count, slots, model.dtype)
-        out = model.run(prompts, adapter=adapter, positions=positions, cache=cache, attention=attention_of_lanes)
+        out = model.run(prompts, adapter=adapter, positions=positions, cache=cache, attention=replica_attention)
         last = (jnp.arange(count), lengths - 1)
         assert out.cache is not None
         return next_token(out.hidden[last]), out.cache, None if context is None else context[last]
@@ -52,7 +52,7 @@ def greedy(
     def advance(params: Any, token: Array, cache: KVCache, past: Array | None, at: Array) -> tuple[Array, KVCache, Any]:
         tokens, positions = token[:, None], (lengths + at)[:, None]
         adapter, context = seen(params, model, tokens, positions, jnp.full_like(tokens, task), past=past)
-        out = model.run(tokens, adapter=adapter, positions=positions, cache=cache, attention=attention_of_lanes)
+        out = model.run(tokens, adapter=adapter, positions=positions, cache=cache, attention=replica_attention)
         assert out.cache is not None
         return next_token(out.hidden[:, 0]), out.cache, None if context is None else context[:, 0]
 

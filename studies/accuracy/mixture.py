@@ -15,35 +15,21 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from adafuse_jax.core.atomic_files import new_file
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import Encoded, encode_all, encode_prompt, load_tokenizer, stop_tokens
 from adafuse_jax.data.examples import Chat, MultipleChoice
 from adafuse_jax.data.packing import Rows, pack
-from benchmarks.accuracy_data import Packed, pack_candidates, targets_of
 from studies.accuracy.tasks import SETS, Example, final_number, read_task
+from studies.questions import Packed, pack_candidates
+from studies.training import Texts
 
 PROMPTS = 200
 """Questions of gsm8k that are answered by decoding."""
 ARRAYS = ("tokens", "positions", "segment_ids", "place", "wanted", "owner")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
-    """N rows of T tokens; `place`, `wanted` and `weight` list their K targets as `targets_of` does."""
-
-    tokens: Int[np.ndarray, "N T"]
-    positions: Int[np.ndarray, "N T"]
-    segment_ids: Int[np.ndarray, "N T"]
-    tasks: Int[np.ndarray, "N T"]
-    place: Int[np.ndarray, "N K"]
-    wanted: Int[np.ndarray, "N K"]
-    weight: Float[np.ndarray, "N K"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +45,8 @@ class Prompts:
 class Mixture:
     """`scored`: set → its questions of `split`; a text without choices is a question with one."""
 
-    training: Training
+    training: Texts
+    """Rows whose `loss_mask` is the targets' weights."""
     scored: dict[str, Packed]
     prompts: Prompts
     split: str
@@ -111,8 +98,6 @@ def load(path: Path) -> Mixture:
         raise UserError(f"--mixture {path}: cannot be read ({error}); make it with --prepare") from error
     wide = {name: _wide(array) for name, array in tables.items()}
     rows = Rows(*(wide[f.name] for f in fields(Rows)))
-    place, wanted, there = targets_of(rows)
-    weight = np.where(there, np.take_along_axis(weights_of(rows), place + 1, axis=1), 0).astype(np.float32)
     scored = {
         name: Packed(
             **{array: wide[f"{name}/{array}"] for array in ARRAYS},
@@ -123,9 +108,9 @@ def load(path: Path) -> Mixture:
         for name in SETS
     }
     return Mixture(
-        training=Training(
-            tokens=rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids, tasks=wide["tasks"],
-            place=place, wanted=wanted, weight=weight,
+        training=Texts(
+            tokens=rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids, loss_mask=weights_of(rows),
+            tasks=wide["tasks"],
         ),
         scored=scored,
         prompts=Prompts(
@@ -135,6 +120,18 @@ def load(path: Path) -> Mixture:
         stops=tuple(contents["stops"]),
         digest=contents["digest"],
     )  # fmt: skip
+
+
+def targets_of(
+    rows: Rows,
+) -> tuple[Int[np.ndarray, "N K"], Int[np.ndarray, "N K"], Bool[np.ndarray, "N K"]]:
+    """(place, wanted, there): token `wanted[n, k]` follows token `place[n, k]` of row n and is a target, if `there[n, k]`.
+    Few tokens of a row are targets, and logits of these alone are cheap. K = T / 8, or more if a row has more targets."""
+    mask = rows.loss_mask[:, 1:]
+    width = max(rows.length // 8, int(mask.sum(1).max()))
+    place = np.argsort(~mask, axis=1, kind="stable")[:, :width].astype(np.int32)
+    there = np.take_along_axis(mask, place, axis=1)
+    return place, np.take_along_axis(rows.tokens, place + 1, axis=1), there
 
 
 def weights_of(rows: Rows) -> Float[np.ndarray, "N T"]:
@@ -159,7 +156,7 @@ def _tasks_of(rows: Rows, encoded: Sequence[Encoded], task_of: Sequence[int]) ->
 def _packed(examples: Sequence[Example], tokenizer: Any, length: int) -> Packed:
     """Rows whose K is T: the questions of every set have one shape."""
     if isinstance(examples[0], MultipleChoice):
-        packed = pack_candidates([e for e in examples if isinstance(e, MultipleChoice)], tokenizer, length, 1)
+        packed = pack_candidates([e for e in examples if isinstance(e, MultipleChoice)], tokenizer, length)
         pad = ((0, 0), (0, length - packed.place.shape[1]))
         place, wanted, owner = np.pad(packed.place, pad), np.pad(packed.wanted, pad), packed.owner
         owner = np.pad(owner, pad, constant_values=-1)

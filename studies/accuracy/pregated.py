@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -30,8 +31,9 @@ from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.low_rank import LoRAExperts, LoRAParam
 from adafuse_jax.adapters.router import balance_loss, expert_load
 from adafuse_jax.models.config import ModelConfig
-from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.decoder import Backbone, Output
 from adafuse_jax.models.hooks import Routing
+from adafuse_jax.training.replicas import replica_attention, replica_forward
 
 DROPPED = -1e9
 
@@ -178,6 +180,36 @@ class Bound:
         self, experts: nnx.Dict, layer: int | Int[Array, ""], routing: Routing, key: Key[Array, ""] | None
     ) -> PlannedLayer:
         return PlannedLayer(self.adapter, experts, layer, routing, key)
+
+
+def seen(
+    trained: Any, model: Backbone, tokens: Array, positions: Array, tasks: Array, **options: Any
+) -> tuple[Any, Array | None]:
+    """(adapter for one run over these tokens, context after every token or None)."""
+    if not isinstance(trained, PreGated):
+        return trained, None
+    routing, context = trained.plan(model, tokens, positions, tasks, **options)
+    return trained.bound(routing), context
+
+
+def forward(trained: Any, model: Backbone, texts: Any, *, key: Any = None, **options: Any) -> tuple[Backbone, Output]:
+    """`forward` of `train_step` for every arm; `key` is the randomness of expert dropout."""
+    if not isinstance(trained, PreGated):
+        return replica_forward(trained, model, texts, key=key, **options)
+    adapter, _ = seen(trained, model, texts.tokens, texts.positions, texts.tasks, key=key)
+    out = model.run(
+        texts.tokens, adapter=adapter, positions=texts.positions, segment_ids=texts.segment_ids,
+        attention=replica_attention, **options,
+    )  # fmt: skip
+    return model, out
+
+
+def _own_rates(updates: Any, params: Any) -> Any:
+    return jax.tree.map(jnp.multiply, params.rates(), updates) if isinstance(params, PreGated) else updates
+
+
+OWN_RATES = optax.stateless(_own_rates)
+"""Updates times the multipliers of `PreGated.rates`."""
 
 
 class PlannedLayer(AdaFuseLayer):

@@ -7,89 +7,36 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float
 
-from adafuse_jax.models.attention import attention_of_lanes
 from adafuse_jax.models.decoder import Backbone
-from benchmarks.accuracy_data import Packed
 from studies.accuracy.tasks import MEASURES, SETS
-from studies.accuracy.training import seen
-
-
-@jax.jit
-def target_losses(
-    model: Backbone,
-    params: Any,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-    place: Int[Array, "B K"],
-    wanted: Int[Array, "B K"],
-    task: Int[Array, ""],
-) -> tuple[Float[Array, "S B K"], Bool[Array, "S B K"]]:
-    """(−log p of every target in nats, whether it is the likeliest token) under every replica."""
-
-    def one(params: Any) -> tuple[Array, Array]:
-        adapter, _ = seen(params, model, tokens, positions, jnp.full_like(tokens, task))
-        out = model.run(
-            tokens, adapter=adapter, positions=positions, segment_ids=segment_ids, attention=attention_of_lanes
-        )
-        hidden = jnp.take_along_axis(out.hidden, place[..., None], axis=1)  # [B, K, D]
-        logits = model.logits(hidden)
-        chosen = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.argmax(logits, axis=-1) == wanted
-
-    return jax.vmap(one)(params)
+from studies.questions import Packed
+from studies.scoring import score as score_rows
 
 
 def measures(
-    model: Backbone,
-    params: Any,
-    scored: Mapping[str, Packed],
-    *,
-    batch_size: int,
-    losses_of: Callable[..., tuple[Array, Array]] = target_losses,
+    model: Backbone, trained: Any, scored: Mapping[str, Packed], *, batch_size: int, losses_of: Callable[..., Any]
 ) -> list[dict[str, dict[str, float]]]:
     """Of every replica: set → measures of its questions, but for what must be decoded."""
-    pending = {
-        name: _losses(model, params, packed, SETS.index(name), batch_size, losses_of) for name, packed in scored.items()
+    found = {
+        name: score_rows(model, trained, packed, batch_size=batch_size, task=SETS.index(name), losses_of=losses_of)
+        for name, packed in scored.items()
     }
-    found = {name: jax.device_get(parts) for name, parts in pending.items()}
-    replicas = len(next(iter(found.values()))[0][0])
-    result: list[dict[str, dict[str, float]]] = [{} for _ in range(replicas)]
-    for name, parts in found.items():
-        rows = len(scored[name].tokens)
-        losses, hits = (np.concatenate([part[i] for part in parts], axis=1)[:, :rows] for i in (0, 1))
-        for replica in range(replicas):
-            result[replica][name] = measured(scored[name], losses[replica], hits[replica])
-    return result
-
-
-def _losses(
-    model: Backbone, params: Any, packed: Packed, task: int, batch_size: int, losses_of: Callable[..., Any]
-) -> list[tuple[Array, Array]]:
-    parts = []
-    for at in range(0, len(packed.tokens), batch_size):
-        arrays = [
-            np.pad(array[at : at + batch_size], ((0, max(0, at + batch_size - len(array))), (0, 0)))
-            for array in (packed.tokens, packed.positions, packed.segment_ids, packed.place, packed.wanted)
-        ]
-        parts.append(losses_of(model, params, *arrays, np.int32(task)))
-    return parts
+    replicas = len(next(iter(found.values()))[0])
+    return [
+        {name: measured(scored[name], losses[replica], hits[replica]) for name, (losses, hits) in found.items()}
+        for replica in range(replicas)
+    ]
 
 
 def measured(packed: Packed, losses: Float[np.ndarray, "N K"], hits: Bool[np.ndarray, "N K"]) -> dict[str, float]:
     """Choices: accuracy, and the mean −log of the right choice's share of the probability. Texts: mean loss of a token,
     its `likelihood`, and the share that is right in all tokens. In points, losses in nats."""
-    there = packed.owner >= 0
-    sums, wrong = np.zeros(sum(packed.choices)), np.zeros(sum(packed.choices))
-    np.add.at(sums, packed.owner[there], losses[there])
-    np.add.at(wrong, packed.owner[there], ~hits[there])
+    sums, wrong = packed.sums(losses), packed.sums(~hits)
     if max(packed.choices) == 1:
-        loss = float(losses[there].mean())
+        loss = float(losses[packed.owner >= 0].mean())
         return {"loss": loss, "likelihood": 100 * float(np.exp(-loss)), "exact": 100 * float(np.mean(wrong == 0))}
     of_right = [
         sums[first + answer] + _log_sum_exp(-sums[first:last])

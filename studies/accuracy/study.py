@@ -1,4 +1,4 @@
-"""The runs of the study. Each leaves one JSON file, which appears complete or not at all and is skipped when it is there.
+"""The runs of the study. A recorded run is not run again.
 
     grid     an arm at all learning rates of the grid, seed 0
     seeds    an arm at its best learning rate, on several seeds
@@ -9,12 +9,12 @@ A run trains its replicas together, and scores them on the questions of the mixt
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
-from adafuse_jax.core.atomic_files import write_text
 from adafuse_jax.core.fields import require
 from adafuse_jax.models.config import DType
-from studies.accuracy import arms, generation, mixture, scoring, training
+from studies.accuracy import arms, generation, mixture, pregated, scoring
 from studies.accuracy.tasks import SETS
-
-Records = dict[str, dict[str, Any]]
+from studies.runs import Records, Runs
+from studies.scoring import compiled_losses
+from studies.training import Trainer, optimizer_of, phases_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +60,9 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Programs:
-    start: Any
-    step: Any
+    """Of an arm and a number of replicas."""
+
+    trainer: Trainer
     losses: Any
     greedy: Any
 
@@ -69,29 +70,25 @@ class Programs:
 class Study:
     """Backbone, mixture, and the records that are there."""
 
-    def __init__(self, model: str, mixture_file: Path, runs: Path, plan: Plan, *, command: str = "", threads: int = 3):
+    def __init__(self, model: str, mixture_file: Path, runs: Runs, plan: Plan, *, command: str = "", threads: int = 3):
         from tokenizers import Tokenizer
 
         self.plan, self.runs, self.command = plan, runs, command
         self.mixture = mixture.load(mixture_file)
-        self.rows = training.on_device(self.mixture.training)
         self.model = load_backbone(model, plan.dtype)
         self.tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
-        runs.mkdir(parents=True, exist_ok=True)
-        self.records = read_records(runs)
-        for name, record in self.records.items():
-            require(
-                record["identity"] == self.identity,
-                f"{runs / name}.json: was made with {record['identity']}, this study has {self.identity}; "
-                "give another --runs",
-            )
+
+        def is_current(record: dict[str, Any]) -> bool:
             arm = record["run"]["arm"]
-            require(
-                arm not in arms.ARMS or arms.restored(record["settings"]) == arms.ARMS[arm],
-                f"{runs / name}.json: was made with {record['settings']}, which {arm} no longer is; remove it",
-            )
+            return arm not in arms.ARMS or arms.restored(record["settings"]) == arms.ARMS[arm]
+
+        runs.require_same(self.identity, is_current)
         self._pool = ThreadPoolExecutor(threads)
         self._programs: dict[tuple[str, int], Future[Programs]] = {}
+
+    @property
+    def records(self) -> Records:
+        return self.runs.all
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -106,24 +103,27 @@ class Study:
         return self._programs[arm, replicas]
 
     def _compiled(self, arm: str, replicas: int) -> Programs:
-        plan, settings = self.plan, arms.ARMS[arm]
-        given = training.shapes(settings, self.model, self.rows, replicas=replicas, batch_size=plan.batch_size)
-        params = given["step"][0].params
-        length = self.rows.tokens.shape[1]
+        plan, settings, rows = self.plan, arms.ARMS[arm], self.mixture.training
+        trainer = Trainer(
+            partial(arms.make, settings), steps=plan.steps,
+            optimizer=optimizer_of(plan.steps, pregated.OWN_RATES),
+            phases=phases_of(settings, plan.steps), forward=pregated.forward,
+        )  # fmt: skip
+        trained = trainer.compile(self.model, rows, replicas=replicas, batch_size=plan.batch_size).adapter
+        length, prompts = rows.tokens.shape[1], self.mixture.prompts
 
         def integers(*shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-        block, prompts = integers(2 * plan.batch_size, length), self.mixture.prompts
-        return Programs(
-            start=training.start.lower(*given["start"]).compile(),
-            step=training.step.lower(*given["step"]).compile(),
-            losses=scoring.target_losses.lower(self.model, params, *[block] * 5, integers()).compile(),
-            greedy=generation.greedy.lower(
-                self.model, params, integers(*prompts.tokens.shape), integers(*prompts.lengths.shape), integers(),
-                integers(len(self.mixture.stops)), new_tokens=plan.new_tokens,
-            ).compile(),
+        losses = compiled_losses(
+            self.model, trained, rows=2 * plan.batch_size, length=length, targets=length, has_tasks=True,
+            forward=pregated.forward,
         )  # fmt: skip
+        greedy = generation.greedy.lower(
+            self.model, trained, integers(*prompts.tokens.shape), integers(*prompts.lengths.shape), integers(),
+            integers(len(self.mixture.stops)), new_tokens=plan.new_tokens,
+        ).compile()  # fmt: skip
+        return Programs(trainer=trainer, losses=losses, greedy=greedy)
 
     def do_all(self, runs: Sequence[Run], *, budget_seconds: float | None, begun: float) -> None:
         """The unfinished of `runs`; none is started that would end after the budget if it took as long as the longest."""
@@ -153,19 +153,18 @@ class Study:
         waited = time.perf_counter()
         programs = self.programs(run.arm, len(run.seeds)).result()
         begun = time.perf_counter()
-        trained = training.train(
-            settings, self.model, self.rows, seeds=run.seeds, rates=run.rates, steps=plan.steps,
-            batch_size=plan.batch_size, begin=programs.start, advance=programs.step,
-        )  # fmt: skip
+        trained = programs.trainer.train(
+            self.model, self.mixture.training, seeds=run.seeds, rates=run.rates, batch_size=plan.batch_size, points=20
+        )
         scored_at = time.perf_counter()
         measures = scoring.measures(
-            self.model, trained.params, self.mixture.scored, batch_size=2 * plan.batch_size, losses_of=programs.losses
+            self.model, trained.adapter, self.mixture.scored, batch_size=2 * plan.batch_size, losses_of=programs.losses
         )
         decoded_at = time.perf_counter()
         prompts = self.mixture.prompts
         found = programs.greedy(
             self.model,
-            trained.params,
+            trained.adapter,
             prompts.tokens,
             prompts.lengths.astype(np.int32),
             np.int32(SETS.index("gsm8k")),
@@ -199,14 +198,7 @@ class Study:
             "jax": jax.__version__,
             "command": self.command,
         }
-        record = json.loads(json.dumps(record))
-        write_text(self.runs / f"{run.name}.json", json.dumps(record) + "\n")
-        self.records[run.name] = record
-        return record
-
-
-def read_records(runs: Path) -> Records:
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(runs.glob("*.json"))}
+        return self.runs.add(run.name, record)
 
 
 def grid(arm: str, rates: Sequence[float]) -> Run:

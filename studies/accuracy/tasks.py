@@ -28,19 +28,16 @@ much as one question in a hundred. pass@1 of generated programs, when it is ther
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.examples import Chat, Message, MultipleChoice
-from benchmarks.accuracy_data import read_set
 from studies.accuracy import made_up
+from studies.questions import read_rows, read_set
 
 SETS = ("gsm8k", "code", "instruct", "scienceqa", "openbookqa", "arc-easy", *made_up.LANGUAGES)
 MEASURES: dict[str, tuple[str, ...]] = {
@@ -81,10 +78,10 @@ def place(text: str) -> float:
 def read_task(name: str, folder: Path) -> Task:
     """One of SETS from its files in `folder`. Raises `UserError` for a file that is missing."""
     if name == "gsm8k":
-        known, test = ([_gsm8k(row) for row in _rows(folder / GSM8K[split])] for split in ("training", "test"))
+        known, test = ([_gsm8k(row) for row in read_rows(folder / GSM8K[split])] for split in ("training", "test"))
         return _task(name, known, test)
     if name in INSTRUCTIONS:
-        return _task(name, [_instruction(row) for row in _rows(folder / INSTRUCTIONS[name])])
+        return _task(name, [_instruction(row) for row in read_rows(folder / INSTRUCTIONS[name])])
     if name in made_up.LANGUAGES:
         pairs = [(made_up.asked(q, name), made_up.in_language(number, name)) for q, number in made_up.questions()]
         return _task(name, [_reply(question, words) for question, words in pairs])
@@ -130,14 +127,6 @@ def _gsm8k(row: dict[str, Any]) -> Chat:
 
 def _instruction(row: dict[str, Any]) -> Chat:
     return _reply("\n\n".join(part for part in (row["instruction"], row["input"]) if part), row["output"])
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = gzip.decompress(path.read_bytes()).decode()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); --data must hold it") from error
-    return json.loads(text) if ".json." in path.name else [json.loads(line) for line in text.splitlines() if line]
 
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

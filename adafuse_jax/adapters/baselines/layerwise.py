@@ -62,17 +62,17 @@ class LayerWise(nnx.Module):
 
 
 class LayerWiseHook(Hook):
-    """One layer: route and add, linear by linear. `made` [routers, …] is in execution order."""
+    """One layer: route and add, linear by linear. `layer_routing` [routers, …] is in execution order."""
 
     def __init__(self, adapter: LayerWise, experts: nnx.Dict, layer: int | Int[Array, ""], key: Key[Array, ""] | None):
         self.config, self.experts, self.key = adapter.config, experts, key
         counts = adapter.layer_experts
         self.available = None if min(counts) == max(counts) else jnp.array(counts)[layer]
-        self._made: list[Routing] = []
+        self._routings: list[Routing] = []
 
     @property
-    def made(self) -> Routing:  # type: ignore[override]
-        return jax.tree.map(lambda *routings: jnp.stack(routings), *self._made)
+    def layer_routing(self) -> Routing:  # type: ignore[override]
+        return jax.tree.map(lambda *routings: jnp.stack(routings), *self._routings)
 
     def __call__(self, name: str, linear: Linear, x: Array) -> Array:
         if name not in self.experts:
@@ -80,8 +80,8 @@ class LayerWiseHook(Hook):
         return self.mix(linear, self.experts[name], x, self.route(name, x), LINEARS.index(name))
 
     def route(self, name: str, x: Array) -> Routing:
-        self._made.append(self.experts[name].router(x, self.available))
-        return self._made[-1]
+        self._routings.append(self.experts[name].router(x, self.available))
+        return self._routings[-1]
 
     def mix(self, linear: Linear, mixture: Mixture, x: Array, routing: Routing, place: int) -> Array:
         return linear(x) + mixture.lora(dropped(x, self.config.dropout, self.key, place), routing)

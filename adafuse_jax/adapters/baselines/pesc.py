@@ -54,6 +54,6 @@ class PESCLayer(Hook):
 
     def ffn(self, block: Callable[[Array], Array], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         routing = self.experts.router(x)
-        self.made = jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), routing)
+        self.layer_routing = jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), routing)
         h = block(x)
         return h + self.experts.lora(dropped(h, self.config.dropout, self.key, len(LINEARS)), routing)

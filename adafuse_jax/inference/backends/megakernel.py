@@ -1,13 +1,14 @@
-"""The fused decoding step: gates first, then the whole token in one launch (`pallas_kernels.megakernel`).
+"""The megakernel backend: gates first, then all layers and the head by one kernel (`pallas_kernels.megakernel`).
 
     token → experts, gates (a table lookup where the router sees the token alone) → all layers and the head → logits
 
 The experts stay beside the weights, y = W x + Σ_j g_j s B[e_j] (A[e_j] x), and of their factors only those in use are read;
-or they are in the weights already, and the launch is the backbone's. Devices that share the model launch it together.
+or they are in the weights already, and the megakernel runs the bare backbone. Devices that share the model run it together.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,22 +17,41 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.core.errors import UserError
+from adafuse_jax.inference.backends.base import Backend, StepOutput, dispatch_log_level
 from adafuse_jax.models.attention import Visibility, attention
-from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig
+from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig, unsupported_field
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.models.layers import apply_rope, rope_frequencies, rope_tables
 from adafuse_jax.parallel.axes import CACHE, TABLES, TENSOR, linear_axes, partition_spec
 from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels.megakernel import Experts, Shape, Weights, decode_token, unsupported_reason
+from pallas_kernels.megakernel.mixture import make_mixture
 from pallas_kernels.megakernel.plan import TILE_K
-from pallas_kernels.pregated_linear import make_mixture
+
+log = logging.getLogger(__name__)
 
 TABLE_ROWS = 4096
 """Tokens whose gates are computed at once."""
+TRIED_DEVICES = 2
+"""Devices that the megakernel has run on together, at most."""
+CONSUMED_FIELDS = frozenset({
+    *Shape.__dataclass_fields__,
+    "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "sliding_windows",  # `weights_of`
+    "rope.theta", "rope.kind", "rope.factor", "rope.low_freq_factor", "rope.high_freq_factor",
+    "rope.original_max_position_embeddings",  # cos and sin
+})  # fmt: skip
+"""Fields of `ModelConfig` that reach the kernel; a model with any other is decoded by its own modules."""
+IRRELEVANT_FIELDS = {
+    "model_type": "families differ in the other fields",
+    "max_position_embeddings": "the engine bounds the cache, and the kernel reads what is in it",
+    "bos_token_id": "of prompts", "eos_token_ids": "the engine stops", "pad_token_id": "of batches",
+}  # fmt: skip
+"""Field → the reason why it cannot matter to the kernel."""
 
 
 @jax.tree_util.register_dataclass
@@ -100,7 +120,7 @@ def _padded(x: Array, axis: int, more: int) -> Array:
 
 
 def shape_of(config: ModelConfig, devices: int = 1) -> Shape:
-    """Of one device's share."""
+    """Sizes of one device's shard."""
     shared = "hidden_dim", "num_heads", "num_kv_heads", "vocab_size"
     sizes = {name: getattr(config, name) for name in Shape.__dataclass_fields__}
     return Shape(**sizes | {name: sizes[name] // devices for name in shared})
@@ -109,6 +129,8 @@ def shape_of(config: ModelConfig, devices: int = 1) -> Shape:
 def fused_unsupported_reason(model: Backbone, batch: int = 1, adapter: AdaFuse | None = None) -> str | None:
     """Why the fused step cannot decode `batch` rows with this model on its device, or None. `adapter`: the one whose
     factors it is to read."""
+    if reason := unsupported_field(model.config, CONSUMED_FIELDS | IRRELEVANT_FIELDS.keys()):
+        return reason
     device, mesh = next(iter(model.embed_tokens[...].devices())), mesh_of(model)
     if mesh is not None and (mesh.axis_names != (TENSOR,) or [*mesh.devices] != jax.local_devices()[: mesh.size]):
         return f"it runs on a mesh of one axis over the first devices of one process, and this is {mesh}"
@@ -227,3 +249,64 @@ def _over_devices(
         token, mesh=mesh, in_specs=(of_weights, of_experts, whole, cache, cache, whole, whole, whole),
         out_specs=(whole, new, new), check_vma=False,
     )  # fmt: skip
+
+
+def default_unsupported_reason(model: Backbone, adapter: Any = None) -> str | None:
+    """Why the megakernel is not used unless it is requested, or None: it cannot run, or has never run on so many devices."""
+    mesh = mesh_of(model)
+    untried = mesh is not None and mesh.size > TRIED_DEVICES
+    return fused_unsupported_reason(model, adapter=adapter) or (
+        f"over more than {TRIED_DEVICES} devices it must be asked for" if untried else None
+    )
+
+
+class Megakernel(Backend):
+    """All layers and the head by one kernel, for AdaFuse or the bare model.
+
+    `fallback` decodes batches that the kernel cannot; without one they are refused.
+    """
+
+    requires = "pre_gated"
+
+    def __init__(self, model: Backbone, adapter: Any, strategy: str = "fused", fallback: Backend | None = None):
+        self._model, self.adapter, self.strategy, self._fallback = model, adapter, strategy, fallback
+        self.reads = model, adapter, Fused.of(model, adapter)
+        self._reasons: dict[int, str | None] = {}
+
+    @property
+    def model(self) -> Backbone:
+        return self._model
+
+    @classmethod
+    def unsupported_reason(cls, model: Backbone, adapter: Any, batch: int = 1) -> str | None:
+        return fused_unsupported_reason(model, batch, adapter)
+
+    @classmethod
+    def prepare(cls, model: Backbone, adapter: Any) -> Megakernel:
+        return cls(model, adapter)
+
+    def for_batch(self, batch: int) -> Backend:
+        if batch not in self._reasons:
+            self._reasons[batch] = reason = self.unsupported_reason(self._model, self.adapter, batch)
+            if reason is not None and self._fallback is not None:
+                log.log(
+                    dispatch_log_level(), "decoding %d prompts unfused: the megakernel cannot, as %s", batch, reason
+                )
+        if (reason := self._reasons[batch]) is None:
+            return self
+        if self._fallback is None:
+            raise UserError(
+                f"strategy {self.strategy} cannot run: {reason}; decode fewer prompts together, or unmerged"
+            )
+        return self._fallback
+
+    @staticmethod
+    def step(
+        reads: Any,
+        carry: Any,
+        token: Int[Array, " B"],
+        position: Int[Array, " B"],
+        cache: KVCache,
+        hold: Bool[Array, " B"],
+    ) -> StepOutput:
+        return *fused_step(*reads, token, position, cache), carry

@@ -1,50 +1,59 @@
-"""Decoding by merging: add the token's experts to the weights, then run the plain backbone (arXiv 2603.11873, Eqs. 3, 6, 9).
+"""Merging backends: experts go into the weights, then the bare backbone runs (arXiv 2603.11873, Eqs. 3, 6, 9).
 
-    golden   W*  = W⁰ + Δ(g^t)                       one SGMM into a second copy of the adapted weights; exact
-    switch   W^t = W^{t−1} + Δ(g^t) − Δ(g^{t−1})      one SGMM in place; each rounding stays in the weights
-    simple   W*  = W⁰ + Δ(g^t)                       layer by layer, one linear at a time; exact, the paper's ablation
+    golden   W*  = W⁰ + Δ(g^t)                       one SGMM per token into a second copy of the adapted weights; exact
+    switch   W^t = W^{t−1} + Δ(g^t) − Δ(g^{t−1})      one SGMM per token in place; each rounding stays in the weights
+    merged   W*  = W⁰ + (α/R) B A                    a LoRA, once before decoding; exact
 
-with Δ(g) = Σ_j s g_j B[e_j] A[e_j] for every adapted linear W [L, out, in]. One set of weights serves one token, so all of
-them decode a single row.
+with Δ(g) = Σ_j s g_j B[e_j] A[e_j] for every adapted linear W [L, out, in]. With golden and switch one set of weights serves
+one token, so they decode one row. The bare backbone is the megakernel's where that can run.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from adafuse_jax.adapters.adafuse import AdaFuse
-from adafuse_jax.inference.config import Strategy
+from adafuse_jax.adapters.lora import LoRA
+from adafuse_jax.adapters.lora import merged as with_lora
+from adafuse_jax.core.errors import UserError
+from adafuse_jax.inference.backends.base import Backend, StepOutput, dispatch_log_level
+from adafuse_jax.inference.backends.megakernel import (
+    Fused,
+    Megakernel,
+    default_unsupported_reason,
+    route,
+)
+from adafuse_jax.inference.backends.unfused import Unfused
 from adafuse_jax.models.decoder import Backbone
-from adafuse_jax.models.hooks import Hook, Routing
-from adafuse_jax.models.layers import Linear
+from adafuse_jax.models.kv_cache import KVCache
 from pallas_kernels.sgmm import golden_terms, sgmm, switch_terms
-from pallas_kernels.sgmm.reference import merge_layer
+
+log = logging.getLogger(__name__)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merged:
-    """What is merged at present: `weights` = W⁰ + Δ(`gates` of `experts`), by the name of the linear.
+    """The carry: `weights` = W⁰ + Δ(`gates` of `experts`), by the name of the linear. golden: the second copy; switch: the
+    only one, which the backbone lacks."""
 
-    golden: the second copy; switch: the only one, which the backbone lacks; simple: empty, as no weights outlive a token.
-    """
-
-    strategy: Strategy = field(metadata={"static": True})
+    strategy: Literal["golden", "switch"] = field(metadata={"static": True})
     weights: dict[str, Float[Array, "L out in"]]
     experts: Int[Array, " k"]
     gates: Float[Array, " k"]
 
     @classmethod
-    def nothing(cls, strategy: Strategy, model: Backbone, adapter: AdaFuse) -> Merged:
+    def nothing(cls, strategy: Literal["golden", "switch"], model: Backbone, adapter: AdaFuse) -> Merged:
         """Gates of 0. *golden* allocates its copy; the weights of *switch* are the model's own."""
-        weights = {} if strategy == "simple" else adapted_weights(model, adapter)
+        weights = adapted_weights(model, adapter)
         if strategy == "golden":
             weights = {name: jnp.copy(w) for name, w in weights.items()}
         k = adapter.config.top_k
@@ -87,73 +96,149 @@ def update_merged(
     *,
     hold: Bool[Array, ""],
 ) -> Merged:
-    """What is merged for the next token; with `hold`, what was for the last. *switch* never reads the adapted weights of
+    """Merge for the next token; with `hold`, the gates stay those of the last. *switch* never reads the adapted weights of
     `model`, W⁰."""
     scale = adapter.config.scale
     experts = jnp.where(hold, before.experts, experts)
     gates = jnp.where(hold, before.gates, gates)
-    weights = before.weights
     if before.strategy == "golden":
         terms, pristine = golden_terms(experts, gates, scale), adapted_weights(model, adapter)
-        weights = sgmm(weights, *factors(adapter), terms, pristine=pristine)
-    elif before.strategy == "switch":
+        weights = sgmm(before.weights, *factors(adapter), terms, pristine=pristine)
+    else:
         terms = switch_terms((before.experts, before.gates), (experts, gates), scale)
-        weights = sgmm(weights, *factors(adapter), terms)
+        weights = sgmm(before.weights, *factors(adapter), terms)
     return replace(before, weights=weights, experts=experts, gates=gates)
 
 
-class Merging:
-    """The `Adapter` that merges: what travels from layer to layer is (routing, what is merged).
+class Golden(Backend):
+    """Each token's experts in a second copy of the adapted weights. The adapter's experts are cast to the weights' type."""
 
-    Args:
-      adapter: its experts are of the weights' type.
-      model: the backbone, W⁰; *switch* never reads its adapted weights.
-      merged: what the token before left behind.
-      hold: keep the gates of `merged`, whatever the router says: a row that has ended changes no weights.
+    strategy = "golden"
+    requires = "pre_gated"
+    needs_adapter = True
+    one_row = True
+    _merges: ClassVar[Literal["golden", "switch"]] = "golden"
+
+    def __init__(self, model: Backbone, adapter: AdaFuse):
+        self.adapter: AdaFuse = jax.tree.map(lambda leaf: leaf, adapter)
+        self.adapter.experts = jax.tree.map(lambda leaf: leaf.astype(model.dtype), adapter.experts)
+        self._carry: Merged | None = Merged.nothing(self._merges, model, self.adapter)
+        self._model, fused = model, None
+        if bare_unsupported_reason(self.strategy, model) is None:
+            fused = Fused.of(model, self.adapter, merged=True)
+        self.reads: Any = model, self.adapter, fused
+
+    @property
+    def model(self) -> Backbone:
+        return self._model
+
+    @property
+    def merged(self) -> Merged:
+        """The weights at present."""
+        if self._carry is None:
+            raise UserError("a decoding step failed and took the merged weights with it; load the model again")
+        return self._carry
+
+    @classmethod
+    def prepare(cls, model: Backbone, adapter: Any) -> Golden:
+        return cls(model, adapter)
+
+    def for_batch(self, batch: int) -> Golden:
+        require_one_row(self.strategy, batch)
+        return self
+
+    @staticmethod
+    def step(
+        reads: Any,
+        carry: Any,
+        token: Int[Array, " B"],
+        position: Int[Array, " B"],
+        cache: KVCache,
+        hold: Bool[Array, " B"],
+    ) -> StepOutput:
+        model, adapter, fused = reads
+        # Nothing adapted runs before the router: with *switch*, those weights are only named here.
+        table = None if fused is None else fused.table
+        experts, gates = route(with_weights(model, carry.weights), adapter, table, token, position, cache)
+        carry = update_merged(adapter, model, carry, experts[0], gates[0], hold=hold[0])
+        whole = with_weights(model, carry.weights)
+        if fused is None:
+            logits, _, cache, _ = Unfused.step((whole, None), None, token, position, cache, hold)
+        else:
+            logits, _, cache, _ = Megakernel.step((whole, None, fused), None, token, position, cache, hold)
+        return logits, experts, cache, carry
+
+    def take_carry(self) -> Merged:
+        carry, self._carry = self.merged, None  # a step that fails has consumed it
+        return carry
+
+    def put_carry(self, carry: Merged) -> None:
+        self._carry = carry
+
+
+class Switch(Golden):
+    """Each token's experts in the only copy of the adapted weights, which it takes over from the model: use `model` instead.
+
+    The weights drift: every step rounds them once more, and `restore` takes out Δ(g), not the roundings.
     """
 
-    def __init__(self, adapter: AdaFuse, model: Backbone, merged: Merged, hold: Bool[Array, ""]):
-        self.adapter, self.model, self.before, self.hold = adapter, model, merged, hold
-        self.experts = adapter.experts
+    strategy = "switch"
+    _merges = "switch"
 
-    def initial_routing(self, batch: int, length: int) -> tuple[Routing, Merged]:
-        return self.adapter.initial_routing(batch, length), self.before
+    def __init__(self, model: Backbone, adapter: AdaFuse):
+        super().__init__(model, adapter)
+        bare = with_weights(model, dict.fromkeys(self.merged.weights))
+        self._model, self.reads = bare, (bare, *self.reads[1:])
+        self._is_merged = False
+        log.info(
+            "decoding switch: every token rounds the weights once more, and these errors add up until the model is loaded "
+            "again; golden is exact"
+        )
 
-    def hook(
-        self,
-        experts: nnx.Dict,
-        layer: int | Int[Array, ""],
-        routing: tuple[Routing, Merged],
-        key: Key[Array, ""] | None,
-    ) -> MergingLayer:
-        return MergingLayer(self, experts, layer, routing)
+    @property
+    def model(self) -> Backbone:
+        """Without what was merged; only until the next step, which is donated its adapted weights."""
+        self.restore()
+        return with_weights(self._model, self.merged.weights)
 
-    def merge(self, x: Float[Array, "1 1 in"]) -> tuple[Routing, Merged]:
-        """Route one token by x^1, and merge its experts into the weights of all layers."""
-        routing = self.adapter.router(x)
-        chosen = routing.experts[0, 0], routing.gates[0, 0]
-        return routing, update_merged(self.adapter, self.model, self.before, *chosen, hold=self.hold)
+    def take_carry(self) -> Merged:
+        self._is_merged = False
+        return super().take_carry()
+
+    def put_carry(self, carry: Merged) -> None:
+        self._carry, self._is_merged = carry, True
+
+    def restore(self) -> None:
+        if self._is_merged:
+            self._carry = unmerge(self.adapter, self.take_carry())
 
 
-class MergingLayer(Hook):
-    """The hook of one layer: layer 0 merges at the first target, every adapted linear runs with its merged weights."""
+class MergedLoRA(Unfused):
+    """A LoRA merged once into a copy of the adapted weights; then the bare backbone decodes."""
 
-    def __init__(
-        self, merging: Merging, experts: nnx.Dict, layer: int | Int[Array, ""], routing: tuple[Routing, Merged]
-    ):
-        self.merging, self.experts, self.layer, self.routing = merging, experts, layer, routing
+    requires = "static"
+    needs_adapter = True
 
-    def __call__(self, name: str, linear: Linear, x: Array) -> Array:
-        adapter = self.merging.adapter
-        if name not in self.experts:
-            return linear(x)
-        assert isinstance(self.layer, int), "merging decodes with unrolled layers"
-        if self.layer == 0 and name == adapter.first_target:
-            self.routing = self.merging.merge(x)
-        _, merged = self.routing
-        if merged.strategy != "simple":
-            return linear(x, merged.weights[name][self.layer])
-        experts, terms = self.experts[name], golden_terms(merged.experts, merged.gates, adapter.config.scale)
-        weight = merge_layer(linear.weight[...], experts.A[...], experts.B[...], terms)
-        # The barrier makes XLA write the merged weights down, rounded, instead of fusing the merge into the product.
-        return linear(x, jax.lax.optimization_barrier(weight))
+    @classmethod
+    def prepare(cls, model: Backbone, adapter: LoRA) -> Any:
+        model = with_lora(model, adapter)
+        unfused = cls(model, None, "merged")
+        reason = bare_unsupported_reason("merged", model)
+        return unfused if reason else Megakernel(model, None, "merged", fallback=unfused)
+
+
+def bare_unsupported_reason(strategy: str, model: Backbone) -> str | None:
+    """Why the megakernel does not run the bare backbone of a merging backend, which the log says; or None."""
+    reason = default_unsupported_reason(model)
+    if reason is not None:
+        log.log(dispatch_log_level(), "decoding %s unfused: the megakernel cannot run, as %s", strategy, reason)
+    return reason
+
+
+def require_one_row(strategy: str, batch: int) -> None:
+    """Raise `UserError` for several rows."""
+    if batch > 1:
+        raise UserError(
+            f"strategy {strategy} merges the experts of one row into the weights, and there are {batch} prompts; "
+            "give one at a time, or decode unmerged"
+        )

@@ -1,0 +1,166 @@
+"""Export of a backbone as a Hugging Face directory: config.json, generation_config.json, safetensors shards, tokenizer."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, model_directory
+from adafuse_jax.checkpoints.hf_config import HFConfig, parse_hf_config, parse_tables
+from adafuse_jax.checkpoints.safetensors_files import INDEX_FILE, write_tensors
+from adafuse_jax.core.atomic_files import new_directory, write_json
+from adafuse_jax.core.errors import UserError, quoted
+from adafuse_jax.core.tables import Table, read_json
+from adafuse_jax.data.tokenizer import tokenizer_files, write_tokenizer
+from adafuse_jax.models.config import ModelConfig, RopeConfig, flat_fields
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.registry import FAMILIES
+
+log = logging.getLogger(__name__)
+
+SHARD_BYTES = 5_000_000_000
+
+
+def export_backbone(
+    model: Backbone,
+    out: str | Path,
+    *,
+    source: str | Path | HFCheckpoint | None = None,
+    tokenizer: Mapping[str, bytes] | None = None,
+    replace: bool = False,
+) -> None:
+    """Write `model` as a Hugging Face directory, in shards of at most 5 GB. generation_config.json, the tokenizer's
+    files and what else config.json holds come from `source`; the tokenizer's are those of `tokenizer`, by name, if given.
+
+    The directory appears complete or not at all.
+
+    Raises:
+      UserError: `out` exists and is not an empty directory, unless `replace` puts the export in place of what is there, of
+        which files of other names stay; a weight that is not finite; a model that config.json cannot describe.
+    """
+    with new_directory(Path(out), replace=replace, keep_others=True) as partial_out:
+        directory, hf_config = _source_config(source)
+        _write_configs(model, partial_out, directory, hf_config)
+        if directory is not None:
+            write_tokenizer(tokenizer_files(directory) if tokenizer is None else tokenizer, partial_out)
+        _write_weights(model, partial_out)
+
+
+def _source_config(source: str | Path | HFCheckpoint | None) -> tuple[Path | None, HFConfig | None]:
+    """The source's directory and, if it has a config.json, what that says; an opened checkpoint is not read again."""
+    if isinstance(source, HFCheckpoint):
+        return source.directory, source.hf_config
+    if source is None:
+        return None, None
+    directory = model_directory(source)
+    return directory, parse_hf_config(directory) if (directory / "config.json").exists() else None
+
+
+def _write_configs(model: Backbone, out: Path, directory: Path | None, source: HFConfig | None) -> None:
+    """config.json is the source's, keys that are not read included, if it describes the same function."""
+    config, dtype, file = model.config, str(model.dtype), "generation_config.json"
+    if directory is not None and (directory / file).exists():
+        shutil.copyfile(directory / file, out / file)
+    else:
+        eos = list(config.eos_token_ids) or None
+        special = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id, "eos_token_id": eos}
+        write_json(out / file, {name: value for name, value in special.items() if value is not None})
+    if source is not None and source.model == config:
+        table = dict(source.table.values)
+        if table.pop("auto_map", None):
+            log.info("%s: auto_map names Python code, which is not exported; left out", source.table.where)
+        table |= dict.fromkeys([name for name in ("torch_dtype", "dtype") if name in table] or ["torch_dtype"], dtype)
+    else:
+        table = config_table(config, dtype)
+        _require_described(config, table, read_json(out / file))
+    write_json(out / "config.json", table)
+
+
+def config_table(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of `config`, weights stored as `dtype`."""
+    family, eos = FAMILIES[config.model_type], list(config.eos_token_ids)
+    return {
+        "architectures": [family.architecture],
+        "model_type": config.model_type,
+        "hidden_act": "silu",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": _rope_scaling(config.rope),
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "pad_token_id": config.pad_token_id,
+        "torch_dtype": dtype,
+    } | family.write(config)
+
+
+def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
+    if rope.kind == "default":
+        return None
+    names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings") if rope.kind == "llama3" else ()
+    return {"rope_type": rope.kind, "factor": rope.factor} | {name: getattr(rope, name) for name in names}
+
+
+def _require_described(config: ModelConfig, table: dict[str, Any], generation: dict[str, Any]) -> None:
+    """Raise `UserError` unless the two files, read again, are `config`: a field that its family cannot express, or that
+    nothing here writes, would be lost."""
+    parsed = parse_tables(Table(table, "config.json"), Table(generation, "generation_config.json")).model
+    found = {name: value for name, value, _ in flat_fields(parsed)}
+    wanted = replace(config, sliding_windows=config.sliding_windows or (None,) * config.num_layers)
+    for name, value, default in flat_fields(wanted):
+        if found.get(name, default) != value:
+            raise UserError(
+                f"{name} {quoted(value)} of the model cannot be written to config.json and generation_config.json of "
+                f"{config.model_type}; correct the model's config, or give another source"
+            )
+
+
+def _write_weights(model: Backbone, out: Path) -> None:
+    shards: list[list[tuple[str, Any, int | None]]] = [[]]
+    size = 0
+    for name, leaf, layer, num_bytes in _tensors(model):
+        if shards[-1] and size + num_bytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, leaf, layer))
+        size += num_bytes
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        file_name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        arrays = {name: np.asarray(leaf if layer is None else leaf[layer]) for name, leaf, layer in shard}
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise UserError(f"{name} is not finite in {array.dtype}; give --dtype float32, or restore the adapter")
+        write_tensors(out / file_name, arrays, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(arrays, file_name)
+    if len(shards) > 1:
+        total = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+        write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _tensors(model: Backbone) -> Iterator[tuple[str, jax.Array, int | None, int]]:
+    """(name, leaf, layer, bytes) of every tensor; layer None: the whole leaf."""
+    family = FAMILIES[model.config.model_type]
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        name, leaf = family.tensor_name(path), variable[...]
+        if "{}" not in name:
+            yield name, leaf, None, leaf.nbytes
+            continue
+        for layer in range(leaf.shape[0]):
+            yield name.format(layer), leaf, layer, leaf.nbytes // leaf.shape[0]

@@ -1,0 +1,89 @@
+"""Backends: how the experts act in a decoding step, one class per `--strategy`.
+
+    step(reads, carry, token [B], position [B], cache, hold [B])  →  logits [B, V] fp32, experts [B, k] | None, cache, carry
+
+`reads` is the pytree that every step reads; `carry` the one that a step is donated and replaces (merged weights), None where
+nothing is merged. `step` is pure: `programs.decode_step` traces it. Prompts are prefilled with `model` and `adapter`,
+unmerged with every backend.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, ClassVar, Protocol, Self
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+from adafuse_jax.adapters.registry import AnyAdapter
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.hooks import Adapter
+from adafuse_jax.models.kv_cache import KVCache
+
+StepOutput = tuple[Float[Array, "B V"], Int[Array, "B k"] | None, KVCache, Any]
+"""(logits, the experts that read the tokens, cache, carry) of a step."""
+
+
+class Backend(Protocol):
+    """One strategy, prepared for a model and its adapter.
+
+    Attributes:
+      strategy: its name in `registry.BACKENDS`.
+      requires: the capability that an adapter must have (`adapters.presets.Capability`); None: any adapter.
+      needs_adapter: there is nothing to do without one.
+      one_row: one set of weights serves one token, so it decodes one row, on one device.
+      model, adapter: of the prefill.
+      reads: what every step reads.
+    """
+
+    strategy: str
+    requires: ClassVar[str | None] = None
+    needs_adapter: ClassVar[bool] = False
+    one_row: ClassVar[bool] = False
+    adapter: Adapter | None
+    reads: Any
+
+    @property
+    def model(self) -> Backbone: ...
+
+    @classmethod
+    def unsupported_reason(cls, model: Backbone, adapter: AnyAdapter | None, batch: int = 1) -> str | None:
+        """Why it cannot decode `batch` rows with this model and adapter here, before anything is allocated; or None."""
+        return None
+
+    @classmethod
+    def prepare(cls, model: Backbone, adapter: Any) -> Self:
+        """Lay out what the step reads."""
+        ...
+
+    def for_batch(self, batch: int) -> Backend:
+        """The backend that decodes `batch` rows together: this one, or the fallback that the registry gave it. Raises
+        `UserError` where there is none."""
+        return self
+
+    @staticmethod
+    def step(
+        reads: Any,
+        carry: Any,
+        token: Int[Array, " B"],
+        position: Int[Array, " B"],
+        cache: KVCache,
+        hold: Bool[Array, " B"],
+    ) -> StepOutput:
+        """Read one token of every row; a row with `hold` has ended, and must change no weights."""
+        ...
+
+    def take_carry(self) -> Any:
+        """Hand the carry to a step, which consumes it. Raises `UserError` if a step failed and took it along."""
+        return None
+
+    def put_carry(self, carry: Any) -> None:
+        """Take back what the step returned."""
+
+    def restore(self) -> None:
+        """Take out of the model what steps have merged into it."""
+
+
+def dispatch_log_level() -> int:
+    """The level of messages about the megakernel: on a CPU nobody expects it."""
+    return logging.INFO if jax.default_backend() == "gpu" else logging.DEBUG

@@ -1,0 +1,72 @@
+"""Prefill: prompts in chunks whose lengths come from a few buckets, so that few programs serve all lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from adafuse_jax.inference.rows import Row
+from adafuse_jax.inference.sampling import row_keys
+
+CHUNKS = (16, 64, 256, 1024)
+"""Prompt tokens per prefill program; a prompt runs through the largest and then the smallest that holds the rest."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Prefill:
+    """Rows whose prompts are prefilled together, in chunks of `sizes`, `done` of which are queued.
+
+    `whole`: they are all slots. `logits` [R, V] and `keys` [R] are those of their first tokens.
+    """
+
+    rows: list[Row]
+    sizes: list[int]
+    whole: bool
+    logits: Any
+    keys: Any
+    done: int = 0
+
+    @classmethod
+    def of(cls, rows: list[Row], vocab_size: int, *, whole: bool) -> Prefill:
+        """Before its first chunk."""
+        by_seed = [(seed, list(alike)) for seed, alike in groupby(rows, key=lambda row: row.seed)]
+        keys = [row_keys(seed, [r.prompt for r in alike], [r.sample for r in alike]) for seed, alike in by_seed]
+        return cls(
+            rows=rows,
+            sizes=chunk_lengths(max(len(row.prompt) - row.cached for row in rows)),
+            whole=whole,
+            logits=jnp.zeros((len(rows), vocab_size), jnp.float32),
+            keys=jnp.concatenate(keys),
+        )
+
+    @property
+    def slots(self) -> np.ndarray:
+        return np.array([row.slot for row in self.rows], np.int32)
+
+    def chunk(self, at: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(tokens [R, size], starts [R], lengths [R]) of the chunk that begins `at` tokens after what the cache has."""
+        tokens = np.zeros((len(self.rows), size), np.int32)
+        rest = [row.prompt[row.cached + at :][:size] for row in self.rows]
+        for line, part in zip(tokens, rest, strict=True):
+            line[: len(part)] = part
+        starts = np.array([row.cached + at for row in self.rows], np.int32)
+        return tokens, starts, np.array([len(part) for part in rest], np.int32)
+
+
+def chunk_lengths(length: int) -> list[int]:
+    """Chunks that hold a prompt: the largest as often as it is filled, then the smallest for the rest."""
+    whole, rest = divmod(length, CHUNKS[-1])
+    return [CHUNKS[-1]] * whole + [next(c for c in CHUNKS if c >= rest)] * (rest > 0)
+
+
+def common_length(prompt: Sequence[int], cached: Sequence[int]) -> int:
+    """Tokens that both begin with; the prompt's last has to be read in any case."""
+    length = 0
+    while length < min(len(prompt) - 1, len(cached)) and prompt[length] == cached[length]:
+        length += 1
+    return length

@@ -1,0 +1,97 @@
+"""Rows: prompts and their answers while they are decoded, and which prompts can be."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from adafuse_jax.core.errors import UserError
+from adafuse_jax.inference.sampling import Sampling
+from adafuse_jax.models.config import ModelConfig
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Row:
+    """A prompt in a slot, and its answer so far.
+
+    `token_ids` leaves out the token that ended the row. `seconds` is the host's time for each token, the first of which
+    is the prefill's; `experts` [k] those that read each token after the prompt. Whoever reads the row may set
+    `finish_reason`, which ends it.
+    """
+
+    slot: int
+    prompt: Sequence[int]
+    budget: int
+    sampling: Sampling
+    seed: int
+    sample: int
+    stop_ids: tuple[int, ...]
+    reuse_cache: bool
+    cached: int = 0
+    issued: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    experts: list[np.ndarray] = field(default_factory=list)
+    finish_reason: Literal["stop", "length", "evicted"] | None = None
+    _clock: float = 0.0
+
+    def begin(self) -> None:
+        self._clock = time.perf_counter()
+
+    def take(self, token_id: int, done: bool, experts: np.ndarray | None) -> None:
+        """The next token; `done`: it is one of `stop_ids`."""
+        now = time.perf_counter()
+        self.seconds.append(now - self._clock)
+        self._clock = now
+        if experts is not None:
+            self.experts.append(experts)
+        if done:
+            self.finish_reason = "stop"
+        else:
+            self.token_ids.append(token_id)
+            self.finish_reason = "length" if len(self.seconds) == self.budget else None
+
+    def tokens_in_cache(self) -> list[int]:
+        """Those that are certain to be: the newest may not have been read yet."""
+        return [*self.prompt, *self.token_ids][: len(self.prompt) + len(self.seconds) - 1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One token of some rows: ids [B], whether each row's was the end of it, and the experts [B, k] that *read* the token
+    before (None for the bare backbone, and for tokens that prefill sampled). Only the slots of `rows` mean something."""
+
+    ids: np.ndarray
+    done: np.ndarray
+    experts: np.ndarray | None
+    rows: Mapping[int, Row]
+    """By slot, this token included."""
+    seconds: float
+    """Host time since the step before this; of the first: since its prefill began."""
+
+
+def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
+    """Raise `UserError` for a prompt without tokens or with ids that the model has not."""
+    if not len(prompt):
+        raise UserError("a prompt is empty; give it at least one token")
+    wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise UserError(
+            f"the prompt has token {wrong} and the model {vocab_size} tokens: its tokenizer is of another model; "
+            "restore the files in --model"
+        )
+
+
+def fitting_tokens(prompt_tokens: int, wanted: int, config: ModelConfig) -> int:
+    """`wanted` new tokens, or as many as the context has left after the prompt. Raises `UserError` if it has none."""
+    context = config.max_position_embeddings
+    if prompt_tokens >= context:
+        raise UserError(
+            f"the prompt has {prompt_tokens} tokens and the context holds {context}, the answer included; "
+            "shorten the prompt"
+        )
+    return min(wanted, context - prompt_tokens)

@@ -1,0 +1,60 @@
+"""The decoding state of a set of slots: a pytree that every program is donated and replaces. A slot is one row, [B].
+
+A row's pending token was sampled but not read; the next step reads it and writes its keys and values at `position`. A row
+that has ended, and an empty slot, has `done`: its position stands still, so that what it writes lies behind its own tokens,
+where nothing reads. While its prompt is prefilled a row stands behind the cache's end, where writes are dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Key
+
+from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.kv_cache import KVCache
+
+MIN_CACHE_LENGTH = 128
+
+
+def cache_length(tokens: int) -> int:
+    """Positions of the cache that holds `tokens`: the next power of two."""
+    return max(MIN_CACHE_LENGTH, 1 << (tokens - 1).bit_length())
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeState:
+    """`token`: pending; `position`: where it goes; `seen`: tokens of prompt and output, if a penalty needs them; `key`: each
+    row's own source of noise."""
+
+    cache: KVCache
+    token: Int[Array, " B"]
+    position: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    seen: Bool[Array, "B V"] | None
+    key: Key[Array, " B"]
+
+    @classmethod
+    def empty(cls, config: ModelConfig, num_slots: int, length: int, dtype: jnp.dtype) -> DecodeState:
+        """Without rows, and a cache of `length` positions."""
+        return cls(
+            cache=KVCache.empty(config, num_slots, length, dtype),
+            token=jnp.zeros(num_slots, jnp.int32),
+            position=jnp.zeros(num_slots, jnp.int32),
+            done=jnp.ones(num_slots, bool),
+            seen=None,
+            key=jax.random.split(jax.random.key(0), num_slots),
+        )
+
+    def grown(self, length: int) -> DecodeState:
+        """The same rows, with at least `length` positions in the cache."""
+        return replace(self, cache=self.cache.grown(length))
+
+    def with_seen(self, vocab_size: int | None) -> DecodeState:
+        """With room for the tokens that are seen, none so far unless it was there; None: without."""
+        if vocab_size is None or self.seen is not None:
+            return self if vocab_size else replace(self, seen=None)
+        return replace(self, seen=jnp.zeros((len(self.token), vocab_size), bool))

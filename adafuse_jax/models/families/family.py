@@ -1,0 +1,88 @@
+"""The parts of config.json and of the weights' names in which families differ, and readers that several families share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from adafuse_jax.core.errors import UserError
+from adafuse_jax.core.tables import Table
+from adafuse_jax.models.config import ATTENTION_LINEARS, FFN_LINEARS, ModelConfig
+
+LAYER_TYPES = {"full_attention": False, "sliding_attention": True, "attention": False}
+"""Values of config.json's `layer_types` → sliding window; the last one is an older name."""
+
+TENSOR_NAMES: Mapping[str, str] = {
+    "embed_tokens": "model.embed_tokens.weight", "norm": "model.norm.{leaf}", "lm_head": "lm_head.weight",
+    **{name: f"model.layers.{{layer}}.{name}.{{leaf}}" for name in ("input_layernorm", "post_attention_layernorm")},
+    **{name: f"model.layers.{{layer}}.self_attn.{name}.{{leaf}}" for name in (*ATTENTION_LINEARS, "q_norm", "k_norm")},
+    **{name: f"model.layers.{{layer}}.mlp.{name}.{{leaf}}" for name in FFN_LINEARS},
+}  # fmt: skip
+"""Module of `Backbone` → the name of its tensors in Hugging Face's files: `leaf` is weight or bias."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A family's class in transformers, its values of keys that config.json leaves out, its own keys and its tensors' names.
+
+    Attributes:
+      architecture: the class.
+      num_kv_heads: default; None: as many as query heads.
+      head_dim: default; None: the hidden size over the heads.
+      read: (config.json, number of layers, positions) → the fields of `ModelConfig` that the family decides, read from its
+        own keys. Raises `UserError`.
+      write: the inverse, config → the family's own keys.
+    """
+
+    architecture: str
+    num_kv_heads: int | None
+    max_positions: int
+    read: Callable[[Table, int, int], dict[str, Any]]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    head_dim: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    tensor_names: Mapping[str, str] = field(default_factory=lambda: TENSOR_NAMES)
+
+    def tensor_name(self, path: tuple[Any, ...]) -> str:
+        """Hugging Face's name of a leaf of `Backbone`; that of a stacked leaf has `{}` for the layer."""
+        module = path[1] if path[0] == "layers" else path[0]
+        return self.tensor_names[module].format(layer="{}", leaf=path[-1])
+
+
+def read_layer_types(table: Table, num_layers: int) -> tuple[bool, ...] | None:
+    """Per layer, sliding window or not, as `layer_types` says; None if it is absent."""
+    kinds = table.items("layer_types", None)
+    if kinds is None:
+        return None
+    if len(kinds) != num_layers or any(not isinstance(kind, str) or kind not in LAYER_TYPES for kind in kinds):
+        raise UserError(
+            f"{table.where}: layer_types must name {num_layers} layers, each {' or '.join([*LAYER_TYPES][:2])}; restore the "
+            "file"
+        )
+    return tuple(LAYER_TYPES[kind] for kind in kinds)
+
+
+def read_window(table: Table, *, used: bool) -> int | None:
+    """The size of the window in tokens; absent: 4096, null: None. 0 is allowed where it is not `used`."""
+    default = None if "sliding_window" in table.values else 4096
+    return table.integer("sliding_window", default, low=1 if used else 0)
+
+
+def layer_windows(
+    table: Table, is_windowed: tuple[bool, ...] | None, window: int | None, num_layers: int, *, first: int
+) -> tuple[int | None, ...]:
+    """Each layer's window in tokens, None for all: of the layers `is_windowed`, else of those from `first` on."""
+    if is_windowed is None:
+        return tuple(window if layer >= first else None for layer in range(num_layers))
+    if any(is_windowed) and window is None:
+        raise UserError(
+            f"{table.where}: layer_types has sliding_attention but no sliding_window is in use; restore the file"
+        )
+    return tuple(window if windowed else None for windowed in is_windowed)
+
+
+def layer_types(windows: tuple[int | None, ...]) -> list[str]:
+    """`layer_types` of config.json."""
+    return ["sliding_attention" if window else "full_attention" for window in windows]

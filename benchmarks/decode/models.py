@@ -1,0 +1,85 @@
+"""Random models and adapters at the shapes of a benchmark.
+
+Weights are made on the device, in their own type and matrix by matrix, so that no peak is above what decoding needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.adapters.presets import PRESETS
+from adafuse_jax.adapters.registry import make_adapter
+from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.decoder import Backbone
+from benchmarks.common.timing import wait
+from benchmarks.decode.costs import MOLA_EXPERTS, TARGETS, Shapes
+
+
+def model_config(shapes: Shapes) -> ModelConfig:
+    return ModelConfig(
+        model_type="llama", vocab_size=shapes.vocab_size, embed_dim=shapes.embed_dim, hidden_dim=shapes.hidden_dim,
+        num_layers=shapes.num_layers, num_heads=shapes.num_heads, num_kv_heads=shapes.num_heads,
+        head_dim=shapes.embed_dim // shapes.num_heads, max_position_embeddings=shapes.max_position_embeddings,
+        norm_eps=1e-5,
+    )  # fmt: skip
+
+
+def adapter_config(shapes: Shapes, targets: str, rank: int | None = None, method: Any = "adafuse") -> AdapterConfig:
+    """The same rank, experts and top-k for every method, as far as it has them."""
+    wanted: dict[str, Any] = {
+        "targets": TARGETS[targets], "num_experts": shapes.num_experts, "rank": rank or shapes.rank,
+        "top_k": shapes.top_k, "alpha": shapes.alpha, "experts_per_layer": experts_per_layer(shapes),
+    }  # fmt: skip
+    return AdapterConfig(adapter=method, **{k: v for k, v in wanted.items() if k in PRESETS[method].settings})
+
+
+def experts_per_layer(shapes: Shapes) -> tuple[int, ...]:
+    """MoLA's, in a model that has fewer layers the first of them."""
+    return MOLA_EXPERTS[: shapes.num_layers]
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def draw(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """N(0, 0.02²), matrix by matrix."""
+    matrix, keys = shape[-2:], jax.random.split(key, shape[:-2])
+    count = int(np.prod(shape[:-2]))
+    return jax.lax.map(
+        lambda key: (0.02 * jax.random.normal(key, matrix)).astype(dtype),
+        keys.reshape(count, *keys.shape[len(shape) - 2 :]),
+    ).reshape(shape)
+
+
+def random_module[Module](make: Callable[[], Module], dtype: Any, seed: int) -> Module:
+    """The module that `make` makes, with random leaves: norms are 1, routers stay in fp32, the rest is of `dtype`.
+
+    The largest matrices come first, as what is drawn last adds its temporaries to all the others.
+    """
+    paths, tree = jax.tree.flatten_with_path(jax.eval_shape(make))
+    named = [(jax.tree_util.keystr(path), leaf) for path, leaf in paths]
+    leaves: dict[int, Array] = {}
+    for at in sorted(range(len(named)), key=lambda at: -int(np.prod(named[at][1].shape[-2:]))):
+        name, leaf = named[at]
+        leaf_dtype = jnp.dtype(jnp.float32 if "router" in name else dtype)
+        if "norm" in name:
+            leaves[at] = jnp.ones(leaf.shape, leaf_dtype)
+        else:
+            leaves[at] = draw(jax.random.key(1000 * seed + at, impl="rbg"), leaf.shape, leaf_dtype)
+    return wait(jax.tree.unflatten(tree, [leaves[at] for at in range(len(named))]))
+
+
+def random_backbone(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Backbone:
+    return random_module(lambda: Backbone(config, dtype=dtype, rngs=nnx.Rngs(0)), dtype, seed=1)
+
+
+def random_adapter(config: AdapterConfig, model: ModelConfig, dtype: Any = jnp.bfloat16) -> Any:
+    """An adapter of the method in `config`."""
+    return random_module(lambda: make_adapter(config, model, rngs=nnx.Rngs(0)), dtype, seed=3)

@@ -1,0 +1,1 @@
+"""Kernels by themselves: the merge, linears with pre-gated experts, streaming of weights."""

@@ -1,0 +1,177 @@
+"""Linears with pre-gated experts at the shapes of Llama-2-7B on one GPU: time and bandwidth, for a token and for batches.
+
+    python -m benchmarks.kernels.pregated_linear [--sweep]
+
+8 experts of rank 64, top-2, bfloat16, random numbers. y = W x + Σ_u g_u B[e_u] (A[e_u] x) of the linears that share an
+input reads
+
+    bytes = W + A and B of the experts that some row uses (rows choose their own, so a batch of 8 uses all)
+
+A call runs every layer once, each with its own input, so that no weights are in a cache when they are read and nothing is
+shared among layers. `plain` is the same without experts, the backbone's own product. Every layer is
+compared with the reference first; a wrong one is not timed, and ends the run with an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from benchmarks.common.records import first_line
+from benchmarks.common.timing import Timing, time_calls
+from pallas_kernels.pregated_linear import IMPLEMENTATIONS, Mixture, make_mixture, pregated_linear
+
+DTYPE = jnp.bfloat16
+NUM_EXPERTS, RANK, TOP_K, SCALE = 8, 64, 2, 2.0
+GROUPS = {
+    "q, k, v": ({"q": 4096, "k": 4096, "v": 4096}, 4096),
+    "o": ({"o": 4096}, 4096),
+    "gate, up": ({"gate": 11008, "up": 11008}, 4096),
+    "down": ({"down": 4096}, 11008),
+}
+TOLERANCE = 2**-6
+"""Of the largest element: two roundings to bfloat16 of numbers of that size, and some."""
+
+
+def draw(
+    outs: dict[str, int], in_dim: int, num_layers: int
+) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+    """weights, a and b."""
+    keys = iter(jax.random.split(jax.random.key(0), 3 * len(outs)))
+
+    def normal(shape: tuple[int, ...]) -> Array:
+        return jax.random.normal(next(keys), shape, DTYPE) / shape[-1] ** 0.5
+
+    return (
+        {name: normal((num_layers, out_dim, in_dim)) for name, out_dim in outs.items()},
+        {name: normal((num_layers, NUM_EXPERTS, RANK, in_dim)) for name in outs},
+        {name: normal((num_layers, NUM_EXPERTS, out_dim, RANK)) for name, out_dim in outs.items()},
+    )
+
+
+def mixture_of(batch: int) -> Mixture:
+    """Row b uses the experts 3b + 1 and 3b + 2 modulo E."""
+    experts = (3 * np.arange(batch)[:, None] + 1 + np.arange(TOP_K)) % NUM_EXPERTS
+    gates = np.tile([[0.7, 0.3]], (batch, 1))
+    return make_mixture(jnp.asarray(experts), jnp.asarray(gates), SCALE, NUM_EXPERTS)
+
+
+def moved_bytes(weights: dict[str, Array], a: dict[str, Array], b: dict[str, Array], mixture: Mixture | None) -> float:
+    """Of one layer."""
+    used = 0 if mixture is None else len({*np.asarray(mixture.experts)[np.any(np.asarray(mixture.gates) != 0, axis=1)]})
+    factors = sum(x.nbytes for x in (*a.values(), *b.values())) * used / NUM_EXPERTS
+    return (sum(w.nbytes for w in weights.values()) + factors) / next(iter(weights.values())).shape[0]
+
+
+Linear = Callable[..., dict[str, Array]]
+
+
+def all_layers(
+    linear: Linear,
+    xs: list[Array],
+    weights: dict[str, Array],
+    a: dict[str, Array],
+    b: dict[str, Array],
+    mixture: Mixture | None,
+) -> list[dict[str, Array]]:
+    """Layer l of xs[l]."""
+    return [linear(x, weights, a, b, mixture, jnp.int32(layer)) for layer, x in enumerate(xs)]
+
+
+def worst_error(linear: Linear, x: Array, *arguments: Any) -> float:
+    """Of any layer and linear, relative to the largest element of the reference."""
+    reference = jax.jit(partial(pregated_linear, implementation="xla"))
+    linear, worst = jax.jit(linear), 0.0
+    for layer in range(next(iter(arguments[0].values())).shape[0]):
+        found, wanted = (f(x, *arguments, jnp.int32(layer)) for f in (linear, reference))
+        for name, y in wanted.items():
+            difference = abs(found[name].astype(jnp.float32) - y.astype(jnp.float32)).max() / abs(y).max()
+            worst = max(worst, float(difference) if bool(jnp.isfinite(difference)) else float("inf"))
+    return worst
+
+
+def time_layers(linear: Linear, x: Array, *arguments: Any, repeats: int) -> Timing:
+    """Times of all layers, one after the other."""
+    call = jax.jit(partial(all_layers, linear))
+    xs = [x + layer for layer in range(next(iter(arguments[0].values())).shape[0])]
+    return time_calls(lambda _: call(xs, *arguments), None, calls=10, repeats=repeats)[0]
+
+
+def measure(linear: Linear, label: str, x: Array, *arguments: Any, repeats: int) -> bool:
+    """Print one line; False if the result was wrong."""
+    error = worst_error(linear, x, *arguments)
+    line = f"{label}   worst error {error:.1e}"
+    if error > TOLERANCE:
+        print(f"{line}   WRONG", flush=True)
+        return False
+    timing, num_layers = time_layers(linear, x, *arguments, repeats=repeats), next(iter(arguments[0].values())).shape[0]
+    ms, spread = timing.ms / num_layers, timing.spread_ms / num_layers
+    print(f"{line}   {ms:8.4f} ± {spread:.4f} ms   {moved_bytes(*arguments) / ms / 1e6:7.0f} GB/s", flush=True)
+    return True
+
+
+def triton_configs(batch: int) -> Iterator[tuple[str, Linear]]:
+    """Tiles around the ones that the kernel takes by itself."""
+    from pallas_kernels.pregated_linear.kernel_triton import Config, pregated_linear_triton
+
+    if batch == 1:
+        choices = product((4, 8, 16, 32), (256, 512, 1024), (32, 64), (2, 4, 8), (1,))
+    else:
+        choices = product((16, 32, 64), (64, 128, 256), (64,), (2, 4), (3, 4, 5))
+    for tile_m, tile_k, tile_r, num_warps, num_stages in choices:
+        config = Config(tile_m=tile_m, tile_k=tile_k, tile_r=tile_r, num_warps=num_warps, num_stages=num_stages)
+        yield str(config), partial(pregated_linear_triton, config=config)
+
+
+def run(
+    groups: dict[str, tuple[dict[str, int], int]],
+    num_layers: int,
+    repeats: int,
+    batches: tuple[int, ...] = (1, 8, 32),
+    implementations: tuple[str, ...] = IMPLEMENTATIONS,
+    sweep: bool = False,
+) -> None:
+    """Print a line for every group, batch and implementation. Raises `SystemExit` if a result was wrong."""
+    wrong = 0
+    print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}", flush=True)
+    linears = {f"{name:6}": partial(pregated_linear, implementation=name) for name in implementations}
+    for (group, (outs, in_dim)), batch in product(groups.items(), batches):
+        factors = draw(outs, in_dim, num_layers)
+        x = jax.random.normal(jax.random.key(1), (batch, in_dim), DTYPE)
+        experts: tuple = (*factors, mixture_of(batch))
+        plain: tuple = (factors[0], {}, {}, None)
+        cases: list[tuple[str, Linear, tuple]] = [
+            (f"{name}   {kind:7}", linear, arguments)
+            for name, linear in linears.items()
+            for kind, arguments in (("plain", plain), ("experts", experts))
+        ]
+        cases += [(name, linear, experts) for name, linear in (triton_configs(batch) if sweep else ())]
+        for name, linear, arguments in cases:
+            label = f"{group:8}   B {batch:2}   {name}"
+            try:
+                wrong += not measure(linear, label, x, *arguments, repeats=repeats)
+            except Exception as error:  # tiles that do not fit; the others still run
+                print(f"{label}   {first_line(error)}", flush=True)
+    if wrong:
+        raise SystemExit(f"{wrong} wrong results")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true", help="try many tiles of the Triton kernel too")
+    parser.add_argument("--layers", type=int, default=16, help="layers that a call runs through (default: 16)")
+    parser.add_argument("--group", choices=GROUPS, action="append", help="these only")
+    arguments = parser.parse_args()
+    run({name: GROUPS[name] for name in arguments.group or GROUPS}, arguments.layers, repeats=7, sweep=arguments.sweep)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Programs that use the package from a clone; they are not installed."""

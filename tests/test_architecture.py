@@ -1,0 +1,98 @@
+"""The floors of docs/architecture.md: a package imports those below it only, and no module imports itself over others."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FLOORS = (
+    "pallas_kernels.sgmm", "pallas_kernels.megakernel", "pallas_kernels.pregated_linear", "adafuse_jax.core",
+    "adafuse_jax.data", "adafuse_jax.models", "adafuse_jax.parallel", "adafuse_jax.adapters", "adafuse_jax.checkpoints",
+    "adafuse_jax.inference", "adafuse_jax.evaluation", "adafuse_jax.training",
+)  # fmt: skip
+"""Lowest first."""
+OUTSIDE = ("benchmarks", "studies", "examples", "tests", "train", "decode")
+
+
+def modules(package: str) -> dict[str, ast.Module]:
+    """Module name → syntax tree, of a package's files."""
+    files = sorted((REPOSITORY / package).rglob("*.py"))
+    names = [".".join(path.relative_to(REPOSITORY).with_suffix("").parts) for path in files]
+    return {
+        name.removesuffix(".__init__"): ast.parse(path.read_text()) for name, path in zip(names, files, strict=True)
+    }
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names that a tree imports, at its top or within functions; not those for the type checker alone."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        else:
+            yield from imports(node)
+
+
+TREES = modules("adafuse_jax") | modules("pallas_kernels")
+
+
+def imported_modules(name: str) -> set[str]:
+    """This project's modules that `name` imports."""
+    found = set()
+    for dotted in imports(TREES[name]):
+        while dotted and dotted not in TREES:
+            dotted = dotted.rpartition(".")[0]
+        found.add(dotted)
+    return found - {"", name, name.rpartition(".")[0]}  # a package of docstrings and names only is no dependency
+
+
+def floor(name: str) -> int | None:
+    """The place of a module's package in `FLOORS`; None for the modules that stand above all, as `adafuse_jax.export`."""
+    package = ".".join(name.split(".")[:2])
+    return FLOORS.index(package) if package in FLOORS else None
+
+
+def test_every_package_is_a_floor():
+    packages = {f"{path.parts[-3]}.{path.parts[-2]}" for path in REPOSITORY.glob("*/*/__init__.py")}
+    assert {name for name in packages if name.startswith(("adafuse_jax.", "pallas_kernels."))} == set(FLOORS)
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_packages_import_downwards(package: str):
+    mine = [name for name in TREES if floor(name) == FLOORS.index(package)]
+    assert mine
+    above = [
+        f"{name} imports {other}"
+        for name in mine
+        for other in imported_modules(name)
+        if other not in ("adafuse_jax", "pallas_kernels")
+        and (floor(other) is None or floor(other) > FLOORS.index(package))
+    ]
+    assert not above
+
+
+def test_nothing_installed_imports_what_is_not():
+    names = {dotted.split(".")[0] for tree in TREES.values() for dotted in imports(tree)}
+    assert not names & set(OUTSIDE)
+
+
+def test_there_is_no_import_circle():
+    graph = {name: imported_modules(name) for name in TREES}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
+
+
+def test_the_map_names_the_floors_in_their_order():
+    text = (REPOSITORY / "docs" / "architecture.md").read_text()
+    places = [text.index(f"| `{package.replace('.', '/')}` |") for package in FLOORS]
+    assert places == sorted(places)

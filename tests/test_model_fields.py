@@ -1,0 +1,229 @@
+"""Every field of `ModelConfig` is consumed or refused: by the megakernel, by sharding and by export. A new field fails here
+until each of them does either."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from adafuse_jax import Backbone, ModelConfig, UserError, export_backbone
+from adafuse_jax.checkpoints.hf_config import parse_hf_config
+from adafuse_jax.core.errors import MAX_MESSAGE
+from adafuse_jax.inference.backends import megakernel
+from adafuse_jax.models.config import RopeConfig, flat_fields
+from adafuse_jax.models.kv_cache import KVCache
+from adafuse_jax.parallel import mesh
+from adafuse_jax.parallel.axes import logical_axes, partition_spec
+
+ROPE = RopeConfig(kind="llama3", factor=8.0, original_max_position_embeddings=16)
+BASE = ModelConfig(
+    model_type="qwen3", vocab_size=12, embed_dim=16, hidden_dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
+    max_position_embeddings=64, norm_eps=1e-5, rope=ROPE, qk_norm=True, bos_token_id=1, eos_token_ids=(2,),
+)  # fmt: skip
+FAMILY_BASES = {
+    "qwen3": BASE,
+    "qwen2": dataclasses.replace(BASE, model_type="qwen2", qk_norm=False, qkv_bias=True),
+    "llama": dataclasses.replace(BASE, model_type="llama", qk_norm=False),
+    "mistral": dataclasses.replace(BASE, model_type="mistral", qk_norm=False),
+}
+OTHERS: dict[str, Any] = {
+    "model_type": "mistral", "vocab_size": 16, "embed_dim": 32, "hidden_dim": 32, "num_layers": 3, "num_heads": 2,
+    "num_kv_heads": 4, "head_dim": 8, "max_position_embeddings": 32, "norm_eps": 1e-3, "rope.theta": 500.0,
+    "rope.kind": "linear", "rope.factor": 2.0, "rope.low_freq_factor": 0.5, "rope.high_freq_factor": 3.0,
+    "rope.original_max_position_embeddings": 8, "tie_word_embeddings": True, "qkv_bias": True, "o_bias": True,
+    "mlp_bias": True, "qk_norm": False, "sliding_windows": (None, 3), "bos_token_id": 3, "eos_token_ids": (4, 5),
+    "pad_token_id": 6,
+}  # fmt: skip
+"""Field → a value that `BASE` does not have."""
+NAMES = [name for name, *_ in flat_fields(BASE)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Softcapped(ModelConfig):
+    """A family of tomorrow, which no consumer knows."""
+
+    logit_softcap: float | None = None
+
+
+def perturbed(config: ModelConfig, *names: str) -> ModelConfig:
+    """`config` with the value of `OTHERS` in the fields `names`."""
+    for name in names:
+        outer, _, inner = name.partition(".")
+        value = dataclasses.replace(getattr(config, outer), **{inner: OTHERS[name]}) if inner else OTHERS[name]
+        config = dataclasses.replace(config, **{outer: value})
+    return config
+
+
+def test_every_field_has_another_value():
+    assert list(OTHERS) == NAMES
+    for name, value, _ in flat_fields(BASE):
+        assert value != OTHERS[name], name
+
+
+@pytest.mark.parametrize("consumer", [megakernel, mesh], ids=["megakernel", "sharding"])
+def test_every_field_is_declared_once(consumer: Any):
+    assert consumer.CONSUMED_FIELDS | consumer.IRRELEVANT_FIELDS.keys() == set(NAMES)
+    assert not consumer.CONSUMED_FIELDS & consumer.IRRELEVANT_FIELDS.keys()
+
+
+def backbone(config: ModelConfig) -> Backbone:
+    """A backbone on the host, each leaf drawn from its path alone."""
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        rng = np.random.default_rng(zlib.crc32(jax.tree_util.keystr(path).encode()))
+        return rng.standard_normal(leaf.shape, np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(lambda: Backbone(config, rngs=nnx.Rngs(0))))
+
+
+def kernel_inputs(config: ModelConfig) -> tuple[Any, list[np.ndarray]]:
+    """All that the kernel gets of a model: sizes, and arrays."""
+    model, given = jax.tree.map(jnp.asarray, backbone(config)), []
+
+    def decode_token(shape: Any, *arrays: Any) -> tuple[jax.Array, ...]:
+        given.append((shape, arrays))
+        new = jnp.zeros((config.num_layers, 1, config.num_kv_heads, config.head_dim))
+        return jnp.zeros((1, config.vocab_size)), new, new
+
+    cache = KVCache.empty(config, 1, 8, jnp.dtype("float32"))
+    with mock.patch.object(megakernel, "decode_token", decode_token):
+        fused = megakernel.Fused.of(model, None)
+        megakernel.fused_step(model, None, fused, jnp.array([3]), jnp.array([5]), cache)
+    ((shape, arrays),) = given
+    return shape, [np.asarray(leaf) for leaf in jax.tree.leaves(arrays)]
+
+
+def equal(mine: tuple[Any, list[np.ndarray]], theirs: tuple[Any, list[np.ndarray]]) -> bool:
+    return (
+        mine[0] == theirs[0]
+        and len(mine[1]) == len(theirs[1])
+        and all(x.shape == y.shape and (x == y).all() for x, y in zip(mine[1], theirs[1], strict=True))
+    )
+
+
+@pytest.fixture(scope="module")
+def base_inputs() -> tuple[Any, list[np.ndarray]]:
+    return kernel_inputs(BASE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_megakernel_gets_what_it_consumes(name: str, base_inputs: tuple[Any, list[np.ndarray]]):
+    unchanged = equal(kernel_inputs(perturbed(BASE, name)), base_inputs)
+    assert unchanged == (name in megakernel.IRRELEVANT_FIELDS)
+
+
+def sharded(config: ModelConfig) -> dict[str, tuple]:
+    """Leaf → its shape and how it is sharded."""
+    abstract = jax.eval_shape(lambda: Backbone(config, rngs=nnx.Rngs(0)))
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    return {jax.tree_util.keystr(path): (leaf.shape, partition_spec(logical_axes(path))) for path, leaf in leaves}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sharding_depends_on_what_it_consumes(name: str):
+    unchanged = sharded(perturbed(BASE, name)) == sharded(BASE)
+    assert unchanged == (name in mesh.IRRELEVANT_FIELDS)
+
+
+def test_a_leaf_that_no_table_has_is_refused():
+    with pytest.raises(ValueError, match="layers/pre_feedforward_layernorm/weight has no logical axes"):
+        logical_axes(("layers", "pre_feedforward_layernorm", "weight"))
+
+
+def test_an_unknown_field_is_refused_unless_it_has_its_default(tmp_path: Path):
+    """By all three, which are silent about it as long as it changes nothing."""
+    plain = Softcapped(**{field.name: getattr(BASE, field.name) for field in dataclasses.fields(ModelConfig)})
+    capped = dataclasses.replace(plain, logit_softcap=30.0)
+    models = [jax.tree.map(jnp.asarray, backbone(config)) for config in (plain, capped)]
+    reasons = [megakernel.fused_unsupported_reason(model) for model in models]
+    assert "Hopper" in (reasons[0] or "")
+    assert reasons[1] == "the model has logit_softcap 30.0, which it does not take"
+    mesh.make_mesh(1, plain)
+    with pytest.raises(
+        UserError, match=r"--tensor-parallel: the model has logit_softcap 30\.0, which it does not take"
+    ):
+        mesh.make_mesh(1, capped)
+    assert parse_hf_config(exported(plain, tmp_path / "plain")).model == BASE_READ
+    with pytest.raises(UserError, match=r"logit_softcap 30\.0 of the model cannot be written"):
+        exported(capped, tmp_path / "capped")
+    assert not (tmp_path / "capped").exists()
+
+
+BASE_READ = dataclasses.replace(BASE, sliding_windows=(None,) * BASE.num_layers)
+"""As it is read from a file, which names every layer's window."""
+
+
+def exported(config: ModelConfig, out: Path) -> Path:
+    export_backbone(backbone(config), out)
+    return out
+
+
+def round_trip(config: ModelConfig, out: Path) -> dict[str, Any]:
+    """The two files of an export, which is read as `config`."""
+    exported(config, out)
+    wanted = dataclasses.replace(config, sliding_windows=config.sliding_windows or (None,) * config.num_layers)
+    assert parse_hf_config(out).model == wanted
+    return {name: json.loads((out / f"{name}.json").read_text()) for name in ("config", "generation_config")}
+
+
+WITH: dict[str, dict[str, Any]] = {
+    "qkv_bias": {"o_bias": True},
+    "o_bias": {"qkv_bias": True},
+    "qk_norm": {"model_type": "llama"},
+    "mlp_bias": {"model_type": "llama", "qk_norm": False},
+    "model_type": {"qk_norm": False},
+    "rope.kind": {"rope": RopeConfig(kind="linear", factor=8.0)},
+}
+"""Field → others that the same key of config.json decides, or a family that has the field."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_export_writes_the_field(tmp_path: Path, name: str):
+    """Another value gives other files, from which it is read again."""
+    changed = dataclasses.replace(perturbed(BASE, name), **WITH.get(name, {}))
+    assert round_trip(changed, tmp_path / "changed") != round_trip(BASE, tmp_path / "base")
+
+
+@pytest.mark.parametrize("family", FAMILY_BASES)
+@pytest.mark.parametrize("name", NAMES)
+def test_export_of_each_family_is_read_again_or_refused(tmp_path: Path, family: str, name: str):
+    try:
+        round_trip(perturbed(FAMILY_BASES[family], name), tmp_path / "out")
+    except UserError as error:
+        message = str(error)
+        named = any(part.split(".")[-1] in message for part in (name, *WITH.get(name, ())))
+        assert named or name in ("model_type", "num_kv_heads", "rope.kind"), message  # these contradict other fields
+        assert len(message) <= MAX_MESSAGE
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "says"),
+    [
+        ("llama", {"sliding_windows": (4, 4)}, "sliding_windows (4, 4)"),
+        ("llama", {"qk_norm": True}, "qk_norm True"),
+        ("llama", {"qkv_bias": True}, "qkv_bias True"),
+        ("mistral", {"o_bias": True}, "o_bias True"),
+        ("mistral", {"sliding_windows": (4, 5)}, "sliding_windows (4, 5)"),
+        ("qwen2", {"mlp_bias": True}, "mlp_bias True"),
+        ("qwen2", {"qkv_bias": False}, "qkv_bias False"),
+        ("qwen3", {"qk_norm": False}, "qk_norm False"),
+        ("qwen3", {"rope": RopeConfig(factor=2.0)}, "rope.factor 2.0"),
+    ],
+)
+def test_export_refuses_what_the_family_cannot_say(tmp_path: Path, family: str, changes: dict[str, Any], says: str):
+    with pytest.raises(UserError) as caught:
+        exported(dataclasses.replace(FAMILY_BASES[family], **changes), tmp_path / "out")
+    assert says in str(caught.value)
+    assert family in str(caught.value)
+    assert not (tmp_path / "out").exists()
