@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from goldens.tiny_models import CASES, write_model_dir
-from test_training import as_batch, config, examples
+from training_batches import as_batch, config, examples
 
 from adafuse_jax import load_backbone
 from adafuse_jax.adapters.config import AdapterConfig
