@@ -91,10 +91,6 @@ class Simple(Unfused):
         assert isinstance(adapter, AdaFuse | LayerWise)
         self.reads = model, Merging(adapter, model.dtype)
 
-    @classmethod
-    def prepare(cls, model: Backbone, adapter: Any) -> Simple:
-        return cls(model, adapter)
-
     def for_batch(self, batch: int) -> Simple:
         require_one_row(self.strategy, batch)
         return self

@@ -205,7 +205,7 @@ DECODE = [
     Case("raw with system", ("--raw", "--system", "write it"), {"raw": True, "system": "Be brief."}),
     Case("dtype unknown", ("--dtype", "'int8'", "bfloat16"), {"dtype": "int8"}),
     Case("strategy unknown", ("--strategy", "'fast'", "golden"), {"strategy": "fast"}),
-    Case("strategy moved", ("--strategy is 'simple'", "benchmarks/simple_merging.py"), {"strategy": "simple"}),
+    Case("strategy moved", ("--strategy", "'simple'", "benchmarks/simple_merging.py"), {"strategy": "simple"}),
     *(
         Case(f"{strategy} without adapter", (f"--strategy {strategy}", "give --adapter"), {"strategy": strategy})
         for strategy in ("golden", "switch", "merged")

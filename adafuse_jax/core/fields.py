@@ -122,19 +122,13 @@ class Kind:
             return self.type(value)
         require(isinstance(value, str), f"{where} is {quoted(value)}: it must be text; write it in quotes")
         if self.choices is not None:
-            value = self.unmoved(value, where)
-            known = ", ".join(map(str, self.choices))
+            known, moved = ", ".join(map(str, self.choices)), self.metadata["moved"]
+            require(value not in moved, f"{where} is {quoted(value)}: {moved.get(value)}")
             require(value in self.choices, f"{where} is {quoted(value)}: it must be one of {known}")
         require_text(where, value)
         if self.metadata["text"] == "path":
             return checked_path(value, where)
         return os.path.expanduser(value) if self.metadata["text"] == "spec" else value
-
-    def unmoved(self, value: str, where: str) -> str:
-        """`value`. Raises `UserError` for a choice that is elsewhere now."""
-        if value in self.metadata["moved"]:
-            raise UserError(f"{where} is {quoted(value)}: {self.metadata['moved'][value]}")
-        return value
 
     def _fits(self, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, int if self.type is int else int | float):

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -64,7 +63,12 @@ def _add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field, kind: Kind)
         return
     metavar = f.metadata["metavar"] or (None if kind.choices else {int: "N", float: "X"}.get(kind.type, "NAME"))
     extra: dict[str, Any] = {"nargs": "+"} if kind.is_tuple else {}
-    parse = partial(kind.unmoved, where=flag_name(f.name)) if f.metadata["moved"] else _parser_of(kind.type)
+
+    def parse(text: str) -> Any:
+        if text in f.metadata["moved"]:
+            raise argparse.ArgumentTypeError(f"{quoted(text)}: {f.metadata['moved'][text]}")
+        return _parser_of(kind.type)(text)
+
     parser.add_argument(flag_name(f.name), type=parse, choices=kind.choices, metavar=metavar, help=text, **extra)
 
 

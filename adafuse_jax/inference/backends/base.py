@@ -42,9 +42,13 @@ class Backend(Protocol):
     one_row: ClassVar[bool] = False
     adapter: Adapter | None
     reads: Any
+    _model: Backbone
+
+    def __init__(self, model: Backbone, adapter: Any): ...
 
     @property
-    def model(self) -> Backbone: ...
+    def model(self) -> Backbone:
+        return self._model
 
     @classmethod
     def unsupported_reason(cls, model: Backbone, adapter: AnyAdapter | None, batch: int = 1) -> str | None:
@@ -54,7 +58,7 @@ class Backend(Protocol):
     @classmethod
     def prepare(cls, model: Backbone, adapter: Any) -> Self:
         """Lay out what the step reads."""
-        ...
+        return cls(model, adapter)
 
     def for_batch(self, batch: int) -> Backend:
         """The backend that decodes `batch` rows together: this one, or the fallback that the registry gave it. Raises

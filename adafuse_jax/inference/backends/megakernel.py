@@ -66,9 +66,9 @@ class GateTable:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fused:
-    """What the step reads besides the model, laid out once: all norms [2L + 1, D]; the experts' factors, the adapter's own
-    arrays unless their type is another or the rank is no multiple of 64, when they are copies with zeros behind; the gates
-    of every token; and where several devices share the model, their mesh, and embeddings that are the head too, cut."""
+    """Arrays of the step besides the model's, laid out once: all norms [2L + 1, D]; the experts' factors, the adapter's own
+    arrays, or copies padded with zeros where their type is another or the rank is no multiple of 64; the gates of every
+    token; and where the model is sharded, its mesh, and a sharded head if that is the embeddings."""
 
     norms: Float[Array, "2L+1 D"]
     a: dict[str, Float[Array, "L E R in"]]
@@ -273,17 +273,9 @@ class Megakernel(Backend):
         self.reads = model, adapter, Fused.of(model, adapter)
         self._reasons: dict[int, str | None] = {}
 
-    @property
-    def model(self) -> Backbone:
-        return self._model
-
     @classmethod
     def unsupported_reason(cls, model: Backbone, adapter: Any, batch: int = 1) -> str | None:
         return fused_unsupported_reason(model, batch, adapter)
-
-    @classmethod
-    def prepare(cls, model: Backbone, adapter: Any) -> Megakernel:
-        return cls(model, adapter)
 
     def for_batch(self, batch: int) -> Backend:
         if batch not in self._reasons:

@@ -129,19 +129,11 @@ class Golden(Backend):
         self.reads: Any = model, self.adapter, fused
 
     @property
-    def model(self) -> Backbone:
-        return self._model
-
-    @property
     def merged(self) -> Merged:
         """The weights at present."""
         if self._carry is None:
             raise UserError("a decoding step failed and took the merged weights with it; load the model again")
         return self._carry
-
-    @classmethod
-    def prepare(cls, model: Backbone, adapter: Any) -> Golden:
-        return cls(model, adapter)
 
     def for_batch(self, batch: int) -> Golden:
         require_one_row(self.strategy, batch)

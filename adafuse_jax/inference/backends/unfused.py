@@ -22,14 +22,6 @@ class Unfused(Backend):
         self._model, self.adapter, self.strategy = model, adapter, strategy
         self.reads: Any = model, adapter
 
-    @property
-    def model(self) -> Backbone:
-        return self._model
-
-    @classmethod
-    def prepare(cls, model: Backbone, adapter: Any) -> Unfused:
-        return cls(model, adapter)
-
     @staticmethod
     def step(
         reads: Any,
