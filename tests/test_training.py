@@ -30,7 +30,7 @@ from adafuse_jax.training.step import TrainState, train_step
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.fixture(scope="module", params=["llama_mqa_sharded", "qwen2_window"])
+@pytest.fixture(scope="module", params=[pytest.param("llama_mqa_sharded", marks=pytest.mark.slow), "qwen2_window"])
 def model(request, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param)
     write_model_dir(CASES[request.param], out)
