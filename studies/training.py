@@ -6,7 +6,6 @@ replica starts from its seed, sees the rows in the order of its seed, and has a 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -27,6 +26,7 @@ from adafuse_jax.training.optimizer import make_optimizer
 from adafuse_jax.training.replicas import initial_replicas, replica_forward, replicas_step, with_rate
 from adafuse_jax.training.schedules import Phases
 from adafuse_jax.training.step import TrainState
+from benchmarks.common.timing import Stopwatch, wait
 
 TIED, SETTLED = "tied", "settled"
 """Settings of a method that are the training's and not the adapter's, by their names in the records: the share of the steps
@@ -152,7 +152,7 @@ class Trainer:
         orders = [_order(len(rows.tokens), seed, batch_size) for seed in seeds]
         every, history, window, tokens = max(1, self.steps // points), [], [], 0
         one_router = isinstance(states.adapter, AdaFuse)
-        begun = first = time.perf_counter()
+        watch, first_step_seconds = Stopwatch(), 0.0
         for at in range(self.steps):
             drawn = np.stack([order.locate(at * batch_size + np.arange(batch_size))[1] for order in orders])  # [S, B]
             batch = jax.tree.map(lambda leaf, drawn=drawn: leaf[drawn][:, None], rows)  # [S, 1, B, T]
@@ -160,20 +160,20 @@ class Trainer:
             tokens += int((batch.segment_ids[0] > 0).sum())
             window.append(metrics["loss"])
             if at == 0:
-                jax.block_until_ready(metrics)
-                first = time.perf_counter()
+                wait(metrics)
+                first_step_seconds = watch.seconds
             if (at + 1) % every == 0 or at + 1 == self.steps:
                 means = np.mean(jax.device_get(window), axis=0)
                 losses = [round(float(x), 5) if np.isfinite(x) else None for x in means]
                 load = np.asarray(metrics["load"][0]).tolist() if one_router else None
                 history.append({"step": at + 1, "loss": losses, "load": load})
                 window.clear()
-        jax.block_until_ready(states)
+        wait(states)
         return Trained(
             adapter=states.adapter,
             tokens=tokens,
-            seconds=time.perf_counter() - first,
-            first_step_seconds=first - begun,
+            seconds=watch.seconds - first_step_seconds,
+            first_step_seconds=first_step_seconds,
             history=history,
             load=np.round(np.asarray(metrics["load"]), 4).tolist() if one_router else None,
         )

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -21,15 +23,32 @@ CACHE = Path.home() / ".cache" / "adafuse-jax-tests"
 MAX_PROGRAM_BYTES = 2**30
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """XLA compiles a program once per machine, whichever worker, script or session asks for it."""
-    programs = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or CACHE / "programs")
-    settings = {"jax_compilation_cache_dir": str(programs), "jax_persistent_cache_min_compile_time_secs": 0.0}
+def set_compilation(**settings: Any) -> None:
+    """Options of JAX by their names, in this process and in the scripts that tests start."""
     for name, value in settings.items():
         jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)  # of the scripts that tests start
+        os.environ[name.upper()] = str(value)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """On the CPU most of the time is XLA's, on programs that run once: it leaves most of its optimisations off, and compiles
+    a program once per machine, whichever worker, script or session asks for it."""
+    programs = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or CACHE / "programs")
+    set_compilation(jax_compilation_cache_dir=str(programs), jax_persistent_cache_min_compile_time_secs=0.0)
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        set_compilation(jax_disable_most_optimizations=True)
     if not hasattr(config, "workerinput") and sum(p.stat().st_size for p in programs.glob("*")) > MAX_PROGRAM_BYTES:
         shutil.rmtree(programs)
+
+
+@pytest.fixture(autouse=True)
+def real_models_are_optimised(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Real models are compiled as for a user: they compute for longer than they compile."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    real = not {"smollm2_dir", "stories260k_dir"}.isdisjoint(request.fixturenames)
+    set_compilation(jax_disable_most_optimizations=before and not real)
+    yield
+    set_compilation(jax_disable_most_optimizations=before)
 
 
 @pytest.fixture(scope="module", autouse=True)

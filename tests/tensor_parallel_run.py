@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from fused_cases import Case, by_modules, in_fp32, make
+from generation import generate, prompt_of
 from goldens.tiny_models import CASES, write_model_dir
 from jax import lax
 from jax.sharding import Mesh
 from random_models import FEW, family_case, random_adapter, random_method
-from test_engine import generate, prompt_of
 
 from adafuse_jax import UserError, load_backbone
 from adafuse_jax.inference import programs

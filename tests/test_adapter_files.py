@@ -22,7 +22,7 @@ from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.registry import make_adapter
 from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter
 from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
-from adafuse_jax.checkpoints.hf_config import read_model_config
+from adafuse_jax.checkpoints.hf_config import parse_hf_config
 from adafuse_jax.checkpoints.peft import INERT, save_peft_lora
 from adafuse_jax.core.errors import MAX_MESSAGE, UserError
 from adafuse_jax.export import ExportConfig, export
@@ -37,7 +37,7 @@ OURS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    return read_model_config(write_model_dir(CASES["llama_gqa_tied"], tmp_path_factory.mktemp("model")))
+    return parse_hf_config(write_model_dir(CASES["llama_gqa_tied"], tmp_path_factory.mktemp("model"))).model
 
 
 @pytest.fixture(params=[*OURS, "peft"])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import graphlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+import tiny
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = tiny.REPOSITORY
 FLOORS = (
     "pallas_kernels.sgmm", "pallas_kernels.megakernel", "pallas_kernels.pregated_linear", "adafuse_jax.core",
     "adafuse_jax.data", "adafuse_jax.models", "adafuse_jax.parallel", "adafuse_jax.adapters", "adafuse_jax.checkpoints",

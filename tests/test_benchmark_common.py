@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 
 from benchmarks.common import timing
 from benchmarks.common.ceilings import measure_ceilings
@@ -88,7 +88,7 @@ def test_ceilings():
 
 class TestRecords:
     def test_origin(self):
-        root = Path(__file__).resolve().parents[1]
+        root = tiny.REPOSITORY
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
         if not head:
             pytest.skip("not a clone")

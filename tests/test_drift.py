@@ -12,7 +12,7 @@ from random_models import random_adapter
 
 from adafuse_jax import load_backbone
 from adafuse_jax.checkpoints.adapter_directory import save_adapter
-from adafuse_jax.checkpoints.hf_checkpoint import backbone_identity
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.inference.backends.merged import Merged, adapted_weights
 from studies.drift import measure
@@ -23,7 +23,7 @@ from studies.drift.__main__ import main
 def adapter_dir(stories260k_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("drift") / "adapter"
     adapter = random_adapter(load_backbone(stories260k_dir, "float32").config)
-    save_adapter(adapter, out, backbone_name="stories", backbone_identity=backbone_identity(stories260k_dir))
+    save_adapter(adapter, out, backbone_name="stories", backbone_identity=HFCheckpoint.open(stories260k_dir).identity())
     return out
 
 

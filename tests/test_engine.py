@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from generation import generate, prompt_of
 from goldens.tiny_models import CASES, write_model_dir
-from random_models import FAMILIES, POSITIONS, models, random_adapter  # noqa: F401 - a fixture
+from random_models import FAMILIES, POSITIONS, random_adapter
 
 from adafuse_jax import UserError, load_backbone
 from adafuse_jax.data.chat import encode_prompt, load_tokenizer
@@ -29,14 +30,6 @@ from adafuse_jax.models.kv_cache import KVCache
 GOLDENS = tiny.GOLDENS
 
 
-def generate(engine: Engine, *prompts, n: int = 16, **options) -> list[list[int]]:
-    rows: list[list[int]] = [[] for _ in prompts]
-    for token in engine.generate(prompts, max_new_tokens=n, **options):
-        for row, value in zip(rows, token.ids, strict=True):
-            row.append(int(value))
-    return rows
-
-
 def greedy_by_full_forward(model, adapter, prompt: list[int], n: int) -> list[int]:
     """Every token from a full forward pass over all tokens before it, without a cache."""
     forward = jax.jit(lambda tokens: model(tokens, adapter=adapter).logits[0])
@@ -47,14 +40,10 @@ def greedy_by_full_forward(model, adapter, prompt: list[int], n: int) -> list[in
     return tokens[0, len(prompt) :].tolist()
 
 
-def prompt_of(model, length: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(3, model.config.vocab_size, length).tolist()
-
-
 class TestCachedDecodingEqualsTheFullForward:
     @pytest.mark.parametrize("targets", POSITIONS.values(), ids=POSITIONS)
     @pytest.mark.parametrize("family", FAMILIES)
-    def test_greedy_tokens(self, models, family, targets):  # noqa: F811
+    def test_greedy_tokens(self, models, family, targets):
         model = models(family)
         adapter = random_adapter(model.config, targets=targets)
         prompt = prompt_of(model, 21)
@@ -87,20 +76,20 @@ class TestCachedDecodingEqualsTheFullForward:
 
 class TestPrefill:
     @pytest.mark.parametrize("length", [1, 15, 16, 17, 64, 65, 100])
-    def test_every_bucket_gives_the_same_tokens(self, models, length):  # noqa: F811
+    def test_every_bucket_gives_the_same_tokens(self, models, length):
         model = models("mistral_window")
         adapter = random_adapter(model.config)
         prompt = prompt_of(model, length)
         wanted = greedy_by_full_forward(model, adapter, prompt, 6)
         assert generate(Engine(model, adapter, eos_ids=()), prompt, n=6) == [wanted]
 
-    def test_several_chunks(self, models, monkeypatch):  # noqa: F811
+    def test_several_chunks(self, models, monkeypatch):
         monkeypatch.setattr(prefill_module, "CHUNKS", (4, 16))
         model = models("qwen2_window")
         prompt = prompt_of(model, 55)
         assert generate(Engine(model, eos_ids=()), prompt, n=6) == [greedy_by_full_forward(model, None, prompt, 6)]
 
-    def test_a_new_prompt_length_compiles_nothing(self, models):  # noqa: F811
+    def test_a_new_prompt_length_compiles_nothing(self, models):
         model = models("llama_gqa")
         engine = Engine(model, random_adapter(model.config))
         generate(engine, prompt_of(model, 20), n=4)
@@ -109,7 +98,7 @@ class TestPrefill:
             generate(engine, prompt_of(model, length), n=4)
         assert (programs.prefill_chunk._cache_size(), programs.decode_step._cache_size()) == compiled
 
-    def test_no_more_programs_than_buckets(self, models, monkeypatch):  # noqa: F811
+    def test_no_more_programs_than_buckets(self, models, monkeypatch):
         """Prompts of 1 … 110 tokens: at most a step for each cache size, a prefill for each pair of sizes that occurs."""
         monkeypatch.setattr(state_module, "MIN_CACHE_LENGTH", 32)
         model = models("qwen3")
@@ -166,7 +155,7 @@ class TestLogits:
 
 class TestNotFinite:
     @pytest.mark.parametrize("when", [0, 3])
-    def test_is_told_whenever_it_happens(self, models, when):  # noqa: F811
+    def test_is_told_whenever_it_happens(self, models, when):
         """NaN in the embedding of a token that only the answer holds, or of one in the prompt."""
         model = models("llama_mha")
         prompt = prompt_of(model, 5)
@@ -180,7 +169,7 @@ class TestNotFinite:
 
 class TestPadding:
     @pytest.mark.parametrize("pad", [-1, 10**6, None, 0])
-    def test_a_pad_id_that_is_no_token_changes_nothing(self, models, pad):  # noqa: F811
+    def test_a_pad_id_that_is_no_token_changes_nothing(self, models, pad):
         model = models("llama_gqa")
         prompts = [prompt_of(model, n, seed=n) for n in (5, 9)]
         free = [generate(Engine(model, eos_ids=()), p, n=12)[0] for p in prompts]
@@ -194,21 +183,21 @@ class TestPadding:
 
 class TestPrompts:
     @pytest.mark.parametrize("wrong", [-1, 10**4, 2**40])
-    def test_ids_that_the_model_has_not(self, models, wrong):  # noqa: F811
+    def test_ids_that_the_model_has_not(self, models, wrong):
         model = models("llama_gqa")
         with pytest.raises(UserError, match=f"has token {wrong} and the model {model.config.vocab_size} tokens"):
             generate(Engine(model), [3, wrong, 4])
 
 
 class TestRows:
-    def test_rows_of_different_lengths_equal_each_alone(self, models):  # noqa: F811
+    def test_rows_of_different_lengths_equal_each_alone(self, models):
         model = models("llama_gqa")
         engine = Engine(model, random_adapter(model.config), eos_ids=())
         prompts = [prompt_of(model, n, seed=n) for n in (3, 30, 17)]
         assert generate(engine, *prompts, n=10) == [generate(engine, p, n=10)[0] for p in prompts]
 
     @pytest.mark.parametrize("targets", POSITIONS.values(), ids=POSITIONS)
-    def test_sampled_rows_equal_each_alone(self, models, targets):  # noqa: F811
+    def test_sampled_rows_equal_each_alone(self, models, targets):
         """Every row has its own experts, its own penalty and the noise it would have alone."""
         model = models("llama_gqa")
         engine = Engine(model, random_adapter(model.config, targets=targets), eos_ids=())
@@ -218,7 +207,7 @@ class TestRows:
         assert rows == [generate(engine, p, **options)[0] for p in prompts]
         assert len({tuple(row) for row in rows}) == 3
 
-    def test_each_row_has_the_room_it_would_have_alone(self, models):  # noqa: F811
+    def test_each_row_has_the_room_it_would_have_alone(self, models):
         """One prompt leaves 5 tokens of the context, the other goes on."""
         model = models("llama_gqa")
         engine = Engine(model, random_adapter(model.config), eos_ids=())
@@ -228,7 +217,7 @@ class TestRows:
         assert short == generate(engine, prompts[1], n=12)[0]
         assert len(short) == 12
 
-    def test_a_row_that_ended_is_padded_and_does_not_disturb_the_others(self, models):  # noqa: F811
+    def test_a_row_that_ended_is_padded_and_does_not_disturb_the_others(self, models):
         model = models("llama_gqa")
         prompts = [prompt_of(model, n, seed=n) for n in (5, 9)]
         free = [generate(Engine(model, eos_ids=()), p, n=12)[0] for p in prompts]
@@ -238,7 +227,7 @@ class TestRows:
         assert rows[0] == free[0][: at + 1] + [model.config.pad_token_id or 0] * (11 - at)
         assert rows[1] == free[1]
 
-    def test_stops_when_every_row_has_ended(self, models):  # noqa: F811
+    def test_stops_when_every_row_has_ended(self, models):
         model = models("llama_gqa")
         prompt = prompt_of(model, 5)
         free = generate(Engine(model, eos_ids=()), prompt, n=12)[0]
@@ -246,7 +235,7 @@ class TestRows:
 
 
 class TestConversation:
-    def test_next_turn_prefills_only_what_is_new(self, models, monkeypatch):  # noqa: F811
+    def test_next_turn_prefills_only_what_is_new(self, models, monkeypatch):
         model = models("llama_gqa")
         adapter = random_adapter(model.config)
         engine, fresh = Engine(model, adapter, eos_ids=()), Engine(model, adapter, eos_ids=())
@@ -265,14 +254,14 @@ class TestConversation:
         assert seen == [len(second) - len(first) - 7]  # the last token of the answer was never read
         assert kept == generate(fresh, second, n=8)
 
-    def test_another_conversation_begins_anew(self, models):  # noqa: F811
+    def test_another_conversation_begins_anew(self, models):
         model = models("llama_gqa")
         engine = Engine(model, eos_ids=())
         generate(engine, prompt_of(model, 20), n=8, keep_cache=True)
         other = prompt_of(model, 12, seed=9)
         assert generate(engine, other, n=8, keep_cache=True) == generate(Engine(model, eos_ids=()), other, n=8)
 
-    def test_cache_grows_with_the_conversation(self, models, monkeypatch):  # noqa: F811
+    def test_cache_grows_with_the_conversation(self, models, monkeypatch):
         monkeypatch.setattr(state_module, "MIN_CACHE_LENGTH", 16)
         model = models("llama_gqa")
         engine = Engine(model, eos_ids=())
@@ -282,7 +271,7 @@ class TestConversation:
             assert answer == generate(Engine(model, eos_ids=()), tokens, n=6)
             tokens = [*tokens, *answer[0], *prompt_of(model, 5, seed=turn)]
 
-    def test_abandoned_stream_keeps_a_usable_cache(self, models):  # noqa: F811
+    def test_abandoned_stream_keeps_a_usable_cache(self, models):
         model = models("llama_gqa")
         engine = Engine(model, eos_ids=())
         prompt = prompt_of(model, 10)
@@ -294,23 +283,23 @@ class TestConversation:
 
 
 class TestLimits:
-    def test_answer_is_cut_at_the_context(self, models):  # noqa: F811
+    def test_answer_is_cut_at_the_context(self, models):
         model = models("llama_gqa")
         context = model.config.max_position_embeddings
         assert len(generate(Engine(model, eos_ids=()), prompt_of(model, context - 5), n=50)[0]) == 5
 
-    def test_prompt_that_fills_the_context(self, models):  # noqa: F811
+    def test_prompt_that_fills_the_context(self, models):
         model = models("llama_gqa")
         with pytest.raises(UserError, match="shorten the prompt"):
             generate(Engine(model), prompt_of(model, model.config.max_position_embeddings))
 
-    def test_empty_prompt(self, models):  # noqa: F811
+    def test_empty_prompt(self, models):
         with pytest.raises(UserError, match="empty"):
             generate(Engine(models("llama_gqa")), [])
 
 
 class TestExperts:
-    def test_reported_experts_are_those_of_the_router(self, models):  # noqa: F811
+    def test_reported_experts_are_those_of_the_router(self, models):
         model = models("llama_gqa")
         adapter = random_adapter(model.config, targets=("gate_proj",))
         prompt = prompt_of(model, 9)
@@ -323,7 +312,7 @@ class TestExperts:
 
 
 class TestSampledDecoding:
-    def test_rows_of_one_prompt_are_samples_of_their_own(self, models):  # noqa: F811
+    def test_rows_of_one_prompt_are_samples_of_their_own(self, models):
         model = models("llama_gqa")
         engine, prompt, other = Engine(model, eos_ids=()), prompt_of(model, 5), prompt_of(model, 5, seed=1)
         options = {"n": 8, "seed": 4, "sampling": Sampling.of(temperature=1.0)}
@@ -333,14 +322,14 @@ class TestSampledDecoding:
         again = generate(engine, *(p for p, _ in asked), **options, samples=[n for _, n in asked])
         assert again == [rows[3], rows[1], rows[0], rows[2]]
 
-    def test_same_seed_same_tokens(self, models):  # noqa: F811
+    def test_same_seed_same_tokens(self, models):
         model = models("llama_gqa")
         engine, prompt = Engine(model, eos_ids=()), prompt_of(model, 5)
         sampling = Sampling.of(temperature=1.0)
         first, again, other = (generate(engine, prompt, n=20, sampling=sampling, seed=s) for s in (1, 1, 2))
         assert first == again != other
 
-    def test_repetition_penalty_sees_prompt_and_output(self, models):  # noqa: F811
+    def test_repetition_penalty_sees_prompt_and_output(self, models):
         """A penalty that forbids what was seen makes every token new."""
         model = models("llama_gqa")
         prompt = prompt_of(model, 20)

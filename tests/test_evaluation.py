@@ -19,8 +19,7 @@ from flax import nnx
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.checkpoints.adapter_directory import save_adapter
-from adafuse_jax.checkpoints.hf_checkpoint import backbone_identity
-from adafuse_jax.checkpoints.hf_config import read_model_config
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.examples import MultipleChoice
 from adafuse_jax.evaluation.loading import load
@@ -86,10 +85,11 @@ def test_texts_behind_the_labels():
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Model, data sets, and an adapter that changes what the model says."""
     folder = tiny.write_folder(tmp_path_factory.mktemp("evaluation"))
-    adapter = AdaFuse(AdapterConfig(num_experts=4, rank=2), read_model_config(folder / "model"), rngs=nnx.Rngs(0))
+    checkpoint = HFCheckpoint.open(folder / "model")
+    adapter = AdaFuse(AdapterConfig(num_experts=4, rank=2), checkpoint.config, rngs=nnx.Rngs(0))
     for name, experts in adapter.experts.items():
         experts.B[...] = 0.3 * jax.random.normal(jax.random.key(len(name)), experts.B.shape)
-    identity = backbone_identity(folder / "model")
+    identity = checkpoint.identity()
     save_adapter(adapter, folder / "adapter", backbone_name="tiny", backbone_identity=identity)
     return folder
 

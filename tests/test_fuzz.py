@@ -26,8 +26,7 @@ import decode
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.registry import make_adapter
 from adafuse_jax.checkpoints.adapter_directory import save_adapter
-from adafuse_jax.checkpoints.hf_checkpoint import backbone_identity
-from adafuse_jax.checkpoints.hf_config import read_model_config
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
 from adafuse_jax.checkpoints.peft import save_peft_lora
 from adafuse_jax.core import runtime
 from adafuse_jax.core.cli import run_cli
@@ -112,7 +111,8 @@ def parse(*config_types: type) -> Callable[[Sequence[str]], int]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Model, data, prompts, an adapter of ours in `adapter` and one of PEFT in `peft`."""
     folder = tiny.write_folder(tmp_path_factory.mktemp("fuzz"))
-    model, identity = read_model_config(folder / "model"), backbone_identity(folder / "model")
+    checkpoint = HFCheckpoint.open(folder / "model")
+    model, identity = checkpoint.config, checkpoint.identity()
     adafuse = make_adapter(AdapterConfig(rank=2, num_experts=4), model, rngs=nnx.Rngs(0))
     save_adapter(adafuse, folder / "adapter", backbone_name="tiny", backbone_identity=identity)
     lora = make_adapter(AdapterConfig(adapter="lora", rank=2), model, rngs=nnx.Rngs(0))

@@ -15,7 +15,6 @@ import pytest
 import tiny
 from flax import nnx
 from goldens.tiny_models import CASES, weights, write_model_dir
-from test_tensor_parallel import with_devices
 
 from adafuse_jax import AdapterConfig, DecodeConfig, TrainConfig, make_adapter
 from adafuse_jax.checkpoints import safetensors_files
@@ -132,7 +131,7 @@ class TestPlacement:
         assert all(len(axes) == len(shape) for axes, shape in found.values())
 
     def test_over_a_mesh_equals_load_then_shard(self):
-        found = json.loads(with_devices(2, __file__))
+        found = json.loads(tiny.with_devices(2, __file__))
         assert found["shares"] == [0.5, 1.0], "of a sharded tensor a device gets its half, and never the whole"
         assert "model.layers.1.mlp.down_proj.weight holds NaN" in found["error"]
 

@@ -7,7 +7,6 @@ gives these logits.
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from adafuse_jax.checkpoints.hf_config import generation_remark, parse_hf_config, read_model_config
+from adafuse_jax.checkpoints.hf_config import generation_remark, parse_hf_config
 from adafuse_jax.core.errors import MAX_MESSAGE, UserError
 from adafuse_jax.models.config import ModelConfig
 
@@ -128,7 +127,7 @@ SAME: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("base", "changes"), SAME, ids=[f"{i}-{base}" for i, (base, _) in enumerate(SAME)])
 def test_read_as_transformers_does(tmp_path: Path, base: str, changes: dict[str, Any]):
     folder = write_config(tmp_path, base, **changes)
-    assert by_us(read_model_config(folder)) == by_transformers(folder)
+    assert by_us(parse_hf_config(folder).model) == by_transformers(folder)
 
 
 def some(*values: Any) -> st.SearchStrategy:
@@ -173,7 +172,7 @@ def test_any_values_are_read_as_transformers_does_or_refused_in_one_line(
     changes = {name: data.draw(KEYS[name]) for name in names}
     folder = write_config(tmp_path, family, **{"num_attention_heads": 4, "num_key_value_heads": 2} | changes)
     try:
-        mine = by_us(read_model_config(folder))
+        mine = by_us(parse_hf_config(folder).model)
     except UserError as error:
         message = str(error)
         assert message.startswith(str(folder / "config.json"))
@@ -248,7 +247,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 def test_refused_in_one_line(tmp_path: Path, name: str):
     base, changes, says = REFUSED[name]
     with pytest.raises(UserError) as caught:
-        read_model_config(write_config(tmp_path, base, **changes))
+        parse_hf_config(write_config(tmp_path, base, **changes))
     message = str(caught.value)
     assert message.startswith(str(tmp_path / "config.json"))
     assert all(text in message for text in says), message
@@ -262,41 +261,39 @@ def test_a_pipe_is_refused_at_once(tmp_path: Path):
         (tmp_path / name).unlink(missing_ok=True)
         os.mkfifo(tmp_path / name)
         with pytest.raises(UserError, match=f"{name}: is not a regular file"):
-            read_model_config(tmp_path)
+            parse_hf_config(tmp_path)
         (tmp_path / name).unlink()
 
 
-class TestRemarks:
-    def remarks(self, folder: Path, caplog: pytest.LogCaptureFixture) -> list[str]:
-        caplog.clear()
-        with caplog.at_level(logging.INFO, "adafuse_jax"):
-            read_model_config(folder)
-        return [record.getMessage() for record in caplog.records]
+def remarks(folder: Path) -> list[str]:
+    return list(parse_hf_config(folder).remarks)
 
-    def test_keys_that_nothing_reads_are_named_in_one_line(self, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+
+class TestRemarks:
+    def test_keys_that_nothing_reads_are_named_in_one_line(self, tmp_path: Path):
         """In a Llama transformers ignores them too; in the families that they are of they change the function."""
         others = {
             "logit_scale": 0.5, "attention_multiplier": 0.1, "final_logit_softcapping": 30.0,
             "auto_map": {"AutoModel": "m.M"}, "residual_multiplier": 0.2, "query_pre_attn_scalar": 7,
             "attention_dropout": 0.1,
         }  # fmt: skip
-        (line,) = self.remarks(write_config(tmp_path, "llama_mha", **others), caplog)
+        (line,) = remarks(write_config(tmp_path, "llama_mha", **others))
         assert line == f"{tmp_path}/config.json: keys that are not used: {', '.join(others)}"
 
-    def test_rope_keys_that_its_kind_does_not_have_are_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    def test_rope_keys_that_its_kind_does_not_have_are_named(self, tmp_path: Path):
         rope = {"rope_type": "linear", "factor": 2.0, "mscale": 1.0}
         changes = {"rope_scaling": rope, "rope_parameters": {"rope_type": "default"}}
-        (line,) = self.remarks(write_config(tmp_path, "llama_mha", **changes), caplog)
+        (line,) = remarks(write_config(tmp_path, "llama_mha", **changes))
         assert line.endswith("keys that are not used: rope_scaling.mscale, rope_parameters")
 
-    def test_nothing_is_said_of_usual_files(self, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    def test_nothing_is_said_of_usual_files(self, tmp_path: Path):
         usual = {
             "pretraining_tp": 1, "use_cache": True, "transformers_version": "5.24.0", "initializer_range": 0.02,
             "attention_dropout": 0.0, "attention_bias": False, "_name_or_path": "x", "temperature": 0.6,
             "rope_scaling": None,
         }  # fmt: skip
         for base in ("llama_mha", "mistral_window", "qwen2_window", "qwen3_tied"):
-            assert self.remarks(write_config(tmp_path, base, **usual), caplog) == []
+            assert remarks(write_config(tmp_path, base, **usual)) == []
 
     @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
     @pytest.mark.parametrize(
@@ -308,13 +305,11 @@ class TestRemarks:
             ("eos_token_id", [2, 96], (2,)),
         ],
     )
-    def test_ids_that_are_no_token_are_left_out(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, name: str, value: Any, left: Any
-    ):
+    def test_ids_that_are_no_token_are_left_out(self, tmp_path: Path, file: str, name: str, value: Any, left: Any):
         write_config(tmp_path, "llama_mha", **({name: value} if file == "config.json" else {}))
         if file != "config.json":
             write_json({name: value}, tmp_path / file)
-        (line,) = self.remarks(tmp_path, caplog)
+        (line,) = remarks(tmp_path)
         assert line.startswith(f"{tmp_path}/{file}: {name} ")
         assert "no token of the model, which has 96" in line
         config = parse_hf_config(tmp_path).model
@@ -323,7 +318,7 @@ class TestRemarks:
     def test_generation_config_wins(self, tmp_path: Path):
         write_config(tmp_path, "llama_mha")
         write_json({"eos_token_id": [7, 8], "bos_token_id": None}, tmp_path / "generation_config.json")
-        config = read_model_config(tmp_path)
+        config = parse_hf_config(tmp_path).model
         assert (config.eos_token_ids, config.bos_token_id) == ((7, 8), None)
 
     def test_settings_of_generation_that_the_flags_replace(self, tmp_path: Path):
@@ -347,7 +342,7 @@ def test_json_is_what_the_file_says(tmp_path: Path):
     write_config(tmp_path, "llama_mha", rms_norm_eps=float("nan"))
     assert "NaN" in (tmp_path / "config.json").read_text()
     with pytest.raises(UserError, match="rms_norm_eps is nan"):
-        read_model_config(tmp_path)
+        parse_hf_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"})[:-3])
     with pytest.raises(UserError, match="not valid JSON"):
-        read_model_config(tmp_path)
+        parse_hf_config(tmp_path)

@@ -25,7 +25,7 @@ from lm_eval.tasks import TaskManager
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.checkpoints.adapter_directory import save_adapter
-from adafuse_jax.checkpoints.hf_checkpoint import backbone_identity
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.evaluation.lm_eval import AdaFuseLM
 from adafuse_jax.evaluation.loading import load
@@ -128,7 +128,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory):
         weight = getattr(model.layers, name).weight
         delta = jnp.einsum("leor,leri->loi", experts.B[...], experts.A[...], precision="highest")
         weight[...] += config.scale * delta
-    identity = backbone_identity(directory)
+    identity = HFCheckpoint.open(directory).identity()
     save_adapter(adapter, folder / "adapter", backbone_name="tiny", backbone_identity=identity)
     return str(directory), str(folder / "adapter"), model
 

@@ -17,7 +17,7 @@ import train as train_script
 from adafuse_jax import AdapterConfig
 from adafuse_jax.adapters.registry import make_adapter
 from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
-from adafuse_jax.checkpoints.hf_config import read_model_config
+from adafuse_jax.checkpoints.hf_config import parse_hf_config
 from adafuse_jax.checkpoints.peft import save_peft_lora
 
 FEW = {"targets": ["q_proj", "down_proj"]}
@@ -90,7 +90,7 @@ def test_full_leaves_a_plain_model_of_which_nothing_is_the_backbone(folder):
 def test_none_is_the_backbone_and_a_run_may_begin_from_a_lora_of_peft(folder):
     """By the first held-out loss: of a new LoRA it is the backbone's, with --init-lora the LoRA's, whatever the method."""
     config = AdapterConfig(adapter="lora", rank=2, targets=("q_proj", "down_proj"))
-    lora = make_adapter(config, read_model_config(folder / "model"), rngs=nnx.Rngs(0))
+    lora = make_adapter(config, parse_hf_config(folder / "model").model, rngs=nnx.Rngs(0))
     for expert in lora.experts.values():
         expert.B[...] = expert.B[...] + 0.3
     save_peft_lora(lora, folder / "peft", backbone_name="tiny")

@@ -162,13 +162,15 @@ class TestFiles:
         write_raw(tmp_path / "model.safetensors", header, bytes(4))
         refused(tmp_path, "model.safetensors", "restore")
 
-    def test_files_of_weights_that_are_not_read_are_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    def test_keys_and_files_that_are_not_read_are_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture):
         write_model_dir(CASES[SINGLE], tmp_path)
         assert logged(caplog, lambda: HFCheckpoint.open(tmp_path)) == []
+        write_json(CASES[SINGLE].config | {"logit_scale": 2.0}, tmp_path / "config.json")
         (tmp_path / INDEX).write_text("{}")
         (tmp_path / "pytorch_model.bin").write_bytes(b"")
         save_file({"a": np.zeros(1)}, tmp_path / "adapter_model.safetensors")
-        (line,) = logged(caplog, lambda: HFCheckpoint.open(tmp_path))
+        unused, line = logged(caplog, lambda: HFCheckpoint.open(tmp_path))
+        assert unused == f"{tmp_path}/config.json: keys that are not used: logit_scale"
         assert line == (
             f"{tmp_path}: weights are read from model.safetensors, not from adapter_model.safetensors, {INDEX}, "
             "pytorch_model.bin"

@@ -13,7 +13,7 @@ from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.registry import make_adapter
 from adafuse_jax.checkpoints.adapter_directory import save_adapter
 from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
-from adafuse_jax.checkpoints.hf_config import read_model_config
+from adafuse_jax.checkpoints.hf_config import parse_hf_config
 from adafuse_jax.checkpoints.hf_export import export_backbone
 from adafuse_jax.checkpoints.peft import save_peft_lora
 from adafuse_jax.core.errors import UserError
@@ -34,12 +34,12 @@ def write_export(out: Path, model_dir: Path, *, replace: bool) -> None:
 
 def write_adapter(out: Path, model_dir: Path, *, replace: bool) -> None:
     config = AdapterConfig(adapter="adafuse", rank=2, num_experts=4)
-    adapter = make_adapter(config, read_model_config(model_dir), rngs=nnx.Rngs(0))
+    adapter = make_adapter(config, parse_hf_config(model_dir).model, rngs=nnx.Rngs(0))
     save_adapter(adapter, out, backbone_name="tiny", backbone_identity="id", replace=replace)
 
 
 def write_peft(out: Path, model_dir: Path, *, replace: bool) -> None:
-    lora = make_adapter(AdapterConfig(adapter="lora", rank=2), read_model_config(model_dir), rngs=nnx.Rngs(0))
+    lora = make_adapter(AdapterConfig(adapter="lora", rank=2), parse_hf_config(model_dir).model, rngs=nnx.Rngs(0))
     save_peft_lora(lora, out, backbone_name="tiny")
 
 

@@ -21,8 +21,8 @@ from adafuse_jax import AdapterConfig, UserError, load_backbone
 from adafuse_jax.adapters.lora import LoRA, merged
 from adafuse_jax.adapters.registry import make_adapter
 from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter
-from adafuse_jax.checkpoints.hf_checkpoint import backbone_identity
-from adafuse_jax.checkpoints.hf_config import read_model_config
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
+from adafuse_jax.checkpoints.hf_config import parse_hf_config
 from adafuse_jax.checkpoints.peft import save_peft_lora, tensor_name
 from adafuse_jax.export import ExportConfig, export
 from adafuse_jax.export import main as export_script
@@ -94,7 +94,7 @@ class TestExport:
         export_script(
             [f"--model={directory}", f"--adapter={PEFT / name}", f"--output={tmp_path}/out", "--format=adafuse-jax"]
         )
-        identity = backbone_identity(directory)
+        identity = HFCheckpoint.open(directory).identity()
         again = load_adapter(tmp_path / "out", model.config, backbone_identity=identity, dtype=jnp.float32)
         assert again.config == lora.config
         jax.tree.map(np.testing.assert_array_equal, again, lora)
@@ -105,7 +105,7 @@ class TestExport:
         directory = write_model_dir(CASES["llama_gqa_tied"], tmp_path / "model")
         model = load_backbone(directory, "float32").config
         adapter = make_adapter(AdapterConfig(adapter="pesc", rank=2), model, rngs=nnx.Rngs(0))
-        identity = backbone_identity(directory)
+        identity = HFCheckpoint.open(directory).identity()
         save_adapter(adapter, tmp_path / "a", backbone_name="m", backbone_identity=identity)
         settings = {"model": str(directory), "adapter": str(tmp_path / "a"), "output": str(tmp_path / "out")}
         for form in ("peft", "huggingface"):
@@ -150,7 +150,7 @@ class TestRefused:
 
     @pytest.fixture
     def config(self, tmp_path):
-        return read_model_config(write_model_dir(CASES["llama_gqa_tied"], tmp_path / "model"))
+        return parse_hf_config(write_model_dir(CASES["llama_gqa_tied"], tmp_path / "model")).model
 
     def load(self, directory, config) -> LoRA:
         return load_adapter(directory, config, backbone_identity="", dtype=jnp.float32)
@@ -184,7 +184,7 @@ class TestRefused:
 
 def test_decode_takes_a_peft_directory_and_merges_it(tmp_path, capsys):
     folder = tiny.write_folder(tmp_path / "f")
-    config = read_model_config(folder / "model")
+    config = parse_hf_config(folder / "model").model
     lora = make_adapter(AdapterConfig(adapter="lora", rank=2), config, rngs=nnx.Rngs(0))
     for expert in lora.experts.values():
         expert.B[...] = jax.random.normal(jax.random.key(1), expert.B.shape)

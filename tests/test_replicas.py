@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import tiny
 from goldens.tiny_models import CASES, write_model_dir
-from test_training import as_batch, config, examples
+from training_batches import as_batch, config, examples
 
 from adafuse_jax import load_backbone
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.data.batches import Batch, Batches
 from adafuse_jax.data.packing import pack
-from adafuse_jax.models.attention import attention
+from adafuse_jax.models.attention import attention, flash_attention_fits
 from adafuse_jax.training.initial import initial_state
 from adafuse_jax.training.optimizer import make_optimizer
 from adafuse_jax.training.replicas import (
@@ -153,6 +153,27 @@ def test_attention_equals_single_calls(own_masks: bool, remat: bool):
         alone = gradients(attention)(q[replica], k[replica], v[replica], mask[replica] if own_masks else mask)
         for here, there in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(here[replica], there, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
+def test_attention_on_a_gpu_is_cudnns_of_each_replica():
+    """In 16 bits, where `attention` is cuDNN's: values and gradients, with one mask for all heads."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (3, 2, 64, 6, 64), jnp.bfloat16)
+    k, v = (jax.random.normal(key, (3, 2, 64, 2, 64), jnp.bfloat16) for key in keys[1:])
+    assert flash_attention_fits(q[0], k[0])
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((64, 64), bool)), (3, 2, 64, 64))
+
+    def gradients(attend: Any) -> Any:
+        return jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(attend(*x).astype(jnp.float32))), argnums=(0, 1, 2))
+
+    together = jax.jit(jax.vmap(gradients(replica_attention)))(q, k, v, mask)
+    for replica in range(3):
+        alone = jax.jit(gradients(attention))(q[replica], k[replica], v[replica], mask[replica])
+        for here, there in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            error = np.asarray(here[replica], np.float64) - np.asarray(there, np.float64)
+            assert np.linalg.norm(error) < 1e-2 * np.linalg.norm(np.asarray(there, np.float64))
 
 
 def test_the_documented_example_runs(tmp_path: Path):

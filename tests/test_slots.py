@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_models import FEW, models, random_adapter, random_method  # noqa: F401 - a fixture
-from test_engine import generate, prompt_of
+from generation import generate, prompt_of
+from random_models import FEW, random_adapter, random_method
 
 from adafuse_jax import UserError
 from adafuse_jax.inference import prefill as prefill_module
@@ -34,7 +34,7 @@ SETTINGS = (
 
 
 @pytest.fixture
-def engine(models) -> Engine:  # noqa: F811
+def engine(models) -> Engine:
     model = models("llama_gqa")
     return Engine(model, random_adapter(model.config), eos_ids=())
 
@@ -60,7 +60,7 @@ def by_modules(model, adapter, fused, token, positions, cache):
 
 class TestRowsThatComeLater:
     @pytest.mark.parametrize("strategy", ["unmerged", "fused", "merged"])
-    def test_equal_the_same_rows_alone(self, models, strategy, monkeypatch):  # noqa: F811
+    def test_equal_the_same_rows_alone(self, models, strategy, monkeypatch):
         """A greedy row runs; a long prompt, chunk by chunk, and a sampled row join it, and then one that reuses a slot."""
         monkeypatch.setattr(prefill_module, "CHUNKS", (4, 16))
         if strategy == "fused":
@@ -235,7 +235,7 @@ class TestFailures:
         run(slots)
         assert slots.evict(0).token_ids == alone(engine, prompt, 9)
 
-    def test_switch_restores_the_weights_when_its_row_is_evicted(self, models):  # noqa: F811
+    def test_switch_restores_the_weights_when_its_row_is_evicted(self, models):
         model = models("llama_gqa")
         engine = Engine(jax.tree.map(jnp.copy, model), random_adapter(model.config), strategy="switch", eos_ids=())
         slots = engine.slots(1)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from random_models import models, random_adapter  # noqa: F401 - a fixture
-from test_engine import generate, prompt_of
+from generation import generate, prompt_of
+from random_models import random_adapter
 
 import benchmarks.simple_merging  # noqa: F401 - registers the strategy
 from adafuse_jax import Backbone, UserError, load_backbone
@@ -59,7 +59,7 @@ def copied(model: Backbone) -> Backbone:
     return jax.tree.map(jnp.copy, model)
 
 
-def adapted(case: Case, models) -> tuple[Backbone, Any]:  # noqa: F811
+def adapted(case: Case, models) -> tuple[Backbone, Any]:
     model = models(case.family)
     return model, random_adapter(model.config, targets=case.targets, **case.settings)
 
@@ -82,7 +82,7 @@ def stepwise_logits(model: Backbone, adapter: Any, strategy: str, tokens: np.nda
 
 class TestEqualsUnmerged:
     @cases
-    def test_greedy_tokens(self, models, case):  # noqa: F811
+    def test_greedy_tokens(self, models, case):
         model, adapter = adapted(case, models)
         prompt = prompt_of(model, 9)
         wanted = generate(Engine(model, adapter, eos_ids=()), prompt, n=24)
@@ -91,7 +91,7 @@ class TestEqualsUnmerged:
 
     @strategies
     @cases
-    def test_logits(self, models, case, strategy):  # noqa: F811
+    def test_logits(self, models, case, strategy):
         model, adapter = adapted(case, models)
         tokens = np.array(prompt_of(model, 24))
         wanted = np.asarray(model(tokens[None], adapter=adapter).logits[0])
@@ -102,7 +102,7 @@ class TestEqualsUnmerged:
 
     @pytest.mark.parametrize("strategy", ["golden", "simple"])
     @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), LINEARS], ids=["q_v", "all"])
-    def test_bfloat16_logits_err_as_much_as_those_of_another_summation_order(self, models, targets, strategy):  # noqa: F811
+    def test_bfloat16_logits_err_as_much_as_those_of_another_summation_order(self, models, targets, strategy):
         """Against the same weights in fp32: unmerged step by step and unmerged all at once differ in nothing but the
         order of sums. Merged weights are rounded once more, and like every weight, to 2^-9."""
         bf16 = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), models("llama_gqa"))
@@ -127,7 +127,7 @@ class TestEqualsUnmerged:
         assert 0 < error < np.sqrt(2) * max(orders)
 
     @strategies
-    def test_sampled_tokens_of_a_seed(self, models, strategy):  # noqa: F811
+    def test_sampled_tokens_of_a_seed(self, models, strategy):
         model = models("llama_gqa")
         adapter, prompt, sampling = random_adapter(model.config), prompt_of(model, 5), Sampling.of(temperature=1.0)
         one, other = Engine(model, adapter, eos_ids=()), Engine(copied(model), adapter, strategy=strategy, eos_ids=())
@@ -135,7 +135,7 @@ class TestEqualsUnmerged:
         assert tokens[0] == tokens[2] != tokens[1] == tokens[3]
 
     @strategies
-    def test_reported_experts(self, models, strategy):  # noqa: F811
+    def test_reported_experts(self, models, strategy):
         model = models("llama_gqa")
         adapter, prompt = random_adapter(model.config, targets=("gate_proj",)), prompt_of(model, 5)
         one, other = Engine(model, adapter, eos_ids=()), Engine(copied(model), adapter, strategy=strategy, eos_ids=())
@@ -164,7 +164,7 @@ class TestEqualsUnmerged:
         assert len(set(wanted[0])) > 30
         assert generate(Engine(model, adapter, strategy="golden", eos_ids=()), prompt, n=64) == wanted
 
-    def test_experts_of_another_type_are_cast(self, models):  # noqa: F811
+    def test_experts_of_another_type_are_cast(self, models):
         """As an adapter that was never saved: fp32 experts, bfloat16 backbone."""
         model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), models("llama_gqa"))
         adapter = random_adapter(model.config)
@@ -195,7 +195,7 @@ class TestWithTheMegakernel:
 
     @pytest.mark.parametrize("strategy", ["golden", "switch"])
     @cases
-    def test_it_gets_merged_weights(self, models, case, strategy):  # noqa: F811
+    def test_it_gets_merged_weights(self, models, case, strategy):
         model, adapter = adapted(case, models)
         prompt = prompt_of(model, 9)
         wanted = generate(Engine(model, adapter, strategy="unmerged", eos_ids=()), prompt, n=24)
@@ -203,7 +203,7 @@ class TestWithTheMegakernel:
         assert generate(engine, prompt, n=24) == wanted
         assert self.traced == [(True, [])]  # once, without an adapter
 
-    def test_default_is_fused_and_large_batches_are_not(self, models, caplog):  # noqa: F811
+    def test_default_is_fused_and_large_batches_are_not(self, models, caplog):
         model, adapter = adapted(CASES[0], models)
         engine = Engine(model, adapter, eos_ids=())
         assert (engine.strategy, Engine(model).strategy) == ("fused", "fused")
@@ -220,7 +220,7 @@ class TestWithTheMegakernel:
             next(Engine(model, adapter, strategy="fused", eos_ids=()).generate(prompts, max_new_tokens=5))
 
 
-def test_default_without_the_megakernel_is_unmerged_and_the_log_says_why(models, caplog):  # noqa: F811
+def test_default_without_the_megakernel_is_unmerged_and_the_log_says_why(models, caplog):
     with caplog.at_level("DEBUG", logger="adafuse_jax.inference"):
         engine = Engine(models("llama_mha"))
     if jax.default_backend() == "cpu":
@@ -231,7 +231,7 @@ def test_default_without_the_megakernel_is_unmerged_and_the_log_says_why(models,
 
 class TestTheBackbone:
     @pytest.mark.parametrize("strategy", ["golden", "simple"])
-    def test_stays_bit_identical(self, models, strategy):  # noqa: F811
+    def test_stays_bit_identical(self, models, strategy):
         model = models("qwen2_tied")
         before = weights_of(model)
         engine = Engine(model, random_adapter(model.config), strategy=strategy, eos_ids=())
@@ -240,7 +240,7 @@ class TestTheBackbone:
             np.testing.assert_array_equal(leaf, was)
 
     @pytest.mark.parametrize("dtype", ROUNDING)
-    def test_switch_gives_back_the_weights_but_for_rounding(self, models, dtype):  # noqa: F811
+    def test_switch_gives_back_the_weights_but_for_rounding(self, models, dtype):
         model = jax.tree.map(lambda leaf: leaf.astype(dtype), models("llama_bias"))
         before, adapter = weights_of(model), random_adapter(model.config, targets=("q_proj", "o_proj", "up_proj"))
         engine = Engine(copied(model), adapter, strategy="switch", eos_ids=())
@@ -256,7 +256,7 @@ class TestTheBackbone:
             assert np.linalg.norm(leaf - was) < np.sqrt(steps) * ROUNDING[dtype] * np.linalg.norm(was)
         assert changed == 3
 
-    def test_warm_up_changes_no_bit(self, models):  # noqa: F811
+    def test_warm_up_changes_no_bit(self, models):
         """One token comes from prefill: the only step was that of the warm-up."""
         model = models("llama_gqa")
         before = weights_of(model)
@@ -265,7 +265,7 @@ class TestTheBackbone:
         for leaf, was in zip(weights_of(engine.model), before, strict=True):
             np.testing.assert_array_equal(leaf, was)
 
-    def test_the_log_states_the_drift_of_switch(self, models, caplog):  # noqa: F811
+    def test_the_log_states_the_drift_of_switch(self, models, caplog):
         model = models("llama_gqa")
         adapter = random_adapter(model.config)
         with caplog.at_level("INFO", logger="adafuse_jax.inference"):
@@ -274,7 +274,7 @@ class TestTheBackbone:
             Engine(copied(model), adapter, strategy="switch")
         assert "every token rounds the weights once more" in caplog.text
 
-    def test_switch_takes_the_weights_over(self, models):  # noqa: F811
+    def test_switch_takes_the_weights_over(self, models):
         given = copied(models("llama_gqa"))
         engine = Engine(given, random_adapter(given.config, targets=("q_proj",)), strategy="switch", eos_ids=())
         generate(engine, prompt_of(given, 5), n=4)
@@ -286,7 +286,7 @@ class TestTheBackbone:
 
 class TestEndings:
     @pytest.fixture
-    def engines(self, models):  # noqa: F811
+    def engines(self, models):
         model = models("llama_gqa")
         adapter = random_adapter(model.config)
 
@@ -367,18 +367,18 @@ class TestEndings:
 
 class TestRefused:
     @strategies
-    def test_several_rows(self, models, strategy):  # noqa: F811
+    def test_several_rows(self, models, strategy):
         model = models("llama_gqa")
         engine = Engine(copied(model), random_adapter(model.config), strategy=strategy)
         with pytest.raises(UserError, match=f"{strategy} .* 2 prompts; give one at a time"):
             generate(engine, [3], [4])
 
     @strategies
-    def test_no_adapter(self, models, strategy):  # noqa: F811
+    def test_no_adapter(self, models, strategy):
         with pytest.raises(UserError, match="give one, or decode unmerged"):
             Engine(models("llama_gqa"), strategy=strategy)
 
-    def test_unknown_strategy(self, models):  # noqa: F811
+    def test_unknown_strategy(self, models):
         with pytest.raises(UserError, match="'fast' is none of fused, unmerged, golden"):
             Engine(models("llama_gqa"), strategy="fast")
 

@@ -10,24 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from study_data import write_gz, write_study
 
-from adafuse_jax.adapters.adafuse import AdaFuse
-from adafuse_jax.adapters.config import AdapterConfig
-from adafuse_jax.adapters.router import expert_load
 from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.data.packing import Rows
-from adafuse_jax.models.hooks import Routing
-from studies.accuracy import arms, generation, made_up, mixture, pregated, scoring, tasks
+from benchmarks.common.timing import Stopwatch
+from studies.accuracy import arms, made_up, mixture, pregated, scoring, tasks
 from studies.accuracy.__main__ import main
-from studies.accuracy.pregated import PreGated, Variant
 from studies.accuracy.study import Plan, Run, Study, best_rate, grid, of_seeds
 from studies.questions import Packed
 from studies.runs import Runs, read_records
@@ -41,7 +35,6 @@ SMALL = {
     "lora-32": arms.ARMS["lora-32"] | FEW,
     "adafuse-context": arms.ARMS["adafuse-context"] | FEW | {"num_experts": 4},
 }
-MIXTURE = FEW | {"adapter": "adafuse", "num_experts": 4, "top_k": 2}
 
 
 @pytest.fixture(scope="module")
@@ -145,150 +138,6 @@ def test_measures_by_hand():
     assert scoring.mixture_mean(of_all) == pytest.approx((4 + 10 * sum(range(1, 8))) / 8)
 
 
-def adapter_of(model: Any, variant: Variant, seed: int = 0) -> PreGated:
-    adapter = PreGated(AdapterConfig(**MIXTURE), model.config, variant, rngs=nnx.Rngs(seed))
-    draw = np.random.default_rng(1).normal
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf + draw(size=leaf.shape, scale=0.1), jnp.float32), adapter)
-
-
-def test_a_plain_variant_is_adafuse(model: Any):
-    """Routed before layer 0 or in it: the same, if nothing is changed."""
-    plain = Variant(normalize_input=False, selection_bias=False)
-    planned = adapter_of(model, plain)
-    adafuse = AdaFuse(AdapterConfig(**MIXTURE), model.config, rngs=nnx.Rngs(0))
-    adafuse.router, adafuse.experts = planned.router, planned.experts
-    tokens = jnp.arange(24).reshape(2, 12)
-    positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
-
-    @jax.jit
-    def hidden(adapter: Any) -> jax.Array:
-        view, context = pregated.seen(adapter, model, tokens, positions, tokens)
-        assert context is None
-        return model.run(tokens, adapter=view).hidden
-
-    here, there, bare = (hidden(adapter) for adapter in (planned, adafuse, None))
-    np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(here, bare, atol=1e-2)
-
-
-def test_shared_expert_is_a_lora_beside_the_routed(model: Any):
-    adapter = adapter_of(model, Variant(shared_rank=3))
-    x = jax.random.normal(jax.random.key(2), (1, 5, model.config.embed_dim))
-    layer = jax.tree.map(lambda leaf: leaf[1], adapter.experts["q_proj"])
-    routing = adapter.plan(model, jnp.arange(5)[None], jnp.arange(5)[None], jnp.zeros((1, 5), int))[0]
-    a, b = layer.shared.A[0], layer.shared.B[0]
-    expected = layer.routed(x, routing) + adapter.config.scale * (x @ a.T) @ b.T
-    np.testing.assert_allclose(layer(x, routing), expected, rtol=1e-3, atol=1e-4)
-
-
-def test_experts_of_one_a(model: Any):
-    """As experts whose A are equal, and with one A's parameters."""
-    adapter = adapter_of(model, Variant(shared_a=True))
-    x = jax.random.normal(jax.random.key(2), (1, 5, model.config.embed_dim))
-    layer = jax.tree.map(lambda leaf: leaf[1], adapter.experts["q_proj"])
-    assert layer.A.shape == (1, 2, model.config.embed_dim)
-    routing = adapter.plan(model, jnp.arange(5)[None], jnp.arange(5)[None], jnp.zeros((1, 5), int))[0]
-    gates = np.asarray(routing.dense_gates(), np.float64)
-    expected = sum(gates[..., e, None] * 2.0 * (x @ layer.A[0].T @ layer.B[e].T) for e in range(4))
-    assert adapter.config.scale == 2.0
-    np.testing.assert_allclose(layer(x, routing), expected, rtol=1e-3, atol=1e-4)
-
-
-def test_context_goes_on_from_token_to_token(model: Any):
-    """The plan of texts in one row is that of each alone, token by token; and the context is the decayed mean."""
-    adapter = adapter_of(model, Variant(context_decay=0.9))
-    tokens, positions = jnp.array([[5, 9, 30, 7, 8]]), jnp.array([[0, 1, 2, 0, 1]])
-    routing, context = adapter.plan(model, tokens, positions, tokens)
-    past = None
-    for at in range(5):
-        one = (slice(None), slice(at, at + 1))
-        single, past = adapter.plan(model, tokens[one], positions[one], tokens[one], past=past)
-        past = past[:, 0]
-        np.testing.assert_allclose(past, context[:, at], rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(single.probabilities[:, 0], routing.probabilities[:, at], rtol=1e-4, atol=1e-6)
-    norm = jax.tree.map(lambda leaf: leaf[0], model.layers.input_layernorm)
-    x = np.asarray(norm(model.embed_tokens[...][tokens]), np.float64)[0]
-    x /= np.sqrt((x**2).mean(-1, keepdims=True))
-    np.testing.assert_allclose(context[0, 2], 0.1 * (x[2] + 0.9 * x[1] + 0.81 * x[0]), rtol=1e-3, atol=1e-5)
-
-
-def test_selection_bias_moves_against_the_load(model: Any):
-    adapter = adapter_of(model, Variant())
-    tokens = jnp.arange(40).reshape(2, 20)
-    mask = jnp.ones(tokens.shape, bool)
-    before, _ = adapter.plan(model, tokens, tokens, tokens)
-
-    def loss(adapter: PreGated) -> Any:
-        return adapter.balance_loss(adapter.plan(model, tokens, tokens, tokens)[0], mask)
-
-    grads = jax.grad(loss)(adapter)
-    load = expert_load(before, mask)[0]
-    np.testing.assert_allclose(grads.bias[...], load - 0.25, atol=1e-6)
-    assert all(not leaf.any() for leaf in jax.tree.leaves((grads.router, grads.experts)))
-    adapter.bias[...] = jnp.array([50.0, 0, 0, 40.0])
-    after, _ = adapter.plan(model, tokens, tokens, tokens)
-    assert (np.sort(after.experts, -1) == [0, 3]).all()
-    logits = jnp.log(after.probabilities)[..., [0, 3]]
-    np.testing.assert_allclose(after.dense_gates()[..., [0, 3]], jax.nn.softmax(logits), rtol=1e-4)
-
-
-def test_rates_of_routers_and_biases(model: Any):
-    adapter = adapter_of(model, Variant(shared_rank=1, context_decay=0.9, router_rate=0.3, bias_rate=7.0))
-    rates = adapter.rates()
-    assert [jax.tree.leaves(tree) for tree in (rates.router, rates.context, rates.bias)] == [[0.3], [0.3], [7.0]]
-    assert set(jax.tree.leaves(rates.experts)) == {1.0}
-
-
-def test_expert_dropout_and_orthogonal_experts(model: Any):
-    adapter = adapter_of(model, Variant(expert_dropout=0.5))
-    tokens = jnp.tile(jnp.arange(30), (64, 1))
-    routing, _ = adapter.plan(model, tokens, tokens, tokens, key=jax.random.key(0))
-    used = jax.nn.one_hot(routing.experts, 4).sum((1, 2)) > 0  # [B, E]
-    assert 0.3 < used.mean() < 0.8
-    again, _ = adapter.plan(model, tokens, tokens, tokens)
-    assert (again.experts == again.experts[:1]).all(), "none is dropped without a key"
-    fresh = PreGated(AdapterConfig(**MIXTURE), model.config, Variant(orthogonal=True), rngs=nnx.Rngs(0))
-    a = fresh.experts["q_proj"].A[...].reshape(model.config.num_layers, -1, model.config.embed_dim)
-    np.testing.assert_allclose(a @ a.swapaxes(1, 2), np.broadcast_to(np.eye(8) / 3, (len(a), 8, 8)), atol=1e-5)
-
-
-def test_by_task_routes_by_the_set(model: Any):
-    adapter = PreGated(
-        AdapterConfig(**MIXTURE | {"num_experts": 8, "top_k": 1}), model.config, Variant(by_task=True), rngs=nnx.Rngs(0)
-    )
-    given = jnp.array([[3, 3, 7]])
-    routing, _ = adapter.plan(model, given, given, given)
-    assert isinstance(routing, Routing)
-    assert (routing.dense_gates()[0].argmax(-1) == given).all()
-    assert adapter.balance_loss(routing, given > 0) == 0
-
-
-def test_greedy_decoding_is_the_full_forward_pass(model: Any):
-    """Of two replicas, on prompts of different lengths; a reply that has ended stays so."""
-    variant = Variant(context_decay=0.9, shared_rank=2)
-    each = [adapter_of(model, variant), jax.tree.map(lambda leaf: leaf * 1.5, adapter_of(model, variant, seed=3))]
-    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-    prompts, lengths = jnp.array([[1, 40, 41, 42, 50], [1, 60, 61, 0, 0]]), jnp.array([5, 3])
-    plan: dict[str, Any] = {"new_tokens": 4}
-
-    @jax.jit
-    def following(adapter: Any, tokens: jax.Array) -> jax.Array:
-        view, _ = pregated.seen(adapter, model, tokens, jnp.arange(10)[None], jnp.zeros_like(tokens))
-        return model.logits(model.run(tokens, adapter=view).hidden[0]).argmax(-1)
-
-    found = generation.greedy(model, params, prompts, lengths, jnp.int32(0), jnp.array([-1]), **plan)
-    assert found.shape == (2, 2, 4)
-    for s, adapter in enumerate(each):
-        for n in range(2):
-            text = prompts[n, : lengths[n]].tolist()
-            for _ in range(4):
-                text.append(int(following(adapter, jnp.array([text + [0] * (10 - len(text))]))[len(text) - 1]))
-            assert found[s, n].tolist() == text[lengths[n] :]
-    stop = int(found[0, 0, 1])
-    again = generation.greedy(model, params, prompts, lengths, jnp.int32(0), jnp.array([stop]), **plan)
-    assert set(again[0, 0, 1:].tolist()) == {stop}
-
-
 def test_loss_of_a_step_by_hand(mixed: mixture.Mixture, model: Any):
     """The mean over the examples of a batch of the mean over an example's targets, of a LoRA that is still nothing."""
     rows = mixed.training
@@ -346,11 +195,11 @@ def test_study_from_files_to_tables(file: Path, stories260k_dir: Path, tmp_path:
     assert not list(runs.glob("*")), "the budget was over before the first run"
     plan = Plan(steps=8, batch_size=2, new_tokens=3, dtype="float32")
     study = Study(str(stories260k_dir), file, Runs(record, runs), plan)
-    study.do_all([grid(arm, (1e-2, 1e-3))], budget_seconds=None, begun=0)
+    study.do_all([grid(arm, (1e-2, 1e-3))], budget_seconds=None, watch=Stopwatch())
     replicas = study.records[f"grid-{arm}-0@0.01,0@0.001"]["replicas"]
     best = best_rate(study.records, arm)
     assert max(r["mean"] for r in replicas) == next(r["mean"] for r in replicas if r["learning_rate"] == best)
-    study.do_all([of_seeds(arm, (0, 5), study.records)], budget_seconds=None, begun=0)
+    study.do_all([of_seeds(arm, (0, 5), study.records)], budget_seconds=None, watch=Stopwatch())
 
     before = {path: path.stat().st_mtime_ns for path in runs.iterdir()}
     assert main([*flags, "--arms", arm]) == main([*flags, "--arms", arm, "--stage", "seeds", "--seeds", "0", "5"]) == 0
@@ -398,9 +247,9 @@ def test_runs_have_names_of_their_own():
 
 def test_arms_cost_what_they_are_compared_at(smollm2_dir: Path):
     """Within 1% of the LoRA with as many active or as many parameters in all; the layer-wise baselines are as published."""
-    from adafuse_jax.checkpoints.hf_config import read_model_config
+    from adafuse_jax.checkpoints.hf_config import parse_hf_config
 
-    config = read_model_config(smollm2_dir)
+    config = parse_hf_config(smollm2_dir).model
     active, total = (arms.parameters(arms.ARMS[name], config)[0] for name in ("lora-32", "lora-128"))
     for name, settings in arms.ARMS.items():
         if name.startswith("adafuse"):

@@ -14,14 +14,14 @@ import pytest
 import tiny
 from study_data import BATCH, LENGTH, choices, small
 
-from adafuse_jax.adapters.registry import in_use
+from adafuse_jax.adapters.registry import resolve_forward
 from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.chat import encode_all
 from adafuse_jax.data.packing import Rows, pack
 from adafuse_jax.evaluation.loading import load
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.training.schedules import learning_rate
-from studies.science_questions.methods import available, make, trainable_parameters
+from studies.science_questions.methods import METHODS, make, trainable_parameters
 from studies.training import CONFIG, Texts, Trained, Trainer, optimizer_of, phases_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -59,7 +59,7 @@ def rows(loaded: Any) -> Any:
     return pack(encode_all(choices() * 2, loaded.tokenizer, LENGTH)[0], LENGTH)
 
 
-@pytest.mark.parametrize("name", [name for name in available() if name not in ("none", "lora-matched", "adafuse-ffn")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("none", "lora-matched", "adafuse-ffn")])
 def test_every_method_learns(name: str, loaded: Any, rows: Any):
     """The loss falls, and the learning rate that is given is the one that counts: at 0 nothing changes."""
     settings, rate = small(name), 1e-3 if name == "full" else 3e-2
@@ -126,7 +126,6 @@ def test_frozen_routers_stay(loaded: Any, rows: Any):
     np.testing.assert_allclose(never.router.weight[...], usual.router.weight[...], atol=1e-6)
 
 
-@pytest.mark.skipif("mola" not in available(), reason="MoLA is not in this version")
 def test_mola_counts_the_experts_that_are_there(loaded: Any):
     few, even = (
         trainable_parameters(small("mola") | {"experts_per_layer": numbers}, loaded.model)
@@ -177,7 +176,7 @@ def test_full_training_runs_in_the_backbones_type(loaded: Any):
     params = jax.tree.map(lambda leaf: leaf[0], start({"adapter": "full"}, loaded.model, (0,)))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), loaded.model)
-    backbone, adapter = in_use(params, half)
+    backbone, adapter = resolve_forward(params, half)
     assert adapter is None
     assert backbone.dtype == jnp.bfloat16
 

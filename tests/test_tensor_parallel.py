@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -16,24 +13,11 @@ from adafuse_jax import UserError
 from adafuse_jax.models.config import LINEARS, ModelConfig
 from adafuse_jax.parallel.mesh import make_mesh
 
-TESTS = tiny.GOLDENS.parent
-
-
-def with_devices(count: int, *command: object) -> str:
-    """The last line that a Python program prints with `count` CPU devices."""
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, cwd=TESTS, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().split("\n")[-1]
+PROGRAM = tiny.GOLDENS.parent / "tensor_parallel_run.py"
 
 
 def test_other_methods_give_the_same_tokens():
-    found = json.loads(with_devices(2, TESTS / "tensor_parallel_run.py", "llama_gqa_tied", "methods", 2))
+    found = json.loads(tiny.with_devices(2, PROGRAM, "llama_gqa_tied", "methods", 2))
     assert found == {"lora merged": True, "mola unmerged": True, "pesc unmerged": True}
 
 
@@ -43,7 +27,7 @@ def test_other_methods_give_the_same_tokens():
 )
 def test_same_tokens_and_half_of_everything(family, targets):
     """Two rows, two devices, twice: one program, and no device holds more than half of a cut matrix."""
-    found = json.loads(with_devices(2, "tensor_parallel_run.py", family, ",".join(targets), 2))
+    found = json.loads(tiny.with_devices(2, PROGRAM, family, ",".join(targets), 2))
     assert found["together"] == [found["alone"]] * 2
     assert found["programs"] == 1
     assert set(found["linears"].values()) == {0.5}
@@ -55,7 +39,7 @@ def test_same_tokens_and_half_of_everything(family, targets):
 def test_fused_shares_add_up():
     """With the kernel's phases in plain fp32, a device's share at a time. What the launch asks of GPUs when it is compiled:
     each other's addresses, a barrier before it, and no multicast memory. And which meshes are refused."""
-    found = json.loads(with_devices(2, "tensor_parallel_run.py", "-", "fused", 2))
+    found = json.loads(tiny.with_devices(2, PROGRAM, "-", "fused", 2))
     for name, (logits, *new) in found["errors"].items():
         assert max(logits, *new) < 1e-3, name
     (alone, _), together = found["tokens"]
@@ -73,8 +57,10 @@ def test_fused_shares_add_up():
 def test_decode_script(tmp_path):
     folder = tiny.write_folder(tmp_path)
     flags = [*tiny.decode_flags(folder, max_new_tokens=8, dtype="float32"), "--json"]
-    script = TESTS.parent / "decode.py"
-    alone, together = (json.loads(with_devices(2, script, *flags, *more)) for more in ((), ("--tensor-parallel", "2")))
+    script = tiny.REPOSITORY / "decode.py"
+    alone, together = (
+        json.loads(tiny.with_devices(2, script, *flags, *more)) for more in ((), ("--tensor-parallel", "2"))
+    )
     assert together["token_ids"] == alone["token_ids"]
     assert len(alone["token_ids"]) > 0
 

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from goldens.tiny_models import CASES, write_model_dir
 from random_models import random_adapter, tokens_of
+from training_batches import as_batch, config, examples
 
 from adafuse_jax import load_backbone
 from adafuse_jax.adapters.router import expert_load
@@ -22,7 +23,6 @@ from adafuse_jax.data.packing import Rows, pack
 from adafuse_jax.evaluation.heldout import HeldOut, score
 from adafuse_jax.models.loss import token_losses
 from adafuse_jax.training import step
-from adafuse_jax.training.config import TrainConfig
 from adafuse_jax.training.optimizer import make_optimizer
 from adafuse_jax.training.schedules import Phases, learning_rate, tied_gradients
 from adafuse_jax.training.step import TrainState, train_step
@@ -30,33 +30,15 @@ from adafuse_jax.training.step import TrainState, train_step
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.fixture(scope="module", params=["llama_mqa_sharded", "qwen2_window"])
+@pytest.fixture(scope="module", params=[pytest.param("llama_mqa_sharded", marks=pytest.mark.slow), "qwen2_window"])
 def model(request, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param)
     write_model_dir(CASES[request.param], out)
     return load_backbone(out, "float32")
 
 
-def config(**changes) -> TrainConfig:
-    return TrainConfig(**({"model": "m", "dataset": ("d",), "output": "o", "learning_rate": 1e-2} | changes))
-
-
 def state_of(adapter, optimizer) -> TrainState:
     return TrainState(step=jnp.int32(0), adapter=adapter, moments=optimizer.init(adapter), key=jax.random.key(0))
-
-
-def examples(model, lengths, seed=0) -> list[Encoded]:
-    rng = np.random.default_rng(seed)
-    made = []
-    for n in lengths:
-        mask = np.arange(n) >= n // 2
-        made.append(Encoded(rng.integers(3, model.config.vocab_size, n).astype(np.int32), mask))
-    return made
-
-
-def as_batch(rows, accum: int) -> Batch:
-    fold = lambda x: x.reshape(accum, -1, x.shape[-1])  # noqa: E731
-    return Batch(*(fold(getattr(rows, f.name)) for f in dataclasses.fields(Batch)))
 
 
 def router_load(model, adapter, batch: Batch) -> jax.Array:

@@ -25,7 +25,7 @@ def make_adapter(config: AdapterConfig, model: ModelConfig, *, rngs: nnx.Rngs) -
     return MODULES[config.adapter](config, model, rngs=rngs)
 
 
-def in_use(trained: AnyAdapter | FullWeights | None, model: Backbone) -> tuple[Backbone, Adapter | None]:
+def resolve_forward(trained: AnyAdapter | FullWeights | None, model: Backbone) -> tuple[Backbone, Adapter | None]:
     """The backbone and the adapter to run: `trained` on `model`, or in its place; the bare backbone for None."""
     if isinstance(trained, FullWeights):
         return trained.as_backbone(model.dtype), None

@@ -93,11 +93,6 @@ class HFCheckpoint:
         return self.tensors.identity()
 
 
-def backbone_identity(path_or_id: str | Path) -> str:
-    """Identity of the weights in a model directory, to tell an adapter's backbone from any other."""
-    return HFCheckpoint.open(path_or_id).identity()
-
-
 def load_backbone(
     source: str | Path | HFCheckpoint, dtype: DType | None = None, *, place: Placement | None = None
 ) -> Backbone:

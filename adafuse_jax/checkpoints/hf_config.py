@@ -7,7 +7,6 @@ log.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ModelConfig, RopeConfig
 from adafuse_jax.models.families.family import Family
 from adafuse_jax.models.registry import FAMILIES
-
-log = logging.getLogger(__name__)
 
 ROPE_KINDS = ("default", "linear", "llama3")
 DTYPE_NAMES = {
@@ -48,14 +45,6 @@ class HFConfig:
     remarks: tuple[str, ...]
     table: Table
     generation: Table
-
-
-def read_model_config(directory: Path) -> ModelConfig:
-    """The model in `directory`, with a log line for each of `HFConfig.remarks`. Raises `UserError` as `parse_hf_config`."""
-    parsed = parse_hf_config(directory)
-    for remark in parsed.remarks:
-        log.info("%s", remark)
-    return parsed.model
 
 
 def parse_hf_config(directory: Path) -> HFConfig:

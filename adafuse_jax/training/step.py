@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, Key
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.baselines.full import FullWeights
 from adafuse_jax.adapters.lora import LoRA
-from adafuse_jax.adapters.registry import AnyAdapter, in_use
+from adafuse_jax.adapters.registry import AnyAdapter, resolve_forward
 from adafuse_jax.adapters.router import expert_load, router_statistics
 from adafuse_jax.data.batches import Batch
 from adafuse_jax.models.decoder import Backbone, Output
@@ -57,7 +57,7 @@ def forward(
 ) -> tuple[Backbone, Output]:
     """A pass over rows [B, T]: the backbone that ran, whose head gives the logits, and its output. `key` is the randomness
     of dropout; `options` are those of `Backbone.run`."""
-    backbone, adapter = in_use(trained, model)
+    backbone, adapter = resolve_forward(trained, model)
     out = backbone.run(
         batch.tokens,
         adapter=adapter,

@@ -21,7 +21,7 @@ from flax import nnx
 
 from adafuse_jax.adapters.baselines.full import FullWeights
 from adafuse_jax.adapters.config import AdapterConfig
-from adafuse_jax.adapters.registry import in_use, num_parameters
+from adafuse_jax.adapters.registry import num_parameters, resolve_forward
 from adafuse_jax.checkpoints.adapter_directory import save_adapter
 from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
 from adafuse_jax.checkpoints.hf_export import export_backbone
@@ -217,7 +217,9 @@ class Run:
     """Called once: after the first step of a run that begins, otherwise at once."""
 
     def evaluate(self, state: TrainState, step: int) -> None:
-        result = self.data.held_out.evaluate(*in_use(state.adapter, self.model), batch_size=self.config.batch_size)
+        result = self.data.held_out.evaluate(
+            *resolve_forward(state.adapter, self.model), batch_size=self.config.batch_size
+        )
         if result:
             self.report.evaluation(step, result)
 

@@ -62,7 +62,7 @@ def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
     """Jobs of a part, in order. `seconds` in the settings are those of one repeat."""
     is_tiny = arguments.size == "tiny"
     if part == "layer":
-        lengths, ranks = ([1, 16], [4, 8]) if is_tiny else ([1, 128, 512, 2048], [8, 16, 32, 64, 128])
+        lengths, ranks = ([1, 16], [8]) if is_tiny else ([1, 128, 512, 2048], [8, 16, 32, 64, 128])
         layers, seconds = (1, 2e-4) if is_tiny else (LAYERS, 0.04)
         return [rows_module_job("layer", "layer", ranks=ranks, lengths=lengths, num_layers=layers, seconds=seconds)]
     if part == "context":

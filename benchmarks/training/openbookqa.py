@@ -16,21 +16,22 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common.timing import Stopwatch
 
 
 def train(arguments: list[str], share: float = 1.0) -> dict[str, Any]:
     """Run train.py with a share of the GPU's memory; its summary."""
     print("$ python train.py", " ".join(arguments), flush=True)
-    begun = time.perf_counter()
+    watch = Stopwatch()
     environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(round(0.9 * share, 3))}
     command = [sys.executable, "train.py", *arguments]
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     summary = json.loads(result.stdout)
-    print(f"  {time.perf_counter() - begun:.0f} s, before {summary['before']}, after {summary['after']}", flush=True)
+    print(f"  {watch.seconds:.0f} s, before {summary['before']}, after {summary['after']}", flush=True)
     return summary
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from adafuse_jax.core import runtime
 from adafuse_jax.core.atomic_files import write_text
 from adafuse_jax.core.cli import run_cli
 from adafuse_jax.core.fields import require
+from benchmarks.common.timing import Stopwatch
 from studies.accuracy.arms import ARMS
 from studies.accuracy.mixture import prepare
 from studies.accuracy.report import report
@@ -74,7 +74,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    begun = time.perf_counter()
+    watch = Stopwatch()
     arguments = parse(argv)
     if arguments.prepare:
         contents = prepare(
@@ -103,8 +103,8 @@ def main(argv: Sequence[str]) -> int:
     else:
         grids = study.records if arguments.grids is None else read_records(arguments.grids)
         runs = [of_seeds(arm, arguments.seeds, grids) for arm in arguments.arms]
-    print(f"[{time.perf_counter() - begun:5.0f} s] {len(study.records)} runs are recorded", file=sys.stderr, flush=True)
-    study.do_all(runs, budget_seconds=arguments.budget_seconds, begun=begun)
+    print(f"[{watch.seconds:5.0f} s] {len(study.records)} runs are recorded", file=sys.stderr, flush=True)
+    study.do_all(runs, budget_seconds=arguments.budget_seconds, watch=watch)
     return 0
 
 

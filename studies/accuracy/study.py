@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import numpy as np
 from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
 from adafuse_jax.core.fields import require
 from adafuse_jax.models.config import DType
+from benchmarks.common.timing import Stopwatch
 from studies.accuracy import arms, generation, mixture, pregated, scoring
 from studies.accuracy.tasks import SETS
 from studies.runs import Records, Runs
@@ -125,12 +125,13 @@ class Study:
         ).compile()  # fmt: skip
         return Programs(trainer=trainer, losses=losses, greedy=greedy)
 
-    def do_all(self, runs: Sequence[Run], *, budget_seconds: float | None, begun: float) -> None:
-        """The unfinished of `runs`; none is started that would end after the budget if it took as long as the longest."""
+    def do_all(self, runs: Sequence[Run], *, budget_seconds: float | None, watch: Stopwatch) -> None:
+        """Do the unfinished of `runs`; none is started that would end after the budget, which `watch` counts, if it took as
+        long as the longest."""
         left = [run for run in runs if run.name not in self.records]
         longest = 0.0
         for at, run in enumerate(left):
-            elapsed = time.perf_counter() - begun
+            elapsed = watch.seconds
             if budget_seconds is not None and elapsed + longest > budget_seconds:
                 print(f"[{elapsed:5.0f} s] {run.name} does not fit {budget_seconds:g} s; start again", file=sys.stderr)
                 break
@@ -140,7 +141,7 @@ class Study:
             longest = max(longest, record["wall_seconds"])
             means = [round(replica["mean"], 2) for replica in record["replicas"]]
             print(
-                f"[{time.perf_counter() - begun:5.0f} s] {run.name}: {means}, training {record['training_seconds']:.0f} s "
+                f"[{watch.seconds:5.0f} s] {run.name}: {means}, training {record['training_seconds']:.0f} s "
                 f"of {record['wall_seconds']:.0f}",
                 file=sys.stderr,
                 flush=True,
@@ -150,17 +151,17 @@ class Study:
     def do(self, run: Run) -> dict[str, Any]:
         """Train, score, and write the record."""
         settings, plan = arms.ARMS[run.arm], self.plan
-        waited = time.perf_counter()
+        wall = Stopwatch()
         programs = self.programs(run.arm, len(run.seeds)).result()
-        begun = time.perf_counter()
+        compile_wait_seconds = wall.seconds
         trained = programs.trainer.train(
             self.model, self.mixture.training, seeds=run.seeds, rates=run.rates, batch_size=plan.batch_size, points=20
         )
-        scored_at = time.perf_counter()
+        scoring_watch = Stopwatch()
         measures = scoring.measures(
             self.model, trained.adapter, self.mixture.scored, batch_size=2 * plan.batch_size, losses_of=programs.losses
         )
-        decoded_at = time.perf_counter()
+        scoring_seconds, decoding_watch = scoring_watch.seconds, Stopwatch()
         prompts = self.mixture.prompts
         found = programs.greedy(
             self.model,
@@ -171,7 +172,7 @@ class Study:
             np.array(self.mixture.stops, np.int32),
         )
         matches = generation.exact_match(self.tokenizer, np.asarray(found), prompts, self.mixture.stops)
-        ended = time.perf_counter()
+        decoding_seconds, wall_seconds = decoding_watch.seconds, wall.seconds
         replicas = []
         for at, (seed, rate) in enumerate(zip(run.seeds, run.rates, strict=True)):
             measures[at]["gsm8k"]["exact"] = matches[at]
@@ -190,10 +191,10 @@ class Study:
             "history": trained.history,
             "identity": self.identity,
             "training_seconds": round(trained.seconds, 2),
-            "scoring_seconds": round(decoded_at - scored_at, 2),
-            "decoding_seconds": round(ended - decoded_at, 2),
-            "compile_wait_seconds": round(begun - waited, 2),
-            "wall_seconds": round(ended - waited, 2),
+            "scoring_seconds": round(scoring_seconds, 2),
+            "decoding_seconds": round(decoding_seconds, 2),
+            "compile_wait_seconds": round(compile_wait_seconds, 2),
+            "wall_seconds": round(wall_seconds, 2),
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
             "command": self.command,

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 
 import studies.drift
 from adafuse_jax import load_backbone
-from adafuse_jax.checkpoints.hf_checkpoint import backbone_identity
-from adafuse_jax.checkpoints.hf_config import read_model_config
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
 from adafuse_jax.core import runtime
 from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.inference.backends.merged import adapted_weights
@@ -82,14 +81,15 @@ def main(argv: Sequence[str]) -> None:
         parser.error(f"--steps is {arguments.steps}: it must be at least 1")
     watch = Stopwatch()
     runtime.exact_float32()
-    config, identity = read_model_config(arguments.model), backbone_identity(arguments.model)
+    checkpoint = HFCheckpoint.open(arguments.model)
+    config, identity = checkpoint.config, checkpoint.identity()
     tokenizer = load_tokenizer(arguments.model)
     length = min(LENGTH, config.max_position_embeddings)
     rows, decades = 1 + -(-max(arguments.steps, 2) // length), decades_to(arguments.steps)
     tokens: Any = None
     results: dict[str, Any] = {}
     for dtype in DTYPES:
-        model = load_backbone(arguments.model, dtype)
+        model = load_backbone(checkpoint, dtype)
         adapter = load_adafuse(arguments.adapter, config, backbone_identity=identity, dtype=jnp.dtype(dtype))
         if arguments.text is not None:
             tokens = jnp.asarray(text_tokens(arguments.text, tokenizer, rows, length))

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from adafuse_jax.core import runtime
 from adafuse_jax.core.cli import run_cli
 from adafuse_jax.core.fields import require
+from benchmarks.common.timing import Stopwatch
 from studies.questions import SETS
 from studies.runs import Runs, add_flags, merge
 from studies.science_questions import report
-from studies.science_questions.methods import ABLATIONS, METHODS, RATE_SCALE, available
+from studies.science_questions.methods import ABLATIONS, METHODS, RATE_SCALE
 from studies.science_questions.report import NAME
 from studies.science_questions.study import Study
 
@@ -35,7 +35,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", help="directory of SmolLM2-135M-Instruct")
     parser.add_argument("--data", help="folder of the data files that studies/questions.py names")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder for {NAME}.json, .md and .png")
-    parser.add_argument("--methods", nargs="+", default=available(), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--ablations", nargs="*", default=list(ABLATIONS), choices=list(ABLATIONS), metavar="ABLATION")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, metavar="SET")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -54,8 +54,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("epochs", "batch_size", "length", "replicas", "limit", "compile_threads"):
         value = getattr(arguments, name)
         require(value is None or value > 0, f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
-    missing = [name for name in arguments.methods if name not in available()]
-    require(not missing, f"--methods {' '.join(missing)}: this version has no such adapter; leave it out")
     needed = ("runs",) if arguments.merge else () if arguments.report else ("model", "data", "runs")
     for name in needed:
         require(getattr(arguments, name) is not None, f"--{name} is missing; give it")
@@ -63,7 +61,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    begun = time.perf_counter()
+    watch = Stopwatch()
     arguments = parse(argv)
     runs = Runs(arguments.record, arguments.runs)
     if arguments.merge:
@@ -83,14 +81,13 @@ def main(argv: Sequence[str]) -> int:
             stage = run.stage
             study.compile_ahead(stage)
             report.write(runs.all, arguments.out)
-        elapsed = time.perf_counter() - begun
+        elapsed = watch.seconds
         if arguments.budget_seconds is not None and elapsed > arguments.budget_seconds:
             print(f"{elapsed:.0f} s are over the budget; {run.name} is next", file=sys.stderr)
             break
         record = study.do(run)
         found = [next(iter(replica.values())) for replica in record["replicas"]]
-        elapsed = time.perf_counter() - begun
-        print(f"[{elapsed:6.0f} s] {run.name}: {found}, {record['wall_seconds']:.1f} s", file=sys.stderr)
+        print(f"[{watch.seconds:6.0f} s] {run.name}: {found}, {record['wall_seconds']:.1f} s", file=sys.stderr)
     study.close()
     report.write(runs.all, arguments.out)
     print((arguments.out / f"{NAME}.md").read_text(encoding="utf-8"))

@@ -17,8 +17,8 @@ gates are 1/2, whose halves the router weighs.
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,7 +30,6 @@ from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.training.initial import initial_weights
 from studies.training import SETTLED, TIED, USUAL
 
-NO_ADAPTER = ("none", "full")
 BALANCE = 0.01
 _MIXTURE: dict[str, Any] = {"rank": 16, "alpha": 32.0, "top_k": 2, "dropout": 0.0, "balance_coefficient": BALANCE}
 _ADAFUSE: dict[str, Any] = {**_MIXTURE, "adapter": "adafuse", "targets": LINEARS, "num_experts": 8}
@@ -102,12 +101,6 @@ def changes(ablation: str, base: str) -> bool:
     return USUAL | settings_of(ablation, base) != USUAL | METHODS[base]
 
 
-def available() -> list[str]:
-    """The METHODS whose adapter this version has."""
-    known = typing.get_args(typing.get_type_hints(AdapterConfig)["adapter"])
-    return [name for name, settings in METHODS.items() if settings["adapter"] in (*known, *NO_ADAPTER)]
-
-
 def settings_of(name: str, base: str = VARIANTS[0]) -> dict[str, Any]:
     """Of a method, or of an ablation of `base`."""
     return METHODS[name] if name in METHODS else METHODS[base] | ABLATIONS[name]
@@ -122,7 +115,7 @@ def make(settings: dict[str, Any], model: Backbone, key: jax.Array) -> Any:
 def trainable_parameters(settings: dict[str, Any], model: Backbone) -> int:
     if settings["adapter"] == "none":
         return 0
-    return num_parameters(jax.eval_shape(lambda: make(settings, model, jax.random.key(0))))
+    return num_parameters(jax.eval_shape(partial(make, settings), model, jax.random.key(0)))
 
 
 def needs_remat(settings: dict[str, Any]) -> bool:

@@ -19,7 +19,6 @@ import dataclasses
 import json
 import math
 import platform
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from adafuse_jax.core.fields import require
 from adafuse_jax.data.chat import encode_all, load_tokenizer
 from adafuse_jax.data.packing import pack
 from adafuse_jax.training.replicas import replica_forward
+from benchmarks.common.timing import Stopwatch
 from studies.questions import Packed, Questions, pack_candidates, read_set
 from studies.runs import Runs
 from studies.science_questions.methods import (
@@ -235,7 +235,7 @@ class Study:
     def do(self, run: Run) -> dict[str, Any]:
         """Train, score, and record a run."""
         settings = self.settings_of(run.method)
-        begun = time.perf_counter()
+        watch = Stopwatch()
         trained, adapter = None, None
         losses_of: Callable[..., Any] = target_losses
         if run.seeds:
@@ -274,7 +274,7 @@ class Study:
         }
         if trained is not None:
             record |= self._training_record(run, trained)
-        record["wall_seconds"] = round(time.perf_counter() - begun, 3)
+        record["wall_seconds"] = round(watch.seconds, 3)
         return self.runs.add(run.name, record)
 
     def _training_record(self, run: Run, trained: Trained) -> dict[str, Any]:

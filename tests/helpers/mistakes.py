@@ -24,8 +24,7 @@ from safetensors.numpy import load_file, save_file
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.registry import make_adapter
 from adafuse_jax.checkpoints.adapter_directory import save_adapter
-from adafuse_jax.checkpoints.hf_checkpoint import backbone_identity
-from adafuse_jax.checkpoints.hf_config import read_model_config
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
 
 Damage = Callable[[Path], object]
 WEIGHTS = "model/model.safetensors"
@@ -136,7 +135,8 @@ OTHERS: dict[str, dict[str, Any]] = {
 def good_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything good in it: model, data, an adapter of AdaFuse in `adapter`, and one of each other method."""
     folder = tiny.write_folder(tmp_path_factory.mktemp("template"))
-    model, identity = read_model_config(folder / "model"), backbone_identity(folder / "model")
+    checkpoint = HFCheckpoint.open(folder / "model")
+    model, identity = checkpoint.config, checkpoint.identity()
     for method, settings in {"adafuse": {"num_experts": 4}, **OTHERS}.items():
         adapter = make_adapter(AdapterConfig(adapter=method, rank=2, **settings), model, rngs=nnx.Rngs(0))
         out = folder / ("adapter" if method == "adafuse" else method)

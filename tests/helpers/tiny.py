@@ -140,3 +140,16 @@ def run_script(script: str, flags: Sequence[str], **options: Any) -> subprocess.
     options = {"env": environment(), "input": b"", "timeout": 300} | options
     done = subprocess.run(command(script, flags), capture_output=True, **options)
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def with_devices(count: int, *command: object) -> str:
+    """The last line that a Python program prints with `count` CPU devices; it may import what tests may."""
+    more = {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment(**more), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().split("\n")[-1]
