@@ -267,7 +267,7 @@ def test_some_commands_are_checked():
         "adafuse train --model DIR --output RUN",
         "python -m adafuse_jax.export --model DIR --adapter DIR --output OUT --format gguf",
         "python -m benchmarks.kernels.sgmm --outer OUT",
-        ".venv/bin/python -m pytest -q tests/test_sgmm.py -k no_such_test",
+        ".venv/bin/python -m pytest -q tests/kernels/test_sgmm.py -k no_such_test",
         ".venv/bin/python -m pytest -q -m tpu",
         "curl example.org",
     ],

@@ -13,7 +13,7 @@ from adafuse_jax import UserError
 from adafuse_jax.models.config import LINEARS, ModelConfig
 from adafuse_jax.parallel.mesh import make_mesh
 
-PROGRAM = tiny.GOLDENS.parent / "tensor_parallel_run.py"
+PROGRAM = Path(__file__).with_name("tensor_parallel_run.py")
 
 
 def test_other_methods_give_the_same_tokens():

@@ -1,4 +1,4 @@
-"""What only a GPU can show: `pytest -m gpu tests/test_gpu.py`. Elsewhere these tests are skipped."""
+"""What only a GPU can show: `pytest -m gpu tests/gpu/test_gpu.py`. Elsewhere these tests are skipped."""
 
 from __future__ import annotations
 
