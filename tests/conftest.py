@@ -71,15 +71,6 @@ def default_signals():
         signal.signal(number, handler)
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For files whose time is XLA's on many small programs (three fifths of it then): most of its optimisations are off."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The `shared` folder beside the repository, with real data, models and tools. Without it the tests that need it are

@@ -342,7 +342,6 @@ def test_missing_names_are_found():
 # Examples, numbers, figures
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", ["README.md", "docs/python-api.md"])
 def test_python_examples_run(name: str, tmp_path: Path):
     model = tiny.write_model(tmp_path / "model")

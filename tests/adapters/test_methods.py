@@ -31,8 +31,6 @@ from adafuse_jax.training.optimizer import make_optimizer
 from adafuse_jax.training.step import TrainState, train_step
 from benchmarks.simple_merging import Merging
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FAMILIES = ("llama_mqa_sharded", "qwen3_bias")
 """Of three layers each: MoLA's parts are of one layer each."""
 

@@ -22,8 +22,6 @@ from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.inference.slots import Slots
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GREEDY = Sampling.of()
 SETTINGS = (
     GREEDY,

@@ -37,7 +37,6 @@ from studies.science_questions.methods import (
 )
 from studies.science_questions.token_classes import CLASSES, class_of, classes_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ADAFUSE = small("adafuse")
 SHAPES = ModelConfig(
     model_type="llama", vocab_size=8, embed_dim=8, hidden_dim=8, num_layers=4, num_heads=2, num_kv_heads=1,

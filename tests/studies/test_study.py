@@ -27,8 +27,6 @@ from studies.questions import Packed
 from studies.runs import Runs, read_records
 from studies.training import Trainer, optimizer_of, phases_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LENGTH, LIMIT = 192, 6
 FEW: dict[str, Any] = {"rank": 2, "alpha": 4.0, "targets": ("q_proj", "down_proj")}
 SMALL = {

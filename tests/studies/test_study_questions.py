@@ -19,8 +19,6 @@ from adafuse_jax.evaluation.multiple_choice import chosen_by_likelihood
 from studies.questions import SCIENCEQA_TRAINING, SETS, _scienceqa, pack_candidates, read_set
 from studies.science_questions.study import accuracies
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -24,7 +24,6 @@ from adafuse_jax.training.schedules import learning_rate
 from studies.science_questions.methods import METHODS, make, trainable_parameters
 from studies.training import CONFIG, Texts, Trained, Trainer, optimizer_of, phases_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ADAFUSE = small("adafuse")
 
 

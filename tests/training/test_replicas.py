@@ -33,8 +33,6 @@ from adafuse_jax.training.replicas import (
 from adafuse_jax.training.schedules import Phases
 from adafuse_jax.training.step import TrainState, train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS, SEEDS, RATES = 4, (3, 4), (1e-2, 1e-3)
 SMALL = {"rank": 2, "alpha": 4.0, "targets": ("q_proj", "down_proj")}
 METHODS = {

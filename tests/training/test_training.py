@@ -27,8 +27,6 @@ from adafuse_jax.training.optimizer import make_optimizer
 from adafuse_jax.training.schedules import Phases, learning_rate, tied_gradients
 from adafuse_jax.training.step import TrainState, train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module", params=[pytest.param("llama_mqa_sharded", marks=pytest.mark.slow), "qwen2_window"])
 def model(request, tmp_path_factory):
