@@ -162,7 +162,7 @@ def run_fused(devices: int) -> dict:
         )
     ]
     model, adapter, *_ = make(replace(cases["all 7, two rows"], vocab_size=512))
-    tokens, programs = [], []
+    tokens, compiled = [], []
     whole = [(model, adapter), (shard(model, mesh), shard(adapter, mesh))]
     with (
         mock.patch.object(kernel_sm90, "run_megakernel", one_shard),
@@ -173,7 +173,7 @@ def run_fused(devices: int) -> dict:
             programs.decode_step.clear_cache()
             engine = Engine(*parts, eos_ids=(), strategy="fused")
             tokens.append([generate(engine, *([5, 3, 8], [7]), n=12) for _ in range(2)])
-            programs.append(programs.decode_step._cache_size())
+            compiled.append(programs.decode_step._cache_size())
         unasked = [Engine(*whole[1]).strategy]
         with mock.patch("adafuse_jax.inference.backends.megakernel.TRIED_DEVICES", 1):
             unasked += [Engine(*whole[1]).strategy, Engine(*whole[1], strategy="fused").strategy]
@@ -189,7 +189,7 @@ def run_fused(devices: int) -> dict:
         "refused": refused,
         "errors": found,
         "tokens": tokens,
-        "programs": programs,
+        "programs": compiled,
         "multicast": "symmetric_memory" in text,
         "reasons": reasons,
     } | needs
