@@ -1,9 +1,11 @@
-"""The floors of docs/architecture.md: a package imports those below it only, and no module imports itself over others."""
+"""The floors of docs/architecture.md: a package imports those below it only, and no module imports itself over others; and
+the first words of docstrings."""
 
 from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -42,6 +44,16 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 TREES = modules("adafuse_jax") | modules("pallas_kernels")
+DOCUMENTED = "adafuse_jax", "pallas_kernels", "benchmarks", "examples", "studies", "tests"
+FIRST_WORDS = re.compile(r"\s*(What|Whether|Why|How|Which|Of|Those|That|It|As)\b")
+"""Words that begin no noun phrase and no command."""
+
+
+def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, text) of every string that stands alone: docstrings, and those below constants and fields."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, node.value.value
 
 
 def imported_modules(name: str) -> set[str]:
@@ -96,3 +108,10 @@ def test_the_map_names_the_floors_in_their_order():
     text = (REPOSITORY / "docs" / "architecture.md").read_text()
     places = [text.index(f"| `{package.replace('.', '/')}` |") for package in FLOORS]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize("package", DOCUMENTED)
+def test_docstrings_begin_with_a_noun_or_an_imperative_verb(package: str):
+    texts = [(name, *found) for name, tree in modules(package).items() for found in docstrings(tree)]
+    assert len(texts) > 20
+    assert not [f"{name}:{line}: {text}" for name, line, text in texts if FIRST_WORDS.match(text)]

@@ -67,7 +67,7 @@ class AdaFuse(nnx.Module):
     def balance_loss(
         self, routing: Routing, mask: Bool[Array, "B T"], load: Float[Array, " E"] | None = None
     ) -> Float[Array, ""]:
-        """Of the one router; with the `load` of more tokens than these, if it is given."""
+        """Balance loss of the model's only router. `load`: f_e of more tokens than those of `mask`."""
         return balance_loss(routing, mask, load=load)
 
 

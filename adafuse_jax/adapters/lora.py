@@ -57,7 +57,7 @@ class LoRALayer(Hook):
 
 
 def merged(model: Backbone, lora: LoRA) -> Backbone:
-    """The backbone with W + (α/R) B A for every adapted W, one rounding; it shares all other weights."""
+    """The backbone with W + (α/R) B A for every adapted W, one rounding; all other weights are reused without a copy."""
 
     @jax.jit
     def add(weight: Array, a: Array, b: Array) -> Array:

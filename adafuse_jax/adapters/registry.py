@@ -1,4 +1,4 @@
-"""From the name of a method to its module, and from what trains to what runs."""
+"""Modules of the methods by name, and the backbone and adapter that run what was trained."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def num_parameters(trained: AnyAdapter | FullWeights) -> int:
     total = sum(leaf.size for leaf in jax.tree.leaves(trained))
     if isinstance(trained, MoLA):
         size = trained.config.max_experts
-        missing = sum(size - there for there in trained.layer_experts)
+        missing = sum(size - num_experts for num_experts in trained.layer_experts)
         stacked = sum(leaf.size for leaf in jax.tree.leaves(trained.experts))
         total -= stacked // (len(trained.layer_experts) * size) * missing
     return total

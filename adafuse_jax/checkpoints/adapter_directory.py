@@ -72,7 +72,7 @@ def _parse(table: Table) -> tuple[AdapterConfig, dict[str, Any]]:
 
 
 def _setting(table: Table, name: str, hint: Any) -> Any:
-    """A field of `AdapterConfig`, of the type that `hint` says. Its range is checked with the others'."""
+    """A field of `AdapterConfig`, of the type `hint`. Its range is checked with the others'."""
     if typing.get_origin(hint) is tuple:
         (of, _), values = typing.get_args(hint), table.items(name)
         if not all(type(value) is of for value in values) or len(values) > MAX_LAYERS:
@@ -92,7 +92,7 @@ def load_adapter(directory: str | Path, model: ModelConfig, *, backbone_identity
     """The adapter in `directory`, its experts cast to `dtype` (routers stay in fp32).
 
     Raises:
-      UserError: a missing, truncated or mismatched file, or an adapter of another backbone (PEFT does not say which
+      UserError: a missing, truncated or mismatched file, or an adapter of another backbone (PEFT does not record which
         backbone, beyond the shapes of its linears).
     """
     directory = Path(directory).expanduser()

@@ -17,7 +17,7 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 DIGEST = "weights_sha256"
 """Key of adapter_config.json, absent in adapters of earlier versions: a safetensors file has no checksum of its own."""
 MAX_SIZE = 2**20
-"""Of a rank or a number of experts in adapter_config.json."""
+"""Largest rank, and largest number of experts, that adapter_config.json may have."""
 
 
 def write_adapter_files(

@@ -89,7 +89,7 @@ class HFCheckpoint:
         return self.hf_config.model
 
     def identity(self) -> str:
-        """Identity of the weights, to tell an adapter's backbone from any other."""
+        """Identity of the weights, to distinguish an adapter's backbone from any other."""
         return self.tensors.identity()
 
 

@@ -43,7 +43,7 @@ def export_backbone(
     The directory appears complete or not at all.
 
     Raises:
-      UserError: `out` exists and is not an empty directory, unless `replace` puts the export in place of what is there, of
+      UserError: `out` exists and is not an empty directory, unless `replace` puts the export in place of the old files, of
         which files of other names stay; a weight that is not finite; a model that config.json cannot describe.
     """
     with new_directory(Path(out), replace=replace, keep_others=True) as partial_out:
@@ -55,7 +55,7 @@ def export_backbone(
 
 
 def _source_config(source: str | Path | HFCheckpoint | None) -> tuple[Path | None, HFConfig | None]:
-    """The source's directory and, if it has a config.json, what that says; an opened checkpoint is not read again."""
+    """The source's directory and, if it has a config.json, its contents; an opened checkpoint is not read again."""
     if isinstance(source, HFCheckpoint):
         return source.directory, source.hf_config
     if source is None:

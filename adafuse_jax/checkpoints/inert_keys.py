@@ -19,7 +19,7 @@ INERT = frozenset({
     "torchscript", "transformers_version", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
     "bos_token_id", "eos_token_id", "pad_token_id",
 })  # fmt: skip
-"""Of both files, whatever their value."""
+"""Keys of both files that have no effect, whatever their value."""
 
 INERT_VALUES: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,), "attention_bias": (False,), "attention_dropout": (0,),
@@ -27,7 +27,7 @@ INERT_VALUES: dict[str, tuple[Any, ...]] = {
     "resid_pdrop": (0,), "use_mrope": (False,), "auto_map": ({},),
     "quantization_config": ({}, False), "quantization": ({}, False), "compression_config": ({}, False),
 }  # fmt: skip
-"""Of config.json → the values with which they are inert."""
+"""Keys of config.json → the values with which they have no effect."""
 
 SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,), "per_layer_config": ({},), "attention_chunk_size": (), "configuration_files": ([],),

@@ -25,7 +25,7 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float6
 
 @contextmanager
 def safetensors_errors(path: Path, tensor: str = "") -> Iterator[None]:
-    """Within, a safetensors file that is missing or broken is a `UserError` that names it."""
+    """Context in which a missing or broken safetensors file raises a `UserError` that names it."""
     where = f"{path}: {shortened(tensor, 120)}" if tensor else str(path)
     try:
         yield

@@ -29,8 +29,8 @@ LOCK_FILE = ".lock"
 
 @contextlib.contextmanager
 def new_file(path: Path, *, text: bool = True) -> Iterator[IO[Any]]:
-    """Within, a file is open for writing (UTF-8 text, or bytes); at the end of the block it becomes `path`, in place of a
-    file that is there. After an exception nothing has changed. Of a symbolic link the target is written.
+    """Open a file for writing (UTF-8 text, or bytes); at the end of the block it becomes `path`, in place of an existing
+    file. After an exception nothing has changed. Of a symbolic link the target is written.
 
     Raises:
       UserError: `path` is a device, a pipe or a directory, which a file must not replace.
@@ -71,7 +71,7 @@ def write_json(path: Path, table: Any) -> None:
 
 @contextlib.contextmanager
 def new_directory(out: Path, *, replace: bool = False, keep_others: bool = False) -> Iterator[Path]:
-    """Within, an empty directory to fill; at the end of the block it becomes `out`. After an exception it is gone, and `out`
+    """Yield an empty directory to fill; at the end of the block it becomes `out`. After an exception it is gone, and `out`
     is as it was.
 
     `out` must not exist or be empty, unless `replace` is given: then it takes the place of the directory that is there. A
@@ -133,7 +133,7 @@ def require_free(out: Path, name: str = "") -> None:
 
 @contextlib.contextmanager
 def locked(directory: Path, *, what: str) -> Iterator[None]:
-    """Within, this process alone holds `directory`, which exists; the operating system frees it if the process dies.
+    """Lock `directory`, which exists, for this process; the operating system frees it if the process dies.
 
     Raises:
       UserError: another process holds it. `what` names it for the message: "--output runs/a".
@@ -178,7 +178,7 @@ def _files(directory: Path) -> set[str]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal. Raises `OSError`."""
+    """SHA-256 of a file's bytes, in hexadecimal. Raises `OSError`."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -25,7 +25,7 @@ BROKEN_PIPE_CODE = 128 + signal.SIGPIPE
 LINES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 STDOUT = "<stdout>"
 GRACE_SECONDS = 10.0
-"""From SIGTERM to the end of a process that does not react to it, because a library computes."""
+"""Time from SIGTERM to the end of a process that does not react to it, because a library computes."""
 
 
 def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
@@ -178,7 +178,7 @@ class _Stderr:
 
 
 def _discard(stream: Any) -> None:
-    """What is in the buffer of a stream that cannot be written, so that its flush at the interpreter's end succeeds."""
+    """Discard the buffer of a stream that cannot be written, so that its flush at the interpreter's end succeeds."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -192,8 +192,8 @@ def _print_error(text: str) -> None:
 
 
 class _Signals:
-    """Within, the first Ctrl-C and SIGTERM raise `KeyboardInterrupt` in the main thread, and `received` is the signal; while
-    a library is imported they end the process.
+    """Context in which the first Ctrl-C or SIGTERM raises `KeyboardInterrupt` in the main thread, and `received` is the
+    signal; while a library is imported they end the process.
 
     Python runs its handlers between two bytecodes only; a compilation is one. So a thread reads every signal as it comes:
     it ends the process at the second Ctrl-C, and `GRACE_SECONDS` after a SIGTERM that nothing reacted to.
@@ -256,7 +256,7 @@ class _Signals:
 
 
 def _bytes_of(reader: int) -> Iterator[int]:
-    """What is written to a pipe, until its other end is closed."""
+    """Bytes written to a pipe, until its other end is closed."""
     while data := os.read(reader, 64):
         yield from data
     os.close(reader)

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from adafuse_jax.core.errors import UserError, quoted, shortened
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
-"""Of a file's name and of a path, on Linux."""
+"""Longest name of a file and longest path, in bytes, on Linux."""
 MAX_SEED = 2**32 - 1
 """The largest that a JAX key takes."""
 MAX_COUNT, MAX_ROWS, MAX_TOKENS = 10**9, 2**16, 2**24

@@ -73,7 +73,7 @@ def _add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field, kind: Kind)
 
 
 def _parser_of(kind: type) -> Callable[[str], Any]:
-    """From a flag's text to its value. `int` and `float` alone would take 1_0, and digits of every script."""
+    """Function from a flag's text to its value. `int` and `float` alone would take 1_0, and digits of every script."""
     if kind not in (int, float):
         return kind
     pattern, name = (INTEGER, "an integer") if kind is int else (NUMBER, "a number")

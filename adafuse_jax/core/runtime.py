@@ -72,7 +72,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *place: Any, 
 
 @cache
 def _log_kernels_once() -> None:
-    """Which kernel runs, and why not a faster one, is logged at every compilation; let each message pass once."""
+    """Filter repeated kernel messages: every compilation logs which kernel runs, and why a faster one cannot."""
     seen: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
@@ -103,7 +103,7 @@ def _silence_background_errors() -> None:
 
 @contextlib.contextmanager
 def memory_errors(advice: str) -> Iterator[None]:
-    """Within, a device or host that runs out of memory is a `UserError` that ends with `advice`."""
+    """Context in which a device or host that runs out of memory raises a `UserError` that ends with `advice`."""
     import jax
 
     try:
@@ -120,7 +120,7 @@ def memory_errors(advice: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def native_stdout_on_stderr() -> Iterator[None]:
-    """Within, what compiled libraries print on stdout goes to stderr: stdout is for answers."""
+    """Redirect what compiled libraries print on stdout to stderr: stdout is for answers."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     stdout = os.dup(1)

@@ -28,11 +28,11 @@ import yaml
 from adafuse_jax.core.errors import UserError, quoted, shortened
 
 MAX_BYTES = 256 * 2**20
-"""Of a file; the index of a model with 100,000 tensors has 10 MB, the largest tokenizer.json 35."""
+"""Largest file; the index of a model with 100,000 tensors has 10 MB, the largest tokenizer.json 35 MB."""
 MAX_DEPTH = 32
-"""Of lists and objects within each other."""
+"""Deepest nesting of lists and objects."""
 REQUIRED: Any = object()
-"""The default of a key that must be there."""
+"""Default that marks a key as required."""
 
 
 def read_text(
@@ -108,7 +108,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _PlainYaml(yaml.SafeLoader):
-    """Without references: a few lines of them can stand for gigabytes; and without keys that are there twice."""
+    """YAML loader that refuses references, a few lines of which can expand to gigabytes, and duplicate keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -128,7 +128,7 @@ def _parse_yaml(text: str) -> Any:
 
 
 def _depth(value: Any) -> int:
-    """Of lists and objects within each other, without recursion; stops counting above `MAX_DEPTH`."""
+    """Nesting depth of lists and objects, without recursion; counting stops above `MAX_DEPTH`."""
     level, depth = [value], 0
     while level and depth <= MAX_DEPTH:
         level = [
@@ -228,5 +228,5 @@ class Table:
         return [name for name, value in self.values.items() if value is not None and name not in self._read]
 
     def error(self, name: str, rule: str) -> UserError:
-        """An error that names the file, the key and its value; `rule` says what it must be."""
+        """An error that names the file, the key and its value; `rule` describes valid values."""
         return UserError(f"{self.where}: {shortened(name, 60)} is {quoted(self.values.get(name))}; {rule}")

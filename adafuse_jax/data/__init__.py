@@ -1,1 +1,1 @@
-"""From datasets to batches: sources → examples → tokens with loss masks → packed rows → batches by step."""
+"""Data sets to batches: sources → examples → tokens with loss masks → packed rows → batches by step."""

@@ -56,7 +56,7 @@ def _block(seed: int, block: int, shares: tuple[int, ...]) -> tuple[Int[np.ndarr
 
 
 def shares_of(weights: Sequence[float]) -> tuple[int, ...]:
-    """How many of a block's 1000 rows each weight gets; they add up to 1000. Raises UserError for a share of 0."""
+    """Rows of each data set in a block of 1000, in proportion to its weight. Raises UserError if one gets none."""
     exact = np.asarray(weights, np.float64) / np.sum(weights) * BLOCK
     shares = np.floor(exact).astype(int)
     for s in np.argsort(-(exact - shares), kind="stable")[: BLOCK - shares.sum()]:
@@ -163,12 +163,12 @@ class Batches:
         first, last = step * self.rows_per_step, (step + 1) * self.rows_per_step
         end = last if self.total_rows is None else min(last, max(first, self.total_rows))
         source, row = self.locate(np.arange(first, end))
-        there = list(zip(source.tolist(), row.tolist(), strict=True))
+        places = list(zip(source.tolist(), row.tolist(), strict=True))
 
         def gather(name: str) -> np.ndarray:
             like = getattr(self.rows[0], name)
             out = np.zeros((self.rows_per_step, self.length), like.dtype)
-            for slot, (s, r) in enumerate(there):
+            for slot, (s, r) in enumerate(places):
                 out[slot] = getattr(self.rows[s], name)[r]
             return out.reshape(self.grad_accum, self.batch_size, self.length)
 

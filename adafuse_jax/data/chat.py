@@ -93,7 +93,7 @@ def _ids(tokenizer: Any, token: str) -> list[int]:
 
 
 def _around_mark(messages: Sequence[Message], tokenizer: Any, tools: str = "") -> tuple[str, str]:
-    """What a template writes before and after the last message's content, `MARK`."""
+    """Text that a template writes before and after the content of the last message, which is `MARK`."""
     text = render(messages, tokenizer, add_generation_prompt=False, tools=tools)
     at = text.rfind(MARK)
     if at < 0:
@@ -151,7 +151,7 @@ def _composed(prompt: str, whole: str, messages: Sequence[Message], tokenizer: A
 
 
 def _before_reply(prompt: str, messages: Sequence[Message], tokenizer: Any, tools: str) -> str:
-    """What a prompt begins with before the start of the assistant's turn, without trailing space."""
+    """The prompt's text before the assistant's turn begins, without trailing space; empty if the template rewrites it."""
     text = render(messages[:-1], tokenizer, add_generation_prompt=False, tools=tools).rstrip()
     return text if prompt.startswith(text) else ""
 
@@ -232,19 +232,19 @@ def _encode_texts(rendered: Sequence[_Rendered], tokenizer: Any) -> Iterator[Enc
 
 
 def _truncate(encoded: Encoded, max_length: int) -> Encoded | None:
-    cut = Encoded(encoded.tokens[:max_length], encoded.loss_mask[:max_length])
-    return cut if cut.loss_mask.any() else None
+    truncated = Encoded(encoded.tokens[:max_length], encoded.loss_mask[:max_length])
+    return truncated if truncated.loss_mask.any() else None
 
 
 def encode_all(
     examples: Sequence[Example], tokenizer: Any, max_length: int, *, name: str = "", skip_bad_rows: bool = False
 ) -> tuple[list[Encoded], int]:
-    """Rows of tokens with their loss masks, cut at `max_length` tokens, and how many examples gave none, as no target is
-    left in them.
+    """Rows of tokens with their loss masks, truncated at `max_length` tokens, and how many examples gave none, as no target
+    is left in them.
 
     Chats and the right answer of a multiple choice: targets are the assistant turns of weight 1 with their end-of-turn
     tokens; what a template writes after the last one is left out. A template without a special token at the end of a turn
-    gets an EOS after the last one. Text: all tokens, then EOS; a long one is not cut but goes on in further rows of
+    gets an EOS after the last one. Text: all tokens, then EOS; a long one is not truncated but goes on in further rows of
     `max_length` tokens, each without its first token as a target. BOS comes first, once, if the tokenizer or the template
     adds it.
 
@@ -275,7 +275,7 @@ def encode_all(
                 pieces = [next(encoded) for _ in rows]
                 if isinstance(example, Text):
                     pieces = list(_pieces(pieces[0], max_length))
-                fitting = [cut for piece in pieces if (cut := _truncate(piece, max_length)) is not None]
+                fitting = [row for piece in pieces if (row := _truncate(piece, max_length)) is not None]
                 conversations, turns = conversations + (len(rows) > 1), turns + (len(rows) > 1) * len(rows)
                 unfit += not fitting
                 made += fitting
@@ -315,8 +315,8 @@ def encode_choices(
     example: MultipleChoice, tokenizer: Any, max_length: int, *, system: str | None = None
 ) -> list[Encoded] | None:
     """One `Encoded` a candidate, its mask on the candidate's own tokens (no reasoning block before it, and nothing behind
-    it, such as the end-of-turn token: its probability says nothing about the choice). None when a candidate does not fit
-    `max_length`: cut candidates cannot be compared."""
+    it, such as the end-of-turn token: its probability does not depend on the choice). None when a candidate does not fit
+    `max_length`: truncated candidates cannot be compared."""
     rows = []
     before = () if system is None else (Message("system", system),)
     with template_date():

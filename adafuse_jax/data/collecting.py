@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 SPLIT_COLUMN = "split"
 MAX_SPLITS = 16
-"""Of a column of splits; one with more distinct values is about something else."""
+"""Most distinct values of a column `split` that names splits; with more, the column means something else."""
 SAMPLE_ROWS = 100
 SAMPLE_CHARACTERS = 2**22
 """The format is recognised by the columns of a file's first rows: so many, or so much text."""
@@ -67,11 +67,11 @@ class Collected:
         return self.reports.setdefault(split, Report())
 
     def names(self) -> tuple[str, ...]:
-        """Of the splits, in the order of the rows; () without a column of splits."""
+        """Names of the splits, in the order of the rows; () without a column of splits."""
         return tuple(dict.fromkeys([*self.splits, *(name for name in self.reports if name is not None)]))
 
     def forget_splits(self) -> None:
-        """Every row counts for every split: the column does not name splits. Raises the first fault."""
+        """Count every row for every split, as the column does not name splits. Raises the first fault."""
         reports, self.reports, self.splits = list(self.reports.values()), {}, []
         total = self.report(None)
         for report in reports:
@@ -198,7 +198,7 @@ def _sample(file: FileRows) -> list[Item]:
 
 
 def _characters(value: Any) -> int:
-    """Of all texts within a row."""
+    """Number of characters in all texts of a row."""
     total, inside = 0, [value]
     while inside:
         value = inside.pop()

@@ -1,4 +1,4 @@
-"""What a row of any dataset becomes: a conversation, a plain text, or a question with candidate answers."""
+"""Examples, one for a row of any data set: a conversation, a plain text, or a question with candidate answers."""
 
 from __future__ import annotations
 

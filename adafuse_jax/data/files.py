@@ -48,7 +48,7 @@ METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"
 NOISY_LOGGERS = ("datasets", "huggingface_hub", "fsspec")
 PEEK = 2**16
 WRITER_SECONDS = 10
-"""How long to wait for a process that writes to a named pipe."""
+"""Seconds to wait until a process opens a named pipe for writing."""
 
 
 def canonical_split(name: str) -> str:
@@ -123,7 +123,7 @@ def split_in_name(name: str) -> str | None:
 
 
 def folder_names(path: Path) -> list[str]:
-    """Of the visible folders in a directory. Raises UserError for one that cannot be read."""
+    """Names of the visible folders in a directory. Raises UserError if the directory cannot be read."""
     try:
         return sorted(f.name for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
     except OSError as error:
@@ -275,7 +275,7 @@ def _guarded(items: Iterator[Item], path: Path, *files: IO[Any]) -> Iterator[Ite
 
 @contextlib.contextmanager
 def _read_errors(path: Path) -> Iterator[None]:
-    """Within, what the readers of files raise is a UserError."""
+    """Context in which errors of the file readers become a `UserError`."""
     import pyarrow
 
     try:

@@ -24,7 +24,7 @@ NEAR_END = 16
 """Characters from the end of what was read within which a mistake may be a value that goes on."""
 SPACE = re.compile(r"[ \t\n\r]*")
 BYTE_ORDER_MARK = "\ufeff"
-"""Within a file where one was appended to another."""
+"""Mark that may also come in the middle of a file, where another one was appended."""
 Item = tuple[int, dict[str, Any] | BadRow]
 """A line number, from 1 (0: unknown), and the row that begins there."""
 

@@ -75,7 +75,7 @@ def _other_system(message: Message) -> Message:
 
 
 def require_last_turn(messages: Sequence[Message], tokenizer: Any) -> None:
-    """Raise UserError if the conversation's text is the same whatever its last turn says."""
+    """Raise UserError if the conversation's text does not depend on the content of its last turn."""
 
     def other_last(message: Message) -> Message:
         return replace(message, content=MARK) if message is messages[-1] else message

@@ -46,7 +46,7 @@ class BadRow:
 
 @dataclass(slots=True)
 class Notes:
-    """How often rows were altered, by the alteration, and keys of turns that nothing reads."""
+    """Counts of altered rows, by alteration, and the keys of turns that nothing reads."""
 
     altered: Counter[str] = field(default_factory=Counter)
     unused: dict[str, None] = field(default_factory=dict)
@@ -85,7 +85,7 @@ def _check_unicode(value: str, name: str) -> None:
 
 
 def first_given(row: Row, names: Sequence[str], notes: Notes) -> str | None:
-    """Of columns that hold the same thing, the first that has a value; None without one. Others with values are noted."""
+    """The first of several columns of one meaning that has a value, or None. Others with values are noted."""
     given = [name for name in names if not is_blank(row.get(name))]
     for name in given[1:]:
         notes.altered[f"rows whose {name} is not used beside {given[0]}"] += 1

@@ -82,7 +82,7 @@ class DatasetSpec:
 
     @classmethod
     def parse(cls, text: str) -> DatasetSpec:
-        """From `SOURCE[:SUBSET][#SPLIT][@FORMAT][=WEIGHT]`; a path that exists may hold `:`, `#`, `@` and `=` itself.
+        """Parse `SOURCE[:SUBSET][#SPLIT][@FORMAT][=WEIGHT]`; a path that exists may hold `:`, `#`, `@` and `=` itself.
 
         Raises UserError for an empty source, subset or split, an unknown format and a weight that is not above 0."""
         rest, parts = os.path.expanduser(text.strip()), {}

@@ -123,7 +123,7 @@ _cache: dict[str, jinja2.Template] = {}
 
 
 def _compiled(source: str) -> jinja2.Template:
-    """Within the time limit too: jinja2 computes constant expressions as it compiles."""
+    """The compiled template; the time limit covers this too, as jinja2 computes constant expressions while compiling."""
     if source not in _cache:
         _cache.clear()
         _cache[source] = environment().from_string(source)

@@ -19,16 +19,16 @@ from typing import Any
 from adafuse_jax.core.errors import UserError
 
 MAX_SECONDS = 3
-"""Of processor time for one rendering. A template of a real model takes a millisecond."""
+"""Limit of processor time for one rendering. A template of a real model takes a millisecond."""
 MAX_MEMORY = 2**29
 """Bytes of address space of the rendering process."""
 MAX_CHARACTERS = 2**20
-"""Of a rendered conversation, beyond 16 times its own."""
+"""Characters that a rendered conversation may have beyond 16 times those of the conversation itself."""
 _date: ContextVar[datetime | None] = ContextVar("template_date", default=None)
 
 
 class TemplateRefusal(Exception):
-    """A conversation that the template cannot render, in the template's own words; `part` says which rendering."""
+    """A conversation that the template cannot render, in the template's own words; `part` names the rendering."""
 
     def __init__(self, message: str, part: int):
         super().__init__(message)
@@ -54,14 +54,14 @@ def template_date(date: datetime | None = None) -> Iterator[datetime]:
 
 
 def _now() -> datetime:
-    """By the clock that transformers' templates read."""
+    """Present time by the clock that transformers' templates read."""
     from transformers.utils import chat_template_utils
 
     return getattr(chat_template_utils, "datetime", datetime).now()
 
 
 class _Worker:
-    """The rendering process: started when it is first needed, and anew after a template ended it."""
+    """The rendering process: started when it is first needed, and restarted after a template ended it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

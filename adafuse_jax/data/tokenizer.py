@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE, TOKENIZER_FILE, TEMPLATE_FILE = "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"
 PROCESSOR_TEMPLATE_FILE = "chat_template.json"
-"""Where transformers' processors have the chat template; its tokenizers do not read it."""
+"""File with the chat template of transformers' processors; its tokenizers do not read it."""
 FILES = (
     TOKENIZER_FILE, CONFIG_FILE, "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", TEMPLATE_FILE,
@@ -30,14 +30,14 @@ PATTERNS = (
     "tokenizer*", "*.model", "*.tiktoken", "tekken.json", "special_tokens_map.json", "added_tokens.json", "vocab*",
     "merges.txt", "chat_template*", "additional_chat_templates/*",
 )  # fmt: skip
-"""Of the files that transformers reads tokenizers and chat templates from."""
+"""Patterns of the files that transformers reads tokenizers and chat templates from."""
 
 
 def load_tokenizer(path_or_hub_id: str | Path, adapter: str | Path | None = None) -> Any:
     """The fast tokenizer of a local model directory or a hub id, or that of `adapter` if its directory has one.
 
     Training programs save the tokenizer beside the adapter, with the chat template that it was trained on: a tokenizer
-    there is used, a chat template alone goes with the model's tokenizer, and a log line says either.
+    there is used, a chat template alone goes with the model's tokenizer, and either is logged.
 
     Raises:
       UserError: it cannot be loaded, has no offsets (a slow tokenizer), no EOS token or a template that is no text; or the
@@ -172,7 +172,7 @@ def _silent() -> Iterator[None]:
 
 def _without_code(name: str, local: bool) -> Any:
     """The tokenizer by transformers' own classes. One whose class is Python code in the directory or the repository is read
-    from its tokenizer.json, which holds all there is to a fast tokenizer; a log line says so."""
+    from its tokenizer.json, which holds all there is to a fast tokenizer; this is logged."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto import tokenization_auto
 

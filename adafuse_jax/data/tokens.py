@@ -62,8 +62,8 @@ def _at_once(texts: Sequence[str], tokenizer: Any) -> Iterator[Tokens]:
 
 
 def _starts(ids: Int64[np.ndarray, " T"], offsets: Int64[np.ndarray, "T 2"], tokenizer: Any) -> Int64[np.ndarray, " T"]:
-    """Where each token starts in the text; a space that a byte-level tokenizer trims from its offsets counts as part of
-    the token that holds it, for it may straddle a boundary."""
+    """Character offset at which each token starts in the text. A space that a byte-level tokenizer trims from its offsets
+    counts as part of the token that holds it, for it may straddle a boundary."""
     starts = offsets[:, 0].copy()
     ended = np.concatenate([[0], np.maximum.accumulate(offsets[:, 1])[:-1]]) if len(starts) else starts
     for gap in np.nonzero(starts > ended)[0]:

@@ -1,4 +1,4 @@
-"""What `python -m adafuse_jax.evaluation` does, as a frozen dataclass; its flags are made from the fields."""
+"""Configuration of `python -m adafuse_jax.evaluation`: a frozen dataclass whose fields define the flags."""
 
 from __future__ import annotations
 

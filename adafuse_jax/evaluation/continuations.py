@@ -1,4 +1,4 @@
-"""Log-likelihood of continuations, and whether they are what greedy decoding would say.
+"""Log-likelihood of continuations, and whether greedy decoding would generate them.
 
 log p(c | q) = Σ_t log p(c_t | q, c_<t);   greedy  <=>  c_t = argmax_v p(v | q, c_<t) for every t
 """
@@ -32,8 +32,8 @@ def row_scores(
         at = slice(start, min(start + LOSS_CHUNK, tokens.shape[1] - 1))
         asked, wanted = targets[:, 1:][:, at], tokens[:, 1:][:, at]  # [B, chunk]
         logits = model.logits(hidden[:, at])  # [B, chunk, V]
-        said = jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[..., None], axis=-1)[..., 0]
-        total += jnp.sum(said * asked, axis=-1)
+        log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[..., None], axis=-1)[..., 0]
+        total += jnp.sum(log_probs * asked, axis=-1)
         greedy &= jnp.all((jnp.argmax(logits, axis=-1) == wanted) | ~asked, axis=-1)
     return total, greedy
 
@@ -48,8 +48,8 @@ def score_continuations(
 ) -> list[tuple[float, bool]]:
     """(log-likelihood in nats, greedy) of each (context, continuation), given as token ids.
 
-    A pair too long is cut from the left until its last token is predicted from `max_length` tokens. Raises ValueError for an
-    empty context or continuation, and for a continuation that is itself longer than `max_length`.
+    A pair too long is truncated from the left until its last token is predicted from `max_length` tokens. Raises ValueError
+    for an empty context or continuation, and for a continuation that is itself longer than `max_length`.
     """
     for context, continuation in pairs:
         if not context or not 0 < len(continuation) <= max_length:

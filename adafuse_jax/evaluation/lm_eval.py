@@ -6,8 +6,8 @@
     python -m adafuse_jax.evaluation.lm_eval --model adafuse --model_args model=MODEL,adapter=ADAPTER --tasks arc_easy
 
 Tokens, truncation and stops are those of the harness's own Hugging Face backend at batch size 1, whatever the batch size
-here: scores are cut from the left at `max_length`, prompts to be continued at `max_length - max_gen_toks`, an empty context
-is the BOS token (or EOS), and generation ends at the model's EOS tokens and before the task's stop strings.
+here: rows to score are truncated on the left to `max_length`, prompts to continue to `max_length - max_gen_toks`, an
+empty context is the BOS token (or EOS), and generation ends at the model's EOS tokens and before the task's stop strings.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class AdaFuseLM(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> AdaFuseLM:
-        """From `--model_args`. The harness adds a torch device, which chooses nothing here: JAX runs where JAX_PLATFORMS
-        says; and the largest batch size to try, where none is tried."""
+        """Create the model from `--model_args`. Ignores a torch device and a largest batch size to try, which the harness
+        adds: JAX_PLATFORMS selects the device, and the batch size is fixed."""
         unknown = sorted(arg_dict.keys() - set(ARGUMENTS))
         if unknown or "model" not in arg_dict:
             wrong = f"unknown {unknown[0]!r}" if unknown else "'model' is missing"
@@ -125,7 +125,7 @@ class AdaFuseLM(TemplateLM):
 
     @property
     def max_gen_toks(self) -> int:
-        """Tokens generated when a task does not say how many."""
+        """Tokens generated when a task does not specify a number."""
         return 256
 
     @property

@@ -56,7 +56,7 @@ class Questions:
         prompt, for an answer to be generated.
 
         Raises `UserError` when none is left."""
-        kept: list[MultipleChoice] = []
+        fitting: list[MultipleChoice] = []
         prompts: list[list[int]] = []
         candidates: list[list[Encoded]] = []
         with template_date():
@@ -72,15 +72,15 @@ class Questions:
                     raise UserError(f"{example.where}: {error}" if example.where else str(error)) from error
                 if encoded is None or (room and len(prompt) + room > max_length):
                     continue
-                kept.append(example)
+                fitting.append(example)
                 prompts.append(prompt)
                 candidates.append(encoded)
-        if not kept:
+        if not fitting:
             raise UserError(
                 f"none of {len(examples)} questions fits {max_length} tokens with its answer; "
                 "raise --max-length, or give shorter questions"
             )
-        return cls(examples=kept, prompts=prompts, candidates=candidates, left_out=len(examples) - len(kept))
+        return cls(examples=fitting, prompts=prompts, candidates=candidates, left_out=len(examples) - len(fitting))
 
 
 def prompt_of(example: MultipleChoice, tokenizer: Any, system: str | None = None) -> list[int]:
@@ -139,7 +139,7 @@ def evaluate(loaded: Loaded, questions: Questions, *, batch_size: int, max_new_t
 
 
 def standard_error(accuracy: float, questions: int) -> float | None:
-    """None for a single question, which tells nothing of the spread."""
+    """None for a single question, which has no sample variance."""
     return math.sqrt(accuracy * (1 - accuracy) / (questions - 1)) if questions > 1 else None
 
 

@@ -10,14 +10,14 @@ from adafuse_jax.models.config import DType
 
 Strategy = Literal["fused", "unmerged", "golden", "switch", "merged"]
 TOKEN_STRATEGIES = ("golden", "switch")
-"""Those that merge the experts of one token, and so decode one row on one device."""
+"""Strategies that merge the experts of one token, and so decode one row on one device."""
 LEAST_TEMPERATURE = 1e-8
 """Temperatures below count as 0: float32 logits that differ at all differ by more than that, so only ties are drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeConfig:
-    """What `python decode.py` does: model, prompts, sampling, output."""
+    """Configuration of `python decode.py`: model, prompts, sampling, output."""
 
     model: str = flag("Hugging Face model directory or hub id", metavar="DIR|ID", text="path")
     adapter: str | None = flag(

@@ -1,4 +1,4 @@
-"""From token ids to text as they come: whole characters only, and never a part of a stop string.
+"""Detokenization of a stream of token ids: whole characters only, and never a part of a stop string.
 
 The text is without special tokens. A stop string that holds one (`<|im_end|>`) is looked for in the text with them.
 """
@@ -45,7 +45,7 @@ class _Decoder:
 class TextStream:
     """Incremental detokenisation of one row.
 
-    `push(id)` returns the text that has become certain; `stopped` says whether a stop string has appeared, in which case
+    `push(id)` returns the text that has become certain; `stopped` is whether a stop string has appeared, in which case
     `text` ends before it. With `inside_special` every stop string is looked for in both texts, as lm-evaluation-harness
     does: an "e" stops at `<|im_end|>` too.
     """

@@ -17,7 +17,7 @@ from adafuse_jax.parallel.mesh import mesh_of
 
 
 def occurrences(prompts: Sequence[Sequence[Any]]) -> list[int]:
-    """How many equal prompts come before each: 0, 1, … for those of one kind."""
+    """Number of equal prompts before each: 0, 1, … for copies of one prompt."""
     counts: Counter[tuple[Any, ...]] = Counter()
     found = []
     for prompt in map(tuple, prompts):
@@ -54,7 +54,7 @@ class Engine:
         vocab = range(self.config.vocab_size)
         self.eos_ids = tuple(i for i in (self.config.eos_token_ids if eos_ids is None else eos_ids) if i in vocab)
         self._warm: set[Any] = set()
-        self._kept: Slots | None = None
+        self._idle_slots: Slots | None = None
 
     @property
     def model(self) -> Backbone:
@@ -70,7 +70,7 @@ class Engine:
         return self.backend.strategy
 
     def strategy_of(self, batch: int) -> str:
-        """How so many rows are decoded together: `strategy`, or unmerged where that is *fused* by default and cannot run."""
+        """Strategy that decodes `batch` rows: `strategy`, or *unmerged* where *fused* by default cannot run."""
         return self.backend.for_batch(batch).strategy
 
     def check_prompt(self, prompt: Sequence[int]) -> None:
@@ -106,7 +106,7 @@ class Engine:
 
         Args:
           prompts: token ids of every row; lengths may differ, none may be empty.
-          max_new_tokens: per row; the method of that name says how many of them fit behind a prompt.
+          max_new_tokens: per row; the method of that name returns how many fit behind a prompt.
           samples: which sample of its prompt each row draws; default: rows of the same prompt are counted from 0.
           keep_cache: use the cache of the last such call for a common beginning, and keep this one for the next.
 
@@ -116,7 +116,7 @@ class Engine:
         """
         slots = None
         if keep_cache:
-            slots, self._kept = self._kept, None
+            slots, self._idle_slots = self._idle_slots, None
         if slots is None or slots.num_slots != len(prompts):
             slots = self.slots(len(prompts))
         try:
@@ -131,4 +131,4 @@ class Engine:
             self.backend.restore()
             if keep_cache:
                 slots.close()
-                self._kept = slots
+                self._idle_slots = slots

@@ -33,7 +33,7 @@ class Prefill:
 
     @classmethod
     def of(cls, rows: list[Row], vocab_size: int, *, whole: bool) -> Prefill:
-        """Before its first chunk."""
+        """The prefill of `rows` before its first chunk."""
         by_seed = [(seed, list(alike)) for seed, alike in groupby(rows, key=lambda row: row.seed)]
         keys = [row_keys(seed, [r.prompt for r in alike], [r.sample for r in alike]) for seed, alike in by_seed]
         return cls(

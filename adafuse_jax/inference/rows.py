@@ -56,7 +56,7 @@ class Row:
             self.finish_reason = "length" if len(self.seconds) == self.budget else None
 
     def tokens_in_cache(self) -> list[int]:
-        """Those that are certain to be: the newest may not have been read yet."""
+        """Tokens whose keys and values are in the cache: all but the newest, which the model may not have read yet."""
         return [*self.prompt, *self.token_ids][: len(self.prompt) + len(self.seconds) - 1]
 
 
@@ -69,7 +69,7 @@ class Step:
     done: np.ndarray
     experts: np.ndarray | None
     rows: Mapping[int, Row]
-    """By slot, this token included."""
+    """Rows by slot, this token included."""
     seconds: float
     """Host time since the step before this; of the first: since its prefill began."""
 

@@ -1,4 +1,4 @@
-"""From logits to the next token, on the device: repetition penalty → temperature → top-k → top-p → draw."""
+"""Sampling of the next token from logits, on the device: repetition penalty → temperature → top-k → top-p → draw."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from adafuse_jax.inference.config import LEAST_TEMPERATURE
 MOST_TEMPERATURE = 1e30
 """Temperatures above count as this one, at which every distribution of float32 logits is uniform."""
 PENALTY_BOUNDS = (1e-30, 1e30)
-"""Of the repetition penalty: at the bounds it decides alone already, and the logits stay finite."""
+"""Range of the repetition penalty: at the bounds it outweighs every logit, and all logits stay finite."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to choose a token: for one row or for all rows (numbers), or row by row (arrays [B], by `stack`). Only the two
-    flags are static: other values change without recompiling.
+    """Sampling parameters: numbers for one row or for all rows, or arrays [B] with a value for each row (by `stack`). Only
+    the two flags are static: other values change without recompiling.
 
     temperature 0, or less than `LEAST_TEMPERATURE`, takes the likeliest token; top_k 0 and top_p 1 leave the distribution
     whole. `greedy`: every row takes the likeliest; `penalize`: some row has a penalty.
@@ -90,8 +90,8 @@ def keep_likely(
     probability = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
     first = jnp.arange(vocab) == 0  # a denormal top_p is 0 on a device
-    kept = jnp.isfinite(ordered) & (first | (before < top_p) | (top_p >= 1))
-    threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    is_likely = jnp.isfinite(ordered) & (first | (before < top_p) | (top_p >= 1))
+    threshold = jnp.min(jnp.where(is_likely, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= threshold, logits, -jnp.inf)
 
 

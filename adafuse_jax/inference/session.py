@@ -41,7 +41,7 @@ class Completion:
     prompts were decoded together, and each of them got a token in that time.
     `strategy` is how the adapter acted, None without one. `experts_used` counts, per expert, the tokens read with it,
     once for every router that chose it; None without routers.
-    `peak_device_gib` is the process's peak so far; None where the device does not tell.
+    `peak_device_gib` is the process's peak so far; None where the device does not report it.
     """
 
     text: str
@@ -98,7 +98,7 @@ class Session:
         )
 
     def next_sample(self, prompt: Sequence[int]) -> int:
-        """How often the session has been asked for an answer to this prompt before."""
+        """Index of the prompt's next sample: the number of answers to it that the session has been asked for before."""
         self._asked[tuple(prompt)] += 1
         return self._asked[tuple(prompt)] - 1
 
@@ -144,8 +144,8 @@ class Session:
     ) -> list[Completion]:
         """Answer several prompts at once, given by their token ids, each a row with its own experts and its own end.
 
-        `samples` says which sample of its prompt each one is, as in `Engine.generate`. `emit` gets the first one's text. The
-        answers are those that each prompt would get alone.
+        `samples`: the index of each one among the samples of its prompt, as in `Engine.generate`. `emit` gets the first
+        one's text. The answers are those that each prompt would get alone.
         """
         config = self.config
         streams = [TextStream(self.tokenizer, config.stop) for _ in prompts]

@@ -39,7 +39,7 @@ class DecodeState:
 
     @classmethod
     def empty(cls, config: ModelConfig, num_slots: int, length: int, dtype: jnp.dtype) -> DecodeState:
-        """Without rows, and a cache of `length` positions."""
+        """State without rows, with a cache of `length` positions."""
         return cls(
             cache=KVCache.empty(config, num_slots, length, dtype),
             token=jnp.zeros(num_slots, jnp.int32),
@@ -54,7 +54,7 @@ class DecodeState:
         return replace(self, cache=self.cache.grown(length))
 
     def with_seen(self, vocab_size: int | None) -> DecodeState:
-        """With room for the tokens that are seen, none so far unless it was there; None: without."""
+        """The state with `seen`, all False unless it had one; for a `vocab_size` of None the state without `seen`."""
         if vocab_size is None or self.seen is not None:
             return self if vocab_size else replace(self, seen=None)
         return replace(self, seen=jnp.zeros((len(self.token), vocab_size), bool))

@@ -80,6 +80,5 @@ class Adapter(Protocol):
         """The routing before layer 0, for tokens [B, T]; None if none is carried."""
 
     def hook(self, experts: Any, layer: int | Int[Array, ""], routing: Any, key: Key[Array, ""] | None) -> Hook:
-        """The hook of one layer: `experts` is that layer's slice, `layer` its index (an int where the
-        layers are unrolled), `routing` that of the layer before, `key` the
-        randomness of its dropout (None: no dropout)."""
+        """The hook of one layer: `experts` is that layer's slice, `layer` its index (an int where the layers are
+        unrolled), `routing` that of the layer before, `key` the randomness of its dropout (None: no dropout)."""

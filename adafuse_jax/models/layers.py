@@ -26,7 +26,7 @@ class Linear(nnx.Module):
     def __call__(
         self, x: Float[Array, "*batch in"], weight: Float[Array, "out in"] | None = None
     ) -> Float[Array, "*batch out"]:
-        """With `weight` instead of the layer's own W, if given."""
+        """y = W x + bias, with `weight` instead of the layer's own W if given."""
         y = jnp.einsum("...i,oi->...o", x, self.weight[...] if weight is None else weight)
         return y if self.bias is None else y + self.bias[...]
 

@@ -7,10 +7,9 @@
     norms                [layers, embed]; of queries and keys [layers, head_dim]; the last one [embed]
     cache                [layers, batch, length, kv_heads, head_dim]
 
-An axis that the rules do not name is whole on every device, as are routers and PESC's experts, which act on whole
-activations. With `TENSOR_PARALLEL` a device holds whole heads, and computes
-attention and the FFN's hidden units of its own; the outputs of o and down are partial sums, so two all-reduces per layer are
-all that devices exchange.
+An axis that the rules do not name is replicated, as are routers and PESC's experts, which act on whole activations. With
+`TENSOR_PARALLEL` a device holds whole heads, and computes the attention of its heads and its hidden units of the FFN; the
+outputs of o and down are partial sums, so two all-reduces per layer are all that devices exchange.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Meshes for tensor parallelism, and placement of modules and decoding states over them as the rules of `axes` say."""
+"""Meshes for tensor parallelism, and placement of modules and decoding states over them by the rules of `axes`."""
 
 from __future__ import annotations
 

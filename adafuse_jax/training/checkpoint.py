@@ -85,7 +85,7 @@ class Checkpoints:
             self._writer.join()
 
     def steps(self) -> list[int]:
-        """Of the checkpoints that are there, damaged ones too, in order."""
+        """Steps of the checkpoints in the directory, damaged ones included, in ascending order."""
         if not self.directory.is_dir():
             return []
         names = (path.name for path in self.directory.iterdir() if path.is_dir())
@@ -185,7 +185,7 @@ class Checkpoints:
             self._error = error
 
     def _remove(self, step: int) -> None:
-        """By a rename first: what has its name is never half a checkpoint."""
+        """Rename the checkpoint before deleting it, so that its name never stands for half a checkpoint."""
         aside = tempfile.mkdtemp(dir=self.directory, prefix=f".{step}.", suffix=".old")
         os.rename(self.directory / str(step), aside)
         shutil.rmtree(aside, ignore_errors=True)

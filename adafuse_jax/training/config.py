@@ -11,7 +11,7 @@ from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.fields import MAX_COUNT, MAX_ROWS, MAX_SEED, MAX_TOKENS, check, flag, require
 
 TrainDType = Literal["float32", "bfloat16"]
-"""Without float16, in which gradients vanish or overflow."""
+"""Types to train in; float16 is none, as gradients vanish or overflow in it."""
 
 
 def _require_date(name: str, text: str | None) -> None:
@@ -23,7 +23,7 @@ def _require_date(name: str, text: str | None) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """What `python train.py` does: data, schedule, optimiser, checkpoints."""
+    """Configuration of `python train.py`: data, schedule, optimiser, checkpoints."""
 
     model: str = flag("Hugging Face model directory or hub id", metavar="DIR|ID", text="path")
     dataset: tuple[str, ...] = flag(

@@ -1,4 +1,4 @@
-"""From data-set names to the data of a run: batches by step, held-out data, and a fingerprint of both.
+"""Data of a run, by the names of its data sets: batches by step, held-out data, and a fingerprint of both.
 
 Chat templates that write the date get that of the run's first start, also when it is resumed.
 """
@@ -115,12 +115,12 @@ def _pack(examples: list[Example], spec: DatasetSpec, tokenizer: Any, config: Tr
             spec.source, dropped, len(examples), config.max_length,
         )  # fmt: skip
     chats = sum(not isinstance(example, Text) for example in examples)
-    cut = sum(len(row.tokens) == config.max_length for row in encoded) if chats else 0
-    if cut:
+    num_full = sum(len(row.tokens) == config.max_length for row in encoded) if chats else 0
+    if num_full:
         log.warning(
             "%s: %d of %d examples fill --max-length %d, where they are cut",
             spec.source,
-            cut,
+            num_full,
             len(examples),
             config.max_length,
         )
@@ -128,7 +128,7 @@ def _pack(examples: list[Example], spec: DatasetSpec, tokenizer: Any, config: Tr
 
 
 def _held_out(examples: list[Example], tokenizer: Any, config: TrainConfig) -> HeldOut:
-    """At most `eval_examples` of the examples, evenly spaced so that every data set is represented."""
+    """Up to `eval_examples` of the examples, evenly spaced so that every data set is represented."""
     count = min(len(examples), config.eval_examples)
     examples = [examples[i * len(examples) // count] for i in range(count)]
     rows, dropped = encode_all(
@@ -166,7 +166,7 @@ def _fingerprint(batches: Batches) -> str:
 
 @contextmanager
 def run_date(config: TrainConfig, tokenizer: Any, recorded: Table | None) -> Iterator[str | None]:
-    """Within, templates that ask for the present time get one date; it is yielded in ISO format, None if none asks.
+    """Fix the date that templates get as the present time; yields it in ISO format, or None if the template asks for none.
 
     It is `--template-date`, that of the config `recorded` by a run that is resumed, or now, in this order.
     """

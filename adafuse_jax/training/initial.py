@@ -44,7 +44,7 @@ def initial_state(
 def initial_weights(
     config: AdapterConfig, model: Backbone, lora: LoRA | None, key: Key[Array, ""]
 ) -> AnyAdapter | FullWeights:
-    """What trains, at step 0. With `lora` every expert is that LoRA, so that any gates that sum to 1 give its output:
+    """Trainable weights at step 0. With `lora` every expert is that LoRA, so that any gates that sum to 1 give its output:
 
     A_e = A,    B_e = B · s_lora / s
     """
@@ -53,12 +53,13 @@ def initial_weights(
     adapter = make_adapter(config, model.config, rngs=nnx.Rngs(params=key))
     if lora is None or isinstance(adapter, PESC):
         return adapter
-    there = jnp.array(adapter.layer_experts)[:, None] if isinstance(adapter, LayerWise) else config.max_experts or 1
+    is_layer_wise = isinstance(adapter, LayerWise)
+    num_experts = jnp.array(adapter.layer_experts)[:, None] if is_layer_wise else config.max_experts or 1
     for name, one in lora.experts.items():
         experts: LoRAExperts = adapter.experts[name].lora if isinstance(adapter, LayerWise) else adapter.experts[name]
-        exists = (jnp.arange(experts.A.shape[1]) < there)[..., None, None]  # [(L,) E, 1, 1]
-        experts.A[...] = jnp.where(exists, one.A[...], 0)
-        experts.B[...] = jnp.where(exists, one.B[...] * (lora.config.scale / config.scale), 0)
+        is_valid = (jnp.arange(experts.A.shape[1]) < num_experts)[..., None, None]  # [(L,) E, 1, 1]
+        experts.A[...] = jnp.where(is_valid, one.A[...], 0)
+        experts.B[...] = jnp.where(is_valid, one.B[...] * (lora.config.scale / config.scale), 0)
     return adapter
 
 

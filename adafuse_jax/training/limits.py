@@ -14,7 +14,7 @@ from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.training.config import TrainConfig
 
 BYTES_PER_TOKEN = 13
-"""Of `Rows` and `Batch`: three int32 arrays and a mask."""
+"""Host memory of a token in `Rows` and `Batch`: three int32 arrays and a mask."""
 
 
 def require_context(config: TrainConfig, model: ModelConfig) -> None:
@@ -32,12 +32,12 @@ def require_memory(config: TrainConfig, model: ModelConfig) -> None:
     tokens = config.batch_size * config.max_length if config.packing else config.batch_size
     host = config.grad_accum * tokens * BYTES_PER_TOKEN
     device = tokens * model.embed_dim * model.num_layers * jnp.dtype(config.dtype).itemsize
-    for need, there in ((host, host_memory()), (device, device_memory())):
-        if there is not None and need > there:
+    for need, available in ((host, host_memory()), (device, device_memory())):
+        if available is not None and need > available:
             raise UserError(
                 f"--batch-size {config.batch_size}: a step of {config.grad_accum} × {config.batch_size} sequences needs at "
-                f"least {need / 1e9:.3g} GB of memory, {there / 1e9:.3g} GB are there; lower --batch-size, --grad-accum or "
-                "--max-length"
+                f"least {need / 1e9:.3g} GB of memory, {available / 1e9:.3g} GB are there; lower --batch-size, "
+                "--grad-accum or --max-length"
             )
 
 

@@ -141,7 +141,7 @@ def _is_line(line: Any) -> bool:
 
 
 def _is_number(value: Any, depth: int) -> bool:
-    """Whether numpy takes this as a float, or as a list of such, nested to this depth."""
+    """Return whether `value` is a number that numpy reads as a float, or lists of such, nested `depth` deep."""
     if depth:
         return isinstance(value, list) and all(_is_number(inner, depth - 1) for inner in value)
     return type(value) is float or (type(value) is int and abs(value) < 2**63)

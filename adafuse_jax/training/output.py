@@ -54,7 +54,7 @@ def _require_free(output: Path) -> None:
 
 @contextmanager
 def held_run(output: Path) -> Iterator[Table]:
-    """Within, this process alone has the run in `output`, whose train_config.json it yields.
+    """Lock the run in `output` for this process, and yield its train_config.json.
 
     Raises:
       UserError: another process has it, or its config is damaged.
@@ -65,7 +65,7 @@ def held_run(output: Path) -> Iterator[Table]:
 
 @contextmanager
 def new_run(output: Path, config: dict[str, Any]) -> Iterator[None]:
-    """Within, `output` is this process's alone and holds train_config.json.
+    """Lock `output` for this process, and write train_config.json into it.
 
     Raises:
       UserError: another run was first, or the disk refuses.
@@ -79,7 +79,7 @@ def new_run(output: Path, config: dict[str, Any]) -> Iterator[None]:
 
 
 def require_no_checkpoint_lost(output: Path, recorded: Table) -> None:
-    """Raise `UserError` if the run, which has no checkpoint, must have had one: it would begin anew over its own files."""
+    """Raise `UserError` if the run, which has no checkpoint, must have had one: from step 0 it would overwrite its files."""
     every = recorded.integer("checkpoint_every", 1, low=1)
     lines = read_metrics(output / METRICS_FILE)[0] if (output / METRICS_FILE).is_file() else []
     # A checkpoint is whole before the next one is begun.
@@ -108,7 +108,7 @@ def _locked(output: Path) -> Iterator[None]:
 
 @contextmanager
 def disk_errors(output: Path, advice: str = "free space, then continue with --resume") -> Iterator[None]:
-    """Within, an error of the disk is a `UserError` with this advice."""
+    """Context in which an error of the disk raises a `UserError` with this advice."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -117,7 +117,8 @@ def disk_errors(output: Path, advice: str = "free space, then continue with --re
 
 
 def remove_leftovers(output: Path) -> None:
-    """What `atomic_files` had begun when the run was killed; of a run that is held, and whose own files are whole."""
+    """Delete the temporary files that `atomic_files` left when the run was killed. The caller holds the run's lock, so no
+    other process is writing them."""
     for path in output.iterdir():
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()

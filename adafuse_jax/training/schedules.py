@@ -1,4 +1,4 @@
-"""What depends on the step: the learning rate, and the phases of expert weight tying and router freezing.
+"""Schedules over steps: the learning rate, and the phases of expert weight tying and router freezing.
 
 A router that sees the token alone has a small input in Llama-like models, whose first norm has small weights. So its logits
 lie close together, and the balance loss cannot be met, as a frequent token belongs to an expert as a whole: it goes on
@@ -51,7 +51,7 @@ class Phases:
 
     @classmethod
     def of(cls, tied_share: float, router_share: float, steps: int) -> Phases:
-        """Of a run of `steps` steps; a share of them is rounded up."""
+        """Phases of a run of `steps` steps; the shares of the steps are rounded up."""
 
         def first(share: float) -> Any:
             return np.int32(math.ceil(round(share * steps, 6)))

@@ -14,8 +14,8 @@ class Stopped(Exception):
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """Within, SIGTERM and the first Ctrl-C only set what the yielded function returns: the signal's number, or 0. After one
-    of them Ctrl-C does what it did outside: it ends a process in which `run_cli` runs, and else is a `KeyboardInterrupt`."""
+    """Context in which SIGTERM and the first Ctrl-C only set the number that the yielded function returns (else 0). After
+    one of them Ctrl-C has its outer effect: it ends a process in which `run_cli` runs, and else is a `KeyboardInterrupt`."""
     requested = 0
 
     def handler(signum: int, frame: Any) -> None:

@@ -101,8 +101,8 @@ def train_step(
     forward: Callable[..., tuple[Backbone, Output]] = forward,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step over a batch of [A, B, T] arrays: gradients of all A micro-batches, normalised by all their targets, so that
-    A × B may be split in any way (but for the layer-wise methods' balance loss, and for dropout, which draws anew in each
-    micro-batch). Balance loss and statistics are means over the micro-batches, weighted by their tokens.
+    A × B may be split in any way (but for the layer-wise methods' balance loss, and for dropout, which draws another mask in
+    each micro-batch). Balance loss and statistics are means over the micro-batches, weighted by their tokens.
 
     `loss_mask` may hold weights of the targets instead; the loss is then their weighted mean. `forward` may be another
     function that is called like the one above.

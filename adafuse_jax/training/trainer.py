@@ -64,7 +64,7 @@ MAX_STEPS = 2**31 - 1
 
 
 def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
-    """Fine-tune an adapter as `config` says and leave in `config.output`:
+    """Fine-tune an adapter by `config` and write to `config.output`:
 
     `adapter/` (for decode.py; `model/` if all weights train), `checkpoints/`, `metrics.jsonl`, `training.png`,
     `summary.json` and `train_config.json`; with nothing to train only metrics, summary and config. Returns the summary.
@@ -125,8 +125,8 @@ def _train(
     )
     abstract = jax.eval_shape(lambda: Backbone(model_config, dtype=config.dtype, rngs=nnx.Rngs(0)))
     like = jax.eval_shape(initial, abstract, lora)
-    kept = min(config.keep_checkpoints, -(-steps // config.checkpoint_every))
-    check_space(output, like.adapter, like.moments, keep=kept)
+    num_checkpoints = min(config.keep_checkpoints, -(-steps // config.checkpoint_every))
+    check_space(output, like.adapter, like.moments, keep=num_checkpoints)
     model = load_backbone(checkpoint, config.dtype)
     identity = run_identity(
         config, adapter_config, backbone=backbone, data=data.fingerprint, total_steps=steps, initial=digest(lora),

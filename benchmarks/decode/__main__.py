@@ -42,7 +42,7 @@ METHODS = (
 )  # fmt: skip
 """(method, targets, strategy) of the part `methods`; AdaFuse's own simple merge is in `jax`."""
 LAYERS = 4
-"""Of the breakdown: enough that a step on the device takes longer than its dispatch."""
+"""Layers of the breakdown's model: enough that a step on the device takes longer than its dispatch."""
 
 
 def place(method: str, targets: str, strategy: str = "-", batch: int = 1) -> dict[str, Any]:

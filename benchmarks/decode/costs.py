@@ -17,7 +17,7 @@ LAYER_WISE = ("moral", "mola", "lora-moe", "lora-moe-compiled")
 STATIC = ("lora", "peft-lora", "peft-lora-compiled")
 """One expert that every token uses."""
 MOLA_EXPERTS = (2, 4, 6, 8)
-"""By quarters of the layers."""
+"""Experts of the four quarters of the layers."""
 TARGETS: dict[str, tuple[str, ...]] = {"qv": ("q_proj", "v_proj"), "all7": LINEARS, "-": ()}
 
 
@@ -85,7 +85,8 @@ class Costs:
 def costs(
     shapes: Shapes, method: str, targets: str, strategy: str, batch: int, context: float, distinct: float | None = None
 ) -> Costs:
-    """Of a step at `context` tokens in the cache. The rows use `distinct` experts together; default: no two share one."""
+    """Costs of a step with `context` tokens in the cache. `distinct`: experts that the rows use together (default: no two
+    rows share one)."""
     adapted, has_adapter = TARGETS[targets], method in ("adafuse", "pesc", *LAYER_WISE, *STATIC)
     d, layers, k = shapes.embed_dim, shapes.num_layers, 1 if method in STATIC else shapes.top_k
     norms, head = (2 * layers + 1) * d, shapes.vocab_size * d

@@ -168,7 +168,7 @@ def layer_table(breakdown: list[dict[str, Any]]) -> list[str]:
 
 
 def context_table(contexts: list[dict[str, Any]], read: float | None) -> list[str]:
-    """Each step beside that of the shortest context."""
+    """Comparison of each step with that of the shortest context."""
     first: dict[str, Any] = {}
     cells = []
     for row in contexts:
@@ -185,7 +185,7 @@ def context_table(contexts: list[dict[str, Any]], read: float | None) -> list[st
 
 
 def device_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Each step beside that of one device by default, and by the same strategy."""
+    """Comparison of each step with that of one device by default, and by the same strategy."""
 
     def cells(row: dict[str, Any]) -> list[Any]:
         alone = [r for r in rows if r["devices"] == 1 and r["method"] == row["method"]]

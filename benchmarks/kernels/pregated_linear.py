@@ -38,7 +38,7 @@ GROUPS = {
     "down": ({"down": 4096}, 11008),
 }
 TOLERANCE = 2**-6
-"""Of the largest element: two roundings to bfloat16 of numbers of that size, and some."""
+"""Largest error, relative to the largest element: two roundings to bfloat16 of numbers of that size, and a margin."""
 
 
 def draw(
@@ -65,7 +65,7 @@ def mixture_of(batch: int) -> Mixture:
 
 
 def moved_bytes(weights: dict[str, Array], a: dict[str, Array], b: dict[str, Array], mixture: Mixture | None) -> float:
-    """Of one layer."""
+    """Bytes that one layer reads: W, and the factors of the experts in use."""
     used = 0 if mixture is None else len({*np.asarray(mixture.experts)[np.any(np.asarray(mixture.gates) != 0, axis=1)]})
     factors = sum(x.nbytes for x in (*a.values(), *b.values())) * used / NUM_EXPERTS
     return (sum(w.nbytes for w in weights.values()) + factors) / next(iter(weights.values())).shape[0]
@@ -87,7 +87,7 @@ def all_layers(
 
 
 def worst_error(linear: Linear, x: Array, *arguments: Any) -> float:
-    """Of any layer and linear, relative to the largest element of the reference."""
+    """Largest error of any layer and linear, relative to the largest element of the reference."""
     reference = jax.jit(partial(pregated_linear, implementation="xla"))
     linear, worst = jax.jit(linear), 0.0
     for layer in range(next(iter(arguments[0].values())).shape[0]):

@@ -38,8 +38,8 @@ def sample(arrays: tuple[Weights, ...], layer: Array, rows: dict[str, Array]) ->
 def errors(
     layer: int, num_rows: int, merged: Weights, base: Weights, a: Weights, b: Weights, terms: Terms
 ) -> dict[str, float]:
-    """Of random rows of one layer against float64 on the host, and those of its correct rounding: the largest, and relative
-    in norm."""
+    """Errors of random rows of one layer against float64 on the host, and those of the correctly rounded result: the
+    largest, and the relative error in norm."""
     rng = np.random.default_rng(0)
     rows = {n: np.sort(rng.choice(w.shape[1], num_rows, replace=False)) for n, w in merged.items()}
     w_rows, base_rows, a_layer, b_rows = jax.device_get(sample((merged, base, a, b), layer, rows))

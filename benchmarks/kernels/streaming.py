@@ -1,5 +1,5 @@
-"""How fast a kernel of one thread block per multiprocessor streams weights through shared memory, and what a barrier
-costs.
+"""Throughput of a kernel of one thread block per multiprocessor that streams weights through shared memory, and the cost
+of a barrier.
 
     python -m benchmarks.kernels.streaming
 

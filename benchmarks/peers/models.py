@@ -182,7 +182,7 @@ class Compiled:
 
 @contextmanager
 def gathering(model: nn.Module) -> Iterator[None]:
-    """Within, mixtures run in the compiler's form."""
+    """Context in which mixtures run in the form for the compiler."""
     before = [layer.gather for layer in moe_layers(model)]
     for layer in moe_layers(model):
         layer.gather = True

@@ -36,7 +36,7 @@ def train(arguments: list[str], share: float = 1.0) -> dict[str, Any]:
 
 
 def train_together(runs: list[list[str]]) -> list[dict[str, Any]]:
-    """Several runs at a time on one GPU: quick, but their speed says nothing."""
+    """Several runs at a time on one GPU: quick, but their speed is no measurement."""
     with ThreadPoolExecutor(len(runs) or 1) as pool:
         return list(pool.map(lambda arguments: train(arguments, share=1 / len(runs)), runs))
 

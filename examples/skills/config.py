@@ -9,7 +9,7 @@ from adafuse_jax.core.fields import MAX_SEED, check, flag
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
-    """How much the demo learns and asks. The defaults take two CPU cores about two minutes."""
+    """Sizes of the demo's training and evaluation. The defaults take about two minutes on two CPU cores."""
 
     output: str = flag(
         "directory of everything the demo writes; an earlier demo there is replaced", "demo", "DIR", text="path"

@@ -37,8 +37,8 @@ def answers_table(backbone: Mapping[str, Answers], adapted: Mapping[str, Answers
     for skill, before in backbone.items():
         after = adapted[skill]
         prompt = before.cases[0].prompt
-        shares = f"{before.exact_match:.0%}", f"{after.exact_match:.0%}"
-        rows.append((skill, prompt, _visible(before.texts[0]), _visible(after.texts[0]), *shares))
+        matches = f"{before.exact_match:.0%}", f"{after.exact_match:.0%}"
+        rows.append((skill, prompt, _visible(before.texts[0]), _visible(after.texts[0]), *matches))
     overall = (f"{mean_exact_match(answers):.0%}" for answers in (backbone, adapted))
     rows.append(("all", "", "", "", *overall))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -52,7 +52,7 @@ def answers_table(backbone: Mapping[str, Answers], adapted: Mapping[str, Answers
 
 
 def mean_exact_match(answers: Mapping[str, Answers]) -> float:
-    """Over skills, all of which have as many prompts."""
+    """Mean over the skills, all of which have as many prompts."""
     return float(np.mean([a.exact_match for a in answers.values()]))
 
 
@@ -94,7 +94,7 @@ def plot_expert_use(skills: list[str], shares: Float[np.ndarray, "skills E"], pi
 
 
 def _visible(answer: str) -> str:
-    """On one line, a long answer shortened."""
+    """The answer on one line, shortened if it is long."""
     text = answer.replace("\n", "⏎") or "(nothing)"
     text = "".join(c if c.isprintable() else "·" for c in text)
     return text if len(text) <= 16 else text[:15] + "…"

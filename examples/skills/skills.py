@@ -70,7 +70,7 @@ def draw_number(rng: random.Random) -> Arguments:
 
 
 def shift(word: str) -> str:
-    """Every letter's successor in the alphabet; z becomes a."""
+    """Replace every letter by its successor in the alphabet; z becomes a."""
     return "".join(ALPHABET[(ALPHABET.index(c) + 1) % 26] for c in word)
 
 

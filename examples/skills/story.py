@@ -164,7 +164,7 @@ def command(script: str, *configs: Any) -> str:
 
 
 def verdict(backbone: float, adapted: float) -> int:
-    """0 if the adapters made the difference; else 1, with a line that says what is wrong."""
+    """0 if the adapters made the difference; else 1, with a line that names the failure."""
     if backbone > BACKBONE_AT_MOST:
         show(f"\nFAILED: the backbone alone answers {backbone:.0%} (at most {BACKBONE_AT_MOST:.0%} were expected)")
     if adapted < ADAPTED_AT_LEAST:

@@ -251,7 +251,7 @@ class Attention:
         return self.head_dim**-0.5 * math.log2(math.e)
 
     def _with_partners(self, read):
-        """By part of the head: what `read` gives for its dimensions, and for those that they are rotated with."""
+        """Pairs, one per part of the head: `read` of its dimensions, and of those that they are rotated with."""
         starts = [part * TILE_K for part in range(self.parts)]
         partners = [(start + self.head_dim // 2) % (2 * TILE_K) for start in starts]
         return [tuple(read(pl.ds(at, TILE_K)) for at in pair) for pair in zip(starts, partners, strict=True)]

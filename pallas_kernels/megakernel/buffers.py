@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from pallas_kernels.megakernel.plan import ALL_REDUCED, TILE_K, WGMMA_M, WGMMA_N, Group, Plan
 
 Shapes = dict[str, tuple[tuple[int, ...], Any]]
-"""By name: shape and dtype."""
+"""Name → (shape, dtype)."""
 
 
 @dataclass(frozen=True, slots=True)

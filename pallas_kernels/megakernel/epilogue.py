@@ -40,7 +40,7 @@ from pallas_kernels.megakernel.semaphores import GroupSemaphores
 
 
 class Store(Protocol):
-    """What becomes of a group's outputs."""
+    """Epilogue of a group: the use of its outputs."""
 
     def __call__(self, layer: Any, names: tuple[str, ...], row: Any, columns: Any) -> Callable[..., None]:
         """Load what is needed for `WGMMA_M` output rows and `WGMMA_N` columns of the linears `names`; return the function
@@ -136,7 +136,7 @@ def k_tile_rows(plan: Plan, ref, row, columns):
 
 
 class Epilogue:
-    """This CTA's share of the N-tiles of its CTA group's units. `has_norm`: the group's input has one."""
+    """Epilogue of the N-tiles that this CTA has of its CTA group's units. `has_norm`: the group's input has one."""
 
     def __init__(
         self,

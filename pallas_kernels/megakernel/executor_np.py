@@ -25,7 +25,10 @@ Store = Callable[[int, tuple[str, ...], slice, slice, list[Array]], None]
 
 
 def run(inputs: dict[str, Any], plan: Plan, model: Any, **_: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """In the place of `kernel_sm90.run_megakernel`: (logits [V, N], k_new and v_new [L, N, K, H]); all sums in fp32."""
+    """Run the schedule in NumPy, in place of `kernel_sm90.run_megakernel`; all sums in fp32.
+
+    Returns (logits [V, N], k_new [L, N, K, H], v_new [L, N, K, H]).
+    """
 
     def fp32(value: Any) -> Any:
         if isinstance(value, dict):

@@ -41,7 +41,7 @@ class ExpertHidden:
         self.partial_sums, self.semaphores, self.to_smem = partial_sums, semaphores, to_smem
 
     def reduce(self, layer):
-        """This CTA's share of h, into device memory."""
+        """Reduce this CTA's tiles of h and store them in device memory."""
         plan, buffers, group = self.plan, self.buffers, self.group
         first, number = self.schedule.h_share()
 
@@ -66,7 +66,7 @@ class ExpertHidden:
         self.to_smem(self.buffers.h, start, rows, operand_smem, plan.x_smem_rows)
 
     def reduce_own(self, layer, operand_smem):
-        """Of a batch of one, h of each linear of whose B this CTA has tiles, after x."""
+        """For a batch of one, reduce h of each linear of which this CTA has tiles of B, and store it behind x."""
         self.semaphores.wait_a_x(layer)
 
         def of_tile(n, _):

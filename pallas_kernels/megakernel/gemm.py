@@ -45,7 +45,7 @@ STEPS = "shrink", "reduce_h", "gemm", "epilogue"
 
 
 def steps_of(group: Group, is_batch_one: bool) -> tuple[str, ...]:
-    """Those that it has something to do in."""
+    """Steps in which a group has work: without experts only the GEMM and its epilogue."""
     if not group.adapted:
         return "gemm", "epilogue"
     return ("shrink", "gemm", "epilogue") if is_batch_one else STEPS
@@ -92,7 +92,7 @@ class Gemm:
 
     @property
     def _multiplies(self) -> bool:
-        """Whether the steps need the input."""
+        """True if the steps multiply with the input."""
         return not {"shrink", "gemm"}.isdisjoint(self.steps)
 
     @property

@@ -1,10 +1,11 @@
-"""One decoding step of the whole model in one launch, on Hopper: one CTA on each multiprocessor, in phases.
+"""One decoding step of the whole model in one kernel launch, on Hopper: one CTA on each multiprocessor, in phases.
 
     for every layer:   q, k, v   attention   o   gate, up   down          then the head
 
 A phase needs what all CTAs have stored in the one before, so there is a grid barrier between them; the weights need
-nothing, so a producer warpgroup of every CTA copies them into shared memory without ever waiting for a barrier, as many
-stages ahead as there are. While the consumer warpgroup waits for other CTAs, the device memory goes on working.
+nothing, so a producer warpgroup of every CTA copies them into shared memory without ever waiting for a barrier, as far
+ahead as the stages of the SMEM pipeline allow. While the consumer warpgroup waits for other CTAs, the device memory goes
+on working.
 
     phase        reads                            writes
     q, k, v      the norm of x                    q, k, v                                        (gemm.py, epilogue.py)
@@ -42,7 +43,7 @@ from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_N, Group, Plan,
 from pallas_kernels.megakernel.schedule import Scalars
 
 COMPILER_PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
-"""Every layout is given, because inferring them takes most of the time to compile."""
+"""Lowering with explicit layouts, as inferring them takes most of the time to compile."""
 
 
 @dataclass(slots=True, kw_only=True)

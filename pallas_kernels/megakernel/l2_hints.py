@@ -2,8 +2,8 @@
 
 A layer's weights are eight times that cache, so what is not used for some 11 µs is evicted: partial sums that were stored
 early in a phase come from device memory when they are read, behind the weights in flight. And a partial sum of a batch
-of one is a column of a tile: the other columns of its cache lines must come from there too before any can be read. So x
-and a layer's partial sums are marked *evict last* at the launch's start, and *evict normal* at its end.
+of one is a column of a tile: the other columns of its cache lines must come from there, too, before any can be read. So
+x and a layer's partial sums are marked *evict last* at the launch's start, and *evict normal* at its end.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pallas_kernels.megakernel.plan import Plan
 from pallas_kernels.megakernel.schedule import strided_share
 
 LINE_BYTES, THREADS = 128, 128
-"""Of a cache line; of a warpgroup."""
+"""Bytes of a cache line, threads of a warpgroup."""
 EVICT_LAST = "prefetch.global.L2::evict_last [$0];"
 EVICT_NORMAL = f"applypriority.global.L2::evict_normal [$0], {LINE_BYTES};"
 
 
 def resident(buffers: Buffers, plan: Plan) -> list[Any]:
-    """What stays in the L2 cache: x, and the partial sums of a layer."""
+    """Buffers that get the hint *evict last*: x, and the partial sums of a layer."""
     refs = [buffers.x] if buffers.t_partials is None else [buffers.x, buffers.t_partials]
     refs += [buffers.y_partials.at[number, pl.ds(0, tiles)] for number, tiles in enumerate(plan.tiles_by_partial())]
     if buffers.device_partials is not None:

@@ -1,4 +1,4 @@
-"""Which experts the rows of a batch use together, and how much of each: Σ_u g[u, b] · B[e_u] (A[e_u] x[b]).
+"""Mixtures: the distinct experts that the rows of a batch use together, and their gates: Σ_u g[u, b] · B[e_u] (A[e_u] x[b]).
 
 The gates come before layer 0 (arXiv 2603.11873, Eq. 2), so a mixture is made once per token and serves every linear.
 """

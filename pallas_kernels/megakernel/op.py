@@ -1,4 +1,4 @@
-"""One decoding step of a whole Llama-family decoder with pre-gated LoRA experts, as one launch.
+"""One decoding step of a whole Llama-family decoder with pre-gated LoRA experts, as one kernel launch.
 
     h = norm(x);  x ← x + o(attention(q h, k h, v h));   h = norm(x);  x ← x + down(silu(gate h) · up h)      for every
     layer logits = head norm(x)
@@ -64,8 +64,8 @@ class Shape:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """Of the decoder, stacked over layers: `linears` W [L, out, in] by name and `lm_head` [V, D]; `biases` [L, out] of
-    those linears that have one; `norms` [2L + 1, D], of attention and FFN in turn and the last one; `q_norm`, `k_norm`
+    """Weights of the decoder, stacked over layers: `linears` W [L, out, in] by name and `lm_head` [V, D]; `biases` [L, out]
+    of those linears that have one; `norms` [2L + 1, D], of attention and FFN in turn and the last one; `q_norm`, `k_norm`
     [L, H] or None; `windows` [L], positions that a query sees."""
 
     linears: dict[str, Array]
@@ -152,9 +152,9 @@ def decode_token(
 ) -> tuple[Float[Array, "B V"], Float[Array, "L B K H"], Float[Array, "L B K H"]]:
     """Logits (fp32), and the keys and values of the token, which the caller writes into the cache.
 
-    Several devices do it together in a `jax.shard_map` over `axis`: each has the query and key-value heads, hidden
-    units and tokens of its own, `shape` tells how many, and arrays that are not cut by them are whole. So are x, the
-    experts and, in the end, the logits.
+    Several devices run the step together in a `jax.shard_map` over `axis`. The axes of query and key-value heads,
+    hidden units and the head's vocabulary are sharded, and `shape` has their sizes on one device; arrays without such an
+    axis are replicated, as are x, the experts' ids and gates, and the logits.
 
     Args:
       x: embeddings of the tokens.
@@ -190,7 +190,7 @@ def decode_token(
     x = jnp.pad(x, rows)
 
     def to_two(x: Array) -> Array:
-        """What belongs to a head of TILE_K dimensions twice, one after the other."""
+        """Concatenate an array of a head of TILE_K dimensions with itself; return one of 2 · TILE_K as it is."""
         return x if x.shape[-1] == 2 * TILE_K else jnp.concatenate([x, x], axis=-1)
 
     # The kernel adds up the squares of each 64 dimensions; here those of a whole row are the first of these sums.

@@ -21,17 +21,17 @@ from pallas_kernels.megakernel.register_tiles import add_all, column, load, over
 from pallas_kernels.megakernel.schedule import div, rem
 
 PARTIALS_IN_REGISTERS = 32
-"""That are loaded together."""
+"""Partial sums that are loaded into registers together."""
 
 
 class PartialSums:
-    """Of one group. `all_reduce`: the devices whose y is added to this one's, or None."""
+    """Partial sums of one group. `all_reduce`: over the devices whose y is added to this one's, or None."""
 
     def __init__(self, group: Group, plan: Plan, buffers: Buffers, all_reduce: AllReduce | None):
         self.group, self.plan, self.buffers, self.all_reduce = group, plan, buffers, all_reduce
 
     def columns_of(self, tile):
-        """What is stored of a partial sum [WGMMA_M, N]: its N-tiles, or of a batch of one its column."""
+        """Parts of a partial sum [WGMMA_M, N] to store: its N-tiles, or its first column for a batch of one."""
         if self.plan.is_batch_one:
             return [column(tile, 0)]
         return [tile[:, start : start + WGMMA_N] for start in range(0, self.plan.padded_batch, WGMMA_N)]
@@ -49,7 +49,7 @@ class PartialSums:
         return self._sum(self.buffers.t_partials, self.group.a_partials, where, n_tile)
 
     def sum_y(self, where, n_tile, adapted):
-        """Over all devices. `adapted`: whether there is the product of B, too."""
+        """Sum of the partial sums of y, of all devices. `adapted`: the experts' product is one more partial sum."""
         split_k = self.group.split_k
         if self.all_reduce is None:
             return self._sum(self.buffers.y_partials, split_k, where, n_tile, one_more=adapted)

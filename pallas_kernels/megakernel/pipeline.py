@@ -16,8 +16,8 @@ from pallas_kernels.megakernel.schedule import rem
 
 
 class ProducerState(NamedTuple):
-    """Of the producer warpgroup: copies begun, those of them that it has seen land, and how many had begun when its phase
-    did."""
+    """State of the producer warpgroup: copies it has issued, those it has seen complete, and those it had issued when the
+    phase began."""
 
     count: Any
     landed: Any

@@ -1,6 +1,6 @@
 """The static plan of a megakernel: every size that is fixed when it is compiled.
 
-Linears that share their input are a `Group`. The weights of each are cut into tiles of `TILE_M` rows, a tile into chunks
+Linears that share their input are a `Group`. The weights of each are divided into tiles of `TILE_M` rows, a tile into chunks
 [TILE_M, TILE_K], which is what a stage of the pipeline holds, and the chunks of a row of tiles into `split_k` slices. A
 unit is the same tile of the linears that are computed together (gate and up). CTA b computes
 
@@ -27,12 +27,12 @@ WGMMA_N = 8
 """Columns that the tensor cores multiply at least: rows of the batch, or query heads of one key in attention."""
 SMEM_BYTES = 227 * 1024
 RESERVED_SMEM_BYTES = 3 * 1024
-"""For barriers and for reductions."""
+"""Shared memory for barriers and for reductions."""
 ALL_REDUCED = "o_proj", "down_proj"
 """Linears whose outputs are partial sums where several devices share the model."""
 MAX_SPLIT_K, MAX_STAGES, MAX_A_SPLIT_K = 16, 13, 8
 PREFERRED_INPUT_BYTES, MAX_INPUT_BYTES = 24 * 1024, 48 * 1024
-"""Of a slice of the input in shared memory."""
+"""Preferred and largest size of a slice of the input in shared memory."""
 MIN_STAGES = 2
 """A chunk is released when the next one has come. Attention takes all chunks of a tile together."""
 COPIES_DURING_EXCHANGE = 2
@@ -41,7 +41,7 @@ A_DEADLINE = 24
 """Chunks that a CTA still takes in a phase once it must have finished its tiles of A: so many are in the pipeline at
 first, or come while CTAs exchange."""
 PARTIAL_COST = {False: 0.17, True: 0.05}
-"""By `is_batch_one`: chunks that come while a CTA adds one more partial sum of A x."""
+"""Chunks, by `is_batch_one`, that come while a CTA adds one more partial sum of A x."""
 MIN_SPLIT_SLOTS = 512
 """Cache slots that one CTA of attention reads at least."""
 
@@ -86,7 +86,7 @@ class Group:
 
     @property
     def chunks(self) -> int:
-        """Of a row of tiles."""
+        """Chunks of a row of tiles, over all slices of the input."""
         return self.in_dim // TILE_K
 
     @property
@@ -103,7 +103,7 @@ class Group:
         return sum(num_tiles(self.outs[other]) for other in names[: names.index(name)])
 
     def units(self, names: tuple[str, ...]) -> int:
-        """Of a pass."""
+        """Units of a pass: the tiles of its first linear."""
         return num_tiles(self.outs[names[0]])
 
     @property
@@ -130,7 +130,7 @@ class Group:
 
     @property
     def all_reduced(self) -> bool:
-        """Whether it is one of `ALL_REDUCED`."""
+        """True if the outputs are all-reduced over the devices, as those of `ALL_REDUCED`."""
         return set(self.outs) <= set(ALL_REDUCED)
 
     @property
@@ -157,9 +157,9 @@ class Plan:
     max_experts_used: int
     """U: distinct experts that the rows use together, at most."""
     rank_tiles: int
-    """Of `TILE_K` ranks, per expert."""
+    """Tiles of `TILE_K` ranks, per expert."""
     stages: int
-    """Of the shared-memory pipeline."""
+    """Stages of the SMEM pipeline."""
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -167,7 +167,7 @@ class Plan:
 
     @property
     def max_rank_tiles(self) -> int:
-        """Of all experts in use, at most."""
+        """Rank tiles of all experts in use, at most."""
         return self.max_experts_used * self.rank_tiles
 
     @property
@@ -176,7 +176,7 @@ class Plan:
 
     @property
     def h_smem_rows(self) -> int:
-        """Of the experts' right operand."""
+        """Rows of shared memory for h, the right operand of the experts' B."""
         return h_smem_rows(self.groups, self.max_rank_tiles, self.padded_batch, self.is_batch_one)
 
     @property
@@ -184,8 +184,8 @@ class Plan:
         return sum(group.num_semaphores for group in self.groups)
 
     def tiles_by_partial(self) -> list[int]:
-        """How many tiles of a layer's linears have a partial sum with that number, or of a batch of one with one of those
-        `WGMMA_N` numbers."""
+        """Largest number of tiles in a group of a layer that have partial sum i, for every i; for a batch of one, that have
+        one of the `WGMMA_N` partial sums from i · WGMMA_N on."""
         step, layer = WGMMA_N if self.is_batch_one else 1, self.groups[:-1]
         partials = [(group.num_tiles, group.split_k + bool(group.adapted)) for group in layer]
         most = max(number for _, number in partials)

@@ -27,7 +27,7 @@ def load(ref, layout=plgpu.Layout.WGMMA):
 
 
 def store(ref, value):
-    """To device memory: from JAX 0.12 on, a plain assignment would refuse what does not fill cache lines."""
+    """Store in device memory: from JAX 0.12 on, a plain assignment would refuse what does not fill cache lines."""
     if hasattr(plgpu, "store"):
         plgpu.store(ref, value, optimized=False)
     else:

@@ -61,8 +61,7 @@ def div_rem_by_comparing(n, step, most):
 
 
 def strided_share(base, count, index, step):
-    """Which of `count` things, the first of which has number `base`, have a number that is `index` modulo `step`:
-    (the first of them, how many)."""
+    """(first, number) of those i in 0 … count − 1 for which base + i ≡ index (mod step)."""
     first = rem(index + step - rem(base, step), step)
     return first, div(maximum(0, count - first + step - 1), step)
 
@@ -87,7 +86,7 @@ class Scalars(NamedTuple):
 
     @classmethod
     def load(cls, experts: Any, num_used: Any, positions: Any) -> Scalars:
-        """From refs in device memory, or None."""
+        """Load the scalars from refs in device memory, or None."""
 
         def all_of(ref):
             return [] if ref is None else [ref[i] for i in range(ref.shape[0])]
@@ -110,15 +109,15 @@ class Tile(NamedTuple):
     source: Any
     """Index among the group's weights: the adapted linears' A, then all linears' W, then the adapted ones' B."""
     first: Any
-    """Of its chunks; those of B are rank tiles."""
+    """Index of its first chunk; chunks of B are rank tiles."""
     chunks: Any
-    """How many there are: none where a linear has no B."""
+    """Number of its chunks: 0 where a linear has no B."""
     linear: Any
-    """Of W and B: its number in the group."""
+    """Index of the linear in the group, for a tile of W or B."""
     adapted_index: Any
-    """Of A and B: the linear's number among the adapted ones."""
+    """Index of the linear among the adapted ones, for a tile of A or B."""
     tile: Any
-    """Of A, the pair of rank tiles."""
+    """Index of the tile in its linear; for a tile of A, of the pair of rank tiles."""
     partial: Any
     """Number of the partial sum."""
 
@@ -171,7 +170,7 @@ class TileSchedule:
         return div(self.used_rank_tiles + 1, 2) * self.group.a_split_k
 
     def num_a_ctas(self):
-        """How many CTAs have tiles of A."""
+        """Number of CTAs that have tiles of A."""
         group, number = self.group, len(self.group.adapted) * self._a_tiles_each
         underloaded = minimum(number, group.underloaded_groups if group.a_tile_quota else 0)
         loaded = clip(number - group.underloaded_groups * group.a_tile_quota, 0, group.loaded_groups)
@@ -198,7 +197,7 @@ class TileSchedule:
         return number * self.group.width + place, tile
 
     def tile_number(self, linear, tile):
-        """Of a linear's tile, among those of all linears of the group."""
+        """Index of a linear's tile among the tiles of all linears of the group."""
         return select([self.group.first_tile(name) for name in self.group.outs], linear) + tile
 
     def tile(self, n):
@@ -274,7 +273,7 @@ class TileSchedule:
         return number, at
 
     def is_adapted(self, linear):
-        """By number; False or True where it is the same for all."""
+        """True if the linear with this number has experts: a Python bool where it is the same for all."""
         those = [name in self.group.adapted for name in self.group.outs]
         return those[0] if len(set(those)) == 1 else select(those, linear)
 

@@ -41,23 +41,23 @@ class GroupSemaphores:
             plgpu.semaphore_wait(semaphore, signals * (self.turn(layer) + 1), decrement=False, memory_scope="gpu")
 
     def signal_a_x(self):
-        """This CTA's partial sums of A x are stored."""
+        """Signal that this CTA's partial sums of A x are stored."""
         self._signal(A_X)
 
     def wait_a_x(self, layer):
-        """Until those of all CTAs are."""
+        """Wait until the partial sums of A x of all CTAs are stored."""
         self._wait(A_X, self.schedule.num_a_ctas(), layer)
 
     def signal_h(self):
-        """This CTA's share of h is stored."""
+        """Signal that this CTA's tiles of h are stored."""
         self._signal(H)
 
     def wait_h(self, layer, reducers):
-        """Until that of all `reducers` is."""
+        """Wait until the tiles of h of all `reducers` are stored."""
         self._wait(H, reducers, layer)
 
     def signal_units(self):
-        """This CTA's partial sums of its units are stored."""
+        """Signal that this CTA's partial sums of its units are stored."""
         number = FIRST_CTA_GROUP + self.schedule.cta_group
         if self.all_reduce is None:
             self._signal(number)
@@ -65,7 +65,7 @@ class GroupSemaphores:
             self.all_reduce.signal(self.refs.at[self.group.first_semaphore + number])
 
     def wait_units(self, layer):
-        """Until those of all slices are, on all devices."""
+        """Wait until the partial sums of all slices are stored, on all devices."""
         number, split_k = FIRST_CTA_GROUP + self.schedule.cta_group, self.group.split_k
         if self.all_reduce is None:
             self._wait(number, split_k, layer)

@@ -1,4 +1,4 @@
-"""Pre-gated linears on Hopper in one launch: one group of linears of the megakernel (`pallas_kernels.megakernel.gemm`).
+"""Pre-gated linears on Hopper in one kernel launch: a group of linears of the megakernel (`pallas_kernels.megakernel.gemm`).
 
 y = W x + Σ_u B[e_u] g_u A[e_u] x        rounded once
 """
@@ -44,7 +44,7 @@ MAX_BATCH = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearPlan:
-    """What a group needs of the megakernel's `Plan`."""
+    """The fields of the megakernel's `Plan` that a group reads."""
 
     padded_batch: int
     is_batch_one: bool
@@ -129,7 +129,7 @@ def pregated_linear_sm90(
     num_ctas: int | None = None,
 ) -> dict[str, Array]:
     """See `pallas_kernels.pregated_linear.pregated_linear`. `num_ctas` thread blocks run (default: one on each
-    multiprocessor); interpreted on the CPU, each step is a launch. Raises `ValueError` as `unsupported_reason` says."""
+    multiprocessor); interpreted on the CPU, each step is a launch. Raises `ValueError` with an `unsupported_reason`."""
     reason = unsupported_reason(x, weights, a)
     if reason is not None:
         raise ValueError(f"pregated_linear cannot run as pallas: {reason}")

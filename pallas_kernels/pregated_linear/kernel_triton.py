@@ -1,11 +1,11 @@
-"""The pre-gated linear on Ampere and newer in one launch: a Triton kernel through jax-triton.
+"""The pre-gated linear on Ampere and newer in one kernel launch: a Triton kernel through jax-triton.
 
 Every program multiplies TILE_M rows of one matrix by x, TILE_K columns at a time, in fp32. The first programs shrink: their
 matrices are the A of the experts in use, and they publish
 
     t[target, b, u, r] = round(g[u, b] · (A[l, e_u] x[b])[r])        and count themselves as ready
 
-The others have rows of some W, and add B[l, e_u] t[b, u] to them at the end, when t has long been there. Should it not be,
+The others have rows of some W, and add B[l, e_u] t[b, u] to them at the end, when t has long been stored. Should it not be,
 they wait: programs start in the order of their ids, and those that shrink come first and wait for nothing.
 
 One row is multiplied with fp32 FMA; several, padded to 16 or 32, on tensor cores. The kernel holds the code of every target,
@@ -50,7 +50,7 @@ def configure(batch: int, rank: int, itemsize: int) -> Config:
 
 
 def unsupported_reason(x: Array, weights: dict[str, Array]) -> str | None:
-    """Why these shapes cannot run here, or None."""
+    """The reason why the kernel does not support these shapes, or None."""
     if len(weights) > MAX_TARGETS:
         return f"there are {len(weights)} targets, and one launch takes {MAX_TARGETS}"
     if x.shape[0] > MAX_BATCH:
@@ -60,7 +60,7 @@ def unsupported_reason(x: Array, weights: dict[str, Array]) -> str | None:
 
 @triton.jit
 def _times_x(
-    rows, in_rows,  # [TILE_M, 1] pointers to the rows of a matrix, and which of them are there
+    rows, in_rows,  # [TILE_M, 1] pointers to the rows of a matrix, and which of them are valid
     x,  # [BATCH, IN]
     IN: tl.constexpr, BATCH: tl.constexpr, COLUMNS: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +84,7 @@ def _times_x(
 
 @triton.jit
 def _is_used(gates, u, BATCH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Whether some row uses an expert: nothing is read of one that none does."""
+    """True if some row of the batch uses expert u; nothing is read of an expert that none uses."""
     columns = tl.arange(0, COLUMNS)
     gate = tl.load(gates + u * BATCH + columns, mask=columns < BATCH, other=0)
     return tl.sum((gate != 0).to(tl.int32), axis=0) > 0
@@ -120,8 +120,8 @@ def _load_b(
     steps: tl.constexpr = (RANK + TILE_R - 1) // TILE_R
     u, r = step // steps, step % steps * TILE_R + tl.arange(0, TILE_R)[None, :]
     slab = layer * NUM_EXPERTS + tl.load(experts + u)
-    there = in_rows & (r < RANK) & _is_used(gates, u, BATCH, COLUMNS)
-    return tl.load(b + ((slab * OUT + row) * RANK + r), mask=there, other=0)
+    is_valid = in_rows & (r < RANK) & _is_used(gates, u, BATCH, COLUMNS)
+    return tl.load(b + ((slab * OUT + row) * RANK + r), mask=is_valid, other=0)
 
 
 @triton.jit
@@ -215,7 +215,7 @@ def pregated_linear_triton(
     *,
     config: Config | None = None,
 ) -> dict[str, Array]:
-    """See `pallas_kernels.pregated_linear.pregated_linear`. Raises `ValueError` as `unsupported_reason` says."""
+    """See `pallas_kernels.pregated_linear.pregated_linear`. Raises `ValueError` with an `unsupported_reason`."""
     from jax_triton import triton_call  # here, because its import fails where JAX has no GPU support
 
     reason = unsupported_reason(x, weights)

@@ -7,7 +7,7 @@ the same launch. Ids, gates and the layer are device arrays; no value of them is
 
 | implementation | where                    | how |
 |---|---|---|
-| `pallas`       | NVIDIA Hopper            | Mosaic GPU, one launch: TMA, wgmma, partial sums through semaphores     |
+| `pallas`       | NVIDIA Hopper            | Mosaic GPU, one kernel launch: TMA, wgmma, partial sums, semaphores     |
 | `triton`       | NVIDIA Ampere and newer  | a Triton kernel through jax-triton, one launch for all linears |
 | `xla`          | any device               | plain jnp, which copies the factors of the experts before it uses them |
 """

@@ -1,16 +1,17 @@
-"""SGMM on Hopper in one launch: copies by TMA, products by wgmma, the two overlapped by three warpgroups.
+"""SGMM on Hopper in one kernel launch: copies by TMA, products by wgmma, the two overlapped by three warpgroups.
 
-Every linear of every layer is cut into strips of `TILE_M` rows, and a strip into tiles of `tile_n` columns. One thread block
-runs on each multiprocessor and goes over its tiles:
+Every linear of every layer is divided into strips of `TILE_M` rows, and a strip into tiles of `tile_n` columns. One thread
+block runs on each multiprocessor and goes over its tiles:
 
     total = base[tile]                                              fp32, in registers
     for j in terms:  total = c_j · (total / c_j + B[e_j, rows] @ A[e_j, :, columns])
     W[tile] = total                                                 rounded once, from the buffer in which the base came
 
 The tensor cores add each product to the sum itself, which is scaled before (one multiplication by c_{j-1} / c_j).
-One warpgroup only issues copies, as far ahead as three rings in shared memory allow: of base tiles, of slabs of A and of
-slabs of B, each slab a part of one expert's rank. The other two compute 64 rows each. The slabs of B stay for a whole strip
-where the ring has room for all of them. Blocks walk the strips together, so that they share A in the L2 cache.
+The producer warpgroup only issues copies, as far ahead as three multi-stage SMEM pipelines allow: of base tiles, of slabs of
+A and of slabs of B, each slab a part of one expert's rank. The two consumer warpgroups compute 64 rows each. The slabs of B
+stay for a whole strip where their pipeline has a stage for each. Blocks walk the strips together, so that the L2 cache
+serves A to all of them.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ NEGLIGIBLE = 2.0**-64  # coefficients below count as 0, so that the sum over one
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Tiles of `TILE_M` rows and `tile_n` columns; slabs of `depth` of an expert's rank; how many of each the rings hold.
+    """Tiles of `TILE_M` rows and `tile_n` columns; slabs of `depth` of an expert's rank; stages of their SMEM pipelines.
 
-    `keep_b`: the slabs of B stay for a strip, which takes a slot for each; otherwise they come again for every tile.
-    `split` units share a strip, taking its tiles in turn.
+    `keep_b`: the slabs of B stay for a strip, which takes a stage for each; otherwise they are copied again for every tile.
+    `split` units divide a strip among them: its tiles go to them in turn.
     """
 
     tile_n: int
@@ -52,13 +53,13 @@ class Config:
     b_slots: int
 
     def shared_memory(self, itemsize: int) -> int:
-        """Bytes of a block's rings and barriers."""
+        """Bytes of a block's pipelines and barriers."""
         columns = self.w_slots * TILE_M + self.a_slots * self.depth
         return (columns * self.tile_n + self.b_slots * TILE_M * self.depth) * itemsize + 2048
 
 
 def configure(num_terms: int, rank: int, itemsize: int) -> Config:
-    """The best that fits: on an H200 three base tiles, B kept, and four to eight slabs of A ahead."""
+    """The best configuration that fits: on an H200 three base tiles, B for a whole strip, four to eight slabs of A."""
     depth = max(d for d in (16, 32, 48, 64) if rank % d == 0)
     pieces, pair = num_terms * rank // depth, 2 * rank // depth
     for tile_n, w_slots in ((128, 3), (64, 3), (64, 2)):
@@ -75,7 +76,7 @@ def configure(num_terms: int, rank: int, itemsize: int) -> Config:
 
 
 def unsupported_reason(weights: dict[str, Array], a: dict[str, Array]) -> str | None:
-    """Why these shapes cannot run here, or None."""
+    """The reason why the kernel does not support these shapes, or None."""
     for name, w in weights.items():
         rank = a[name].shape[2]
         if w.dtype.itemsize != 2:
@@ -103,21 +104,21 @@ def _kernel(
     parts = segments[0][1].shape[2] // depth  # slabs of one product
     group, num_terms = lax.axis_index("group"), num_terms_gmem[0]
     pieces = num_terms * parts
-    start = jnp.int32(0), jnp.int32(0), jnp.int32(0)  # tiles, slabs of A and slabs of B passed through the rings
+    start = jnp.int32(0), jnp.int32(0), jnp.int32(0)  # tiles, slabs of A and slabs of B passed through the pipelines
 
     @pl.when(group == GROUPS)
     def _copy():
         plgpu.set_max_registers(40, action="decrease")
 
-        def fill(count, source_gmem, ring_smem, full, empty):
-            slots = ring_smem.shape[0]
+        def fill(count, source_gmem, stages_smem, full, empty):
+            slots = stages_smem.shape[0]
             slot = count % slots
 
             @pl.when(count >= slots)
             def _():
                 plgpu.barrier_wait(empty.at[slot])
 
-            plgpu.copy_gmem_to_smem(source_gmem, ring_smem.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(source_gmem, stages_smem.at[slot], full.at[slot])
             return count + 1
 
         counts = start
@@ -267,8 +268,8 @@ def _walk(shape, config, begin, visit, end, carry):
 
 
 def _factors(terms: Terms) -> tuple[Array, Array, Array]:
-    """The ids of the experts that count, first ones first; by what the sum is multiplied before each of their products and
-    after the last; how many there are, [1]. No sort, so that all of it is one small program."""
+    """The ids of the experts that count, first ones first; the factors of the sum before each of their products and after
+    the last; their number, [1]. No sort, so that all of it is one small program."""
     counts = ~(abs(terms.coefficients) < NEGLIGIBLE)
     slots = jnp.arange(len(counts))
     places = counts & (jnp.sum(counts & (slots < slots[:, None]), axis=1) == slots[:, None])  # [to, from]
@@ -289,10 +290,10 @@ def sgmm_sm90(
     num_blocks: int | None = None,
     config: Config | None = None,
 ) -> dict[str, Array]:
-    """See `pallas_kernels.sgmm.sgmm`. `num_blocks` thread blocks run (default: one on each multiprocessor); `interpret` on
-    the CPU, as `plgpu.InterpretGPUParams()` says.
+    """See `pallas_kernels.sgmm.sgmm`. `num_blocks` thread blocks run (default: one on each multiprocessor); `interpret`:
+    `plgpu.InterpretGPUParams()` on the CPU.
 
-    Ranks that are no multiple of 16 are padded, which copies A and B. Raises `ValueError` as `unsupported_reason` says.
+    Ranks that are no multiple of 16 are padded, which copies A and B. Raises `ValueError` with an `unsupported_reason`.
     """
     reason = unsupported_reason(weights, a)
     if reason is not None:
@@ -305,7 +306,7 @@ def sgmm_sm90(
     rank = a[names[0]].shape[2]
     config = config or configure(len(terms.experts), rank, dtype.itemsize)
 
-    def ring(slots, rows, columns, swizzled):
+    def pipeline_smem(slots, rows, columns, swizzled):
         swizzle = plgpu.find_swizzle(swizzled * dtype.itemsize * 8)
         tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))  # type: ignore[abstract]
         transforms = tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
@@ -328,9 +329,9 @@ def sgmm_sm90(
         num_threads=GROUPS + 1,
         thread_name="group",
         scratch_types={
-            "w_smem": ring(config.w_slots, TILE_M, config.tile_n, columns),
-            "a_smem": ring(config.a_slots, config.depth, config.tile_n, operand),
-            "b_smem": ring(config.b_slots, TILE_M, config.depth, operand),
+            "w_smem": pipeline_smem(config.w_slots, TILE_M, config.tile_n, columns),
+            "a_smem": pipeline_smem(config.a_slots, config.depth, config.tile_n, operand),
+            "b_smem": pipeline_smem(config.b_slots, TILE_M, config.depth, operand),
             "w_full": plgpu.Barrier(num_barriers=config.w_slots),
             "w_empty": plgpu.Barrier(num_barriers=config.w_slots, num_arrivals=GROUPS),
             "a_full": plgpu.Barrier(num_barriers=config.a_slots),

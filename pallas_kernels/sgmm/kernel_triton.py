@@ -1,4 +1,4 @@
-"""SGMM on Ampere and newer in one launch: a Triton kernel through jax-triton.
+"""SGMM on Ampere and newer in one kernel launch: a Triton kernel through jax-triton.
 
 A program merges a tile [TILE_M, TILE_N] of one layer of one target:
 
@@ -47,7 +47,7 @@ def configure(rank: int, itemsize: int) -> Config:
 
 
 def unsupported_reason(weights: dict[str, Array]) -> str | None:
-    """Why these shapes cannot run here, or None."""
+    """The reason why the kernel does not support these shapes, or None."""
     if len(weights) > MAX_TARGETS:
         return f"there are {len(weights)} targets, and one launch takes {MAX_TARGETS}"
     return None
@@ -129,7 +129,7 @@ def sgmm_triton(
     *,
     config: Config | None = None,
 ) -> dict[str, Array]:
-    """See `pallas_kernels.sgmm.sgmm`. Raises `ValueError` as `unsupported_reason` says."""
+    """See `pallas_kernels.sgmm.sgmm`. Raises `ValueError` with an `unsupported_reason`."""
     from jax_triton import triton_call  # here, because its import fails where JAX has no GPU support
 
     reason = unsupported_reason(weights)

@@ -7,8 +7,8 @@ coefficients are device arrays; no value of them is read on the host.
 
 | implementation | where                                   | how |
 |---|---|---|
-| `pallas`       | NVIDIA Hopper (compute capability 9.x)  | Mosaic GPU, one launch: TMA, wgmma, multi-stage prefetch |
-| `triton`       | NVIDIA Ampere and newer                 | a Triton kernel through jax-triton, one launch |
+| `pallas`       | NVIDIA Hopper (compute capability 9.x)  | Mosaic GPU, one kernel launch: TMA, wgmma, SMEM pipelines |
+| `triton`       | NVIDIA Ampere and newer                 | a Triton kernel through jax-triton, one kernel launch |
 | `xla`          | any device                              | plain jnp, a loop over layers |
 """
 
@@ -98,7 +98,7 @@ def _triton_unsupported_reason(weights: dict[str, Array], a: dict[str, Array]) -
 
 
 def compute_capability() -> str:
-    """Of the default device, such as '9.0'; empty if it is no NVIDIA GPU."""
+    """Compute capability of the default device, such as '9.0'; empty if it is no NVIDIA GPU."""
     device = jax.devices()[0]
     return str(getattr(device, "compute_capability", "")) if device.platform == "gpu" else ""
 

@@ -1,4 +1,4 @@
-"""What a merge adds to the weights: Σ_j c_j · B[e_j] A[e_j], the same experts e and coefficients c for every segment.
+"""Terms that a merge adds to the weights: Σ_j c_j · B[e_j] A[e_j], the same experts e and coefficients c for every segment.
 
 golden   c = s·g                    to a pristine copy        (arXiv 2603.11873, Eq. 6)
 switch   c = s·(g^t − g^{t−1})      to the last token's weights, in one pass   (Eq. 9)

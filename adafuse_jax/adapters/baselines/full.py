@@ -11,12 +11,12 @@ from adafuse_jax.models.decoder import Backbone
 
 
 class FullWeights(nnx.Module):
-    """Not an `Adapter`: a copy of the backbone in fp32, which trains and runs in its place."""
+    """A copy of the backbone in fp32, which trains and runs in its place; it is no `Adapter`."""
 
     def __init__(self, config: AdapterConfig, model: Backbone):
         self.config = config
         self.backbone = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model)
 
     def as_backbone(self, dtype: jnp.dtype) -> Backbone:
-        """What runs: every weight rounded to `dtype`."""
+        """The backbone to run: the trained fp32 weights, rounded to `dtype`."""
         return jax.tree.map(lambda leaf: leaf.astype(dtype), self.backbone)

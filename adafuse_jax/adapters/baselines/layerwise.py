@@ -35,7 +35,7 @@ class Mixture(nnx.Module):
 
 
 class LayerWise(nnx.Module):
-    """`experts`: name of a linear → `Mixture`. `layer_experts[l]` of its E experts are there in layer l."""
+    """`experts`: name of a linear → `Mixture`. Layer l has the first `layer_experts[l]` of the E experts."""
 
     def __init__(self, config: AdapterConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config

@@ -23,10 +23,10 @@ from adafuse_jax.models.hooks import Routing
 class MoLA(LayerWise):
     def __init__(self, config: AdapterConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         super().__init__(config, model, rngs=rngs)
-        there = jnp.arange(config.max_experts) < jnp.array(self.layer_experts)[:, None]  # [L, E]
+        is_valid = jnp.arange(config.max_experts) < jnp.array(self.layer_experts)[:, None]  # [L, E]
         for mixture in self.experts.values():
-            mixture.router.weight[...] = jnp.where(there[..., None], mixture.router.weight[...], 0)
-            mixture.lora.A[...] = jnp.where(there[..., None, None], mixture.lora.A[...], 0)
+            mixture.router.weight[...] = jnp.where(is_valid[..., None], mixture.router.weight[...], 0)
+            mixture.lora.A[...] = jnp.where(is_valid[..., None, None], mixture.lora.A[...], 0)
 
     @staticmethod
     def experts_of_layers(config: AdapterConfig, num_layers: int) -> tuple[int, ...]:

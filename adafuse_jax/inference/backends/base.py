@@ -52,7 +52,8 @@ class Backend(Protocol):
 
     @classmethod
     def unsupported_reason(cls, model: Backbone, adapter: AnyAdapter | None, batch: int = 1) -> str | None:
-        """Why it cannot decode `batch` rows with this model and adapter here, before anything is allocated; or None."""
+        """The reason why this backend cannot decode `batch` rows with the model and adapter on this device, or None.
+        Allocates nothing."""
         return None
 
     @classmethod

@@ -66,9 +66,11 @@ class GateTable:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fused:
-    """Arrays of the step besides the model's, laid out once: all norms [2L + 1, D]; the experts' factors, the adapter's own
-    arrays, or copies padded with zeros where their type is another or the rank is no multiple of 64; the gates of every
-    token; and where the model is sharded, its mesh, and a sharded head if that is the embeddings."""
+    """Arrays that the step reads besides the model's, laid out once.
+
+    `norms`: all norms, stacked. `a`, `b`: the experts' factors, the adapter's own arrays or, if they have another dtype or
+    the rank is no multiple of 64, copies padded with zeros. `table`: the gates of every token, if the router sees the token
+    alone. Of a sharded model, `mesh`, and `head`: a copy of tied embeddings, sharded over the vocabulary."""
 
     norms: Float[Array, "2L+1 D"]
     a: dict[str, Float[Array, "L E R in"]]
@@ -127,8 +129,8 @@ def shape_of(config: ModelConfig, devices: int = 1) -> Shape:
 
 
 def fused_unsupported_reason(model: Backbone, batch: int = 1, adapter: AdaFuse | None = None) -> str | None:
-    """Why the fused step cannot decode `batch` rows with this model on its device, or None. `adapter`: the one whose
-    factors it is to read."""
+    """The reason why the megakernel cannot decode `batch` rows with this model on its devices, or None. `adapter`: the one
+    whose factors the kernel reads; None for the bare backbone."""
     if reason := unsupported_field(model.config, CONSUMED_FIELDS | IRRELEVANT_FIELDS.keys()):
         return reason
     device, mesh = next(iter(model.embed_tokens[...].devices())), mesh_of(model)
@@ -147,7 +149,7 @@ def fused_unsupported_reason(model: Backbone, batch: int = 1, adapter: AdaFuse |
 
 
 def sees_token_alone(adapter: AdaFuse) -> bool:
-    """Whether x^1, which the router reads, depends on nothing but the token."""
+    """Return whether x^1, the router's input, depends on the token alone."""
     return adapter.first_target in ATTENTION_LINEARS[:3]
 
 
@@ -226,7 +228,7 @@ def fused_step(
 def _over_devices(
     mesh: Mesh, config: ModelConfig, weights: Weights, experts: Experts | None, **options: Any
 ) -> Callable[..., Any]:
-    """`decode_token` by all devices of the mesh, each with its share; every one has all logits in the end."""
+    """`decode_token` on all devices of the mesh, weights and cache sharded as in `axes`; the logits are replicated."""
     whole = PartitionSpec()
 
     def specs(leaf: str, arrays: dict[str, Array]) -> dict[str, PartitionSpec]:
@@ -252,7 +254,7 @@ def _over_devices(
 
 
 def default_unsupported_reason(model: Backbone, adapter: Any = None) -> str | None:
-    """Why the megakernel is not used unless it is requested, or None: it cannot run, or has never run on so many devices."""
+    """The reason why the megakernel is no default, or None: it cannot run, or was never tested on so many devices."""
     mesh = mesh_of(model)
     untried = mesh is not None and mesh.size > TRIED_DEVICES
     return fused_unsupported_reason(model, adapter=adapter) or (

@@ -71,7 +71,7 @@ def factors(adapter: AdaFuse) -> tuple[dict[str, Array], dict[str, Array]]:
 
 
 def with_weights(model: Backbone, weights: Mapping[str, Float[Array, "L out in"] | None]) -> Backbone:
-    """The model with these weights in these linears; it shares all the rest. None leaves a linear without weights."""
+    """The model with these weights in these linears, all other arrays reused. None leaves a linear without weights."""
     model = jax.tree.map(lambda leaf: leaf, model)
     for name, weight in weights.items():
         linear = getattr(model.layers, name)
@@ -189,7 +189,7 @@ class Switch(Golden):
 
     @property
     def model(self) -> Backbone:
-        """Without what was merged; only until the next step, which is donated its adapted weights."""
+        """The model with its experts unmerged; valid until the next step, to which its adapted weights are donated."""
         self.restore()
         return with_weights(self._model, self.merged.weights)
 
@@ -220,7 +220,7 @@ class MergedLoRA(Unfused):
 
 
 def bare_unsupported_reason(strategy: str, model: Backbone) -> str | None:
-    """Why the megakernel does not run the bare backbone of a merging backend, which the log says; or None."""
+    """The reason why the megakernel cannot run the bare backbone of a merging backend, which is logged; or None."""
     reason = default_unsupported_reason(model)
     if reason is not None:
         log.log(dispatch_log_level(), "decoding %s unfused: the megakernel cannot run, as %s", strategy, reason)

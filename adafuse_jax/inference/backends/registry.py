@@ -40,7 +40,7 @@ def require_strategy(config: AdapterConfig, strategy: str) -> None:
 
 def choose_backend(strategy: str | None, model: Backbone, adapter: AnyAdapter | None) -> Backend:
     """The backend of a strategy, prepared. None: *fused* where it can run, on `TRIED_DEVICES` at most, and batches that it
-    cannot decode unmerged; else *unmerged*. The log says which.
+    cannot decode unmerged; else *unmerged*. The choice is logged.
 
     Raises `UserError` for an unknown strategy, one that merges and no adapter, one that does not fit the adapter or several
     devices, and one that cannot run.

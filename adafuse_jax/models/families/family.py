@@ -52,7 +52,7 @@ class Family:
 
 
 def read_layer_types(table: Table, num_layers: int) -> tuple[bool, ...] | None:
-    """Per layer, sliding window or not, as `layer_types` says; None if it is absent."""
+    """Booleans from `layer_types`, one per layer: whether it has a sliding window; None without `layer_types`."""
     kinds = table.items("layer_types", None)
     if kinds is None:
         return None

@@ -10,7 +10,7 @@ from adafuse_jax.models.families.family import Family, layer_types, layer_window
 
 
 def read_windows(table: Table, num_layers: int) -> tuple[int | None, ...]:
-    """Each layer's window, as `layer_types` or else `use_sliding_window` and `max_window_layers` say."""
+    """Each layer's window, from `layer_types` or else from `use_sliding_window` and `max_window_layers`."""
     is_windowed, used = read_layer_types(table, num_layers), table.boolean("use_sliding_window", False)
     window, first = read_window(table, used=used), table.integer("max_window_layers", 28, low=-(2**31))
     return layer_windows(table, is_windowed, window if used else None, num_layers, first=first)
