@@ -53,8 +53,9 @@ def initial_weights(
     adapter = make_adapter(config, model.config, rngs=nnx.Rngs(params=key))
     if lora is None or isinstance(adapter, PESC):
         return adapter
-    is_layer_wise = isinstance(adapter, LayerWise)
-    num_experts = jnp.array(adapter.layer_experts)[:, None] if is_layer_wise else config.max_experts or 1
+    num_experts: Any = config.max_experts or 1
+    if isinstance(adapter, LayerWise):
+        num_experts = jnp.array(adapter.layer_experts)[:, None]  # [L, 1]
     for name, one in lora.experts.items():
         experts: LoRAExperts = adapter.experts[name].lora if isinstance(adapter, LayerWise) else adapter.experts[name]
         is_valid = (jnp.arange(experts.A.shape[1]) < num_experts)[..., None, None]  # [(L,) E, 1, 1]

@@ -150,12 +150,12 @@ class Attention:
 
         def tile(t, carry):
             *o, m, total, more, count = carry
-            pieces = [self.pipeline.take(count + i) for i in range(2 * self.parts)]
+            chunks = [self.pipeline.take(count + i) for i in range(2 * self.parts)]
             scores = []
             for half in (0, 1):
                 s = self._product(
                     (k_smem.at[pl.ds(half * WGMMA_M, WGMMA_M)], q_smem.at[part])
-                    for part, k_smem in enumerate(pieces[: self.parts])
+                    for part, k_smem in enumerate(chunks[: self.parts])
                 )
                 slots = plgpu.broadcasted_iota(jnp.int32, SHAPE, 0, layout=plgpu.Layout.WGMMA)
                 slots += (start + t) * TILE_M + half * WGMMA_M
@@ -167,7 +167,7 @@ class Attention:
             for half, p in enumerate(weights):
                 store_transposed(p_smem.at[half], p)
             plgpu.commit_smem()
-            for part, v_smem in enumerate(pieces[self.parts :]):
+            for part, v_smem in enumerate(chunks[self.parts :]):
                 added = self._product(
                     (v_smem.at[pl.ds(half * WGMMA_M, WGMMA_M)].transpose((1, 0)), p_smem.at[half]) for half in (0, 1)
                 )

@@ -48,30 +48,30 @@ class Config:
     depth: int
     split: int
     keep_b: bool
-    w_slots: int
-    a_slots: int
-    b_slots: int
+    w_stages: int
+    a_stages: int
+    b_stages: int
 
     def shared_memory(self, itemsize: int) -> int:
         """Bytes of a block's pipelines and barriers."""
-        columns = self.w_slots * TILE_M + self.a_slots * self.depth
-        return (columns * self.tile_n + self.b_slots * TILE_M * self.depth) * itemsize + 2048
+        columns = self.w_stages * TILE_M + self.a_stages * self.depth
+        return (columns * self.tile_n + self.b_stages * TILE_M * self.depth) * itemsize + 2048
 
 
 def configure(num_terms: int, rank: int, itemsize: int) -> Config:
     """The best configuration that fits: on an H200 three base tiles, B for a whole strip, four to eight slabs of A."""
     depth = max(d for d in (16, 32, 48, 64) if rank % d == 0)
-    pieces, pair = num_terms * rank // depth, 2 * rank // depth
-    for tile_n, w_slots in ((128, 3), (64, 3), (64, 2)):
-        for keep_b, a_slots in ((True, max(4, pair)), (False, max(4, pair)), (False, pair)):
+    num_slabs, pair = num_terms * rank // depth, 2 * rank // depth
+    for tile_n, w_stages in ((128, 3), (64, 3), (64, 2)):
+        for keep_b, a_stages in ((True, max(4, pair)), (False, max(4, pair)), (False, pair)):
             config = Config(
-                tile_n=tile_n, depth=depth, split=2 if pieces <= 2 else 1, keep_b=keep_b,
-                w_slots=w_slots, a_slots=a_slots, b_slots=pieces if keep_b else a_slots,
+                tile_n=tile_n, depth=depth, split=2 if num_slabs <= 2 else 1, keep_b=keep_b,
+                w_stages=w_stages, a_stages=a_stages, b_stages=num_slabs if keep_b else a_stages,
             )  # fmt: skip
             if config.shared_memory(itemsize) <= SHARED_MEMORY:
                 spare = (SHARED_MEMORY - config.shared_memory(itemsize)) // (depth * tile_n * itemsize)
-                more = min(8 - a_slots, spare if keep_b else spare // 2) if depth < 64 and a_slots < 8 else 0
-                return replace(config, a_slots=a_slots + more, b_slots=config.b_slots + (0 if keep_b else more))
+                more = min(8 - a_stages, spare if keep_b else spare // 2) if depth < 64 and a_stages < 8 else 0
+                return replace(config, a_stages=a_stages + more, b_stages=config.b_stages + (0 if keep_b else more))
     raise ValueError(f"sgmm cannot run as pallas: slabs of rank {rank} do not fit the shared memory")
 
 
@@ -93,17 +93,17 @@ def _kernel(
     factors_gmem,  # [J + 1]: 1 / c_1, c_1 / c_2, …, c_J
     num_terms_gmem,  # [1] how many count
     *refs,  # of every target: W, A, B and, unless that is W itself, the base
-    w_smem,  # [w_slots, TILE_M, tile_n]
-    a_smem,  # [a_slots, depth, tile_n]
-    b_smem,  # [b_slots, TILE_M, depth]
+    w_smem,  # [w_stages, TILE_M, tile_n]
+    a_smem,  # [a_stages, depth, tile_n]
+    b_smem,  # [b_stages, TILE_M, depth]
     w_full, w_empty, a_full, a_empty, b_full, b_empty,
     refs_per_target, config, multiply_onto,
 ):  # fmt: skip
     tile_n, depth = config.tile_n, config.depth
     segments = [refs[i : i + refs_per_target] for i in range(0, len(refs), refs_per_target)]
-    parts = segments[0][1].shape[2] // depth  # slabs of one product
+    slabs_per_term = segments[0][1].shape[2] // depth  # slabs of one product
     group, num_terms = lax.axis_index("group"), num_terms_gmem[0]
-    pieces = num_terms * parts
+    num_slabs = num_terms * slabs_per_term
     start = jnp.int32(0), jnp.int32(0), jnp.int32(0)  # tiles, slabs of A and slabs of B passed through the pipelines
 
     @pl.when(group == GROUPS)
@@ -111,28 +111,28 @@ def _kernel(
         plgpu.set_max_registers(40, action="decrease")
 
         def fill(count, source_gmem, stages_smem, full, empty):
-            slots = stages_smem.shape[0]
-            slot = count % slots
+            num_stages = stages_smem.shape[0]
+            stage = count % num_stages
 
-            @pl.when(count >= slots)
+            @pl.when(count >= num_stages)
             def _():
-                plgpu.barrier_wait(empty.at[slot])
+                plgpu.barrier_wait(empty.at[stage])
 
-            plgpu.copy_gmem_to_smem(source_gmem, stages_smem.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(source_gmem, stages_smem.at[stage], full.at[stage])
             return count + 1
 
         counts = start
         for w_gmem, a_gmem, b_gmem, *pristine_gmem in segments:
             base_gmem = pristine_gmem[0] if pristine_gmem else w_gmem
 
-            def fill_b(layer, row, piece, slabs_b, b_gmem=b_gmem):
-                expert, ranks = experts_gmem[piece // parts], pl.ds(piece % parts * depth, depth)
+            def fill_b(layer, row, slab, slabs_b, b_gmem=b_gmem):
+                expert, ranks = experts_gmem[slab // slabs_per_term], pl.ds(slab % slabs_per_term * depth, depth)
                 return fill(slabs_b, b_gmem.at[layer, expert, pl.ds(row, TILE_M), ranks], b_smem, b_full, b_empty)
 
             def begin(layer, row, counts, fill_b=fill_b):
                 tiles, slabs_a, slabs_b = counts
                 if config.keep_b:
-                    slabs_b = lax.fori_loop(0, pieces, partial(fill_b, layer, row), slabs_b)
+                    slabs_b = lax.fori_loop(0, num_slabs, partial(fill_b, layer, row), slabs_b)
                 return tiles, slabs_a, slabs_b
 
             def visit(layer, row, column, counts, base_gmem=base_gmem, a_gmem=a_gmem, fill_b=fill_b):
@@ -140,13 +140,13 @@ def _kernel(
                 columns = pl.ds(column, tile_n)
                 tiles = fill(tiles, base_gmem.at[layer, pl.ds(row, TILE_M), columns], w_smem, w_full, w_empty)
 
-                def slabs(piece, counts):
+                def fill_slabs(slab, counts):
                     slabs_a, slabs_b = counts
-                    expert, ranks = experts_gmem[piece // parts], pl.ds(piece % parts * depth, depth)
+                    expert, ranks = experts_gmem[slab // slabs_per_term], pl.ds(slab % slabs_per_term * depth, depth)
                     slabs_a = fill(slabs_a, a_gmem.at[layer, expert, ranks, columns], a_smem, a_full, a_empty)
-                    return slabs_a, slabs_b if config.keep_b else fill_b(layer, row, piece, slabs_b)
+                    return slabs_a, slabs_b if config.keep_b else fill_b(layer, row, slab, slabs_b)
 
-                return tiles, *lax.fori_loop(0, pieces, slabs, (slabs_a, slabs_b))
+                return tiles, *lax.fori_loop(0, num_slabs, fill_slabs, (slabs_a, slabs_b))
 
             counts = _walk(base_gmem.shape, config, begin, visit, lambda counts: counts, counts)
 
@@ -156,24 +156,24 @@ def _kernel(
         rows, first_factor = pl.ds(group * ROWS, ROWS), factors_gmem[0]
 
         def wait(full, count):
-            slot = count % full.shape[0]
-            plgpu.barrier_wait(full.at[slot])
-            return slot
+            stage = count % full.shape[0]
+            plgpu.barrier_wait(full.at[stage])
+            return stage
 
         def release(empty, count):
             plgpu.barrier_arrive(empty.at[count % empty.shape[0]])
 
         def begin(layer, row, counts):
             if config.keep_b:
-                pl.loop(0, pieces)(lambda piece: plgpu.barrier_wait(b_full.at[(counts[2] + piece) % config.b_slots]))
+                pl.loop(0, num_slabs)(lambda slab: plgpu.barrier_wait(b_full.at[(counts[2] + slab) % config.b_stages]))
             return counts
 
         def end(counts):
             tiles, slabs_a, slabs_b = counts
             if not config.keep_b:
                 return counts
-            pl.loop(0, pieces)(lambda piece: release(b_empty, slabs_b + piece))
-            return tiles, slabs_a, slabs_b + pieces
+            pl.loop(0, num_slabs)(lambda slab: release(b_empty, slabs_b + slab))
+            return tiles, slabs_a, slabs_b + num_slabs
 
         counts = start
         for w_gmem, *_ in segments:
@@ -186,34 +186,34 @@ def _kernel(
                     next_factor = factors_gmem[j + 1]  # on its way while the tensor cores work
 
                     def products(acc):
-                        for piece in (j * parts + part for part in range(parts)):
-                            slot_a = wait(a_full, slabs_a + piece)
-                            slot_b = (
-                                (slabs_b + piece) % config.b_slots if config.keep_b else wait(b_full, slabs_b + piece)
+                        for slab in (j * slabs_per_term + i for i in range(slabs_per_term)):
+                            stage_a = wait(a_full, slabs_a + slab)
+                            stage_b = (
+                                (slabs_b + slab) % config.b_stages if config.keep_b else wait(b_full, slabs_b + slab)
                             )
-                            plgpu.wgmma(acc, b_smem.at[slot_b, rows], a_smem.at[slot_a])
+                            plgpu.wgmma(acc, b_smem.at[stage_b, rows], a_smem.at[stage_a])
 
                     total = multiply_onto(total * factor, products)
-                    for piece in (j * parts + part for part in range(parts)):
-                        release(a_empty, slabs_a + piece)
+                    for slab in (j * slabs_per_term + i for i in range(slabs_per_term)):
+                        release(a_empty, slabs_a + slab)
                         if not config.keep_b:
-                            release(b_empty, slabs_b + piece)
+                            release(b_empty, slabs_b + slab)
                     return total, next_factor
 
-                slot = wait(w_full, tiles)
-                base = w_smem[slot, rows].astype(jnp.float32)
+                stage = wait(w_full, tiles)
+                base = w_smem[stage, rows].astype(jnp.float32)
                 total, factor = lax.fori_loop(0, num_terms, add, (base, first_factor))
-                w_smem[slot, rows] = (total * factor).astype(w_smem.dtype)
+                w_smem[stage, rows] = (total * factor).astype(w_smem.dtype)
                 plgpu.commit_smem()
                 tile = w_gmem.at[layer, pl.ds(row + group * ROWS, ROWS), pl.ds(column, tile_n)]
-                plgpu.copy_smem_to_gmem(w_smem.at[slot, rows], tile)
+                plgpu.copy_smem_to_gmem(w_smem.at[stage, rows], tile)
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
 
-                @pl.when(tiles > 0)  # the tile before this one has left its slot
+                @pl.when(tiles > 0)  # the tile before this one has left its stage
                 def _():
                     release(w_empty, tiles - 1)
 
-                return tiles + 1, slabs_a + pieces, slabs_b if config.keep_b else slabs_b + pieces
+                return tiles + 1, slabs_a + num_slabs, slabs_b if config.keep_b else slabs_b + num_slabs
 
             counts = _walk(w_gmem.shape, config, begin, visit, end, counts)
         plgpu.wait_smem_to_gmem(0)
@@ -250,21 +250,21 @@ def _walk(shape, config, begin, visit, end, carry):
     waves, rest = divmod(num_units, num_blocks)
     first, last = rest * tiles * block // num_blocks, rest * tiles * (block + 1) // num_blocks
 
-    def piece(p, carry):
+    def visit_unit(p, carry):
         whole = p < waves
         offset = (first // tiles + p - waves) * tiles
         unit = jnp.where(whole, p * num_blocks + block, waves * num_blocks + offset // tiles)
         low = jnp.where(whole, 0, jnp.maximum(first - offset, 0))
         high = jnp.where(whole, tiles, jnp.minimum(last - offset, tiles))
-        strip, part = jnp.minimum(unit, num_units - 1) // config.split, unit % config.split
+        strip, turn = jnp.minimum(unit, num_units - 1) // config.split, unit % config.split
         layer, row = strip // strips_per_layer, strip % strips_per_layer * TILE_M
 
         def tile(i, carry):
-            return visit(layer, row, (i * config.split + part) * config.tile_n, carry)
+            return visit(layer, row, (i * config.split + turn) * config.tile_n, carry)
 
         return end(lax.fori_loop(low, high, tile, begin(layer, row, carry)))
 
-    return lax.fori_loop(0, waves + 2 * (rest > 0), piece, carry)
+    return lax.fori_loop(0, waves + 2 * (rest > 0), visit_unit, carry)
 
 
 def _factors(terms: Terms) -> tuple[Array, Array, Array]:
@@ -306,11 +306,11 @@ def sgmm_sm90(
     rank = a[names[0]].shape[2]
     config = config or configure(len(terms.experts), rank, dtype.itemsize)
 
-    def pipeline_smem(slots, rows, columns, swizzled):
+    def pipeline_smem(num_stages, rows, columns, swizzled):
         swizzle = plgpu.find_swizzle(swizzled * dtype.itemsize * 8)
         tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))  # type: ignore[abstract]
         transforms = tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
-        return plgpu.SMEM((slots, rows, columns), dtype, transforms=transforms)
+        return plgpu.SMEM((num_stages, rows, columns), dtype, transforms=transforms)
 
     columns = math.gcd(config.tile_n, *(w.shape[2] for w in weights.values()))
     operand = math.gcd(columns, config.depth)  # wgmma wants one swizzle for both operands
@@ -329,15 +329,15 @@ def sgmm_sm90(
         num_threads=GROUPS + 1,
         thread_name="group",
         scratch_types={
-            "w_smem": pipeline_smem(config.w_slots, TILE_M, config.tile_n, columns),
-            "a_smem": pipeline_smem(config.a_slots, config.depth, config.tile_n, operand),
-            "b_smem": pipeline_smem(config.b_slots, TILE_M, config.depth, operand),
-            "w_full": plgpu.Barrier(num_barriers=config.w_slots),
-            "w_empty": plgpu.Barrier(num_barriers=config.w_slots, num_arrivals=GROUPS),
-            "a_full": plgpu.Barrier(num_barriers=config.a_slots),
-            "a_empty": plgpu.Barrier(num_barriers=config.a_slots, num_arrivals=GROUPS),
-            "b_full": plgpu.Barrier(num_barriers=config.b_slots),
-            "b_empty": plgpu.Barrier(num_barriers=config.b_slots, num_arrivals=GROUPS),
+            "w_smem": pipeline_smem(config.w_stages, TILE_M, config.tile_n, columns),
+            "a_smem": pipeline_smem(config.a_stages, config.depth, config.tile_n, operand),
+            "b_smem": pipeline_smem(config.b_stages, TILE_M, config.depth, operand),
+            "w_full": plgpu.Barrier(num_barriers=config.w_stages),
+            "w_empty": plgpu.Barrier(num_barriers=config.w_stages, num_arrivals=GROUPS),
+            "a_full": plgpu.Barrier(num_barriers=config.a_stages),
+            "a_empty": plgpu.Barrier(num_barriers=config.a_stages, num_arrivals=GROUPS),
+            "b_full": plgpu.Barrier(num_barriers=config.b_stages),
+            "b_empty": plgpu.Barrier(num_barriers=config.b_stages, num_arrivals=GROUPS),
         },
         interpret=interpret,
     )

@@ -38,12 +38,12 @@ def merge_function(implementation: str) -> Callable:
 
         def merge(weights, a, b, terms, pristine):
             rank, num_terms = next(iter(a.values())).shape[2], len(terms.experts)
-            config = replace(configure(num_terms, rank + -rank % 16, 2), tile_n=64, w_slots=2, split=2)
+            config = replace(configure(num_terms, rank + -rank % 16, 2), tile_n=64, w_stages=2, split=2)
             pair = 2 * (rank + -rank % 16) // config.depth
             if implementation == "B fetched again":
-                config = replace(config, keep_b=False, a_slots=pair, b_slots=pair)
+                config = replace(config, keep_b=False, a_stages=pair, b_stages=pair)
             else:
-                config = replace(config, keep_b=True, a_slots=pair, b_slots=num_terms * pair // 2)
+                config = replace(config, keep_b=True, a_stages=pair, b_stages=num_terms * pair // 2)
             parameters = plgpu.InterpretGPUParams(detect_races=True)
             return sgmm_sm90(weights, a, b, terms, pristine, interpret=parameters, num_blocks=2, config=config)
 
@@ -122,9 +122,9 @@ class TestValues:
             config = configure(num_terms, rank, 2)
             parts = rank // config.depth
             assert config.shared_memory(2) <= 227 * 1024
-            assert config.w_slots >= 2
-            assert config.a_slots >= 2 * parts
-            assert config.b_slots >= (num_terms if config.keep_b else 2) * parts
+            assert config.w_stages >= 2
+            assert config.a_stages >= 2 * parts
+            assert config.b_stages >= (num_terms if config.keep_b else 2) * parts
 
     @pytest.mark.parametrize("dtype", HALF_ULP)
     def test_the_bound_finds_lost_precision(self, dtype):
