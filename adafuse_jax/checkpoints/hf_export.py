@@ -73,8 +73,8 @@ def _write_configs(model: Backbone, out: Path, directory: Path | None, source: H
         if source is not None and _special_tokens(source.model) == special:
             shutil.copyfile(directory / file, out / file)
         else:
-            kept = {name: value for name, value in read_json(directory / file).items() if name not in special}
-            write_json(out / file, kept | {name: value for name, value in special.items() if value is not None})
+            others = {name: value for name, value in read_json(directory / file).items() if name not in special}
+            write_json(out / file, others | {name: value for name, value in special.items() if value is not None})
     else:
         write_json(out / file, {name: value for name, value in special.items() if value is not None})
     if source is not None and source.model == config:

@@ -251,7 +251,7 @@ def encode_all(
     `name`, of the data set, begins the log lines: of conversations that became several rows, and of examples that the
     template refuses and `skip_bad_rows` leaves out. Raises UserError, with the place of the row, for the first of those
     without it, and where it would leave out all of them."""
-    made: list[Encoded] = []
+    encoded_rows: list[Encoded] = []
     refusals: list[UserError] = []
     unfit = conversations = turns = 0
     prefix = f"{name}: " if name else ""
@@ -278,7 +278,7 @@ def encode_all(
                 fitting = [row for piece in pieces if (row := _truncate(piece, max_length)) is not None]
                 conversations, turns = conversations + (len(rows) > 1), turns + (len(rows) > 1) * len(rows)
                 unfit += not fitting
-                made += fitting
+                encoded_rows += fitting
     if refusals and len(refusals) == len(examples):
         raise refusals[0]
     if refusals:
@@ -291,7 +291,7 @@ def encode_all(
             "%s%d conversations are trained as %d rows, one an assistant turn: the chat template rewrites earlier turns",
             prefix, conversations, turns,
         )  # fmt: skip
-    return made, unfit
+    return encoded_rows, unfit
 
 
 def _pieces(encoded: Encoded, max_length: int) -> Iterator[Encoded]:

@@ -1,4 +1,4 @@
-"""Examples of different lengths to rows of one length T: several examples a row, kept apart by segment ids.
+"""Packing of examples into rows of one length T: several examples a row, separated by segment ids.
 
 first fit: an example goes into the oldest of at most `OPEN_ROWS` open rows that has room, else into a new row.
 """
@@ -46,12 +46,12 @@ class Rows:
 
 def _first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     rows: list[list[int]] = []
-    open_rows: list[tuple[int, int]] = []  # (row, room), oldest first
+    open_rows: list[tuple[int, int]] = []  # (row, free tokens), oldest first
     for i, length in enumerate(lengths):
-        for slot, (row, room) in enumerate(open_rows):
-            if length <= room:
+        for slot, (row, free) in enumerate(open_rows):
+            if length <= free:
                 rows[row].append(i)
-                open_rows[slot] = (row, room - length)
+                open_rows[slot] = (row, free - length)
                 break
         else:
             rows.append([i])

@@ -81,12 +81,12 @@ def to_json(
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    made = ImmutableSandboxedEnvironment(
+    sandbox = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, jinja2.ext.loopcontrols]
     )
-    made.filters["tojson"] = to_json
-    made.globals |= {"raise_exception": raise_exception, "dict": TemplateDict(), "namespace": TemplateNamespace}
-    return made
+    sandbox.filters["tojson"] = to_json
+    sandbox.globals |= {"raise_exception": raise_exception, "dict": TemplateDict(), "namespace": TemplateNamespace}
+    return sandbox
 
 
 def rendered(template: jinja2.Template, variables: dict[str, Any], date: datetime, characters: int) -> str:

@@ -40,7 +40,7 @@ def run(config: EvaluationConfig) -> dict[str, Any]:
     directory, context = checkpoint.directory, checkpoint.config.max_position_embeddings
     if config.max_length is not None and config.max_length > context:
         raise UserError(f"--max-length {config.max_length} exceeds the {context} positions of {config.model}; lower it")
-    tokenizer, room = load_tokenizer(directory, config.adapter), config.max_new_tokens if config.generate else 0
+    tokenizer, token_budget = load_tokenizer(directory, config.adapter), config.max_new_tokens if config.generate else 0
     if config.system is not None:
         log_unwritten_system(tokenizer, config.model)
     sets = []
@@ -48,7 +48,7 @@ def run(config: EvaluationConfig) -> dict[str, Any]:
         split, examples = read_questions(text, config)
         try:
             questions = Questions.encode(
-                examples, tokenizer, config.max_length or context, room=room, system=config.system
+                examples, tokenizer, config.max_length or context, token_budget=token_budget, system=config.system
             )
         except UserError as error:
             raise UserError(f"{text}: {error}") from error

@@ -223,8 +223,8 @@ class AdaFuseLM(TemplateLM):
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
         until = handle_stop_sequences(kwargs.pop("until"), eos=self.tokenizer.decode([self.eot_token_id]))
         new_tokens = kwargs.pop("max_gen_toks")
-        room = self.max_length - new_tokens
-        if room < 1:
+        max_prompt = self.max_length - new_tokens
+        if max_prompt < 1:
             raise UserError(
                 f"max_gen_toks {new_tokens} leaves no room for a prompt in {self.max_length} tokens; lower it"
             )
@@ -244,7 +244,7 @@ class AdaFuseLM(TemplateLM):
         sampling = Sampling.of(**values | ({} if kwargs.get("do_sample") else {"temperature": 0.0}))
         # One batch size, one program: the last row fills it up.
         spare = self.batch_size - len(contexts)
-        prompts = [context[-room:] for context in contexts] + [contexts[-1][-room:]] * spare
+        prompts = [context[-max_prompt:] for context in contexts] + [contexts[-1][-max_prompt:]] * spare
         stops = tuple(stop for stop in until if stop)
         streams = [TextStream(self.tokenizer, stops, inside_special=True) for _ in prompts]
         for step in self._engine.generate(

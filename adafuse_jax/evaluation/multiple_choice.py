@@ -49,11 +49,11 @@ class Questions:
         tokenizer: Any,
         max_length: int,
         *,
-        room: int = 0,
+        token_budget: int = 0,
         system: str | None = None,
     ) -> Questions:
-        """`system` is a message before each question; `room` is the number of tokens that a question must leave behind its
-        prompt, for an answer to be generated.
+        """`system` is a message before each question; `token_budget`: tokens that must fit behind a question's prompt,
+        for an answer to be generated.
 
         Raises `UserError` when none is left."""
         fitting: list[MultipleChoice] = []
@@ -70,7 +70,7 @@ class Questions:
                     raise
                 except UserError as error:
                     raise UserError(f"{example.where}: {error}" if example.where else str(error)) from error
-                if encoded is None or (room and len(prompt) + room > max_length):
+                if encoded is None or (token_budget and len(prompt) + token_budget > max_length):
                     continue
                 fitting.append(example)
                 prompts.append(prompt)

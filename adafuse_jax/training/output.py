@@ -1,4 +1,4 @@
-"""The output directory of a run: who may write there, whether it has room, and its names."""
+"""The output directory of a run: its lock, its free space and its file names."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def remove_leftovers(output: Path) -> None:
 
 
 def check_space(output: Path, trained: Any, moments: Any, *, keep: int) -> None:
-    """Raise `UserError` unless the checkpoints (one more than are kept exists while one is written) and the final adapter
+    """Raise `UserError` unless the checkpoints (`keep`, and one more while it is written) and the final adapter
     fit in the free space and that of the checkpoints which are there already. The trees may be abstract."""
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
     need = (keep + 1) * size((trained, moments)) + size(trained)

@@ -239,8 +239,8 @@ class TileSchedule:
         first, number = strided_share(0, self.num_units * each, self.slice, self.group.split_k)
 
         def at(n):
-            index, piece = div_rem(first + n * self.group.split_k, each)
-            half, i = div_rem(piece, self.n_tiles // self.n_tiles_at_once)
+            index, place = div_rem(first + n * self.group.split_k, each)
+            half, i = div_rem(place, self.n_tiles // self.n_tiles_at_once)
             return self.unit(index), half, i * self.n_tiles_at_once
 
         return number, at

@@ -144,7 +144,9 @@ def test_long_questions_are_left_out_and_counted(loaded: Any, examples: list[Mul
     assert (questions.examples, questions.left_out) == (examples, 1)
     longer = MultipleChoice("Which is 10?", examples[0].choices, 0)
     length = len(prompt_of(longer, loaded.tokenizer)) + 20
-    fits, tight = (Questions.encode([*examples, longer], loaded.tokenizer, n, room=20) for n in (length, length - 1))
+    fits, tight = (
+        Questions.encode([*examples, longer], loaded.tokenizer, n, token_budget=20) for n in (length, length - 1)
+    )
     assert (fits.left_out, tight.left_out) == (0, 1)
 
 
