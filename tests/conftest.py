@@ -54,12 +54,17 @@ def size_of(directory: str) -> int:
     return total
 
 
+@pytest.fixture
+def optimised() -> None:
+    """Compile the programs of a test as for a user."""
+
+
 @pytest.fixture(autouse=True)
 def real_models_are_optimised(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests of real models compile as for a user: they compute for longer than they compile. Fixtures of a module, which
-    are made before, do not."""
+    """Compile tests of real models as for a user: they compute for longer than they compile. Fixtures of a module are made
+    before, with most optimisations off."""
     before = jax.config.values["jax_disable_most_optimizations"]
-    if not before or {"smollm2_dir", "stories260k_dir"}.isdisjoint(request.fixturenames):
+    if not before or {"smollm2_dir", "stories260k_dir", "optimised"}.isdisjoint(request.fixturenames):
         yield
         return
     for disabled in (False, True):
