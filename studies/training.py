@@ -58,7 +58,7 @@ class Texts:
 
 
 def phases_of(settings: dict[str, Any], steps: int) -> Phases:
-    """Of a run of so many steps."""
+    """Phases (tied experts, frozen router) of a run of `steps` steps."""
     table = USUAL | settings
     return Phases.of(table[TIED], table[SETTLED], steps)
 
@@ -74,20 +74,21 @@ class Trained:
     """Replicas after their last step."""
 
     adapter: Any
-    """Every leaf [S, …]."""
+    """Adapter of all replicas: every leaf is [S, …]."""
     tokens: int
     """Seen by the first replica."""
     seconds: float
-    """Of all steps of all replicas but the first step, which compiles."""
+    """Duration of all steps of all replicas but the first step, which compiles."""
     first_step_seconds: float
     history: list[dict[str, Any]]
-    """Every so many steps: mean loss of each replica since, None if it is not finite, and the first one's expert load."""
+    """History, one entry per logging interval: mean loss of each replica over it (None if not finite), and the first
+    replica's expert load."""
     load: list[list[float]] | None
     """Share of the assignments that each expert had in the last step, [S, E]; None without one router."""
 
     @property
     def diverged(self) -> list[bool]:
-        """Whether the loss of each replica was ever not finite."""
+        """True for each replica whose loss was not finite at some time."""
         return [any(loss is None for loss in losses) for losses in zip(*(p["loss"] for p in self.history), strict=True)]
 
 

@@ -31,8 +31,8 @@ def set_compilation(**settings: Any) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """On the CPU most of the time is XLA's, on programs that run once: it leaves most of its optimisations off, and compiles
-    a program once per machine, whichever worker, script or session asks for it."""
+    """Set JAX's compilation: on the CPU most time goes to compiling programs that run once, so most of XLA's
+    optimisations are off, and a program is compiled once per machine, whichever worker, script or session needs it."""
     programs = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or CACHE / "programs")
     set_compilation(jax_compilation_cache_dir=str(programs), jax_persistent_cache_min_compile_time_secs=0.0)
     if os.environ.get("JAX_PLATFORMS") == "cpu":

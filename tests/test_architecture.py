@@ -45,7 +45,7 @@ TREES = modules("adafuse_jax") | modules("pallas_kernels")
 
 
 def imported_modules(name: str) -> set[str]:
-    """This project's modules that `name` imports."""
+    """Modules of this project that `name` imports."""
     found = set()
     for dotted in imports(TREES[name]):
         while dotted and dotted not in TREES:

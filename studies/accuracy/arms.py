@@ -70,7 +70,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "rslora-128": _rank_stabilized(128),
     "rslora-32": _rank_stabilized(32),
 }
-"""In the order of a screening."""
+"""Names of the arms in the order in which a screening trains them."""
 
 
 def make(settings: dict[str, Any], model: Backbone, key: jax.Array) -> Any:

@@ -52,7 +52,7 @@ class Mixture:
     split: str
     stops: tuple[int, ...]
     digest: str
-    """Of all arrays: runs of one study have the same."""
+    """Hash of all arrays; all runs of one study have the same."""
 
 
 def prepare(model: str, data: Path, out: Path, *, length: int, split: str, limit: int | None = None) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def prepare(model: str, data: Path, out: Path, *, length: int, split: str, limit
 
 
 def load(path: Path) -> Mixture:
-    """Raises `UserError` for a file that is missing or was not written by `prepare`."""
+    """Read a mixture file. Raises `UserError` for a file that is missing or was not written by `prepare`."""
     try:
         with np.load(path, allow_pickle=False) as file:
             tables = {name: file[name] for name in file.files}
@@ -192,7 +192,7 @@ def _prompts(examples: Sequence[Example], tokenizer: Any) -> dict[str, np.ndarra
 
 
 def _narrow(array: np.ndarray) -> np.ndarray:
-    """In 16 bits where the integers fit."""
+    """Cast integers to 16 bits where the values fit."""
     if array.dtype.kind == "i" and array.size and np.iinfo(np.int16).min <= array.min() and array.max() < 2**15:
         return array.astype(np.int16)
     if array.dtype.kind == "i" and array.size and array.min() >= 0 and array.max() < 2**16:

@@ -28,7 +28,7 @@ LENGTH = 256
 
 
 def table(results: dict[str, Any]) -> str:
-    """Of drift.json, in Markdown."""
+    """Markdown table of the results in drift.json."""
     cells: list[list[str]] = []
     for dtype, of in results.items():
         for row in of["switch"]:
@@ -53,7 +53,7 @@ def plot(results: dict[str, Any], title: str, picture: Path) -> None:
 
 
 def plot_errors(panel: Any, of: dict[str, Any], name: str, dtype: str, color: str) -> None:
-    """One error of one type of weights."""
+    """Plot one error (`name`) over the steps, for weights of one dtype."""
     steps = [row["steps"] for row in of["switch"]]
     panel.plot(steps, [row[name] for row in of["switch"]], "o-", color=color, label=f"switch, {dtype}")
     for strategy, style in (("golden", "--"), ("unmerged", ":")):

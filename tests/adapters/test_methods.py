@@ -32,7 +32,7 @@ from adafuse_jax.training.step import TrainState, train_step
 from benchmarks.simple_merging import Merging
 
 FAMILIES = ("llama_mqa_sharded", "qwen3_bias")
-"""Of three layers each: MoLA's parts are of one layer each."""
+"""Models of three layers each, because MoLA's groups are of one layer each here."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def run(model: Backbone, tokens, adapter=None, **options):
 
 
 def reference(model: Backbone, adapter, tokens: np.ndarray) -> np.ndarray:
-    """Every method's equation, written once more: expert by expert in float64."""
+    """Logits by every method's equation, written independently: expert by expert in float64."""
     config = adapter.config
     scale = config.alpha / config.rank
     erf = np.vectorize(math.erf)
@@ -278,7 +278,7 @@ class TestPresets:
 
     @pytest.mark.parametrize("method", METHODS)
     def test_every_setting_is_read(self, models, method):
-        """Of the hook of the last layer, its outputs, and the balance loss as training adds it."""
+        """Change each setting: the last layer's hook, its outputs or the balance loss must change."""
         model = models(FAMILIES[0])
         changes = {
             "targets": ("q_proj",), "num_experts": 5, "experts_per_layer": (3,), "rank": 5, "top_k": 1, "alpha": 1.0,

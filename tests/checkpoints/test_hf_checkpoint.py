@@ -137,7 +137,7 @@ class TestPlacement:
 
 
 def run_on_mesh() -> dict[str, Any]:
-    """In a process with two devices: leaves and shardings of both ways are compared; see the test above."""
+    """Compare leaves and shardings of both ways, in a process with two devices; see the test above."""
     import tempfile
 
     from safetensors.numpy import load_file, save_file

@@ -195,7 +195,8 @@ class TestTypes:
         assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float16"
 
     def test_float16_gives_the_tokens_of_transformers(self, stories260k_dir: Path, tmp_path: Path):
-        """That of real.json: transformers gives it in float16 and in float32, and leaves it after 114 tokens in bfloat16."""
+        """Tokens are those of real.json: transformers gives them in float16 and in float32, and leaves them after 114
+        tokens in bfloat16."""
         shutil.copytree(stories260k_dir, tmp_path / "m")
         tensors = {
             name: tensor.astype(np.float16) for name, tensor in load_file(tmp_path / "m/model.safetensors").items()

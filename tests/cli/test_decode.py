@@ -107,7 +107,7 @@ class TestPrompts:
             script.main(tiny.decode_flags(folder, prompt=None))
 
     def test_pipes(self, folder):
-        """One whose writer ends; one that nobody writes to is empty, not waited for."""
+        """A pipe whose writer ends is read; one without a writer is empty, and decoding does not wait for it."""
         fifo = folder / "fifo"
         os.mkfifo(fifo)
         with pytest.raises(UserError, match="has no prompt"):
@@ -275,7 +275,7 @@ class TestOutput:
         assert stopped["text"] == whole[: whole.index(stop)]
 
     def test_stop_at_a_special_token(self, run):
-        """One that is no end token: the answer ends at it, and shows as little of it as before."""
+        """A special token that is no end token: the answer ends at it, and shows as little of it as before."""
         flags = {"raw": True, "json": True, "temperature": 1e30, "max_new_tokens": 100}
         for seed in range(9):
             free = objects(run(**flags, seed=seed)[0])[0]

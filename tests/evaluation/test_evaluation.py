@@ -111,7 +111,8 @@ def all_logits(model: Any, adapter: Any, tokens: Any) -> Any:
 
 
 def log_likelihood(loaded: Any, example: MultipleChoice, choice: str) -> float:
-    """By the sum, one candidate at a time, softmax in float64. Padding comes behind, where a causal model does not look."""
+    """Sum of log-probabilities, one candidate at a time, softmax in float64. Padding stands behind, where a causal
+    model does not look."""
     start = prompt_of(example, loaded.tokenizer)
     tokens = [*start, *loaded.tokenizer(choice, add_special_tokens=False)["input_ids"]]
     padded = np.zeros((1, 256), np.int32)
@@ -206,7 +207,8 @@ def test_table_and_file(
 
 @dataclass(frozen=True)
 class Case:
-    """`flags` change those of a good call; `{}` in a text is the folder; `says` is told."""
+    """Case of bad input: `flags` change those of a good call, `{}` in a text is the folder, `expected` are parts of the
+    message."""
 
     name: str
     says: tuple[str, ...]

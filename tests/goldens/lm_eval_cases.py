@@ -79,7 +79,8 @@ def write_tasks(out: Path) -> Path:
 
 
 def task_results(evaluated: dict[str, Any]) -> dict[str, Any]:
-    """Of `simple_evaluate`'s result: per task its metrics without their errors, and per document the model's responses."""
+    """Results from `simple_evaluate`: per task its metrics without their errors, and per document the model's
+    responses."""
     return {
         name: {
             "metrics": {

@@ -153,7 +153,8 @@ def real_goldens() -> dict:
 
 
 def differences(name: str, committed: Golden, computed: Golden) -> list[str]:
-    """What sets two goldens apart: keys, shapes, dtypes, integers at all, floats by more than ATOL over their std."""
+    """Differences between two goldens: keys, shapes, dtypes, integers at all, floats by more than ATOL over their
+    std."""
     if committed.keys() != computed.keys():
         return [f"{name}: keys differ: {sorted(committed.keys() ^ computed.keys())}"]
     found = []

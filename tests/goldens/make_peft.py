@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What PEFT makes of the LoRAs of tiny_loras.py, on CPU in float32, written beside this file or checked.
+"""Results of PEFT with the LoRAs of tiny_loras.py, on CPU in float32, written beside this file or checked.
 
 `peft/<name>/` holds the two files that PEFT saves, and `outputs.npz` with, for B=2, T=16:
 

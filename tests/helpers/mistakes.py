@@ -40,7 +40,8 @@ def cut_files(folder: Path, pattern: str) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """`flags` change those of a good call, `{}` in a text is the folder; `damage` spoils the folder; `says` is told."""
+    """Case of bad input: `flags` change those of a good call, `{}` in a text is the folder, `damage` spoils the folder,
+    `expected` are parts of the message."""
 
     name: str
     says: tuple[str, ...]
@@ -151,7 +152,7 @@ def folder(good_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(good_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That folder, moved, with a run of two steps in `run`."""
+    """Copy of `good_folder` with a run of two steps in `run`."""
     folder = Path(shutil.copytree(good_folder, tmp_path_factory.mktemp("finished") / "work"))
     done = tiny.run_script("train", tiny.train_flags(folder))
     assert done.returncode == 0, done.stderr
@@ -192,7 +193,7 @@ def parametrize(*tables: tuple[str, list[Case]]) -> pytest.MarkDecorator:
 def check_refused(
     script: str, case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """One line that says what the case wants, exit code 2, and the folder as it was."""
+    """Run the script: one line with the texts that the case expects, exit code 2, and the folder as it was."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     case.damage(folder)
     before = tiny.snapshot(folder)

@@ -56,7 +56,7 @@ class TestSample:
 
     @staticmethod
     def draw(logits, sampling: Sampling, times: int) -> np.ndarray:
-        """As many rows of the same logits."""
+        """Samples of `times` rows of the same logits."""
         return np.asarray(compiled(jnp.tile(logits, (times, 1)), sampling, keys(times), None))
 
     @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -143,7 +143,7 @@ class TestSample:
 
 
 class FakeTokenizer:
-    """One id per byte, and one for the special token <end>."""
+    """Tokenizer with one id per byte, and one for the special token <end>."""
 
     END = 256
     all_special_tokens = ("<end>",)

@@ -51,7 +51,7 @@ def run(slots: Slots, steps: int | None = None) -> list[dict[int, int]]:
 
 
 def by_modules(model, adapter, fused, token, positions, cache):
-    """In place of the megakernel."""
+    """Decode step by the modules, in place of the megakernel."""
     out = model.run(token[:, None], adapter=adapter, positions=positions[:, None], cache=cache, unroll=True)
     return model.logits(out.hidden[:, 0]), None if adapter is None else out.routing.experts_of_row(), out.cache
 

@@ -30,7 +30,7 @@ from adafuse_jax.models.kv_cache import KVCache
 
 MERGING = ("golden", "switch", "simple")
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-9}
-"""One rounding, at most, over the number that is rounded."""
+"""Largest relative error of one rounding."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ strategies = pytest.mark.parametrize("strategy", MERGING)
 
 
 def copied(model: Backbone) -> Backbone:
-    """For *switch*, which takes the weights it is given."""
+    """Copy of the weights for *switch*, which takes over those it is given."""
     return jax.tree.map(jnp.copy, model)
 
 
@@ -103,8 +103,8 @@ class TestEqualsUnmerged:
     @pytest.mark.parametrize("strategy", ["golden", "simple"])
     @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), LINEARS], ids=["q_v", "all"])
     def test_bfloat16_logits_err_as_much_as_those_of_another_summation_order(self, models, targets, strategy):
-        """Against the same weights in fp32: unmerged step by step and unmerged all at once differ in nothing but the
-        order of sums. Merged weights are rounded once more, and like every weight, to 2^-9."""
+        """Errors are against the same weights in fp32: unmerged step by step and unmerged all at once differ only in
+        the order of sums. Merged weights are rounded once more, and like every weight, to 2^-9."""
         bf16 = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), models("llama_gqa"))
         experts = random_adapter(bf16.config, targets=targets)
         experts.experts = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), experts.experts)
@@ -165,7 +165,7 @@ class TestEqualsUnmerged:
         assert generate(Engine(model, adapter, strategy="golden", eos_ids=()), prompt, n=64) == wanted
 
     def test_experts_of_another_type_are_cast(self, models):
-        """As an adapter that was never saved: fp32 experts, bfloat16 backbone."""
+        """Experts of an adapter that was never saved: fp32, with a bfloat16 backbone."""
         model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), models("llama_gqa"))
         adapter = random_adapter(model.config)
         engine = Engine(model, adapter, strategy="golden", eos_ids=())
@@ -175,7 +175,7 @@ class TestEqualsUnmerged:
 
 
 class TestWithTheMegakernel:
-    """Where the megakernel can run, it gets the merged weights. Here the modules stand for it."""
+    """The megakernel gets the merged weights where it can run. Here the modules stand in for it."""
 
     @pytest.fixture(autouse=True)
     def stand_in(self, monkeypatch):
@@ -257,7 +257,7 @@ class TestTheBackbone:
         assert changed == 3
 
     def test_warm_up_changes_no_bit(self, models):
-        """One token comes from prefill: the only step was that of the warm-up."""
+        """Tokens: one, from prefill. The only decode step was that of the warm-up."""
         model = models("llama_gqa")
         before = weights_of(model)
         engine = Engine(copied(model), random_adapter(model.config), strategy="switch", eos_ids=())
@@ -424,7 +424,7 @@ class TestMemory:
         assert found.temp_size_in_bytes < bare.temp_size_in_bytes + weights / 16
 
     def test_merge_needs_no_more_than_a_layer(self):
-        """Of its 24, for the products of both tokens' experts."""
+        """A layer of 24, for the products of both tokens' experts."""
         model, adapter = random_backbone(num_layers=24)
         switch, golden = (Merged.nothing(strategy, model, adapter) for strategy in ("switch", "golden"))
 
@@ -464,7 +464,7 @@ def check_pointers(engine: Engine, steps: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
 class TestOnTheGPU:
-    """At a size that the kernels take, in bfloat16."""
+    """Tests at a size that the kernels take, in bfloat16."""
 
     @pytest.mark.parametrize("strategy", ["golden", "switch"])
     def test_memory_and_pointers(self, strategy):

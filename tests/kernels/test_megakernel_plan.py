@@ -1,4 +1,4 @@
-"""How the megakernel's work is cut: every chunk and tile once, in shared memory that fits, evenly over the CTAs."""
+"""Tile schedule of the megakernel: every chunk and tile once, in shared memory that fits, evenly over the CTAs."""
 
 from __future__ import annotations
 

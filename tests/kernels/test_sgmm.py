@@ -117,7 +117,8 @@ class TestValues:
 
     @pytest.mark.parametrize("num_terms", [1, 2, 3, 4, 6, 8])
     def test_rings_fit_the_shared_memory(self, num_terms):
-        """Up to rank 256, with room for the slabs of two products, and for every slab of B that is kept."""
+        """Stages fit up to rank 256, with room for the slabs of two products, and for every slab of B that stays in
+        shared memory."""
         for rank in range(16, 257, 16):
             config = configure(num_terms, rank, 2)
             parts = rank // config.depth
@@ -128,7 +129,8 @@ class TestValues:
 
     @pytest.mark.parametrize("dtype", HALF_ULP)
     def test_the_bound_finds_lost_precision(self, dtype):
-        """It has no room for a second rounding, of the sum before the base is added, or for half the digits of A."""
+        """The bound leaves no room for a second rounding, of the sum before the base is added, or for half the digits
+        of A."""
         case = Case(shapes={"q": (64, 64)}, rank=64, dtype=dtype)
         _, a, b, terms, base = case.draw()
         exact = exact_merge(base, a, b, terms)
@@ -178,7 +180,7 @@ class TestTerms:
 
     @pytest.mark.parametrize("dtype", HALF_ULP)
     def test_there_and_back(self, dtype):
-        """From gates of 0 to a token's and back: the weights again, but for two roundings."""
+        """Merge from gates of 0 to a token's and back: the weights again, but for two roundings."""
         case = Case(shapes=GQA, dtype=dtype, golden=False)
         weights, a, b, _, _ = case.draw()
         a, b = (jax.tree.map(lambda x: jnp.nan_to_num(x, nan=1.0), tree) for tree in (a, b))
@@ -260,7 +262,7 @@ class TestChoice:
             assert jax.devices()[0].device_kind in line
 
     def test_hopper(self, monkeypatch, caplog):
-        """Where the kernel can run it does; what keeps it from that is in the log."""
+        """Use the kernel where it can run; otherwise the reason is in the log."""
         monkeypatch.setattr(op, "compute_capability", lambda: "9.0")
         monkeypatch.setattr(op.importlib.util, "find_spec", lambda name: None)
         assert choose_implementation(*self.arrays()) == "pallas"
@@ -292,7 +294,7 @@ def invalid(**changes):
 
 
 def changed(function):
-    """Of q only."""
+    """Change the array of q only."""
     return lambda arrays: arrays | {"q": function(arrays["q"])}
 
 
@@ -381,7 +383,7 @@ class TestBenchmark:
             assert f"| {name} | {row['ms']:.2f} | {costs}".rstrip() in page
 
     def test_wrong_results_end_the_run(self, tmp_path, monkeypatch):
-        """One element of one layer is off."""
+        """A single element of one layer is off."""
         right = benchmark.sgmm
 
         def wrong(*arguments, **options):

@@ -141,7 +141,7 @@ def test_a_leaf_that_no_table_has_is_refused():
 
 
 def test_an_unknown_field_is_refused_unless_it_has_its_default(tmp_path: Path):
-    """By all three, which are silent about it as long as it changes nothing."""
+    """The megakernel, the mesh and export each refuse it; they are silent as long as the field changes nothing."""
     plain = Softcapped(**{field.name: getattr(BASE, field.name) for field in dataclasses.fields(ModelConfig)})
     capped = dataclasses.replace(plain, logit_softcap=30.0)
     models = [jax.tree.map(jnp.asarray, backbone(config)) for config in (plain, capped)]
@@ -160,7 +160,7 @@ def test_an_unknown_field_is_refused_unless_it_has_its_default(tmp_path: Path):
 
 
 BASE_READ = dataclasses.replace(BASE, sliding_windows=(None,) * BASE.num_layers)
-"""As it is read from a file, which names every layer's window."""
+"""`BASE` as read from a file, which names every layer's window."""
 
 
 def exported(config: ModelConfig, out: Path) -> Path:

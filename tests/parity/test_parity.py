@@ -367,7 +367,7 @@ IMPORT_ALONE = textwrap.dedent("""
     ("stored", "asked"), [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")]
 )
 def test_import_streams(tmp_path: Path, stored: str, asked: str):
-    """At no time are there two copies of the model: anonymous memory grows by at most 1.35 times its bytes."""
+    """Memory never holds two copies of the model: anonymous memory grows by at most 1.35 times its bytes."""
     layers = 6 if asked == "float32" else 12  # about 330 MB in memory, of which no tensor is more than 5 %
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": layers, "vocab_size": 4096}
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 8}

@@ -156,7 +156,7 @@ def test_attention_equals_single_calls(own_masks: bool, remat: bool):
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
 def test_attention_on_a_gpu_is_cudnns_of_each_replica():
-    """In 16 bits, where `attention` is cuDNN's: values and gradients, with one mask for all heads."""
+    """Values and gradients in 16 bits, where `attention` is cuDNN's, with one mask for all heads."""
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (3, 2, 64, 6, 64), jnp.bfloat16)
     k, v = (jax.random.normal(key, (3, 2, 64, 2, 64), jnp.bfloat16) for key in keys[1:])

@@ -49,7 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_are_shared(folder: Path) -> Iterator[None]:
-    """By the runs of this process, and with the processes that `start` starts: most of their time is XLA's."""
+    """Share compiled programs between the runs of this process and the processes that `start` starts: compiling takes
+    most of their time."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: jax.config.values[name] for name in names}
     for name, value in zip(names, (str(folder / "compiled"), 0), strict=True):
@@ -114,7 +115,7 @@ def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) ->
 
 
 def wait_for_steps(process: subprocess.Popen[bytes], run: Path, count: int) -> None:
-    """Until the process has begun its loop (it replaces the metrics file) and written `count` lines."""
+    """Wait until the process has begun its loop (it replaces the metrics file) and written `count` lines."""
     metrics = run / "metrics.jsonl"
     before = metrics.stat().st_ino if metrics.exists() else None
     wait_for(process, lambda: metrics.exists() and metrics.stat().st_ino != before)
@@ -268,7 +269,7 @@ def test_a_finished_run_writes_its_outputs_again(finished_again: Path, folder: P
 def test_the_checkpoint_before_serves_when_the_last_is_damaged(
     finished_again: Path, folder: Path, uninterrupted: Path, caplog: pytest.LogCaptureFixture
 ):
-    """One byte of an array, and lines of the metrics file."""
+    """Damage to one byte of an array, and to lines of the metrics file."""
     (arrays,) = (finished_again / "checkpoints" / str(STEPS) / "state" / "d").iterdir()
     data = bytearray(arrays.read_bytes())
     data[len(data) // 2] ^= 1
@@ -289,7 +290,7 @@ def short_run(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
 
 
 def edit_identity(run: Path, change: Callable[[dict[str, Any]], Any], *, digests: bool = True) -> None:
-    """Of the newest checkpoint; without `digests` it then is as an earlier version wrote it."""
+    """Edit the identity of the newest checkpoint; without `digests` it then is as an earlier version wrote it."""
     where = run / "checkpoints" / str(checkpoints_of(run)[-1])
     table = json.loads((where / "identity" / "metadata").read_text())
     change(table)
@@ -301,7 +302,7 @@ def edit_identity(run: Path, change: Callable[[dict[str, Any]], Any], *, digests
 
 
 def test_a_run_with_tied_experts_is_a_loras(folder: Path, tmp_path: Path):
-    """Every expert of the adapter that it leaves is the same, and they have learned. Its router has, too, in its half."""
+    """Experts of the saved adapter are all equal, and have learned. The router has, too, in its half of the steps."""
     run = tmp_path / "run"
     short_run(folder, run, tied_share=1.0, router_share=0.5, keep_checkpoints=4)
     leaves = load_file(run / "adapter" / "adapter_model.safetensors")
@@ -316,7 +317,7 @@ def test_a_run_with_tied_experts_is_a_loras(folder: Path, tmp_path: Path):
 
 
 def test_a_run_older_than_a_setting_had_its_default(folder: Path, tmp_path: Path):
-    """Its checkpoints do not know the setting, and it goes on; not with another value."""
+    """Checkpoints without the setting are resumed with its default, and refused with another value."""
     run, plain = tmp_path / "run", {"tied_share": None, "router_share": None}
     short_run(folder, run, **plain)
     edit_identity(run, lambda table: [table.pop(name) for name in plain])
@@ -334,7 +335,7 @@ def test_a_run_with_a_setting_that_is_no_more_is_refused(folder: Path, tmp_path:
 
 
 def test_divergence_names_the_step_and_the_last_good_checkpoint(folder: Path, tmp_path: Path):
-    """And that checkpoint can be resumed from: it diverges at the same step."""
+    """The checkpoint can be resumed from, and the run diverges again at the same step."""
     told = []
     for resume in (None, True):
         with pytest.raises(UserError) as error:
@@ -380,7 +381,7 @@ class TestOneRunADirectory:
     def test_the_loser_of_two_starts_changes_nothing(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
-        """Both find the directory free; the other makes it while this one loads its model."""
+        """Both processes find the directory free; the other creates it while this one loads its model."""
         run = tmp_path / "run"
         with ExitStack() as other:
 
@@ -430,7 +431,7 @@ class TestOneRunADirectory:
         assert json.loads((tmp_path / "run" / "train_config.json").read_text())["seed"] == 0
 
     def test_what_a_killed_run_left_half_written_is_removed_at_the_end(self, folder: Path, tmp_path: Path):
-        """And nothing else."""
+        """Nothing else is removed."""
         run, names = (
             tmp_path / "run",
             (".adapter.ab_defg1.old", ".summary.json.abcdefg2.partial", ".adapter.of_mine", ".x"),
@@ -450,7 +451,8 @@ class TestOneRunADirectory:
 
 
 def test_epochs_of_an_earlier_version_are_resumed_by_their_steps(folder: Path, tmp_path: Path):
-    """It counted 6 steps for 3 passes over 14 rows in batches of 8, and filled the last one with rows of a fourth."""
+    """The earlier version counted 6 steps for 3 passes over 14 rows in batches of 8, and filled the last one with rows
+    of a fourth."""
     run = tmp_path / "run"
     data = tiny.write_jsonl(tmp_path / "few.jsonl", [{"instruction": f"Say {i}.", "output": str(i)} for i in range(14)])
     plain: dict[str, Any] = {
@@ -464,7 +466,7 @@ def test_epochs_of_an_earlier_version_are_resumed_by_their_steps(folder: Path, t
 
 
 def test_epochs_see_every_example_so_many_times(folder: Path, tmp_path: Path):
-    """By the tokens that the metrics count; and a resumed run does so bit for bit."""
+    """Count by the tokens in the metrics; a resumed run gives the same, bit for bit."""
     run = tmp_path / "run"
     data = tiny.write_jsonl(
         tmp_path / "few.jsonl", [{"instruction": f"Say {i}.", "output": "a" * i} for i in range(1, 10)]
