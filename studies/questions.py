@@ -62,8 +62,8 @@ def read_set(name: str, folder: Path) -> Questions:
         )
     tested = {(q.question, q.choices) for q in test}
     once = list(dict.fromkeys(q for q in training if (q.question, q.choices) not in tested))
-    kept, validation = held_out_split(once, VALIDATION_SHARE, VALIDATION_SEED)
-    return Questions(training=kept, validation=validation, test=test)  # type: ignore[arg-type]
+    remaining, validation = held_out_split(once, VALIDATION_SHARE, VALIDATION_SEED)
+    return Questions(training=remaining, validation=validation, test=test)  # type: ignore[arg-type]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -131,9 +131,9 @@ class Packed:
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Sum of `values` [N, K] over the targets of each candidate."""
-        there = self.owner >= 0
+        is_target = self.owner >= 0
         sums = np.zeros(sum(self.choices))
-        np.add.at(sums, self.owner[there], values[there])
+        np.add.at(sums, self.owner[is_target], values[is_target])
         return sums
 
     def accuracy(self, losses: np.ndarray) -> float:

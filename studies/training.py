@@ -32,7 +32,7 @@ TIED, SETTLED = "tied", "settled"
 """Settings of a method that are the training's and not the adapter's, by their names in the records: the share of the steps
 with expert weight tying, and the share after which routers are frozen."""
 USUAL: dict[str, Any] = {TIED: 0.0, SETTLED: 1.0}
-"""Both, where a method has none of its own."""
+"""Defaults of both, for methods without their own."""
 CONFIG = TrainConfig(
     model="model", dataset=("data",), output="runs", learning_rate=1.0, warmup_ratio=0.05, min_lr_ratio=0.1
 )
@@ -76,7 +76,7 @@ class Trained:
     adapter: Any
     """Adapter of all replicas: every leaf is [S, …]."""
     tokens: int
-    """Seen by the first replica."""
+    """Number of tokens that the first replica was trained on."""
     seconds: float
     """Duration of all steps of all replicas but the first step, which compiles."""
     first_step_seconds: float
@@ -93,7 +93,7 @@ class Trained:
 
 
 class Trainer:
-    """Trains replicas of one method for `steps` steps.
+    """Trainer of replicas of one method for `steps` steps.
 
     Args:
       make: (backbone, key) → what trains, at its initial values.

@@ -15,7 +15,7 @@ FLOORS = (
     "adafuse_jax.data", "adafuse_jax.models", "adafuse_jax.parallel", "adafuse_jax.adapters", "adafuse_jax.checkpoints",
     "adafuse_jax.inference", "adafuse_jax.evaluation", "adafuse_jax.training",
 )  # fmt: skip
-"""Lowest first."""
+"""Packages in the order of the floors, the lowest first."""
 OUTSIDE = ("benchmarks", "studies", "examples", "tests", "train", "decode")
 
 

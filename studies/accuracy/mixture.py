@@ -125,13 +125,14 @@ def load(path: Path) -> Mixture:
 def targets_of(
     rows: Rows,
 ) -> tuple[Int[np.ndarray, "N K"], Int[np.ndarray, "N K"], Bool[np.ndarray, "N K"]]:
-    """(place, wanted, there): token `wanted[n, k]` follows token `place[n, k]` of row n and is a target, if `there[n, k]`.
-    Few tokens of a row are targets, and logits of these alone are cheap. K = T / 8, or more if a row has more targets."""
+    """(place, wanted, is_target): token `wanted[n, k]` follows token `place[n, k]` of row n, and is a target where
+    `is_target[n, k]`. Few tokens of a row are targets, and logits of these alone are cheap. K = T / 8, or more if a row
+    has more targets."""
     mask = rows.loss_mask[:, 1:]
     width = max(rows.length // 8, int(mask.sum(1).max()))
     place = np.argsort(~mask, axis=1, kind="stable")[:, :width].astype(np.int32)
-    there = np.take_along_axis(mask, place, axis=1)
-    return place, np.take_along_axis(rows.tokens, place + 1, axis=1), there
+    is_target = np.take_along_axis(mask, place, axis=1)
+    return place, np.take_along_axis(rows.tokens, place + 1, axis=1), is_target
 
 
 def weights_of(rows: Rows) -> Float[np.ndarray, "N T"]:
@@ -165,10 +166,10 @@ def _packed(examples: Sequence[Example], tokenizer: Any, length: int) -> Packed:
     else:
         encoded, left_out = encode_all(examples, tokenizer, length)
         rows = pack(encoded, length)
-        place, wanted, there = targets_of(rows)
+        place, wanted, is_target = targets_of(rows)
         pad = ((0, 0), (0, length - place.shape[1]))
         texts = np.cumsum([0, *rows.segment_ids.max(1)])[:-1, None] - 1  # segments are counted from 1 in every row
-        owner = np.where(there, texts + np.take_along_axis(rows.segment_ids, place, axis=1), -1)
+        owner = np.where(is_target, texts + np.take_along_axis(rows.segment_ids, place, axis=1), -1)
         place, wanted, owner = np.pad(place, pad), np.pad(wanted, pad), np.pad(owner, pad, constant_values=-1)
         choices, answers = [1] * len(encoded), [0] * len(encoded)
     return Packed(

@@ -182,7 +182,7 @@ def markdown(rows: list[dict[str, Any]], table: dict[str, Any]) -> str:
         lines += ["", f"Seconds are those of the optimiser steps; {sharing}", *_which_device(rows)]
     left = {name: counts for name, counts in table["scored_and_left_out"].items() if counts[1]}
     if left:
-        left_out = ", ".join(f"{dropped} of {kept + dropped} of {name}" for name, (kept, dropped) in left.items())
+        left_out = ", ".join(f"{dropped} of {used + dropped} of {name}" for name, (used, dropped) in left.items())
         lines += ["", f"Left out because they do not fit {study['length']} tokens: {left_out}."]
     return "\n".join(lines) + "\n"
 

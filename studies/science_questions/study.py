@@ -170,7 +170,7 @@ class Study:
         return pack_candidates(questions[: self.arguments.limit], self.tokenizer, self.arguments.length)
 
     def training_rows(self, data: str) -> Texts:
-        """Made once for each set and the mixture."""
+        """Packed training rows, computed once for each set and the mixture."""
         if data not in self._rows:
             self._rows[data] = self._pack_training(data)
         return self._rows[data]

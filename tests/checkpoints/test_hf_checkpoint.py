@@ -1,4 +1,4 @@
-"""Model directories: opened once by each entry point, and their tensors placed over a mesh or wherever a caller says."""
+"""Model directories: opened once by each entry point, and their tensors placed over a mesh or where the caller requests."""
 
 from __future__ import annotations
 

@@ -245,12 +245,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_in_one_line(tmp_path: Path, name: str):
-    base, changes, says = REFUSED[name]
+    base, changes, expected = REFUSED[name]
     with pytest.raises(UserError) as caught:
         parse_hf_config(write_config(tmp_path, base, **changes))
     message = str(caught.value)
     assert message.startswith(str(tmp_path / "config.json"))
-    assert all(text in message for text in says), message
+    assert all(text in message for text in expected), message
     assert len(message) <= MAX_MESSAGE
     assert "\n" not in message
 

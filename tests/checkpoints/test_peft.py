@@ -157,10 +157,10 @@ class TestRefused:
 
     @pytest.mark.parametrize("name", REFUSED)
     def test_config(self, directory, config, name):
-        changes, says = REFUSED[name]
+        changes, expected = REFUSED[name]
         table = json.loads((directory / FILES[0]).read_text()) | changes
         (directory / FILES[0]).write_text(json.dumps(table))
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=expected):
             self.load(directory, config)
 
     def test_tensors(self, directory, config):

@@ -93,8 +93,8 @@ class TestReasoningTemplates:
         for candidate, letters in zip(
             encode_choices(MultipleChoice("Q", ("t", "think"), 0), tokenizer, LONG), ("t", "think"), strict=True
         ):
-            kept = candidate.tokens[candidate.loss_mask]
-            assert tokenizer.decode(kept).strip() == letters
+            targets = candidate.tokens[candidate.loss_mask]
+            assert tokenizer.decode(targets).strip() == letters
             assert candidate.loss_mask[-len(letters) :].all()
         end = "</s>" if template == PREFILLED else "<|im_end|>"
         ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end)}

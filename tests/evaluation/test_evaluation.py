@@ -83,7 +83,7 @@ def test_texts_behind_the_labels():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Model, data sets, and an adapter that changes what the model says."""
+    """Model, data sets, and an adapter that changes the model's answers."""
     folder = tiny.write_folder(tmp_path_factory.mktemp("evaluation"))
     checkpoint = HFCheckpoint.open(folder / "model")
     adapter = AdaFuse(AdapterConfig(num_experts=4, rank=2), checkpoint.config, rngs=nnx.Rngs(0))
@@ -211,7 +211,7 @@ class Case:
     message."""
 
     name: str
-    says: tuple[str, ...]
+    expected: tuple[str, ...]
     flags: dict[str, Any] = field(default_factory=dict)
 
 
@@ -253,7 +253,7 @@ def test_one_line_and_nothing_changed(
     out, err = capfd.readouterr()
     (line,) = err.splitlines()
     assert line.startswith("error: ")
-    for text in case.says:
+    for text in case.expected:
         assert text.replace("{}", str(folder)) in line, line
     assert (code, out) == (2, "")
     assert tiny.snapshot(folder) == before

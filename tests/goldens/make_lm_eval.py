@@ -67,7 +67,7 @@ def generations(lm: HFLM) -> list[dict[str, Any]]:
 
 
 def scores(lm: HFLM, free: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Continuations of all kinds, among them what greedy decoding says."""
+    """Continuations of all kinds, among them those of greedy decoding."""
     pairs = [(context, continuation) for context in ("", *CONTEXTS) if context != " " for continuation in CONTINUATIONS]
     pairs += [("", "<s>is first"), ("so long a context " * 5, "and as long a continuation " * 2)]
     pairs += [(row["context"], row["text"][:n]) for row in free if row["context"].strip() for n in (1, 5)]

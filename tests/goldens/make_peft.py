@@ -75,7 +75,7 @@ def check(name: str) -> list[str]:
 
 
 def check_export(name: str, exports: Path) -> list[str]:
-    """Our PEFT directory and our merged model, loaded by those that they are for."""
+    """Compare this project's PEFT directory (loaded by PEFT) and merged model (loaded by transformers) with the golden."""
     with np.load(HERE / "peft" / name / "outputs.npz") as committed, tempfile.TemporaryDirectory() as folder:
         wanted = dict(committed)
         backbone = load(write_model_dir(CASES[LORAS[name].model], Path(folder)))

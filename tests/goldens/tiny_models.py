@@ -185,7 +185,7 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def weights(case: Case) -> dict[str, np.ndarray]:
-    """The weights of a case, of the type that it says; each depends on (case name, tensor name) alone."""
+    """Weights of a case, of its dtype; each depends on (case name, tensor name) alone."""
     dtype = np.dtype(ml_dtypes.bfloat16 if case.dtype == "bfloat16" else case.dtype)
     tensors = {}
     for name, shape in tensor_shapes(case.config).items():

@@ -1,6 +1,6 @@
-"""Mistakes a user can make: what damages a folder of good files, what the error then says, and the check of both.
+"""Mistakes of users: functions that damage a folder of good files, the error messages, and the check of both.
 
-A mistake ends in one line that says what, where and what to do; exit code 2; nothing on disk changed.
+A mistake ends in one line with the fault, its place and the remedy; exit code 2; nothing on disk changed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Case:
     `expected` are parts of the message."""
 
     name: str
-    says: tuple[str, ...]
+    expected: tuple[str, ...]
     flags: dict[str, Any] = field(default_factory=dict)
     damage: Damage = lambda folder: None
 
@@ -177,10 +177,10 @@ def flags_of(case: Case, script: str, folder: Path) -> list[str]:
     return build(folder, **{name: placed(value) for name, value in case.flags.items()})
 
 
-def check_told(stderr: str, says: tuple[str, ...], folder: Path) -> None:
+def check_message(stderr: str, expected: tuple[str, ...], folder: Path) -> None:
     (line,) = stderr.splitlines()
     assert line.startswith("error: ")
-    for text in says:
+    for text in expected:
         assert text.replace("{}", str(folder)) in line, line
 
 
@@ -199,7 +199,7 @@ def check_refused(
     before = tiny.snapshot(folder)
     code = run_here(script, flags_of(case, script, folder), monkeypatch)
     out, err = capfd.readouterr()
-    check_told(err, case.says, folder)
+    check_message(err, case.expected, folder)
     assert (code, out) == (2, "")
     assert tiny.snapshot(folder) == before
 

@@ -250,9 +250,9 @@ class TestConversation:
             return chunk_lengths(length)
 
         monkeypatch.setattr(prefill_module, "chunk_lengths", spy)
-        kept = generate(engine, second, n=8, keep_cache=True)
+        continued = generate(engine, second, n=8, keep_cache=True)
         assert seen == [len(second) - len(first) - 7]  # the last token of the answer was never read
-        assert kept == generate(fresh, second, n=8)
+        assert continued == generate(fresh, second, n=8)
 
     def test_another_conversation_begins_anew(self, models):
         model = models("llama_gqa")

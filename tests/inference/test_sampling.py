@@ -36,8 +36,8 @@ class TestKeepLikely:
     )
     def test_equals_numpy(self, top_k, top_p):
         logits = 2 * np.random.default_rng(0).normal(size=(6, 40)).astype(np.float32)
-        kept = keep_likely(jnp.array(logits), jnp.int32(top_k), jnp.float32(top_p))
-        for row, values in zip(np.asarray(kept), logits, strict=True):
+        filtered = keep_likely(jnp.array(logits), jnp.int32(top_k), jnp.float32(top_p))
+        for row, values in zip(np.asarray(filtered), logits, strict=True):
             np.testing.assert_array_equal(np.flatnonzero(np.isfinite(row)), reference_keep(values, top_k, top_p))
             np.testing.assert_array_equal(row[np.isfinite(row)], values[np.isfinite(row)])
 

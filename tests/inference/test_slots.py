@@ -145,12 +145,12 @@ class TestEviction:
             slots.insert(prompt_of(engine, 5, seed=n), max_new_tokens=n)
         run(slots)
         row = slots.evict(1)
-        kept = np.asarray(slots._state.cache.k)[:, 1, : len(row.tokens_in_cache())]
-        assert np.abs(kept).min(axis=(0, 2, 3)).all()
+        keys = np.asarray(slots._state.cache.k)[:, 1, : len(row.tokens_in_cache())]
+        assert np.abs(keys).min(axis=(0, 2, 3)).all()
         slots.evict(0)
         slots.insert(prompt_of(engine, 5), max_new_tokens=9, slot=0)
         run(slots)
-        np.testing.assert_array_equal(np.asarray(slots._state.cache.k)[:, 1, : kept.shape[1]], kept)
+        np.testing.assert_array_equal(np.asarray(slots._state.cache.k)[:, 1, : keys.shape[1]], keys)
 
     def test_reuses_the_slot_whose_cache_has_most_of_the_prompt(self, engine, monkeypatch):
         slots = engine.slots(2)

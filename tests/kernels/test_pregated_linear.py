@@ -140,7 +140,7 @@ class TestMixture:
 class TestChoice:
     @pytest.fixture(autouse=True)
     def unfiltered(self, monkeypatch):
-        """The scripts tell everything once per process."""
+        """Remove the filter that logs each message once per process."""
         monkeypatch.setattr(op.log, "filters", [])
 
     @pytest.mark.skipif(jax.default_backend() != "cpu", reason="for machines without a GPU")

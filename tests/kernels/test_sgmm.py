@@ -33,7 +33,7 @@ ON_GPU = [pytest.param(name, marks=on_gpu) for name in IMPLEMENTATIONS]
 
 def merge_function(implementation: str) -> Callable:
     """f(weights, a, b, terms, pristine), jitted with donated weights. Interpreted, two blocks share small tiles, and
-    the rings are so short that their slots are used again."""
+    the pipelines have so few stages that each is used again."""
     if implementation in ("interpreted", "B fetched again"):
 
         def merge(weights, a, b, terms, pristine):
@@ -107,7 +107,7 @@ class TestValues:
 
     @interpreted
     def test_default_tiles(self):
-        """The rings of the rank, three blocks."""
+        """Pipeline stages as configured for the rank, on three blocks."""
         case = Case(shapes={"q": (136, 144)}, golden=False)
         weights, a, b, terms, _ = case.draw()
         exact = exact_merge(weights, a, b, terms)
@@ -187,13 +187,13 @@ class TestTerms:
         original = jax.tree.map(np.asarray, weights)
         token, merge = random_gates(np.random.default_rng(1), case.num_experts, case.top_k), merge_function("xla")
         nothing = token[0], jnp.zeros_like(token[1])
-        there = merge(weights, a, b, switch_terms(nothing, token, SCALE), None)
-        far = jax.tree.map(np.asarray, there)
-        back = merge(there, a, b, switch_terms(token, nothing, SCALE), None)
+        merged = merge(weights, a, b, switch_terms(nothing, token, SCALE), None)
+        merged_values = jax.tree.map(np.asarray, merged)
+        back = merge(merged, a, b, switch_terms(token, nothing, SCALE), None)
         exact = exact_merge(original, a, b, switch_terms(nothing, token, SCALE))
         for name, w in original.items():
-            assert np.abs(far[name] - w).astype(np.float32).mean() > 0.1
-            largest = np.maximum(np.abs(far[name]), np.abs(w)).astype(np.float64)
+            assert np.abs(merged_values[name] - w).astype(np.float32).mean() > 0.1
+            largest = np.maximum(np.abs(merged_values[name]), np.abs(w)).astype(np.float64)
             allowed = 4 * HALF_ULP[dtype] * largest + 2 * (case.rank + 4) * SUM_ERROR * exact[name][1]
             assert (np.abs(np.asarray(back[name], np.float64) - w.astype(np.float64)) <= allowed).all()
 
@@ -249,7 +249,7 @@ class TestChoice:
 
     @pytest.fixture(autouse=True)
     def unfiltered(self, monkeypatch):
-        """The scripts tell everything once per process."""
+        """Remove the filter that logs each message once per process."""
         monkeypatch.setattr(op.log, "filters", [])
 
     @pytest.mark.skipif(jax.default_backend() != "cpu", reason="for machines without a GPU")
@@ -344,7 +344,7 @@ class TestBenchmark:
     """The whole script at a tiny size."""
 
     def test_files(self, tmp_path: Path):
-        """Rows for all; what cannot run says so in its row, and does not end the run."""
+        """Rows for all implementations; one that cannot run has the reason in its row, and does not end the run."""
         broken = "xla" if jax.default_backend() == "gpu" else "pallas"
         result = benchmark.run(benchmark.TINY, tmp_path, "the command", ("xla", "pallas"), swept="xla")
         assert json.loads((tmp_path / "sgmm.json").read_text()) == result

@@ -208,7 +208,7 @@ def test_export_of_each_family_is_read_again_or_refused(tmp_path: Path, family: 
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "says"),
+    ("family", "changes", "expected"),
     [
         ("llama", {"sliding_windows": (4, 4)}, "sliding_windows (4, 4)"),
         ("llama", {"qk_norm": True}, "qk_norm True"),
@@ -221,9 +221,9 @@ def test_export_of_each_family_is_read_again_or_refused(tmp_path: Path, family: 
         ("qwen3", {"rope": RopeConfig(factor=2.0)}, "rope.factor 2.0"),
     ],
 )
-def test_export_refuses_what_the_family_cannot_say(tmp_path: Path, family: str, changes: dict[str, Any], says: str):
+def test_export_refuses_what_the_family_cannot_say(tmp_path: Path, family: str, changes: dict[str, Any], expected: str):
     with pytest.raises(UserError) as caught:
         exported(dataclasses.replace(FAMILY_BASES[family], **changes), tmp_path / "out")
-    assert says in str(caught.value)
+    assert expected in str(caught.value)
     assert family in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -202,7 +202,7 @@ class TestExport:
 
 
 def refuse(directory: Path, *named: str) -> None:
-    """Importing raises a `UserError` of one line that names each of `named`."""
+    """Assert that importing raises a `UserError` of one line with each text of `named`."""
     with pytest.raises(UserError) as caught:
         load_backbone(directory, dtype="float32")
     message = str(caught.value)
@@ -309,15 +309,15 @@ class TestMistakes:
         """Biases beside `attention_bias: false` would be left out of the mathematics without a word."""
         refuse(model_dir(tmp_path, "llama_bias", attention_bias=False), "_proj.bias")
 
-    @pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999], ids=str)
+    @pytest.mark.parametrize("fraction", [0.0, 0.001, 0.5, 0.999], ids=str)
     @pytest.mark.parametrize(
         ("name", "file"),
         [("llama_mha", "model.safetensors"), ("llama_mqa_sharded", "model-00002-of-00003.safetensors")],
     )
-    def test_truncated_file(self, tmp_path: Path, name: str, file: str, kept: float):
+    def test_truncated_file(self, tmp_path: Path, name: str, file: str, fraction: float):
         path = model_dir(tmp_path, name) / file
         whole = path.read_bytes()
-        path.write_bytes(whole[: int(kept * len(whole))])
+        path.write_bytes(whole[: int(fraction * len(whole))])
         refuse(tmp_path, file)
 
     def test_missing_shard(self, tmp_path: Path):

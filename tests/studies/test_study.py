@@ -166,9 +166,9 @@ def test_targets_of_rows():
     mask[:, 0] = False
     tokens = np.random.default_rng(1).integers(0, 99, mask.shape)
     rows = Rows(tokens, mask, tokens, tokens)
-    place, wanted, there = mixture.targets_of(rows)
+    place, wanted, is_target = mixture.targets_of(rows)
     found = np.zeros_like(mask)
-    for row, (places, following, real) in enumerate(zip(place, wanted, there, strict=True)):
+    for row, (places, following, real) in enumerate(zip(place, wanted, is_target, strict=True)):
         found[row, places[real] + 1] = True
         np.testing.assert_array_equal(rows.tokens[row, places[real] + 1], following[real])
     np.testing.assert_array_equal(found, mask)

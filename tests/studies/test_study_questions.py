@@ -52,7 +52,7 @@ def test_both_forms_of_scienceqa_become_one(study: Path):
 
 
 def test_real_data(shared_dir: Path):
-    """The sizes that the report states; and ScienceQA's two sources tell the same questions in the same words."""
+    """Sizes as in the report; ScienceQA's two sources have the same questions in the same words."""
     data = shared_dir / "assets" / "data"
     sizes = {name: read_set(name, data) for name in SETS}
     assert {name: [len(q.training), len(q.validation), len(q.test)] for name, q in sizes.items()} == {

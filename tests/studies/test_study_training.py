@@ -167,8 +167,8 @@ def test_programs_compiled_ahead_train_alike(loaded: Any, rows: Any):
         results.append(
             trainer.train(loaded.model, texts, seeds=(0, 1), rates=(1e-2, 1e-3), batch_size=BATCH, points=40).adapter
         )
-    for here, there in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_array_equal(here, there)
+    for first, second in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_array_equal(first, second)
 
 
 def test_full_training_runs_in_the_backbones_type(loaded: Any):

@@ -50,9 +50,9 @@ def test_a_plain_variant_is_adafuse(model: Any):
         assert context is None
         return model.run(tokens, adapter=view).hidden
 
-    here, there, bare = (hidden(adapter) for adapter in (planned, adafuse, None))
-    np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(here, bare, atol=1e-2)
+    by_variant, by_adafuse, bare = (hidden(adapter) for adapter in (planned, adafuse, None))
+    np.testing.assert_allclose(by_variant, by_adafuse, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(by_variant, bare, atol=1e-2)
 
 
 def test_shared_expert_is_a_lora_beside_the_routed(model: Any):

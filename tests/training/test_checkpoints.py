@@ -24,7 +24,7 @@ IDENTITY = {"rank": 2, "total_steps": 9, "padded_from": None}
 
 
 def state(step: int) -> TrainState:
-    """Arrays that tell the step."""
+    """State whose arrays depend on the step."""
     return TrainState(
         step=jnp.int32(step),
         adapter={"A": jnp.full((3, 50), step, jnp.float32), "B": jnp.arange(4.0) * step},

@@ -81,7 +81,7 @@ def flags(folder: Path, output: str, **changes: Any) -> list[str]:
 
 
 def start(folder: Path, output: str, **changes: Any) -> subprocess.Popen[bytes]:
-    """The run as a process of its own group; resumed if there is one. Compiled programs are kept, to start fast."""
+    """The run as a process of its own group; resumed if there is one. Compiled programs are cached, to start fast."""
     if (folder / output / "train_config.json").exists():
         changes["resume"] = True
     cache = {
@@ -336,18 +336,18 @@ def test_a_run_with_a_setting_that_is_no_more_is_refused(folder: Path, tmp_path:
 
 def test_divergence_names_the_step_and_the_last_good_checkpoint(folder: Path, tmp_path: Path):
     """The checkpoint can be resumed from, and the run diverges again at the same step."""
-    told = []
+    messages = []
     for resume in (None, True):
         with pytest.raises(UserError) as error:
             short_run(folder, tmp_path / "run", learning_rate=1e30, resume=resume)
-        told.append(str(error.value))
+        messages.append(str(error.value))
     last = checkpoints_of(tmp_path / "run")[-1]
-    assert told[0].startswith(f"step {last + 1}: ")
+    assert messages[0].startswith(f"step {last + 1}: ")
     assert (
         f"is not finite; the last good checkpoint is {tmp_path}/run/checkpoints/{last}: lower --learning-rate"
-        in told[0]
+        in messages[0]
     )
-    assert told[1] == told[0]
+    assert messages[1] == messages[0]
     assert all(np.isfinite(array).all() for array in saved_state(tmp_path / "run", last).values())
 
 
