@@ -19,7 +19,6 @@ from jaxtyping import Array
 from adafuse_jax.adapters.adafuse import AdaFuse, AdaFuseLayer
 from adafuse_jax.adapters.baselines.layerwise import LayerWise, LayerWiseHook, Mixture
 from adafuse_jax.adapters.low_rank import LoRAExperts
-from adafuse_jax.inference.backends.merged import require_one_row
 from adafuse_jax.inference.backends.registry import BACKENDS
 from adafuse_jax.inference.backends.unfused import Unfused
 from adafuse_jax.models.decoder import Backbone
@@ -90,10 +89,6 @@ class Simple(Unfused):
         super().__init__(model, adapter, "simple")
         assert isinstance(adapter, AdaFuse | LayerWise)
         self.reads = model, Merging(adapter, model.dtype)
-
-    def for_batch(self, batch: int) -> Simple:
-        require_one_row(self.strategy, batch)
-        return self
 
 
 BACKENDS["simple"] = Simple

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,39 @@ def set_compilation(**settings: Any) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Set JAX's compilation: on the CPU most time goes to compiling programs that run once, so most of XLA's
     optimisations are off, and a program is compiled once per machine, whichever worker, script or session needs it."""
-    programs = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or CACHE / "programs")
-    set_compilation(jax_compilation_cache_dir=str(programs), jax_persistent_cache_min_compile_time_secs=0.0)
+    programs = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if not programs:
+        programs = str(CACHE / "programs")
+        if size_of(programs) > MAX_PROGRAM_BYTES:
+            shutil.rmtree(programs, ignore_errors=True)
+    set_compilation(jax_compilation_cache_dir=programs, jax_persistent_cache_min_compile_time_secs=0.0)
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         set_compilation(jax_disable_most_optimizations=True)
-    if not hasattr(config, "workerinput") and sum(p.stat().st_size for p in programs.glob("*")) > MAX_PROGRAM_BYTES:
-        shutil.rmtree(programs)
+
+
+def size_of(directory: str) -> int:
+    """Bytes of the files in a directory; another session may remove some of them meanwhile."""
+    total = 0
+    with suppress(FileNotFoundError), os.scandir(directory) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):
+                total += entry.stat().st_size
+    return total
 
 
 @pytest.fixture(autouse=True)
 def real_models_are_optimised(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Real models are compiled as for a user: they compute for longer than they compile."""
+    """Tests of real models compile as for a user: they compute for longer than they compile. Fixtures of a module, which
+    are made before, do not."""
     before = jax.config.values["jax_disable_most_optimizations"]
-    real = not {"smollm2_dir", "stories260k_dir"}.isdisjoint(request.fixturenames)
-    set_compilation(jax_disable_most_optimizations=before and not real)
-    yield
-    set_compilation(jax_disable_most_optimizations=before)
+    if not before or {"smollm2_dir", "stories260k_dir"}.isdisjoint(request.fixturenames):
+        yield
+        return
+    for disabled in (False, True):
+        jax.clear_caches()  # their keys lack the option
+        set_compilation(jax_disable_most_optimizations=disabled)
+        if not disabled:
+            yield
 
 
 @pytest.fixture(scope="module", autouse=True)

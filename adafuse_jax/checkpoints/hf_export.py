@@ -65,13 +65,17 @@ def _source_config(source: str | Path | HFCheckpoint | None) -> tuple[Path | Non
 
 
 def _write_configs(model: Backbone, out: Path, directory: Path | None, source: HFConfig | None) -> None:
-    """config.json is the source's, keys that are not read included, if it describes the same function."""
+    """config.json is the source's, keys that are not read included, if it describes the same function; so is
+    generation_config.json, but for special tokens that are not the model's."""
     config, dtype, file = model.config, str(model.dtype), "generation_config.json"
+    special = _special_tokens(config)
     if directory is not None and (directory / file).exists():
-        shutil.copyfile(directory / file, out / file)
+        if source is not None and _special_tokens(source.model) == special:
+            shutil.copyfile(directory / file, out / file)
+        else:
+            kept = {name: value for name, value in read_json(directory / file).items() if name not in special}
+            write_json(out / file, kept | {name: value for name, value in special.items() if value is not None})
     else:
-        eos = list(config.eos_token_ids) or None
-        special = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id, "eos_token_id": eos}
         write_json(out / file, {name: value for name, value in special.items() if value is not None})
     if source is not None and source.model == config:
         table = dict(source.table.values)
@@ -82,6 +86,12 @@ def _write_configs(model: Backbone, out: Path, directory: Path | None, source: H
         table = config_table(config, dtype)
         _require_described(config, table, read_json(out / file))
     write_json(out / "config.json", table)
+
+
+def _special_tokens(config: ModelConfig) -> dict[str, Any]:
+    """The keys of generation_config.json that name special tokens; None: there is none."""
+    eos = list(config.eos_token_ids) or None
+    return {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id, "eos_token_id": eos}
 
 
 def config_table(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -119,15 +129,22 @@ def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
 
 def _require_described(config: ModelConfig, table: dict[str, Any], generation: dict[str, Any]) -> None:
     """Raise `UserError` unless the two files, read again, are `config`: a field that its family cannot express, or that
-    nothing here writes, would be lost."""
+    nothing here writes, would be lost. Special ids that are no tokens are written, and left out when they are read."""
     parsed = parse_tables(Table(table, "config.json"), Table(generation, "generation_config.json")).model
     found = {name: value for name, value, _ in flat_fields(parsed)}
-    wanted = replace(config, sliding_windows=config.sliding_windows or (None,) * config.num_layers)
+    vocab = range(config.vocab_size)
+    wanted = replace(
+        config,
+        sliding_windows=config.sliding_windows or (None,) * config.num_layers,
+        bos_token_id=config.bos_token_id if config.bos_token_id in vocab else None,
+        pad_token_id=config.pad_token_id if config.pad_token_id in vocab else None,
+        eos_token_ids=tuple(token for token in config.eos_token_ids if token in vocab),
+    )
     for name, value, default in flat_fields(wanted):
         if found.get(name, default) != value:
             raise UserError(
                 f"{name} {quoted(value)} of the model cannot be written to config.json and generation_config.json of "
-                f"{config.model_type}; correct the model's config, or give another source"
+                f"{config.model_type}; correct the model's config"
             )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from adafuse_jax.adapters.registry import AnyAdapter
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.inference.backends.registry import choose_backend
 from adafuse_jax.inference.rows import Step, check_prompt, fitting_tokens
 from adafuse_jax.inference.sampling import Sampling
@@ -120,12 +121,18 @@ class Engine:
         if slots is None or slots.num_slots != len(prompts):
             slots = self.slots(len(prompts))
         try:
-            for slot, sample in enumerate(occurrences(prompts) if samples is None else samples):
+            samples = occurrences(prompts) if samples is None else samples
+            for slot, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
                 slots.insert(
-                    prompts[slot], max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, sample=sample, slot=slot,
+                    prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, sample=sample, slot=slot,
                     reuse_cache=keep_cache,
                 )  # fmt: skip
             while (step := slots.step()) is not None:
+                if any(row.finish_reason == "not_finite" for row in step.rows.values()):
+                    raise UserError(
+                        "the logits are not finite: the weights of --model or --adapter hold NaN or overflow; restore "
+                        "them, or try --dtype float32"
+                    )
                 yield step
         finally:
             self.backend.restore()

@@ -74,8 +74,8 @@ def start(
 ) -> tuple[StepResult, DecodeState]:
     """Sample after the prompts of slots `rows`, whose next position is `positions`; the other slots stay as they are."""
     seen = None if state.seen is None else state.seen[rows]
-    going = jnp.zeros(len(rows), bool)
-    token, done, seen, keys, finite = _choose(logits, going, seen, keys, sampling, stop_ids, pad_id)
+    ended = jnp.zeros(len(rows), bool)
+    token, done, seen, keys, finite = _choose(logits, ended, seen, keys, sampling, stop_ids, pad_id)
     state = replace(
         state,
         token=state.token.at[rows].set(token),

@@ -20,7 +20,7 @@ class Row:
 
     `token_ids` leaves out the token that ended the row. `seconds` is the host's time for each token, the first of which
     is the prefill's; `experts` [k] those that read each token after the prompt. Whoever reads the row may set
-    `finish_reason`, which ends it.
+    `finish_reason`, which ends it. `is_released`: it stands still on the device.
     """
 
     slot: int
@@ -36,7 +36,8 @@ class Row:
     token_ids: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     experts: list[np.ndarray] = field(default_factory=list)
-    finish_reason: Literal["stop", "length", "evicted"] | None = None
+    finish_reason: Literal["stop", "length", "evicted", "not_finite"] | None = None
+    is_released: bool = False
     _clock: float = 0.0
 
     def begin(self) -> None:

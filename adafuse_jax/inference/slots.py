@@ -4,11 +4,12 @@
     while (step := slots.step()) is not None:
         for slot, row in step.rows.items():
             ...                                  # row.token_ids, row.finish_reason
-        slots.evict(slot)
+    row = slots.evict(slot)
 
 A row decodes what it would alone, whatever the other slots do. Prompts are prefilled a chunk per step, so that running rows
 go on meanwhile; if all slots wait for their prompts, these are prefilled together, else one after the other. Programs depend
-on the number of slots, a few chunk lengths and the cache's length (a power of two), not on a prompt's length.
+on the number of slots, a few chunk lengths, the cache's length and the number of stop ids (powers of two), and on whether
+any row samples or has a penalty; not on a prompt's length or on the values of settings.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -75,6 +77,7 @@ class Slots:
         self._waiting: deque[Row] = deque()
         self._prefill: Prefill | None = None
         self._queue: deque[tuple[list[Row], Any]] = deque()
+        self._greedy, self._stop_width = True, 1
         self._settings: tuple[Any, Any] = None, None
         self._clock = 0.0
 
@@ -107,15 +110,16 @@ class Slots:
 
         Raises:
           UserError: an empty prompt, one that fills the context, or one with tokens that the model lacks.
-          ValueError: no slot is free.
+          ValueError: no slot is free, or no token is wanted.
         """
         check_prompt(prompt, self._config.vocab_size)
-        free = [i for i, row in enumerate(self._rows) if row is None and slot in (None, i)]
-        if not free:
-            raise ValueError("no free slot; evict a row" if slot is None else f"slot {slot} is not free; evict its row")
-        slot = max(free, key=lambda i: common_length(prompt, self._cached[i])) if reuse_cache else free[0]
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; give at least 1")
+        slot = self._free_slot(prompt if reuse_cache else ()) if slot is None else slot
+        if self._rows[slot] is not None:
+            raise ValueError(f"slot {slot} is not free; evict its row")
         self._rows[slot] = row = Row(
-            slot=slot, prompt=prompt, budget=fitting_tokens(len(prompt), max_new_tokens, self._config),
+            slot=slot, prompt=[*prompt], budget=fitting_tokens(len(prompt), max_new_tokens, self._config),
             sampling=sampling or Sampling.of(), seed=seed, sample=sample,
             stop_ids=tuple(self._stop_ids if stop_ids is None else stop_ids), reuse_cache=reuse_cache,
         )  # fmt: skip
@@ -124,26 +128,25 @@ class Slots:
 
     def step(self) -> Step | None:
         """Queue a chunk of a waiting prompt and a token of every running row, and read the oldest tokens of the queue. None:
-        every row has ended. Raises `UserError` for logits that are not finite."""
-        while len(self._queue) <= LOOKAHEAD and self._issue():
-            pass
-        while self._queue:
+        every row has ended. A row whose logits are not finite ends without a token, as `not_finite`."""
+        while True:
+            while len(self._queue) <= LOOKAHEAD and self._issue():
+                pass
+            if not self._queue:
+                return None
             rows, result = self._queue.popleft()
-            if not any(row.finish_reason is None for row in rows):
-                continue
-            ids, done, finite, experts = jax.device_get(result)
-            rows = [row for row in rows if row.finish_reason is None]
-            if not all(finite[row.slot] for row in rows):
-                raise UserError(
-                    "the logits are not finite: the weights of --model or --adapter hold NaN or overflow; restore them, "
-                    "or try --dtype float32"
-                )
-            for row in rows:
+            if any(row.finish_reason is None for row in rows):
+                break
+        ids, done, finite, experts = jax.device_get(result)
+        rows = [row for row in rows if row.finish_reason is None]
+        for row in rows:
+            if finite[row.slot]:
                 row.take(int(ids[row.slot]), bool(done[row.slot]), None if experts is None else experts[row.slot])
-            now = time.perf_counter()
-            seconds, self._clock = now - self._clock, now
-            return Step(ids=ids, done=done, experts=experts, rows={row.slot: row for row in rows}, seconds=seconds)
-        return None
+            else:
+                row.finish_reason = "not_finite"
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        return Step(ids=ids, done=done, experts=experts, rows={row.slot: row for row in rows}, seconds=seconds)
 
     def evict(self, slot: int) -> Row:
         """Free a slot and return its row, which ends here if it has not. Its cache stays for prompts that begin alike."""
@@ -169,6 +172,13 @@ class Slots:
         self._queue.clear()
         self._backend.restore()
 
+    def _free_slot(self, prompt: Sequence[int]) -> int:
+        """The free slot whose cache has most of the prompt."""
+        free = [i for i, row in enumerate(self._rows) if row is None]
+        if not free:
+            raise ValueError("no free slot; evict a row")
+        return max(free, key=lambda i: common_length(prompt, self._cached[i]))
+
     def _running(self) -> list[Row]:
         """The rows whose next token is to be queued."""
         rows = [row for row in self._rows if row is not None and row.finish_reason is None]
@@ -181,6 +191,9 @@ class Slots:
         if prefilling := self._prefill is not None:
             self._next_chunk()
         if running := self._running():  # with those that the chunk has started
+            for row in self.rows.values():
+                if row.issued and row not in running and not row.is_released:
+                    self._release(row)
             sampling, stop_ids = self._settings_of(running)
             result, self._state = advance(self._backend, self._take_state(), sampling, stop_ids, self._pad_id)
             self._emit(running, result)
@@ -199,17 +212,21 @@ class Slots:
         for row in rows:
             self._waiting.remove(row)
         length = max(cache_length(len(row.prompt) + row.budget) for row in rows)
-        if self._state is None:
+        if self._state is None and not running:
             self._cached = [[] for _ in self._rows]
             self._state = DecodeState.empty(self._config, self.num_slots, length, self._dtype)
-        penalized = any(row.sampling.penalize for row in (*rows, *running))
-        state = self._state.grown(length).with_seen(self._config.vocab_size if penalized else None)
-        self._state = self._placed(state)
+        state = self._take_state()
+        # What a program depends on only grows while rows run, so that none is compiled because one of them ends.
+        penalized = any(row.sampling.penalize for row in rows) or bool(running and state.seen is not None)
+        self._greedy = all(row.sampling.greedy for row in rows) and (self._greedy or not running)
+        self._stop_width = max(1 if not running else self._stop_width, *(len(row.stop_ids) for row in rows))
+        self._state = self._placed(state.grown(length).with_seen(self._config.vocab_size if penalized else None))
         for row in rows:
             if row.reuse_cache and not row.sampling.penalize:
                 row.cached = common_length(row.prompt, self._cached[row.slot])
             self._cached[row.slot] = []
         self._prefill = Prefill.of(rows, self._config.vocab_size, whole=whole)
+        self._prefill.logits = self._placed(self._prefill.logits)
         self._warm_up(self._prefill, running)
         for row in rows:
             row.begin()
@@ -239,11 +256,8 @@ class Slots:
 
     def _start(self, prefill: Prefill) -> Any:
         positions = np.array([len(row.prompt) for row in prefill.rows], np.int32)
-        settings = (
-            Sampling.stack([row.sampling for row in prefill.rows]),
-            padded([row.stop_ids for row in prefill.rows]),
-        )
-        given = prefill.logits, prefill.slots, positions, prefill.keys, *settings
+        settings = self._settings_of if prefill.whole else self._stacked
+        given = prefill.logits, prefill.slots, positions, prefill.keys, *settings(prefill.rows)
         result, state = start(self._take_state(), *given, pad_id=self._pad_id)
         self._state = self._placed(state)
         return result
@@ -255,10 +269,9 @@ class Slots:
         shapes = self.num_slots, prefill.whole, self._state.cache.slots, self._state.seen is None
         sampling, stop_ids = self._settings_of(prefill.rows)
         step = "step", *shapes, sampling.greedy, sampling.penalize, stop_ids.shape
-        new = {step, *((*step, size) for size in prefill.sizes)} - self._warm
+        new = {*(() if running else (step,)), *((*step, size) for size in prefill.sizes)} - self._warm
         if not new:
             return
-        self._warm |= new
         if not running:
             _, self._state = advance(self._backend, self._take_state(), sampling, stop_ids, self._pad_id)
             self._backend.restore()
@@ -266,20 +279,32 @@ class Slots:
         for size in sorted(set(prefill.sizes)):
             tokens, starts, lengths = prefill.chunk(0, size)
             self._run_chunk(prefill, tokens, starts, np.zeros_like(lengths))
+        self._state = self._placed(release(self._take_state(), prefill.rows[0].slot))
         jax.block_until_ready(self._state)
+        self._warm |= new
 
     def _release(self, row: Row) -> None:
+        """Let an ended row stand still on the device, as one that a stop id has ended does."""
+        row.is_released = True
         if self._state is not None:
-            self._state = release(self._take_state(), row.slot)
+            self._state = self._placed(release(self._take_state(), row.slot))
 
     def _settings_of(self, rows: Sequence[Row]) -> tuple[Sampling, jax.Array]:
         """Sampling and stop ids of every slot, [B]; on the device, until other rows run."""
-        by_slot = {row.slot: (row.sampling, row.stop_ids) for row in rows}
-        wanted = tuple(by_slot.get(slot, NO_ROW) for slot in range(self.num_slots))
-        if wanted != self._settings[0]:
-            samplings, stop_ids = zip(*wanted, strict=True)
-            self._settings = wanted, (Sampling.stack(samplings), padded(stop_ids))
+        by_slot = {row.slot: row for row in rows}
+        wanted = tuple(by_slot.get(slot) for slot in range(self.num_slots))
+        program = self._greedy, self._state is not None and self._state.seen is not None, self._stop_width
+        if (wanted, program) != self._settings[0]:
+            self._settings = (wanted, program), self._stacked(wanted)
         return self._settings[1]
+
+    def _stacked(self, rows: Sequence[Row | None]) -> tuple[Sampling, jax.Array]:
+        """Sampling [R] and stop ids [R, M]; None: a slot whose tokens nobody reads."""
+        settings = [NO_ROW if row is None else (row.sampling, row.stop_ids) for row in rows]
+        samplings, stop_ids = zip(*settings, strict=True)
+        penalize = self._state is not None and self._state.seen is not None
+        sampling = replace(Sampling.stack(samplings), greedy=self._greedy, penalize=penalize)
+        return sampling, padded(stop_ids, self._stop_width)
 
     def _take_state(self) -> DecodeState:
         """The state, for a program that consumes it; one that fails takes it along."""
@@ -290,12 +315,12 @@ class Slots:
             )
         return state
 
-    def _placed(self, state: DecodeState) -> DecodeState:
-        """The state where the model is: a program is compiled for the places of what it is given."""
-        return state if self._mesh is None else place_state(state, self._mesh)
+    def _placed[Tree](self, tree: Tree) -> Tree:
+        """The arrays where the model is: a program is compiled for the places of what it is given."""
+        return tree if self._mesh is None else place_state(tree, self._mesh)
 
 
-def padded(rows: Sequence[Sequence[int]]) -> jax.Array:
-    """Stop ids [B, M], filled up with -1, which is no token; M is a power of two."""
-    width = 1 << (max(1, *map(len, rows)) - 1).bit_length()
+def padded(rows: Sequence[Sequence[int]], width: int) -> jax.Array:
+    """Stop ids [B, M], filled up with -1, which is no token; M is the power of two that holds `width`."""
+    width = 1 << (width - 1).bit_length()
     return jnp.array([[*ids, *[-1] * (width - len(ids))] for ids in rows], jnp.int32)

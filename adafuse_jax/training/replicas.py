@@ -62,7 +62,7 @@ def replica_attention(
 
     cuDNN's own batching rule takes no mask that the heads share. The backward pass computes the forward one again.
     """
-    return _attention(q, k, v, mask)
+    return _attention(q, k, v, jnp.broadcast_to(mask, (len(q), *mask.shape[1:])))
 
 
 replica_forward = partial(forward, attention=replica_attention)

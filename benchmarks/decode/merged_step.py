@@ -31,7 +31,7 @@ from benchmarks.common.reports import table
 from benchmarks.common.timing import Timing, time_calls, wait
 from benchmarks.decode.costs import SIZES, Shapes
 from benchmarks.decode.models import adapter_config, model_config, random_adapter, random_backbone
-from benchmarks.decode.rows import NO_REPEATS, no_stops, running_state
+from benchmarks.decode.rows import running_state, step_settings
 
 SLOTS, PROMPT = 512, 128
 HEAD = (
@@ -44,10 +44,10 @@ def time_steps(
 ) -> tuple[Timing, Callable[[DecodeState], DecodeState], DecodeState]:
     """The times of chained steps of the compiled program `step`, one step as a function, and the last state. Each repeat
     begins after the prompt."""
-    stops = no_stops(len(state.token))
+    settings = step_settings(len(state.token))
 
     def advance(state: DecodeState) -> DecodeState:
-        _, state, carry = step(backend.reads, backend.take_carry(), state, NO_REPEATS, stops)
+        _, state, carry = step(backend.reads, backend.take_carry(), state, *settings)
         backend.put_carry(carry)
         return state
 
@@ -59,8 +59,8 @@ def time_steps(
 
 
 def lower(backend: Backend, carry: Any, state: DecodeState) -> Any:
-    stops = no_stops(len(state.token))
-    return decode_step.lower(backend.step, backend.reads, carry, state, NO_REPEATS, stops, pad_id=0)
+    settings = step_settings(len(state.token))
+    return decode_step.lower(backend.step, backend.reads, carry, state, *settings, pad_id=0)
 
 
 def run(

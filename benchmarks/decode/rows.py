@@ -93,13 +93,15 @@ def running_state(config: ModelConfig, dtype: Any, batch: int, length: int, posi
     )  # fmt: skip
 
 
-def no_stops(batch: int) -> jax.Array:
-    return jnp.full((batch, 1), -1, jnp.int32)
+def step_settings(batch: int) -> tuple[Sampling, jax.Array]:
+    """The settings [B] and stop ids [B, 1] with which the engine decodes `NO_REPEATS`."""
+    return Sampling.stack([NO_REPEATS] * batch), jnp.full((batch, 1), -1, jnp.int32)
 
 
 def time_steps(backend: Backend, batch: int, context: int, steps: int = 40, repeats: int = 5) -> float:
     """ms of a step at `context` tokens in the cache. The steps are chained, and none of their tokens goes to the host."""
-    backend, model, stops = backend.for_batch(batch), backend.model, no_stops(batch)
+    backend, settings = backend.for_batch(batch), step_settings(batch)
+    model = backend.model
     state, mesh = (
         running_state(model.config, model.dtype, batch, cache_length(context + steps), context),
         mesh_of(model),
@@ -111,7 +113,7 @@ def time_steps(backend: Backend, batch: int, context: int, steps: int = 40, repe
         return state if mesh is None else place_state(state, mesh)
 
     timing, _ = time_calls(
-        lambda state: advance(backend, state, NO_REPEATS, stops)[1],
+        lambda state: advance(backend, state, *settings)[1],
         state,
         calls=steps,
         repeats=repeats,

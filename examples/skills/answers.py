@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
+from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.session import Session
 from examples.skills.skills import Case
 
@@ -31,15 +32,10 @@ class Answers:
 
 def answer_all(session: Session, cases: Sequence[Case]) -> Answers:
     """All `cases` as one batch."""
-    tokens: list[list[int]] = [[] for _ in cases]
-    used = np.zeros(session.num_experts, int)
-    running = np.ones(len(cases), bool)
-    prompts = [session.tokens_of(case.prompt) for case in cases]
-    for token in session.engine.generate(prompts, max_new_tokens=MAX_ANSWER):
-        if token.experts is not None:
-            used += np.bincount(token.experts[running].ravel(), minlength=len(used))
-        running = ~token.done
-        for row in np.flatnonzero(running):
-            tokens[row].append(int(token.ids[row]))
-    texts = [session.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+    rows: dict[int, Row] = {}
+    for step in session.engine.generate([session.tokens_of(case.prompt) for case in cases], max_new_tokens=MAX_ANSWER):
+        rows |= step.rows
+    experts = [chosen for row in rows.values() for chosen in row.experts]
+    used = np.bincount(np.ravel(experts).astype(int), minlength=session.num_experts)
+    texts = [session.tokenizer.decode(rows[i].token_ids, skip_special_tokens=True) for i in range(len(cases))]
     return Answers(cases=cases, texts=texts, experts=used if session.num_experts else None)

@@ -1,6 +1,6 @@
 """Files as a version of this project writes them, for the test that later versions still take them.
 
-    PYTHONPATH=CHECKOUT:CHECKOUT/tests python tests/goldens/save_version.py CHECKOUT OUT.tar.xz
+    PYTHONPATH=CHECKOUT:CHECKOUT/tests/helpers:CHECKOUT/tests python tests/goldens/save_version.py CHECKOUT OUT.tar.xz
 
 runs CHECKOUT's `train.py` and `decode.py` in the folder that `tiny.write_folder` makes, and packs
 

@@ -45,7 +45,8 @@ def run(slots: Slots, steps: int | None = None) -> list[dict[int, int]]:
     """Step by step, the tokens that the slots got; to the end, or so many steps."""
     found: list[dict[int, int]] = []
     while (steps is None or len(found) < steps) and (step := slots.step()) is not None:
-        assert all(step.ids[slot] == row.token_ids[-1] for slot, row in step.rows.items() if not step.done[slot])
+        read = {slot: row for slot, row in step.rows.items() if row.finish_reason != "not_finite"}
+        assert all(step.ids[slot] == row.token_ids[-1] for slot, row in read.items() if not step.done[slot])
         found.append({slot: int(step.ids[slot]) for slot in step.rows})
     return found
 
@@ -107,8 +108,23 @@ class TestRowsThatComeLater:
         run(slots)
         assert tuple(slots.evict(slot).token_ids for slot in (0, 1)) == wanted
 
+    def test_after_rows_that_were_evicted_in_the_queue(self, engine):
+        """Tokens that nobody reads any more do not end the steps of a row that waits."""
+        slots = engine.slots(2)
+        slots.insert([3], max_new_tokens=20)
+        slots.step()
+        slots.insert([4], max_new_tokens=20)
+        slots.step()
+        for slot in (0, 1):
+            slots.evict(slot)
+        slots.insert([5], max_new_tokens=4)
+        assert [*map(list, run(slots))] == [[0]] * 4
+        assert slots.evict(0).token_ids == alone(engine, [5], 4)
+
     def test_full(self, engine):
         slots = engine.slots(1)
+        with pytest.raises(ValueError, match="max_new_tokens is 0; give at least 1"):
+            slots.insert([3], max_new_tokens=0)
         slots.insert([3], max_new_tokens=2)
         with pytest.raises(ValueError, match="no free slot"):
             slots.insert([4], max_new_tokens=2)
@@ -152,6 +168,23 @@ class TestEviction:
         run(slots)
         np.testing.assert_array_equal(np.asarray(slots._state.cache.k)[:, 1, : keys.shape[1]], keys)
 
+    def test_a_row_of_full_length_stands_still_while_others_run(self, engine):
+        slots = engine.slots(2)
+        for n in (3, 30):
+            slots.insert(prompt_of(engine, 5), max_new_tokens=n)
+        run(slots, 20)
+        assert slots.rows[0].finish_reason == "length"
+        assert np.asarray(slots._state.done).tolist() == [True, False]
+        assert int(slots._state.position[0]) <= 5 + 3
+
+    def test_the_prompt_is_a_copy(self, engine):
+        prompt = prompt_of(engine, 5)
+        slots = engine.slots(1)
+        slots.insert(prompt, max_new_tokens=4)
+        prompt.append(7)
+        run(slots)
+        assert len(slots.evict(0).tokens_in_cache()) == 5 + 3
+
     def test_reuses_the_slot_whose_cache_has_most_of_the_prompt(self, engine, monkeypatch):
         slots = engine.slots(2)
         prompts = [prompt_of(engine, 12, seed=n) for n in (1, 2)]
@@ -188,6 +221,18 @@ class TestSettings:
             run(slots)
             slots.close()
         assert compiled() == before
+
+    def test_a_row_that_ends_compiles_nothing(self, engine):
+        """Nor does the last that samples, has a penalty or has many stop ids; and tokens stay the same."""
+        prompt, penalized = prompt_of(engine, 5), Sampling.of(temperature=0.7, repetition_penalty=1.3)
+        slots = engine.slots(2)
+        slots.insert(prompt, max_new_tokens=4, sampling=penalized, stop_ids=(1, 2, 3))
+        slots.insert(prompt, max_new_tokens=16)
+        run(slots, 3)
+        before = programs.decode_step._cache_size()
+        run(slots)
+        assert programs.decode_step._cache_size() == before
+        assert slots.evict(1).token_ids == alone(engine, prompt, 16)
 
     def test_each_row_has_its_own_stop_ids(self, engine):
         prompt = prompt_of(engine, 5)
@@ -232,6 +277,32 @@ class TestFailures:
         slots.insert(prompt, max_new_tokens=9)
         run(slots)
         assert slots.evict(0).token_ids == alone(engine, prompt, 9)
+
+    def test_a_row_that_comes_after_a_failed_step_does_not_revive_the_others(self, engine):
+        slots = engine.slots(2)
+        slots.insert(prompt_of(engine, 5), max_new_tokens=9)
+        run(slots, 2)
+        slots._state = None
+        slots.insert(prompt_of(engine, 5), max_new_tokens=9)
+        with pytest.raises(UserError, match="evict them, and insert their prompts again"):
+            run(slots)
+
+    def test_a_row_whose_logits_are_not_finite_ends_alone(self, models):
+        """Token 7 has an embedding that is NaN; its neighbour goes on as alone."""
+        model = models("llama_mha")
+        embeddings = model.embed_tokens[...].at[7].set(jnp.nan)
+        broken = jax.tree.map(lambda leaf: leaf, model)
+        broken.embed_tokens = broken.embed_tokens.replace(embeddings)
+        engine = Engine(broken, eos_ids=())
+        slots = engine.slots(2)
+        for prompt in ([3, 5], [3, 7]):
+            slots.insert(prompt, max_new_tokens=6)
+        run(slots)
+        good, bad = slots.evict(0), slots.evict(1)
+        assert (bad.finish_reason, bad.token_ids) == ("not_finite", [])
+        assert good.token_ids == alone(engine, [3, 5], 6)
+        with pytest.raises(UserError, match="the logits are not finite"):
+            alone(engine, [3, 7], 6)
 
     def test_switch_restores_the_weights_when_its_row_is_evicted(self, models):
         model = models("llama_gqa")

@@ -207,6 +207,26 @@ def test_export_of_each_family_is_read_again_or_refused(tmp_path: Path, family: 
         assert not (tmp_path / "out").exists()
 
 
+def test_special_tokens_are_the_models_and_the_rest_the_sources(tmp_path: Path):
+    source = exported(BASE, tmp_path / "source")
+    table = {"temperature": 0.5, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 3}
+    (source / "generation_config.json").write_text(json.dumps(table))
+    (source / "tokenizer.json").write_text("{}")
+    changed = dataclasses.replace(BASE, eos_token_ids=(5, 2), pad_token_id=None)
+    export_backbone(backbone(changed), tmp_path / "out", source=source)
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written == {"temperature": 0.5, "eos_token_id": [5, 2], "bos_token_id": 1}
+    assert parse_hf_config(tmp_path / "out").model == dataclasses.replace(BASE_READ, eos_token_ids=(5, 2))
+
+
+def test_special_ids_that_are_no_tokens_are_exported(tmp_path: Path):
+    """As they came; a reader leaves them out."""
+    config = dataclasses.replace(BASE, eos_token_ids=(2, 10**6), pad_token_id=-1)
+    exported(config, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [2, 10**6]
+    assert parse_hf_config(tmp_path / "out").model == BASE_READ
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "expected"),
     [

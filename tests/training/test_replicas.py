@@ -184,3 +184,12 @@ def test_the_documented_example_runs(tmp_path: Path):
     assert names["metrics"]["loss"].shape == (3,)
     assert np.isfinite(names["metrics"]["loss"]).all()
     assert names["first"].experts["q_proj"].A.ndim == 4
+
+
+def test_rows_without_segments(models):
+    """Their mask is one for all rows."""
+    model = models("llama_gqa")
+    tokens = jax.random.randint(jax.random.key(1), (3, 2, 5), 0, model.config.vocab_size)
+    together = jax.vmap(lambda rows: model.run(rows, attention=replica_attention).hidden)(tokens)
+    for rows, hidden in zip(tokens, together, strict=True):
+        np.testing.assert_allclose(hidden, model.run(rows).hidden, rtol=1e-5, atol=1e-5)

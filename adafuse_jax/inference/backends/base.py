@@ -10,12 +10,13 @@ unmerged with every backend.
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from adafuse_jax.adapters.registry import AnyAdapter
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.hooks import Adapter
 from adafuse_jax.models.kv_cache import KVCache
@@ -56,13 +57,18 @@ class Backend(Protocol):
         return None
 
     @classmethod
-    def prepare(cls, model: Backbone, adapter: Any) -> Self:
-        """Lay out what the step reads."""
+    def prepare(cls, model: Backbone, adapter: Any) -> Backend:
+        """Lay out the pytree that the step reads."""
         return cls(model, adapter)
 
     def for_batch(self, batch: int) -> Backend:
         """The backend that decodes `batch` rows together: this one, or the fallback that the registry gave it. Raises
         `UserError` where there is none."""
+        if self.one_row and batch > 1:
+            raise UserError(
+                f"strategy {self.strategy} merges the experts of one row into the weights, and there are {batch} prompts; "
+                "give one at a time, or decode unmerged"
+            )
         return self
 
     @staticmethod

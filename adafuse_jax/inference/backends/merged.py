@@ -135,10 +135,6 @@ class Golden(Backend):
             raise UserError("a decoding step failed and took the merged weights with it; load the model again")
         return self._carry
 
-    def for_batch(self, batch: int) -> Golden:
-        require_one_row(self.strategy, batch)
-        return self
-
     @staticmethod
     def step(
         reads: Any,
@@ -212,7 +208,7 @@ class MergedLoRA(Unfused):
     needs_adapter = True
 
     @classmethod
-    def prepare(cls, model: Backbone, adapter: LoRA) -> Any:
+    def prepare(cls, model: Backbone, adapter: LoRA) -> Backend:
         model = with_lora(model, adapter)
         unfused = cls(model, None, "merged")
         reason = bare_unsupported_reason("merged", model)
@@ -225,12 +221,3 @@ def bare_unsupported_reason(strategy: str, model: Backbone) -> str | None:
     if reason is not None:
         log.log(dispatch_log_level(), "decoding %s unfused: the megakernel cannot run, as %s", strategy, reason)
     return reason
-
-
-def require_one_row(strategy: str, batch: int) -> None:
-    """Raise `UserError` for several rows."""
-    if batch > 1:
-        raise UserError(
-            f"strategy {strategy} merges the experts of one row into the weights, and there are {batch} prompts; "
-            "give one at a time, or decode unmerged"
-        )
