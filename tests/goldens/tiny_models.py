@@ -19,6 +19,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 ARCHITECTURES = {
@@ -217,6 +218,17 @@ def write_tensors(tensors: dict[str, np.ndarray], out: Path, num_shards: int = 1
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(index, out / "model.safetensors.index.json")
+
+
+def read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    """All tensors of a model directory, from however many files."""
+    tensors: dict[str, np.ndarray] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                assert name not in tensors
+                tensors[name] = file.get_tensor(name)
+    return tensors
 
 
 def write_json(value: Any, path: Path) -> None:
