@@ -22,6 +22,7 @@ from benchmarks.common.records import command_line, facts, write_json
 from benchmarks.common.timing import Stopwatch
 from studies.drift.measure import load_adafuse, measure, sample_tokens, text_tokens
 
+RESULTS = Path("studies/results/cpu")
 DTYPES: tuple[DType, ...] = ("bfloat16", "float32")
 LENGTH = 256
 """Tokens of a row; the first row is held out."""
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face model directory")
     parser.add_argument("--adapter", type=Path, required=True, help="adapter directory written by train.py")
-    parser.add_argument("--out", type=Path, required=True, help="directory for drift.json, drift.md and drift.png")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory for drift.json, drift.md and drift.png")
     parser.add_argument("--steps", type=int, default=10000, help="switch steps")
     parser.add_argument("--text", type=Path, help="text whose tokens to use; default: sampled from the model")
     arguments = parser.parse_args(argv)
