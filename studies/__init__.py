@@ -1,6 +1,8 @@
 """Research on the product: experiments whose variants live here, not in the installed package.
 
-science_questions, accuracy    the studies
-questions, training, scoring   what they share: packed questions, replicas of a method, losses of their targets
-runs                           their records
+science_questions, accuracy    accuracy of the methods, and of variants of AdaFuse
+drift                          rounding errors of the decoding strategy *switch*
+questions, training, scoring   modules of both accuracy studies: packed questions, replicas of a method, losses of targets
+runs                           records of the accuracy studies
+results                        records, tables and plots, by device
 """

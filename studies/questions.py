@@ -50,7 +50,7 @@ class Questions:
 
 
 def read_set(name: str, folder: Path) -> Questions:
-    """One of SETS. Raises `UserError` for a file that is missing."""
+    """Read one of SETS. Raises `UserError` for a file that is missing."""
     if name == "scienceqa":
         rows = [row for file in SCIENCEQA_TRAINING for row in read_rows(folder / file)]
         training = [_scienceqa(row) for row in rows if row["split"] != "test"]
@@ -62,12 +62,12 @@ def read_set(name: str, folder: Path) -> Questions:
         )
     tested = {(q.question, q.choices) for q in test}
     once = list(dict.fromkeys(q for q in training if (q.question, q.choices) not in tested))
-    kept, validation = held_out_split(once, VALIDATION_SHARE, VALIDATION_SEED)
-    return Questions(training=kept, validation=validation, test=test)  # type: ignore[arg-type]
+    remaining, validation = held_out_split(once, VALIDATION_SHARE, VALIDATION_SEED)
+    return Questions(training=remaining, validation=validation, test=test)  # type: ignore[arg-type]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Of a gzipped JSON list, or JSON lines. Raises `UserError` for a file that is missing."""
+    """Read the rows of a gzipped JSON list, or of JSON lines. Raises `UserError` for a file that is missing."""
     try:
         text = gzip.decompress(path.read_bytes()).decode()
     except OSError as error:
@@ -92,7 +92,7 @@ def _scienceqa(row: dict[str, Any]) -> MultipleChoice:
 
 
 def _llava(row: dict[str, Any]) -> MultipleChoice:
-    """From `QUESTION\\nA. …\\nB. …` and the letter of the answer."""
+    """Convert a row of LLaVA's copy: `QUESTION\\nA. …\\nB. …` and the letter of the answer."""
     text, answer = (turn["value"] for turn in row["conversations"])
     lines = text.split("\n")
     choices: list[str] = []
@@ -130,10 +130,10 @@ class Packed:
     """Questions with a candidate that does not fit a row."""
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """Of every candidate, the sum of `values` [N, K] over its targets."""
-        there = self.owner >= 0
+        """Sum of `values` [N, K] over the targets of each candidate."""
+        is_target = self.owner >= 0
         sums = np.zeros(sum(self.choices))
-        np.add.at(sums, self.owner[there], values[there])
+        np.add.at(sums, self.owner[is_target], values[is_target])
         return sums
 
     def accuracy(self, losses: np.ndarray) -> float:

@@ -21,7 +21,8 @@ Records = dict[str, dict[str, Any]]
 
 
 def read_records(place: Path) -> Records:
-    """Of a packed file, or of a folder; none where nothing is. Raises `UserError` for a damaged one."""
+    """Read the records of a packed file or of a folder; none if neither exists. Raises `UserError` for a damaged
+    one."""
     try:
         if not place.is_dir():
             lines = gzip.decompress(place.read_bytes()).decode().splitlines() if place.exists() else []

@@ -32,7 +32,7 @@ TIED, SETTLED = "tied", "settled"
 """Settings of a method that are the training's and not the adapter's, by their names in the records: the share of the steps
 with expert weight tying, and the share after which routers are frozen."""
 USUAL: dict[str, Any] = {TIED: 0.0, SETTLED: 1.0}
-"""Both, where a method has none of its own."""
+"""Defaults of both, for methods without their own."""
 CONFIG = TrainConfig(
     model="model", dataset=("data",), output="runs", learning_rate=1.0, warmup_ratio=0.05, min_lr_ratio=0.1
 )
@@ -58,7 +58,7 @@ class Texts:
 
 
 def phases_of(settings: dict[str, Any], steps: int) -> Phases:
-    """Of a run of so many steps."""
+    """Phases (tied experts, frozen router) of a run of `steps` steps."""
     table = USUAL | settings
     return Phases.of(table[TIED], table[SETTLED], steps)
 
@@ -74,25 +74,26 @@ class Trained:
     """Replicas after their last step."""
 
     adapter: Any
-    """Every leaf [S, …]."""
+    """Adapter of all replicas: every leaf is [S, …]."""
     tokens: int
-    """Seen by the first replica."""
+    """Number of tokens that the first replica was trained on."""
     seconds: float
-    """Of all steps of all replicas but the first step, which compiles."""
+    """Duration of all steps of all replicas but the first step, which compiles."""
     first_step_seconds: float
     history: list[dict[str, Any]]
-    """Every so many steps: mean loss of each replica since, None if it is not finite, and the first one's expert load."""
+    """History, one entry per logging interval: mean loss of each replica over it (None if not finite), and the first
+    replica's expert load."""
     load: list[list[float]] | None
     """Share of the assignments that each expert had in the last step, [S, E]; None without one router."""
 
     @property
     def diverged(self) -> list[bool]:
-        """Whether the loss of each replica was ever not finite."""
+        """True for each replica whose loss was not finite at some time."""
         return [any(loss is None for loss in losses) for losses in zip(*(p["loss"] for p in self.history), strict=True)]
 
 
 class Trainer:
-    """Trains replicas of one method for `steps` steps.
+    """Trainer of replicas of one method for `steps` steps.
 
     Args:
       make: (backbone, key) → what trains, at its initial values.

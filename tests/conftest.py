@@ -32,8 +32,8 @@ def set_compilation(**settings: Any) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """On the CPU most of the time is XLA's, on programs that run once: it leaves most of its optimisations off, and compiles
-    a program once per machine, whichever worker, script or session asks for it."""
+    """Set JAX's compilation: on the CPU most time goes to compiling programs that run once, so most of XLA's
+    optimisations are off, and a program is compiled once per machine, whichever worker, script or session needs it."""
     programs = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if not programs:
         programs = str(CACHE / "programs")
@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def size_of(directory: str) -> int:
-    """Bytes of the files in it; another session may remove some of them meanwhile."""
+    """Bytes of the files in a directory; another session may remove some of them meanwhile."""
     total = 0
     with suppress(FileNotFoundError), os.scandir(directory) as entries:
         for entry in entries:

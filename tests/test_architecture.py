@@ -17,7 +17,7 @@ FLOORS = (
     "adafuse_jax.data", "adafuse_jax.models", "adafuse_jax.parallel", "adafuse_jax.adapters", "adafuse_jax.checkpoints",
     "adafuse_jax.inference", "adafuse_jax.evaluation", "adafuse_jax.training",
 )  # fmt: skip
-"""Lowest first."""
+"""Packages in the order of the floors, the lowest first."""
 OUTSIDE = ("benchmarks", "studies", "examples", "tests", "train", "decode")
 
 
@@ -59,7 +59,7 @@ def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def imported_modules(name: str) -> set[str]:
-    """This project's modules that `name` imports."""
+    """Modules of this project that `name` imports."""
     found = set()
     for dotted in imports(TREES[name]):
         module = dotted

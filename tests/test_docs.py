@@ -72,7 +72,7 @@ def links(text: str) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """Of the headings, as GitHub names them."""
+    """Anchors of the headings, as GitHub names them."""
     names: list[str] = []
     for heading in re.findall(r"^#{1,6} +(.*?) *#*$", prose(text), re.MULTILINE):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
@@ -283,7 +283,7 @@ def test_wrong_commands_are_found(line: str, tmp_path: Path, monkeypatch: pytest
 
 @cache
 def flags() -> frozenset[str]:
-    """Of all programs of the repository."""
+    """Names of the flags of all programs of the repository."""
     found = {"--help", "--config"}
     for config in {config for configs in CONFIGS.values() for config in configs}:
         names = [f.name.replace("_", "-") for f in dataclasses.fields(config)]
@@ -320,7 +320,7 @@ def missing_names(text: str) -> list[str]:
 
 
 def defined(parts: Sequence[str]) -> bool:
-    """Whether a package, a module, or a name at the top of one exists; nothing is imported."""
+    """True for a package, a module, or a name at the top of one; nothing is imported."""
     place = ROOT.joinpath(*parts)
     if place.is_dir() or place.with_suffix(".py").is_file():
         return True

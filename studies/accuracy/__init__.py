@@ -1,4 +1,4 @@
-"""Where do pre-gated experts win? Arms of equal cost on a mixture of tasks that pull apart.
+"""Comparison of pre-gated experts with LoRA: arms of equal cost on a mixture of tasks that need different skills.
 
 made_up      two invented languages that contradict each other
 tasks        the eight sets, their splits, and what each is scored by

@@ -1,6 +1,6 @@
-"""The arms of the study: name → settings of its adapter, all 7 linears unless it says otherwise.
+"""The arms of the study: name → settings of its adapter, on all 7 linears unless given otherwise.
 
-A mixture gives a token rank 32 of 128 in all: k = 2 of E = 8 experts of rank 16, or as it is said below. So LoRA comes
+A mixture gives a token rank 32 of 128 in all: k = 2 of E = 8 experts of rank 16, or as given below. So LoRA comes
 with rank 32, which costs as much at decoding, and with 128, which has as many parameters. MoRAL adapts the FFN alone, and
 MoLA has 2/4/6/8 experts by depth: both are smaller in all. The scale is s = α/R = 2; rsLoRA's is s = α/√R, 2 at rank 16.
 
@@ -70,7 +70,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "rslora-128": _rank_stabilized(128),
     "rslora-32": _rank_stabilized(32),
 }
-"""In the order of a screening."""
+"""Names of the arms in the order in which a screening trains them."""
 
 
 def make(settings: dict[str, Any], model: Backbone, key: jax.Array) -> Any:

@@ -52,7 +52,7 @@ class Mixture:
     split: str
     stops: tuple[int, ...]
     digest: str
-    """Of all arrays: runs of one study have the same."""
+    """Hash of all arrays; all runs of one study have the same."""
 
 
 def prepare(model: str, data: Path, out: Path, *, length: int, split: str, limit: int | None = None) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def prepare(model: str, data: Path, out: Path, *, length: int, split: str, limit
 
 
 def load(path: Path) -> Mixture:
-    """Raises `UserError` for a file that is missing or was not written by `prepare`."""
+    """Read a mixture file. Raises `UserError` for a file that is missing or was not written by `prepare`."""
     try:
         with np.load(path, allow_pickle=False) as file:
             tables = {name: file[name] for name in file.files}
@@ -125,13 +125,14 @@ def load(path: Path) -> Mixture:
 def targets_of(
     rows: Rows,
 ) -> tuple[Int[np.ndarray, "N K"], Int[np.ndarray, "N K"], Bool[np.ndarray, "N K"]]:
-    """(place, wanted, there): token `wanted[n, k]` follows token `place[n, k]` of row n and is a target, if `there[n, k]`.
-    Few tokens of a row are targets, and logits of these alone are cheap. K = T / 8, or more if a row has more targets."""
+    """(place, wanted, is_target): token `wanted[n, k]` follows token `place[n, k]` of row n, and is a target where
+    `is_target[n, k]`. Few tokens of a row are targets, and logits of these alone are cheap. K = T / 8, or more if a row
+    has more targets."""
     mask = rows.loss_mask[:, 1:]
     width = max(rows.length // 8, int(mask.sum(1).max()))
     place = np.argsort(~mask, axis=1, kind="stable")[:, :width].astype(np.int32)
-    there = np.take_along_axis(mask, place, axis=1)
-    return place, np.take_along_axis(rows.tokens, place + 1, axis=1), there
+    is_target = np.take_along_axis(mask, place, axis=1)
+    return place, np.take_along_axis(rows.tokens, place + 1, axis=1), is_target
 
 
 def weights_of(rows: Rows) -> Float[np.ndarray, "N T"]:
@@ -165,10 +166,10 @@ def _packed(examples: Sequence[Example], tokenizer: Any, length: int) -> Packed:
     else:
         encoded, left_out = encode_all(examples, tokenizer, length)
         rows = pack(encoded, length)
-        place, wanted, there = targets_of(rows)
+        place, wanted, is_target = targets_of(rows)
         pad = ((0, 0), (0, length - place.shape[1]))
         texts = np.cumsum([0, *rows.segment_ids.max(1)])[:-1, None] - 1  # segments are counted from 1 in every row
-        owner = np.where(there, texts + np.take_along_axis(rows.segment_ids, place, axis=1), -1)
+        owner = np.where(is_target, texts + np.take_along_axis(rows.segment_ids, place, axis=1), -1)
         place, wanted, owner = np.pad(place, pad), np.pad(wanted, pad), np.pad(owner, pad, constant_values=-1)
         choices, answers = [1] * len(encoded), [0] * len(encoded)
     return Packed(
@@ -192,7 +193,7 @@ def _prompts(examples: Sequence[Example], tokenizer: Any) -> dict[str, np.ndarra
 
 
 def _narrow(array: np.ndarray) -> np.ndarray:
-    """In 16 bits where the integers fit."""
+    """Cast integers to 16 bits where the values fit."""
     if array.dtype.kind == "i" and array.size and np.iinfo(np.int16).min <= array.min() and array.max() < 2**15:
         return array.astype(np.int16)
     if array.dtype.kind == "i" and array.size and array.min() >= 0 and array.max() < 2**16:

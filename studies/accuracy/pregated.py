@@ -40,7 +40,7 @@ DROPPED = -1e9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """What a variant has beside AdaFuse's settings. Multipliers are of the learning rate."""
+    """Settings of a variant beside AdaFuse's. `router_rate` and `bias_rate` multiply the learning rate."""
 
     shared_rank: int = 0
     shared_a: bool = False
@@ -146,7 +146,7 @@ class PreGated(AdaFuse):
     def balance_loss(
         self, routing: Routing, mask: Bool[Array, "B T"], load: Float[Array, " E"] | None = None
     ) -> Float[Array, ""]:
-        """With a selection bias, Σ_e b_e · (f_e − 1/E), whose gradient moves the bias alone; nothing where no router is."""
+        """Loss Σ_e b_e · (f_e − 1/E) for a selection bias, whose gradient moves the bias alone; 0 without a router."""
         if self.variant.by_task:
             return jnp.float32(0)
         if self.bias is None:
@@ -213,7 +213,7 @@ OWN_RATES = optax.stateless(_own_rates)
 
 
 class PlannedLayer(AdaFuseLayer):
-    """No layer routes."""
+    """Layer of the adapter that does not route: the routing is known before layer 0."""
 
     def _route(self, x: Array) -> None:
         pass

@@ -119,7 +119,8 @@ def _seeds(records: Records, arms: Sequence[str]) -> str:
 
 
 def _differences(records: Records, arms: Sequence[str]) -> str:
-    """Of every arm that is no LoRA, seed by seed, from the best LoRA of as many active and of as many parameters in all."""
+    """Table of score differences, seed by seed: each arm that is no LoRA minus the best LoRA of as many active, and of
+    as many total, parameters."""
     found = _trained(records, arms)
     rows = []
     for arm in (arm for arm in found if not arm.startswith(LORA)):

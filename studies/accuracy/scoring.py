@@ -19,7 +19,7 @@ from studies.scoring import score as score_rows
 def measures(
     model: Backbone, trained: Any, scored: Mapping[str, Packed], *, batch_size: int, losses_of: Callable[..., Any]
 ) -> list[dict[str, dict[str, float]]]:
-    """Of every replica: set → measures of its questions, but for what must be decoded."""
+    """Measures of every replica: set → measures of its questions, without those that need decoding."""
     found = {
         name: score_rows(model, trained, packed, batch_size=batch_size, task=SETS.index(name), losses_of=losses_of)
         for name, packed in scored.items()
@@ -50,12 +50,12 @@ def _log_sum_exp(x: np.ndarray) -> float:
 
 
 def score(name: str, found: Mapping[str, float]) -> float:
-    """Of a set, from its measures."""
+    """Score of a set: the mean of its measures in MEASURES."""
     return float(np.mean([found[measure] for measure in MEASURES[name]]))
 
 
 def mixture_mean(found: Mapping[str, Mapping[str, float]]) -> float:
-    """Of one replica's measures of all sets."""
+    """Mean score over all sets, from one replica's measures."""
     return float(np.mean([score(name, found[name]) for name in SETS]))
 
 

@@ -34,7 +34,7 @@ from studies.training import Trainer, optimizer_of, phases_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What all runs of a study share; a part of every record."""
+    """Settings that all runs of a study share; a part of every record."""
 
     steps: int = 640
     batch_size: int = 8
@@ -60,7 +60,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Programs:
-    """Of an arm and a number of replicas."""
+    """Compiled programs for an arm and a number of replicas."""
 
     trainer: Trainer
     losses: Any
@@ -97,7 +97,7 @@ class Study:
         return dataclasses.asdict(self.plan) | kind
 
     def programs(self, arm: str, replicas: int) -> Future[Programs]:
-        """Those of an arm; the first call starts to compile them in another thread."""
+        """Compiled programs of an arm; the first call starts the compilation in another thread."""
         if (arm, replicas) not in self._programs:
             self._programs[arm, replicas] = self._pool.submit(self._compiled, arm, replicas)
         return self._programs[arm, replicas]
@@ -207,7 +207,7 @@ def grid(arm: str, rates: Sequence[float]) -> Run:
 
 
 def of_seeds(arm: str, seeds: Sequence[int], records: Mapping[str, dict[str, Any]]) -> Run:
-    """At the arm's best learning rate. Raises `UserError` while its grid is not recorded."""
+    """Run of several seeds at the arm's best learning rate. Raises `UserError` while its grid is not recorded."""
     best = best_rate(records, arm)
     require(best is not None, f"--arms {arm}: no learning rate of it is recorded; run its --stage grid first")
     assert best is not None
@@ -227,6 +227,6 @@ def grid_of(records: Mapping[str, dict[str, Any]], arm: str) -> dict[float, dict
 
 
 def best_rate(records: Mapping[str, dict[str, Any]], arm: str) -> float | None:
-    """The one with the best mean, the smallest of equal ones; None before the grid."""
+    """Learning rate with the best mean score, the smallest of equal ones; None before the grid."""
     found = grid_of(records, arm)
     return max(found, key=lambda rate: (found[rate]["mean"], -rate)) if found else None

@@ -70,13 +70,13 @@ class Task:
 
 
 def place(text: str) -> float:
-    """Of a question in [0, 1): a hash of its text and SEED."""
+    """Hash of a question's text and SEED, in [0, 1); decides its split."""
     digest = hashlib.blake2b(f"{SEED} {text}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64
 
 
 def read_task(name: str, folder: Path) -> Task:
-    """One of SETS from its files in `folder`. Raises `UserError` for a file that is missing."""
+    """Read one of SETS from its files in `folder`. Raises `UserError` for a file that is missing."""
     if name == "gsm8k":
         known, test = ([_gsm8k(row) for row in read_rows(folder / GSM8K[split])] for split in ("training", "test"))
         return _task(name, known, test)
@@ -121,7 +121,7 @@ def _reply(question: str, answer: str) -> Chat:
 
 
 def _gsm8k(row: dict[str, Any]) -> Chat:
-    """Without the calculator's notes <<48/2=24>>."""
+    """Convert a row of GSM8K, without the calculator's notes <<48/2=24>>."""
     return _reply(row["question"], re.sub("<<.*?>>", "", row["answer"]))
 
 

@@ -1,4 +1,4 @@
-"""How far *switch* drifts from the exact weights, and what that does to the next token.
+"""Drift of *switch* from the exact weights, and its effect on the distribution of the next token.
 
     python -m studies.drift --model SMOLLM2_DIR --adapter ADAPTER_DIR --out OUT
 

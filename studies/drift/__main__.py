@@ -22,13 +22,14 @@ from benchmarks.common.records import command_line, facts, write_json
 from benchmarks.common.timing import Stopwatch
 from studies.drift.measure import load_adafuse, measure, sample_tokens, text_tokens
 
+RESULTS = Path("studies/results/cpu")
 DTYPES: tuple[DType, ...] = ("bfloat16", "float32")
 LENGTH = 256
 """Tokens of a row; the first row is held out."""
 
 
 def table(results: dict[str, Any]) -> str:
-    """Of drift.json, in Markdown."""
+    """Markdown table of the results in drift.json."""
     cells: list[list[str]] = []
     for dtype, of in results.items():
         for row in of["switch"]:
@@ -53,7 +54,7 @@ def plot(results: dict[str, Any], title: str, picture: Path) -> None:
 
 
 def plot_errors(panel: Any, of: dict[str, Any], name: str, dtype: str, color: str) -> None:
-    """One error of one type of weights."""
+    """Plot one error (`name`) over the steps, for weights of one dtype."""
     steps = [row["steps"] for row in of["switch"]]
     panel.plot(steps, [row[name] for row in of["switch"]], "o-", color=color, label=f"switch, {dtype}")
     for strategy, style in (("golden", "--"), ("unmerged", ":")):
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face model directory")
     parser.add_argument("--adapter", type=Path, required=True, help="adapter directory written by train.py")
-    parser.add_argument("--out", type=Path, required=True, help="directory for drift.json, drift.md and drift.png")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory for drift.json, drift.md and drift.png")
     parser.add_argument("--steps", type=int, default=10000, help="switch steps")
     parser.add_argument("--text", type=Path, help="text whose tokens to use; default: sampled from the model")
     arguments = parser.parse_args(argv)

@@ -167,7 +167,7 @@ def logits_of(model: Backbone, adapter: AdaFuse, tokens: Int[Array, " T"]) -> Fl
 
 @jax.jit
 def merged_logits(model: Backbone, adapter: AdaFuse, tokens: Int[Array, " T"]) -> Float[Array, "T V"]:
-    """Every token's experts merged into the model's weights."""
+    """Logits with every token's experts merged into the model's weights."""
     logits = model(tokens[None], adapter=EachTokenMerged(adapter)).logits
     assert logits is not None
     return logits[0]

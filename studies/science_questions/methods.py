@@ -57,15 +57,15 @@ METHODS: dict[str, dict[str, Any]] = {
 REMAT_ABOVE = 2000
 """Low-rank activations of a token and layer above which layers are recomputed in the backward pass, to save memory."""
 RATE_SCALE = {"full": 0.04}
-"""Of the grid's learning rates: all weights of a backbone want smaller ones than an adapter that starts from B = 0. In a
-first grid, of two epochs, the adapters were best at 1.2e-3, its top, and the full backbone with 6e-5."""
+"""Factor on the grid's learning rates: training all weights of a backbone needs smaller ones than an adapter that starts
+from B = 0. In a first grid, of two epochs, the adapters were best at 1.2e-3, its top, and the full backbone at 6e-5."""
 
 
 VARIANTS = ("adafuse", "adafuse-settled", "adafuse-tied", "adafuse-tied-4")
 """AdaFuse on all linears, by its recipe. The ablations change the one that is best on the validation questions; those that
 were added after the ablations are not among them."""
 ON_ALL = [name for name, own in METHODS.items() if own["adapter"] == "adafuse" and own["targets"] == LINEARS]
-"""AdaFuse on all linears, whose experts' use the study tells."""
+"""AdaFuse on all linears; the study reports the use of their experts."""
 ABLATIONS: dict[str, dict[str, Any]] = {
     "k=1": {"top_k": 1, "renormalize": False},
     "k=4": {"top_k": 4},
@@ -84,10 +84,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "targets=q,v": {"targets": ("q_proj", "v_proj")},
     "targets=o,FFN": {"targets": ("o_proj", *FFN_LINEARS)},
 }
-"""What each changes; one that changes nothing of the AdaFuse in question is left out. k = 1 without renormalising, or its
-router would get no gradient. With q, k or v among the targets the router sees the token alone; with o and FFN linears, the
-context. Where the experts are tied until after the router is frozen, it never learns from the task, so balance = 0
-leaves it nearly as it was drawn; and k = 1, whose gates are 1/E or so, learns as much slower."""
+"""Changes of settings in each ablation; an ablation that changes nothing of the AdaFuse in question is left out. k = 1 is
+without renormalising, or its router would get no gradient. With q, k or v among the targets the router sees the token
+alone; with o and FFN linears, the context. Where the experts are tied until after the router is frozen, it never learns
+from the task, so balance = 0 leaves it nearly as it was drawn; and k = 1, whose gates are about 1/E, learns as much
+slower."""
 
 
 def ablated(validation: Mapping[str, Mapping[Any, float]]) -> str:
@@ -97,17 +98,17 @@ def ablated(validation: Mapping[str, Mapping[Any, float]]) -> str:
 
 
 def changes(ablation: str, base: str) -> bool:
-    """Whether an ablation is another adapter or recipe than `base`."""
+    """True if an ablation is another adapter or recipe than `base`."""
     return USUAL | settings_of(ablation, base) != USUAL | METHODS[base]
 
 
 def settings_of(name: str, base: str = VARIANTS[0]) -> dict[str, Any]:
-    """Of a method, or of an ablation of `base`."""
+    """Settings of a method, or of an ablation of `base`."""
     return METHODS[name] if name in METHODS else METHODS[base] | ABLATIONS[name]
 
 
 def make(settings: dict[str, Any], model: Backbone, key: jax.Array) -> Any:
-    """What a method trains, with initial values drawn from `key`."""
+    """Trainable parameters of a method, with initial values drawn from `key`."""
     config = AdapterConfig(**{name: value for name, value in settings.items() if name not in USUAL})
     return initial_weights(config, model, None, key)
 
@@ -119,6 +120,7 @@ def trainable_parameters(settings: dict[str, Any], model: Backbone) -> int:
 
 
 def needs_remat(settings: dict[str, Any]) -> bool:
-    """Whether the experts of a layer make more than REMAT_ABOVE numbers for a token: E · R in every place."""
+    """True if the experts of a layer have more than REMAT_ABOVE activations for a token: E · R, summed over the target
+    linears."""
     experts = max(settings.get("experts_per_layer", (settings.get("num_experts", 1),)))
     return experts * settings.get("rank", 0) * len(settings.get("targets", ("ffn",))) > REMAT_ABOVE

@@ -27,7 +27,8 @@ COLOURS = {"mixture": "tab:blue", "alone": "tab:orange", "ablation": "tab:green"
 
 
 def summarise(results: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per method and regime, of the runs that are there; a regime without all its sets is not a row yet."""
+    """Rows of the table, one per method and regime, from the recorded runs; a regime is left out until all its sets are
+    recorded."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for result in results.values():
         if result["run"]["stage"] != "grid":
@@ -85,7 +86,7 @@ def _row(
 
 
 def _runs_per_seed(trained: list[dict[str, Any]]) -> int:
-    """One on the mixture; alone, one for each set."""
+    """Number of runs per seed: one on the mixture; alone, one for each set."""
     return len({result["run"]["data"] for result in trained})
 
 
@@ -97,7 +98,7 @@ def grid_of(results: Mapping[str, dict[str, Any]], method: str) -> dict[str, flo
 
 
 def _standard_error(values: list[float]) -> float | None:
-    """None for a single value."""
+    """Standard error of the mean; None for a single value."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
@@ -181,7 +182,7 @@ def markdown(rows: list[dict[str, Any]], table: dict[str, Any]) -> str:
         lines += ["", f"Seconds are those of the optimiser steps; {sharing}", *_which_device(rows)]
     left = {name: counts for name, counts in table["scored_and_left_out"].items() if counts[1]}
     if left:
-        left_out = ", ".join(f"{dropped} of {kept + dropped} of {name}" for name, (kept, dropped) in left.items())
+        left_out = ", ".join(f"{dropped} of {used + dropped} of {name}" for name, (used, dropped) in left.items())
         lines += ["", f"Left out because they do not fit {study['length']} tokens: {left_out}."]
     return "\n".join(lines) + "\n"
 
@@ -257,7 +258,7 @@ def plot(rows: list[dict[str, Any]], base: str, path: Path) -> None:
 
 
 def plot_experts(result: dict[str, Any], path: Path) -> None:
-    """Which experts AdaFuse's first replica uses: by data set, by class of token, and over training."""
+    """Plot the experts that AdaFuse's first replica uses: by data set, by class of token, and over training."""
     from matplotlib.figure import Figure
 
     counts = {name: np.array(table) for name, table in result["expert_use"].items()}  # [C, E] each

@@ -77,7 +77,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Programs:
-    """Of a method and a number of steps: its trainer, and `target_losses` of its replicas."""
+    """Compiled programs for a method and a number of steps: its trainer, and `target_losses` of its replicas."""
 
     trainer: Trainer
     losses: Callable[..., Any]
@@ -106,7 +106,7 @@ class Study:
         return self.runs.all
 
     def programs(self, run: Run) -> Future[Programs]:
-        """Those of a run; the first call starts to compile them in another thread."""
+        """Compiled programs of a run; the first call starts the compilation in another thread."""
         key = run.method, len(run.seeds), self.steps(run.data)
         if key not in self._programs:
             self._programs[key] = self._pool.submit(
@@ -142,7 +142,7 @@ class Study:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def steps(self, data: str) -> int:
-        """Of a run on a set or the mixture."""
+        """Number of training steps on a set or the mixture."""
         per_epoch = -(-len(self.training_rows(data).tokens) // self.arguments.batch_size)
         return max(1, math.ceil(self.arguments.epochs * per_epoch))
 
@@ -153,7 +153,7 @@ class Study:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What all runs of a study share."""
+        """Settings, sizes of the sets and parameter count that all runs of a study share."""
         shared = {name: getattr(self.arguments, name) for name in ("epochs", "batch_size", "length", "dtype", "limit")}
         sizes = {name: [len(q.training), len(q.validation), len(q.test)] for name, q in self.sets.items()}
         return shared | {"sets": sizes, "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.model))}
@@ -170,7 +170,7 @@ class Study:
         return pack_candidates(questions[: self.arguments.limit], self.tokenizer, self.arguments.length)
 
     def training_rows(self, data: str) -> Texts:
-        """Made once for each set and the mixture."""
+        """Packed training rows, computed once for each set and the mixture."""
         if data not in self._rows:
             self._rows[data] = self._pack_training(data)
         return self._rows[data]
@@ -229,7 +229,7 @@ class Study:
         return ablated({name: grid_of(self.results, name) for name in self.trained_methods})
 
     def settings_of(self, method: str) -> dict[str, Any]:
-        """Of a method or an ablation."""
+        """Settings of a method or an ablation."""
         return settings_of(method, self.ablated)
 
     def do(self, run: Run) -> dict[str, Any]:

@@ -18,7 +18,7 @@ CLASSES = ("word, after a space", "letters, within a word", "digits", "punctuati
 
 
 def class_of(text: str) -> str:
-    """Of a token that is not special."""
+    """Class of a token that is not special, from its text."""
     bare = text.strip()
     if not bare:
         return "white space" if text else "other"
@@ -46,7 +46,8 @@ def classes_of(tokenizer: Any, vocab_size: int) -> Int32[np.ndarray, " V"]:
 def class_loads(
     model: Backbone, adapter: Any, tokens: Array, positions: Array, segment_ids: Array, classes: Array, num_classes: int
 ) -> Float[Array, "C E"]:
-    """How often tokens of each class use each expert; classes [V] gives every token's, which segment 0 has none of."""
+    """Count the tokens of each class that use each expert. `classes` [V] gives the class of every token id; padding
+    (segment 0) is not counted."""
     routing = model.run(tokens, adapter=adapter, positions=positions, segment_ids=segment_ids).routing
     used = jax.nn.one_hot(routing.experts, routing.probabilities.shape[-1]).sum(-2)  # [B, T, E]
     kind = jax.nn.one_hot(classes[tokens], num_classes) * (segment_ids > 0)[..., None]  # [B, T, C]

@@ -61,7 +61,7 @@ class TestEquation:
     @pytest.mark.parametrize("targets", POSITIONS.values(), ids=POSITIONS)
     @pytest.mark.parametrize("family", FAMILIES)
     def test_equals_the_backbone_while_b_is_zero(self, models, family, targets):
-        """What the experts add is 0; two programs of XLA may still differ in the order of a sum."""
+        """The experts add 0; two XLA programs may still differ in the order of a sum."""
         model = models(family)
         adapter = AdaFuse(AdapterConfig(targets=targets, num_experts=4, rank=3), model.config, rngs=nnx.Rngs(0))
         tokens = tokens_of(model)
@@ -83,7 +83,7 @@ class TestEquation:
         np.testing.assert_allclose(model(tokens, adapter=adapter).logits, before, atol=1e-5)
 
     def test_few_and_many_tokens_take_the_same_sum(self, models):
-        """One token gathers its experts, many run all of them densely."""
+        """A single token gathers its experts, many tokens run all experts densely."""
         model = models("llama_gqa")
         experts = jax.tree.map(lambda x: x[0], random_adapter(model.config).experts["q_proj"])
         x = jax.random.normal(jax.random.key(0), (3, 5, model.config.embed_dim))
@@ -165,7 +165,7 @@ class TestRouter:
 class TestGatesAreSharedByAllLayers:
     @pytest.mark.parametrize("targets", POSITIONS.values(), ids=POSITIONS)
     def test_one_routing_for_the_token(self, models, targets):
-        """With q, k or v among the targets the gates depend on the token alone, otherwise on what came before."""
+        """Gates depend on the token alone if q, k or v is among the targets, otherwise also on the tokens before it."""
         model = models("llama_gqa")
         adapter = random_adapter(model.config, targets=targets)
         adapter.router.weight[...] = adapter.router.weight[...] * 5
@@ -189,7 +189,7 @@ class TestDirectory:
         jax.tree.map(np.testing.assert_array_equal, again, adapter)
 
     def test_a_flipped_byte_is_found(self, models, tmp_path):
-        """In the values, where safetensors has no checksum. Adapters of earlier versions have no digest."""
+        """A byte in the values, where safetensors has no checksum. Adapters of earlier versions have no digest."""
         model = models("llama_gqa")
         save_adapter(random_adapter(model.config), tmp_path / "a", backbone_name="tiny", backbone_identity="id")
         weights, config = tmp_path / "a" / "adapter_model.safetensors", tmp_path / "a" / "adapter_config.json"

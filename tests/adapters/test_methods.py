@@ -32,7 +32,7 @@ from adafuse_jax.training.step import TrainState, train_step
 from benchmarks.simple_merging import Merging
 
 FAMILIES = ("llama_mqa_sharded", "qwen3_bias")
-"""Of three layers each: MoLA's parts are of one layer each."""
+"""Models of three layers each, because MoLA's groups are of one layer each here."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def run(model: Backbone, tokens, adapter=None, **options):
 
 
 def reference(model: Backbone, adapter, tokens: np.ndarray) -> np.ndarray:
-    """Every method's equation, written once more: expert by expert in float64."""
+    """Logits by every method's equation, written independently: expert by expert in float64."""
     config = adapter.config
     scale = config.alpha / config.rank
     erf = np.vectorize(math.erf)
@@ -74,9 +74,9 @@ def reference(model: Backbone, adapter, tokens: np.ndarray) -> np.ndarray:
             return y
         if config.adapter == "lora":
             return y + scale * (f64(adapter.experts[name].B[layer, 0]) @ (f64(adapter.experts[name].A[layer, 0]) @ x))
-        mixture, there = adapter.experts[name], experts_at(layer)
-        gates = top_k_gates(f64(mixture.router.weight[layer, :there]) @ x, config.top_k)
-        for e in range(there):
+        mixture, num_experts = adapter.experts[name], experts_at(layer)
+        gates = top_k_gates(f64(mixture.router.weight[layer, :num_experts]) @ x, config.top_k)
+        for e in range(num_experts):
             y = y + gates[e] * scale * (f64(mixture.lora.B[layer, e]) @ (f64(mixture.lora.A[layer, e]) @ x))
         return y
 
@@ -161,10 +161,10 @@ class TestRouting:
     def test_mola_has_fewer_experts_below(self, models):
         model = models(FAMILIES[0])
         routing = run(model, tokens_of(model), random_method("mola", model.config)).routing
-        for layer, there in enumerate((2, 4, 5)):
-            assert routing.experts[layer].max() == there - 1
-            assert routing.probabilities[layer, ..., there:].max(initial=0) == 0
-            np.testing.assert_allclose(routing.probabilities[layer, ..., :there].sum(-1), 1, atol=1e-5)
+        for layer, num_experts in enumerate((2, 4, 5)):
+            assert routing.experts[layer].max() == num_experts - 1
+            assert routing.probabilities[layer, ..., num_experts:].max(initial=0) == 0
+            np.testing.assert_allclose(routing.probabilities[layer, ..., :num_experts].sum(-1), 1, atol=1e-5)
 
     def test_mola_divides_the_depth(self, models):
         model = models(FAMILIES[0])
@@ -181,14 +181,14 @@ class TestRouting:
         adapter, tokens = random_method(method, model.config), tokens_of(model)
         routing = run(model, tokens, adapter).routing
         mask = np.arange(12) < np.array([[9], [12]])
-        there = adapter.layer_experts if method != "pesc" else (4, 4, 4)
+        num_experts = adapter.layer_experts if method != "pesc" else (4, 4, 4)
         wanted = 0.0
         for layer in range(3):
             for router in range(routing.experts.shape[1]):
                 chosen, p = routing.experts[layer, router][mask], f64(routing.probabilities[layer, router])[mask]
-                for e in range(there[layer]):
+                for e in range(num_experts[layer]):
                     f = float((chosen == e).mean())
-                    wanted += weight * there[layer] * f * p[:, e].mean() / routing.experts.shape[1]
+                    wanted += weight * num_experts[layer] * f * p[:, e].mean() / routing.experts.shape[1]
         assert adapter.balance_loss(routing, jnp.array(mask)) == pytest.approx(wanted, rel=1e-5)
 
     def test_experts_of_a_row_lists_those_of_all_routers(self):
@@ -278,7 +278,7 @@ class TestPresets:
 
     @pytest.mark.parametrize("method", METHODS)
     def test_every_setting_is_read(self, models, method):
-        """Of the hook of the last layer, its outputs, and the balance loss as training adds it."""
+        """Change each setting: the last layer's hook, its outputs or the balance loss must change."""
         model = models(FAMILIES[0])
         changes = {
             "targets": ("q_proj",), "num_experts": 5, "experts_per_layer": (3,), "rank": 5, "top_k": 1, "alpha": 1.0,

@@ -248,7 +248,8 @@ class TestPrompts:
 
 class TestPeers:
     def test_against_plain_loops(self):
-        """In float64, token by token: Hugging Face, PEFT, and each form of the layer-wise mixture."""
+        """Comparison with float64 loops, token by token: Hugging Face, PEFT, and each form of the layer-wise
+        mixture."""
         if not TORCH.exists():
             pytest.skip("no .venv-torch")
         command = [TORCH, "-m", "benchmarks.peers", "--check"]

@@ -55,12 +55,12 @@ def load(directory: Path, model: ModelConfig) -> Any:
     return load_adapter(directory, model, backbone_identity="id", dtype=jnp.float32)
 
 
-def refused(directory: Path, model: ModelConfig, *says: str) -> None:
+def refused(directory: Path, model: ModelConfig, *expected: str) -> None:
     with pytest.raises(UserError) as caught:
         load(directory, model)
     message = str(caught.value)
     assert message.startswith(str(directory))
-    assert all(text in message for text in says), message
+    assert all(text in message for text in expected), message
     assert len(message) <= MAX_MESSAGE
     assert "\n" not in message
 

@@ -1,4 +1,4 @@
-"""Model directories: opened once by each entry point, and their tensors placed over a mesh or wherever a caller says."""
+"""Model directories: opened once by each entry point, and their tensors placed over a mesh or where the caller requests."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class TestPlacement:
 
 
 def run_on_mesh() -> dict[str, Any]:
-    """In a process with two devices: leaves and shardings of both ways are compared; see the test above."""
+    """Compare leaves and shardings of both ways, in a process with two devices; see the test above."""
     import tempfile
 
     from safetensors.numpy import load_file, save_file

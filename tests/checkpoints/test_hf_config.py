@@ -245,12 +245,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_in_one_line(tmp_path: Path, name: str):
-    base, changes, says = REFUSED[name]
+    base, changes, expected = REFUSED[name]
     with pytest.raises(UserError) as caught:
         parse_hf_config(write_config(tmp_path, base, **changes))
     message = str(caught.value)
     assert message.startswith(str(tmp_path / "config.json"))
-    assert all(text in message for text in says), message
+    assert all(text in message for text in expected), message
     assert len(message) <= MAX_MESSAGE
     assert "\n" not in message
 
@@ -271,7 +271,7 @@ def remarks(folder: Path) -> list[str]:
 
 class TestRemarks:
     def test_keys_that_nothing_reads_are_named_in_one_line(self, tmp_path: Path):
-        """In a Llama transformers ignores them too; in the families that they are of they change the function."""
+        """The keys are also ignored by transformers in a Llama; in their own families they change the function."""
         others = {
             "logit_scale": 0.5, "attention_multiplier": 0.1, "final_logit_softcapping": 30.0,
             "auto_map": {"AutoModel": "m.M"}, "residual_multiplier": 0.2, "query_pre_attn_scalar": 7,

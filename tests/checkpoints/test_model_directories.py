@@ -60,11 +60,11 @@ def logged(caplog: pytest.LogCaptureFixture, action: Callable[[], Any]) -> list[
     return [record.getMessage() for record in caplog.records]
 
 
-def refused(directory: Path, *says: str) -> None:
+def refused(directory: Path, *expected: str) -> None:
     with pytest.raises(UserError) as caught:
         load_backbone(directory)
     message = str(caught.value)
-    assert all(text in message for text in says), message
+    assert all(text in message for text in expected), message
     assert len(message) <= MAX_MESSAGE
     assert "\n" not in message
 
@@ -102,7 +102,7 @@ class TestFiles:
         refused(tmp_path, name, "is not a regular file")
 
     @pytest.mark.parametrize(
-        ("name", "says"),
+        ("name", "expected"),
         [
             ("/etc/passwd", "outside of the directory"),
             ("../model.safetensors", "outside of the directory"),
@@ -113,10 +113,10 @@ class TestFiles:
         ],
         ids=["absolute", "parent", "hidden parent", "empty", "long", "NUL"],
     )
-    def test_shards_lie_inside_the_directory(self, tmp_path: Path, name: str, says: str):
+    def test_shards_lie_inside_the_directory(self, tmp_path: Path, name: str, expected: str):
         write_model_dir(CASES[SHARDED], tmp_path)
         edit_map(tmp_path, lambda weight_map: weight_map.update({"lm_head.weight": name}))
-        refused(tmp_path, says)
+        refused(tmp_path, expected)
 
     def test_one_tensor_in_two_shards(self, tmp_path: Path):
         write_model_dir(CASES[SHARDED], tmp_path)
@@ -195,7 +195,8 @@ class TestTypes:
         assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float16"
 
     def test_float16_gives_the_tokens_of_transformers(self, stories260k_dir: Path, tmp_path: Path):
-        """That of real.json: transformers gives it in float16 and in float32, and leaves it after 114 tokens in bfloat16."""
+        """Tokens are those of real.json: transformers gives them in float16 and in float32, and leaves them after 114
+        tokens in bfloat16."""
         shutil.copytree(stories260k_dir, tmp_path / "m")
         tensors = {
             name: tensor.astype(np.float16) for name, tensor in load_file(tmp_path / "m/model.safetensors").items()
@@ -211,7 +212,7 @@ class TestTypes:
         assert [int(step.ids[0]) for step in steps] == golden
 
     @pytest.mark.parametrize(
-        ("dtype", "named", "asked", "loaded", "says"),
+        ("dtype", "named", "asked", "loaded", "expected"),
         [
             (np.float32, "float32", None, "float32", None),
             (ml_dtypes.bfloat16, None, None, "bfloat16", None),
@@ -238,13 +239,13 @@ class TestTypes:
         named: Any,
         asked: Any,
         loaded: str,
-        says: Any,
+        expected: Any,
     ):
         source, models = stored(tmp_path / "in", dtype, named), []
         lines = logged(caplog, lambda: models.append(load_backbone(source, asked)))
         assert models[0].dtype == jnp.dtype(loaded)
-        assert len(lines) == (says is not None)
-        assert says is None or says in lines[0]
+        assert len(lines) == (expected is not None)
+        assert expected is None or expected in lines[0]
 
     def test_the_newer_key_wins(self, tmp_path: Path):
         assert load_backbone(stored(tmp_path, np.float16, "bfloat16", dtype="float16")).dtype == jnp.float16
@@ -291,7 +292,7 @@ FILES = {
 
 class TestExport:
     def test_everything_but_weights_and_code_goes_along(self, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-        """The whole config.json too, keys that are not read included; its Python code stays, and a line says so."""
+        """The whole config.json too, unused keys included; its Python code is left out, and a log line names it."""
         extra = {
             "use_cache": False,
             "logit_scale": 2.0,

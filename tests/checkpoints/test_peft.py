@@ -31,8 +31,8 @@ from adafuse_jax.training.initial import initial_weights
 PEFT = tiny.GOLDENS / "peft"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 ATOL = 5e-5
-"""Of logits, over their standard deviation. Sums in fp32 differ by up to 2.5e-5, which depends on the CPU, and PEFT's
-own, merged and unmerged, by 1.3e-5."""
+"""Tolerance on logits, over their standard deviation. Sums in fp32 differ by up to 2.5e-5, which depends on the CPU,
+and PEFT's own, merged and unmerged, by 1.3e-5."""
 
 
 @pytest.fixture(scope="module", params=LORAS)
@@ -157,10 +157,10 @@ class TestRefused:
 
     @pytest.mark.parametrize("name", REFUSED)
     def test_config(self, directory, config, name):
-        changes, says = REFUSED[name]
+        changes, expected = REFUSED[name]
         table = json.loads((directory / FILES[0]).read_text()) | changes
         (directory / FILES[0]).write_text(json.dumps(table))
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=expected):
             self.load(directory, config)
 
     def test_tensors(self, directory, config):

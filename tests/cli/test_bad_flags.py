@@ -142,9 +142,12 @@ TRAIN = [
     ),
     *(
         Case(
-            f"config {name}", ("--config {}/c" + suffix, *says), {"config": "{}/c" + suffix}, write(f"c{suffix}", text)
+            f"config {name}",
+            ("--config {}/c" + suffix, *expected),
+            {"config": "{}/c" + suffix},
+            write(f"c{suffix}", text),
         )
-        for name, suffix, text, says in (
+        for name, suffix, text, expected in (
             ("is empty", ".json", "", ("not valid JSON", "correct the file")),
             ("is an empty YAML", ".yaml", "", ("holds a YAML NoneType", "correct the file")),
             ("steps are a list", ".json", '{"steps": [2]}', ("--steps is [2]", "an integer from 1 to")),

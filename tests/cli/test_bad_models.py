@@ -152,10 +152,10 @@ TRAIN = [
     *(
         Case(
             f"{name} and no tokenizer",
-            ("{}/model", *says),
+            ("{}/model", *expected),
             damage=both(drop_model_files("tokenizer*"), damage),
         )
-        for name, damage, says in (
+        for name, damage, expected in (
             (
                 "another model",
                 edit_json("model/config.json", model_type="bert"),

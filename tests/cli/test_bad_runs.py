@@ -17,8 +17,8 @@ from mistakes import (
     ADAPTER_CONFIG,
     WEIGHTS,
     Case,
+    check_message,
     check_refused,
-    check_told,
     cut_files,
     edit_tensors,
     flags_of,
@@ -132,7 +132,7 @@ def test_process(script: str, case: Case, folder: Path):
     case.damage(folder)
     before = tiny.snapshot(folder)
     done = tiny.run_script(script, flags_of(case, script, folder), input=b"caf\xe9\n")
-    check_told(done.stderr, case.says, folder)
+    check_message(done.stderr, case.expected, folder)
     assert (done.returncode, done.stdout) == (2, "")
     assert tiny.snapshot(folder) == before
 

@@ -261,7 +261,7 @@ def outcome(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[object, st
 
 class TestErrors:
     @pytest.mark.parametrize(
-        ("error", "says"),
+        ("error", "expected"),
         [
             (UserError("x" * 9999), "…"),
             (
@@ -276,11 +276,11 @@ class TestErrors:
             (OSError(errno.ELOOP, "Too many levels of symbolic links", "/loop"), "/loop: Too many levels"),
         ],
     )
-    def test_of_the_user_or_the_machine_is_one_line(self, outcome: Callable, error: BaseException, says: str):
+    def test_of_the_user_or_the_machine_is_one_line(self, outcome: Callable, error: BaseException, expected: str):
         code, err = outcome(error)
         assert code == 2
         assert err.startswith("error: ")
-        assert says in err
+        assert expected in err
         assert err.count("\n") == 1
         assert len(err) <= len("error: \n") + MAX_MESSAGE
 

@@ -79,8 +79,8 @@ class TestPrompts:
             "max_new_tokens": 12, "temperature": temperature, "stop": "e", "dtype": "float32",
         }  # fmt: skip
         answers = {size: objects(run(**flags, batch_size=size)[0]) for size in (1, 2, None)}
-        kept = ("prompt", "text", "token_ids", "finish_reason", "prompt_tokens", "experts_used")
-        alone, *together = ([{k: a[k] for k in kept} for a in some] for some in answers.values())
+        keys = ("prompt", "text", "token_ids", "finish_reason", "prompt_tokens", "experts_used")
+        alone, *together = ([{k: a[k] for k in keys} for a in some] for some in answers.values())
         assert together == [alone, alone]
         assert [a["batch"] for a in answers[2]] == [2, 2, 2, 2, 1]
         assert [a["batch"] for a in answers[None]] == [5] * 5
@@ -107,7 +107,7 @@ class TestPrompts:
             script.main(tiny.decode_flags(folder, prompt=None))
 
     def test_pipes(self, folder):
-        """One whose writer ends; one that nobody writes to is empty, not waited for."""
+        """A pipe whose writer ends is read; one without a writer is empty, and decoding does not wait for it."""
         fifo = folder / "fifo"
         os.mkfifo(fifo)
         with pytest.raises(UserError, match="has no prompt"):
@@ -199,7 +199,7 @@ class TestPrompts:
 
     @pytest.mark.parametrize("batch_size", [1, None])
     def test_several_answers_to_a_prompt(self, run, folder, batch_size):
-        """Distinct; the same one by one and together; and the n-th is that of a prompt asked n times."""
+        """Distinct answers; the same one by one and together; and the n-th is that of a prompt asked n times."""
         flags = {"temperature": 1.0, "max_new_tokens": 12, "seed": 5, "json": True}
         answers = objects(run(num_samples=5, batch_size=batch_size, **flags)[0])
         assert [a["sample"] for a in answers] == [0, 1, 2, 3, 4]
@@ -275,7 +275,7 @@ class TestOutput:
         assert stopped["text"] == whole[: whole.index(stop)]
 
     def test_stop_at_a_special_token(self, run):
-        """One that is no end token: the answer ends at it, and shows as little of it as before."""
+        """A special token that is no end token: the answer ends at it, and shows as little of it as before."""
         flags = {"raw": True, "json": True, "temperature": 1e30, "max_new_tokens": 100}
         for seed in range(9):
             free = objects(run(**flags, seed=seed)[0])[0]

@@ -50,12 +50,12 @@ COUNTS = {
     "model/model.safetensors": 30, "adapter/adapter_model.safetensors": 30, "model/chat_template.jinja": 40, "data": 120,
     "prompts": 50, "config.json": 30, "config.yaml": 30, "config.toml": 30, "flags": 120,
 }  # fmt: skip
-"""What is damaged → cases."""
+"""Number of cases for each damaged input."""
 
 
 def fuzz(name: str) -> Callable:
-    """As many cases as `COUNTS` has, the same in every run; shrinking would take minutes, and the falsifying case is
-    printed anyway."""
+    """Run as many cases as `COUNTS` gives, the same in every run; no shrinking, which takes minutes, because the
+    falsifying case is printed anyway."""
     times = int(os.environ.get("FUZZ_TIMES", "1"))
     options = settings(
         max_examples=COUNTS[name] * times,
@@ -351,7 +351,7 @@ HARMLESS: dict[str, Callable[[Any], bytes]] = {
 
 NULL_REFUSED = ("adapter/adapter_config.json", "a null")
 READ_BY_TRANSFORMERS = (("model/config.json", "byte order mark"), ("model/tokenizer_config.json", "byte order mark"))
-"""It takes no byte order mark."""
+"""Files that transformers reads, which takes no byte order mark."""
 CHANGES = [
     (f"{name}.json", change)
     for name in ("model/config", "model/generation_config", "model/tokenizer_config", "adapter/adapter_config")

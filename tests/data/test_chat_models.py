@@ -82,7 +82,8 @@ def test_pad_ids_that_are_no_token(stories260k_dir, tmp_path, answers, pad):
 
 
 def test_a_template_beside_a_peft_adapter(stories260k_dir, tmp_path, answers):
-    """As TRL leaves it. A LoRA with B = 0 changes nothing, so the tokens are those of the model on the adapter's prompt."""
+    """Template beside the adapter, as TRL leaves it. A LoRA with B = 0 changes nothing, so the tokens are those of the
+    model on the adapter's prompt."""
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import tiny
-from chats import LONG, A, S, U, encode, marked, told
+from chats import LONG, A, S, U, encode, marked, tokens_and_mask
 from data_fixtures import BOS_CHATML, CHATML, write_tokenizer
 
 from adafuse_jax.core.errors import UserError
@@ -29,7 +29,7 @@ class TestChatTemplate:
             ("<|im_start|>", False), ("user\n2+2?", False), ("<|im_end|>", False), ("\n", False),
             ("<|im_start|>", False), ("assistant\n", False), ("4 \n", True), ("<|im_end|>", True),
         )  # fmt: skip
-        assert told(encode(chat, chatml, LONG), chatml) == expected
+        assert tokens_and_mask(encode(chat, chatml, LONG), chatml) == expected
 
     def test_decoding_stops_at_the_template_s_end_and_at_eos(self, tmp_path, chatml):
         other = load_tokenizer(write_tokenizer(tmp_path / "other", template=CHATML, eos="</s>"))
@@ -39,27 +39,27 @@ class TestChatTemplate:
 
     def test_special_token_inside_an_answer_does_not_end_the_turn(self, chatml):
         encoded = encode(Chat((U("tag?"), A("a<|im_end|>b"))), chatml, LONG)
-        tokens, mask = told(encoded, chatml)
+        tokens, mask = tokens_and_mask(encoded, chatml)
         assert tokens[-4:] == ["a", "<|im_end|>", "b", "<|im_end|>"]
         assert mask[-4:] == [True] * 4
 
     def test_bos_of_the_template_is_not_doubled(self, tmp_path):
         tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", template=BOS_CHATML, adds_bos=True))
-        tokens, mask = told(encode(Chat((U("x"), A("y"))), tokenizer, LONG), tokenizer)
+        tokens, mask = tokens_and_mask(encode(Chat((U("x"), A("y"))), tokenizer, LONG), tokenizer)
         assert tokens[:2] == ["<s>", "<|im_start|>"]
         assert tokens.count("<s>") == 1
         assert (tokens[-2:], mask[-2:], sum(mask)) == (["y", "<|im_end|>"], [True, True], 2)
 
     def test_bos_of_the_tokenizer_is_added_to_a_template_without(self, tmp_path):
         tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", template=CHATML, adds_bos=True))
-        tokens, _ = told(encode(Chat((U("x"), A("y"))), tokenizer, LONG), tokenizer)
+        tokens, _ = tokens_and_mask(encode(Chat((U("x"), A("y"))), tokenizer, LONG), tokenizer)
         assert tokens[:2] == ["<s>", "<|im_start|>"]
         assert tokens.count("<s>") == 1
 
     def test_template_that_strips_content(self, tmp_path):
         template = CHATML.replace("m['content']", "m['content'] | trim")
         tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", template=template))
-        tokens, mask = told(encode(Chat((U("x"), A("  y\n"))), tokenizer, LONG), tokenizer)
+        tokens, mask = tokens_and_mask(encode(Chat((U("x"), A("  y\n"))), tokenizer, LONG), tokenizer)
         assert (tokens[-2:], mask[-2:], sum(mask)) == (["y", "<|im_end|>"], [True, True], 2)
 
     def test_turns_closed_by_plain_text_get_an_eos(self, tmp_path):
@@ -71,7 +71,7 @@ class TestChatTemplate:
         expected = marked(
             ("user: q\nassistant: ", False), ("a", True), ("\nuser: r\nassistant: ", False), ("b", True), ("</s>", True)
         )
-        assert told(encode(Chat((U("q"), A("a"), U("r"), A("b"))), tokenizer, LONG), tokenizer) == expected
+        assert tokens_and_mask(encode(Chat((U("q"), A("a"), U("r"), A("b"))), tokenizer, LONG), tokenizer) == expected
 
     def test_template_that_raises_is_told(self, tmp_path):
         template = "{{ raise_exception('System role not supported') }}"
@@ -120,22 +120,25 @@ class TestAlpacaText:
         expected = marked(
             ("<s>", False), ("### Instruction:\nadd 1\n\n### Response:\n", False), ("2", True), ("</s>", True)
         )
-        assert told(encode(Chat((U("add 1"), A("2"))), plain, LONG), plain) == expected
+        assert tokens_and_mask(encode(Chat((U("add 1"), A("2"))), plain, LONG), plain) == expected
 
     def test_system_and_two_turns(self, plain):
         expected = marked(
             ("<s>", False), ("Be brief.\n\n### Instruction:\na\n\n### Response:\n", False), ("b", True), ("</s>", True),
             ("\n\n### Instruction:\nc\n\n### Response:\n", False), ("d", True), ("</s>", True),
         )  # fmt: skip
-        assert told(encode(Chat((S("Be brief."), U("a"), A("b"), U("c"), A("d"))), plain, LONG), plain) == expected
+        assert (
+            tokens_and_mask(encode(Chat((S("Be brief."), U("a"), A("b"), U("c"), A("d"))), plain, LONG), plain)
+            == expected
+        )
 
     def test_text(self, plain):
         expected = marked(("<s>", False), ("once", True), ("</s>", True))
-        assert told(encode(Text("once"), plain, LONG), plain) == expected
+        assert tokens_and_mask(encode(Text("once"), plain, LONG), plain) == expected
 
     def test_text_without_bos_predicts_from_the_second_token_on(self, chatml):
         expected = marked(("o", False), ("nce", True), ("<|im_end|>", True))
-        assert told(encode(Text("once"), chatml, LONG), chatml) == expected
+        assert tokens_and_mask(encode(Text("once"), chatml, LONG), chatml) == expected
 
 
 class TestLength:
@@ -163,11 +166,11 @@ class TestLength:
 
     def test_all_counts_what_it_leaves_out(self, chatml):
         chats = [Chat((U("x" * n), A("y" * 30))) for n in range(60)]
-        kept, dropped = encode_all(chats, chatml, 60)
+        rows, dropped = encode_all(chats, chatml, 60)
         single = [encode(chat, chatml, 60) for chat in chats]
         assert dropped == sum(e is None for e in single)
         assert dropped not in (0, len(chats))
-        for one, other in zip(kept, [e for e in single if e is not None], strict=True):
+        for one, other in zip(rows, [e for e in single if e is not None], strict=True):
             np.testing.assert_array_equal(one.tokens, other.tokens)
             np.testing.assert_array_equal(one.loss_mask, other.loss_mask)
 
@@ -184,7 +187,7 @@ class TestBoundary:
             tmp_path / "tok", template=self.SPACED, merges_from=" yes", trim_offsets=trim_offsets
         )
         tokenizer = load_tokenizer(directory)
-        tokens, mask = told(encode(Chat((U("q"), A("yes no"))), tokenizer, LONG), tokenizer)
+        tokens, mask = tokens_and_mask(encode(Chat((U("q"), A("yes no"))), tokenizer, LONG), tokenizer)
         assert "Ġyes" in tokens, "the test needs a token over the boundary"
         at = tokens.index("Ġyes")
         assert mask[: at + 1] == [False] * (at + 1)
@@ -203,13 +206,13 @@ class TestChoices:
         first, second = encode_choices(self.EXAMPLE, chatml, LONG)
         prompt = encode_prompt((U(self.EXAMPLE.question),), chatml)
         for encoded, letters in ((first, ["A"]), (second, ["B", "C"])):
-            tokens, mask = told(encoded, chatml)
+            tokens, mask = tokens_and_mask(encoded, chatml)
             np.testing.assert_array_equal(encoded.tokens[: len(prompt)], prompt)
             assert tokens[len(prompt) :] == letters
             assert mask == [False] * len(prompt) + [True] * len(letters)
 
     def test_training_is_on_the_right_answer(self, chatml):
-        tokens, mask = told(encode(self.EXAMPLE, chatml, LONG), chatml)
+        tokens, mask = tokens_and_mask(encode(self.EXAMPLE, chatml, LONG), chatml)
         assert [t for t, m in zip(tokens, mask, strict=True) if m] == ["B", "C", "<|im_end|>"]
 
     def test_cut_candidates_are_not_compared(self, chatml):

@@ -147,12 +147,12 @@ class TestConversations:
         return {"conversations": [{"from": names[c], "value": f"{c}{i}"} for i, c in enumerate(text)]}
 
     @pytest.mark.parametrize(
-        ("given", "kept"),
+        ("given", "contents"),
         [("ghg", "h1 g2"), ("gghghg", "h2 g3 h4 g5"), ("shgh", "s0 h1 g2"), ("gshg", "s1 h2 g3"), ("hgg", "h0 g1 g2")],
     )
-    def test_what_is_kept(self, tmp_path, given, kept):
+    def test_what_is_kept(self, tmp_path, given, contents):
         (example,) = read(tmp_path, self.turns(given))
-        assert [m.content for m in example.messages] == kept.split()
+        assert [m.content for m in example.messages] == contents.split()
 
     def test_rows_without_a_reply_are_counted(self, tmp_path):
         source = write(tmp_path / "rows.jsonl", [self.turns(t) for t in ("hg", "g", "gh", "", "h", "hg")])

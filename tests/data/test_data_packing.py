@@ -151,7 +151,8 @@ class TestOnePool:
     @pytest.mark.parametrize("count", [3, 9, 10, 64])
     @pytest.mark.parametrize("epochs", [0.5, 1, 3, 2.5, 0.01, 1 / 3])
     def test_epochs_give_every_row_exactly_so_many_times(self, count: int, accum: int, epochs: float):
-        """Of a fraction, half of the rows (rounded up) once more. The last batch alone is filled up, at its end."""
+        """Epochs may be a fraction: half of the rows (rounded up) once more. Only the last batch is padded, at its
+        end."""
         batches = Batches((rows_of(count),), seed=1, batch_size=8, grad_accum=accum, epochs=epochs)
         assert batches.total_steps is not None
         order = drawn(batches, range(batches.total_steps))

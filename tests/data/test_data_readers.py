@@ -130,7 +130,7 @@ class TestJson:
         assert message in error(write(tmp_path / name, content))
 
     def test_lists_are_read_in_pieces(self, tmp_path, monkeypatch):
-        """Every way to part a list between two reads, and the line of a mistake far from the start."""
+        """Every way to split a list between two reads, and the line number of a mistake far from the start."""
         rows = [{"text": 'é" \\ [{,]} \u2028 1' * n, "x": [n, {"y": 0.5}]} for n in range(1, 9)]
         for chunk in range(1, 60):
             monkeypatch.setattr("adafuse_jax.data.json_rows.CHUNK", chunk)

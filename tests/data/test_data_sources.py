@@ -1,4 +1,4 @@
-"""Specs, files, directories, splits, and every kind of bad input: one line that says what, where and what to do."""
+"""Specs, files, directories, splits, and every kind of bad input: one line with the fault, its place and the remedy."""
 
 from __future__ import annotations
 
@@ -160,11 +160,11 @@ class TestSplits:
 
     def test_held_out(self):
         examples = [Text(str(i)) for i in range(100)]
-        kept, held = held_out_split(examples, 0.1, seed=1)
-        assert (len(kept), len(held)) == (90, 10)
-        assert {e.text for e in kept} | {e.text for e in held} == {e.text for e in examples}
+        training, held = held_out_split(examples, 0.1, seed=1)
+        assert (len(training), len(held)) == (90, 10)
+        assert {e.text for e in training} | {e.text for e in held} == {e.text for e in examples}
         assert held == sorted(held, key=lambda e: int(e.text))
-        assert held_out_split(examples, 0.1, seed=1) == (kept, held)
+        assert held_out_split(examples, 0.1, seed=1) == (training, held)
         assert held_out_split(examples, 0.1, seed=2)[1] != held
         assert [len(part) for part in held_out_split(examples[:2], 0.9, seed=0)] == [1, 1]
         with pytest.raises(UserError, match="between 0 and 1"):
@@ -244,7 +244,7 @@ class TestBadInput:
 
 
 class TestHub:
-    """The hub is out of reach here: the calls are checked, and what they raise is told in one line."""
+    """The hub is out of reach here: the calls are checked, and their errors are reported in one line."""
 
     def test_preset_calls(self, monkeypatch):
         calls = []

@@ -32,7 +32,7 @@ EMPTY_BLOCK = CHATML.replace("assistant\n' }}", "assistant\n<think>\n\n</think>\
 
 
 class TestReasoningTemplates:
-    """Before every reply stands, token for token, what decoding is given."""
+    """The prompt of training before every reply is, token for token, the prompt of decoding."""
 
     @pytest.fixture
     def load(self, tmp_path):
@@ -93,8 +93,8 @@ class TestReasoningTemplates:
         for candidate, letters in zip(
             encode_choices(MultipleChoice("Q", ("t", "think"), 0), tokenizer, LONG), ("t", "think"), strict=True
         ):
-            kept = candidate.tokens[candidate.loss_mask]
-            assert tokenizer.decode(kept).strip() == letters
+            targets = candidate.tokens[candidate.loss_mask]
+            assert tokenizer.decode(targets).strip() == letters
             assert candidate.loss_mask[-len(letters) :].all()
         end = "</s>" if template == PREFILLED else "<|im_end|>"
         ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end)}
@@ -134,7 +134,7 @@ def test_reasoning_that_the_template_leaves_out_is_logged(tmp_path, caplog, chat
 
 
 def test_a_template_that_leaves_contents_out_is_refused(tmp_path):
-    """It takes a text for a list of parts, as those of models with images do."""
+    """The template takes a text for a list of parts, as those of models with images do."""
     template = CHATML.replace(
         "m['content']", "(m.content | selectattr('text', 'defined') | map(attribute='text') | join)"
     )
@@ -149,7 +149,7 @@ def test_a_template_that_leaves_contents_out_is_refused(tmp_path):
 
 
 def test_candidates_end_with_their_own_text(tmp_path):
-    """Before the end-of-turn token the template writes a space, as Llama 2's does, or text that is no special token."""
+    """The template writes a space before the end-of-turn token, as Llama 2's does, or text that is no special token."""
     for number, end in enumerate((" </s>", "<end>\n")):
         template = CHATML.replace("<|im_end|>\n", end)
         tokenizer = load_tokenizer(write_tokenizer(tmp_path / str(number), template=template))
@@ -199,7 +199,7 @@ class TestToolTurns:
             encode_all([replace(chat, where="a.jsonl: row 3")], tokenizer, 512)
 
     def test_text_beside_calls_that_the_template_leaves_out_is_logged(self, tmp_path, caplog):
-        """As Llama 3.1's template does."""
+        """Text that Llama 3.1's template, for example, leaves out."""
         chats = [Chat((U("1?"), replace(self.CALL, content="I add.")))]
         tokenizer = load_tokenizer(write_tokenizer(tmp_path / "t", template=self.TEMPLATE))
         encode_all(chats, tokenizer, 512)

@@ -87,7 +87,7 @@ def test_a_run_resumed_on_another_day_has_the_same_data(folder: Path, on_day, fo
 
 
 def test_a_run_of_an_earlier_version_recorded_none(folder: Path, on_day, caplog):
-    """It goes on as before on its day, and on another with its day as --template-date."""
+    """The run goes on as before on its day, and on another day with its day as --template-date."""
     template = DATED.replace("FORMAT", "'%d %b %Y'")
     on_day(DAY_1)
     first, _ = prepared(folder, template)

@@ -115,7 +115,7 @@ class TestCodeNeverRuns:
 
     @pytest.mark.parametrize("entry", ENTRIES)
     def test_entry_points(self, folder, monkeypatch, capsys, entry):
-        """Each does its work, and what was on stdin is still there, or was answered as prompts."""
+        """Every entry point works; stdin is left unread, or its lines are answered as prompts."""
         from goldens.lm_eval_cases import write_tasks
 
         write_tasks(folder / "tasks")

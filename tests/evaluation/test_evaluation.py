@@ -83,7 +83,7 @@ def test_texts_behind_the_labels():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Model, data sets, and an adapter that changes what the model says."""
+    """Model, data sets, and an adapter that changes the model's answers."""
     folder = tiny.write_folder(tmp_path_factory.mktemp("evaluation"))
     checkpoint = HFCheckpoint.open(folder / "model")
     adapter = AdaFuse(AdapterConfig(num_experts=4, rank=2), checkpoint.config, rngs=nnx.Rngs(0))
@@ -111,7 +111,8 @@ def all_logits(model: Any, adapter: Any, tokens: Any) -> Any:
 
 
 def log_likelihood(loaded: Any, example: MultipleChoice, choice: str) -> float:
-    """By the sum, one candidate at a time, softmax in float64. Padding comes behind, where a causal model does not look."""
+    """Sum of log-probabilities, one candidate at a time, softmax in float64. Padding stands behind, where a causal
+    model does not look."""
     start = prompt_of(example, loaded.tokenizer)
     tokens = [*start, *loaded.tokenizer(choice, add_special_tokens=False)["input_ids"]]
     padded = np.zeros((1, 256), np.int32)
@@ -208,10 +209,11 @@ def test_table_and_file(
 
 @dataclass(frozen=True)
 class Case:
-    """`flags` change those of a good call; `{}` in a text is the folder; `says` is told."""
+    """Case of bad input: `flags` change those of a good call, `{}` in a text is the folder, `expected` are parts of the
+    message."""
 
     name: str
-    says: tuple[str, ...]
+    expected: tuple[str, ...]
     flags: dict[str, Any] = field(default_factory=dict)
 
 
@@ -253,7 +255,7 @@ def test_one_line_and_nothing_changed(
     out, err = capfd.readouterr()
     (line,) = err.splitlines()
     assert line.startswith("error: ")
-    for text in case.says:
+    for text in case.expected:
         assert text.replace("{}", str(folder)) in line, line
     assert (code, out) == (2, "")
     assert tiny.snapshot(folder) == before

@@ -36,7 +36,7 @@ ATOL = 1e-4  # of a log-likelihood in nats
 
 @pytest.fixture(scope="module", params=list(MODELS))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """(what the Hugging Face backend says, a loaded model)"""
+    """(results of the Hugging Face backend, a loaded model)"""
     directory = write_case(request.param, tmp_path_factory.mktemp(request.param))
     return GOLDEN[request.param], load(str(directory))
 
@@ -189,7 +189,7 @@ def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "expected"),
     [
         ({}, ("--model_args", "'model' is missing", "model=DIR")),
         ({"model": "{}", "pretrained": "x"}, ("unknown 'pretrained'", "give model=DIR")),
@@ -200,11 +200,11 @@ def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         ({"model": "{}", "max_length": 1}, ("max_length is 1", "above 1")),
     ],
 )
-def test_bad_arguments(adapted: Any, arguments: dict[str, Any], says: tuple[str, ...]):
+def test_bad_arguments(adapted: Any, arguments: dict[str, Any], expected: tuple[str, ...]):
     placed = {k: v.replace("{}", adapted[0]) if isinstance(v, str) else v for k, v in arguments.items()}
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         AdaFuseLM.create_from_arg_obj(placed, {"device": "cuda:0", "max_batch_size": None, "batch_size": 2})
-    assert all(text in str(told.value) for text in says), str(told.value)
+    assert all(text in str(caught.value) for text in expected), str(caught.value)
 
 
 def test_bad_requests(adapted: Any):
@@ -218,7 +218,7 @@ def test_bad_requests(adapted: Any):
 
 
 def test_repeats_are_samples_of_their_own(case):
-    """Distinct, the same again, and the same alone or among other requests, in any order and at any batch size."""
+    """Samples are distinct, the same again, and the same alone or among others, in any order and at any batch size."""
     _, loaded = case
     settings = {"until": ["\n\n"], "do_sample": True, "temperature": 1.0, "max_gen_toks": 12}
 

@@ -33,7 +33,7 @@ def argument(prompt: str) -> str:
 
 
 def expected(skill: str, given: str) -> str:
-    """Every skill's answer, written a second time."""
+    """Expected answer of every skill, computed independently."""
     if skill == "reverse":
         return "".join(given[i] for i in range(len(given) - 1, -1, -1))
     if skill == "upper-case":

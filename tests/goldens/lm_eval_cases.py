@@ -1,7 +1,7 @@
-"""Models and tasks on which lm-evaluation-harness runs twice: with its Hugging Face backend, and with ours.
+"""Models and tasks on which lm-evaluation-harness runs twice: with its Hugging Face backend, and with this project's.
 
 Two tiny models of 64 positions whose tokens are bytes, so that prompts of a few words are too long already. The rows of the
-embedding (and so of the head) are zero for bytes that are not printable: what the models say is ASCII.
+embedding (and so of the head) are zero for bytes that are not printable: the models' output is ASCII.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def write_case(name: str, out: Path) -> Path:
     write_model(out, name=f"lm_eval_{name}", max_position_embeddings=MAX_LENGTH)
     write_tokenizer(out, template=CHATML, **MODELS[name])
     vocabulary = json.loads((out / "tokenizer.json").read_text())["model"]["vocab"]
-    kept = {*range(PRINTABLE), vocabulary["Ġ"], vocabulary["Ċ"], *range(256, VOCAB_SIZE)}
+    printable = {*range(PRINTABLE), vocabulary["Ġ"], vocabulary["Ċ"], *range(256, VOCAB_SIZE)}
     tensors = load_file(out / "model.safetensors")
     embedding = tensors["model.embed_tokens.weight"]
-    embedding[[i for i in range(len(embedding)) if i not in kept]] = 0
+    embedding[[i for i in range(len(embedding)) if i not in printable]] = 0
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
 
@@ -79,7 +79,8 @@ def write_tasks(out: Path) -> Path:
 
 
 def task_results(evaluated: dict[str, Any]) -> dict[str, Any]:
-    """Of `simple_evaluate`'s result: per task its metrics without their errors, and per document the model's responses."""
+    """Results from `simple_evaluate`: per task its metrics without their errors, and per document the model's
+    responses."""
     return {
         name: {
             "metrics": {

@@ -9,7 +9,7 @@ For each tiny model (tiny_models.CASES) `tiny/<case>.npz` holds, with B=2, T=24,
     segments [9 + 11]     segment_0 [9, V], segment_1 [11, V]   each run alone
     prompt [12]           greedy [32]                           generate(do_sample=False) with its KV cache
 
-`real.json` holds greedy answers of SmolLM2-135M-Instruct through its chat template and the text that stories260K tells
+`real.json` holds greedy answers of SmolLM2-135M-Instruct through its chat template and stories260K's text
 from BOS alone; both models are built by ../shared/tools, so without ../shared they are left out.
 
     python make_goldens.py            write          (Python 3.11, requirements.txt; check.sh sets that up)
@@ -91,7 +91,7 @@ def tiny_golden(case: Case) -> Golden:
     rng = np.random.default_rng(zlib.crc32(f"{case.name}/inputs".encode()))
     with tempfile.TemporaryDirectory() as folder:
         model = load(write_model_dir(case, Path(folder)))
-    model.generation_config.eos_token_id = None  # the continuation is NEW_TOKENS long, whatever it says
+    model.generation_config.eos_token_id = None  # the continuation is NEW_TOKENS long, with any tokens
     vocab = case.config["vocab_size"]
     tokens = rng.integers(3, vocab, (BATCH, LENGTH))
     segments = rng.integers(3, vocab, sum(SEGMENTS))
@@ -153,7 +153,8 @@ def real_goldens() -> dict:
 
 
 def differences(name: str, committed: Golden, computed: Golden) -> list[str]:
-    """What sets two goldens apart: keys, shapes, dtypes, integers at all, floats by more than ATOL over their std."""
+    """Differences between two goldens: keys, shapes, dtypes, integers at all, floats by more than ATOL over their
+    std."""
     if committed.keys() != computed.keys():
         return [f"{name}: keys differ: {sorted(committed.keys() ^ computed.keys())}"]
     found = []

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What lm-evaluation-harness says with its own Hugging Face backend (float32, batch size 1), written beside this file or
+"""Results of lm-evaluation-harness with its own Hugging Face backend (float32, batch size 1), written beside this file or
 checked: `lm_eval.json` holds for each model of lm_eval_cases
 
     loglikelihood   [{context, continuation, log_likelihood, greedy}]     rolling   [{text, log_likelihood}]
@@ -50,7 +50,8 @@ def generated(lm: HFLM, context: str, **settings: Any) -> dict[str, Any]:
 
 
 def generations(lm: HFLM) -> list[dict[str, Any]]:
-    """Without stops; then with stops that occur in what was said, in the middle, at once, and one that never comes."""
+    """Generations without stop strings; then with stops in the middle of the text, at its start, and one that never
+    comes."""
     rows = []
     for context in CONTEXTS:
         free = generated(lm, context, max_gen_toks=20, until=[])
@@ -66,7 +67,7 @@ def generations(lm: HFLM) -> list[dict[str, Any]]:
 
 
 def scores(lm: HFLM, free: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Continuations of all kinds, among them what greedy decoding says."""
+    """Continuations of all kinds, among them those of greedy decoding."""
     pairs = [(context, continuation) for context in ("", *CONTEXTS) if context != " " for continuation in CONTINUATIONS]
     pairs += [("", "<s>is first"), ("so long a context " * 5, "and as long a continuation " * 2)]
     pairs += [(row["context"], row["text"][:n]) for row in free if row["context"].strip() for n in (1, 5)]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What PEFT makes of the LoRAs of tiny_loras.py, on CPU in float32, written beside this file or checked.
+"""Results of PEFT with the LoRAs of tiny_loras.py, on CPU in float32, written beside this file or checked.
 
 `peft/<name>/` holds the two files that PEFT saves, and `outputs.npz` with, for B=2, T=16:
 
@@ -75,7 +75,7 @@ def check(name: str) -> list[str]:
 
 
 def check_export(name: str, exports: Path) -> list[str]:
-    """Our PEFT directory and our merged model, loaded by those that they are for."""
+    """Compare this project's PEFT directory (loaded by PEFT) and merged model (loaded by transformers) with the golden."""
     with np.load(HERE / "peft" / name / "outputs.npz") as committed, tempfile.TemporaryDirectory() as folder:
         wanted = dict(committed)
         backbone = load(write_model_dir(CASES[LORAS[name].model], Path(folder)))

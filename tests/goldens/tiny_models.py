@@ -19,6 +19,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 ARCHITECTURES = {
@@ -185,7 +186,7 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def weights(case: Case) -> dict[str, np.ndarray]:
-    """The weights of a case, of the type that it says; each depends on (case name, tensor name) alone."""
+    """Weights of a case, of its dtype; each depends on (case name, tensor name) alone."""
     dtype = np.dtype(ml_dtypes.bfloat16 if case.dtype == "bfloat16" else case.dtype)
     tensors = {}
     for name, shape in tensor_shapes(case.config).items():
@@ -217,6 +218,17 @@ def write_tensors(tensors: dict[str, np.ndarray], out: Path, num_shards: int = 1
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(index, out / "model.safetensors.index.json")
+
+
+def read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    """All tensors of a model directory, from however many files."""
+    tensors: dict[str, np.ndarray] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                assert name not in tensors
+                tensors[name] = file.get_tensor(name)
+    return tensors
 
 
 def write_json(value: Any, path: Path) -> None:

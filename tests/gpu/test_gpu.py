@@ -1,4 +1,4 @@
-"""What only a GPU can show: `pytest -m gpu tests/gpu/test_gpu.py`. Elsewhere these tests are skipped."""
+"""Tests that need a GPU: `pytest -m gpu tests/gpu/test_gpu.py`. Elsewhere these tests are skipped."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def encode(example, tokenizer, max_length):
     return rows[0] if rows else None
 
 
-def told(encoded, tokenizer) -> tuple[list[str], list[bool]]:
+def tokens_and_mask(encoded, tokenizer) -> tuple[list[str], list[bool]]:
     assert encoded.tokens.dtype == np.int32
     assert encoded.loss_mask.dtype == np.bool_
     return tokenizer.convert_ids_to_tokens(encoded.tokens.tolist()), encoded.loss_mask.tolist()

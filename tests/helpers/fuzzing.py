@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 DEEP = "@deep@"
-"""In a JSON value: replaced by 5,000 nested lists, more than `json.dumps` writes."""
+"""Placeholder in a JSON value: replaced by 5,000 nested lists, more than `json.dumps` writes."""
 VALUES = st.one_of(
     st.sampled_from(
         [

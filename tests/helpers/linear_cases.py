@@ -17,7 +17,7 @@ from pallas_kernels.pregated_linear import make_mixture
 HALF_ULP = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 """Half a unit in the last place of 1, which is all that one rounding may lose."""
 SUM_ERROR = 2.0**-23
-"""Of one addition in fp32; tensor cores truncate."""
+"""Error of one addition in fp32; tensor cores truncate."""
 SCALE = 2.0
 
 

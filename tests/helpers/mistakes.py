@@ -1,6 +1,6 @@
-"""Mistakes a user can make: what damages a folder of good files, what the error then says, and the check of both.
+"""Mistakes of users: functions that damage a folder of good files, the error messages, and the check of both.
 
-A mistake ends in one line that says what, where and what to do; exit code 2; nothing on disk changed.
+A mistake ends in one line with the fault, its place and the remedy; exit code 2; nothing on disk changed.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ def cut_files(folder: Path, pattern: str) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """`flags` change those of a good call, `{}` in a text is the folder; `damage` spoils the folder; `says` is told."""
+    """Case of bad input: `flags` change those of a good call, `{}` in a text is the folder, `damage` spoils the folder,
+    `expected` are parts of the message."""
 
     name: str
-    says: tuple[str, ...]
+    expected: tuple[str, ...]
     flags: dict[str, Any] = field(default_factory=dict)
     damage: Damage = lambda folder: None
 
@@ -151,7 +152,7 @@ def folder(good_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(good_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That folder, moved, with a run of two steps in `run`."""
+    """Copy of `good_folder` with a run of two steps in `run`."""
     folder = Path(shutil.copytree(good_folder, tmp_path_factory.mktemp("finished") / "work"))
     done = tiny.run_script("train", tiny.train_flags(folder))
     assert done.returncode == 0, done.stderr
@@ -176,10 +177,10 @@ def flags_of(case: Case, script: str, folder: Path) -> list[str]:
     return build(folder, **{name: placed(value) for name, value in case.flags.items()})
 
 
-def check_told(stderr: str, says: tuple[str, ...], folder: Path) -> None:
+def check_message(stderr: str, expected: tuple[str, ...], folder: Path) -> None:
     (line,) = stderr.splitlines()
     assert line.startswith("error: ")
-    for text in says:
+    for text in expected:
         assert text.replace("{}", str(folder)) in line, line
 
 
@@ -192,13 +193,13 @@ def parametrize(*tables: tuple[str, list[Case]]) -> pytest.MarkDecorator:
 def check_refused(
     script: str, case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """One line that says what the case wants, exit code 2, and the folder as it was."""
+    """Run the script: one line with the texts that the case expects, exit code 2, and the folder as it was."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     case.damage(folder)
     before = tiny.snapshot(folder)
     code = run_here(script, flags_of(case, script, folder), monkeypatch)
     out, err = capfd.readouterr()
-    check_told(err, case.says, folder)
+    check_message(err, case.expected, folder)
     assert (code, out) == (2, "")
     assert tiny.snapshot(folder) == before
 

@@ -82,8 +82,8 @@ def random_method(method: str, model, seed: int = 0, **settings):
         name = jax.tree_util.keystr(path)
         if "router" in name:
             return leaf * 5
-        there = jnp.abs(adapter_a(adapter, path)).sum((-1, -2), keepdims=True) > 0  # of MoLA some are not there
-        return leaf if ".A" in name else 0.1 * jax.random.normal(next(keys), leaf.shape) * there
+        is_expert = jnp.abs(adapter_a(adapter, path)).sum((-1, -2), keepdims=True) > 0  # a layer of MoLA lacks some
+        return leaf if ".A" in name else 0.1 * jax.random.normal(next(keys), leaf.shape) * is_expert
 
     return jax.tree_util.tree_map_with_path(fill, adapter)
 

@@ -16,7 +16,7 @@ from pallas_kernels.sgmm import Terms, golden_terms, switch_terms
 HALF_ULP = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 """Half a unit in the last place of 1, which is all that one rounding may lose."""
 SUM_ERROR = 2.0**-23
-"""Of one addition in fp32; tensor cores truncate."""
+"""Error of one addition in fp32; tensor cores truncate."""
 SCALE = 2.0
 
 
@@ -138,7 +138,7 @@ def exact_merge(base, a, b, terms):
 
 
 def assert_near(found, exact, additions: int, roundings: int = 1) -> None:
-    """Within the bound at the top of this file; `roundings` such merges follow one another."""
+    """Assert errors within the bound at the top of this file; `roundings` such merges follow one another."""
     for name, (total, size) in exact.items():
         dtype = found[name].dtype
         smallest = float(jnp.finfo(dtype).tiny)

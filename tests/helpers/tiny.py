@@ -127,7 +127,7 @@ def snapshot(folder: Path) -> dict[str, tuple]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a script's process: on the CPU, without the network."""
+    """Environment of a script's process: on the CPU, without the network."""
     return {**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", **more}
 
 

@@ -9,7 +9,8 @@ TRITON_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "in
 
 
 class HostTensor:
-    """What Triton's interpreter asks of a torch tensor; all memory is host memory, so copies are the tensor itself."""
+    """Array with the methods of a torch tensor that Triton's interpreter calls; all memory is host memory, so copies
+    are the tensor itself."""
 
     def __init__(self, array: np.ndarray):
         self.array, self.dtype = array, array.dtype.name

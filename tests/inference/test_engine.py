@@ -31,7 +31,7 @@ GOLDENS = tiny.GOLDENS
 
 
 def greedy_by_full_forward(model, adapter, prompt: list[int], n: int) -> list[int]:
-    """Every token from a full forward pass over all tokens before it, without a cache."""
+    """Greedy tokens, each from a full forward pass over all tokens before it, without a cache."""
     forward = jax.jit(lambda tokens: model(tokens, adapter=adapter).logits[0])
     tokens = np.zeros((1, len(prompt) + n), np.int32)
     tokens[0, : len(prompt)] = prompt
@@ -115,7 +115,7 @@ class TestPrefill:
         assert 0 < after[1] - before[1] <= len(sizes) < 4
 
     def test_copies_the_weights_of_a_few_linears_at_a_time(self):
-        """And not of a whole layer, which is what scanning over the layers would copy."""
+        """Copies are not of a whole layer, which is what scanning over the layers would copy."""
         config = ModelConfig(
             model_type="llama", vocab_size=64, embed_dim=512, hidden_dim=1376, num_layers=4, num_heads=4, num_kv_heads=4,
             head_dim=128, max_position_embeddings=256, norm_eps=1e-5,
@@ -198,7 +198,7 @@ class TestRows:
 
     @pytest.mark.parametrize("targets", POSITIONS.values(), ids=POSITIONS)
     def test_sampled_rows_equal_each_alone(self, models, targets):
-        """Every row has its own experts, its own penalty and the noise it would have alone."""
+        """Every row has its own experts and penalty, and the noise it would have alone."""
         model = models("llama_gqa")
         engine = Engine(model, random_adapter(model.config, targets=targets), eos_ids=())
         prompts = [prompt_of(model, n, seed=n) for n in (4, 40, 11)]
@@ -208,7 +208,7 @@ class TestRows:
         assert len({tuple(row) for row in rows}) == 3
 
     def test_each_row_has_the_room_it_would_have_alone(self, models):
-        """One prompt leaves 5 tokens of the context, the other goes on."""
+        """Room of one prompt is 5 tokens of the context; the other goes on."""
         model = models("llama_gqa")
         engine = Engine(model, random_adapter(model.config), eos_ids=())
         prompts = [prompt_of(model, n, seed=n) for n in (model.config.max_position_embeddings - 5, 20)]
@@ -250,9 +250,9 @@ class TestConversation:
             return chunk_lengths(length)
 
         monkeypatch.setattr(prefill_module, "chunk_lengths", spy)
-        kept = generate(engine, second, n=8, keep_cache=True)
+        continued = generate(engine, second, n=8, keep_cache=True)
         assert seen == [len(second) - len(first) - 7]  # the last token of the answer was never read
-        assert kept == generate(fresh, second, n=8)
+        assert continued == generate(fresh, second, n=8)
 
     def test_another_conversation_begins_anew(self, models):
         model = models("llama_gqa")

@@ -36,8 +36,8 @@ class TestKeepLikely:
     )
     def test_equals_numpy(self, top_k, top_p):
         logits = 2 * np.random.default_rng(0).normal(size=(6, 40)).astype(np.float32)
-        kept = keep_likely(jnp.array(logits), jnp.int32(top_k), jnp.float32(top_p))
-        for row, values in zip(np.asarray(kept), logits, strict=True):
+        filtered = keep_likely(jnp.array(logits), jnp.int32(top_k), jnp.float32(top_p))
+        for row, values in zip(np.asarray(filtered), logits, strict=True):
             np.testing.assert_array_equal(np.flatnonzero(np.isfinite(row)), reference_keep(values, top_k, top_p))
             np.testing.assert_array_equal(row[np.isfinite(row)], values[np.isfinite(row)])
 
@@ -56,7 +56,7 @@ class TestSample:
 
     @staticmethod
     def draw(logits, sampling: Sampling, times: int) -> np.ndarray:
-        """As many rows of the same logits."""
+        """Samples of `times` rows of the same logits."""
         return np.asarray(compiled(jnp.tile(logits, (times, 1)), sampling, keys(times), None))
 
     @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -143,7 +143,7 @@ class TestSample:
 
 
 class FakeTokenizer:
-    """One id per byte, and one for the special token <end>."""
+    """Tokenizer with one id per byte, and one for the special token <end>."""
 
     END = 256
     all_special_tokens = ("<end>",)

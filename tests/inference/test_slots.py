@@ -52,7 +52,7 @@ def run(slots: Slots, steps: int | None = None) -> list[dict[int, int]]:
 
 
 def by_modules(model, adapter, fused, token, positions, cache):
-    """In place of the megakernel."""
+    """Decode step by the modules, in place of the megakernel."""
     out = model.run(token[:, None], adapter=adapter, positions=positions[:, None], cache=cache, unroll=True)
     return model.logits(out.hidden[:, 0]), None if adapter is None else out.routing.experts_of_row(), out.cache
 
@@ -161,12 +161,12 @@ class TestEviction:
             slots.insert(prompt_of(engine, 5, seed=n), max_new_tokens=n)
         run(slots)
         row = slots.evict(1)
-        kept = np.asarray(slots._state.cache.k)[:, 1, : len(row.tokens_in_cache())]
-        assert np.abs(kept).min(axis=(0, 2, 3)).all()
+        keys = np.asarray(slots._state.cache.k)[:, 1, : len(row.tokens_in_cache())]
+        assert np.abs(keys).min(axis=(0, 2, 3)).all()
         slots.evict(0)
         slots.insert(prompt_of(engine, 5), max_new_tokens=9, slot=0)
         run(slots)
-        np.testing.assert_array_equal(np.asarray(slots._state.cache.k)[:, 1, : kept.shape[1]], kept)
+        np.testing.assert_array_equal(np.asarray(slots._state.cache.k)[:, 1, : keys.shape[1]], keys)
 
     def test_a_row_of_full_length_stands_still_while_others_run(self, engine):
         slots = engine.slots(2)

@@ -141,7 +141,8 @@ def test_buffers_are_those_of_the_table():
 
 @pytest.mark.parametrize("devices", [None, 2])
 def test_scratch_buffers_are_in_the_table(devices):
-    """Every one that a launch makes, also where contexts are split; and with all its letters, the table's shape."""
+    """Every scratch buffer of a launch is in the table, also where contexts are split; with all its letters in place,
+    with the table's shape."""
     plan = plan_of(LLAMA2_7B, cache_slots=4096)
     made = buffers.scratch_and_outputs(plan, LLAMA2_7B, jnp.bfloat16, devices)
     batch = buffers.scratch_and_outputs(plan_of(LLAMA2_7B, batch=8), LLAMA2_7B, jnp.bfloat16, devices)
@@ -222,7 +223,7 @@ def test_two_devices_keep_in_step():
     ids=["bare", "two rows", "as many keys as queries"],
 )
 def test_lowers_for_a_gpu_without_one(case):
-    """With what the interpreter leaves out: semaphores, and shared memory that is used in turn."""
+    """Lower also what the interpreter leaves out: semaphores, and shared memory that is used in turn."""
     model, adapter, cache, tokens, positions = make(case)
     arguments = jax.eval_shape(lambda: (model, adapter, Fused.of(model, adapter), tokens, positions, cache))
     step = jax.jit(partial(fused_step, num_ctas=132))

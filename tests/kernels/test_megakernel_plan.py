@@ -1,4 +1,4 @@
-"""How the megakernel's work is cut: every chunk and tile once, in shared memory that fits, evenly over the CTAs."""
+"""Tile schedule of the megakernel: every chunk and tile once, in shared memory that fits, evenly over the CTAs."""
 
 from __future__ import annotations
 
@@ -98,13 +98,13 @@ def test_plan_counts_tiles_and_semaphores_once():
 @pytest.mark.parametrize("adapted", [(), ("q_proj", "down_proj")])
 def test_every_part_that_a_layer_stores_is_kept_in_the_cache(batch, adapted):
     plan = plan_of(LLAMA2_7B, batch=batch, adapted=adapted, max_experts_used=min(8, 2 * batch))
-    kept = {(part, t) for part, tiles in enumerate(plan.tiles_by_partial()) for t in range(tiles)}
+    planned = {(part, t) for part, tiles in enumerate(plan.tiles_by_partial()) for t in range(tiles)}
     step = 8 if plan.is_batch_one else 1
     stored = set()
     for group in (plan.qkv, plan.o, plan.gate_up, plan.down):
         parts = range(group.split_k + bool(group.adapted))
         stored |= {(part // step, t) for part in parts for t in range(group.num_tiles)}
-    assert stored <= kept
+    assert stored <= planned
 
 
 def test_long_contexts_are_shared_by_blocks_that_batches_do_not_need():

@@ -140,7 +140,7 @@ class TestMixture:
 class TestChoice:
     @pytest.fixture(autouse=True)
     def unfiltered(self, monkeypatch):
-        """The scripts tell everything once per process."""
+        """Remove the filter that logs each message once per process."""
         monkeypatch.setattr(op.log, "filters", [])
 
     @pytest.mark.skipif(jax.default_backend() != "cpu", reason="for machines without a GPU")
@@ -171,7 +171,7 @@ def invalid(**changes):
 
 
 def changed(function):
-    """Of q only."""
+    """Change the argument of q only."""
     return lambda arrays: arrays | {"q": function(arrays["q"])}
 
 
@@ -223,14 +223,14 @@ class TestBenchmark:
         assert all("GB/s" in line for line in lines)
 
     def test_bytes(self):
-        """Of one layer: W once, the factors of the experts in use."""
+        """Bytes of one layer: W once, and the factors of the experts in use."""
         factors = benchmark.draw({"q": 32}, 48, num_layers=2)
         w, factor = 2 * 32 * 48, 2 * benchmark.RANK * (32 + 48)
         for batch, used in ((1, 2), (2, 4), (8, 8)):
             assert benchmark.moved_bytes(*factors, benchmark.mixture_of(batch)) == w + used * factor
 
     def test_wrong_results_end_the_run(self, monkeypatch):
-        """One element is off, in the function measured and not in the reference."""
+        """A single element is off, in the function measured and not in the reference."""
 
         def wrong(x, weights, a, b, mixture, layer, *, implementation):
             y = linear(x, weights, a, b, mixture, layer, implementation="xla")

@@ -33,7 +33,7 @@ ON_GPU = [pytest.param(name, marks=on_gpu) for name in IMPLEMENTATIONS]
 
 def merge_function(implementation: str) -> Callable:
     """f(weights, a, b, terms, pristine), jitted with donated weights. Interpreted, two blocks share small tiles, and
-    the rings are so short that their slots are used again."""
+    the pipelines have so few stages that each is used again."""
     if implementation in ("interpreted", "B fetched again"):
 
         def merge(weights, a, b, terms, pristine):
@@ -107,7 +107,7 @@ class TestValues:
 
     @interpreted
     def test_default_tiles(self):
-        """The rings of the rank, three blocks."""
+        """Pipeline stages as configured for the rank, on three blocks."""
         case = Case(shapes={"q": (136, 144)}, golden=False)
         weights, a, b, terms, _ = case.draw()
         exact = exact_merge(weights, a, b, terms)
@@ -117,7 +117,8 @@ class TestValues:
 
     @pytest.mark.parametrize("num_terms", [1, 2, 3, 4, 6, 8])
     def test_rings_fit_the_shared_memory(self, num_terms):
-        """Up to rank 256, with room for the slabs of two products, and for every slab of B that is kept."""
+        """Stages fit up to rank 256, with room for the slabs of two products, and for every slab of B that stays in
+        shared memory."""
         for rank in range(16, 257, 16):
             config = configure(num_terms, rank, 2)
             parts = rank // config.depth
@@ -128,7 +129,8 @@ class TestValues:
 
     @pytest.mark.parametrize("dtype", HALF_ULP)
     def test_the_bound_finds_lost_precision(self, dtype):
-        """It has no room for a second rounding, of the sum before the base is added, or for half the digits of A."""
+        """The bound leaves no room for a second rounding, of the sum before the base is added, or for half the digits
+        of A."""
         case = Case(shapes={"q": (64, 64)}, rank=64, dtype=dtype)
         _, a, b, terms, base = case.draw()
         exact = exact_merge(base, a, b, terms)
@@ -178,20 +180,20 @@ class TestTerms:
 
     @pytest.mark.parametrize("dtype", HALF_ULP)
     def test_there_and_back(self, dtype):
-        """From gates of 0 to a token's and back: the weights again, but for two roundings."""
+        """Merge from gates of 0 to a token's and back: the weights again, but for two roundings."""
         case = Case(shapes=GQA, dtype=dtype, golden=False)
         weights, a, b, _, _ = case.draw()
         a, b = (jax.tree.map(lambda x: jnp.nan_to_num(x, nan=1.0), tree) for tree in (a, b))
         original = jax.tree.map(np.asarray, weights)
         token, merge = random_gates(np.random.default_rng(1), case.num_experts, case.top_k), merge_function("xla")
         nothing = token[0], jnp.zeros_like(token[1])
-        there = merge(weights, a, b, switch_terms(nothing, token, SCALE), None)
-        far = jax.tree.map(np.asarray, there)
-        back = merge(there, a, b, switch_terms(token, nothing, SCALE), None)
+        merged = merge(weights, a, b, switch_terms(nothing, token, SCALE), None)
+        merged_values = jax.tree.map(np.asarray, merged)
+        back = merge(merged, a, b, switch_terms(token, nothing, SCALE), None)
         exact = exact_merge(original, a, b, switch_terms(nothing, token, SCALE))
         for name, w in original.items():
-            assert np.abs(far[name] - w).astype(np.float32).mean() > 0.1
-            largest = np.maximum(np.abs(far[name]), np.abs(w)).astype(np.float64)
+            assert np.abs(merged_values[name] - w).astype(np.float32).mean() > 0.1
+            largest = np.maximum(np.abs(merged_values[name]), np.abs(w)).astype(np.float64)
             allowed = 4 * HALF_ULP[dtype] * largest + 2 * (case.rank + 4) * SUM_ERROR * exact[name][1]
             assert (np.abs(np.asarray(back[name], np.float64) - w.astype(np.float64)) <= allowed).all()
 
@@ -247,7 +249,7 @@ class TestChoice:
 
     @pytest.fixture(autouse=True)
     def unfiltered(self, monkeypatch):
-        """The scripts tell everything once per process."""
+        """Remove the filter that logs each message once per process."""
         monkeypatch.setattr(op.log, "filters", [])
 
     @pytest.mark.skipif(jax.default_backend() != "cpu", reason="for machines without a GPU")
@@ -260,7 +262,7 @@ class TestChoice:
             assert jax.devices()[0].device_kind in line
 
     def test_hopper(self, monkeypatch, caplog):
-        """Where the kernel can run it does; what keeps it from that is in the log."""
+        """Use the kernel where it can run; otherwise the reason is in the log."""
         monkeypatch.setattr(op, "compute_capability", lambda: "9.0")
         monkeypatch.setattr(op.importlib.util, "find_spec", lambda name: None)
         assert choose_implementation(*self.arrays()) == "pallas"
@@ -292,7 +294,7 @@ def invalid(**changes):
 
 
 def changed(function):
-    """Of q only."""
+    """Change the array of q only."""
     return lambda arrays: arrays | {"q": function(arrays["q"])}
 
 
@@ -342,7 +344,7 @@ class TestBenchmark:
     """The whole script at a tiny size."""
 
     def test_files(self, tmp_path: Path):
-        """Rows for all; what cannot run says so in its row, and does not end the run."""
+        """Rows for all implementations; one that cannot run has the reason in its row, and does not end the run."""
         broken = "xla" if jax.default_backend() == "gpu" else "pallas"
         result = benchmark.run(benchmark.TINY, tmp_path, "the command", ("xla", "pallas"), swept="xla")
         assert json.loads((tmp_path / "sgmm.json").read_text()) == result
@@ -381,7 +383,7 @@ class TestBenchmark:
             assert f"| {name} | {row['ms']:.2f} | {costs}".rstrip() in page
 
     def test_wrong_results_end_the_run(self, tmp_path, monkeypatch):
-        """One element of one layer is off."""
+        """A single element of one layer is off."""
         right = benchmark.sgmm
 
         def wrong(*arguments, **options):

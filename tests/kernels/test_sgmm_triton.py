@@ -67,7 +67,7 @@ class Case:
 
 
 def check(merged, base, a, b, terms):
-    """Within half a unit in the last place of the float64 merge, and an allowance for sums in fp32."""
+    """Assert errors within half a unit in the last place of the float64 merge, and an allowance for sums in fp32."""
     used = np.asarray(terms.coefficients) != 0
     experts, coefficients = np.asarray(terms.experts)[used], np.asarray(terms.coefficients, np.float64)[used]
     assert merged.keys() == base.keys()
@@ -115,7 +115,7 @@ CASES = {
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32], ids=["fp16", "fp32"])
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted(interpreter, case, dtype):
-    """Both bases: the weights themselves, and pristine ones with weights that must not be read. No bfloat16:
+    """Both bases: the weights themselves, and pristine ones with weights that must not be read. bfloat16 is left out:
     Triton's interpreter multiplies its bits as integers, and truncates to it."""
     weights, a, b, terms = CASES[case].arrays(dtype)
     check(sgmm_triton(weights, a, b, terms, None, config=SMALL), weights, a, b, terms)
@@ -173,7 +173,7 @@ def test_unsupported_reasons():
 
 @pytest.fixture
 def launches(monkeypatch):
-    """What triton_call was called with, of every call; nothing runs."""
+    """Arguments of every call of triton_call; nothing runs."""
     calls = []
 
     def recording_call(*args, kernel, out_shape, **launch):
@@ -209,7 +209,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=["bf16", "fp16", "fp32"])
     @pytest.mark.parametrize("case", CASES)
     def test_values(self, case, dtype):
-        """As interpreted, here compiled; and a second time in the same buffers."""
+        """Values as in the interpreter, here compiled; and a second time in the same buffers."""
         weights, a, b, terms = CASES[case].arrays(dtype)
         golden = jax.jit(partial(sgmm, implementation="triton"), donate_argnums=0)
         poison = {name: jnp.full_like(w, jnp.nan) for name, w in weights.items()}

@@ -141,7 +141,7 @@ def test_a_leaf_that_no_table_has_is_refused():
 
 
 def test_an_unknown_field_is_refused_unless_it_has_its_default(tmp_path: Path):
-    """By all three, which are silent about it as long as it changes nothing."""
+    """The megakernel, the mesh and export each refuse it; they are silent as long as the field changes nothing."""
     plain = Softcapped(**{field.name: getattr(BASE, field.name) for field in dataclasses.fields(ModelConfig)})
     capped = dataclasses.replace(plain, logit_softcap=30.0)
     models = [jax.tree.map(jnp.asarray, backbone(config)) for config in (plain, capped)]
@@ -160,7 +160,7 @@ def test_an_unknown_field_is_refused_unless_it_has_its_default(tmp_path: Path):
 
 
 BASE_READ = dataclasses.replace(BASE, sliding_windows=(None,) * BASE.num_layers)
-"""As it is read from a file, which names every layer's window."""
+"""`BASE` as read from a file, which names every layer's window."""
 
 
 def exported(config: ModelConfig, out: Path) -> Path:
@@ -228,7 +228,7 @@ def test_special_ids_that_are_no_tokens_are_exported(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "says"),
+    ("family", "changes", "expected"),
     [
         ("llama", {"sliding_windows": (4, 4)}, "sliding_windows (4, 4)"),
         ("llama", {"qk_norm": True}, "qk_norm True"),
@@ -241,9 +241,9 @@ def test_special_ids_that_are_no_tokens_are_exported(tmp_path: Path):
         ("qwen3", {"rope": RopeConfig(factor=2.0)}, "rope.factor 2.0"),
     ],
 )
-def test_export_refuses_what_the_family_cannot_say(tmp_path: Path, family: str, changes: dict[str, Any], says: str):
+def test_export_refuses_what_the_family_cannot_say(tmp_path: Path, family: str, changes: dict[str, Any], expected: str):
     with pytest.raises(UserError) as caught:
         exported(dataclasses.replace(FAMILY_BASES[family], **changes), tmp_path / "out")
-    assert says in str(caught.value)
+    assert expected in str(caught.value)
     assert family in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -75,7 +75,7 @@ def run_methods(family: str, devices: int) -> dict[str, bool]:
 
 
 def one_shard(inputs, plan, model, *, axis, **_):
-    """What the kernel leaves, of one device's share, in plain fp32."""
+    """Output of the kernel for one device's shard, computed in plain fp32."""
     n, f32 = plan.padded_batch, jnp.float32
     inputs = jax.tree.map(lambda leaf: leaf.astype(f32) if leaf.dtype == jnp.bfloat16 else leaf, inputs)
     x = inputs["x"][: model.embed_dim // TILE_K * n].reshape(-1, n, TILE_K).swapaxes(0, 1).reshape(n, -1)

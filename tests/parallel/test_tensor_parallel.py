@@ -38,8 +38,9 @@ def test_same_tokens_and_half_of_everything(family, targets):
 
 @pytest.mark.slow
 def test_fused_shares_add_up():
-    """With the kernel's phases in plain fp32, a device's share at a time. What the launch asks of GPUs when it is compiled:
-    each other's addresses, a barrier before it, and no multicast memory. And which meshes are refused."""
+    """Sum of the shards' outputs, with the kernel's phases in plain fp32, one device's shard at a time. The compiled
+    launch requests from GPUs each other's addresses, a barrier before it, and no multicast memory. Unsupported meshes
+    are refused."""
     found = json.loads(tiny.with_devices(2, PROGRAM, "-", "fused", 2))
     for name, (logits, *new) in found["errors"].items():
         assert max(logits, *new) < 1e-3, name

@@ -160,10 +160,10 @@ def test_study_from_start_to_report(
         packed = pack_candidates(read_set(name, study / "data").test, tokenizer, LENGTH)
         assert tokens[name] == (packed.segment_ids > 0).sum()
 
-    # one run is gone: it alone is done again, and says the same
+    # one run is gone: it alone is done again, with the same result
     (gone,) = runs.glob("ablation-*.json")
     before = json.loads(gone.read_text())
-    kept = {path: path.stat().st_mtime_ns for path in runs.iterdir() if path != gone}
+    unchanged = {path: path.stat().st_mtime_ns for path in runs.iterdir() if path != gone}
     gone.unlink()
     assert program.main(flags(study, tmp_path)) == 0
     assert json.loads(gone.read_text())["replicas"] == before["replicas"]
@@ -175,7 +175,7 @@ def test_study_from_start_to_report(
     other = json.loads(json.dumps(by_file_name).replace(TIED_ADAFUSE, "full"))
     found = [row["method"] for row in study_report.summarise(by_file_name | other)]
     assert found == ["none", "full", TIED_ADAFUSE, "full", TIED_ADAFUSE, "k=4"], "the tables' order is that of METHODS"
-    assert {path: path.stat().st_mtime_ns for path in runs.iterdir() if path != gone} == kept
+    assert {path: path.stat().st_mtime_ns for path in runs.iterdir() if path != gone} == unchanged
 
     # merged, the runs are in the record: none is done again, and the report is the same
     assert program.main(["--merge", *flags(study, tmp_path)]) == 0
@@ -200,7 +200,7 @@ def test_study_from_start_to_report(
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "expected"),
     [
         (("--replicas", "0"), "--replicas is 0: it must be greater than 0"),
         (("--epochs", "-1"), "--epochs is -1.0: it must be greater than 0"),
@@ -210,11 +210,11 @@ def test_study_from_start_to_report(
         ),
     ],
 )
-def test_bad_flags(more: tuple[str, ...], says: str, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_bad_flags(more: tuple[str, ...], expected: str, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(METHODS, TIED_ADAFUSE, ADAFUSE | {"tied": 0.5})
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         program.main([*flags(study, tmp_path), "--methods", TIED_ADAFUSE, "--sets", "scienceqa", *more])
-    assert says in str(told.value)
+    assert expected in str(caught.value)
 
 
 def test_the_report_names_what_is_not_run_yet():

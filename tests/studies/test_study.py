@@ -137,7 +137,7 @@ def test_measures_by_hand():
 
 
 def test_loss_of_a_step_by_hand(mixed: mixture.Mixture, model: Any):
-    """The mean over the examples of a batch of the mean over an example's targets, of a LoRA that is still nothing."""
+    """Mean over the examples of a batch of the mean over an example's targets, of a LoRA that is still zero."""
     rows = mixed.training
     arm = SMALL["lora-32"]
     trainer = Trainer(
@@ -166,9 +166,9 @@ def test_targets_of_rows():
     mask[:, 0] = False
     tokens = np.random.default_rng(1).integers(0, 99, mask.shape)
     rows = Rows(tokens, mask, tokens, tokens)
-    place, wanted, there = mixture.targets_of(rows)
+    place, wanted, is_target = mixture.targets_of(rows)
     found = np.zeros_like(mask)
-    for row, (places, following, real) in enumerate(zip(place, wanted, there, strict=True)):
+    for row, (places, following, real) in enumerate(zip(place, wanted, is_target, strict=True)):
         found[row, places[real] + 1] = True
         np.testing.assert_array_equal(rows.tokens[row, places[real] + 1], following[real])
     np.testing.assert_array_equal(found, mask)
@@ -244,7 +244,8 @@ def test_runs_have_names_of_their_own():
 
 
 def test_arms_cost_what_they_are_compared_at(smollm2_dir: Path):
-    """Within 1% of the LoRA with as many active or as many parameters in all; the layer-wise baselines are as published."""
+    """Costs within 1% of the LoRA with as many active or as many total parameters; the layer-wise baselines are as
+    published."""
     from adafuse_jax.checkpoints.hf_config import parse_hf_config
 
     config = parse_hf_config(smollm2_dir).model

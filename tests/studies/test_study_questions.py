@@ -52,7 +52,7 @@ def test_both_forms_of_scienceqa_become_one(study: Path):
 
 
 def test_real_data(shared_dir: Path):
-    """The sizes that the report states; and ScienceQA's two sources tell the same questions in the same words."""
+    """Sizes as in the report; ScienceQA's two sources have the same questions in the same words."""
     data = shared_dir / "assets" / "data"
     sizes = {name: read_set(name, data) for name in SETS}
     assert {name: [len(q.training), len(q.validation), len(q.test)] for name, q in sizes.items()} == {
@@ -72,7 +72,7 @@ def test_a_missing_file_is_named(tmp_path: Path):
 
 
 def test_packed_scores_choose_as_unpacked_ones(loaded: Any):
-    """Against `evaluation`, which scores every candidate in a row of its own."""
+    """Comparison with `evaluation`, which scores every candidate in a row of its own."""
     questions = choices()
     packed = pack_candidates(questions, loaded.tokenizer, LENGTH)
     assert (packed.segment_ids.max(1) > 1).any(), "no row has several candidates"
@@ -84,7 +84,7 @@ def test_packed_scores_choose_as_unpacked_ones(loaded: Any):
 
 
 def test_candidates_that_differ_in_one_token_share_their_text(loaded: Any):
-    """As many letters as choices after one prompt; chosen as by candidates in rows of their own."""
+    """Choices of several letters after one prompt, compared with candidates in rows of their own."""
     letters = [MultipleChoice(f"Which is {i}?", tuple("ABCD"[: 2 + i % 3]), i % 2) for i in range(9)]
     packed = pack_candidates(letters, loaded.tokenizer, LENGTH)
     assert (np.sort(packed.owner[packed.owner >= 0]) == np.arange(sum(packed.choices))).all(), "one target a candidate"

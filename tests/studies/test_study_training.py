@@ -74,7 +74,7 @@ def test_every_method_learns(name: str, loaded: Any, rows: Any):
 
 
 def test_tied_experts_learn_as_one_lora_and_then_apart(loaded: Any, rows: Any):
-    """Their update is that of the LoRA which they are; untied, they differ."""
+    """Updates of tied experts equal that of the LoRA which they are; untied, they differ."""
     tied, lora = small("adafuse") | {"tied": 1.0, "balance_coefficient": 0.0}, small("lora")
     plan: dict[str, Any] = {"seeds": (0, 1), "rates": (1e-2, 1e-2), "steps": 4}
     together, halfway = (
@@ -167,8 +167,8 @@ def test_programs_compiled_ahead_train_alike(loaded: Any, rows: Any):
         results.append(
             trainer.train(loaded.model, texts, seeds=(0, 1), rates=(1e-2, 1e-3), batch_size=BATCH, points=40).adapter
         )
-    for here, there in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_array_equal(here, there)
+    for first, second in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_array_equal(first, second)
 
 
 def test_full_training_runs_in_the_backbones_type(loaded: Any):

@@ -36,7 +36,7 @@ def adapter_of(model: Any, variant: Variant, seed: int = 0) -> PreGated:
 
 
 def test_a_plain_variant_is_adafuse(model: Any):
-    """Routed before layer 0 or in it: the same, if nothing is changed."""
+    """Routing before layer 0 equals routing in it, if nothing else is changed."""
     plain = Variant(normalize_input=False, selection_bias=False)
     planned = adapter_of(model, plain)
     adafuse = AdaFuse(AdapterConfig(**MIXTURE), model.config, rngs=nnx.Rngs(0))
@@ -50,9 +50,9 @@ def test_a_plain_variant_is_adafuse(model: Any):
         assert context is None
         return model.run(tokens, adapter=view).hidden
 
-    here, there, bare = (hidden(adapter) for adapter in (planned, adafuse, None))
-    np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(here, bare, atol=1e-2)
+    by_variant, by_adafuse, bare = (hidden(adapter) for adapter in (planned, adafuse, None))
+    np.testing.assert_allclose(by_variant, by_adafuse, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(by_variant, bare, atol=1e-2)
 
 
 def test_shared_expert_is_a_lora_beside_the_routed(model: Any):
@@ -66,7 +66,7 @@ def test_shared_expert_is_a_lora_beside_the_routed(model: Any):
 
 
 def test_experts_of_one_a(model: Any):
-    """As experts whose A are equal, and with one A's parameters."""
+    """Equality with experts whose A are equal, with the parameters of one A."""
     adapter = adapter_of(model, Variant(shared_a=True))
     x = jax.random.normal(jax.random.key(2), (1, 5, model.config.embed_dim))
     layer = jax.tree.map(lambda leaf: leaf[1], adapter.experts["q_proj"])
@@ -148,7 +148,7 @@ def test_by_task_routes_by_the_set(model: Any):
 
 
 def test_greedy_decoding_is_the_full_forward_pass(model: Any):
-    """Of two replicas, on prompts of different lengths; a reply that has ended stays so."""
+    """Replies of two replicas to prompts of different lengths; a reply that has ended stays unchanged."""
     variant = Variant(context_decay=0.9, shared_rank=2)
     each = [adapter_of(model, variant), jax.tree.map(lambda leaf: leaf * 1.5, adapter_of(model, variant, seed=3))]
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)

@@ -24,7 +24,7 @@ IDENTITY = {"rank": 2, "total_steps": 9, "padded_from": None}
 
 
 def state(step: int) -> TrainState:
-    """Arrays that tell the step."""
+    """State whose arrays depend on the step."""
     return TrainState(
         step=jnp.int32(step),
         adapter={"A": jnp.full((3, 50), step, jnp.float32), "B": jnp.arange(4.0) * step},
@@ -86,7 +86,7 @@ def files_of(checkpoint: Path) -> list[Path]:
 
 
 def as_earlier_version(checkpoint: Path) -> None:
-    """Without digests, and without an entry in the identity that says there are any."""
+    """Remove the digests, and the entry in the identity that requires them."""
     (checkpoint / "digests.json").unlink()
     path = checkpoint / "identity" / "metadata"
     table = json.loads(path.read_text())
@@ -188,7 +188,7 @@ class TestWriting:
         check_restored(tmp_path / "c", 3)
 
     def test_a_kill_leaves_no_checkpoint_by_that_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        """In the last moment, when everything but the digests is there. What it leaves is removed later."""
+        """A kill in the last moment, when everything but the digests is written. Its files are removed later."""
 
         def killed(directory: Path) -> None:
             shutil.copytree(directory, directory.parent / ".6.abcdef_1.partial")

@@ -24,8 +24,8 @@ CONFIG = TrainConfig(model="m", dataset=("d",), output="o", batch_size=4, max_le
 
 
 def test_this_machine_has_some_memory():
-    there = limits.host_memory()
-    assert there is None or 2**28 < there < 2**50
+    memory_bytes = limits.host_memory()
+    assert memory_bytes is None or 2**28 < memory_bytes < 2**50
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def bare(folder, capsys) -> list[int]:
 
 @pytest.mark.parametrize("method", SETTINGS)
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(folder, capsys, bare, method):
-    """Bit for bit; and what it leaves behind answers otherwise than the backbone."""
+    """Equality bit for bit; and the adapter's answers differ from the backbone's."""
     flags = {
         "adapter": method, "steps": 4, "checkpoint_every": 2, "learning_rate": 3e-2, "eval_examples": 4, **SETTINGS[method],
     }  # fmt: skip
@@ -74,7 +74,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(folder, capsys, bare, me
 
 
 def test_full_leaves_a_plain_model_of_which_nothing_is_the_backbone(folder):
-    """In the type that it was trained for, with the tokenizer."""
+    """Model in the dtype of its training, with the tokenizer."""
     if not (folder / "full").exists():
         train(folder, "full", adapter="full", steps=4, learning_rate=3e-2, **SETTINGS["full"])
     summary = json.loads((folder / "full" / "summary.json").read_text())
@@ -88,7 +88,8 @@ def test_full_leaves_a_plain_model_of_which_nothing_is_the_backbone(folder):
 
 
 def test_none_is_the_backbone_and_a_run_may_begin_from_a_lora_of_peft(folder):
-    """By the first held-out loss: of a new LoRA it is the backbone's, with --init-lora the LoRA's, whatever the method."""
+    """Comparison of first held-out losses: that of a new LoRA is the backbone's, with --init-lora it is the LoRA's,
+    whatever the method."""
     config = AdapterConfig(adapter="lora", rank=2, targets=("q_proj", "down_proj"))
     lora = make_adapter(config, parse_hf_config(folder / "model").model, rngs=nnx.Rngs(0))
     for expert in lora.experts.values():

@@ -86,8 +86,8 @@ def test_each_replica_ends_as_it_would_alone(model: Any, method: str):
             assert losses[step][replica] == pytest.approx(float(alone["loss"]), rel=1e-4)
         for name, value in alone.items():
             np.testing.assert_allclose(metrics[name][replica], value, rtol=1e-3, atol=1e-4, err_msg=name)
-        for here, there in zip(jax.tree.leaves(states.adapter), jax.tree.leaves(state.adapter), strict=True):
-            np.testing.assert_allclose(here[replica], there, rtol=1e-3, atol=2e-5)
+        for leaf, single in zip(jax.tree.leaves(states.adapter), jax.tree.leaves(state.adapter), strict=True):
+            np.testing.assert_allclose(leaf[replica], single, rtol=1e-3, atol=2e-5)
     if method == "adafuse":
         assert not np.allclose(routers[1], routers[2], atol=1e-6)
         assert np.array_equal(routers[2], routers[3])
@@ -149,14 +149,14 @@ def test_attention_equals_single_calls(own_masks: bool, remat: bool):
     together = jax.jit(jax.vmap(gradients(replica_attention), (0, 0, 0, 0 if own_masks else None)))(q, k, v, mask)
     for replica in range(REPLICAS):
         alone = gradients(attention)(q[replica], k[replica], v[replica], mask[replica] if own_masks else mask)
-        for here, there in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
-            np.testing.assert_allclose(here[replica], there, rtol=1e-5, atol=1e-5)
+        for leaf, single in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(leaf[replica], single, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
 def test_attention_on_a_gpu_is_cudnns_of_each_replica():
-    """In 16 bits, where `attention` is cuDNN's: values and gradients, with one mask for all heads."""
+    """Values and gradients in 16 bits, where `attention` is cuDNN's, with one mask for all heads."""
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (3, 2, 64, 6, 64), jnp.bfloat16)
     k, v = (jax.random.normal(key, (3, 2, 64, 2, 64), jnp.bfloat16) for key in keys[1:])
@@ -169,9 +169,9 @@ def test_attention_on_a_gpu_is_cudnns_of_each_replica():
     together = jax.jit(jax.vmap(gradients(replica_attention)))(q, k, v, mask)
     for replica in range(3):
         alone = jax.jit(gradients(attention))(q[replica], k[replica], v[replica], mask[replica])
-        for here, there in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
-            error = np.asarray(here[replica], np.float64) - np.asarray(there, np.float64)
-            assert np.linalg.norm(error) < 1e-2 * np.linalg.norm(np.asarray(there, np.float64))
+        for leaf, single in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            error = np.asarray(leaf[replica], np.float64) - np.asarray(single, np.float64)
+            assert np.linalg.norm(error) < 1e-2 * np.linalg.norm(np.asarray(single, np.float64))
 
 
 def test_the_documented_example_runs(tmp_path: Path):

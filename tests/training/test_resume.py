@@ -1,29 +1,24 @@
-"""A run that is killed, stopped or out of disk, and resumed, ends as if nothing had happened: bit for bit on the CPU."""
+"""Resumed runs, their output directories, and signals."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
-import random
-import resource
 import shutil
 import signal
-import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import tiny
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
+from training_runs import checkpoints_of, flags, metrics_of, saved_state, train_here
 
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
@@ -38,258 +33,15 @@ from adafuse_jax.training.data import prepare_data
 from adafuse_jax.training.output import check_output, new_run, remove_leftovers, require_no_checkpoint_lost
 from adafuse_jax.training.signals import stop_signals
 
-STEPS, CHECKPOINT_EVERY = 120, 3
-KILLS_STARTING, KILLS_STEPPING, KILLS_ENDING = 4, 17, 2
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_folder(tmp_path_factory.mktemp("resume"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_programs_are_shared(folder: Path) -> Iterator[None]:
-    """By the runs of this process, and with the processes that `start` starts: most of their time is XLA's."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: jax.config.values[name] for name in names}
-    for name, value in zip(names, (str(folder / "compiled"), 0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-def flags(folder: Path, output: str, **changes: Any) -> list[str]:
-    """A run in which everything random matters: dropout, two micro-batches, a weighted mixture, a held-out part; and in
-    which experts are untied and routers freeze on the way."""
-    settings = {
-        "steps": STEPS,
-        "checkpoint_every": CHECKPOINT_EVERY,
-        "dropout": 0.1,
-        "grad_accum": 2,
-        "dataset": [f"{folder}/alpha.jsonl=2", f"{folder}/beta.jsonl=1"],
-        "eval_examples": 4,
-        "eval_every": 25,
-        "warmup_ratio": 0.1,
-        "tied_share": 0.3,
-        "router_share": 0.6,
-    }
-    return tiny.train_flags(folder, output, **(settings | changes))
-
-
-def start(folder: Path, output: str, **changes: Any) -> subprocess.Popen[bytes]:
-    """The run as a process of its own group; resumed if there is one. Compiled programs are kept, to start fast."""
-    if (folder / output / "train_config.json").exists():
-        changes["resume"] = True
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return subprocess.Popen(
-        tiny.command("train", flags(folder, output, **changes)),
-        env=tiny.environment(**cache),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen[bytes]) -> tuple[int, str]:
-    """(exit code, stderr)."""
-    stderr = process.communicate(timeout=300)[1].decode()
-    return process.returncode, stderr
-
-
-def lines_of(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
-    """Return once the condition holds or the process has ended."""
-    while process.poll() is None and not condition():
-        time.sleep(0.002)
-
-
-def wait_for_steps(process: subprocess.Popen[bytes], run: Path, count: int) -> None:
-    """Until the process has begun its loop (it replaces the metrics file) and written `count` lines."""
-    metrics = run / "metrics.jsonl"
-    before = metrics.stat().st_ino if metrics.exists() else None
-    wait_for(process, lambda: metrics.exists() and metrics.stat().st_ino != before)
-    present = lines_of(metrics)
-    wait_for(process, lambda: lines_of(metrics) >= present + count)
-
-
-def kill(process: subprocess.Popen[bytes]) -> bool:
-    """SIGKILL to the whole group; whether it was still running."""
-    running = process.poll() is None
-    if running:
-        os.killpg(process.pid, signal.SIGKILL)
-    code, stderr = finish(process)
-    assert code in (0, -signal.SIGKILL), stderr
-    return running
-
-
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """The lines of the metrics without the one value that depends on the clock."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
-
-
-def check_same(run: Path, reference: Path) -> None:
-    assert metrics_of(run) == metrics_of(reference)
-    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
-        assert (run / name).read_bytes() == (reference / name).read_bytes()
-    summaries = [json.loads((where / "summary.json").read_text()) for where in (run, reference)]
-    assert summaries[0]["after"] == summaries[1]["after"]
-
-
-def checkpoints_of(run: Path) -> list[int]:
-    return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
-
-
-def saved_state(run: Path, step: int) -> dict[str, np.ndarray]:
-    """The arrays of a checkpoint by name, read without the package."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(run / "checkpoints" / str(step) / "state")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(folder: Path) -> Path:
-    code, stderr = finish(start(folder, "uninterrupted"))
-    assert code == 0, stderr
-    return folder / "uninterrupted"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_killed_at_random_moments(folder: Path, uninterrupted: Path):
-    rng = random.Random(0)
-    run = folder / "killed"
-    begun = time.perf_counter()
-    moments = ["starting"] * KILLS_STARTING + ["stepping"] * KILLS_STEPPING
-    rng.shuffle(moments)
-    kills = 0
-    for moment in [*moments, *["ending"] * KILLS_ENDING]:
-        process = start(folder, "killed")
-        if moment == "starting":
-            time.sleep(rng.uniform(0, 4))
-        elif moment == "stepping":
-            wait_for_steps(process, run, rng.randint(0, 8))
-            time.sleep(rng.uniform(0, 0.1))
-        else:
-            wait_for(process, lambda: any(line["step"] == STEPS for line in whole_lines(run)))
-            time.sleep(rng.uniform(0, 1))
-        kills += kill(process)
-    assert kills >= 20, f"{kills} kills in {time.perf_counter() - begun:.0f} s"
-    code, stderr = finish(start(folder, "killed"))
-    assert code == 0, stderr
-    steps = [line["step"] for line in metrics_of(run) if "loss" in line]
-    assert steps == list(range(1, STEPS + 1))
-    check_same(run, uninterrupted)
-
-
-def whole_lines(run: Path) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-@pytest.mark.slow
-def test_sigterm_saves(folder: Path, uninterrupted: Path):
-    run = folder / "stopped"
-    process = start(folder, "stopped")
-    wait_for_steps(process, run, 4)
-    process.send_signal(signal.SIGTERM)
-    code, stderr = finish(process)
-    assert code == 143
-    step = metrics_of(run)[-1]["step"]
-    assert stderr.splitlines()[-1] == f"stopped at step {step} of {STEPS}, which is saved; continue with --resume"
-    assert step < STEPS
-    assert checkpoints_of(run)[-1] == step
-    code, stderr = finish(start(folder, "stopped"))
-    assert code == 0, stderr
-    check_same(run, uninterrupted)
-
-
-@pytest.mark.slow
-def test_full_disk_while_training(folder: Path, uninterrupted: Path):
-    """Files cannot grow any more once a checkpoint is there."""
-    run = folder / "full"
-    process = start(folder, "full")
-    wait_for(process, lambda: (run / "checkpoints" / "6").exists())
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
-    code, stderr = finish(process)
-    line = stderr.splitlines()[-1]
-    assert code == 2
-    assert "Traceback" not in stderr
-    assert line.startswith("error: ")
-    assert str(run) in line
-    assert line.endswith("free space, then continue with --resume")
-    last = checkpoints_of(run)[-1]
-    assert all(np.isfinite(array).all() for array in saved_state(run, last).values())
-    code, stderr = finish(start(folder, "full"))
-    assert code == 0, stderr
-    check_same(run, uninterrupted)
-
-
-@pytest.mark.slow
-def test_last_checkpoints_are_kept(uninterrupted: Path):
-    assert checkpoints_of(uninterrupted) == [STEPS - CHECKPOINT_EVERY, STEPS]
-    assert sorted(os.listdir(uninterrupted)) == [
-        ".lock", "adapter", "checkpoints", "metrics.jsonl", "summary.json", "train_config.json", "training.png",
-    ]  # fmt: skip
-
-
-@pytest.fixture
-def finished_again(uninterrupted: Path, folder: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run, to spoil."""
-    return Path(shutil.copytree(uninterrupted, tmp_path / "run"))
-
-
-def train_here(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    config, adapter_config = parse_flags("", (TrainConfig, AdapterConfig), flags(folder, str(output), **changes))
-    return trainer.train(config, adapter_config)  # type: ignore[arg-type]
-
-
-@pytest.mark.slow
-def test_a_finished_run_writes_its_outputs_again(finished_again: Path, folder: Path, uninterrupted: Path):
-    for name in ("training.png", "summary.json"):
-        (finished_again / name).unlink()
-    shutil.rmtree(finished_again / "adapter")
-    train_here(folder, finished_again, resume=True)
-    check_same(finished_again, uninterrupted)
-    assert (finished_again / "training.png").stat().st_size > 0
-
-
-@pytest.mark.slow
-def test_the_checkpoint_before_serves_when_the_last_is_damaged(
-    finished_again: Path, folder: Path, uninterrupted: Path, caplog: pytest.LogCaptureFixture
-):
-    """One byte of an array, and lines of the metrics file."""
-    (arrays,) = (finished_again / "checkpoints" / str(STEPS) / "state" / "d").iterdir()
-    data = bytearray(arrays.read_bytes())
-    data[len(data) // 2] ^= 1
-    arrays.write_bytes(data)
-    lines = (finished_again / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    (finished_again / "metrics.jsonl").write_bytes(
-        b"".join([*lines[:5], b"\xff\x00{\n", b'{"loss": 1.0}\n', *lines[5:]])
-    )
-    train_here(folder, finished_again, resume=True)
-    before = f"going on from the checkpoint before, {finished_again}/checkpoints/{STEPS - CHECKPOINT_EVERY}"
-    assert sum(before in line for line in caplog.messages) == 1
-    assert f"{finished_again}/metrics.jsonl: 2 damaged line(s) left out" in caplog.messages
-    check_same(finished_again, uninterrupted)
-
-
-def short_run(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    return train_here(folder, output, **({"steps": 4, "checkpoint_every": 1, "eval_examples": 0} | changes))
+def short_run(run_folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    return train_here(run_folder, output, **({"steps": 4, "checkpoint_every": 1, "eval_examples": 0} | changes))
 
 
 def edit_identity(run: Path, change: Callable[[dict[str, Any]], Any], *, digests: bool = True) -> None:
-    """Of the newest checkpoint; without `digests` it then is as an earlier version wrote it."""
+    """Edit the identity of the newest checkpoint; without `digests` it then is as an earlier version wrote it."""
     where = run / "checkpoints" / str(checkpoints_of(run)[-1])
     table = json.loads((where / "identity" / "metadata").read_text())
     change(table)
@@ -300,10 +52,10 @@ def edit_identity(run: Path, change: Callable[[dict[str, Any]], Any], *, digests
         (where / "digests.json").unlink()
 
 
-def test_a_run_with_tied_experts_is_a_loras(folder: Path, tmp_path: Path):
-    """Every expert of the adapter that it leaves is the same, and they have learned. Its router has, too, in its half."""
+def test_a_run_with_tied_experts_is_a_loras(run_folder: Path, tmp_path: Path):
+    """Experts of the saved adapter are all equal, and have learned. The router has, too, in its half of the steps."""
     run = tmp_path / "run"
-    short_run(folder, run, tied_share=1.0, router_share=0.5, keep_checkpoints=4)
+    short_run(run_folder, run, tied_share=1.0, router_share=0.5, keep_checkpoints=4)
     leaves = load_file(run / "adapter" / "adapter_model.safetensors")
     (router,) = [name for name in saved_state(run, 4) if name.startswith("adapter.") and "router" in name]
     routers = [saved_state(run, step)[router] for step in (1, 2, 3, 4)]
@@ -315,55 +67,55 @@ def test_a_run_with_tied_experts_is_a_loras(folder: Path, tmp_path: Path):
         assert np.abs(leaf).max() > 0, name
 
 
-def test_a_run_older_than_a_setting_had_its_default(folder: Path, tmp_path: Path):
-    """Its checkpoints do not know the setting, and it goes on; not with another value."""
+def test_a_run_older_than_a_setting_had_its_default(run_folder: Path, tmp_path: Path):
+    """Checkpoints without the setting are resumed with its default, and refused with another value."""
     run, plain = tmp_path / "run", {"tied_share": None, "router_share": None}
-    short_run(folder, run, **plain)
+    short_run(run_folder, run, **plain)
     edit_identity(run, lambda table: [table.pop(name) for name in plain])
     with pytest.raises(UserError, match=r"was made with router_share 1\.0, this run has 0\.5"):
-        short_run(folder, run, **plain | {"router_share": 0.5}, resume=True)
-    short_run(folder, run, **plain, resume=True)
+        short_run(run_folder, run, **plain | {"router_share": 0.5}, resume=True)
+    short_run(run_folder, run, **plain, resume=True)
 
 
-def test_a_run_with_a_setting_that_is_no_more_is_refused(folder: Path, tmp_path: Path):
+def test_a_run_with_a_setting_that_is_no_more_is_refused(run_folder: Path, tmp_path: Path):
     run = tmp_path / "run"
-    short_run(folder, run)
+    short_run(run_folder, run)
     edit_identity(run, lambda table: table.update(router_rate=0.1))
     with pytest.raises(UserError, match=r"was made with router_rate 0\.1, this run has None; resume with the same"):
-        short_run(folder, run, resume=True)
+        short_run(run_folder, run, resume=True)
 
 
-def test_divergence_names_the_step_and_the_last_good_checkpoint(folder: Path, tmp_path: Path):
-    """And that checkpoint can be resumed from: it diverges at the same step."""
-    told = []
+def test_divergence_names_the_step_and_the_last_good_checkpoint(run_folder: Path, tmp_path: Path):
+    """The checkpoint can be resumed from, and the run diverges again at the same step."""
+    messages = []
     for resume in (None, True):
         with pytest.raises(UserError) as error:
-            short_run(folder, tmp_path / "run", learning_rate=1e30, resume=resume)
-        told.append(str(error.value))
+            short_run(run_folder, tmp_path / "run", learning_rate=1e30, resume=resume)
+        messages.append(str(error.value))
     last = checkpoints_of(tmp_path / "run")[-1]
-    assert told[0].startswith(f"step {last + 1}: ")
+    assert messages[0].startswith(f"step {last + 1}: ")
     assert (
         f"is not finite; the last good checkpoint is {tmp_path}/run/checkpoints/{last}: lower --learning-rate"
-        in told[0]
+        in messages[0]
     )
-    assert told[1] == told[0]
+    assert messages[1] == messages[0]
     assert all(np.isfinite(array).all() for array in saved_state(tmp_path / "run", last).values())
 
 
-def test_nan_in_the_backbone_is_found_before_a_run_directory_is_made(folder: Path, tmp_path: Path):
-    shutil.copytree(folder / "model", tmp_path / "model")
+def test_nan_in_the_backbone_is_found_before_a_run_directory_is_made(run_folder: Path, tmp_path: Path):
+    shutil.copytree(run_folder / "model", tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     tensors = load_file(weights)
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
     save_file(tensors, weights)
     with pytest.raises(UserError, match=r"(is not finite; there is no checkpoint|up_proj.* holds NaN)"):
-        short_run(folder, tmp_path / "run", model=tmp_path / "model")
+        short_run(run_folder, tmp_path / "run", model=tmp_path / "model")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("fault", ["memory", "not finite"])
 def test_a_failing_first_step_leaves_no_run_directory(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ):
     def step(state: Any, *_: Any, **__: Any) -> Any:
         if fault == "memory":
@@ -372,15 +124,15 @@ def test_a_failing_first_step_leaves_no_run_directory(
 
     monkeypatch.setattr(trainer, "train_step", step)
     with pytest.raises((UserError, jax.errors.JaxRuntimeError), match=r"^step 1: loss|RESOURCE"):
-        short_run(folder, tmp_path / "run", eval_examples=4)
+        short_run(run_folder, tmp_path / "run", eval_examples=4)
     assert not (tmp_path / "run").exists()
 
 
 class TestOneRunADirectory:
     def test_the_loser_of_two_starts_changes_nothing(
-        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
-        """Both find the directory free; the other makes it while this one loads its model."""
+        """Both processes find the directory free; the other creates it while this one loads its model."""
         run = tmp_path / "run"
         with ExitStack() as other:
 
@@ -393,15 +145,15 @@ class TestOneRunADirectory:
             monkeypatch.setattr(trainer, "load_backbone", load)
             monkeypatch.setattr(trainer, "train_step", lambda state, *_, **__: (state, {"loss": np.float32(1)}))
             with pytest.raises(UserError, match=f"--output {run}: another process is using it"):
-                short_run(folder, run)
+                short_run(run_folder, run)
             assert tiny.snapshot(tmp_path) == before
 
-    def test_a_run_that_goes_on_is_not_resumed(self, folder: Path, tmp_path: Path):
+    def test_a_run_that_goes_on_is_not_resumed(self, run_folder: Path, tmp_path: Path):
         run = tmp_path / "run"
         with new_run(run, {"seed": 5}):
             before = tiny.snapshot(tmp_path)
             with pytest.raises(UserError, match=f"--output {run}: another process is using it"):
-                short_run(folder, run, resume=True)
+                short_run(run_folder, run, resume=True)
             assert tiny.snapshot(tmp_path) == before
 
     def test_a_lock_alone_is_no_run(self, tmp_path: Path):
@@ -411,7 +163,7 @@ class TestOneRunADirectory:
         with pytest.raises(UserError, match="is in use"):
             check_output(tmp_path, resume=False)
 
-    def test_a_run_that_lost_its_checkpoints_does_not_begin_anew(self, folder: Path, tmp_path: Path):
+    def test_a_run_that_lost_its_checkpoints_does_not_begin_anew(self, run_folder: Path, tmp_path: Path):
         run = tmp_path / "run"
         with new_run(run, {"checkpoint_every": 2}):
             (run / "metrics.jsonl").write_text('{"step": 4}\n')
@@ -419,18 +171,18 @@ class TestOneRunADirectory:
             (run / "metrics.jsonl").write_text('{"step": 5}\n')
         before = tiny.snapshot(tmp_path)
         with pytest.raises(UserError, match="checkpoints of this run are gone; restore them"):
-            short_run(folder, run, resume=True)
+            short_run(run_folder, run, resume=True)
         assert tiny.snapshot(tmp_path) == before
 
-    def test_a_run_killed_before_its_first_checkpoint_begins_anew(self, folder: Path, tmp_path: Path):
+    def test_a_run_killed_before_its_first_checkpoint_begins_anew(self, run_folder: Path, tmp_path: Path):
         with new_run(tmp_path / "run", {"seed": 5}):
             (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
-        assert short_run(folder, tmp_path / "run", resume=True)["steps"] == 4
+        assert short_run(run_folder, tmp_path / "run", resume=True)["steps"] == 4
         assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
         assert json.loads((tmp_path / "run" / "train_config.json").read_text())["seed"] == 0
 
-    def test_what_a_killed_run_left_half_written_is_removed_at_the_end(self, folder: Path, tmp_path: Path):
-        """And nothing else."""
+    def test_what_a_killed_run_left_half_written_is_removed_at_the_end(self, run_folder: Path, tmp_path: Path):
+        """Nothing else is removed."""
         run, names = (
             tmp_path / "run",
             (".adapter.ab_defg1.old", ".summary.json.abcdefg2.partial", ".adapter.of_mine", ".x"),
@@ -442,29 +194,30 @@ class TestOneRunADirectory:
         remove_leftovers(run)
         assert sorted(os.listdir(run)) == [".adapter.of_mine", ".lock", ".x", "train_config.json"]
 
-    def test_a_damaged_config_is_one_line(self, folder: Path, tmp_path: Path):
+    def test_a_damaged_config_is_one_line(self, run_folder: Path, tmp_path: Path):
         with new_run(tmp_path / "run", {"seed": 5}):
             (tmp_path / "run" / "train_config.json").write_bytes(b'{"seed": 5')
         with pytest.raises(UserError, match=r"train_config\.json: not valid JSON .*; restore the file"):
-            short_run(folder, tmp_path / "run", resume=True)
+            short_run(run_folder, tmp_path / "run", resume=True)
 
 
-def test_epochs_of_an_earlier_version_are_resumed_by_their_steps(folder: Path, tmp_path: Path):
-    """It counted 6 steps for 3 passes over 14 rows in batches of 8, and filled the last one with rows of a fourth."""
+def test_epochs_of_an_earlier_version_are_resumed_by_their_steps(run_folder: Path, tmp_path: Path):
+    """The earlier version counted 6 steps for 3 passes over 14 rows in batches of 8, and filled the last one with rows
+    of a fourth."""
     run = tmp_path / "run"
     data = tiny.write_jsonl(tmp_path / "few.jsonl", [{"instruction": f"Say {i}.", "output": str(i)} for i in range(14)])
     plain: dict[str, Any] = {
         "grad_accum": None, "batch_size": 8, "no_packing": True, "checkpoint_every": 6, "dataset": data,
     }  # fmt: skip
-    short_run(folder, run, **plain, steps=6)
+    short_run(run_folder, run, **plain, steps=6)
     edit_identity(run, lambda table: [table.pop(name) for name in ("format", "padded_from")], digests=False)
     with pytest.raises(UserError, match=r"resume with the same, that is --steps 6, or start a new run"):
-        short_run(folder, run, **plain, steps=None, epochs=3, resume=True)
-    short_run(folder, run, **plain, steps=6, resume=True)
+        short_run(run_folder, run, **plain, steps=None, epochs=3, resume=True)
+    short_run(run_folder, run, **plain, steps=6, resume=True)
 
 
-def test_epochs_see_every_example_so_many_times(folder: Path, tmp_path: Path):
-    """By the tokens that the metrics count; and a resumed run does so bit for bit."""
+def test_epochs_see_every_example_so_many_times(run_folder: Path, tmp_path: Path):
+    """Count by the tokens in the metrics; a resumed run gives the same, bit for bit."""
     run = tmp_path / "run"
     data = tiny.write_jsonl(
         tmp_path / "few.jsonl", [{"instruction": f"Say {i}.", "output": "a" * i} for i in range(1, 10)]
@@ -473,13 +226,13 @@ def test_epochs_see_every_example_so_many_times(folder: Path, tmp_path: Path):
         "grad_accum": 2, "batch_size": 4, "no_packing": True, "checkpoint_every": 2, "dataset": data, "steps": None,
         "epochs": 3,
     }  # fmt: skip
-    assert short_run(folder, run, **plain)["steps"] == 4  # 27 rows, 8 a step
-    config, _ = parse_flags("", (TrainConfig, AdapterConfig), flags(folder, str(run), **plain, eval_examples=0))
-    (rows,) = prepare_data(config, load_tokenizer(folder / "model")).batches.rows  # type: ignore[arg-type]
+    assert short_run(run_folder, run, **plain)["steps"] == 4  # 27 rows, 8 a step
+    config, _ = parse_flags("", (TrainConfig, AdapterConfig), flags(run_folder, str(run), **plain, eval_examples=0))
+    (rows,) = prepare_data(config, load_tokenizer(run_folder / "model")).batches.rows  # type: ignore[arg-type]
     assert sum(line["tokens"] for line in metrics_of(run)) == 3 * (rows.segment_ids > 0).sum()
     before = (run / "adapter" / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(run / "checkpoints" / "4")
-    short_run(folder, run, **plain, resume=True)
+    short_run(run_folder, run, **plain, resume=True)
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
@@ -502,12 +255,12 @@ def test_the_first_signal_asks_and_a_second_interrupt_interrupts():
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_only_the_adapter_trains(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_only_the_adapter_trains(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The backbone that was trained with is the one in the file, and no array of the optimiser has its shape."""
     used = []
     monkeypatch.setattr(trainer, "load_backbone", lambda *args: used.append(load_backbone(*args)) or used[0])
-    short_run(folder, tmp_path / "run")
-    before = load_backbone(folder / "model", "float32")
+    short_run(run_folder, tmp_path / "run")
+    before = load_backbone(run_folder / "model", "float32")
     for leaf, fresh in zip(jax.tree.leaves(nnx.state(used[0])), jax.tree.leaves(nnx.state(before)), strict=True):
         assert np.asarray(leaf).tobytes() == np.asarray(fresh).tobytes()
 
@@ -521,21 +274,21 @@ def test_only_the_adapter_trains(folder: Path, tmp_path: Path, monkeypatch: pyte
     assert sorted(moments) == sorted([array.shape for array in adapter.values()] * 2)
 
 
-def test_the_adapter_directory_decodes(folder: Path, tmp_path: Path):
-    short_run(folder, tmp_path / "run", learning_rate=0.05)
+def test_the_adapter_directory_decodes(run_folder: Path, tmp_path: Path):
+    short_run(run_folder, tmp_path / "run", learning_rate=0.05)
     answers = []
     for adapter in (None, tmp_path / "run" / "adapter"):
-        done = tiny.run_script("decode", tiny.decode_flags(folder, json=True, adapter=adapter, max_new_tokens=8))
+        done = tiny.run_script("decode", tiny.decode_flags(run_folder, json=True, adapter=adapter, max_new_tokens=8))
         assert (done.returncode, done.stderr) == (0, "")
         answers.append(json.loads(done.stdout))
     assert answers[0]["token_ids"] != answers[1]["token_ids"]
     assert sum(answers[1]["experts_used"]) > 0
 
 
-def test_data_order_is_a_function_of_seed_and_step(folder: Path):
+def test_data_order_is_a_function_of_seed_and_step(run_folder: Path):
     def tokens(seed: int, step: int) -> bytes:
-        config, _ = parse_flags("", (TrainConfig, AdapterConfig), flags(folder, "unused", seed=seed))
-        return prepare_data(config, load_tokenizer(folder / "model")).batches.at(step).tokens.tobytes()  # type: ignore[arg-type]
+        config, _ = parse_flags("", (TrainConfig, AdapterConfig), flags(run_folder, "unused", seed=seed))
+        return prepare_data(config, load_tokenizer(run_folder / "model")).batches.at(step).tokens.tobytes()  # type: ignore[arg-type]
 
     assert tokens(0, 7) == tokens(0, 7)
     assert len({tokens(0, 7), tokens(0, 8), tokens(1, 7)}) == 3

@@ -101,8 +101,9 @@ class TestPacking:
 class TestStep:
     @pytest.mark.parametrize("targets", [("q_proj", "down_proj"), ("gate_proj",)], ids=["embedding", "context"])
     def test_accumulation_equals_one_large_batch(self, model, targets):
-        """Also in the balance loss, whose f is that of the whole step: 8 rows at once, and as 2 × 4 or 4 × 2, packed from
-        very different lengths, and two of padding. The router sees the token, or (first target in the FFN) the context."""
+        """The balance loss, too, whose f is that of the whole step: 8 rows at once, and as 2 × 4 or 4 × 2, packed from
+        very different lengths, and two of padding. The router sees the token, or (first target in the FFN) the
+        context."""
         rows = pack(examples(model, (32, 20, 3, 30, 9, 16, 4, 31, 2, 26, 5, 6), seed=3), 32)
         rows = Rows(*(np.resize(x, (8, 32)) for x in (rows.tokens, rows.loss_mask, rows.segment_ids, rows.positions)))
         rows.segment_ids[6:], rows.loss_mask[6:] = 0, False
@@ -124,7 +125,7 @@ class TestStep:
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), adapter, results[0][0])
 
     def test_a_balance_loss_of_each_micro_batch_would_differ(self, model, monkeypatch):
-        """By far more than the tolerance above: that test sees the difference."""
+        """A difference far above the tolerance of the test before, which therefore would detect it."""
         rows = pack(examples(model, (32, 20, 3, 30, 9, 16, 4, 31), seed=3), 32, packing=False)
         optimizer = make_optimizer(config(learning_rate=1e-3), 10)
         routers = []
@@ -215,7 +216,8 @@ class TestSchedule:
         assert jnp.abs(updates.experts["q_proj"].A[...]).max() > 0
 
     def test_experts_are_tied_and_routers_move_in_their_share_of_the_steps(self, model):
-        """Of four steps: tied in two, and routers learn in three. `grad_norm` is that of the gradients that are clipped."""
+        """Experts are tied in two of four steps, and routers learn in three. `grad_norm` is that of the gradients that
+        are clipped."""
         rows = pack(examples(model, (30, 20, 25, 31)), 32, packing=False)
         phases = Phases.of(0.5, 0.6, 4)
         assert phases == Phases(tied_steps=2, router_steps=3)
