@@ -220,7 +220,7 @@ def test_special_tokens_are_the_models_and_the_rest_the_sources(tmp_path: Path):
 
 
 def test_special_ids_that_are_no_tokens_are_exported(tmp_path: Path):
-    """As they came; a reader leaves them out."""
+    """Export them unchanged; a reader leaves them out."""
     config = dataclasses.replace(BASE, eos_token_ids=(2, 10**6), pad_token_id=-1)
     exported(config, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [2, 10**6]

@@ -19,18 +19,20 @@ import pytest
 import tiny
 from training_runs import CHECKPOINT_EVERY, STEPS, checkpoints_of, flags, metrics_of, saved_state, train_here
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
+pytestmark = pytest.mark.usefixtures("shared_programs", "optimised")
 
 KILLS_STARTING, KILLS_STEPPING, KILLS_ENDING = 4, 17, 2
 
 
 def start(run_folder: Path, output: str, **changes: Any) -> subprocess.Popen[bytes]:
-    """The run as a process of its own group; resumed if there is one. Compiled programs are cached, to start fast."""
+    """The run as a process of its own group, compiled as for a user; resumed if there is one. Programs are cached, to start
+    fast."""
     if (run_folder / output / "train_config.json").exists():
         changes["resume"] = True
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(run_folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "False",
     }
     return subprocess.Popen(
         tiny.command("train", flags(run_folder, output, **changes)),
