@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from flax import nnx
 from goldens.tiny_models import CASES, write_model_dir
 from random_models import FEW, METHODS, SMALL, random_method, tokens_of
@@ -276,7 +277,7 @@ class TestPresets:
                     ):
                         AdapterConfig(adapter=method, **{name: value})
 
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", quick.first(METHODS, 2))
     def test_every_setting_is_read(self, models, method):
         """Change each setting: the last layer's hook, its outputs or the balance loss must change."""
         model = models(FAMILIES[0])
@@ -327,7 +328,7 @@ def generate(engine: Engine, prompts, n: int) -> list[list[int]]:
 class TestDecoding:
     PROMPTS = ([5, 9, 20, 31, 7], [11, 40, 3, 8, 8, 17, 60, 2, 33], [70])
 
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", quick.first(METHODS))
     def test_a_batch_decodes_what_full_forwards_give(self, models, method):
         model = models(FAMILIES[0])
         adapter = random_method(method, model.config, **FEW[method])

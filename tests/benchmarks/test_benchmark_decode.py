@@ -160,6 +160,7 @@ class TestDecode:
         assert len(result["rows"]) == 8
         assert (tmp_path / "decode.png").stat().st_size > 10_000
 
+    @pytest.mark.slow
     def test_compared_methods(self, in_process, tmp_path):
         result = run(tmp_path, "--part=methods")
         places = [(row["method"], row["targets"], row["strategy"]) for row in result["rows"]]
@@ -171,6 +172,7 @@ class TestDecode:
         points = layer.layer_points([8, 64, 128], [1, 128, 512, 2048], 64)
         assert points == [(8, 1), (64, 1), (128, 1), (8, 512), (64, 512), (128, 512), (64, 128), (64, 2048)]
 
+    @pytest.mark.slow
     def test_layer(self, in_process, tmp_path):
         result = run(tmp_path, "--part=layer")
         assert sorted((row["length"], row["rank"]) for row in result["breakdown"]) == [(1, 8), (16, 8)]
@@ -189,6 +191,7 @@ class TestDecode:
         markdown = (tmp_path / "decode.md").read_text()
         assert f"| backbone {long['strategy']} | 64 | {long['ms']:.3f} |" in markdown
 
+    @pytest.mark.slow
     def test_several_devices(self, tmp_path):
         flags = ["--size=tiny", f"--out={tmp_path}", "--part=devices", "--job-seconds=300"]
         environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

@@ -133,6 +133,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory):
     return str(directory), str(folder / "adapter"), model
 
 
+@pytest.mark.slow
 def test_an_adapter_counts(adapted: Any):
     """One expert with gate 1 is a merged weight: the harness sees the same model."""
     directory, adapter, merged = adapted

@@ -180,6 +180,7 @@ def finished(tmp_path_factory):
     return folder, done
 
 
+@pytest.mark.slow
 class TestTinyDemo:
     def test_too_little_training_gives_exit_code_1(self, finished):
         _, done = finished

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 import tiny
 from flax import nnx
 from generation import generate, prompt_of
@@ -42,7 +43,7 @@ def greedy_by_full_forward(model, adapter, prompt: list[int], n: int) -> list[in
 
 class TestCachedDecodingEqualsTheFullForward:
     @pytest.mark.parametrize("targets", POSITIONS.values(), ids=POSITIONS)
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", quick.first(FAMILIES))
     def test_greedy_tokens(self, models, family, targets):
         model = models(family)
         adapter = random_adapter(model.config, targets=targets)
@@ -50,7 +51,7 @@ class TestCachedDecodingEqualsTheFullForward:
         wanted = greedy_by_full_forward(model, adapter, prompt, 12)
         assert generate(Engine(model, adapter, eos_ids=()), prompt, n=12) == [wanted]
 
-    @pytest.mark.parametrize("name", CASES)
+    @pytest.mark.parametrize("name", quick.first(CASES, 6))
     def test_backbone_gives_the_tokens_of_transformers(self, name, tmp_path):
         write_model_dir(CASES[name], tmp_path)
         golden = np.load(GOLDENS / "tiny" / f"{name}.npz")
@@ -65,6 +66,7 @@ class TestCachedDecodingEqualsTheFullForward:
         story = story.split("-t 0.0\n")[1]
         assert tokenizer.decode(tokens).split() == story.split()
 
+    @pytest.mark.slow
     def test_chat_answers_of_a_real_model(self, smollm2_dir):
         model, tokenizer = load_backbone(smollm2_dir, "float32"), load_tokenizer(smollm2_dir)
         engine = Engine(model)

@@ -105,6 +105,7 @@ class TestEqualsUnmerged:
     @pytest.mark.parametrize(
         "targets", [("q_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")], ids=["q_v", "ffn"]
     )
+    @pytest.mark.slow
     def test_500_tokens_of_a_real_model(self, stories260k_dir, targets):
         model, tokenizer = load_backbone(stories260k_dir, "float32"), load_tokenizer(stories260k_dir)
         adapter, bos = random_adapter(model.config, targets=targets), [tokenizer.bos_token_id]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from linear_cases import CASES, LARGE_CASES, SCALE, Case, assert_near
 
@@ -67,7 +68,7 @@ INTERPRETED = {
     jax.__version_info__ < (0, 12) or jax.default_backend() != "cpu",
     reason="the interpreter runs on CPUs; before JAX 0.12 it fails unless every warpgroup sees a barrier's last phase",
 )
-@pytest.mark.parametrize("case", INTERPRETED)
+@pytest.mark.parametrize("case", quick.first(INTERPRETED))
 def test_interpreted(case):
     x, weights, a, b, mixture = INTERPRETED[case].draw()
     interpret, layer = plgpu.InterpretGPUParams(), INTERPRETED[case].layer

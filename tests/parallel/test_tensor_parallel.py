@@ -17,6 +17,7 @@ from adafuse_jax.parallel.mesh import make_mesh
 PROGRAM = Path(__file__).with_name("tensor_parallel_run.py")
 
 
+@pytest.mark.slow
 def test_other_methods_give_the_same_tokens():
     found = json.loads(tiny.with_devices(2, PROGRAM, "llama_gqa_tied", "methods", 2))
     assert found == {"lora merged": True, "mola unmerged": True, "pesc unmerged": True}
@@ -56,6 +57,7 @@ def test_fused_shares_add_up():
     assert ["the first devices of one process" in (reason or "") for reason in found["reasons"]] == [True, False, True]
 
 
+@pytest.mark.slow
 def test_decode_script(tmp_path):
     folder = tiny.write_folder(tmp_path)
     flags = [*tiny.decode_flags(folder, max_new_tokens=8, dtype="float32"), "--json"]

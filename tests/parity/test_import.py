@@ -186,7 +186,12 @@ IMPORT_ALONE = textwrap.dedent("""
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    ("stored", "asked"), [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")]
+    ("stored", "asked"),
+    [
+        ("bfloat16", "float32"),
+        pytest.param("float32", "float32", marks=pytest.mark.slow),
+        pytest.param("float32", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_import_streams(tmp_path: Path, stored: str, asked: str):
     """Memory never holds two copies of the model: anonymous memory grows by at most 1.35 times its bytes."""

@@ -38,6 +38,7 @@ def run(stories260k_dir, adapter_dir, tmp_path):
 
 
 class TestDrift:
+    @pytest.mark.slow
     def test_files_and_their_numbers(self, run, tmp_path):
         result = run(steps=120)
         assert {"command", "device", "jax", "adapter", "tokens", "results"} <= result.keys()

@@ -181,6 +181,7 @@ def test_weights_of_examples():
     assert mixture.weights_of(rows).tolist() == [[0, 0.5, 0.5, 0, 1, 0]]
 
 
+@pytest.mark.slow
 def test_study_from_files_to_tables(file: Path, stories260k_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An arm at two learning rates, then on two seeds; started again; then the tables, beside a LoRA of other numbers."""
     monkeypatch.setattr(arms, "ARMS", SMALL)

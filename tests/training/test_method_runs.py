@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quick
 import tiny
 from flax import nnx
 from safetensors.numpy import load_file
@@ -51,7 +52,7 @@ def bare(folder, capsys) -> list[int]:
     return answer(folder, capsys)
 
 
-@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("method", quick.first(SETTINGS))
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(folder, capsys, bare, method):
     """Equality bit for bit; and the adapter's answers differ from the backbone's."""
     flags = {

@@ -201,6 +201,7 @@ class TestOneRunADirectory:
             short_run(run_folder, tmp_path / "run", resume=True)
 
 
+@pytest.mark.slow
 def test_epochs_of_an_earlier_version_are_resumed_by_their_steps(run_folder: Path, tmp_path: Path):
     """The earlier version counted 6 steps for 3 passes over 14 rows in batches of 8, and filled the last one with rows
     of a fourth."""
@@ -216,6 +217,7 @@ def test_epochs_of_an_earlier_version_are_resumed_by_their_steps(run_folder: Pat
     short_run(run_folder, run, **plain, steps=6, resume=True)
 
 
+@pytest.mark.slow
 def test_epochs_see_every_example_so_many_times(run_folder: Path, tmp_path: Path):
     """Count by the tokens in the metrics; a resumed run gives the same, bit for bit."""
     run = tmp_path / "run"
@@ -274,6 +276,7 @@ def test_only_the_adapter_trains(run_folder: Path, tmp_path: Path, monkeypatch: 
     assert sorted(moments) == sorted([array.shape for array in adapter.values()] * 2)
 
 
+@pytest.mark.slow
 def test_the_adapter_directory_decodes(run_folder: Path, tmp_path: Path):
     short_run(run_folder, tmp_path / "run", learning_rate=0.05)
     answers = []
