@@ -122,6 +122,7 @@ def run(out: Path, *flags: str) -> dict:
 
 
 class TestDecode:
+    @pytest.mark.slow
     def test_rows_and_files(self, in_process, tmp_path):
         only = ("--only", "backbone", "unmerged-all7", "golden-qv", "simple-qv")
         in_process["simple-qv"] = "RuntimeError: out of | memory"

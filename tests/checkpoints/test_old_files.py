@@ -40,6 +40,7 @@ def test_its_adapters_give_its_tokens(
 
 
 @pytest.mark.usefixtures("optimised")
+@pytest.mark.slow
 def test_its_run_is_resumed_to_the_same_end(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shutil.copytree(written, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+import quick
 from random_models import random_adapter
 
 import benchmarks.simple_merging  # noqa: F401 - registers the strategy
@@ -34,7 +35,7 @@ CASES = [
     Case("down", "qwen3", ("down_proj",)),
     Case("not_renormalized", "llama_mqa", LINEARS, {"renormalize": False}),
 ]
-cases = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+cases = pytest.mark.parametrize("case", quick.first(CASES, 2), ids=[case.name for case in CASES])
 strategies = pytest.mark.parametrize("strategy", MERGING)
 
 

@@ -25,7 +25,11 @@ def test_other_methods_give_the_same_tokens():
 
 @pytest.mark.parametrize(
     ("family", "targets"),
-    [("llama_gqa", LINEARS), ("qwen2_window", LINEARS), ("qwen3", POSITIONS[next(iter(POSITIONS))])],
+    [
+        ("llama_gqa", LINEARS),
+        pytest.param("qwen2_window", LINEARS, marks=pytest.mark.slow),
+        pytest.param("qwen3", POSITIONS[next(iter(POSITIONS))], marks=pytest.mark.slow),
+    ],
 )
 def test_same_tokens_and_half_of_everything(family, targets):
     """Two rows, two devices, twice: one program, and no device holds more than half of a cut matrix."""

@@ -19,6 +19,8 @@ from adafuse_jax.models.hooks import Routing
 from studies.accuracy import generation, pregated
 from studies.accuracy.pregated import PreGated, Variant
 
+pytestmark = pytest.mark.slow
+
 MIXTURE: dict[str, Any] = {
     "rank": 2, "alpha": 4.0, "targets": ("q_proj", "down_proj"), "adapter": "adafuse", "num_experts": 4, "top_k": 2
 }  # fmt: skip

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 import tiny
 from goldens.tiny_models import CASES, write_model_dir
 from training_batches import as_batch, config, examples
@@ -49,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_backbone(out, "float32")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick.first(METHODS))
 def test_each_replica_ends_as_it_would_alone(model: Any, method: str):
     """Seeds and learning rates of their own, two micro-batches, dropout, balance loss; AdaFuse's experts are tied in the
     first step, and its router is frozen in the last."""

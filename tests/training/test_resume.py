@@ -52,6 +52,7 @@ def edit_identity(run: Path, change: Callable[[dict[str, Any]], Any], *, digests
         (where / "digests.json").unlink()
 
 
+@pytest.mark.slow
 def test_a_run_with_tied_experts_is_a_loras(run_folder: Path, tmp_path: Path):
     """Experts of the saved adapter are all equal, and have learned. The router has, too, in its half of the steps."""
     run = tmp_path / "run"
@@ -67,6 +68,7 @@ def test_a_run_with_tied_experts_is_a_loras(run_folder: Path, tmp_path: Path):
         assert np.abs(leaf).max() > 0, name
 
 
+@pytest.mark.slow
 def test_a_run_older_than_a_setting_had_its_default(run_folder: Path, tmp_path: Path):
     """Checkpoints without the setting are resumed with its default, and refused with another value."""
     run, plain = tmp_path / "run", {"tied_share": None, "router_share": None}
