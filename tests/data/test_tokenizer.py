@@ -113,7 +113,10 @@ class TestCodeNeverRuns:
         ),
     }  # fmt: skip
 
-    @pytest.mark.parametrize("entry", ENTRIES)
+    @pytest.mark.parametrize(
+        "entry",
+        [pytest.param(entry, marks=pytest.mark.slow if "lm_eval" in entry else ()) for entry in ENTRIES],
+    )
     def test_entry_points(self, folder, monkeypatch, capsys, entry):
         """Every entry point works; stdin is left unread, or its lines are answered as prompts."""
         from goldens.lm_eval_cases import write_tasks

@@ -57,6 +57,7 @@ class TestDrift:
         assert (tmp_path / "drift.md").read_text().count("| switch") == 8
         assert (tmp_path / "drift.png").stat().st_size > 10_000
 
+    @pytest.mark.slow
     def test_a_text_gives_the_tokens(self, run, shared_dir):
         text = shared_dir / "assets" / "models" / "stories260K.md"
         result = run(steps=3, text=text)

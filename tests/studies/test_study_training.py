@@ -62,6 +62,7 @@ def rows(loaded: Any) -> Any:
 @pytest.mark.parametrize(
     "name", quick.first((name for name in METHODS if name not in ("none", "lora-matched", "adafuse-ffn")), 2)
 )
+@pytest.mark.slow
 def test_every_method_learns(name: str, loaded: Any, rows: Any):
     """The loss falls, and the learning rate that is given is the one that counts: at 0 nothing changes."""
     settings, rate = small(name), 1e-3 if name == "full" else 3e-2

@@ -88,6 +88,7 @@ def test_full_leaves_a_plain_model_of_which_nothing_is_the_backbone(folder):
     assert not (folder / "full" / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_none_is_the_backbone_and_a_run_may_begin_from_a_lora_of_peft(folder):
     """Comparison of first held-out losses: that of a new LoRA is the backbone's, with --init-lora it is the LoRA's,
     whatever the method."""
