@@ -31,6 +31,12 @@ def set_compilation(**settings: Any) -> None:
         os.environ[name.upper()] = str(value)
 
 
+def compile_anew(**settings: Any) -> None:
+    """`set_compilation`, without the programs of this process: their keys lack the options."""
+    jax.clear_caches()
+    set_compilation(**settings)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Set JAX's compilation: on the CPU most time goes to compiling programs that run once, so most of XLA's
     optimisations are off, and a program is compiled once per machine, whichever worker, script or session needs it."""
@@ -67,11 +73,9 @@ def real_models_are_optimised(request: pytest.FixtureRequest) -> Iterator[None]:
     if not before or {"smollm2_dir", "stories260k_dir", "optimised"}.isdisjoint(request.fixturenames):
         yield
         return
-    for disabled in (False, True):
-        jax.clear_caches()  # their keys lack the option
-        set_compilation(jax_disable_most_optimizations=disabled)
-        if not disabled:
-            yield
+    compile_anew(jax_disable_most_optimizations=False)
+    yield
+    compile_anew(jax_disable_most_optimizations=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

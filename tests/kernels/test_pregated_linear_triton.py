@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,8 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 from linear_cases import CASES, Case, assert_near  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime import interpreter as triton_interpreter  # noqa: E402
-from triton_host import GUARD, TRITON_TYPES, HostTensor, guarded  # noqa: E402
+from triton_host import GUARD, HostTensor, compiler_of, guarded  # noqa: E402
 
 import pallas_kernels.pregated_linear.kernel_triton as kernels  # noqa: E402
 from pallas_kernels.pregated_linear import Mixture, pregated_linear  # noqa: E402
@@ -87,18 +86,8 @@ def test_default_tiles(interpreter, case):
 @pytest.mark.parametrize("batch", [1, 32])
 def test_compiles_without_gpu(monkeypatch, tmp_path, capability, dtype, batch):
     """q, k and v of an 8B model: 16-byte loads, tensor cores for a batch, nothing in local memory."""
-    compiled = []
-
-    def compiling_call(*args, kernel, out_shape, zeroed_outputs, grid, name, num_warps, num_stages, **constants):
-        types = [TRITON_TYPES[x.dtype.name] for x in (*args, *out_shape)]
-        signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
-        aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(types))}
-        source = ASTSource(kernel, signature, constants, aligned)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        compiled.append(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options))
-        return [jnp.zeros(x.shape, x.dtype) for x in out_shape]
-
-    monkeypatch.setitem(sys.modules, "jax_triton", SimpleNamespace(triton_call=compiling_call))
+    compiled: list[Any] = []
+    monkeypatch.setitem(sys.modules, "jax_triton", compiler_of(capability, compiled))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     weights, a, b = {}, {}, {}
     for target, out_dim in LLAMA_8B.items():

@@ -27,10 +27,8 @@ interpreted = pytest.mark.skipif(
     reason="the interpreter runs on CPUs; before JAX 0.12 it fails unless every warpgroup sees a barrier's last phase",
 )
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")]
-HERE = [
-    "xla", pytest.param("interpreted", marks=interpreted),
-    pytest.param("B fetched again", marks=[interpreted, pytest.mark.slow]),
-]  # fmt: skip
+slow = [interpreted, pytest.mark.slow]
+HERE = ["xla", pytest.param("interpreted", marks=interpreted), pytest.param("B fetched again", marks=slow)]
 ON_GPU = [pytest.param(name, marks=on_gpu) for name in IMPLEMENTATIONS]
 
 
