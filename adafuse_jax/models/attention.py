@@ -8,7 +8,8 @@
     cudnn_masked     anything                                           yes
     xla              anything, on every device                          yes, and [B, N, T, S] scores
 
-cuDNN needs an NVIDIA GPU, 16-bit inputs and head_dim a multiple of 8 up to 128. `implementation_of` chooses.
+cuDNN needs an NVIDIA GPU, 16-bit inputs, T and S even, and head_dim a multiple of 8 up to 128. `implementation_of`
+chooses.
 """
 
 from __future__ import annotations
@@ -75,10 +76,10 @@ def implementation_of(
 ) -> Implementation:
     """The implementation that `attention` uses for these shapes and types on the default device.
 
-    A query alone is a matrix-vector product, which cuDNN would not help.
+    A single query, odd, is a matrix-vector product, which cuDNN would not help.
     """
-    sixteen_bit = q.dtype in (jnp.bfloat16, jnp.float16)
-    fits = sixteen_bit and q.shape[1] > 1 and q.shape[3] % 8 == 0 and q.shape[3] <= MAX_HEAD_DIM
+    sixteen_bit, even = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
+    fits = sixteen_bit and even and q.shape[3] % 8 == 0 and q.shape[3] <= MAX_HEAD_DIM
     if jax.default_backend() != "gpu" or not fits:
         return "xla"
     if visibility.is_sequence:
@@ -87,8 +88,7 @@ def implementation_of(
             return "cudnn_causal"
         if segments is not None and segments <= MAX_PACKED_SEGMENTS and window is None and is_hopper():
             return "cudnn_packed"
-    even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
-    return "cudnn_masked" if even else "xla"
+    return "cudnn_masked"
 
 
 def is_hopper() -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -57,6 +58,7 @@ def measure(job: dict[str, Any], report: Report) -> None:
     """`job`: size, method, targets, batch, length, remat, segments, steps, repeats."""
     shapes = SHAPES[job["size"]]
     backbone, adapter = model_config(shapes), adapter_config(shapes, job["targets"], method=job["method"])
+    adapter = replace(adapter, dropout=0.0)  # as the peers
     optimizer = make_optimizer(TrainConfig(model="-", dataset=("-",), output="-", learning_rate=1e-4), 1000)
     initial = partial(initial_state, adapter, optimizer=optimizer, phases=Phases(), key=jax.random.key(0))
     options = {"remat": job["remat"], "unroll": job["unroll"], "max_segments": job["segments"]}

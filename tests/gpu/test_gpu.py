@@ -28,8 +28,8 @@ class TestAttention:
     @pytest.mark.parametrize(
         ("implementation", "segments", "window", "length"),
         [
-            ("cudnn_causal", 1, None, 200), ("cudnn_causal", 1, 20, 200), ("cudnn_causal", 1, None, 201),
-            ("cudnn_packed", 3, None, 200), ("cudnn_packed", 3, None, 64), ("cudnn_packed", 5, None, 201),
+            ("cudnn_causal", 1, None, 200), ("cudnn_causal", 1, 20, 200), ("xla", 1, None, 201),
+            ("cudnn_packed", 3, None, 200), ("cudnn_packed", 3, None, 64), ("cudnn_packed", 5, None, 202),
             ("cudnn_masked", None, None, 200), ("cudnn_masked", None, 20, 64), ("cudnn_masked", 3, 20, 200),
             ("xla", None, None, 201), ("xla", None, 20, 201),
         ],
