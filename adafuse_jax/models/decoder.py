@@ -181,8 +181,11 @@ class Backbone(nnx.Module):
                 if isinstance(index, int) or len(distinct) == 1:
                     window = windows[index] if isinstance(index, int) else distinct[0]
                     return attention(q, k, v, visibility, window)
-                branches = [partial(attention, window=window) for window in distinct]
-                return jax.lax.switch(window_of_layer[index], branches, q, k, v, visibility)
+
+                def within(window: int | None) -> Callable[[Array, Array, Array], Array]:
+                    return lambda q, k, v: attention(q, k, v, visibility, window)
+
+                return jax.lax.switch(window_of_layer[index], [within(window) for window in distinct], q, k, v)
 
             def slice_linear(name: str, h: Array) -> tuple[Linear, Array]:
                 # Once its input is computed: a scan copies each slice, and would copy all linears of a layer at once.
