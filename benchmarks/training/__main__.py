@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
     found: dict[str, Any] = {"part": part, "command": command, "commit": commit(), "rows": [], "versions": {}}
     path = arguments.out / f"part-training-{'-'.join([part, *(arguments.only or ())])}.json"
     if part == "curve":
-        write_json(path, found | {"curve": measure_curve(arguments)})
+        write_json(path, found | {"curve": measure_curve(arguments), "finished": time.time()})
         return
     for job in jobs_of(part, arguments):
         if arguments.only and not any(job.name.startswith(name) for name in arguments.only):
@@ -108,7 +109,7 @@ def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
             values = {name: value for name, value in values.items() if name not in ("device", "jax", "commit")}
             error = {} if values else {"error": problem or "no result"}
             found["rows"].append(keys | values | {"devices": 1} | error)
-        write_json(path, found)
+        write_json(path, found | {"finished": time.time()})
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -17,11 +17,12 @@ CURVE_TOLERANCE = 1e-4
 
 
 def merge_parts(out: Path) -> str:
-    """Write the three files from part-training-*.json in `out`; of a row measured twice the later part counts, by name.
+    """Write the three files from part-training-*.json in `out`; of a row measured twice the later one counts.
 
     Returns the report.
     """
-    parts = [json.loads(path.read_text()) for path in sorted(out.glob("part-training-*.json"))]
+    parts = [json.loads(path.read_text()) for path in out.glob("part-training-*.json")]
+    parts.sort(key=lambda part: part["finished"])
     rows: dict[tuple, dict[str, Any]] = {}
     curve: dict[str, Any] | None = None
     for part in parts:

@@ -68,13 +68,19 @@ def part(**changes) -> dict:
         "devices": 1, "ms": 500.0, "spread_ms": 5.0, "tokens_per_second": 16384.0, "flops_4n": 2e14, "peak_gib": 58.3,
         "compile_seconds": 90.0, "losses": [10.0], "profile": [{"products": 400.0, "other": 50.0}, {}],
     }  # fmt: skip
-    base = {"part": "jax", "command": "python -m benchmarks.training --out x", "commit": "abc", "device": "NVIDIA H200"}
+    base = {
+        "part": "jax",
+        "command": "python -m benchmarks.training --out x",
+        "commit": "abc",
+        "device": "NVIDIA H200",
+        "finished": 1,
+    }
     return base | {"versions": {"jax": "0.11.2"}, "rows": [row]} | changes
 
 
 def test_report(tmp_path: Path):
     write_json(tmp_path / "part-training-jax.json", part())
-    broken = part(rows=[rows_of("full")[6] | {"devices": 1, "error": "out of memory"}], part="jax")
+    broken = part(rows=[rows_of("full")[6] | {"devices": 1, "error": "out of memory"}], finished=2)
     write_json(tmp_path / "part-training-jax-lora.json", broken)
     text = merge_parts(tmp_path)
     assert "| adafuse | llama2-7b | 4 × 2048 | 1 | products | unrolled | 16,384 | 164 | 51% | 58.3 | 90 s |  |" in text
