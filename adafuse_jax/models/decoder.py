@@ -24,6 +24,7 @@ from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig
 from adafuse_jax.models.hooks import Adapter, Hook
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.models.layers import Linear, RMSNorm, apply_rope, rope_frequencies, rope_tables
+from adafuse_jax.models.layout import ONE_DEVICE, Layout
 
 
 @jax.tree_util.register_dataclass
@@ -104,15 +105,19 @@ class Backbone(nnx.Module):
     def dtype(self) -> jnp.dtype:
         return self.embed_tokens[...].dtype
 
+    @property
+    def head(self) -> Float[Array, "V D"]:
+        """The head, or the tied embedding."""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
+
     def __call__(self, tokens: Int[Array, "B T"], **options: Any) -> Output:
         """`run`, with the logits of every position."""
         out = self.run(tokens, **options)
         return replace(out, logits=self.logits(out.hidden))
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """The head, or the tied embedding, applied to hidden states; fp32."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return jnp.einsum("...d,vd->...v", hidden, head[...], preferred_element_type=jnp.float32)
+        """The head applied to hidden states; fp32."""
+        return head_logits(self.head, hidden)
 
     def run(
         self,
@@ -126,6 +131,7 @@ class Backbone(nnx.Module):
         remat: bool = False,
         unroll: bool = False,
         attention: Callable[[Array, Array, Array, Array], Array] = attention,
+        layout: Layout = ONE_DEVICE,
     ) -> Output:
         """Run the layers.
 
@@ -140,6 +146,7 @@ class Backbone(nnx.Module):
           remat: recompute each layer in the backward pass.
           unroll: unroll the layers instead of scanning (XLA then reads the stacked weights without copying slices).
           attention: of (q, k, v, mask); under `jax.vmap` on a GPU it must have a batching rule of its own.
+          layout: of the weights and activations over devices.
         """
         config = self.config
         if positions is None:
@@ -156,6 +163,7 @@ class Backbone(nnx.Module):
         def run_layer(carry: tuple, layer_inputs: tuple) -> tuple[tuple, Any]:
             x, cache, routing = carry
             layer, experts, index, window = layer_inputs
+            layer, experts = layout.layer((layer, experts))
 
             def attend(q: Array, k: Array, v: Array) -> Array:
                 nonlocal cache
@@ -163,7 +171,7 @@ class Backbone(nnx.Module):
                 if cache is not None:
                     cache = cache.write(index, positions, k, v)
                     k, v = cache.k[index], cache.v[index]
-                return attention(q, k, v, visibility.mask(window))
+                return layout.attention(attention)(q, k, v, visibility.mask(window))
 
             def slice_linear(name: str, h: Array) -> tuple[Linear, Array]:
                 # Once its input is computed: a scan copies each slice, and would copy all linears of a layer at once.
@@ -172,10 +180,10 @@ class Backbone(nnx.Module):
 
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             hook = Hook() if adapter is None else adapter.hook(experts, index, routing, key)
-            x = layer(x, attend, hook, None if unroll or cache is None else slice_linear)
+            x = layout.activations(layer(x, attend, hook, None if unroll or cache is None else slice_linear))
             return (x, cache, hook.routing), hook.layer_routing
 
-        x = self.embed_tokens[...][tokens]  # [B, T, D]
+        x = layout.embedded(self.embed_tokens[...], tokens)  # [B, T, D]
         routing = None if adapter is None else adapter.initial_routing(tokens.shape[0], tokens.shape[1])
         experts = None if adapter is None else adapter.experts
         carry, stacked = (x, cache, routing), (self.layers, experts, windows)
@@ -189,7 +197,12 @@ class Backbone(nnx.Module):
             layer_routings = jax.tree.map(lambda *routings: jnp.stack(routings), *layer_routings)
         else:
             layers, experts, windows = stacked
-            body = jax.checkpoint(run_layer, prevent_cse=False) if remat else run_layer
+            body = jax.checkpoint(run_layer, prevent_cse=False) if remat else layout.body(run_layer, (layers, experts))
             carry, layer_routings = jax.lax.scan(body, carry, (layers, experts, jnp.arange(config.num_layers), windows))
         x, cache, routing = carry
         return Output(self.norm(x), layer_routings if routing is None else routing, cache)
+
+
+def head_logits(head: Float[Array, "V D"], hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+    """Logits of hidden states; fp32."""
+    return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
