@@ -158,8 +158,8 @@ class Batches:
         return source, row
 
     def at(self, step: int, rows: range | None = None) -> Batch:
-        """The batch of optimiser step `step` (from 0): numpy arrays [grad_accum, batch_size, T], or of every micro-batch only
-        those `rows`. Rows behind `total_rows` are padding: segment_ids 0 and no targets."""
+        """The batch of optimiser step `step` (from 0): numpy arrays [grad_accum, batch_size, T], or only those `rows` of
+        every micro-batch. Rows behind `total_rows` are padding: segment_ids 0 and no targets."""
         chosen = np.arange(self.batch_size)[slice(None) if rows is None else slice(rows.start, rows.stop)]
         index = np.arange(step * self.grad_accum, (step + 1) * self.grad_accum)[:, None] * self.batch_size + chosen
         index, size = index.ravel(), index.size

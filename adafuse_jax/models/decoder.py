@@ -163,7 +163,7 @@ class Backbone(nnx.Module):
         def run_layer(carry: tuple, layer_inputs: tuple) -> tuple[tuple, Any]:
             x, cache, routing = carry
             layer, experts, index, window = layer_inputs
-            layer, experts = layout.layer((layer, experts))
+            layer, experts = layout.layer((layer, experts), x.dtype)
 
             def attend(q: Array, k: Array, v: Array) -> Array:
                 nonlocal cache

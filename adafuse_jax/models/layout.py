@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 
@@ -22,8 +23,8 @@ class Layout:
         """The residual stream."""
         return x
 
-    def layer[Weights](self, weights: Weights) -> Weights:
-        """The weights of one layer, and of its experts, as the layer multiplies with them."""
+    def layer[Weights](self, weights: Weights, dtype: DTypeLike) -> Weights:
+        """The weights of one layer, and of its experts, as the layer multiplies with them; activations are of `dtype`."""
         return weights
 
     def head(self, head: Float[Array, "V D"], *, is_tied: bool) -> Float[Array, "V D"]:
@@ -31,8 +32,8 @@ class Layout:
         return head
 
     def body[Body: Callable[..., Any]](self, body: Body, weights: Any) -> Body:
-        """The body of the scan over layers, of which `weights` [L, …] are scanned. Its backward pass may use what the forward
-        pass has computed."""
+        """The body of the scan over layers, of which `weights` [L, …] are scanned. Its backward pass may use all that the
+        forward pass has computed."""
         return body
 
     def attention(self, attend: Callable[..., Array]) -> Callable[..., Array]:

@@ -34,8 +34,8 @@ RULES: tuple[tuple[str, str], ...] = (
     ("embed", FSDP), ("heads", TENSOR), ("kv_heads", TENSOR), ("hidden", TENSOR), ("vocab", TENSOR),
     ("heads", FSDP), ("kv_heads", FSDP), ("hidden", FSDP),
 )  # fmt: skip
-"""(logical axis, axis of the mesh). Within an array an axis of the mesh serves once, by the first rule that takes it: `heads`
-take `fsdp` in B [layers, experts, heads, rank], and not in W [layers, heads, embed]."""
+"""(logical axis, axis of the mesh). In an array an axis of the mesh serves once, by the first rule that takes it: `heads`
+takes `fsdp` in B [layers, experts, heads, rank], and not in W [layers, heads, embed]."""
 
 LINEARS: dict[str, tuple[str, str]] = {
     "q_proj": ("heads", "embed"), "k_proj": ("kv_heads", "embed"), "v_proj": ("kv_heads", "embed"),

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.lax import with_sharding_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from adafuse_jax.models.layout import Layout
@@ -45,9 +46,12 @@ class MeshLayout(Layout):
     def activations(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return with_sharding_constraint(x, self.sharding(ROWS))
 
-    def layer[Weights](self, weights: Weights) -> Weights:
+    def layer[Weights](self, weights: Weights, dtype: DTypeLike) -> Weights:
+        """The weights whole over fsdp, low-rank factors in the type of the activations, as they are used: fewer bytes."""
+
         def gather(path: tuple[Any, ...], leaf: Array) -> Array:
-            return self._gathered(leaf, logical_axes(path)[1:])
+            axes = logical_axes(path)[1:]
+            return self._gathered(leaf.astype(dtype) if "rank" in axes else leaf, axes)
 
         return jax.tree_util.tree_map_with_path(gather, weights)
 

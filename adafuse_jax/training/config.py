@@ -60,14 +60,14 @@ class TrainConfig:
         high=1e6,
     )
     mesh: str | None = flag(
-        "devices to train on: sizes of data (rows), fsdp (rows, weights kept in parts) and tensor (heads and hidden units), "
-        "one of them -1 for all that are left, as data=2,fsdp=-1; default: all as fsdp if they divide --batch-size, else one",
+        "devices to train on, as data=2,fsdp=-1: sizes of data (rows), fsdp (rows; weights in parts), tensor (heads and "
+        "hidden units), one of them -1 for all that are left; default: all as fsdp if they divide --batch-size, else one",
         None,
         "SIZES",
     )
     coordinator: str | None = flag(
-        "address and port of process 0, where several processes train together; under SLURM, Open MPI and Kubernetes this and "
-        "the next two are found",
+        "address and port of process 0, for several processes that train together; under SLURM, Open MPI and Kubernetes "
+        "this and the next two are found",
         None,
         "HOST:PORT",
     )

@@ -112,6 +112,28 @@ class Report:
             self._file.flush()
 
 
+class NoReport(Report):
+    """The report of a process that is not the first one: nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def open(self) -> None:
+        pass
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        pass
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines of a metrics file, and how many were left out: cut short by a kill, damaged, or without a step."""
     lines, damaged = [], 0

@@ -35,12 +35,13 @@ from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.layout import ONE_DEVICE, Layout
 from adafuse_jax.parallel.layout import MeshLayout
 from adafuse_jax.parallel.mesh import shard, training_mesh
+from adafuse_jax.parallel.processes import Agreement, is_first, on_first, wait_for_all
 from adafuse_jax.training.checkpoint import Checkpoints, run_identity
 from adafuse_jax.training.config import TrainConfig, require_compatible
 from adafuse_jax.training.data import Data, prepare_data, run_date
 from adafuse_jax.training.initial import digest, initial_state, read_initial_lora
 from adafuse_jax.training.limits import require_context, require_memory
-from adafuse_jax.training.metrics import Report, not_finite, plot_training, step_line, summarize
+from adafuse_jax.training.metrics import NoReport, Report, not_finite, plot_training, step_line, summarize
 from adafuse_jax.training.optimizer import make_optimizer
 from adafuse_jax.training.output import (
     ADAPTER_DIR,
@@ -68,7 +69,7 @@ MAX_STEPS = 2**31 - 1
 
 
 def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
-    """Fine-tune an adapter by `config` and write to `config.output`:
+    """Fine-tune an adapter by `config` and write to `config.output`, from the first of several processes:
 
     `adapter/` (for decode.py; `model/` if all weights train), `checkpoints/`, `metrics.jsonl`, `training.png`,
     `summary.json` and `train_config.json`; with nothing to train only metrics, summary and config. Returns the summary.
@@ -122,11 +123,15 @@ def _train(
             config, load_backbone(checkpoint, config.dtype, place=Stacked(mesh)), data, layout
         )
         held.enter_context(new_run(output, settings))
-        with disk_errors(output):
+
+        def write_held_out() -> dict[str, Any]:
             write_text(output / METRICS_FILE, json.dumps(held_out) + "\n")
             summary = summarize(output / METRICS_FILE, steps=0, parameters=0, seconds=0)
             write_json(output / SUMMARY_FILE, summary)
-        return summary
+            return summary
+
+        with disk_errors(output):
+            return on_first(write_held_out)
 
     # State: abstract first, to ask for disk space before the backbone is loaded
     steps = _steps(config, data)
@@ -153,14 +158,16 @@ def _train(
 
     # Steps
     start = int(state.step)
-    report = Report(output / METRICS_FILE, start=start, steps=steps, log_every=config.log_every)
+    report = NoReport()
+    if is_first():
+        report = Report(output / METRICS_FILE, start=start, steps=steps, log_every=config.log_every)
 
     def open_output() -> None:
         """Nothing of the run is on disk before."""
         if recorded is None:
             held.enter_context(new_run(output, settings))
         elif start == 0:  # killed before its first checkpoint
-            write_config(output, settings)
+            on_first(partial(write_config, output, settings))
         report.open()
 
     run = Run(
@@ -180,11 +187,19 @@ def _train(
         else:
             names = {"backbone_name": config.model, "backbone_identity": backbone}
             save_adapter(state.adapter, output / ADAPTER_DIR, **names, replace=True, layout=layout)
-        plot_training(output / METRICS_FILE, output / PLOT_FILE)
-        parameters = num_parameters(state.adapter)
-        summary = summarize(output / METRICS_FILE, steps=int(state.step), parameters=parameters, seconds=seconds)
-        write_json(output / SUMMARY_FILE, summary)
-        remove_leftovers(output)
+        return on_first(
+            lambda: _write_summary(
+                output, steps=int(state.step), parameters=num_parameters(state.adapter), seconds=seconds
+            )
+        )
+
+
+def _write_summary(output: Path, **numbers: Any) -> dict[str, Any]:
+    """Plot and summary of the run, whose temporary files are then removed."""
+    plot_training(output / METRICS_FILE, output / PLOT_FILE)
+    summary = summarize(output / METRICS_FILE, **numbers)
+    write_json(output / SUMMARY_FILE, summary)
+    remove_leftovers(output)
     return summary
 
 
@@ -250,7 +265,7 @@ def _run_steps(run: Run, state: TrainState) -> tuple[TrainState, float]:
         run.open_output()
     else:
         run.evaluate(state, step)  # B = 0, so this is the bare backbone, or that with --init-lora
-    batch = run.batch(step)
+    batch, agreement = run.batch(step), Agreement()
     with stop_signals() as stop_requested:
         while step < run.steps:
             begun = time.perf_counter()
@@ -263,6 +278,7 @@ def _run_steps(run: Run, state: TrainState) -> tuple[TrainState, float]:
                 phases=run.phases,
                 layout=run.layout,
             )
+            stop = agreement(stop_requested)
             next_batch = run.batch(step + 1)  # made while the device works
             metrics = jax.device_get(device_metrics)
             step += 1
@@ -276,13 +292,12 @@ def _run_steps(run: Run, state: TrainState) -> tuple[TrainState, float]:
             last = step == run.steps
             if step % config.eval_every == 0 or last:
                 run.evaluate(state, step)
-            if step % config.checkpoint_every == 0 or last or stop_requested():
+            if step % config.checkpoint_every == 0 or last or stop():
                 checkpoints.save(state)
-            if stop_requested() and not last:
+            if stop() and not last:
                 checkpoints.wait()
-                raise Stopped(
-                    f"stopped at step {step} of {run.steps}, which is saved; continue with --resume", stop_requested()
-                )
+                wait_for_all()
+                raise Stopped(f"stopped at step {step} of {run.steps}, which is saved; continue with --resume", stop())
             batch = next_batch
         checkpoints.wait()
     return state, seconds

@@ -1,0 +1,129 @@
+"""Several processes that train together: their start, what the first one decides for all, and the meeting of all.
+
+Every process runs the same program on its own devices and rows; `jax.distributed` joins them. A process that dies is missed
+after `HEARTBEAT_SECONDS`, and ends the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from adafuse_jax.core.errors import UserError, shortened
+
+HEARTBEAT_SECONDS, SHUTDOWN_SECONDS = 30, 20
+CLUSTERS = {"SLURM": "SLURM_NTASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
+"""Variables in which launchers give the number of processes; Kubernetes gives `JOB_COMPLETION_INDEX` to indexed jobs."""
+
+
+def start(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Join the other processes: those of a coordinator, or those that SLURM, Open MPI or Kubernetes has started beside this.
+    Call before JAX finds its devices. Without others nothing happens. All but the first process log errors only.
+
+    Raises:
+      UserError: the others cannot be reached.
+    """
+    if coordinator is None and not is_one_of_several():
+        return
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM, which `stop_signals` handles
+    try:
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )  # fmt: skip
+    except (RuntimeError, ValueError, OSError) as error:
+        where = f"--coordinator {coordinator}" if coordinator else "the other processes of this job"
+        raise UserError(
+            f"{where}: cannot be joined ({shortened(str(error), 200)}); start all processes with one address that each of "
+            "them can reach"
+        ) from error
+    if jax.process_index() > 0:
+        logging.getLogger("adafuse_jax").setLevel(logging.ERROR)
+        logging.getLogger("pallas_kernels").setLevel(logging.ERROR)
+
+
+def is_one_of_several() -> bool:
+    """Return whether a launcher has started this process as one of several."""
+    sizes = (os.environ.get(name, "1") for name in CLUSTERS.values())
+    in_job = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
+    in_step = "SLURM_STEP_NODELIST" in os.environ or "SLURM_NTASKS" not in os.environ  # a batch script is one process
+    return in_job or (in_step and any(size.isdecimal() and int(size) > 1 for size in sizes))
+
+
+def is_first() -> bool:
+    """Return whether this process is the one that writes logs and files."""
+    return jax.process_index() == 0
+
+
+def on_first[Result](function: Callable[[], Result]) -> Result:
+    """The result of `function` in the first process, for all. It is of JSON's types; all processes call this together.
+
+    Raises:
+      UserError: what the first process raised, in all processes.
+    """
+    if jax.process_count() == 1:
+        return function()
+    answer: dict[str, Any] = {}
+    failure: Exception | None = None
+    if is_first():
+        try:
+            answer = {"result": function()}
+        except Exception as error:
+            failure, answer = error, {"error": str(error)}
+    data = json.dumps(answer).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    sent = np.frombuffer(data.ljust(size)[:size], np.uint8)
+    answer = json.loads(multihost_utils.broadcast_one_to_all(sent).tobytes())
+    if failure is not None:
+        raise failure
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["result"]
+
+
+def wait_for_all() -> None:
+    """Return once all processes have called this."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("all")
+
+
+@contextlib.contextmanager
+def lost_process_errors() -> Iterator[None]:
+    """Context in which a computation that lacks another process raises a `UserError`."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise UserError(
+            f"another process of this run has ended or cannot be reached ({shortened(str(error), 160)}); when all can run "
+            "again, continue with --resume"
+        ) from error
+
+
+class Agreement:
+    """The largest of the numbers that the processes hold, agreed on by all without waiting for each other."""
+
+    def __init__(self) -> None:
+        self._mesh = Mesh(np.array(jax.devices()), ("devices",))
+        self._largest = jax.jit(lambda numbers: numbers.max(), out_shardings=NamedSharding(self._mesh, PartitionSpec()))
+
+    def __call__(self, number: Callable[[], int]) -> Callable[[], int]:
+        """A function that returns the largest `number()` of all processes at the time of this call, which all make together;
+        of one process, that at the time when it is asked."""
+        if jax.process_count() == 1:
+            return number
+        mine = np.array([number()], np.int32)
+        sharding = NamedSharding(self._mesh, PartitionSpec("devices"))
+        numbers = jax.make_array_from_callback((self._mesh.size,), sharding, lambda _: mine)
+        largest = self._largest(numbers)
+        return lambda: int(largest)
