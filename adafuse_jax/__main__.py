@@ -27,7 +27,7 @@ def train(argv: Sequence[str], program: str = "train.py") -> int:
 
     processes.start(config.coordinator, config.num_processes, config.process_id)
     memory_errors = runtime.memory_errors("lower --batch-size, --max-length, --rank or --num-experts")
-    with processes.quiet_stdout(), processes.lost_process_errors(), memory_errors:
+    with processes.several_processes(), memory_errors:
         from adafuse_jax.training.signals import Stopped
         from adafuse_jax.training.trainer import train as run_training
 

@@ -31,7 +31,7 @@ class Layout:
         """The head, or the tied embedding, as the loss multiplies with it."""
         return head
 
-    def body[Body: Callable[..., Any]](self, body: Body, weights: Any) -> Body:
+    def body(self, body: Callable[..., Any], weights: Any) -> Callable[..., Any]:
         """The body of the scan over layers, of which `weights` [L, …] are scanned. Its backward pass may use all that the
         forward pass has computed."""
         return body

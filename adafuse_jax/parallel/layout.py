@@ -63,7 +63,7 @@ class MeshLayout(Layout):
         sharded, whole = self.sharding(axes), NamedSharding(self.mesh, kept)
         return leaf if sharded == whole else _gathered(leaf, sharded, whole)
 
-    def body[Body: Callable[..., Any]](self, body: Body, weights: Any) -> Body:
+    def body(self, body: Callable[..., Any], weights: Any) -> Callable[..., Any]:
         """The body, whose backward pass gathers the weights again: saved, those of all layers would be whole at once. So is
         nothing saved that has been computed from arrays with a weight's shape alone, as its cast."""
         shapes = {tuple(sorted(leaf.shape[1:])) for leaf in jax.tree.leaves(weights)}
@@ -98,7 +98,7 @@ class MeshLayout(Layout):
 
     def rows(self, batch_size: int) -> range:
         indices = self.sharding(("batch",)).addressable_devices_indices_map((batch_size,)).values()
-        ranges = [range(batch_size)[index] for (index,) in indices if index is not None]
+        ranges = [range(batch_size)[index[0]] for index in indices if index is not None]
         return range(min(rows.start for rows in ranges), max(rows.stop for rows in ranges))
 
     def batch(self, rows: Any, batch_size: int, *, axis: int = 0) -> Any:

@@ -6,10 +6,13 @@ after `HEARTBEAT_SECONDS`, and ends the others.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import logging
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,11 +21,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adafuse_jax.core.errors import UserError, shortened
+from adafuse_jax.core.cli import message_of
+from adafuse_jax.core.errors import EXIT_CODE, UserError, shortened
+from adafuse_jax.core.runtime import native_stdout_on_stderr
 
 HEARTBEAT_SECONDS, SHUTDOWN_SECONDS = 30, 20
-CLUSTERS = {"SLURM": "SLURM_NTASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
-"""Variables in which launchers give the number of processes; Kubernetes gives `JOB_COMPLETION_INDEX` to indexed jobs."""
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -52,11 +55,12 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 
 def is_one_of_several() -> bool:
-    """Return whether a launcher has started this process as one of several."""
-    sizes = (os.environ.get(name, "1") for name in CLUSTERS.values())
-    in_job = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
-    in_step = "SLURM_STEP_NODELIST" in os.environ or "SLURM_NTASKS" not in os.environ  # a batch script is one process
-    return in_job or (in_step and any(size.isdecimal() and int(size) > 1 for size in sizes))
+    """Return whether a launcher has started this process as one of several. A SLURM batch script is one process, and so is a
+    pod that is not of an indexed job."""
+    variables = os.environ
+    in_step = "SLURM_STEP_NODELIST" in variables and int(variables.get("SLURM_NTASKS", 1)) > 1
+    in_job = "KUBERNETES_SERVICE_HOST" in variables and "JOB_COMPLETION_INDEX" in variables
+    return in_step or in_job or int(variables.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
 
 
 def is_first() -> bool:
@@ -97,17 +101,40 @@ def wait_for_all() -> None:
 
 
 @contextlib.contextmanager
-def lost_process_errors() -> Iterator[None]:
-    """Context in which a computation that lacks another process raises a `UserError`."""
+def several_processes() -> Iterator[None]:
+    """Context of a command that may run in several processes.
+
+    What compiled libraries print on stdout, as gloo does, goes to stderr. A computation that lacks another process raises a
+    `UserError`. After an exception the interpreter ends at once, without the meeting of all that JAX has at its end.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    try:
+        with native_stdout_on_stderr(), _lost_process_errors():
+            yield
+    except BaseException as error:
+        code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else EXIT_CODE if message_of(error) else 1
+        atexit.register(_exit, code)  # the last one registered is the first to run
+        raise
+
+
+@contextlib.contextmanager
+def _lost_process_errors() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
-            raise
         raise UserError(
-            f"another process of this run has ended or cannot be reached ({shortened(str(error), 160)}); when all can run "
-            "again, continue with --resume"
+            f"a computation of several processes failed, as it does when one has ended or cannot be reached "
+            f"({shortened(str(error), 160)}); when all can run again, continue with --resume"
         ) from error
+
+
+def _exit(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 class Agreement:

@@ -158,9 +158,8 @@ def _train(
 
     # Steps
     start = int(state.step)
-    report = NoReport()
-    if is_first():
-        report = Report(output / METRICS_FILE, start=start, steps=steps, log_every=config.log_every)
+    metrics = output / METRICS_FILE
+    report = Report(metrics, start=start, steps=steps, log_every=config.log_every) if is_first() else NoReport()
 
     def open_output() -> None:
         """Nothing of the run is on disk before."""
