@@ -45,7 +45,7 @@ class Layout:
         return tree
 
     def state[State](self, state: State) -> State:
-        """What trains, its moments and counters, inside a program."""
+        """A training state, inside a program."""
         return state
 
     def rows(self, batch_size: int) -> range:
