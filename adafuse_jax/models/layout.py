@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 
@@ -23,21 +22,21 @@ class Layout:
         """The residual stream."""
         return x
 
-    def layer[Weights](self, weights: Weights, dtype: DTypeLike) -> Weights:
-        """The weights of one layer, and of its experts, as the layer multiplies with them; activations are of `dtype`."""
+    def layer[Weights](self, weights: Weights) -> Weights:
+        """The weights of one layer, and of its experts, as the layer multiplies with them."""
         return weights
 
     def head(self, head: Float[Array, "V D"], *, is_tied: bool) -> Float[Array, "V D"]:
         """The head, or the tied embedding, as the loss multiplies with it."""
         return head
 
-    def body(self, body: Callable[..., Any], weights: Any) -> Callable[..., Any]:
-        """The body of the scan over layers, of which `weights` [L, …] are scanned. Its backward pass may use all that the
-        forward pass has computed."""
+    def body(self, body: Callable[..., Any], weights: Any, *, in_scan: bool) -> Callable[..., Any]:
+        """The function that runs one layer, of which `weights` [L, …] are those of all. Its backward pass may use all that
+        the forward pass has computed."""
         return body
 
     def attention(self, attend: Callable[..., Array]) -> Callable[..., Array]:
-        """`attend(q, k, v, …)`, run by every device on its own rows and heads."""
+        """`attend(q, k, v, visibility, window)`, run by every device on its own rows and heads."""
         return attend
 
     def whole[Tree](self, tree: Tree) -> Tree:

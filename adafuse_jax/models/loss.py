@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from adafuse_jax.models.decoder import Backbone, head_logits
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.layers import logit_product
 from adafuse_jax.models.layout import ONE_DEVICE, Layout
 
 LOSS_CHUNK = 256
@@ -39,7 +40,7 @@ def token_losses(
     @jax.checkpoint
     def add_chunk(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
         hidden, targets, mask = chunk
-        losses = optax.softmax_cross_entropy_with_integer_labels(head_logits(head, hidden), targets)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logit_product(hidden, head), targets)
         return total + jnp.sum(losses * mask, axis=-1), None
 
     inputs = chunked(hidden[:, :-1]), chunked(tokens[:, 1:]), chunked(loss_mask[:, 1:])

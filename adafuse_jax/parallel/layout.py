@@ -17,7 +17,6 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.lax import with_sharding_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from adafuse_jax.models.layout import Layout
@@ -46,12 +45,9 @@ class MeshLayout(Layout):
     def activations(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return with_sharding_constraint(x, self.sharding(ROWS))
 
-    def layer[Weights](self, weights: Weights, dtype: DTypeLike) -> Weights:
-        """The weights whole over fsdp, low-rank factors in the type of the activations, as they are used: fewer bytes."""
-
+    def layer[Weights](self, weights: Weights) -> Weights:
         def gather(path: tuple[Any, ...], leaf: Array) -> Array:
-            axes = logical_axes(path)[1:]
-            return self._gathered(leaf.astype(dtype) if "rank" in axes else leaf, axes)
+            return self._gathered(leaf, logical_axes(path)[1:])
 
         return jax.tree_util.tree_map_with_path(gather, weights)
 
@@ -63,28 +59,29 @@ class MeshLayout(Layout):
         sharded, whole = self.sharding(axes), NamedSharding(self.mesh, kept)
         return leaf if sharded == whole else _gathered(leaf, sharded, whole)
 
-    def body(self, body: Callable[..., Any], weights: Any) -> Callable[..., Any]:
-        """The body, whose backward pass gathers the weights again: saved, those of all layers would be whole at once. So is
-        nothing saved that has been computed from arrays with a weight's shape alone, as its cast."""
+    def body(self, body: Callable[..., Any], weights: Any, *, in_scan: bool) -> Callable[..., Any]:
+        """The function, whose backward pass gathers the weights again: saved, those of all layers would be whole at once.
+        Nothing is saved that has been computed from arrays with the shape of a weight alone, as its cast."""
         shapes = {tuple(sorted(leaf.shape[1:])) for leaf in jax.tree.leaves(weights)}
 
         def is_saved(_: Any, *inputs: Any, **__: Any) -> bool:
             arrays = [aval for aval in inputs if aval.ndim > 0]
             return not (arrays and all(tuple(sorted(aval.shape)) in shapes for aval in arrays))
 
-        return jax.checkpoint(body, policy=is_saved, prevent_cse=False)
+        return jax.checkpoint(body, policy=is_saved, prevent_cse=not in_scan)
 
     def attention(self, attend: Callable[..., Array]) -> Callable[..., Array]:
         rows, heads = self.sharding(("batch",)).spec, self.sharding(("batch", None, "heads")).spec
 
-        def attend_shards(q: Array, k: Array, v: Array, *more: Any) -> Array:
+        def attend_shards(q: Array, k: Array, v: Array, visibility: Any, window: int | None = None) -> Array:
             def spec(leaf: Array) -> PartitionSpec:
                 return rows if leaf.ndim > 1 and leaf.shape[0] == q.shape[0] else PartitionSpec()
 
-            specs = heads, heads, heads, *jax.tree.map(spec, more)
-            return jax.shard_map(attend, mesh=self.mesh, in_specs=specs, out_specs=heads, check_vma=False)(
-                q, k, v, *more
-            )
+            of_shard = jax.shard_map(
+                partial(attend, window=window), mesh=self.mesh,
+                in_specs=(heads, heads, heads, jax.tree.map(spec, visibility)), out_specs=heads, check_vma=False,
+            )  # fmt: skip
+            return of_shard(q, k, v, visibility)
 
         return attend_shards
 

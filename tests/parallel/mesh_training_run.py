@@ -70,7 +70,7 @@ def steps_on(method: str, mesh_text: str, num_steps: int = 3) -> dict[str, Any]:
     mine = layout.rows(BATCH)
     local = jax.tree.map(lambda x: x[:, mine.start : mine.stop], as_batch(some, 2))
     batch = layout.batch(local, BATCH, axis=1)
-    step = train_step.lower(state, model, batch, optimizer=optimizer, remat=False, layout=layout).compile()
+    step = train_step.lower(state, model, batch, optimizer=optimizer, remat="none", layout=layout).compile()
     lines = []
     for _ in range(num_steps):
         state, metrics = step(state, model, batch)
