@@ -7,10 +7,14 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
 from adafuse_jax import UserError
+from adafuse_jax.data.batches import Batches
+from adafuse_jax.data.chat import Encoded
+from adafuse_jax.data.packing import pack
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.parallel import mesh as meshes
 from adafuse_jax.parallel.mesh import parse_mesh, training_mesh
@@ -60,6 +64,18 @@ def test_resumed_on_other_meshes():
     for mesh in ("fsdp=4", "fsdp=1"):
         assert abs(found[mesh]["loss"]) < 1e-5
         assert 0 < found[mesh]["weights"] < 1e-5
+
+
+def test_rows_of_processes_make_up_the_batch():
+    """Each process reads a part of the rows of every micro-batch; the last batch is partly padding."""
+    rows = [pack([Encoded(np.full(4, i), np.ones(4, bool)) for i in range(n)], 4, packing=False) for n in (5, 3)]
+    for weights in (None, (2.0, 1.0)):
+        batches = Batches(tuple(rows), seed=3, batch_size=4, grad_accum=2, weights=weights, epochs=1.4)
+        for step in range(batches.total_steps or 0):
+            whole = batches.at(step)
+            parts = [batches.at(step, rows) for rows in (range(1), range(1, 4))]
+            for leaves in zip(*map(jax.tree.leaves, (whole, *parts)), strict=True):
+                np.testing.assert_array_equal(leaves[0], np.concatenate(leaves[1:], axis=1))
 
 
 class TestMeshes:
