@@ -12,7 +12,9 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,7 +27,7 @@ from adafuse_jax.core.cli import message_of
 from adafuse_jax.core.errors import EXIT_CODE, UserError, shortened
 from adafuse_jax.core.runtime import native_stdout_on_stderr
 
-HEARTBEAT_SECONDS, SHUTDOWN_SECONDS = 30, 20
+START_SECONDS, HEARTBEAT_SECONDS, SHUTDOWN_SECONDS = 300, 30, 20
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -37,10 +39,12 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     """
     if coordinator is None and not is_one_of_several():
         return
+    if coordinator is not None:
+        _require_coordinator(coordinator, is_here=process_id == 0)
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM, which `stop_signals` handles
     try:
         jax.distributed.initialize(
-            coordinator, num_processes, process_id,
+            coordinator, num_processes, process_id, initialization_timeout=START_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )  # fmt: skip
     except (RuntimeError, ValueError, OSError) as error:
@@ -52,6 +56,31 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     if jax.process_index() > 0:
         logging.getLogger("adafuse_jax").setLevel(logging.ERROR)
         logging.getLogger("pallas_kernels").setLevel(logging.ERROR)
+
+
+def _require_coordinator(address: str, *, is_here: bool) -> None:
+    """Raise `UserError` unless process 0 can listen at the address, and the others reach it before `START_SECONDS` have
+    passed: JAX would end the interpreter."""
+    host, _, port = address.rpartition(":")
+    begun = time.monotonic()
+    while True:
+        try:
+            if is_here:
+                socket.create_server(("", int(port))).close()
+            else:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            if is_here or isinstance(error, OverflowError):
+                raise UserError(
+                    f"--coordinator {address}: the port cannot be opened ({reason}); give another"
+                ) from error
+            if time.monotonic() - begun > START_SECONDS:
+                raise UserError(
+                    f"--coordinator {address}: cannot be reached ({reason}); start process 0 there, or correct the address"
+                ) from error
+        time.sleep(0.5)
 
 
 def is_one_of_several() -> bool:

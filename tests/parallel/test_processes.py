@@ -145,6 +145,19 @@ def test_flags_that_do_not_fit(flags, fault):
         TrainConfig(model="m", dataset=("d",), output="o", **flags)
 
 
+def test_a_coordinator_that_cannot_be(monkeypatch: pytest.MonkeyPatch):
+    """A port that is taken, and one at which nobody listens."""
+    monkeypatch.setattr(processes, "START_SECONDS", 0)
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            UserError, match=f"--coordinator localhost:{port}: the port cannot be opened .*give another"
+        ):
+            processes.start(f"localhost:{port}", 2, 0)
+    with pytest.raises(UserError, match=f"--coordinator localhost:{port}: cannot be reached .*start process 0"):
+        processes.start(f"localhost:{port}", 2, 1)
+
+
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
