@@ -30,8 +30,8 @@ MODEL = ModelConfig(
     ("method", "mesh"),
     [
         ("adafuse", ("fsdp=4,tensor=2",)),
-        *(pytest.param(name, ("data=8", "fsdp=8"), marks=pytest.mark.slow) for name in ("adafuse", "lora", "full")),
-        *(pytest.param(name, ("fsdp=4,tensor=2",), marks=pytest.mark.slow) for name in ("lora", "full")),
+        pytest.param("adafuse", ("data=8", "fsdp=8"), marks=pytest.mark.slow),
+        *(pytest.param(name, ("data=8", "fsdp=8", "fsdp=4,tensor=2"), marks=pytest.mark.slow) for name in ("lora", "full")),
     ],
 )
 def test_same_losses_and_weights_as_one_device(method, mesh):
