@@ -31,7 +31,10 @@ MODEL = ModelConfig(
     [
         ("adafuse", ("fsdp=4,tensor=2",)),
         pytest.param("adafuse", ("data=8", "fsdp=8"), marks=pytest.mark.slow),
-        *(pytest.param(name, ("data=8", "fsdp=8", "fsdp=4,tensor=2"), marks=pytest.mark.slow) for name in ("lora", "full")),
+        *(
+            pytest.param(name, ("data=8", "fsdp=8", "fsdp=4,tensor=2"), marks=pytest.mark.slow)
+            for name in ("lora", "full")
+        ),
     ],
 )
 def test_same_losses_and_weights_as_one_device(method, mesh):

@@ -22,7 +22,7 @@ from adafuse_jax.parallel import processes
 from adafuse_jax.training.config import TrainConfig
 
 SETTINGS: dict[str, Any] = {
-    "steps": 60, "checkpoint_every": 10, "eval_every": 30, "batch_size": 2, "max_length": 32, "targets": "v_proj",
+    "steps": 40, "checkpoint_every": 10, "eval_every": 20, "batch_size": 2, "max_length": 32, "targets": "v_proj",
     "dropout": 0, "tied_share": None, "router_share": None,
 }  # fmt: skip
 LIMIT = 60
@@ -92,7 +92,7 @@ def test_the_numbers_of_one_process(together: Path, run_folder: Path):  # noqa: 
     alone = adapter_of(run_folder / "alone")
     for name, leaf in adapter_of(together).items():
         assert np.abs(leaf - alone[name]).max() < 1e-3 * np.abs(alone[name]).max(), name
-    state = together / "checkpoints" / "60" / "state"
+    state = together / "checkpoints" / "40" / "state"
     assert {"ocdbt.process_0", "ocdbt.process_1"} <= {path.name for path in state.iterdir()}
 
 
@@ -100,12 +100,12 @@ def test_the_numbers_of_one_process(together: Path, run_folder: Path):  # noqa: 
 def test_a_signal_to_one_stops_both(together: Path, run_folder: Path):  # noqa: F811
     """At the same step, which is saved; resumed by two, the run ends bit-identical."""
     pair = Pair(run_folder, "stopped")
-    pair.wait_for_steps(15)
+    pair.wait_for_steps(12)
     pair.processes[1].send_signal(signal.SIGTERM)
     (code, _, line), (other, _, _) = pair.finish()
     step = metrics_of(pair.run)[-1]["step"]
     assert (code, other) == (143, 143)
-    assert line == f"stopped at step {step} of 60, which is saved; continue with --resume"
+    assert line == f"stopped at step {step} of 40, which is saved; continue with --resume"
     assert checkpoints_of(pair.run)[-1] == step
     assert [code for code, *_ in Pair(run_folder, "stopped", resume=True).finish()] == [0, 0]
     assert metrics_of(pair.run) == metrics_of(together)
@@ -118,7 +118,7 @@ def test_a_signal_to_one_stops_both(together: Path, run_folder: Path):  # noqa: 
 def test_the_end_of_one_ends_the_other(together: Path, run_folder: Path, killed: int):  # noqa: F811
     """With one line; one process then resumes the run."""
     pair = Pair(run_folder, f"killed {killed}")
-    pair.wait_for_steps(15)
+    pair.wait_for_steps(12)
     begun = time.monotonic()
     os.kill(pair.processes[killed].pid, signal.SIGKILL)
     code, _, line = pair.finish()[1 - killed]
