@@ -57,7 +57,7 @@ class MeshLayout(Layout):
     def _gathered(self, leaf: Array, axes: Axes) -> Array:
         kept = partition_spec(axes, [axis for axis in self.mesh.axis_names if axis != FSDP])
         sharded, whole = self.sharding(axes), NamedSharding(self.mesh, kept)
-        return leaf if sharded == whole else _gathered(leaf, sharded, whole)
+        return leaf if sharded == whole else _whole_over_fsdp(leaf, sharded, whole)
 
     def body(self, body: Callable[..., Any], weights: Any, *, in_scan: bool) -> Callable[..., Any]:
         """The function, whose backward pass gathers the weights again: saved, those of all layers would be whole at once.
@@ -117,17 +117,17 @@ def _state_axes(path: tuple[Any, ...], leaf: Array) -> Axes:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(leaf: Array, sharded: NamedSharding, whole: NamedSharding) -> Array:
+def _whole_over_fsdp(leaf: Array, sharded: NamedSharding, whole: NamedSharding) -> Array:
     """The leaf whole over fsdp; its gradient is sharded as it is."""
     return with_sharding_constraint(with_sharding_constraint(leaf, sharded), whole)
 
 
-def _gathered_forward(leaf: Array, sharded: NamedSharding, whole: NamedSharding) -> tuple[Array, None]:
-    return _gathered(leaf, sharded, whole), None
+def _whole_forward(leaf: Array, sharded: NamedSharding, whole: NamedSharding) -> tuple[Array, None]:
+    return _whole_over_fsdp(leaf, sharded, whole), None
 
 
-def _gathered_backward(sharded: NamedSharding, whole: NamedSharding, _: None, gradient: Array) -> tuple[Array]:
+def _whole_backward(sharded: NamedSharding, whole: NamedSharding, _: None, gradient: Array) -> tuple[Array]:
     return (with_sharding_constraint(gradient, sharded),)
 
 
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+_whole_over_fsdp.defvjp(_whole_forward, _whole_backward)
