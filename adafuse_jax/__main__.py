@@ -23,7 +23,11 @@ def train(argv: Sequence[str], program: str = "train.py") -> int:
 
     config, adapter_config = parse_flags(train.__doc__, (TrainConfig, AdapterConfig), argv, program)
     runtime.set_up()
-    with runtime.memory_errors("lower --batch-size, --max-length, --rank or --num-experts"):
+    from adafuse_jax.parallel import processes
+
+    processes.start(config.coordinator, config.num_processes, config.process_id)
+    memory_errors = runtime.memory_errors("lower --batch-size, --max-length, --rank or --num-experts")
+    with processes.several_processes(), memory_errors:
         from adafuse_jax.training.signals import Stopped
         from adafuse_jax.training.trainer import train as run_training
 
@@ -31,9 +35,11 @@ def train(argv: Sequence[str], program: str = "train.py") -> int:
             summary = run_training(config, adapter_config)
         except Stopped as stopped:
             message, signal_number = stopped.args
-            print(message, file=sys.stderr)
+            if processes.is_first():
+                print(message, file=sys.stderr)
             return 128 + signal_number
-    print(json.dumps(summary, indent=2))
+    if processes.is_first():
+        print(json.dumps(summary, indent=2))
     return 0
 
 

@@ -50,8 +50,8 @@ CONFIGS: dict[str, tuple[type, ...]] = {
     "adafuse_jax.export": (ExportConfig,),
 }
 """Programs whose flags are made from dataclasses."""
-FOREIGN = {"--model_args", "--batch_size", "--tasks"}
-"""Flags of lm-evaluation-harness."""
+FOREIGN = {"--model_args", "--batch_size", "--tasks", "--ntasks-per-node", "--gpus-per-node", "--signal", "--requeue"}
+"""Flags of lm-evaluation-harness and of SLURM."""
 PYTEST_FLAGS = {"-q", "-x", "-m", "-k"}
 TOP_LEVEL = ("adafuse_jax", "pallas_kernels", "benchmarks", "examples", "studies", "tests", "docs")
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from adafuse_jax.adapters.config import AdapterConfig
@@ -38,16 +37,26 @@ from adafuse_jax.core.atomic_files import sha256
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.layout import ONE_DEVICE, Layout
 
 
 def save_adapter(
-    adapter: AnyAdapter, out: Path, *, backbone_name: str, backbone_identity: str, replace: bool = False
+    adapter: AnyAdapter,
+    out: Path,
+    *,
+    backbone_name: str,
+    backbone_identity: str,
+    replace: bool = False,
+    layout: Layout = ONE_DEVICE,
 ) -> None:
     """Write `adapter` to the directory `out`, which appears complete or not at all. It must not exist or be empty, unless
-    `replace` puts it in place of what is there, whose files of other names stay. Raises as `new_directory`."""
+    `replace` puts it in place of what is there, whose files of other names stay. Of several processes all call this, and the
+    first one writes. Raises as `new_directory`."""
     table = {**adapter.config.table(), "backbone": {"name": backbone_name, "identity": backbone_identity}}
-    tensors = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(adapter))}
-    write_adapter_files(out, table, tensors, metadata={"format": "adafuse-jax"}, replace=replace, with_digest=True)
+    leaves = nnx.to_flat_state(nnx.state(adapter))
+    tensors = {".".join(map(str, path)): layout.host(leaf[...]) for path, leaf in leaves}
+    if jax.process_index() == 0:
+        write_adapter_files(out, table, tensors, metadata={"format": "adafuse-jax"}, replace=replace, with_digest=True)
 
 
 def _parse(table: Table) -> tuple[AdapterConfig, dict[str, Any]]:

@@ -22,6 +22,7 @@ from adafuse_jax.core.tables import Table, read_json
 from adafuse_jax.data.tokenizer import tokenizer_files, write_tokenizer
 from adafuse_jax.models.config import ModelConfig, RopeConfig, flat_fields
 from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.layout import ONE_DEVICE, Layout
 from adafuse_jax.models.registry import FAMILIES
 
 log = logging.getLogger(__name__)
@@ -36,22 +37,27 @@ def export_backbone(
     source: str | Path | HFCheckpoint | None = None,
     tokenizer: Mapping[str, bytes] | None = None,
     replace: bool = False,
+    layout: Layout = ONE_DEVICE,
 ) -> None:
     """Write `model` as a Hugging Face directory, in shards of at most 5 GB. generation_config.json, the tokenizer's
     files and what else config.json holds come from `source`; the tokenizer's are those of `tokenizer`, by name, if given.
 
-    The directory appears complete or not at all.
+    The directory appears complete or not at all. Of several processes all call this, and the first one writes.
 
     Raises:
       UserError: `out` exists and is not an empty directory, unless `replace` puts the export in place of the old files, of
         which files of other names stay; a weight that is not finite; a model that config.json cannot describe.
     """
+    if jax.process_index() > 0:
+        for _ in _files(model, layout):
+            pass
+        return
     with new_directory(Path(out), replace=replace, keep_others=True) as partial_out:
         directory, hf_config = _source_config(source)
         _write_configs(model, partial_out, directory, hf_config)
         if directory is not None:
             write_tokenizer(tokenizer_files(directory) if tokenizer is None else tokenizer, partial_out)
-        _write_weights(model, partial_out)
+        _write_weights(model, partial_out, layout)
 
 
 def _source_config(source: str | Path | HFCheckpoint | None) -> tuple[Path | None, HFConfig | None]:
@@ -148,7 +154,21 @@ def _require_described(config: ModelConfig, table: dict[str, Any], generation: d
             )
 
 
-def _write_weights(model: Backbone, out: Path) -> None:
+def _write_weights(model: Backbone, out: Path, layout: Layout) -> None:
+    weight_map: dict[str, str] = {}
+    for file_name, arrays in _files(model, layout):
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise UserError(f"{name} is not finite in {array.dtype}; give --dtype float32, or restore the adapter")
+        write_tensors(out / file_name, arrays, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(arrays, file_name)
+    if len({*weight_map.values()}) > 1:
+        total = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+        write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _files(model: Backbone, layout: Layout) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Name and tensors of each file of weights; the host holds those of one file at a time."""
     shards: list[list[tuple[str, Any, int | None]]] = [[]]
     size = 0
     for name, leaf, layer, num_bytes in _tensors(model):
@@ -157,18 +177,9 @@ def _write_weights(model: Backbone, out: Path) -> None:
             size = 0
         shards[-1].append((name, leaf, layer))
         size += num_bytes
-    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file_name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        arrays = {name: np.asarray(leaf if layer is None else leaf[layer]) for name, leaf, layer in shard}
-        for name, array in arrays.items():
-            if not np.isfinite(array).all():
-                raise UserError(f"{name} is not finite in {array.dtype}; give --dtype float32, or restore the adapter")
-        write_tensors(out / file_name, arrays, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(arrays, file_name)
-    if len(shards) > 1:
-        total = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-        write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        yield file_name, {name: layout.host(leaf if layer is None else leaf[layer]) for name, leaf, layer in shard}
 
 
 def _tensors(model: Backbone) -> Iterator[tuple[str, jax.Array, int | None, int]]:

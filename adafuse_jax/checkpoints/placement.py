@@ -40,18 +40,25 @@ class Stacked:
         self, path: tuple[Any, ...], axes: Axes, leaf: jax.ShapeDtypeStruct, tensors: Iterator[np.ndarray]
     ) -> tuple[Array, Bool[Array, " tensors"]]:
         if axes[0] != "layers":
-            array = jax.device_put(next(tensors), self._sharding(axes)).astype(leaf.dtype)
+            array = self._placed(next(tensors), axes).astype(leaf.dtype)
             return array, jnp.isfinite(array).all()[None]
         stack = jnp.zeros(leaf.shape, leaf.dtype, device=self._sharding(axes))
         finite = jnp.ones(leaf.shape[0], bool)
         for layer, tensor in enumerate(tensors):
-            placed = jax.device_put(tensor, self._sharding(axes[1:]))
+            placed = self._placed(tensor, axes[1:])
             # Waiting keeps one tensor in flight; without it the host queues as many copies as it can read.
             stack, finite = jax.block_until_ready(_set_layer(stack, finite, jnp.int32(layer), placed))
         return stack if self.mesh is None else jax.device_put(stack, self._sharding(axes)), finite
 
+    def _placed(self, tensor: np.ndarray, axes: Axes) -> Array:
+        """The tensor on the devices. Over a mesh this process, which has read all of it, places the parts of its devices."""
+        sharding = self._sharding(axes)
+        if sharding is None:
+            return jax.device_put(tensor)
+        return jax.make_array_from_callback(tensor.shape, sharding, tensor.__getitem__)
+
     def _sharding(self, axes: Axes) -> NamedSharding | None:
-        return None if self.mesh is None else NamedSharding(self.mesh, partition_spec(axes))
+        return None if self.mesh is None else NamedSharding(self.mesh, partition_spec(axes, self.mesh.axis_names))
 
 
 @partial(jax.jit, donate_argnums=(0, 1))

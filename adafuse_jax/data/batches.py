@@ -157,19 +157,21 @@ class Batches:
                 row[here] = _permutation(self.seed, epoch, s, len(rows))[within[here]]
         return source, row
 
-    def at(self, step: int) -> Batch:
-        """The batch of optimiser step `step` (from 0): numpy arrays [grad_accum, batch_size, T]. Rows behind `total_rows`
-        are padding: segment_ids 0 and no targets."""
-        first, last = step * self.rows_per_step, (step + 1) * self.rows_per_step
-        end = last if self.total_rows is None else min(last, max(first, self.total_rows))
-        source, row = self.locate(np.arange(first, end))
+    def at(self, step: int, rows: range | None = None) -> Batch:
+        """The batch of optimiser step `step` (from 0): numpy arrays [grad_accum, batch_size, T], or only those `rows` of
+        every micro-batch. Rows behind `total_rows` are padding: segment_ids 0 and no targets."""
+        chosen = np.arange(self.batch_size)[slice(None) if rows is None else slice(rows.start, rows.stop)]
+        index = np.arange(step * self.grad_accum, (step + 1) * self.grad_accum)[:, None] * self.batch_size + chosen
+        index, size = index.ravel(), index.size
+        real = np.full(size, True) if self.total_rows is None else index < self.total_rows
+        source, row = self.locate(index[real])
         places = list(zip(source.tolist(), row.tolist(), strict=True))
 
         def gather(name: str) -> np.ndarray:
             like = getattr(self.rows[0], name)
-            out = np.zeros((self.rows_per_step, self.length), like.dtype)
-            for slot, (s, r) in enumerate(places):
+            out = np.zeros((size, self.length), like.dtype)
+            for slot, (s, r) in zip(np.flatnonzero(real), places, strict=True):
                 out[slot] = getattr(self.rows[s], name)[r]
-            return out.reshape(self.grad_accum, self.batch_size, self.length)
+            return out.reshape(self.grad_accum, len(chosen), self.length)
 
         return Batch(**{f.name: gather(f.name) for f in fields(Batch)})

@@ -33,6 +33,7 @@ from adafuse_jax.models.layers import (
     rope_tables,
     silu_product,
 )
+from adafuse_jax.models.layout import ONE_DEVICE, Layout
 from adafuse_jax.models.remat import ATTENTION, FFN, kept, rematerialized
 
 
@@ -115,15 +116,19 @@ class Backbone(nnx.Module):
     def dtype(self) -> jnp.dtype:
         return self.embed_tokens[...].dtype
 
+    @property
+    def head(self) -> Float[Array, "V D"]:
+        """The head, or the tied embedding."""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
+
     def __call__(self, tokens: Int[Array, "B T"], **options: Any) -> Output:
         """`run`, with the logits of every position."""
         out = self.run(tokens, **options)
         return replace(out, logits=self.logits(out.hidden))
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """The head, or the tied embedding, applied to hidden states; fp32."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return logit_product(hidden, head[...])
+        """The head applied to hidden states; fp32."""
+        return logit_product(hidden, self.head)
 
     def run(
         self,
@@ -138,6 +143,7 @@ class Backbone(nnx.Module):
         remat: Remat = "none",
         unroll: bool = False,
         attention: Callable[[Array, Array, Array, Visibility, int | None], Array] = attention,
+        layout: Layout = ONE_DEVICE,
     ) -> Output:
         """Run the layers.
 
@@ -153,6 +159,7 @@ class Backbone(nnx.Module):
           remat: what the backward pass computes again, see `models.remat`.
           unroll: unroll the layers instead of scanning (XLA then reads the stacked weights without copying slices).
           attention: of (q, k, v, visibility, window); under `jax.vmap` on a GPU it must have a batching rule of its own.
+          layout: of weights and activations over devices.
         """
         config = self.config
         if positions is None:
@@ -165,9 +172,11 @@ class Backbone(nnx.Module):
         windows = [w if w and w < num_keys else None for w in config.sliding_windows or (None,) * config.num_layers]
         distinct = list(dict.fromkeys(windows))
         window_of_layer = jnp.array([distinct.index(w) for w in windows])
+        attention = layout.attention(attention)
 
         def run_layer(carry: tuple, layer: DecoderLayer, experts: Any, index: int | Array) -> tuple[tuple, Any]:
             x, cache, routing = carry
+            layer, experts = layout.layer((layer, experts))
 
             def attend(q: Array, k: Array, v: Array) -> Array:
                 nonlocal cache
@@ -194,10 +203,10 @@ class Backbone(nnx.Module):
 
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             hook = Hook() if adapter is None else adapter.hook(experts, index, routing, key)
-            x = layer(x, attend, hook, None if unroll or cache is None else slice_linear)
+            x = layout.activations(layer(x, attend, hook, None if unroll or cache is None else slice_linear))
             return (x, cache, hook.routing), hook.layer_routing
 
-        x = self.embed_tokens[...][tokens]  # [B, T, D]
+        x = layout.embedded(self.embed_tokens[...], tokens)  # [B, T, D]
         routing = None if adapter is None else adapter.initial_routing(tokens.shape[0], tokens.shape[1])
         experts = None if adapter is None else adapter.experts
         carry, stacked = (x, cache, routing), (self.layers, experts)
@@ -207,11 +216,13 @@ class Backbone(nnx.Module):
             of_layers = (unstack(part, config.num_layers) for part in stacked)
             for index, (layer, layer_experts) in enumerate(zip(*of_layers, strict=True)):
                 body = rematerialized(partial(run_layer, index=index), remat, in_scan=False)
+                body = body if remat != "none" else layout.body(body, stacked, in_scan=False)
                 carry, layer_routing = body(carry, layer, layer_experts)
                 layer_routings.append(layer_routing)
             layer_routings = jax.tree.map(lambda *routings: jnp.stack(routings), *layer_routings)
         else:
             body = rematerialized(lambda carry, inputs: run_layer(carry, *inputs), remat, in_scan=True)
+            body = body if remat != "none" else layout.body(body, stacked, in_scan=True)
             carry, layer_routings = jax.lax.scan(body, carry, (*stacked, jnp.arange(config.num_layers)))
         x, cache, routing = carry
         return Output(self.norm(x), layer_routings if routing is None else routing, cache)

@@ -8,6 +8,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.layers import logit_product
+from adafuse_jax.models.layout import ONE_DEVICE, Layout
 
 LOSS_CHUNK = 256
 """Positions whose logits exist at the same time; the whole [B, T, V] never does."""
@@ -18,6 +20,7 @@ def token_losses(
     hidden: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
     loss_mask: Bool[Array, "B T"] | Float[Array, "B T"],
+    layout: Layout = ONE_DEVICE,
 ) -> Float[Array, " B"]:
     """Σ_t −log p(x_t | x_<t) over the targets of every row, in nats, or its sum weighted by a mask of floats; the logits are
     computed LOSS_CHUNK positions at a time.
@@ -32,10 +35,12 @@ def token_losses(
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
         return x.reshape(batch, chunks, -1, *x.shape[2:]).swapaxes(0, 1)  # [chunks, B, T/chunks, …]
 
+    head = layout.head(model.head, is_tied=model.lm_head is None)
+
     @jax.checkpoint
     def add_chunk(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
         hidden, targets, mask = chunk
-        losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), targets)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logit_product(hidden, head), targets)
         return total + jnp.sum(losses * mask, axis=-1), None
 
     inputs = chunked(hidden[:, :-1]), chunked(tokens[:, 1:]), chunked(loss_mask[:, 1:])

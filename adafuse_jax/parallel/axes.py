@@ -4,30 +4,40 @@
     o, down              W [layers, embed, in];     A [layers, experts, rank, in];       B [layers, experts, embed, rank]
     out and in:          heads (q, o), kv_heads (k, v), hidden (gate, up, down)
     lm_head              [vocab, embed];            embed_tokens [input_vocab, embed]
-    norms                [layers, embed]; of queries and keys [layers, head_dim]; the last one [embed]
+    norms                [layers, norm]; of queries and keys [layers, head_dim]; the last one [norm]
+    PESC                 A [layers, experts, rank, embed];  B [layers, experts, embed, rank]
     cache                [layers, batch, length, kv_heads, head_dim]
 
-An axis that the rules do not name is replicated, as are routers and PESC's experts, which act on whole activations. With
-`TENSOR_PARALLEL` a device holds whole heads, and computes the attention of its heads and its hidden units of the FFN; the
-outputs of o and down are partial sums, so two all-reduces per layer are all that devices exchange.
+An axis that the rules do not name is replicated, as are routers and norms. A mesh has some of three axes:
+
+    data      rows of a batch; weights are whole
+    fsdp      rows of a batch, too; of every weight, and of what trains and its moments, each device keeps a part, and has
+              one layer's weights whole at a time
+    tensor    whole heads and hidden units of the FFN; outputs of o and down are partial sums, so two all-reduces per layer
+              are all that devices exchange
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 from jax.sharding import PartitionSpec
 from jax.tree_util import keystr
 
 Axes = tuple[str | None, ...]
-Rules = Mapping[str, str]
-"""Logical axis → axis of the mesh."""
 
-TENSOR = "tensor"
-TENSOR_PARALLEL: Rules = {"heads": TENSOR, "kv_heads": TENSOR, "hidden": TENSOR, "vocab": TENSOR}
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+MESH_AXES = (DATA, FSDP, TENSOR)
+RULES: tuple[tuple[str, str], ...] = (
+    ("batch", DATA), ("batch", FSDP),
+    ("embed", FSDP), ("heads", TENSOR), ("kv_heads", TENSOR), ("hidden", TENSOR), ("vocab", TENSOR),
+    ("heads", FSDP), ("kv_heads", FSDP), ("hidden", FSDP),
+)  # fmt: skip
+"""(logical axis, axis of the mesh). In an array an axis of the mesh serves once, by the first rule that takes it: `heads`
+takes `fsdp` in B [layers, experts, heads, rank], and not in W [layers, heads, embed]."""
 
-LINEARS: Mapping[str, tuple[str, str]] = {
+LINEARS: dict[str, tuple[str, str]] = {
     "q_proj": ("heads", "embed"), "k_proj": ("kv_heads", "embed"), "v_proj": ("kv_heads", "embed"),
     "o_proj": ("embed", "heads"), "gate_proj": ("hidden", "embed"), "up_proj": ("hidden", "embed"),
     "down_proj": ("embed", "hidden"),
@@ -35,15 +45,15 @@ LINEARS: Mapping[str, tuple[str, str]] = {
 """(out, in) of the seven linears."""
 TABLES: dict[str, Axes] = {"embed_tokens": ("input_vocab", "embed"), "lm_head": ("vocab", "embed")}
 NORMS: dict[str, Axes] = {
-    "input_layernorm": ("layers", "embed"), "post_attention_layernorm": ("layers", "embed"), "norm": ("embed",),
+    "input_layernorm": ("layers", "norm"), "post_attention_layernorm": ("layers", "norm"), "norm": ("norm",),
     "q_norm": ("layers", "head_dim"), "k_norm": ("layers", "head_dim"),
 }  # fmt: skip
 CACHE: Axes = ("layers", "batch", "length", "kv_heads", "head_dim")
 
 
 def logical_axes(path: tuple[Any, ...]) -> Axes:
-    """Logical axes of a leaf of a backbone or of an adapter, by its path in the pytree; () for
-    routers and the experts of PESC, which are of no linear.
+    """Logical axes of a leaf of a backbone or of an adapter, by its path in the pytree, which may have other names in front;
+    () for routers.
 
     Raises:
       ValueError: no table here has it.
@@ -56,25 +66,30 @@ def logical_axes(path: tuple[Any, ...]) -> Axes:
             return linear_axes(name, names[-1])
         if name in TABLES or name in NORMS:
             return (TABLES | NORMS)[name]
-    if names[:2] == ["experts", "lora"]:
-        return ()
+    if "lora" in names:  # PESC's, of no linear
+        return _factor_axes("embed", "embed")[names[-1]]
     raise ValueError(f"{'/'.join(names)} has no logical axes; add them to parallel/axes.py")
 
 
 def linear_axes(linear: str, leaf: str) -> Axes:
     """Logical axes of a linear's stacked `weight` or `bias`, or of the factors `A` and `B` of its experts."""
     out, into = LINEARS[linear]
-    return {
-        "weight": ("layers", out, into),
-        "bias": ("layers", out),
-        "A": ("layers", "experts", "rank", into),
-        "B": ("layers", "experts", out, "rank"),
-    }[leaf]
+    return {"weight": ("layers", out, into), "bias": ("layers", out), **_factor_axes(out, into)}[leaf]
 
 
-def partition_spec(axes: Axes, rules: Rules = TENSOR_PARALLEL) -> PartitionSpec:
-    """Partition spec of an array with these axes, without a tail of axes that are whole."""
-    spec = [None if axis is None else rules.get(axis) for axis in axes]
+def _factor_axes(out: str, into: str) -> dict[str, Axes]:
+    return {"A": ("layers", "experts", "rank", into), "B": ("layers", "experts", out, "rank")}
+
+
+def partition_spec(axes: Axes, mesh_axes: Collection[str] = (TENSOR,)) -> PartitionSpec:
+    """Partition spec of an array with these axes over a mesh that has `mesh_axes`, without a tail of axes that are whole."""
+    found: list[list[str]] = [[] for _ in axes]
+    used: set[str] = set()
+    for logical, mesh_axis in RULES:
+        if logical in axes and mesh_axis in mesh_axes and mesh_axis not in used:
+            found[axes.index(logical)].append(mesh_axis)
+            used.add(mesh_axis)
+    spec = [tuple(names) if len(names) > 1 else names[0] if names else None for names in found]
     while spec and spec[-1] is None:
         spec.pop()
     return PartitionSpec(*spec)

@@ -1,17 +1,20 @@
 """Checkpoints of a run: what changes (`TrainState`) and what must not (the run's identity). Written in the background.
 
-    checkpoints/STEP/state/              the arrays, by orbax
+    checkpoints/STEP/state/              the arrays, by orbax, each process its shards
     checkpoints/STEP/identity/metadata   JSON
     checkpoints/STEP/digests.json        SHA-256 and size of every file above, compared before anything is used
 
 A directory gets its name STEP in one rename, when all of it is written, the digests too: a kill leaves a whole checkpoint
 or none. Digests cost about 0.8 s a GB on one CPU core (measured, SHA instructions), in the background when saving.
 
+Arrays are restored in the shardings of the run that reads them, whatever mesh wrote them.
+
 The data position is the step: the order of the data is a function of seed and step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -20,19 +23,21 @@ import re
 import shutil
 import tempfile
 import threading
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.core.atomic_files import DIGESTS_FILE, check_digests, new_directory, write_digests
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import read_json
+from adafuse_jax.parallel.processes import is_first, on_first
 from adafuse_jax.training.config import TrainConfig
 from adafuse_jax.training.step import TrainState
 
@@ -47,6 +52,7 @@ LEFTOVER = re.compile(r"\.\d+\.\w{8}\.(partial|old)")
 NOT_IDENTITY = (
     "output", "model", "dataset", "eval_dataset", "eval_examples", "eval_every", "checkpoint_every", "keep_checkpoints",
     "log_every", "resume", "steps", "epochs", "remat", "init_lora", "template_date",
+    "mesh", "coordinator", "num_processes", "process_id",
 )  # fmt: skip
 """Settings that a resumed run may change, or that `backbone`, `data`, `total_steps`, `initial` of the identity stand for."""
 USUAL = {
@@ -97,20 +103,29 @@ class Checkpoints:
         return self.directory / str(earlier[-1]) if earlier else None
 
     def save(self, state: TrainState) -> None:
-        """Start writing `state`; returns once it is copied from the device. Errors of the write before are raised here."""
+        """Start writing `state`, every process its own shards; returns once they are copied from the devices. Errors of the
+        write before are raised here."""
         self.wait()
-        # Copies: on a CPU numpy would look into the buffers that the next training step gives to XLA.
-        step, arrays = int(state.step), {name: np.array(leaf) for name, leaf in _named(state).items()}
-        self._step = step
+        self._step = int(state.step)
+        arrays = _named(state)
+        if jax.default_backend() == "cpu":  # orbax would look into the buffers that the next training step gives to XLA
+            arrays = jax.tree.map(jnp.copy, arrays)
+        written = ExitStack()
+        try:
+            directory = Path(on_first(lambda: str(self._new_directory(written))))
+            orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+            orbax.save(directory.absolute() / STATE, args=ocp.args.StandardSave(arrays))
+        except Exception as error:  # orbax raises anything on a full disk
+            self._fail(written, error)
+            return
         # A daemon: at a second Ctrl-C the process ends without waiting for it.
-        self._writer = threading.Thread(target=self._write, args=(step, arrays), daemon=True)
+        self._writer = threading.Thread(target=self._finish, args=(directory, orbax, written), daemon=True)
         self._writer.start()
 
     def wait(self) -> None:
         """Return when everything is on disk. Raises `UserError` if the disk refused."""
-        if self._writer is None:
-            return
-        self._writer.join()
+        if self._writer is not None:
+            self._writer.join()
         error, self._writer, self._error = self._error, None, None
         if error is not None:
             raise UserError(
@@ -126,10 +141,10 @@ class Checkpoints:
           UserError: no whole checkpoint, or one of another run.
         """
         faults = []
-        for step in reversed(self.steps()):
+        for step in reversed(on_first(self.steps)):
             where = self.directory / str(step)
             try:
-                saved = _identity_of(where)
+                saved = on_first(partial(_identity_of, where))
             except UserError as error:
                 faults.append(str(error))
                 continue
@@ -165,24 +180,36 @@ class Checkpoints:
                 )
             raise UserError(f"{where}: was made with {key} {quoted(was)}, this run has {quoted(now)}; {remedy}")
 
-    def _write(self, step: int, arrays: dict[str, np.ndarray]) -> None:
+    def _new_directory(self, written: ExitStack) -> Path:
+        """A directory to fill; the end of `written` makes it the checkpoint."""
+        self.directory.mkdir(exist_ok=True)
+        for path in self.directory.iterdir():
+            if LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+        return written.enter_context(new_directory(self.directory / str(self._step), replace=True))
+
+    def _finish(self, directory: Path, orbax: ocp.AsyncCheckpointer, written: ExitStack) -> None:
+        """Wait for the shards of all processes; then the first one writes identity and digests, and removes old ones."""
         try:
-            self.directory.mkdir(exist_ok=True)
-            for path in self.directory.iterdir():
-                if LEFTOVER.fullmatch(path.name):
-                    shutil.rmtree(path, ignore_errors=True)
-            with new_directory(self.directory / str(step), replace=True) as partial:
-                with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
-                    orbax.save(partial.absolute() / STATE, args=ocp.args.StandardSave(arrays))
-                (partial / IDENTITY).parent.mkdir()
-                (partial / IDENTITY).write_text(json.dumps({"format": FORMAT, **self.identity}), encoding="utf-8")
-                write_digests(partial)
+            orbax.close()
+            if not is_first():
+                return
+            (directory / IDENTITY).parent.mkdir()
+            (directory / IDENTITY).write_text(json.dumps({"format": FORMAT, **self.identity}), encoding="utf-8")
+            write_digests(directory)
+            written.close()
             present = self.steps()
             for old in present:
-                if old in [s for s in present if s <= step][: -self.keep]:
+                if old in [s for s in present if s <= self._step][: -self.keep]:
                     self._remove(old)
         except Exception as error:  # orbax raises anything on a full disk
-            self._error = error
+            self._fail(written, error)
+
+    def _fail(self, written: ExitStack, error: Exception) -> None:
+        """Remember the error for `wait`, and remove what has been written."""
+        self._error = error
+        with contextlib.suppress(Exception):
+            written.__exit__(type(error), error, error.__traceback__)
 
     def _remove(self, step: int) -> None:
         """Rename the checkpoint before deleting it, so that its name never stands for half a checkpoint."""

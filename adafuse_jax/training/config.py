@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -10,6 +11,7 @@ from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.fields import MAX_COUNT, MAX_ROWS, MAX_SEED, MAX_TOKENS, check, flag, require
 from adafuse_jax.models.config import Remat
+from adafuse_jax.parallel.mesh import parse_mesh
 
 TrainDType = Literal["float32", "bfloat16"]
 """Types to train in; float16 is none, as gradients vanish or overflow in it."""
@@ -58,7 +60,21 @@ class TrainConfig:
         above=0,
         high=1e6,
     )
-    batch_size: int = flag("sequences per micro-batch", 8, low=1, high=MAX_ROWS)
+    mesh: str | None = flag(
+        "devices to train on, as data=2,fsdp=-1: sizes of data (rows), fsdp (rows; weights in parts), tensor (heads and "
+        "hidden units), one of them -1 for all that are left; default: all as fsdp if they divide --batch-size, else one",
+        None,
+        "SIZES",
+    )
+    coordinator: str | None = flag(
+        "address and port of process 0, for several processes that train together; under SLURM, Open MPI and Kubernetes "
+        "this and the next two are found",
+        None,
+        "HOST:PORT",
+    )
+    num_processes: int | None = flag("processes that train together", None, low=1, high=MAX_COUNT)
+    process_id: int | None = flag("number of this process, from 0", None, low=0, high=MAX_COUNT)
+    batch_size: int = flag("sequences per micro-batch, over all devices", 8, low=1, high=MAX_ROWS)
     grad_accum: int = flag("micro-batches per optimiser step", 1, low=1, high=MAX_ROWS)
     max_length: int = flag("tokens per sequence; longer examples are cut", 1024, low=8, high=MAX_TOKENS)
     packing: bool = flag("pack several examples into a sequence, masked from each other", True)
@@ -108,6 +124,24 @@ class TrainConfig:
         )
         require(len(self.dataset) > 0, "--dataset is empty; name at least one data set")
         _require_date("--template-date", self.template_date)
+        if self.mesh is not None:
+            parse_mesh(self.mesh)
+        _require_process(self.coordinator, self.num_processes, self.process_id)
+
+
+def _require_process(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    given = coordinator, num_processes, process_id
+    if given == (None, None, None):
+        return
+    require(None not in given, "--coordinator, --num-processes and --process-id belong together; give all three")
+    require(
+        re.fullmatch(r"\S+:[0-9]{1,5}", str(coordinator)) is not None,
+        f"--coordinator {quoted(coordinator)}: give host and port of process 0, as 10.0.0.1:1234",
+    )
+    require(
+        (process_id or 0) < (num_processes or 0),
+        f"--process-id {process_id}: of {num_processes} processes the last is {(num_processes or 0) - 1}; correct it",
+    )
 
 
 def require_compatible(config: TrainConfig, adapter: AdapterConfig) -> None:

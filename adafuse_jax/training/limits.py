@@ -8,9 +8,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.parallel.axes import DATA, FSDP
 from adafuse_jax.training.config import TrainConfig
 
 BYTES_PER_TOKEN = 13
@@ -26,12 +28,13 @@ def require_context(config: TrainConfig, model: ModelConfig) -> None:
         )
 
 
-def require_memory(config: TrainConfig, model: ModelConfig) -> None:
+def require_memory(config: TrainConfig, model: ModelConfig, mesh: Mesh | None = None) -> None:
     """Raise `UserError` for a step that cannot fit: from below, only a batch's arrays and every layer's input, which the
     backward pass needs, are counted. A step that is too large by less runs out of memory in its first execution."""
     tokens = config.batch_size * config.max_length if config.packing else config.batch_size
-    host = config.grad_accum * tokens * BYTES_PER_TOKEN
-    device = tokens * model.embed_dim * model.num_layers * jnp.dtype(config.dtype).itemsize
+    host = config.grad_accum * tokens * BYTES_PER_TOKEN // jax.process_count()
+    of_device = tokens if mesh is None else tokens // (mesh.shape[DATA] * mesh.shape[FSDP])
+    device = of_device * model.embed_dim * model.num_layers * jnp.dtype(config.dtype).itemsize
     for need, available in ((host, host_memory()), (device, device_memory())):
         if available is not None and need > available:
             raise UserError(

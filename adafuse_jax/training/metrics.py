@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from adafuse_jax.core import runtime
 from adafuse_jax.core.atomic_files import new_file, write_text
-from adafuse_jax.data.batches import Batch
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +28,9 @@ def not_finite(metrics: dict[str, Any]) -> str | None:
     return next((name for name in FINITE if name in metrics and not np.isfinite(metrics[name]).all()), None)
 
 
-def step_line(metrics: dict[str, Any], lr: float, batch: Batch, seconds: float) -> dict[str, Any]:
+def step_line(metrics: dict[str, Any], lr: float, seconds: float) -> dict[str, Any]:
     """The metrics of a step as JSON, rounded, with its learning rate and its speed."""
-    tokens = int((batch.segment_ids > 0).sum())
+    tokens = int(metrics["tokens"])
     rounded = {name: np.round(np.asarray(value, np.float64), 6).tolist() for name, value in metrics.items()}
     return {**rounded, "lr": lr, "tokens": tokens, "tokens_per_second": round(tokens / seconds, 1)}
 
@@ -111,6 +110,28 @@ class Report:
         else:
             self._file.write(text)
             self._file.flush()
+
+
+class NoReport(Report):
+    """The report of a process that is not the first one: nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def open(self) -> None:
+        pass
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        pass
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from adafuse_jax.core.atomic_files import LOCK_FILE, locked, write_json
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.tables import Table
+from adafuse_jax.parallel.processes import on_first
 from adafuse_jax.training.metrics import read_metrics
 
 CONFIG_FILE, METRICS_FILE, PLOT_FILE, SUMMARY_FILE = (
@@ -54,28 +55,34 @@ def _require_free(output: Path) -> None:
 
 @contextmanager
 def held_run(output: Path) -> Iterator[Table]:
-    """Lock the run in `output` for this process, and yield its train_config.json.
+    """Lock the run in `output` for this process, or the first of several, and yield its train_config.json.
 
     Raises:
       UserError: another process has it, or its config is damaged.
     """
-    with _locked(output):
+    with ExitStack() as held:
+        on_first(lambda: held.enter_context(_locked(output)))
         yield Table.read(output / CONFIG_FILE)
 
 
 @contextmanager
 def new_run(output: Path, config: dict[str, Any]) -> Iterator[None]:
-    """Lock `output` for this process, and write train_config.json into it.
+    """Lock `output` for this process, or the first of several, and write train_config.json into it.
 
     Raises:
       UserError: another run was first, or the disk refuses.
     """
+    with ExitStack() as held:
+        on_first(lambda: _begin(output, config, held))
+        yield
+
+
+def _begin(output: Path, config: dict[str, Any], held: ExitStack) -> None:
     with disk_errors(output, "give another directory"):
         output.mkdir(parents=True, exist_ok=True)
-    with _locked(output):
-        _require_free(output)
-        write_config(output, config)
-        yield
+    held.enter_context(_locked(output))
+    _require_free(output)
+    write_config(output, config)
 
 
 def require_no_checkpoint_lost(output: Path, recorded: Table) -> None:

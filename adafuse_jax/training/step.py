@@ -30,6 +30,7 @@ from adafuse_jax.adapters.router import expert_load, router_statistics
 from adafuse_jax.data.batches import Batch
 from adafuse_jax.models.config import Remat
 from adafuse_jax.models.decoder import Backbone, Output
+from adafuse_jax.models.layout import ONE_DEVICE, Layout
 from adafuse_jax.models.loss import token_losses
 from adafuse_jax.training.schedules import Phases
 
@@ -90,7 +91,11 @@ def load_of_step(
     return total / jnp.maximum((batch.segment_ids > 0).sum(), 1)
 
 
-@partial(jax.jit, static_argnames=("optimizer", "remat", "unroll", "max_segments", "forward"), donate_argnames="state")
+@partial(
+    jax.jit,
+    static_argnames=("optimizer", "remat", "unroll", "max_segments", "forward", "layout"),
+    donate_argnames="state",
+)
 def train_step(
     state: TrainState,
     model: Backbone,
@@ -102,31 +107,34 @@ def train_step(
     max_segments: int | None = None,
     phases: Phases = ONE_PHASE,
     forward: Callable[..., tuple[Backbone, Output]] = forward,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step over a batch of [A, B, T] arrays: gradients of all A micro-batches, normalised by all their targets, so that
     A × B may be split in any way (but for the layer-wise methods' balance loss, and for dropout, which draws another mask in
     each micro-batch). Balance loss and statistics are means over the micro-batches, weighted by their tokens.
 
     `loss_mask` may hold weights of the targets instead; the loss is then their weighted mean. `forward` may be another
-    function that is called like the one above.
+    function that is called like the one above. `layout` is that of state, model and batch over devices.
 
-    Returns the new state (the old one is donated) and the metrics of the step: `loss` (nats per target), `grad_norm`, and
-    where there are routers their `balance` (the method's balance loss), `load` [E], `entropy` and `pair` [E, E].
+    Returns the new state (the old one is donated) and the metrics of the step: `loss` (nats per target), `tokens`,
+    `grad_norm`, and where there are routers their `balance` (the method's balance loss), `load` [E], `entropy` and `pair`
+    [E, E].
     """
     targets = jnp.maximum(batch.loss_mask[..., 1:].sum(), 1)
     tokens = jnp.maximum((batch.segment_ids > 0).sum(), 1)
     key, dropout_key = jax.random.split(state.key)
     config = state.adapter.config
     is_split = len(batch.tokens) > 1
+    options: Any = {"max_segments": max_segments, "layout": layout}
     load = None
     if is_split and isinstance(state.adapter, AdaFuse):
-        load = load_of_step(model, state.adapter, batch, forward, max_segments=max_segments)
+        load = load_of_step(model, state.adapter, batch, forward, **options)
 
     def micro_loss(trained: AnyAdapter | FullWeights, micro: Any, index: Array) -> tuple[Array, dict[str, Array]]:
         key = jax.random.fold_in(dropout_key, index)
-        backbone, out = forward(trained, model, micro, key=key, remat=remat, unroll=unroll, max_segments=max_segments)
+        backbone, out = forward(trained, model, micro, key=key, remat=remat, unroll=unroll, **options)
         real = micro.segment_ids > 0
-        loss = token_losses(backbone, out.hidden, micro.tokens, micro.loss_mask).sum() / targets
+        loss = token_losses(backbone, out.hidden, micro.tokens, micro.loss_mask, layout).sum() / targets
         if isinstance(trained, LoRA | FullWeights):  # no router
             return loss, {"loss": loss}
         share = real.sum() / tokens
@@ -152,6 +160,7 @@ def train_step(
 
     grads = phases.gradients(grads, state.step)
     updates, moments = optimizer.update(grads, state.moments, state.adapter)
-    metrics["grad_norm"] = optax.tree.norm(grads)
+    metrics |= {"grad_norm": optax.tree.norm(grads), "tokens": tokens}
     adapter = optax.apply_updates(state.adapter, phases.updates(updates, state.step))
-    return TrainState(step=state.step + 1, adapter=adapter, moments=moments, key=key), metrics
+    state = TrainState(step=state.step + 1, adapter=adapter, moments=moments, key=key)
+    return layout.state(state), layout.whole(metrics)

@@ -25,18 +25,23 @@ from adafuse_jax.adapters.registry import num_parameters, resolve_forward
 from adafuse_jax.checkpoints.adapter_directory import save_adapter
 from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
 from adafuse_jax.checkpoints.hf_export import export_backbone
+from adafuse_jax.checkpoints.placement import Stacked
 from adafuse_jax.core import runtime
 from adafuse_jax.core.atomic_files import write_json, write_text
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.tables import Table
 from adafuse_jax.data.chat import load_tokenizer
 from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.layout import ONE_DEVICE, Layout
+from adafuse_jax.parallel.layout import MeshLayout
+from adafuse_jax.parallel.mesh import shard, training_mesh
+from adafuse_jax.parallel.processes import Agreement, is_first, on_first, wait_for_all
 from adafuse_jax.training.checkpoint import Checkpoints, run_identity
 from adafuse_jax.training.config import TrainConfig, require_compatible
 from adafuse_jax.training.data import Data, prepare_data, run_date
 from adafuse_jax.training.initial import digest, initial_state, read_initial_lora
 from adafuse_jax.training.limits import require_context, require_memory
-from adafuse_jax.training.metrics import Report, not_finite, plot_training, step_line, summarize
+from adafuse_jax.training.metrics import NoReport, Report, not_finite, plot_training, step_line, summarize
 from adafuse_jax.training.optimizer import make_optimizer
 from adafuse_jax.training.output import (
     ADAPTER_DIR,
@@ -64,7 +69,7 @@ MAX_STEPS = 2**31 - 1
 
 
 def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
-    """Fine-tune an adapter by `config` and write to `config.output`:
+    """Fine-tune an adapter by `config` and write to `config.output`, from the first of several processes:
 
     `adapter/` (for decode.py; `model/` if all weights train), `checkpoints/`, `metrics.jsonl`, `training.png`,
     `summary.json` and `train_config.json`; with nothing to train only metrics, summary and config. Returns the summary.
@@ -91,7 +96,9 @@ def _train(
     checkpoint = HFCheckpoint.open(config.model)
     directory, model_config = checkpoint.directory, checkpoint.config
     require_context(config, model_config)
-    require_memory(config, model_config)
+    mesh = training_mesh(config.mesh, model_config, config.batch_size)
+    layout = ONE_DEVICE if mesh is None else MeshLayout(mesh)
+    require_memory(config, model_config, mesh)
     if adapter_config.top_k == 1 and adapter_config.renormalize:
         log.warning("--top-k 1: the gate is always 1, so only the balance loss trains the router; see --no-renormalize")
     tokenizer = load_tokenizer(directory)
@@ -107,15 +114,24 @@ def _train(
         lora = read_initial_lora(config.init_lora, adapter_config, model_config, backbone_identity=backbone)
     if config.dtype == "float32":
         runtime.exact_float32()
-    settings = {**dataclasses.asdict(config), **adapter_config.table(), "template_date": date, "resume": False}
+    settings = {
+        **dataclasses.asdict(config), **adapter_config.table(), "template_date": date, "resume": False,
+        "coordinator": None, "num_processes": None, "process_id": None,
+    }  # fmt: skip
     if adapter_config.adapter == "none":
-        held_out = _evaluate_backbone(config, load_backbone(checkpoint, config.dtype), data)
+        held_out = _evaluate_backbone(
+            config, load_backbone(checkpoint, config.dtype, place=Stacked(mesh)), data, layout
+        )
         held.enter_context(new_run(output, settings))
-        with disk_errors(output):
+
+        def write_held_out() -> dict[str, Any]:
             write_text(output / METRICS_FILE, json.dumps(held_out) + "\n")
             summary = summarize(output / METRICS_FILE, steps=0, parameters=0, seconds=0)
             write_json(output / SUMMARY_FILE, summary)
-        return summary
+            return summary
+
+        with disk_errors(output):
+            return on_first(write_held_out)
 
     # State: abstract first, to ask for disk space before the backbone is loaded
     steps = _steps(config, data)
@@ -127,12 +143,13 @@ def _train(
     like = jax.eval_shape(initial, abstract, lora)
     num_checkpoints = min(config.keep_checkpoints, -(-steps // config.checkpoint_every))
     check_space(output, like.adapter, like.moments, keep=num_checkpoints)
-    model = load_backbone(checkpoint, config.dtype)
+    model = load_backbone(checkpoint, config.dtype, place=Stacked(mesh))
     identity = run_identity(
         config, adapter_config, backbone=backbone, data=data.fingerprint, total_steps=steps, initial=digest(lora),
         padded_from=data.padded_from,
     )  # fmt: skip
-    state = jax.jit(initial)(model, lora)
+    begin_with = lora if lora is None or mesh is None else shard(lora, mesh)
+    state = jax.jit(lambda model, lora: layout.state(initial(model, lora)))(model, begin_with)
     checkpoints = Checkpoints(output / CHECKPOINT_DIR, keep=config.keep_checkpoints, identity=identity)
     if checkpoints.steps():
         state = checkpoints.restore(state)
@@ -141,19 +158,20 @@ def _train(
 
     # Steps
     start = int(state.step)
-    report = Report(output / METRICS_FILE, start=start, steps=steps, log_every=config.log_every)
+    metrics = output / METRICS_FILE
+    report = Report(metrics, start=start, steps=steps, log_every=config.log_every) if is_first() else NoReport()
 
     def open_output() -> None:
         """Nothing of the run is on disk before."""
         if recorded is None:
             held.enter_context(new_run(output, settings))
         elif start == 0:  # killed before its first checkpoint
-            write_config(output, settings)
+            on_first(partial(write_config, output, settings))
         report.open()
 
     run = Run(
         config=config, model=model, data=data, optimizer=optimizer, phases=phases, steps=steps, checkpoints=checkpoints,
-        report=report, open_output=open_output,
+        report=report, open_output=open_output, layout=layout,
     )  # fmt: skip
     with disk_errors(output), checkpoints, contextlib.closing(report):
         if recorded is not None:
@@ -164,22 +182,30 @@ def _train(
     with disk_errors(output):
         if isinstance(state.adapter, FullWeights):
             trained = state.adapter.as_backbone(model.dtype)
-            export_backbone(trained, output / MODEL_DIR, source=checkpoint, replace=True)
+            export_backbone(trained, output / MODEL_DIR, source=checkpoint, replace=True, layout=layout)
         else:
             names = {"backbone_name": config.model, "backbone_identity": backbone}
-            save_adapter(state.adapter, output / ADAPTER_DIR, **names, replace=True)
-        plot_training(output / METRICS_FILE, output / PLOT_FILE)
-        parameters = num_parameters(state.adapter)
-        summary = summarize(output / METRICS_FILE, steps=int(state.step), parameters=parameters, seconds=seconds)
-        write_json(output / SUMMARY_FILE, summary)
-        remove_leftovers(output)
+            save_adapter(state.adapter, output / ADAPTER_DIR, **names, replace=True, layout=layout)
+        return on_first(
+            lambda: _write_summary(
+                output, steps=int(state.step), parameters=num_parameters(state.adapter), seconds=seconds
+            )
+        )
+
+
+def _write_summary(output: Path, **numbers: Any) -> dict[str, Any]:
+    """Plot and summary of the run, whose temporary files are then removed."""
+    plot_training(output / METRICS_FILE, output / PLOT_FILE)
+    summary = summarize(output / METRICS_FILE, **numbers)
+    write_json(output / SUMMARY_FILE, summary)
+    remove_leftovers(output)
     return summary
 
 
-def _evaluate_backbone(config: TrainConfig, model: Backbone, data: Data) -> dict[str, Any]:
+def _evaluate_backbone(config: TrainConfig, model: Backbone, data: Data, layout: Layout) -> dict[str, Any]:
     """The held-out numbers of the bare backbone, as a line of metrics."""
     log.info("--adapter none: no training; these are the held-out numbers of the bare backbone")
-    result = data.held_out.evaluate(model, None, batch_size=config.batch_size)
+    result = data.held_out.evaluate(model, None, batch_size=config.batch_size, layout=layout)
     if not result:
         raise UserError(
             "--adapter none only evaluates, and no held-out example is left; give other data in --eval-dataset"
@@ -213,13 +239,18 @@ class Run:
     steps: int
     checkpoints: Checkpoints
     report: Report
+    layout: Layout
     open_output: Callable[[], None]
     """Called once: after the first step of a run that begins, otherwise at once."""
 
+    def batch(self, step: int) -> Any:
+        """The batch of a step, on its devices if there are several; this process reads its own rows."""
+        size = self.config.batch_size
+        return self.layout.batch(self.data.batches.at(step, self.layout.rows(size)), size, axis=1)
+
     def evaluate(self, state: TrainState, step: int) -> None:
-        result = self.data.held_out.evaluate(
-            *resolve_forward(state.adapter, self.model), batch_size=self.config.batch_size
-        )
+        backbone, adapter = resolve_forward(state.adapter, self.model)
+        result = self.data.held_out.evaluate(backbone, adapter, batch_size=self.config.batch_size, layout=self.layout)
         if result:
             self.report.evaluation(step, result)
 
@@ -233,14 +264,21 @@ def _run_steps(run: Run, state: TrainState) -> tuple[TrainState, float]:
         run.open_output()
     else:
         run.evaluate(state, step)  # B = 0, so this is the bare backbone, or that with --init-lora
-    batch = run.data.batches.at(step)
+    batch, agreement = run.batch(step), Agreement()
     with stop_signals() as stop_requested:
         while step < run.steps:
             begun = time.perf_counter()
             state, device_metrics = train_step(
-                state, run.model, batch, optimizer=run.optimizer, remat=config.remat, phases=run.phases
+                state,
+                run.model,
+                batch,
+                optimizer=run.optimizer,
+                remat=config.remat,
+                phases=run.phases,
+                layout=run.layout,
             )
-            next_batch = run.data.batches.at(step + 1)  # made while the device works
+            stop = agreement(stop_requested)
+            next_batch = run.batch(step + 1)  # made while the device works
             metrics = jax.device_get(device_metrics)
             step += 1
             elapsed = time.perf_counter() - begun
@@ -249,17 +287,16 @@ def _run_steps(run: Run, state: TrainState) -> tuple[TrainState, float]:
             if not is_open:
                 run.open_output()
                 is_open = True
-            run.report.step(step, step_line(metrics, float(schedule(step - 1)), batch, elapsed))
+            run.report.step(step, step_line(metrics, float(schedule(step - 1)), elapsed))
             last = step == run.steps
             if step % config.eval_every == 0 or last:
                 run.evaluate(state, step)
-            if step % config.checkpoint_every == 0 or last or stop_requested():
+            if step % config.checkpoint_every == 0 or last or stop():
                 checkpoints.save(state)
-            if stop_requested() and not last:
+            if stop() and not last:
                 checkpoints.wait()
-                raise Stopped(
-                    f"stopped at step {step} of {run.steps}, which is saved; continue with --resume", stop_requested()
-                )
+                wait_for_all()
+                raise Stopped(f"stopped at step {step} of {run.steps}, which is saved; continue with --resume", stop())
             batch = next_batch
         checkpoints.wait()
     return state, seconds

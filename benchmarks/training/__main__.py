@@ -9,6 +9,7 @@ part-training-*.json, from which the three files are made. The parts can run at 
     curve   correct first: losses of a small model over 20 steps, in float32, beside PEFT's from the same weights
     jax     this project's rows
     peers   PEFT's LoRA, eager and compiled
+    devices meshes of --devices devices, and one, at the same batch a device and at the same batch; not of `all`
     merge   measures nothing
 """
 
@@ -52,18 +53,33 @@ def rows_of(size: str) -> list[dict[str, Any]]:
     ]
 
 
+def rows_of_devices(size: str, devices: int) -> list[dict[str, Any]]:
+    """One device with a part of the batch, whose speed, and with all of it, whose losses, the meshes are compared with."""
+    name, batch, length = ("tiny", 1, 128) if size == "tiny" else ("llama2-7b", 4, 2048)
+    meshes = [
+        (batch, "fsdp=1", 1), (batch * devices, "fsdp=1", 1),
+        (batch * devices, f"data={devices}", devices), (batch * devices, f"fsdp={devices}", devices),
+    ]  # fmt: skip
+    return [
+        row(method, "products", rows, length, unroll=False, size=name) | {"mesh": mesh, "devices": count}
+        for method in ("adafuse", "lora")
+        for rows, mesh, count in meshes
+    ]
+
+
 def name_of(row: dict[str, Any]) -> str:
     form = "unrolled" if row["unroll"] else "scanned"
     packed = f"-{row['segments']}segments" if row["segments"] > 1 else ""
-    return f"{row['method']}-{row['remat']}-{form}{packed}-{row['size']}"
+    mesh = f"-{row['mesh']}-batch{row['batch']}" if "mesh" in row else ""
+    return f"{row['method']}-{row['remat']}-{form}{packed}-{row['size']}{mesh}"
 
 
 def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
     common = {"steps": arguments.steps, "repeats": arguments.repeats, "profile": not arguments.no_profile}
-    if part == "jax":
+    if part in ("jax", "devices"):
+        rows = rows_of(arguments.size) if part == "jax" else rows_of_devices(arguments.size, arguments.devices)
         return [
-            Job(name=name_of(row), module="benchmarks.training.rows", settings=row | common, rows=[row])
-            for row in rows_of(arguments.size)
+            Job(name=name_of(row), module="benchmarks.training.rows", settings=row | common, rows=[row]) for row in rows
         ]
     wanted = next(row for row in rows_of(arguments.size) if row["method"] == "lora")
     rows = [wanted | {"method": f"peft-lora{end}", "remat": "none", "unroll": None} for end in ("", "-compiled")]
@@ -108,15 +124,16 @@ def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
             values = measured[index] if index < len(measured) and "ms" in measured[index] else {}
             values = {name: value for name, value in values.items() if name not in ("device", "jax", "commit")}
             error = {} if values else {"error": problem or "no result"}
-            found["rows"].append(keys | values | {"devices": 1} | error)
+            found["rows"].append({"devices": 1} | keys | values | error)
         write_json(path, found | {"finished": time.time()})
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory of the parts, training.json, .md and .png")
-    parser.add_argument("--part", choices=("all", *PARTS, "merge"), default="all")
+    parser.add_argument("--part", choices=("all", *PARTS, "devices", "merge"), default="all")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the part's jobs, those that begin with a name")
+    parser.add_argument("--devices", type=int, default=2, help="of --part devices")
     parser.add_argument("--steps", type=int, default=8, help="of one repeat")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-profile", action="store_true", help="no times by kind of kernel")

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.common.records import write_json
 from benchmarks.common.reports import number, picture, table
 
-KEYS = ("size", "method", "targets", "batch", "length", "remat", "unroll", "segments", "devices")
+KEYS = ("size", "method", "targets", "batch", "length", "remat", "unroll", "segments", "devices", "mesh")
 PEAK_FLOPS = {"NVIDIA H200": 790e12}
 """Dense bf16 products per second that random matrices reach on a device, the denominator of `mfu_4n_pct`."""
 CURVE_TOLERANCE = 1e-4
@@ -50,7 +50,7 @@ def finished(row: dict[str, Any], device: str | None) -> dict[str, Any]:
     found = dict(row)
     found["spread"] = row["tokens_per_second"] * row["spread_ms"] / row["ms"]
     peak, flops = PEAK_FLOPS.get(device or ""), row.get("flops_4n")
-    found["mfu_4n_pct"] = 100 * flops / (row["ms"] / 1e3) / peak if peak and flops else None
+    found["mfu_4n_pct"] = 100 * flops / (row["ms"] / 1e3) / (peak * row["devices"]) if peak and flops else None
     return found
 
 
@@ -92,13 +92,14 @@ def curve_lines(curve: dict[str, Any] | None) -> list[str]:
 def name_of(row: dict[str, Any]) -> str:
     form = {True: "unrolled", False: "scanned", None: ""}[row["unroll"]]
     packed = f"{row['segments']} segments" if row["segments"] > 1 else ""
-    shape = f"B{row['batch']} T{row['length']}"
-    return " ".join(word for word in (row["method"], row["size"], shape, row["remat"], form, packed) if word)
+    shape, mesh = f"B{row['batch']} T{row['length']}", row.get("mesh", "")
+    return " ".join(word for word in (row["method"], row["size"], shape, row["remat"], form, packed, mesh) if word)
 
 
 def cells(row: dict[str, Any]) -> tuple[Any, ...]:
     return (
-        row["method"], row["size"], f"{row['batch']} × {row['length']}", row["segments"], row["remat"],
+        row["method"], " ".join(filter(None, (row["size"], row.get("mesh")))), f"{row['batch']} × {row['length']}",
+        row["segments"], row["remat"],
         {True: "unrolled", False: "scanned", None: ""}[row["unroll"]], number(row.get("tokens_per_second"), ",.0f"),
         number(row.get("spread"), ",.0f"), number(row.get("mfu_4n_pct"), ".0f", "%"), number(row.get("peak_gib"), ".1f"),
         number(row.get("compile_seconds"), ".0f", " s"), row.get("error", ""),

@@ -24,6 +24,9 @@ from adafuse_jax.core import runtime
 from adafuse_jax.data.batches import Batch
 from adafuse_jax.models.config import LINEARS, ModelConfig
 from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.layout import ONE_DEVICE
+from adafuse_jax.parallel.layout import MeshLayout
+from adafuse_jax.parallel.mesh import training_mesh
 from adafuse_jax.training.initial import initial_state
 from adafuse_jax.training.schedules import Phases
 from adafuse_jax.training.step import TrainState, train_step
@@ -70,21 +73,30 @@ def linear_parameters(config: ModelConfig) -> int:
 
 
 def measure(job: dict[str, Any], report: Report) -> None:
-    """`job`: size, method, targets, batch, length, remat, unroll, segments, steps, repeats, profile."""
+    """`job`: size, method, targets, batch, length, remat, unroll, segments, steps, repeats, profile; mesh, for several
+    devices."""
     shapes = SHAPES[job["size"]]
     backbone, adapter = model_config(shapes), adapter_config(shapes, job["targets"], method=job["method"])
     adapter = replace(adapter, dropout=0.0)  # as the peers
     optimizer = constant_rate_optimizer()
     initial = partial(initial_state, adapter, optimizer=optimizer, phases=Phases(), key=jax.random.key(0))
-    options = {"remat": job["remat"], "unroll": job["unroll"], "max_segments": job["segments"]}
+    mesh = training_mesh(job.get("mesh", "fsdp=1"), backbone, job["batch"])
+    layout = ONE_DEVICE if mesh is None else MeshLayout(mesh)
+    options = {"remat": job["remat"], "unroll": job["unroll"], "max_segments": job["segments"], "layout": layout}
     batches = [random_batch(shapes.vocab_size, job["batch"], job["length"], job["segments"], seed) for seed in range(4)]
+    batches = [layout.batch(batch, job["batch"], axis=1) for batch in batches]
+    make_model = lambda: Backbone(backbone, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))  # noqa: E731
+    model: Any = jax.eval_shape(make_model)
+    state: Any = jax.eval_shape(initial, model, None)
+    if "mesh" in job:  # the same weights on every mesh
+        model = jax.jit(lambda: layout.state(make_model()))()
+        state = jax.jit(lambda model: layout.state(initial(model, None)))(model)
     watch = Stopwatch()
-    like = jax.eval_shape(lambda: Backbone(backbone, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    state_like = jax.eval_shape(initial, like, None)
-    compiled = train_step.lower(state_like, like, batches[0], optimizer=optimizer, **options).compile()
+    compiled = train_step.lower(state, model, batches[0], optimizer=optimizer, **options).compile()
     compile_seconds = watch.seconds
-    model = random_backbone(backbone)
-    state: TrainState = jax.jit(initial)(model, None)
+    if "mesh" not in job:
+        model = random_backbone(backbone)
+        state = jax.jit(initial)(model, None)
     losses: list[Any] = []
 
     def step(state: TrainState) -> TrainState:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 from benchmarks.common.records import write_json
 from benchmarks.training.__main__ import jobs_of, parse, rows_of
@@ -57,10 +58,29 @@ def test_a_row():
 
 
 def test_jobs_name_every_row():
-    arguments = parse(["--out", "x", "--size", "full"])
-    jobs = [job for part in ("jax", "peers") for job in jobs_of(part, arguments)]
+    arguments = parse(["--out", "x", "--size", "full", "--devices", "4"])
+    jobs = [job for part in ("jax", "devices", "peers") for job in jobs_of(part, arguments)]
     assert len({job.name for job in jobs}) == len(jobs)
     assert [row["method"] for row in jobs[-1].rows] == ["peft-lora", "peft-lora-compiled"]
+    meshes = [(row["mesh"], row["devices"], row["batch"]) for job in jobs_of("devices", arguments) for row in job.rows]
+    assert meshes[:4] == [("fsdp=1", 1, 4), ("fsdp=1", 1, 16), ("data=4", 4, 16), ("fsdp=4", 4, 16)]
+
+
+@pytest.mark.slow
+def test_rows_of_several_devices():
+    """Fully sharded, two devices have the losses of one with the same batch."""
+    program = """
+import json
+from benchmarks.training.__main__ import rows_of_devices
+from benchmarks.training.rows import measure
+found = []
+for row in rows_of_devices("tiny", 2)[1::2][:2]:
+    measure(row | {"steps": 2, "repeats": 1, "profile": False}, lambda values: found.append([row["mesh"], values["losses"]]))
+print(json.dumps(found))
+"""
+    (one, alone), (two, together) = json.loads(tiny.with_devices(2, "-c", program))
+    assert (one, two) == ("fsdp=1", "fsdp=2")
+    assert together == pytest.approx(alone, rel=1e-3)
 
 
 def part(**changes) -> dict:

@@ -94,6 +94,9 @@ TRAIN = [
     Case("output in a pipe", ("--output {}/pipe/run", "give another"), {"output": "{}/pipe/run"}, pipe("pipe")),
     Case("output is a pipe", ("--output {}/pipe", "give another"), {"output": "{}/pipe"}, pipe("pipe")),
     Case("model is a pipe", ("{}/pipe", "is a file", "give"), {"model": "{}/pipe"}, pipe("pipe")),
+    Case("mesh of unknown axes", ("--mesh 'rows=2'", "give sizes of data, fsdp, tensor"), {"mesh": "rows=2"}),
+    Case("mesh of too many", ("--mesh fsdp=64: 64 devices are more than", "give other sizes"), {"mesh": "fsdp=64"}),
+    Case("coordinator alone", ("--coordinator, --num-processes", "give all three"), {"coordinator": "h:1"}),
     Case("max length over context", ("--max-length 300", "256 positions", "lower it"), {"max_length": 300}),
     # --config
     Case("config missing", ("--config {}/c.json", "give an existing file"), {"config": "{}/c.json"}),

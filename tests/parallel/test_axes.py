@@ -1,4 +1,4 @@
-"""Logical axes of every leaf, and the sharding that tensor parallelism makes of them, against a table written by hand."""
+"""Logical axes of every leaf, and the sharding that a mesh makes of them, against tables written by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.registry import MODULES, make_adapter
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.decoder import Backbone
-from adafuse_jax.parallel.axes import TENSOR_PARALLEL, logical_axes, partition_spec
+from adafuse_jax.parallel.axes import MESH_AXES, RULES, logical_axes, partition_spec
 
 MODEL = ModelConfig(
     model_type="qwen3", vocab_size=260, embed_dim=32, hidden_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
@@ -28,7 +28,21 @@ SHARDED = {
     **{(linear, "weight"): P(None, None, "tensor") for linear in BY_IN},
     **{(linear, "A"): P(None, None, None, "tensor") for linear in BY_IN},
 }
-"""(linear, leaf) → how it is sharded; what is not here is whole, but for the head."""
+"""(linear, leaf) → how tensor parallelism shards it; what is not here is whole, but for the head."""
+BOTH = ("tensor", "fsdp")
+ON_A_MESH = {
+    **{(linear, "weight"): P(None, "tensor", "fsdp") for linear in BY_OUT},
+    **{(linear, "bias"): P(None, BOTH) for linear in BY_OUT},
+    **{(linear, "A"): P(None, None, None, "fsdp") for linear in BY_OUT},
+    **{(linear, "B"): P(None, None, BOTH) for linear in BY_OUT},
+    **{(linear, "weight"): P(None, "fsdp", "tensor") for linear in BY_IN},
+    **{(linear, "bias"): P(None, "fsdp") for linear in BY_IN},
+    **{(linear, "A"): P(None, None, None, BOTH) for linear in BY_IN},
+    **{(linear, "B"): P(None, None, "fsdp") for linear in BY_IN},
+    ("lm_head", "lm_head"): P("tensor", "fsdp"), ("embed_tokens", "embed_tokens"): P(None, "fsdp"),
+    ("experts", "A"): P(None, None, None, "fsdp"), ("experts", "B"): P(None, None, "fsdp"),
+}  # fmt: skip
+"""(linear or table, leaf) → how a mesh of all three axes shards it; ("experts", …) are PESC's."""
 
 
 def leaves(module: object) -> list[tuple[tuple, str, jax.ShapeDtypeStruct]]:
@@ -60,8 +74,19 @@ def test_every_leaf_is_sharded_as_the_table_says(name, module):
             assert size == SIZES.get(axis, size), (text, axis)
 
 
-def test_rules_decide_the_mesh_axis():
+@pytest.mark.parametrize(("name", "module"), modules().items())
+def test_every_leaf_is_sharded_over_a_mesh_as_the_table_says(name, module):
+    for path, text, _ in leaves(module):
+        names = [n for n in text.split("/") if n not in ("value", "raw_value")]
+        owner = next((n for n in names if n.endswith("_proj") or n in ("lm_head", "embed_tokens")), "experts")
+        wanted = P() if "router" in names else ON_A_MESH.get((owner, names[-1]), P())
+        assert partition_spec(logical_axes(path), MESH_AXES) == wanted, text
+
+
+def test_an_axis_of_the_mesh_serves_once():
     axes = ("layers", "hidden", "embed")
-    assert partition_spec(axes, {"embed": "fsdp", "hidden": "tensor"}) == P(None, "tensor", "fsdp")
-    assert partition_spec(axes, {}) == P()
-    assert set(TENSOR_PARALLEL) == {"heads", "kv_heads", "hidden", "vocab"}
+    assert partition_spec(axes, ("fsdp", "tensor")) == P(None, "tensor", "fsdp")
+    assert partition_spec(axes, ("fsdp",)) == P(None, None, "fsdp")
+    assert partition_spec(axes, ()) == P()
+    assert partition_spec(("batch", None, "heads"), MESH_AXES) == P(("data", "fsdp"), None, "tensor")
+    assert {axis for axis, name in RULES if name == "tensor"} == {"heads", "kv_heads", "hidden", "vocab"}

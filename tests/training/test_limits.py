@@ -47,6 +47,15 @@ def test_a_step_that_cannot_fit_is_refused(changes: dict):
 
 
 @pytest.mark.usefixtures("memory")
+def test_devices_of_a_mesh_share_the_rows():
+    """14 × 1000 tokens of 64 floats in 10 layers are 36 MB, and 9 MB on each of four devices."""
+    config = dataclasses.replace(CONFIG, batch_size=14)
+    limits.require_memory(config, MODEL, SimpleNamespace(shape={"data": 2, "fsdp": 2, "tensor": 2}))
+    with pytest.raises(UserError, match=r"--batch-size .* needs at least"):
+        limits.require_memory(config, MODEL, SimpleNamespace(shape={"data": 2, "fsdp": 1, "tensor": 4}))
+
+
+@pytest.mark.usefixtures("memory")
 def test_a_device_has_its_own_memory(monkeypatch: pytest.MonkeyPatch):
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 5_000_000})
     monkeypatch.setattr(limits.jax, "local_devices", lambda: [device])

@@ -138,10 +138,10 @@ class TestOneRunADirectory:
         run = tmp_path / "run"
         with ExitStack() as other:
 
-            def load(*args: Any) -> Any:
+            def load(*args: Any, **options: Any) -> Any:
                 other.enter_context(new_run(run, {"seed": 5}))
                 before.update(tiny.snapshot(tmp_path))
-                return load_backbone(*args)
+                return load_backbone(*args, **options)
 
             before: dict[str, tuple] = {}
             monkeypatch.setattr(trainer, "load_backbone", load)
@@ -262,7 +262,9 @@ def test_the_first_signal_asks_and_a_second_interrupt_interrupts():
 def test_only_the_adapter_trains(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The backbone that was trained with is the one in the file, and no array of the optimiser has its shape."""
     used = []
-    monkeypatch.setattr(trainer, "load_backbone", lambda *args: used.append(load_backbone(*args)) or used[0])
+    monkeypatch.setattr(
+        trainer, "load_backbone", lambda *args, **options: used.append(load_backbone(*args, **options)) or used[0]
+    )
     short_run(run_folder, tmp_path / "run")
     before = load_backbone(run_folder / "model", "float32")
     for leaf, fresh in zip(jax.tree.leaves(nnx.state(used[0])), jax.tree.leaves(nnx.state(before)), strict=True):

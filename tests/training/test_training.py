@@ -134,7 +134,7 @@ class TestStep:
         for whole in (True, False):
             state = state_of(random_adapter(model.config, balance_coefficient=1.0), optimizer)
             if not whole:
-                monkeypatch.setattr(step, "load_of_step", lambda *_: None)
+                monkeypatch.setattr(step, "load_of_step", lambda *_, **__: None)
             state, _ = step.train_step.__wrapped__(state, model, as_batch(rows, 4), optimizer=optimizer, remat="none")
             routers.append(np.array(state.moments[1][0].mu.router.weight[...]))
         assert np.abs(routers[0] - routers[1]).max() > 0.01 * np.abs(routers[0]).max()

@@ -104,7 +104,7 @@ def weights_of(model: Backbone, fused: Fused) -> Weights:
     config, layers = model.config, model.layers
     head = fused.head
     if head is None:
-        head = (model.embed_tokens if model.lm_head is None else model.lm_head)[...]
+        head = model.head
     windows = config.sliding_windows or (None,) * config.num_layers
     linears = {name: getattr(layers, name) for name in LINEARS}
     return Weights(
