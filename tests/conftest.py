@@ -60,6 +60,20 @@ def size_of(directory: str) -> int:
     return total
 
 
+    set_caches(config)
+
+
+def set_caches(config: pytest.Config) -> None:
+    """Give the session, all its workers and scripts, a data cache of its own; other libraries keep their caches."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    os.environ.setdefault("HF_HOME", str(Path.home() / ".cache" / "huggingface"))
+    os.environ.setdefault("MPLCONFIGDIR", str(CACHE / "matplotlib"))
+    folder = tempfile.TemporaryDirectory(prefix="adafuse-tests-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["XDG_CACHE_HOME"] = folder.name
+
+
 @pytest.fixture
 def optimised() -> None:
     """Compile the programs of a test as for a user."""

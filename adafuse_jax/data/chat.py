@@ -53,6 +53,12 @@ class Chunk:
     refusals: list[str]
     """Messages of examples that the chat template refuses."""
 
+    @classmethod
+    def of(cls, row: Encoded) -> Chunk:
+        """One row."""
+        lengths = np.asarray([len(row.tokens)], np.int64)
+        return cls(tokens=row.tokens, loss_mask=row.loss_mask, lengths=lengths, counts=Counter(), refusals=[])
+
     def rows(self) -> list[Encoded]:
         ends = np.cumsum(self.lengths)[:-1]
         parts = zip(np.split(self.tokens, ends), np.split(self.loss_mask, ends), strict=True)

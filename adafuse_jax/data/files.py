@@ -196,9 +196,9 @@ def file_kind(path: Path) -> str:
 
 
 def file_rows(path: Path, copy: IO[bytes] | None = None) -> FileRows:
-    """The rows of a data file, or of the `copy` of a pipe. Raises UserError, here or later, that names the file (and line)."""
+    """The rows of a data file, or of the `copy` of a pipe. Raises UserError, here or later, with the file (and line)."""
     with read_errors(path):
-        file = raw = _open(path) if copy is None else _from_start(copy)
+        file = raw = _open(path) if copy is None else from_start(copy)
         if not file.peek(1):
             raise empty_file(path)
         kind = file_kind(path)
@@ -248,13 +248,13 @@ def copy_of_pipe(path: Path) -> IO[bytes]:
             copy.flush()
         except OSError as error:
             raise UserError(
-                f"cannot copy: {path}: {error.strerror or error}: a pipe is copied to {tempfile.gettempdir()}, as it is read "
-                "more than once: free space there, or set TMPDIR"
+                f"cannot copy: {path}: {error.strerror or error}: a pipe is copied to {tempfile.gettempdir()}, as it is "
+                "read more than once: free space there, or set TMPDIR"
             ) from None
     return copy
 
 
-def _from_start(copy: IO[bytes]) -> Any:
+def from_start(copy: IO[bytes]) -> Any:
     """Another file object of an open file, at its start. Both have one position."""
     file = open(os.dup(copy.fileno()), "rb", PEEK)  # noqa: SIM115  its reader closes it
     file.seek(0)

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,7 @@ class Dataset:
         return self._surveys[table]
 
     def _place(self, split: str) -> tuple[str, str | None, str]:
-        """The table of a split, its name in the rows there, and what messages call it. Raises UserError for no such split."""
+        """The table of a split, its name in the rows there, and its name for messages. Raises UserError without it."""
         name = self.find(split)
         if name is None:
             raise self._no_split(split)
@@ -208,7 +208,7 @@ class Dataset:
         table, real, where = self._place(split)
         return self._survey(table).total(real, where)
 
-    def examples(self, split: str) -> Iterator[Example]:
+    def examples(self, split: str) -> Generator[Example]:
         """The examples of a split that `count` counted."""
         table, real, where = self._place(split)
         found = 0
@@ -294,7 +294,8 @@ def _open_tables(spec: DatasetSpec) -> tuple[dict[str, Table], bool]:
     if not path.is_dir():
         return {"train": FilesTable([path])}, True
     if is_saved_dataset(path):
-        return open_saved(path)
+        saved, is_one = open_saved(path)
+        return dict(saved), is_one
     files = split_files(path)
     return {name: FilesTable(paths) for name, paths in files.items()}, list(files) == ["train"]
 

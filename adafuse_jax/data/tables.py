@@ -16,6 +16,7 @@ from adafuse_jax.data.files import (
     dataset_file_rows,
     file_kind,
     file_rows,
+    from_start,
     is_stream,
     quiet,
     read_errors,
@@ -53,8 +54,8 @@ class FilesTable:
         copy = self._copies.get(path)
         if copy is None:
             return _sha256(path)
-        copy.seek(0)
-        return hashlib.file_digest(copy, "sha256").hexdigest()
+        with from_start(copy) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -148,6 +149,17 @@ def template_of(tokenizer: Any, tools: Any = None) -> str | None:
             )
         template = template[name]
     return template or None
+
+
+def dates_written(tokenizer: Any) -> list[str]:
+    """How the present date, which `template_date` fixes, can enter texts: in each format that the template asks for; or all
+    of it, where formats are not written out in the template."""
+    date, template = _date.get() or _now(), json.dumps(tokenizer.chat_template)
+    uses = re.sub(r"strftime_now\s+is\s+(not\s+)?(defined|none)\b", "", template)
+    formats = re.findall(r"""strftime_now\(\s*(?:'([^'"\\]+)'|\\"([^'"\\]+)\\")\s*\)""", uses)
+    if len(formats) < uses.count("strftime_now"):
+        return [date.isoformat()]
+    return [date.strftime(one or other) for one, other in formats]
 
 
 def render_conversations(tokenizer: Any, conversations: Sequence[Conversation]) -> list[list[str] | TemplateRefusal]:

@@ -86,6 +86,13 @@ class TrainConfig:
     checkpoint_every: int = flag("steps between checkpoints", 100, low=1, high=MAX_COUNT)
     keep_checkpoints: int = flag("checkpoints kept", 2, low=1, high=MAX_COUNT)
     log_every: int = flag("steps between lines of metrics.jsonl", 1, low=1, high=MAX_COUNT)
+    data_cache: str | None = flag(
+        "directory in which prepared data is kept for later starts; default: ~/.cache/adafuse-jax/data, or the same in "
+        "XDG_CACHE_HOME",
+        None,
+        "DIR",
+        text="path",
+    )
     resume: bool = flag("continue the run in --output from its last checkpoint", False)
     template_date: str | None = flag(
         "time that chat templates write if they ask for the present one, in ISO format; default: the start of the run",
