@@ -49,7 +49,7 @@ def default_directory() -> Path:
 
 @cache
 def code_version(*sources: Path) -> dict[str, str]:
-    """What a result depends on besides its inputs: digests of this package's source files and of `sources`, versions of
+    """Versions of the code that makes a result: a digest of this package's source files and of `sources`, versions of
     libraries, byte order."""
     digest = hashlib.sha256()
     for path in (*sorted(Path(__file__).parent.glob("*.py")), *sources):

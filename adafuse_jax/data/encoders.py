@@ -107,22 +107,24 @@ class _Encoders:
         if self._threads is None:
             setting = pickle.dumps(self._setting, pickle.HIGHEST_PROTOCOL)
             self._threads = ThreadPoolExecutor(self._count)
-            for _ in range(self._count):
-                self._idle.put(self._start(setting))
+            self._processes = [self._start() for _ in range(self._count)]
+            for process in self._processes:
+                self._threads.submit(self._set_up, process, setting)
         return self._threads.submit(self._ask, examples)
 
-    def _start(self, setting: bytes) -> subprocess.Popen[bytes]:
+    def _start(self) -> subprocess.Popen[bytes]:
         silent = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-P", "-c", START, json.dumps(sys.path)], env=os.environ | silent,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for this process
         )  # fmt: skip
-        self._processes.append(process)
+
+    def _set_up(self, process: subprocess.Popen[bytes], setting: bytes) -> None:
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # found when it is asked
+        with contextlib.suppress(OSError):  # raised again when it is asked
             process.stdin.write(setting)
-        return process
+        self._idle.put(process)
 
     def _ask(self, examples: Sequence[Example]) -> Chunk:
         process = self._idle.get()
@@ -132,7 +134,7 @@ class _Encoders:
             pickle.dump(examples, process.stdin, pickle.HIGHEST_PROTOCOL)
             process.stdin.flush()
             answer = pickle.load(process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError):
+        except (OSError, EOFError, pickle.UnpicklingError):  # it has ended, perhaps amid its answer
             raise UserError(
                 f"a process that tokenises the data ended (exit code {process.wait()}): is there enough memory for "
                 f"{self._count} of them? Limit the processors of this one, as by taskset"

@@ -180,7 +180,7 @@ class Dataset:
         return tuple(self._names)
 
     def digest(self) -> dict[str, Any]:
-        """What identifies the rows of all splits: digests of the files' contents, by their names. Does not read rows."""
+        """Digests of the contents of all files, by split. No row is read."""
         return {name: table.digest() for name, table in self._tables.items()}
 
     def _survey(self, table: str) -> Survey:

@@ -152,8 +152,8 @@ def template_of(tokenizer: Any, tools: Any = None) -> str | None:
 
 
 def dates_written(tokenizer: Any) -> list[str]:
-    """How the present date, which `template_date` fixes, can enter texts: in each format that the template asks for; or all
-    of it, where formats are not written out in the template."""
+    """Forms in which the present date, which `template_date` fixes, can enter texts: each that the template asks for; or
+    all of it, where formats are not written out in the template."""
     date, template = _date.get() or _now(), json.dumps(tokenizer.chat_template)
     uses = re.sub(r"strftime_now\s+is\s+(not\s+)?(defined|none)\b", "", template)
     formats = re.findall(r"""strftime_now\(\s*(?:'([^'"\\]+)'|\\"([^'"\\]+)\\")\s*\)""", uses)

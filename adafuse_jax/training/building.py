@@ -79,8 +79,8 @@ class Part:
 def build(config: TrainConfig, sources: Sources, tokenizer: Any, directory: Path) -> dict[str, Any]:
     """Write the prepared data into `directory`; returns what else is to be known of it: `lengths` T of rows by data set,
     `held_out`, `fingerprint` and `largest_token`. Raises UserError and OSError."""
-    training, held_out = _parts(config, sources)
-    _pick(held_out, config.eval_examples)
+    training, held_out = parts(config, sources)
+    pick(held_out, config.eval_examples)
     facts: dict[str, Any] = {"lengths": []}
     largest = _Largest()
     for i, part in enumerate(training):
@@ -106,8 +106,8 @@ def batches(config: TrainConfig, sources: Sources, directory: Path, facts: dict[
     )
 
 
-def _parts(config: TrainConfig, sources: Sources) -> tuple[list[Part], list[Part]]:
-    """What is trained on, by data set, and what is held out. Both hold the part of a split that is divided."""
+def parts(config: TrainConfig, sources: Sources) -> tuple[list[Part], list[Part]]:
+    """Parts to train on, by data set, and parts held out. Both hold the part of a split that is divided."""
     held_out = []
     for data in sources.evaluation:
         split = data.evaluation_split(HELD_OUT_SPLITS)
@@ -140,7 +140,7 @@ def _held_out_of(part: Part, config: TrainConfig) -> Part | None:
     return part
 
 
-def _pick(held_out: list[Part], limit: int) -> None:
+def pick(held_out: list[Part], limit: int) -> None:
     """Choose up to `limit` of the examples, evenly spaced so that every data set is represented."""
     total = sum(len(part.held) for part in held_out)
     count, before = min(total, limit), 0
