@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -162,9 +163,7 @@ def test_log_lines_of_a_start_that_reads(tokenizer, tmp_path, caplog):
         for _ in range(2):
             caplog.clear()
             prepared(tokenizer, tmp_path / "cache", str(path), skip_bad_rows=True, eval_examples=0)
-            found.append(
-                [message for message in caplog.messages if "data cache" not in message and "data-cache" not in message]
-            )
+            found.append([message for message in caplog.messages if not re.search("data.cache", message)])
     assert found[0] == found[1]
     text = "\n".join(found[0])
     for words in ("1 with an empty response", "1 bad rows, the first:", "examples left out", "where they are cut"):
@@ -177,15 +176,16 @@ def stream(examples: list, tokenizer, **changes: Any) -> tuple[list, Encoding]:
     return [row for chunk in chunks for row in chunk.rows()], encoding
 
 
+def exchange(prompt: str, reply: str, where: str = "") -> Chat:
+    return Chat((Message("user", prompt), Message("assistant", reply)), where=where)
+
+
 REFUSING = "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('refused') }}{% endif %}" + CHATML
 
 
 class TestSeveralProcesses:
     def test_give_the_rows_of_one(self, tokenizer, in_small_chunks):
-        examples = [
-            Chat((Message("user", p), Message("assistant", r))) if i % 3 else Text(p * 9)
-            for i, (p, r) in enumerate(pairs(100))
-        ]
+        examples = [exchange(p, r) if i % 3 else Text(p * 9) for i, (p, r) in enumerate(pairs(100))]
         expected, unfit = encode_all(examples, tokenizer, 128)
         found, encoding = stream(examples, tokenizer)
         assert encoding.counts["unfit"] == unfit
@@ -196,25 +196,25 @@ class TestSeveralProcesses:
     def test_refused_examples_are_counted_and_the_first_is_named(self, tmp_path, in_small_chunks, caplog):
         refusing = load_tokenizer(write_tokenizer(tmp_path / "t", template=REFUSING))
         texts = [("bad" if i in (40, 60) else p) for i, (p, _) in enumerate(pairs(80))]
-        examples = [
-            Chat((Message("user", p), Message("assistant", "a")), where=f"row {i}") for i, p in enumerate(texts)
-        ]
-        with pytest.raises(UserError, match="^row 40: chat template.*refused"):
+        examples = [exchange(p, "a", where=f"row {i}") for i, p in enumerate(texts)]
+        with pytest.raises(UserError, match=r"^row 40: chat template.*refused"):
             stream(examples, refusing)
         found, encoding = stream(examples, refusing, skip_bad_rows=True)
-        assert (len(found), encoding.refused) == (78, 2)
+        fitting, unfit = encode_all([examples[i] for i in range(80) if i not in (40, 60)], refusing, 128)
+        assert (len(found), encoding.refused, encoding.counts["unfit"]) == (len(fitting), 2, unfit)
         assert "2 of 80 examples left out, which the chat template refuses; the first: row 40" in caplog.text
 
-    def test_a_template_that_takes_too_long_ends_the_start(self, tmp_path, in_small_chunks, monkeypatch):
-        loop = "{% if messages[0]['content'] == 'bad' %}{% for i in range(10**9) %}{% endfor %}{% endif %}" + CHATML
+    @pytest.mark.slow
+    def test_a_template_that_takes_too_long_ends_the_start(self, tmp_path, in_small_chunks):
+        loop = "{% if messages[0]['content'] == 'bad' %}{{ 10 ** (10 ** 9) }}{% endif %}" + CHATML
         slow = load_tokenizer(write_tokenizer(tmp_path / "t", template=loop))
         texts = ["bad" if i == 40 else "good" for i in range(60)]
-        with pytest.raises(UserError, match="chat template"):
-            stream([Chat((Message("user", p), Message("assistant", "a"))) for p in texts], slow, skip_bad_rows=True)
+        with pytest.raises(UserError, match="takes more than 3 seconds"):
+            stream([exchange(p, "a") for p in texts], slow, skip_bad_rows=True)
 
     def test_one_that_dies_is_a_line(self, tokenizer, in_small_chunks, monkeypatch):
         monkeypatch.setattr(encoders, "START", "import os; os._exit(7)")
-        with pytest.raises(UserError, match="a process that tokenises the data ended.*exit code 7"):
+        with pytest.raises(UserError, match=r"a process that tokenises the data ended.*exit code 7"):
             stream([Text(p) for p, _ in pairs(80)], tokenizer)
 
 
