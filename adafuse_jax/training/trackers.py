@@ -67,7 +67,10 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         purge = start + 1 if start else 0
-        self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=purge, flush_secs=10)
+        suffix = f".{start}"  # two files of one second would have one name
+        self._writer = SummaryWriter(
+            str(output / "tensorboard"), purge_step=purge, flush_secs=10, filename_suffix=suffix
+        )
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         for name, value in scalars(metrics):
