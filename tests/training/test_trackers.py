@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from training_runs import metrics_of, run_folder, train_here  # noqa: F401 - fixtures
+from training_runs import metrics_of, train_here
 
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.models.config import ModelConfig
@@ -139,7 +139,7 @@ def test_a_missing_package_is_one_line_before_anything_runs(
 
 
 @pytest.mark.slow
-def test_a_run_reports_what_metrics_jsonl_has(tmp_path: Path, run_folder: Path):  # noqa: F811
+def test_a_run_reports_what_metrics_jsonl_has(tmp_path: Path, run_folder: Path):
     run = tmp_path / "run"
     train_here(run_folder, run, steps=4, checkpoint_every=2, eval_every=4, report_to="tensorboard")
     found = {(step, name): value for step, name, value in tensorboard_events(run / "tensorboard")}
