@@ -116,7 +116,9 @@ class TestStep:
             loads = [router_load(model, state.adapter, micro) for micro in micros if micro.segment_ids.any()]
             gaps.append(max(float(jnp.abs(load - loads[0]).max()) for load in loads))
             for _ in range(3):
-                state, metrics = train_step(state, model, batch, optimizer=optimizer, remat=accum == 2)
+                state, metrics = train_step(
+                    state, model, batch, optimizer=optimizer, remat="full" if accum == 2 else "none"
+                )
             results.append((state.adapter, metrics))
         assert min(gaps[1:]) > 0.01, "the micro-batches load the experts alike, and would not show a difference"
         for adapter, metrics in results[1:]:
@@ -133,7 +135,7 @@ class TestStep:
             state = state_of(random_adapter(model.config, balance_coefficient=1.0), optimizer)
             if not whole:
                 monkeypatch.setattr(step, "load_of_step", lambda *_: None)
-            state, _ = step.train_step.__wrapped__(state, model, as_batch(rows, 4), optimizer=optimizer, remat=False)
+            state, _ = step.train_step.__wrapped__(state, model, as_batch(rows, 4), optimizer=optimizer, remat="none")
             routers.append(np.array(state.moments[1][0].mu.router.weight[...]))
         assert np.abs(routers[0] - routers[1]).max() > 0.01 * np.abs(routers[0]).max()
 
@@ -145,7 +147,7 @@ class TestStep:
         results = []
         for batch in (as_batch(rows, 1), as_batch(padded, 2)):
             state = state_of(random_adapter(model.config, balance_coefficient=1.0), optimizer)
-            state, metrics = train_step(state, model, batch, optimizer=optimizer, remat=False)
+            state, metrics = train_step(state, model, batch, optimizer=optimizer, remat="none")
             results.append((state.moments, metrics))
         for moments, metrics in results[1:]:
             for name in metrics:
@@ -158,7 +160,7 @@ class TestStep:
         optimizer = make_optimizer(config(), 60)
         state, losses = state_of(random_adapter(model.config), optimizer), []
         for _ in range(60):
-            state, metrics = train_step(state, model, as_batch(rows, 1), optimizer=optimizer, remat=False)
+            state, metrics = train_step(state, model, as_batch(rows, 1), optimizer=optimizer, remat="none")
             losses.append(float(metrics["loss"]))
         assert losses[-1] < 0.5 * losses[0]
         jax.tree.map(np.testing.assert_array_equal, before, model)
@@ -169,7 +171,7 @@ class TestStep:
         adapter = random_adapter(model.config)
         before = jax.tree.map(np.array, adapter)
         state, metrics = train_step(
-            state_of(adapter, optimizer), model, as_batch(rows, 1), optimizer=optimizer, remat=False
+            state_of(adapter, optimizer), model, as_batch(rows, 1), optimizer=optimizer, remat="none"
         )
         moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), state.adapter, before)
         assert all(jax.tree.leaves(moved))
@@ -191,7 +193,7 @@ class TestStep:
                 model,
                 as_batch(rows, 1),
                 optimizer=optimizer,
-                remat=False,
+                remat="none",
             )
             moments.append(max(float(jnp.abs(x).max()) for x in jax.tree.leaves(state.moments) if x.ndim))
         assert moments[1] < 1e-6 < moments[0]
@@ -225,7 +227,7 @@ class TestSchedule:
         assert Phases.of(0.0, 1.0, 4) == Phases()
         optimizer = make_optimizer(config(warmup_ratio=0.0, learning_rate=1e-2), 4)
         state = state_of(phases.initial(random_adapter(model.config)), optimizer)
-        step = partial(train_step, model=model, batch=as_batch(rows, 1), optimizer=optimizer, remat=False)
+        step = partial(train_step, model=model, batch=as_batch(rows, 1), optimizer=optimizer, remat="none")
         for at in range(4):
             before = np.array(state.adapter.router.weight[...])
             _, usual = step(jax.tree.map(jnp.copy, state))
@@ -273,7 +275,7 @@ class TestTrainingImprovesRouting:
             optimizer = make_optimizer(config(learning_rate=3e-2), 40)
             state = state_of(random_adapter(model.config, balance_coefficient=coefficient), optimizer)
             for _ in range(40):
-                state, metrics = train_step(state, model, as_batch(rows, 1), optimizer=optimizer, remat=False)
+                state, metrics = train_step(state, model, as_batch(rows, 1), optimizer=optimizer, remat="none")
             loads.append(float(jnp.std(metrics["load"])))
         assert loads[1] < loads[0]
 

@@ -1,0 +1,99 @@
+"""One row of the table of training speed in a process of its own: AdaFuse or LoRA in this project's `train_step`.
+
+    python -m benchmarks.training.rows --job JOB.json --result RESULT.json     # `benchmarks.training` does
+
+Random weights of the shapes named, random tokens, full rows of `segments` equal segments. A row's numbers are of steps that
+are enqueued one after the other, as `train.py` does; its losses are those of the first steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from adafuse_jax.core import runtime
+from adafuse_jax.data.batches import Batch
+from adafuse_jax.models.config import LINEARS
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.training.config import TrainConfig
+from adafuse_jax.training.initial import initial_state
+from adafuse_jax.training.optimizer import make_optimizer
+from adafuse_jax.training.schedules import Phases
+from adafuse_jax.training.step import TrainState, train_step
+from benchmarks.common.jobs import Report, add_job_flags, reporter
+from benchmarks.common.records import facts
+from benchmarks.common.timing import Stopwatch, time_calls
+from benchmarks.decode.models import adapter_config, random_backbone
+from benchmarks.training.shapes import SHAPES, model_config
+
+
+def random_batch(vocab_size: int, batch: int, length: int, segments: int, seed: int) -> Batch:
+    """Rows of `segments` equal segments without padding; every token but the first of a segment is a target."""
+    tokens = np.random.default_rng(seed).integers(0, vocab_size, (1, batch, length), dtype=np.int32)
+    ids = np.arange(length) * segments // length
+    positions = np.arange(length) - np.searchsorted(ids, ids)
+    rows = partial(np.broadcast_to, shape=tokens.shape)
+    return Batch(
+        tokens=tokens, loss_mask=rows(positions > 0), segment_ids=rows(ids.astype(np.int32) + 1),
+        positions=rows(positions.astype(np.int32)),
+    )  # fmt: skip
+
+
+def linear_parameters(model: Backbone) -> int:
+    """N of 4N: the weights of the backbone that multiply every token, its head included."""
+    config = model.config
+    of_layer = sum(out * into for out, into in map(config.linear_shape, LINEARS))
+    return config.num_layers * of_layer + config.vocab_size * config.embed_dim
+
+
+def measure(job: dict[str, Any], report: Report) -> None:
+    """`job`: size, method, targets, batch, length, remat, segments, steps, repeats."""
+    shapes = SHAPES[job["size"]]
+    backbone, adapter = model_config(shapes), adapter_config(shapes, job["targets"], method=job["method"])
+    adapter = replace(adapter, dropout=0.0)  # as the peers
+    optimizer = make_optimizer(TrainConfig(model="-", dataset=("-",), output="-", learning_rate=1e-4), 1000)
+    initial = partial(initial_state, adapter, optimizer=optimizer, phases=Phases(), key=jax.random.key(0))
+    options = {"remat": job["remat"], "unroll": job["unroll"], "max_segments": job["segments"]}
+    batches = [random_batch(shapes.vocab_size, job["batch"], job["length"], job["segments"], seed) for seed in range(4)]
+    watch = Stopwatch()
+    like = jax.eval_shape(lambda: Backbone(backbone, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    state_like = jax.eval_shape(initial, like, None)
+    compiled = train_step.lower(state_like, like, batches[0], optimizer=optimizer, **options).compile()
+    compile_seconds = watch.seconds
+    model = random_backbone(backbone)
+    state: TrainState = jax.jit(initial)(model, None)
+    losses: list[Any] = []
+
+    def step(state: TrainState) -> TrainState:
+        state, metrics = compiled(state, model, batches[len(losses) % len(batches)])
+        losses.append(metrics["loss"])
+        return state
+
+    timing, state = time_calls(step, state, repeats=job["repeats"], calls=job["steps"])
+    tokens = job["batch"] * job["length"]
+    memory = compiled.memory_analysis()
+    report({
+        "ms": timing.ms, "spread_ms": timing.spread_ms, "tokens_per_second": 1e3 * tokens / timing.ms,
+        "flops_4n": 4 * linear_parameters(model) * tokens, "compile_seconds": compile_seconds,
+        "peak_gib": runtime.peak_device_gib(), "temporaries_gib": memory.temp_size_in_bytes / 2**30,
+        "losses": [float(loss) for loss in losses[:20]],
+    })  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_job_flags(parser)
+    arguments = parser.parse_args()
+    measure(json.loads(arguments.job.read_text()), reporter(arguments.result, facts()))
+
+
+if __name__ == "__main__":
+    main()
