@@ -108,7 +108,7 @@ def report(record: dict[str, Any]) -> str:
     rows = [
         (
             name, f"{start['examples']:,}", f"{start['seconds']:.1f} s", f"{start['examples_per_second']:,.0f}",
-            f"{start['cpu_seconds']:.0f} s", f"{start['memory_mb']['peak_beyond']:.0f} MB", f"{start['batch_ms']:.2f} ms",
+            f"{start['cpu_seconds']:.0f} s", f"{start['memory_mb']['beyond']:.0f} MB", f"{start['batch_ms']:.2f} ms",
             f"{start['load_before']:.1f}",
         )
         for name, start in record["starts"].items()
