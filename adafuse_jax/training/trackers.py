@@ -5,7 +5,6 @@ Names are those of metrics.jsonl; of `load`, a number an expert, `load/0`, `load
 
 from __future__ import annotations
 
-import importlib
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -32,10 +31,11 @@ class Tracker(Protocol):
 
 def require_tracker(name: TrackerName) -> None:
     """Raise UserError if the tracker's package is not installed or cannot be used."""
-    if name == "none":
-        return
     try:
-        importlib.import_module(PACKAGES[name])
+        if name == "tensorboard":
+            import tensorboardX  # noqa: F401
+        elif name == "wandb":
+            import wandb  # noqa: F401
     except Exception as error:  # a broken installation raises anything
         raise UserError(
             f"--report-to {name}: the package {PACKAGES[name]} cannot be imported ({shortened(str(error), 120)}); "
