@@ -18,6 +18,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from adafuse_jax.core.errors import UserError, shortened
 from adafuse_jax.data.examples import Example
 from adafuse_jax.data.files import FileRows
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 SPLIT_COLUMN = "split"
 MAX_SPLITS = 16
 """Most distinct values of a column `split` that names splits; with more, the column means something else."""
+BAR: dict[str, Any] = {"unit": " rows", "leave": False, "disable": None, "delay": 3, "dynamic_ncols": True}
+"""Settings of the progress bar: on a terminal, if it takes more than three seconds."""
 SAMPLE_ROWS = 100
 SAMPLE_CHARACTERS = 2**22
 """The format is recognised by the columns of a file's first rows: so many, or so much text."""
@@ -124,7 +128,8 @@ def survey(
         found.by_split &= any(isinstance(row, Mapping) and SPLIT_COLUMN in row for _, row in sample)
         if not found.by_split:
             found.forget_splits()
-        _count(chain(sample, file.items), file.path, form, found, notes, skip_bad_rows)
+        rows = tqdm(chain(sample, file.items), desc=f"reading {file.path.name}", **BAR)
+        _count(rows, file.path, form, found, notes, skip_bad_rows)
         known = form.uses | {"image"} | ({SPLIT_COLUMN} if found.by_split else set())
         notes.unused |= {name or "(no name)": None for name in file.columns if name not in known}
     if notes.altered:

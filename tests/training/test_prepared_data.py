@@ -9,10 +9,13 @@ import logging
 import os
 import random
 import re
+import shutil
 import tracemalloc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import slow_data
@@ -150,6 +153,29 @@ def test_pipes_of_the_same_content_are_read_from_the_cache(tokenizer, tmp_path):
         os.close(reading)
         os.close(250)
     assert len(fingerprints) == entries(tmp_path / "cache") == 1
+
+
+def test_saved_data_sets_and_those_of_the_hub_are_read_from_the_cache(tokenizer, tmp_path, monkeypatch):
+    """While their content, or the fingerprint that `datasets` gives it, is the same."""
+    columns = [{"instruction": p, "output": r} for p, r in pairs(30)]
+    cache, saved = tmp_path / "cache", tmp_path / "saved"
+    found = []
+    for rows in (columns, columns, columns[:20]):
+        datasets.Dataset.from_list(rows).save_to_disk(str(saved))
+        found.append(prepared(tokenizer, cache, str(saved)).fingerprint)
+        shutil.rmtree(saved)
+    assert found[0] == found[1] != found[2]
+    assert entries(cache) == 2
+
+    def load(rows: list[dict], hub_id: str, subset: str | None, split: str) -> datasets.Dataset:
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_: ["train"])
+    for rows in (columns, columns, columns[:20]):
+        monkeypatch.setattr(datasets, "load_dataset", partial(load, rows))
+        found.append(prepared(tokenizer, cache, "org/name").fingerprint)
+    assert found[3:] == found[:3]
+    assert entries(cache) == 4
 
 
 def test_log_lines_of_a_start_that_reads(tokenizer, tmp_path, caplog):
