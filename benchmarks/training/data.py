@@ -1,7 +1,7 @@
 """Preparation of a large data set: the first start, which builds the data cache, and a second, which reads it.
 
-    python -m benchmarks.training.data --model SMOLLM2_DIR --alpaca ALPACA.json.gz --examples 1000000 --work /tmp/data \
-        --out benchmarks/results/cpu
+    python -m benchmarks.training.data --model SMOLLM2_DIR --alpaca ALPACA.json.gz --examples 100000 1000000 \
+        --work /tmp/data --out benchmarks/results/cpu
 
 The rows are made of Alpaca's: the instruction of one and the first 1000 characters of another's response. Each start is a
 process of its own. Time is that of `prepare_data`; memory is the peak of the process, and of that what lies above its size
@@ -89,7 +89,6 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         "rows": data.batches.rows_per_epoch,
         "fingerprint": data.fingerprint,
         "load_before": load,
-        "processors": len(os.sched_getaffinity(0)),
     }
 
 
@@ -107,24 +106,41 @@ def report(record: dict[str, Any]) -> str:
     )
     rows = [
         (
-            name, f"{start['examples']:,}", f"{start['seconds']:.1f} s", f"{start['examples_per_second']:,.0f}",
-            f"{start['cpu_seconds']:.0f} s", f"{start['memory_mb']['beyond']:.0f} MB", f"{start['batch_ms']:.2f} ms",
-            f"{start['load_before']:.1f}",
+            f"{name} {size['cache_bytes'] / 1e9:.2g} GB", f"{start['examples']:,}", f"{start['seconds']:.1f} s",
+            f"{start['examples_per_second']:,.0f}", f"{start['cpu_seconds']:.0f} s",
+            f"{start['memory_mb']['beyond']:.0f} MB", f"{start['batch_ms']:.2f} ms", f"{start['load_before']:.1f}",
         )
-        for name, start in record["starts"].items()
+        for size in record["sizes"]
+        for name, start in size["starts"].items()
     ]  # fmt: skip
     origin = f"{record['processors']} processors, commit {record['commit']}: `{record['command']}`"
-    size = f"The cache of {record['examples']:,} examples has {record['cache_bytes'] / 1e9:.2f} GB; the data set has "
-    size += f"{record['data_bytes'] / 1e9:.2f} GB."
-    return "\n".join([f"# Preparation of data\n\n{origin}\n", *table(head, rows), "", size, ""])
+    return "\n".join([f"# Preparation of data\n\n{origin}\n", *table(head, rows), ""])
+
+
+def measured(arguments: argparse.Namespace, examples: int) -> dict[str, Any]:
+    """Both starts with a data set of so many examples. Ends the program if one fails."""
+    data, cache = arguments.work / f"{examples}.jsonl", arguments.work / f"cache-{examples}"
+    write_rows(arguments.alpaca, examples, data)
+    shutil.rmtree(cache, ignore_errors=True)
+    settings = {"model": arguments.model, "data": str(data), "cache": str(cache), "examples": examples}
+    starts = {}
+    for name in ("first, builds", "second, reads"):
+        job = Job(name=f"{examples} examples: {name}", module=MODULE, settings=settings)
+        starts[name], problem = run_job(job, {}, TIMEOUT, sys.executable)
+        if problem:
+            sys.exit(f"{job.name}: {problem}")
+    if len({start["fingerprint"] for start in starts.values()}) > 1:
+        sys.exit(f"{examples} examples: the second start has other rows than the first")
+    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    return {"examples": examples, "data_bytes": data.stat().st_size, "cache_bytes": size, "starts": starts}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="directory with the tokenizer, SmolLM2-135M-Instruct")
     parser.add_argument("--alpaca", type=Path, help="alpaca_en_demo.json.gz")
-    parser.add_argument("--examples", type=int, default=1_000_000, help="rows of the data set")
-    parser.add_argument("--work", type=Path, help="directory for the data set and the cache; what is there is used")
+    parser.add_argument("--examples", type=int, nargs="+", default=[100_000, 1_000_000], help="rows of the data sets")
+    parser.add_argument("--work", type=Path, help="directory for data sets and caches")
     parser.add_argument("--out", type=Path, help="directory for data.json and data.md")
     add_job_flags(parser, required=False)
     arguments = parser.parse_args()
@@ -132,31 +148,16 @@ def main() -> None:
         reporter(arguments.result, {})(measure(json.loads(arguments.job.read_text())))
         return
     arguments.work.mkdir(parents=True, exist_ok=True)
-    data, cache = arguments.work / f"{arguments.examples}.jsonl", arguments.work / f"cache-{arguments.examples}"
-    write_rows(arguments.alpaca, arguments.examples, data)
-    shutil.rmtree(cache, ignore_errors=True)
-    settings = {
-        "model": arguments.model, "data": str(data), "cache": str(cache), "examples": arguments.examples,
-    }  # fmt: skip
-    starts = {}
-    for name in ("first, builds", "second, reads"):
-        starts[name], problem = run_job(Job(name=name, module=MODULE, settings=settings), {}, TIMEOUT, sys.executable)
-        if problem:
-            sys.exit(f"{name}: {problem}")
-    first, second = starts.values()
-    if first["fingerprint"] != second["fingerprint"]:
-        sys.exit("the second start has other rows than the first")
     record = {
         "command": command_line(MODULE),
         "commit": commit(),
-        "examples": arguments.examples,
-        "processors": first["processors"],
-        "data_bytes": data.stat().st_size,
-        "cache_bytes": sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()),
-        "starts": starts,
+        "processors": len(os.sched_getaffinity(0)),
+        "sizes": [],
     }
-    write_json(arguments.out / "data.json", record)
-    (arguments.out / "data.md").write_text(report(record), encoding="utf-8")
+    for examples in arguments.examples:
+        record["sizes"].append(measured(arguments, examples))
+        write_json(arguments.out / "data.json", record)
+        (arguments.out / "data.md").write_text(report(record), encoding="utf-8")
 
 
 if __name__ == "__main__":
