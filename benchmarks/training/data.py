@@ -148,7 +148,7 @@ def main() -> None:
         reporter(arguments.result, {})(measure(json.loads(arguments.job.read_text())))
         return
     arguments.work.mkdir(parents=True, exist_ok=True)
-    record = {
+    record: dict[str, Any] = {
         "command": command_line(MODULE),
         "commit": commit(),
         "processors": len(os.sched_getaffinity(0)),
