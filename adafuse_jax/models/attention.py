@@ -133,7 +133,8 @@ def attention(
 
 
 def _packed(q: Array, k: Array, v: Array, visibility: Visibility) -> Array:
-    assert visibility.segment_ids is not None and visibility.max_segments is not None
+    assert visibility.segment_ids is not None
+    assert visibility.max_segments is not None
     lengths, starts = segments(visibility.segment_ids, visibility.max_segments + 1)  # padding is one more
     return dot_product_attention(
         q, k, v, q_seqlen=lengths, kv_seqlen=lengths, q_offsets=starts, kv_offsets=starts,

@@ -81,7 +81,7 @@ class DecoderLayer(nnx.Module):
         h = self.input_layernorm(x)
         q, k, v = (heads(linear(name, h)) for name in ATTENTION_LINEARS[:3])
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(kept(q, ATTENTION)), self.k_norm(kept(k, ATTENTION))
         context = attend(q, k, v)
         x = kept(x + linear("o_proj", context.reshape(*h.shape[:2], -1)), ATTENTION)
 
@@ -175,12 +175,17 @@ class Backbone(nnx.Module):
                 if cache is not None:
                     cache = cache.write(index, positions, k, v)
                     k, v = cache.k[index], cache.v[index]
-                q, k, v = kept((q, k, v), ATTENTION)
+                if not config.qk_norm:  # whose derivatives need them as they were before
+                    q, k = kept((q, k), ATTENTION)
+                v = kept(v, ATTENTION)
                 if isinstance(index, int) or len(distinct) == 1:
                     window = windows[index] if isinstance(index, int) else distinct[0]
                     return attention(q, k, v, visibility, window)
-                branches = [partial(attention, window=window) for window in distinct]
-                return jax.lax.switch(window_of_layer[index], branches, q, k, v, visibility)
+
+                def within(window: int | None) -> Callable[[Array, Array, Array], Array]:
+                    return lambda q, k, v: attention(q, k, v, visibility, window)
+
+                return jax.lax.switch(window_of_layer[index], [within(window) for window in distinct], q, k, v)
 
             def slice_linear(name: str, h: Array) -> tuple[Linear, Array]:
                 # Once its input is computed: a scan copies each slice, and would copy all linears of a layer at once.

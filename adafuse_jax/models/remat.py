@@ -1,4 +1,4 @@
-"""Rematerialisation: the intermediate results of a layer that its backward pass finds in memory, and those it computes again.
+"""Rematerialisation: which results of a layer its backward pass finds in memory, and which it computes again.
 
 policy      kept of each layer, beside its input                            computed again
 none        all that the derivatives use                                    norms, silu(gate) · up

@@ -79,11 +79,10 @@ def measure(job: dict[str, Any], report: Report) -> None:
 
     timing, state = time_calls(step, state, repeats=job["repeats"], calls=job["steps"])
     tokens = job["batch"] * job["length"]
-    memory = compiled.memory_analysis()
     report({
         "ms": timing.ms, "spread_ms": timing.spread_ms, "tokens_per_second": 1e3 * tokens / timing.ms,
         "flops_4n": 4 * linear_parameters(model) * tokens, "compile_seconds": compile_seconds,
-        "peak_gib": runtime.peak_device_gib(), "temporaries_gib": memory.temp_size_in_bytes / 2**30,
+        "peak_gib": runtime.peak_device_gib(),
         "losses": [float(loss) for loss in losses[:20]],
     })  # fmt: skip
 
