@@ -166,19 +166,20 @@ class Batches:
                 row[here] = _permutation(self.seed, epoch, s, size)[within[here]]
         return source, row
 
-    def at(self, step: int) -> Batch:
-        """The batch of optimiser step `step` (from 0): numpy arrays [grad_accum, batch_size, T]. Rows behind `total_rows`
-        are padding: segment_ids 0 and no targets."""
-        first, last = step * self.rows_per_step, (step + 1) * self.rows_per_step
-        end = last if self.total_rows is None else min(last, max(first, self.total_rows))
-        source, row = self.locate(np.arange(first, end))
-        names, shape = [f.name for f in fields(Batch)], (self.rows_per_step, self.length)
-        out = {name: np.zeros(shape, bool if name == "loss_mask" else np.int32) for name in names}
+    def at(self, step: int, rows: range | None = None) -> Batch:
+        """The batch of optimiser step `step` (from 0): numpy arrays [grad_accum, batch_size, T], or only those `rows` of
+        every micro-batch. Rows behind `total_rows` are padding: segment_ids 0 and no targets."""
+        chosen = np.arange(self.batch_size)[slice(None) if rows is None else slice(rows.start, rows.stop)]
+        index = np.arange(step * self.grad_accum, (step + 1) * self.grad_accum)[:, None] * self.batch_size + chosen
+        slots = np.arange(index.size) if self.total_rows is None else np.flatnonzero(index.ravel() < self.total_rows)
+        source, row = self.locate(index.ravel()[slots])
+        names = [f.name for f in fields(Batch)]
+        out = {name: np.zeros((index.size, self.length), bool if name == "loss_mask" else np.int32) for name in names}
         for s, pool in enumerate(self.pools):
             before = 0
             for part in pool:
-                slots = np.nonzero((source == s) & (row >= before) & (row < before + len(part)))[0]
-                for name, array in part.arrays(row[slots] - before, self.length, names).items():
-                    out[name][slots] = array
+                here = (source == s) & (row >= before) & (row < before + len(part))
+                for name, array in part.arrays(row[here] - before, self.length, names).items():
+                    out[name][slots[here]] = array
                 before += len(part)
-        return Batch(**{name: a.reshape(self.grad_accum, self.batch_size, self.length) for name, a in out.items()})
+        return Batch(**{name: a.reshape(self.grad_accum, len(chosen), self.length) for name, a in out.items()})
