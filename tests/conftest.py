@@ -48,6 +48,18 @@ def pytest_configure(config: pytest.Config) -> None:
     set_compilation(jax_compilation_cache_dir=programs, jax_persistent_cache_min_compile_time_secs=0.0)
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         set_compilation(jax_disable_most_optimizations=True)
+    set_caches(config)
+
+
+def set_caches(config: pytest.Config) -> None:
+    """Give the session, all its workers and scripts, a data cache of its own; other libraries keep their caches."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    os.environ.setdefault("HF_HOME", str(Path.home() / ".cache" / "huggingface"))
+    os.environ.setdefault("MPLCONFIGDIR", str(CACHE / "matplotlib"))
+    own = tempfile.TemporaryDirectory(prefix="adafuse-tests-")
+    config.add_cleanup(own.cleanup)
+    os.environ["XDG_CACHE_HOME"] = own.name
 
 
 def size_of(directory: str) -> int:

@@ -132,17 +132,24 @@ def require_free(out: Path, name: str = "") -> None:
 
 
 @contextlib.contextmanager
-def locked(directory: Path, *, what: str) -> Iterator[None]:
-    """Lock `directory`, which exists, for this process; the operating system frees it if the process dies.
+def locked(directory: Path, *, what: str, wait: bool = False) -> Iterator[None]:
+    """Lock `directory`, which exists, for this process; the operating system frees it if the process dies. With `wait` this
+    waits, with a line in the log, for another process that holds it.
 
     Raises:
       UserError: another process holds it. `what` names it for the message: "--output runs/a".
+      OSError: a disk that refuses.
     """
     descriptor = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            if wait:
+                log.info("%s: waiting for another process that is writing it", what)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                yield
+                return
             raise UserError(f"{what}: another process is using it; wait for its end, or give another one") from error
         yield
     finally:

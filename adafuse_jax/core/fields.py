@@ -48,8 +48,8 @@ def flag(
     """A dataclass field with the help text its command-line flag shows; without a default the flag is required.
 
     A number is in [low, high], greater than `above` and less than `below`; of a tuple, each of its elements. `moved`: a
-    choice of the past → where it is now. `formerly`: of a field that was true or false, as files of earlier versions have it,
-    the choices in their place.
+    choice of the past → where it is now. `formerly`: the choices in the place of true and false, which files of earlier
+    versions have.
     """
     bounds = {"low": low, "high": high, "above": above, "below": below}
     metadata = {"help": help, "metavar": metavar, "text": text, "moved": moved, "formerly": formerly, **bounds}

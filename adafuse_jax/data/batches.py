@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32
 
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.data.packing import Rows
+from adafuse_jax.data.packing import PackedRows, Rows
 
 BLOCK = 1000
 
@@ -69,9 +69,21 @@ def shares_of(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(int(n) for n in shares)
 
 
+def mixture_weights(weights: Sequence[float | None]) -> tuple[float, ...] | None:
+    """The weights of data sets, or None if none is given. Raises UserError for weights given to some only, or as
+    `shares_of`."""
+    given = tuple(w for w in weights if w is not None)
+    if not given:
+        return None
+    if len(given) < len(weights) or not all(w > 0 for w in given):
+        raise UserError(f"weights: {list(weights)} for {len(weights)} dataset(s): give each a weight above 0, or none")
+    shares_of(given)
+    return given
+
+
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """The batches of a run over the rows of one or several sources, all padded to the same T.
+    """The batches of a run over the rows of one or several sources, all padded to the same T when they are drawn.
 
     `weights` of None: one pool, every row once an epoch. Otherwise one weight a source, and each source walks its own
     epochs. A set smaller than a batch goes on with its next epoch.
@@ -80,7 +92,7 @@ class Batches:
     (of 2.5 epochs: two times, and half of the rows a third time); of a mixture as many rows are drawn in all, by weight.
     Raises UserError for weights given to some sources only or below a thousandth; ValueError for sizes below 1."""
 
-    rows: tuple[Rows, ...]
+    rows: tuple[Rows | PackedRows, ...]
     seed: int
     batch_size: int
     grad_accum: int = 1
@@ -94,18 +106,9 @@ class Batches:
                 f"{len(self.rows)=}, {self.batch_size=}, {self.grad_accum=}, {self.epochs=} must be positive, "
                 f"{self.seed=} not negative"
             )
-        weights = self.weights if self.weights and any(w is not None for w in self.weights) else None
-        if weights is not None and (len(weights) != len(self.rows) or any(w is None or not w > 0 for w in weights)):
-            raise UserError(
-                f"weights: {list(weights)} for {len(self.rows)} dataset(s): give each a weight above 0, or none"
-            )
-        if weights is not None:
-            shares_of([w for w in weights if w is not None])
-        width = max(rows.length for rows in self.rows)
-        same = tuple(rows.widen(width) for rows in self.rows)
-        if weights is None and len(same) > 1:
-            same = (Rows(*(np.concatenate([getattr(r, f.name) for r in same]) for f in fields(Rows))),)
-        object.__setattr__(self, "rows", same)
+        weights = mixture_weights(self.weights or (None,) * len(self.rows))
+        if weights is not None and len(weights) != len(self.rows):
+            raise UserError(f"weights: {list(weights)} for {len(self.rows)} dataset(s): give each one, or none")
         object.__setattr__(self, "weights", weights)
 
     @property
@@ -114,8 +117,13 @@ class Batches:
 
     @property
     def length(self) -> int:
-        """T."""
-        return self.rows[0].length
+        """T, that of the longest rows."""
+        return max(rows.length for rows in self.rows)
+
+    @property
+    def pools(self) -> list[tuple[Rows | PackedRows, ...]]:
+        """The sources that are drawn from each in an order of its own: all as one, or with weights one by one."""
+        return [self.rows] if self.weights is None else [(rows,) for rows in self.rows]
 
     @property
     def rows_per_epoch(self) -> int:
@@ -138,7 +146,7 @@ class Batches:
         return None if self.total_rows is None else -(-self.total_rows // self.rows_per_step)
 
     def locate(self, index: Int[np.ndarray, " i"]) -> tuple[Int[np.ndarray, " i"], Int[np.ndarray, " i"]]:
-        """(source, row within the source) of global row indices."""
+        """(pool, row within the pool) of global row indices."""
         if self.weights is None:
             source, count = np.zeros_like(index), index
         else:
@@ -150,11 +158,12 @@ class Batches:
             source = np.asarray([order[r] for (order, _), _, r in found])
             count = np.asarray([b * shares[order[r]] + before[r] for (order, before), b, r in found])
         row = np.empty_like(index)
-        for s, rows in enumerate(self.rows):
-            epochs, within = divmod(count, len(rows))
+        for s, pool in enumerate(self.pools):
+            size = sum(map(len, pool))
+            epochs, within = divmod(count, size)
             for epoch in np.unique(epochs[source == s]).tolist():
                 here = (source == s) & (epochs == epoch)
-                row[here] = _permutation(self.seed, epoch, s, len(rows))[within[here]]
+                row[here] = _permutation(self.seed, epoch, s, size)[within[here]]
         return source, row
 
     def at(self, step: int, rows: range | None = None) -> Batch:
@@ -162,16 +171,15 @@ class Batches:
         every micro-batch. Rows behind `total_rows` are padding: segment_ids 0 and no targets."""
         chosen = np.arange(self.batch_size)[slice(None) if rows is None else slice(rows.start, rows.stop)]
         index = np.arange(step * self.grad_accum, (step + 1) * self.grad_accum)[:, None] * self.batch_size + chosen
-        index, size = index.ravel(), index.size
-        real = np.full(size, True) if self.total_rows is None else index < self.total_rows
-        source, row = self.locate(index[real])
-        places = list(zip(source.tolist(), row.tolist(), strict=True))
-
-        def gather(name: str) -> np.ndarray:
-            like = getattr(self.rows[0], name)
-            out = np.zeros((size, self.length), like.dtype)
-            for slot, (s, r) in zip(np.flatnonzero(real), places, strict=True):
-                out[slot] = getattr(self.rows[s], name)[r]
-            return out.reshape(self.grad_accum, len(chosen), self.length)
-
-        return Batch(**{f.name: gather(f.name) for f in fields(Batch)})
+        slots = np.arange(index.size) if self.total_rows is None else np.flatnonzero(index.ravel() < self.total_rows)
+        source, row = self.locate(index.ravel()[slots])
+        names = [f.name for f in fields(Batch)]
+        out = {name: np.zeros((index.size, self.length), bool if name == "loss_mask" else np.int32) for name in names}
+        for s, pool in enumerate(self.pools):
+            before = 0
+            for part in pool:
+                here = (source == s) & (row >= before) & (row < before + len(part))
+                for name, array in part.arrays(row[here] - before, self.length, names).items():
+                    out[name][slots[here]] = array
+                before += len(part)
+        return Batch(**{name: a.reshape(self.grad_accum, len(chosen), self.length) for name, a in out.items()})

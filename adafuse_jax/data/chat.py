@@ -1,16 +1,8 @@
 """Examples to tokens: the chat template (or the Alpaca text) rendered and tokenised once, the loss on the responses.
 
-    prompt_i  = template(messages[:i], add_generation_prompt=True)         what decoding is given before reply i
-    whole_i   = template(messages[:i + 1])
-    reply_i   = whole_i[len(prompt_i) : end of the end-of-turn token]      where the loss is
     target t <=> token t starts inside a reply (a token that straddles the boundary belongs to the prompt)
 
-A conversation is one row if each whole_i begins with prompt_i and with the whole of the reply before: the template only
-appends. Templates of reasoning models do not: some leave the reasoning of earlier turns out, some begin a reply in the
-generation prompt ("<think>") that the finished conversation writes otherwise. Then each assistant turn becomes a row of its
-own, prompt_i + reply_i, with the loss on that turn; where whole_i does not begin with prompt_i, reply_i is the message's
-content, less what the generation prompt has already begun of it, and the template's end-of-turn token. So what training sees
-before a reply is always what decoding is given.
+Which text is a reply, and which conversations become several rows: `replies`.
 
 loss_mask[t] is True iff token t is itself a target, predicted from t-1; token 0 never is.
 """
@@ -18,25 +10,28 @@ loss_mask[t] is True iff token t is itself a target, predicted from t-1; token 0
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, Int64
 
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.examples import Chat, Example, Message, MultipleChoice, Text
-from adafuse_jax.data.left_out import left_out, require_last_turn, require_written
+from adafuse_jax.data.left_out import LeftOut, require_last_turn
 from adafuse_jax.data.rendering import MARK, render, render_all
+from adafuse_jax.data.replies import Rendered, around_mark, first_special, replies, reply_parts, rows_of
 from adafuse_jax.data.templates import TemplateLimit, template_date
 from adafuse_jax.data.tokenizer import load_tokenizer as load_tokenizer
-from adafuse_jax.data.tokenizer import special_token_texts
 from adafuse_jax.data.tokens import tokens_and_starts
 
 log = logging.getLogger(__name__)
 
-ENCODE_CHUNK = 1024
+CHUNK_EXAMPLES = 512
+CHUNK_CHARACTERS = 2**20
+"""Examples that are encoded at a time: so many, or so much text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,29 +42,69 @@ class Encoded:
     loss_mask: Bool[np.ndarray, " T"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Rendered:
-    """Text, the character spans that are targets, and whether an EOS token, also a target, follows the text."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """The rows of some examples one behind the other, and counts of these examples by what became of them (`Encoding`)."""
 
-    text: str
-    targets: tuple[tuple[int, int], ...]
-    append_eos: bool
+    tokens: Int32[np.ndarray, " N"]
+    loss_mask: Bool[np.ndarray, " N"]
+    lengths: Int64[np.ndarray, " rows"]
+    counts: Counter[str]
+    refusals: list[str]
+    """Messages of examples that the chat template refuses."""
+
+    @classmethod
+    def of(cls, row: Encoded) -> Chunk:
+        """One row."""
+        lengths = np.asarray([len(row.tokens)], np.int64)
+        return cls(tokens=row.tokens, loss_mask=row.loss_mask, lengths=lengths, counts=Counter(), refusals=[])
+
+    def rows(self) -> list[Encoded]:
+        ends = np.cumsum(self.lengths)[:-1]
+        parts = zip(np.split(self.tokens, ends), np.split(self.loss_mask, ends), strict=True)
+        return [Encoded(tokens, mask) for tokens, mask in parts] if len(self.lengths) else []
 
 
-@dataclass(frozen=True, slots=True)
-class _Reply:
-    """An assistant turn in its row's text: text[start:end] with its end-of-turn token, if it has one (`closed`), of which
-    text[content:content_end] is the message's own."""
+@dataclass(slots=True, kw_only=True)
+class Encoding:
+    """Account of the encoding of a data set, and its log lines, which begin with `name`.
 
-    text: str
-    start: int
-    content: int
-    content_end: int
-    end: int
+    counts: `examples`; of these `chats` are no plain text, `unfit` gave no row, as no target is left in them, and
+    `conversations` became several rows, `turns` in all; `full` rows have the maximum length."""
+
+    name: str
+    skip_bad_rows: bool
+    counts: Counter[str] = field(default_factory=Counter)
+    refused: int = 0
+    first_refusal: str = ""
 
     @property
-    def closed(self) -> bool:
-        return self.end > self.content_end
+    def prefix(self) -> str:
+        return f"{self.name}: " if self.name else ""
+
+    def add(self, chunk: Chunk) -> None:
+        """Count a chunk. Raises UserError for an example that the template refuses, unless these are left out."""
+        if chunk.refusals and not self.skip_bad_rows:
+            raise UserError(chunk.refusals[0])
+        self.refused += len(chunk.refusals)
+        self.first_refusal = self.first_refusal or next(iter(chunk.refusals), "")
+        self.counts += chunk.counts
+
+    def finish(self) -> None:
+        """Log what was left out and divided. Raises UserError if the template refuses all examples."""
+        if self.refused and self.refused == self.counts["examples"]:
+            raise UserError(self.first_refusal)
+        if self.refused:
+            log.warning(
+                "%s%d of %d examples left out, which the chat template refuses; the first: %s",
+                self.prefix, self.refused, self.counts["examples"], self.first_refusal,
+            )  # fmt: skip
+        if self.counts["conversations"]:
+            log.info(
+                "%s%d conversations are trained as %d rows, one an assistant turn: the chat template rewrites earlier "
+                "turns",
+                self.prefix, self.counts["conversations"], self.counts["turns"],
+            )  # fmt: skip
 
 
 def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
@@ -79,12 +114,12 @@ def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
     question, reply = Message("user", "?"), Message("assistant", MARK)
     for messages in ((question, reply), (Message("system", "."), question, reply)):
         try:
-            _, tail = _around_mark(messages, tokenizer)
+            _, tail = around_mark(messages, tokenizer)
         except TemplateLimit:
             raise
         except UserError:
             continue
-        return tuple(sorted({tokenizer.eos_token_id, *_ids(tokenizer, _first_special(tail, tokenizer)[1])}))
+        return tuple(sorted({tokenizer.eos_token_id, *_ids(tokenizer, first_special(tail, tokenizer)[1])}))
     return (tokenizer.eos_token_id,)
 
 
@@ -92,131 +127,11 @@ def _ids(tokenizer: Any, token: str) -> list[int]:
     return [tokenizer.convert_tokens_to_ids(token)] if token else []
 
 
-def _around_mark(messages: Sequence[Message], tokenizer: Any, tools: str = "") -> tuple[str, str]:
-    """Text that a template writes before and after the content of the last message, which is `MARK`."""
-    text = render(messages, tokenizer, add_generation_prompt=False, tools=tools)
-    at = text.rfind(MARK)
-    if at < 0:
-        raise UserError("chat template: does not write the content of an assistant turn; correct the template")
-    return text[:at], text[at + 1 :]
-
-
-def _first_special(text: str, tokenizer: Any, *, last: bool = False) -> tuple[int, str]:
-    """(where, which) of the first, or last, special token in `text`; (its length without trailing space, "") without one."""
-    find = text.rfind if last else text.find
-    hits = [(at, token) for token in special_token_texts(tokenizer) if token and (at := find(token)) >= 0]
-    if not hits:
-        return len(text.rstrip()), ""
-    return max(hits) if last else min(hits, key=lambda hit: (hit[0], -len(hit[1])))
-
-
-def _appended(prompt: str, whole: str, messages: Sequence[Message], tokenizer: Any, tools: str) -> _Reply:
-    """A reply whose text continues that of its prompt. Its end is the first special token behind the content; of a turn
-    with tool calls, which special tokens may enclose, the last one."""
-    turn, content = whole[len(prompt) :], messages[-1].content.strip()
-    found_at = max(turn.find(content), 0)
-    if turn[:found_at].strip():  # a reasoning block, say, which may hold the content too
-        header, _ = _around_mark((*messages[:-1], replace(messages[-1], content=MARK)), tokenizer, tools)
-        found_at = max(turn.find(content, len(header.rstrip()) - len(prompt)), found_at)
-    if content not in turn and "tool_calls" not in messages[-1].turn():
-        _around_mark((*messages[:-1], replace(messages[-1], content=MARK)), tokenizer, tools)
-    behind = found_at + (len(content) if content in turn else 0)
-    at, token = _first_special(turn[behind:], tokenizer, last="tool_calls" in messages[-1].turn())
-    # Space before the content may be one token with it.
-    start = len(prompt) + len(turn[:found_at].rstrip())
-    content_end = len(prompt) + behind + at
-    return _Reply(whole, len(prompt), start, content_end, content_end + len(token))
-
-
-def _composed(prompt: str, whole: str, messages: Sequence[Message], tokenizer: Any, tools: str) -> _Reply:
-    """A reply whose text in the finished conversation does not continue its prompt. What the template writes around the
-    content is part of the reply, unless the conversation before it is another one, too."""
-    message = messages[-1]
-    if not whole.startswith(_before_reply(prompt, messages, tokenizer, tools)):
-        return _rewritten(prompt, messages, tokenizer, tools)
-    header, tail = _around_mark((*messages[:-1], replace(message, content=MARK)), tokenizer, tools)
-    if "tool_calls" in message.turn():
-        body = whole[_common(whole, prompt) :]
-        at, token = _first_special(body, tokenizer, last=True)
-        body = body[:at]
-    else:
-        common = _common(prompt, header)
-        begun, body = prompt[common:], message.content if message.content in whole else message.content.strip()
-        if begun.strip() and body.lstrip().startswith(begun.strip()):
-            body = body.lstrip()[len(begun.strip()) :].removeprefix(begun[len(begun.rstrip()) :])
-        at, token = _first_special(tail, tokenizer)
-        body = header[common:] + body + tail[:at]
-    content_end = len(prompt) + len(body)
-    return _Reply(prompt + body + token, len(prompt), len(prompt), content_end, content_end + len(token))
-
-
-def _before_reply(prompt: str, messages: Sequence[Message], tokenizer: Any, tools: str) -> str:
-    """The prompt's text before the assistant's turn begins, without trailing space; empty if the template rewrites it."""
-    text = render(messages[:-1], tokenizer, add_generation_prompt=False, tools=tools).rstrip()
-    return text if prompt.startswith(text) else ""
-
-
-def _rewritten(prompt: str, messages: Sequence[Message], tokenizer: Any, tools: str) -> _Reply:
-    """A reply of the message's content and the end-of-turn token alone."""
-    if "tool_calls" in messages[-1].turn():
-        raise UserError(
-            "chat template: rewrites the conversation before a tool call; use a model whose template does not"
-        )
-    _, tail = _around_mark((*messages[:-1], replace(messages[-1], content=MARK)), tokenizer, tools)
-    at, token = _first_special(tail, tokenizer)
-    body = messages[-1].content.strip() + tail[:at]
-    content_end = len(prompt) + len(body)
-    return _Reply(prompt + body + token, len(prompt), len(prompt), content_end, content_end + len(token))
-
-
-def _common(one: str, other: str) -> int:
-    """Characters that two texts begin with alike."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
-    return low
-
-
-def _replies(chat: Chat, tokenizer: Any) -> tuple[list[_Reply], bool]:
-    """The assistant turns with weight, and whether all of them are in one text, that of the last."""
-    messages = chat.messages
-    asked = [i for i, message in enumerate(messages) if message.role == "assistant" and message.weight]
-    parts = [part for i in asked for part in ((messages[:i], True), (messages[: i + 1], False))]
-    texts = render_all(parts, tokenizer, chat.tools)
-    if asked and (chat.tools or any(message.extra or message.role == "tool" for message in messages)):
-        require_written(messages[: asked[-1] + 1], texts[-1], tokenizer, chat.tools)
-    replies = []
-    appends = True
-    for n, i in enumerate(asked):
-        prompt, whole = texts[2 * n : 2 * n + 2]
-        if whole.startswith(prompt):
-            replies.append(_appended(prompt, whole, messages[: i + 1], tokenizer, chat.tools))
-        else:
-            replies.append(_composed(prompt, whole, messages[: i + 1], tokenizer, chat.tools))
-        appends &= whole.startswith(prompt) and whole.startswith(texts[2 * n - 1] if n else "")
-    return replies, appends
-
-
-def _rows(example: Example, tokenizer: Any) -> list[_Rendered]:
-    if isinstance(example, Text):
-        return [_Rendered(example.text, ((0, len(example.text)),), append_eos=True)]
-    replies, appends = _replies(example.chat() if isinstance(example, MultipleChoice) else example, tokenizer)
-    if not replies:
-        return [_Rendered("", (), append_eos=False)]
-    if not appends:
-        return [_Rendered(r.text[: r.end], ((r.start, r.end),), append_eos=not r.closed) for r in replies]
-    last = replies[-1]
-    return [
-        _Rendered(last.text[: last.end], tuple((r.start, r.end) for r in replies), append_eos=not last.closed)
-    ]  # fmt: skip
-
-
 def _adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def _encode_texts(rendered: Sequence[_Rendered], tokenizer: Any) -> Iterator[Encoded]:
+def _encode_texts(rendered: Sequence[Rendered], tokenizer: Any) -> Iterator[Encoded]:
     adds_bos = _adds_bos(tokenizer)
     encoded = tokens_and_starts([r.text for r in rendered], tokenizer)
     for r, (tokens, starts) in zip(rendered, encoded, strict=True):
@@ -228,12 +143,78 @@ def _encode_texts(rendered: Sequence[_Rendered], tokenizer: Any) -> Iterator[Enc
         if r.append_eos:
             tokens, mask = np.append(tokens, np.int32(tokenizer.eos_token_id)), np.append(mask, True)
         mask[:1] = False
-        yield Encoded(tokens.astype(np.int32), mask)
+        yield Encoded(tokens.astype(np.int32, copy=False), mask)
+
+
+def encode_chunk(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Chunk:
+    """The rows of some examples, as `encode_all` has them."""
+    found = rows_of(examples, tokenizer)
+    encoded = _encode_texts([row for rows in found if not isinstance(rows, UserError) for row in rows], tokenizer)
+    counts, refusals, fitting = Counter(examples=len(examples)), list[str](), list[Encoded]()
+    for example, rows in zip(examples, found, strict=True):
+        counts["chats"] += not isinstance(example, Text)
+        if isinstance(rows, UserError):
+            refusals.append(str(UserError(f"{example.where}: {rows}")) if example.where else str(rows))
+            continue
+        pieces = [next(encoded) for _ in rows]
+        if isinstance(example, Text):
+            pieces = list(_pieces(pieces[0], max_length))
+        own = [row for piece in pieces if (row := _truncate(piece, max_length)) is not None]
+        if len(rows) > 1:
+            counts.update(conversations=1, turns=len(rows))
+        counts["unfit"] += not own
+        counts["full"] += sum(len(row.tokens) == max_length for row in own)
+        fitting += own
+    empty = [np.zeros(0, np.int32)], [np.zeros(0, bool)]
+    return Chunk(
+        tokens=np.concatenate([row.tokens for row in fitting] or empty[0]),
+        loss_mask=np.concatenate([row.loss_mask for row in fitting] or empty[1]),
+        lengths=np.asarray([len(row.tokens) for row in fitting], np.int64),
+        counts=counts,
+        refusals=refusals,
+    )
 
 
 def _truncate(encoded: Encoded, max_length: int) -> Encoded | None:
     truncated = Encoded(encoded.tokens[:max_length], encoded.loss_mask[:max_length])
     return truncated if truncated.loss_mask.any() else None
+
+
+def _pieces(encoded: Encoded, max_length: int) -> Iterator[Encoded]:
+    for start in range(0, len(encoded.tokens), max_length):
+        piece = slice(start, start + max_length)
+        mask = encoded.loss_mask[piece].copy()
+        mask[0] = False
+        yield Encoded(encoded.tokens[piece], mask)
+
+
+def chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Lists of at most `CHUNK_EXAMPLES` examples and, unless one alone is longer, `CHUNK_CHARACTERS` characters."""
+    chunk: list[Example] = []
+    characters = 0
+    for example in examples:
+        size = _characters(example)
+        if chunk and (len(chunk) == CHUNK_EXAMPLES or characters + size > CHUNK_CHARACTERS):
+            yield chunk
+            chunk, characters = [], 0
+        chunk.append(example)
+        characters += size
+    if chunk:
+        yield chunk
+
+
+def _characters(example: Example) -> int:
+    if isinstance(example, Text):
+        return len(example.text)
+    if isinstance(example, MultipleChoice):
+        return len(example.question)
+    return sum([len(message.content) for message in example.messages])
+
+
+def log_left_out(left_out: LeftOut, examples: Sequence[Example], encoding: Encoding) -> None:
+    """Log what the chat template does not write of some examples, if that is new."""
+    for what in left_out.found_in(examples):
+        log.warning("%sthe chat template leaves %s out", encoding.prefix, what)
 
 
 def encode_all(
@@ -251,55 +232,15 @@ def encode_all(
     `name`, of the data set, begins the log lines: of conversations that became several rows, and of examples that the
     template refuses and `skip_bad_rows` leaves out. Raises UserError, with the place of the row, for the first of those
     without it, and where it would leave out all of them."""
-    encoded_rows: list[Encoded] = []
-    refusals: list[UserError] = []
-    unfit = conversations = turns = 0
-    prefix = f"{name}: " if name else ""
+    encoding, encoded = Encoding(name=name, skip_bad_rows=skip_bad_rows), list[Encoded]()
     with template_date():
-        for what in left_out(examples, tokenizer):
-            log.warning("%sthe chat template leaves %s out", prefix, what)
-        for at in range(0, len(examples), ENCODE_CHUNK):
-            rendered: list[tuple[Example, list[_Rendered]]] = []
-            for example in examples[at : at + ENCODE_CHUNK]:
-                try:
-                    rendered.append((example, _rows(example, tokenizer)))
-                except TemplateLimit:
-                    raise
-                except UserError as error:
-                    placed = UserError(f"{example.where}: {error}") if example.where else error
-                    if not skip_bad_rows:
-                        raise placed from None
-                    refusals.append(placed)
-            encoded = _encode_texts([row for _, rows in rendered for row in rows], tokenizer) if rendered else iter(())
-            for example, rows in rendered:
-                pieces = [next(encoded) for _ in rows]
-                if isinstance(example, Text):
-                    pieces = list(_pieces(pieces[0], max_length))
-                fitting = [row for piece in pieces if (row := _truncate(piece, max_length)) is not None]
-                conversations, turns = conversations + (len(rows) > 1), turns + (len(rows) > 1) * len(rows)
-                unfit += not fitting
-                encoded_rows += fitting
-    if refusals and len(refusals) == len(examples):
-        raise refusals[0]
-    if refusals:
-        log.warning(
-            "%s%d of %d examples left out, which the chat template refuses; the first: %s",
-            prefix, len(refusals), len(examples), refusals[0],
-        )  # fmt: skip
-    if conversations:
-        log.info(
-            "%s%d conversations are trained as %d rows, one an assistant turn: the chat template rewrites earlier turns",
-            prefix, conversations, turns,
-        )  # fmt: skip
-    return encoded_rows, unfit
-
-
-def _pieces(encoded: Encoded, max_length: int) -> Iterator[Encoded]:
-    for start in range(0, len(encoded.tokens), max_length):
-        piece = slice(start, start + max_length)
-        mask = encoded.loss_mask[piece].copy()
-        mask[0] = False
-        yield Encoded(encoded.tokens[piece], mask)
+        log_left_out(LeftOut(tokenizer), examples, encoding)
+        for some in chunks(examples):
+            chunk = encode_chunk(some, tokenizer, max_length)
+            encoding.add(chunk)
+            encoded += chunk.rows()
+    encoding.finish()
+    return encoded, encoding.counts["unfit"]
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: Any, *, tools: str = "") -> Int32[np.ndarray, " T"]:
@@ -308,7 +249,7 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Any, *, tools: str = "
     Raises UserError as `render`, and for a template that leaves the last turn out."""
     text = render(messages, tokenizer, add_generation_prompt=True, tools=tools)
     require_last_turn(messages, tokenizer)
-    return next(_encode_texts([_Rendered(text, (), append_eos=False)], tokenizer)).tokens
+    return next(_encode_texts([Rendered(text, (), append_eos=False)], tokenizer)).tokens
 
 
 def encode_choices(
@@ -321,10 +262,11 @@ def encode_choices(
     before = () if system is None else (Message("system", system),)
     with template_date():
         for i in range(len(example.choices)):
-            (reply,), _ = _replies(Chat((*before, *example.chat(i).messages)), tokenizer)
+            chat = Chat((*before, *example.chat(i).messages))
+            (reply,), _ = replies(chat, render_all(reply_parts(chat), tokenizer), tokenizer)
             own = example.choices[i].strip()
             at = reply.text.find(own, reply.content, reply.content_end)
             end = reply.content_end if at < 0 else at + len(own)
-            rows.append(_Rendered(reply.text[:end], ((reply.content, end),), append_eos=False))
+            rows.append(Rendered(reply.text[:end], ((reply.content, end),), append_eos=False))
     encoded = list(_encode_texts(rows, tokenizer))
     return encoded if all(len(e.tokens) <= max_length for e in encoded) else None

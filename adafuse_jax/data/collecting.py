@@ -1,4 +1,8 @@
-"""Rows of files to examples: the format by the columns, every row converted as it is read, and a count of what was not.
+"""Rows of files to examples, in a stream: the format by the columns, each row converted as it is read, and an account of
+what was not.
+
+Files are read twice. `survey` counts: which splits there are, which rows give no example and what was altered stand in the
+last row as in the first. `examples_of` then gives the examples of one split, so that never all of them are in memory.
 
 Nothing is left out or altered without a line in the log: rows without an example, bad rows (if they may be left out), turns
 that were dropped, columns that nothing reads.
@@ -6,16 +10,15 @@ that were dropped, columns that nothing reads.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import logging
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from adafuse_jax.core.errors import UserError, shortened
 from adafuse_jax.data.examples import Example
@@ -29,6 +32,8 @@ log = logging.getLogger(__name__)
 SPLIT_COLUMN = "split"
 MAX_SPLITS = 16
 """Most distinct values of a column `split` that names splits; with more, the column means something else."""
+BAR: dict[str, Any] = {"unit": " rows", "leave": False, "disable": None, "delay": 3, "dynamic_ncols": True}
+"""Settings of the progress bar: on a terminal, if it takes more than three seconds."""
 SAMPLE_ROWS = 100
 SAMPLE_CHARACTERS = 2**22
 """The format is recognised by the columns of a file's first rows: so many, or so much text."""
@@ -45,8 +50,9 @@ class Loaded:
 
 @dataclass(slots=True)
 class Report:
-    """Rows of a split that gave no example. `fault` is the first bad row, if bad rows are not left out."""
+    """The rows of a split: examples, and rows that gave none. `fault` is the first bad row, if bad rows are not left out."""
 
+    examples: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     bad: int = 0
     first_bad: str = ""
@@ -54,77 +60,78 @@ class Report:
 
 
 @dataclass(slots=True)
-class Collected:
-    """The examples of all rows of some files; with a column of splits, `splits` has the split of each.
+class Survey:
+    """Account of all rows of some files by split; rows of split None count for every split. `by_split` if there is a column
+    that names the split of each row."""
 
-    `reports` are by split; those of None count for every split."""
-
-    examples: list[Example] = field(default_factory=list)
-    splits: list[str] = field(default_factory=list)
+    by_split: bool
     reports: dict[str | None, Report] = field(default_factory=dict)
 
     def report(self, split: str | None) -> Report:
         return self.reports.setdefault(split, Report())
 
     def names(self) -> tuple[str, ...]:
-        """Names of the splits, in the order of the rows; () without a column of splits."""
-        return tuple(dict.fromkeys([*self.splits, *(name for name in self.reports if name is not None)]))
+        """Names of the splits that have an example, in the order of the rows, then of those without; () without a column of
+        splits."""
+        named = sorted(self.reports.items(), key=lambda item: item[1].examples == 0)
+        return tuple(name for name, _ in named if name is not None)
 
     def forget_splits(self) -> None:
         """Count every row for every split, as the column does not name splits. Raises the first fault."""
-        reports, self.reports, self.splits = list(self.reports.values()), {}, []
+        reports, self.reports, self.by_split = list(self.reports.values()), {}, False
         total = self.report(None)
         for report in reports:
             if report.fault is not None:
                 raise report.fault
+            total.examples += report.examples
             total.skipped += report.skipped
             total.bad += report.bad
             total.first_bad = total.first_bad or report.first_bad
 
-    def loaded(self, split: str | None, where: str) -> Loaded:
-        """The examples of a split. Raises UserError for a bad row in it, unless they are left out, and if none is left."""
+    def total(self, split: str | None, where: str) -> Report:
+        """The rows of a split, those without an example logged. Raises UserError for a bad row in it, unless they are left
+        out, and if no example is left."""
         reports = [self.reports[key] for key in dict.fromkeys((None, split)) if key in self.reports]
         fault = next((report.fault for report in reports if report.fault is not None), None)
         if fault is not None:
             raise fault
-        examples = self.examples
-        if self.splits:
-            examples = [e for e, name in zip(examples, self.splits, strict=True) if name == split]
         skipped = sum((report.skipped for report in reports), Counter())
+        total = Report(
+            examples=sum(report.examples for report in reports), skipped=skipped, bad=sum(r.bad for r in reports)
+        )
         counts = [f"{n}: {why}" if why.startswith("it") else f"{n} with {why}" for why, n in skipped.items()]
-        bad = sum(report.bad for report in reports)
-        if bad:
+        if total.bad:
             first = next(report.first_bad for report in reports if report.bad)
-            counts.append(f"{bad} bad rows, the first: {shortened(first, 300 if examples else 200)}")
+            limit = 300 if total.examples else 200
+            counts.append(f"{total.bad} bad rows, the first: {shortened(first, limit)}")
         listed = ", ".join(counts)
-        if not examples:
+        if not total.examples:
             fault_text = f"no usable rows: {where}: skipped {listed}" if counts else f"no rows: {where}"
             raise UserError(f"{fault_text}: give rows with a text prompt and a reply")
         if counts:
-            log.log(
-                logging.WARNING if bad else logging.INFO, "%s: %d examples; skipped %s", where, len(examples), listed
-            )
-        return Loaded(examples, dict(skipped), bad)
+            level = logging.WARNING if total.bad else logging.INFO
+            log.log(level, "%s: %d examples; skipped %s", where, total.examples, listed)
+        return total
 
 
-def collect(
+def survey(
     files: Iterable[FileRows], source: str, asked: str, *, skip_bad_rows: bool = False, by_split: bool = False
-) -> Collected:
-    """Examples of all rows of the files, in the format `asked` ("auto": by their columns). `by_split` heeds a column that
-    names each row's split; then a bad row is a fault of its split, and otherwise raised at once.
+) -> Survey:
+    """Convert all rows of the files, in the format `asked` ("auto": by their columns), and count. `by_split` heeds a column
+    that names each row's split; then a bad row is a fault of its split, and otherwise raised at once.
 
     Raises UserError."""
-    notes, found = Notes(), Collected()
-    with _no_cycles():
-        for file in files:
-            sample = _sample(file)
-            form = _form(sample, file, asked)
-            by_split = by_split and any(isinstance(row, Mapping) and SPLIT_COLUMN in row for _, row in sample)
-            if not by_split:
-                found.forget_splits()
-            by_split = _convert_all(chain(sample, file.items), file.path, form, found, notes, skip_bad_rows, by_split)
-            known = form.uses | {"image"} | ({SPLIT_COLUMN} if by_split else set())
-            notes.unused |= {name or "(no name)": None for name in file.columns if name not in known}
+    notes, found = Notes(), Survey(by_split)
+    for file in files:
+        sample = _sample(file)
+        form = _form(sample, file, asked)
+        found.by_split &= any(isinstance(row, Mapping) and SPLIT_COLUMN in row for _, row in sample)
+        if not found.by_split:
+            found.forget_splits()
+        rows = tqdm(chain(sample, file.items), desc=f"reading {file.path.name}", **BAR)
+        _count(rows, file.path, form, found, notes, skip_bad_rows)
+        known = form.uses | {"image"} | ({SPLIT_COLUMN} if found.by_split else set())
+        notes.unused |= {name or "(no name)": None for name in file.columns if name not in known}
     if notes.altered:
         log.info("%s: %s", source, "; ".join(f"{count} {what}" for what, count in notes.altered.items()))
     if notes.unused:
@@ -132,26 +139,16 @@ def collect(
     return found
 
 
-@contextlib.contextmanager
-def _no_cycles() -> Iterator[None]:
-    """No search for cycles among objects within: rows have none, and every search goes through all examples so far."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+def _where(path: Path, number: int, line: int) -> str:
+    return f"{path}: row {number}, line {line}" if line else f"{path}: row {number}"
 
 
-def _convert_all(
-    items: Iterable[Item], path: Path, form: Format, found: Collected, notes: Notes, skip_bad_rows: bool, by_split: bool
-) -> bool:
-    """Add the examples of a file's rows to `found`; `by_split`, or False if the column turned out not to name splits."""
-    known = {*form.uses, "image"} | ({SPLIT_COLUMN} if by_split else set())
+def _count(items: Iterable[Item], path: Path, form: Format, found: Survey, notes: Notes, skip_bad_rows: bool) -> None:
+    """Add a file's rows to `found`, and end its `by_split` if the column turns out not to name splits."""
+    known = {*form.uses, "image"} | ({SPLIT_COLUMN} if found.by_split else set())
     names: dict[str | None, None] = dict.fromkeys(found.names())
     for number, (line, row) in enumerate(items, 1):
-        where = f"{path}: row {number}, line {line}" if line else f"{path}: row {number}"
+        where = _where(path, number, line)
         split = None
         try:
             if isinstance(row, BadRow):
@@ -159,17 +156,16 @@ def _convert_all(
             if not row.keys() <= known:
                 notes.unused |= {name or "(no name)": None for name in row if name not in known}
                 known |= row.keys()
-            if by_split:
+            if found.by_split:
                 split = row.get(SPLIT_COLUMN)
                 named = isinstance(split, str) and not isinstance(split, Number) and split.strip()
                 names |= {split if named else None: None}
                 if None in names or len(names) > MAX_SPLITS:
-                    by_split, split = False, None
+                    split = None
                     notes.unused[SPLIT_COLUMN] = None
                     found.forget_splits()
-            found.examples.append(convert(row, form, where, notes))
-            if by_split:
-                found.splits.append(sys.intern(split))  # type: ignore[arg-type]
+            convert(row, form, where, notes)
+            found.report(split).examples += 1
         except SkipRow as reason:
             found.report(split).skipped[str(reason)] += 1
         except UserError as error:
@@ -181,7 +177,21 @@ def _convert_all(
                 raise
             else:
                 report.fault = report.fault or error
-    return by_split
+
+
+def examples_of(files: Iterable[FileRows], asked: str, split: str | None) -> Iterator[Example]:
+    """The examples of the rows of a split (None: of all rows) that `survey` counted."""
+    notes = Notes()
+    for file in files:
+        sample = _sample(file)
+        form = _form(sample, file, asked)
+        for number, (line, row) in enumerate(chain(sample, file.items), 1):
+            if isinstance(row, BadRow) or (split is not None and row.get(SPLIT_COLUMN) != split):
+                continue
+            try:
+                yield convert(row, form, _where(file.path, number, line), notes)
+            except (SkipRow, UserError):  # counted by `survey`
+                continue
 
 
 def _sample(file: FileRows) -> list[Item]:

@@ -195,17 +195,14 @@ def file_kind(path: Path) -> str:
     return "" if is_stream(path) else _suffix(path).split(".")[1] if _suffix(path) else ""
 
 
-def file_rows(path: Path) -> FileRows:
-    """The rows of a data file or pipe. Raises UserError, here or later, that names the file (and line)."""
-    with _read_errors(path):
-        file = raw = _open(path)
+def file_rows(path: Path, copy: IO[bytes] | None = None) -> FileRows:
+    """The rows of a data file, or of the `copy` of a pipe. Raises UserError, here or later, with the file (and line)."""
+    with read_errors(path):
+        file = raw = _open(path) if copy is None else from_start(copy)
         if not file.peek(1):
             raise empty_file(path)
         kind = file_kind(path)
-        if not kind and file.peek(4).startswith(b"PAR1"):
-            kind = "parquet"
-            file = _on_disk(file)
-        if kind == "parquet":
+        if kind == "parquet" or (not kind and file.peek(4).startswith(b"PAR1")):
             return _parquet(file, path)
         if _suffix(path).endswith(".gz") or file.peek(2).startswith(b"\x1f\x8b"):
             file = io.BufferedReader(gzip.GzipFile(fileobj=file), PEEK)  # type: ignore[arg-type]
@@ -240,11 +237,28 @@ def _open(path: Path) -> Any:
     return open(descriptor, "rb", PEEK)
 
 
-def _on_disk(file: IO[bytes]) -> Any:
-    copy = tempfile.TemporaryFile(prefix="adafuse-data-")  # noqa: SIM115  its reader closes it
-    copyfileobj(file, copy)
-    copy.seek(0)
+def copy_of_pipe(path: Path) -> IO[bytes]:
+    """The bytes of a pipe, which can be read once, in a temporary file without a name. Raises UserError."""
+    with read_errors(path):
+        pipe = _open(path)
+    with pipe:
+        try:
+            copy = tempfile.TemporaryFile(prefix="adafuse-data-")  # noqa: SIM115  its user closes it
+            copyfileobj(pipe, copy)
+            copy.flush()
+        except OSError as error:
+            raise UserError(
+                f"cannot copy: {path}: {error.strerror or error}: a pipe is copied to {tempfile.gettempdir()}, as it is "
+                "read more than once: free space there, or set TMPDIR"
+            ) from None
     return copy
+
+
+def from_start(copy: IO[bytes]) -> Any:
+    """Another file object of an open file, at its start. Both have one position."""
+    file = open(os.dup(copy.fileno()), "rb", PEEK)  # noqa: SIM115  its reader closes it
+    file.seek(0)
+    return file
 
 
 def _parquet(file: Any, path: Path) -> FileRows:
@@ -267,14 +281,14 @@ def dataset_file_rows(data: Any, where: str) -> FileRows:
 
 def _guarded(items: Iterator[Item], path: Path, *files: IO[Any]) -> Iterator[Item]:
     """The items; then the files are closed."""
-    with contextlib.ExitStack() as stack, _read_errors(path):
+    with contextlib.ExitStack() as stack, read_errors(path):
         for file in reversed(files):
             stack.callback(file.close)
         yield from items
 
 
 @contextlib.contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
+def read_errors(path: Path) -> Iterator[None]:
     """Context in which errors of the file readers become a `UserError`."""
     import pyarrow
 

@@ -42,21 +42,31 @@ def require_written(messages: Sequence[Message], text: str, tokenizer: Any, tool
             raise UserError(f"chat template: leaves out {what}: use a model whose template writes them, or other data")
 
 
-def left_out(examples: Sequence[Example], tokenizer: Any) -> list[str]:
-    """System turns, the reasoning of assistant turns and their text beside tool calls, where the text of the first
-    conversation that has them is the same whatever they hold."""
-    chats = [example.messages for example in examples if isinstance(example, Chat)] if tokenizer.chat_template else []
-    changes = {
-        "system turns": _other_system,
-        "the reasoning of assistant turns": _other_reasoning,
-        "the text beside tool calls": _other_text_of_calls,
-    }
-    found = []
-    for what, changed in changes.items():
-        messages = next((messages for messages in chats if any(changed(m) is not m for m in messages)), None)
-        if messages is not None and _same(messages, changed, tokenizer):
-            found.append(what)
-    return found
+class LeftOut:
+    """Search of the examples of a data set, some at a time, for what the tokenizer's chat template does not write."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._unseen: dict[str, Callable[[Message], Message]] = {}
+        if tokenizer.chat_template:
+            self._unseen = {
+                "system turns": _other_system,
+                "the reasoning of assistant turns": _other_reasoning,
+                "the text beside tool calls": _other_text_of_calls,
+            }
+
+    def found_in(self, examples: Sequence[Example]) -> list[str]:
+        """System turns, the reasoning of assistant turns and their text beside tool calls, where the text of the data set's
+        first conversation that has them is among these examples and the same whatever they hold."""
+        chats = [example.messages for example in examples if isinstance(example, Chat)]
+        found = []
+        for what, changed in list(self._unseen.items()):
+            messages = next((turns for turns in chats if any(changed(m) is not m for m in turns)), None)
+            if messages is not None:
+                del self._unseen[what]
+                if _same(messages, changed, self._tokenizer):
+                    found.append(what)
+        return found
 
 
 def _same(messages: Sequence[Message], changed: Callable[[Message], Message], tokenizer: Any) -> bool:

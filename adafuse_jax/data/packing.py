@@ -1,15 +1,19 @@
 """Packing of examples into rows of one length T: several examples a row, separated by segment ids.
 
 first fit: an example goes into the oldest of at most `OPEN_ROWS` open rows that has room, else into a new row.
+
+Packed rows hold their examples one behind the other, in memory or in memory-mapped files, and a plan: which examples are in
+which row. Rows [T] are laid out when they are asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int, Int32, Int64
 
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import Encoded
@@ -36,12 +40,68 @@ class Rows:
         """T."""
         return self.tokens.shape[1]
 
-    def widen(self, length: int) -> Rows:
-        """The same rows with padding up to T = `length` (at least the present one)."""
-        if length < self.length:
-            raise ValueError(f"{length=} is below the rows' {self.length}")
-        pad = ((0, 0), (0, length - self.length))
-        return Rows(*(np.pad(a, pad) for a in (self.tokens, self.loss_mask, self.segment_ids, self.positions)))
+    def arrays(self, rows: Int[np.ndarray, " m"], length: int, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """The named arrays of some rows, [m, length]: with padding up to `length` (at least T)."""
+        pad = ((0, 0), (0, _padding(self.length, length)))
+        return {name: np.pad(getattr(self, name)[rows], pad) for name in names}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedRows:
+    """n rows of length T, not laid out: example e has the tokens starts[e] to starts[e + 1] of N, row r the examples
+    members[row_starts[r]] to members[row_starts[r + 1]], in this order."""
+
+    tokens: Int32[np.ndarray, " N"]
+    loss_mask: Bool[np.ndarray, " N"]
+    starts: Int64[np.ndarray, " E1"]
+    members: Int32[np.ndarray, " E"]
+    row_starts: Int64[np.ndarray, " n1"]
+    length: int
+    """T."""
+
+    def __len__(self) -> int:
+        return len(self.row_starts) - 1
+
+    def arrays(self, rows: Int[np.ndarray, " m"], length: int, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """`Rows.arrays` of these rows."""
+        _padding(self.length, length)
+        num_segments = self.row_starts[rows + 1] - self.row_starts[rows]
+        examples = self.members[_ranges(self.row_starts[rows], num_segments)]
+        sizes = self.starts[examples + 1] - self.starts[examples]
+        ends = np.cumsum(sizes)
+        row_ends = np.concatenate([[0], ends])[np.cumsum(num_segments)]
+        row_sizes = np.diff(row_ends, prepend=0)
+        into = _ranges(length * np.arange(len(rows)), row_sizes)
+        out = {}
+        for name in names:
+            out[name] = array = np.zeros((len(rows), length), bool if name == "loss_mask" else np.int32)
+            flat = array.reshape(-1)
+            if name == "segment_ids":
+                flat[into] = np.repeat(_ranges(np.ones_like(num_segments), num_segments), sizes)
+            elif name == "positions":
+                flat[into] = _ranges(np.zeros_like(sizes), sizes)
+            else:
+                flat[into] = getattr(self, name)[_ranges(self.starts[examples], sizes)]
+            if name == "loss_mask":
+                flat[into[ends - sizes]] = False
+        return out
+
+    def rows(self) -> Rows:
+        """All rows, laid out."""
+        names = [field.name for field in fields(Rows)]
+        return Rows(**self.arrays(np.arange(len(self)), self.length, names))
+
+
+def _padding(length: int, wanted: int) -> int:
+    if wanted < length:
+        raise ValueError(f"length={wanted} is below the rows' {length}")
+    return wanted - length
+
+
+def _ranges(starts: Int[np.ndarray, " n"], sizes: Int[np.ndarray, " n"]) -> Int64[np.ndarray, " N"]:
+    """start, start + 1, … of each range, `size` numbers long, one behind the other."""
+    ends = np.cumsum(sizes)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - sizes), sizes)
 
 
 def _first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
@@ -63,33 +123,46 @@ def _first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     return rows
 
 
-def pack(encoded: Sequence[Encoded], max_length: int, *, packing: bool = True) -> Rows:
-    """Rows of length T <= max_length. With packing T = max_length; without, one example a row and T is the longest
-    example rounded up to a multiple of 64 (at most max_length). Deterministic.
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """The examples of each row (`PackedRows`), and the length T of rows."""
+
+    members: Int32[np.ndarray, " E"]
+    row_starts: Int64[np.ndarray, " n1"]
+    length: int
+
+
+def plan(lengths: Int[np.ndarray, " E"], max_length: int, *, packing: bool = True) -> Plan:
+    """Rows of length T <= max_length for examples of these lengths. With packing T = max_length; without, one example a row
+    and T is the longest example rounded up to a multiple of 64 (at most max_length). Deterministic.
 
     Raises UserError for no examples at all, ValueError for an example longer than max_length."""
-    if not encoded:
+    if not len(lengths):
         raise UserError(f"no examples left: {max_length=}: every response was cut off: raise the maximum length")
-    lengths = [len(e.tokens) for e in encoded]
-    if max(lengths) > max_length:
-        raise ValueError(f"an example has {max(lengths)} tokens, above {max_length=}: encode with the same length")
-    if packing:
-        plan, width = _first_fit(lengths, max_length), max_length
-    else:
-        plan = [[i] for i in range(len(encoded))]
-        width = min(max_length, -(-max(lengths) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+    longest = int(lengths.max())
+    if longest > max_length:
+        raise ValueError(f"an example has {longest} tokens, above {max_length=}: encode with the same length")
+    if not packing:
+        width = min(max_length, -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+        return Plan(np.arange(len(lengths), dtype=np.int32), np.arange(len(lengths) + 1), width)
+    rows = _first_fit(lengths.tolist(), max_length)
+    members = np.fromiter(chain.from_iterable(rows), np.int32, len(lengths))
+    return Plan(members, _starts([len(row) for row in rows]), max_length)
 
-    shape = (len(plan), width)
-    tokens, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(3))
-    loss_mask = np.zeros(shape, bool)
-    for row, members in enumerate(plan):
-        at = 0
-        for segment, i in enumerate(members, 1):
-            span = slice(at, at + lengths[i])
-            tokens[row, span] = encoded[i].tokens
-            loss_mask[row, span] = encoded[i].loss_mask
-            loss_mask[row, at] = False
-            segment_ids[row, span] = segment
-            positions[row, span] = np.arange(lengths[i])
-            at += lengths[i]
-    return Rows(tokens, loss_mask, segment_ids, positions)
+
+def _starts(sizes: Sequence[int] | Int[np.ndarray, " n"]) -> Int64[np.ndarray, " n1"]:
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+
+def pack(encoded: Sequence[Encoded], max_length: int, *, packing: bool = True) -> Rows:
+    """Rows of the examples by `plan`, which raises."""
+    lengths = np.asarray([len(e.tokens) for e in encoded], np.int64)
+    planned = plan(lengths, max_length, packing=packing)
+    return PackedRows(
+        tokens=np.concatenate([e.tokens for e in encoded]),
+        loss_mask=np.concatenate([e.loss_mask for e in encoded]),
+        starts=_starts(lengths),
+        members=planned.members,
+        row_starts=planned.row_starts,
+        length=planned.length,
+    ).rows()

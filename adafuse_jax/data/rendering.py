@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from adafuse_jax.core.errors import UserError
+from adafuse_jax.data import templates
 from adafuse_jax.data.examples import Message
-from adafuse_jax.data.templates import TemplateRefusal, render_parts, template_of
+from adafuse_jax.data.templates import TemplateRefusal, template_of
 
 MARK = "\ue000"
 """A character of private use, which no template writes: it shows where a template puts a reply."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 UNWRITTEN = ("tool_calls", "tool_call_id", *REASONING)
 """Keys of a turn that the Alpaca text has no place for."""
+Part = tuple[Sequence[Message], bool]
+"""Messages, and whether the start of an assistant turn follows them (add_generation_prompt)."""
 
 
 def render(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool, tools: str = "") -> str:
@@ -25,22 +28,47 @@ def render(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt
     return render_all([(messages, add_generation_prompt)], tokenizer, tools)[0]
 
 
-def render_all(parts: Sequence[tuple[Sequence[Message], bool]], tokenizer: Any, tools: str = "") -> list[str]:
-    """`render` of each (messages, add_generation_prompt)."""
-    if not template_of(tokenizer, tools):
-        return [_alpaca(messages, tokenizer, add, tools) for messages, add in parts]
-    turns = [([message.turn() for message in messages], add) for messages, add in parts]
+def render_all(parts: Sequence[Part], tokenizer: Any, tools: str = "") -> list[str]:
+    """`render` of each part of one conversation."""
+    (texts,) = render_conversations([(parts, tools)], tokenizer)
+    if isinstance(texts, UserError):
+        raise texts
+    return texts
+
+
+def render_conversations(
+    conversations: Sequence[tuple[Sequence[Part], str]], tokenizer: Any
+) -> list[list[str] | UserError]:
+    """`render` of the parts of each conversation, with its tools; or the error of the conversation, not raised.
+
+    Raises `TemplateLimit`, which is of the template."""
+    by_template = [template_of(tokenizer, tools) is not None for _, tools in conversations]
+    given = [
+        ([([message.turn() for message in messages], add) for messages, add in parts], json.loads(tools or "null"))
+        for (parts, tools), has_template in zip(conversations, by_template, strict=True)
+        if has_template
+    ]
+    rendered = iter(templates.render_conversations(tokenizer, given))
+    found: list[list[str] | UserError] = []
+    for (parts, tools), has_template in zip(conversations, by_template, strict=True):
+        texts = next(rendered) if has_template else _alpaca_texts(parts, tokenizer, tools)
+        found.append(_refused(parts, texts) if isinstance(texts, TemplateRefusal) else texts)
+    return found
+
+
+def _refused(parts: Sequence[Part], error: TemplateRefusal) -> UserError:
+    calls = {True: " with tool calls", False: ""}
+    messages = parts[error.part][0]
+    roles = ", ".join(m.role + calls["tool_calls" in m.turn()] for m in messages) or "none"
+    hint = "" if any(m.role == "system" for m in messages) else ", or give a system turn if it needs one"
+    return UserError(f"chat template: turns {roles}: {error}: change the data or the tokenizer's template{hint}")
+
+
+def _alpaca_texts(parts: Sequence[Part], tokenizer: Any, tools: str) -> list[str] | UserError:
     try:
-        return render_parts(tokenizer, turns, tools=json.loads(tools) if tools else None)
-    except TemplateRefusal as error:
-        calls = {True: " with tool calls", False: ""}
-        roles = ", ".join(m.role + calls["tool_calls" in m.turn()] for m in parts[error.part][0]) or "none"
-        hint = (
-            "" if any(m.role == "system" for m in parts[error.part][0]) else ", or give a system turn if it needs one"
-        )
-        raise UserError(
-            f"chat template: turns {roles}: {error}: change the data or the tokenizer's template{hint}"
-        ) from None
+        return [_alpaca(messages, tokenizer, add, tools) for messages, add in parts]
+    except UserError as error:
+        return error
 
 
 def _alpaca(messages: Sequence[Message], tokenizer: Any, add_generation_prompt: bool, tools: str) -> str:

@@ -11,23 +11,20 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from adafuse_jax.core.errors import UserError, quoted, shortened
-from adafuse_jax.data.collecting import Collected, Loaded, collect
+from adafuse_jax.data.collecting import Loaded, Report, Survey, examples_of, survey
 from adafuse_jax.data.examples import Example
 from adafuse_jax.data.files import (
     DATA_SUFFIXES,
-    FileRows,
     canonical_split,
-    dataset_file_rows,
-    file_kind,
-    file_rows,
     folder_names,
     is_data_file,
     is_saved_dataset,
@@ -36,6 +33,7 @@ from adafuse_jax.data.files import (
     split_files,
 )
 from adafuse_jax.data.formats import check_format_name
+from adafuse_jax.data.tables import FilesTable, HubTable, Table, open_saved
 
 log = logging.getLogger(__name__)
 
@@ -150,85 +148,81 @@ def _hub_call(spec: DatasetSpec, call: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class Dataset:
-    """A data set, opened: its splits, and the examples of each. A file is read once, also when several of its splits are
-    loaded; a pipe can be read only so.
+    """A data set, opened: its splits, and the examples of each, in a stream. Its rows are read when the first of them is
+    asked for; a pipe is copied to disk, as rows are read twice.
 
     `splits` are names as `datasets` gives them, with `val`, `dev`, ... as `validation` unless there is one of that name.
     `skip_bad_rows` leaves bad rows out, counts them and logs the reason of the first."""
 
     def __init__(self, spec: DatasetSpec, *, skip_bad_rows: bool = False):
-        """Raises UserError for a source that does not exist or cannot be read, and for what `load` raises of a file."""
+        """Raises UserError for a source that does not exist or cannot be opened."""
         self.spec = spec
         self._skip_bad_rows = skip_bad_rows
-        self._table: Collected | None = None
-        self._readers: dict[str, Callable[[], Iterable[FileRows]]] = {}
-        self._open()
-        shown = [canonical_split(name) for name in self._readers]
-        self._names = {
-            alias if alias == name or (alias not in self._readers and shown.count(alias) == 1) else name: name
-            for alias, name in zip(shown, self._readers, strict=True)
+        preset = PRESETS.get(spec.source) if _local(spec) is None else None
+        self._format = preset.format if preset and spec.format == "auto" else spec.format
+        self._tables, self._rows_name_splits = _open_tables(spec)
+        self._surveys: dict[str, Survey] = {}
+
+    @functools.cached_property
+    def _names(self) -> dict[str, str]:
+        """The splits as they are shown, and as they are named in the data. Raises what `load` raises of a file."""
+        real = tuple(self._tables)
+        if self._rows_name_splits:
+            real = self._survey(real[0]).names() or real
+        shown = [canonical_split(name) for name in real]
+        return {
+            alias if alias == name or (alias not in real and shown.count(alias) == 1) else name: name
+            for alias, name in zip(shown, real, strict=True)
         }
 
     @property
     def splits(self) -> tuple[str, ...]:
         return tuple(self._names)
 
-    def _open(self) -> None:
-        path = _local(self.spec)
-        if path is None:
-            self._open_hub()
-            return
-        if not path.is_dir():
-            self._open_table([path])
-        elif is_saved_dataset(path):
-            self._open_saved(path)
-        else:
-            files = split_files(path)
-            if list(files) == ["train"]:
-                self._open_table(files["train"])
-            else:
-                self._readers = {name: functools.partial(_rows_of_files, paths) for name, paths in files.items()}
+    def digest(self) -> dict[str, Any]:
+        """Digests of the contents of all files, by split. No row is read."""
+        return {name: table.digest() for name, table in self._tables.items()}
 
-    def _open_hub(self) -> None:
-        import datasets
+    def _survey(self, table: str) -> Survey:
+        if table not in self._surveys:
+            rows, by_split = self._tables[table].rows(), self._rows_name_splits
+            self._surveys[table] = survey(
+                rows, self.spec.source, self._format, skip_bad_rows=self._skip_bad_rows, by_split=by_split
+            )
+        return self._surveys[table]
 
-        def read(name: str) -> Iterable[FileRows]:
-            return [
-                dataset_file_rows(_hub_call(self.spec, datasets.load_dataset, split=name), f"{self.spec.source}#{name}")
-            ]
+    def _place(self, split: str) -> tuple[str, str | None, str]:
+        """The table of a split, its name in the rows there, and its name for messages. Raises UserError without it."""
+        name = self.find(split)
+        if name is None:
+            raise self._no_split(split)
+        real = self._names[name]
+        table = next(iter(self._tables)) if self._rows_name_splits else real
+        return table, real if self._survey(table).by_split else None, f"{self.spec.source}, split {shortened(name, 60)}"
 
-        names = [str(name) for name in _hub_call(self.spec, datasets.get_dataset_split_names)]
-        self._readers = {name: functools.partial(read, name) for name in names}
+    def count(self, split: str) -> Report:
+        """The number of examples of a split, and what gave none, which is logged.
 
-    def _open_saved(self, path: Path) -> None:
-        import datasets
+        Raises UserError for a split that does not exist, columns that are not recognised, a row that does not fit its
+        format, and a split without a usable row."""
+        table, real, where = self._place(split)
+        return self._survey(table).total(real, where)
 
-        try:
-            with quiet():
-                data = datasets.load_from_disk(str(path))
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-            reason = shortened(str(error), 120)
-            raise UserError(f"cannot read: {path}: {reason}: save it again with save_to_disk") from None
-        if isinstance(data, datasets.DatasetDict):
-            self._readers = {
-                str(name): functools.partial(lambda part, name: [dataset_file_rows(part, f"{path}#{name}")], part, name)
-                for name, part in data.items()
-            }
-        else:
-            self._collect_table([dataset_file_rows(data, str(path))])
+    def examples(self, split: str) -> Generator[Example]:
+        """The examples of a split that `count` counted."""
+        table, real, where = self._place(split)
+        found = 0
+        for example in examples_of(self._tables[table].rows(), self._format, real):
+            found += 1
+            yield example
+        if found != sum(r.examples for name, r in self._survey(table).reports.items() if name in (None, real)):
+            raise UserError(f"{where}: changed while it was read; start again when it is written")
 
-    def _open_table(self, paths: Sequence[Path]) -> None:
-        self._collect_table(_rows_of_files(paths))
-
-    def _collect_table(self, files: Iterable[FileRows]) -> None:
-        """Read all rows now: which splits there are stands in them."""
-        self._table = self._collect(files, by_split=True)
-        self._readers = dict.fromkeys(self._table.names() or ("train",), tuple)
-
-    def _collect(self, files: Iterable[FileRows], *, by_split: bool = False) -> Collected:
-        preset = PRESETS.get(self.spec.source) if _local(self.spec) is None else None
-        asked = preset.format if preset and self.spec.format == "auto" else self.spec.format
-        return collect(files, self.spec.source, asked, skip_bad_rows=self._skip_bad_rows, by_split=by_split)
+    def load(self, split: str | None = None) -> Loaded:
+        """The examples of a split (default: `training_split`) as a list. Raises UserError as `count`."""
+        split = split or self.training_split()
+        total = self.count(split)
+        return Loaded(list(self.examples(split)), dict(total.skipped), total.bad)
 
     def find(self, split: str) -> str | None:
         """The name among `splits` of a split: itself, or what it is an alias of."""
@@ -287,26 +281,23 @@ class Dataset:
         choose = f"choose one, as {source}#{first}"
         return UserError(f"no split {quoted(split)}: {source}: its splits are {self._listed()}: {choose}")
 
-    def load(self, split: str | None = None) -> Loaded:
-        """The examples of a split (default: `training_split`).
 
-        Raises UserError for a split that does not exist, columns that are not recognised, a row that does not fit its
-        format, and a split without a usable row."""
-        asked = split or self.training_split()
-        name = self.find(asked)
-        if name is None:
-            raise self._no_split(asked)
-        real = self._names[name]
-        table = self._table or self._collect(self._readers[real]())
-        where = f"{self.spec.source}, split {shortened(name, 60)}"
-        return table.loaded(real if table.splits else None, where)
+def _open_tables(spec: DatasetSpec) -> tuple[dict[str, Table], bool]:
+    """The tables of a data set by split; or one table, and whether its rows may name their splits."""
+    path = _local(spec)
+    if path is None:
+        import datasets
 
-
-def _rows_of_files(paths: Sequence[Path]) -> Iterator[FileRows]:
-    if len({file_kind(path).removesuffix("l") for path in paths}) != 1:
-        names = shortened(", ".join(map(str, paths)), 200)
-        raise UserError(f"mixed file types: {names}: keep one type a split")
-    yield from map(file_rows, paths)
+        names = [str(name) for name in _hub_call(spec, datasets.get_dataset_split_names)]
+        load = functools.partial(_hub_call, spec, datasets.load_dataset)
+        return {name: HubTable(functools.partial(load, split=name), f"{spec.source}#{name}") for name in names}, False
+    if not path.is_dir():
+        return {"train": FilesTable([path])}, True
+    if is_saved_dataset(path):
+        saved, is_one = open_saved(path)
+        return dict(saved), is_one
+    files = split_files(path)
+    return {name: FilesTable(paths) for name, paths in files.items()}, list(files) == ["train"]
 
 
 def available_splits(spec: DatasetSpec) -> tuple[str, ...]:
@@ -324,18 +315,18 @@ def load_examples(spec: DatasetSpec, split: str | None = None) -> list[Example]:
     return load(spec, split).examples
 
 
-def held_out_split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples: a random `fraction` (at least one) is held out, the same for the same seed; both
-    keep the order of `examples`. Raises UserError for a fraction outside (0, 1) and for fewer than two examples."""
+def held_out_indices(count: int, fraction: float, seed: int) -> Int[np.ndarray, " held"]:
+    """A random `fraction` (at least one) of `count` examples, the same for the same seed, in ascending order. Raises
+    UserError for a fraction outside (0, 1) and for fewer than two examples."""
     if not 0 < fraction < 1:
         raise UserError(f"bad held-out fraction: {fraction}: give a number between 0 and 1")
-    if len(examples) < 2:
-        raise UserError(
-            f"cannot hold out: {len(examples)} example(s): give at least two, or a dataset with a validation split"
-        )
-    count = min(max(1, round(len(examples) * fraction)), len(examples) - 1)
-    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, len(examples)]))).permutation(
-        len(examples)
-    )
-    held = set(order[:count].tolist())
+    if count < 2:
+        raise UserError(f"cannot hold out: {count} example(s): give at least two, or a dataset with a validation split")
+    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, count]))).permutation(count)
+    return np.sort(order[: min(max(1, round(count * fraction)), count - 1)])
+
+
+def held_out_split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples, by `held_out_indices`; both keep the order of `examples`."""
+    held = set(held_out_indices(len(examples), fraction, seed).tolist())
     return [e for i, e in enumerate(examples) if i not in held], [e for i, e in enumerate(examples) if i in held]

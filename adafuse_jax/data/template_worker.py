@@ -3,8 +3,8 @@
 One JSON object a line on stdin, one line back on stdout:
 
     {"template": TEXT, "limits": {"seconds", "bytes"}}                  the template from here on; no answer
-    {"variables", "date", "characters", "parts": [{"messages": …, "add_generation_prompt": …}, …]}
-        → {"texts": [TEXT, …]}, or {"error": TEXT, "part": which}
+    {"variables", "date", "conversations": [{"tools", "characters", "parts": [{"messages", "add_generation_prompt"}, …]}, …]}
+        → a list with an answer for each: {"texts": [TEXT, …]}, or {"error": TEXT, "part": which}
 
 A part that takes longer ends the process with SIGPROF, even inside one operation like 10**10**10; one that needs more memory
 is an error, or ends it. The environment has what transformers gives templates (`transformers.utils.chat_template_utils`):
@@ -100,14 +100,16 @@ def rendered(template: jinja2.Template, variables: dict[str, Any], date: datetim
     return "".join(pieces)
 
 
-def answer(source: str, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+def answer(
+    source: str, conversation: dict[str, Any], variables: dict[str, Any], date: datetime, seconds: float
+) -> dict[str, Any]:
     texts: list[str] = []
-    date = datetime.fromisoformat(request["date"])
+    variables |= {"tools": conversation["tools"]}
     try:
-        for part in request["parts"]:
+        for part in conversation["parts"]:
             signal.setitimer(signal.ITIMER_PROF, seconds)
             template = _compiled(source)
-            texts.append(rendered(template, request["variables"] | part, date, request["characters"]))
+            texts.append(rendered(template, variables | part, date, conversation["characters"]))
     except MemoryError:
         return {"error": "writes or needs too much text", "part": len(texts)}
     except RecursionError:
@@ -138,11 +140,15 @@ def main() -> None:
         if "template" in request:
             source, limits = request["template"], request["limits"]
             continue
-        # What is given and what may be written are in memory a few times, in up to four bytes a character.
-        _limit_memory(limits["bytes"] + 16 * (len(line) + request["characters"]))
-        reply = answer(source, request, limits["seconds"])
+        answers, written = [], len(line)
+        date = datetime.fromisoformat(request["date"])
+        for conversation in request["conversations"]:
+            # What is given and what may be written are in memory a few times, in up to four bytes a character.
+            _limit_memory(limits["bytes"] + 16 * (written + conversation["characters"]))
+            answers.append(answer(source, conversation, request["variables"], date, limits["seconds"]))
+            written += sum(map(len, answers[-1].get("texts", ())))
         _limit_memory(resource.RLIM_INFINITY)
-        print(json.dumps(reply), flush=True)
+        print(json.dumps(answers), flush=True)
 
 
 def _limit_memory(size: int) -> None:

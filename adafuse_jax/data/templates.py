@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,10 @@ MAX_MEMORY = 2**29
 """Bytes of address space of the rendering process."""
 MAX_CHARACTERS = 2**20
 """Characters that a rendered conversation may have beyond 16 times those of the conversation itself."""
+BATCH_CHARACTERS = 2**20
+"""Characters of conversations in one request, at most, unless one is longer."""
+Conversation = tuple[Sequence[tuple[Sequence[dict[str, Any]], bool]], Any]
+"""Parts of a conversation, (turns, add_generation_prompt), and its tools."""
 _date: ContextVar[datetime | None] = ContextVar("template_date", default=None)
 
 
@@ -69,7 +74,7 @@ class _Worker:
         self._owner = 0
         self._template: str | None = None
 
-    def ask(self, template: str, request: dict[str, Any], where: str) -> dict[str, Any]:
+    def ask(self, template: str, request: dict[str, Any], where: str) -> list[dict[str, Any]]:
         """The answer of the process. Raises `TemplateLimit` when there is none; `where` names the tokenizer in it."""
         with self._lock:
             forked = self._owner != os.getpid()  # a forked process must not share the pipes
@@ -146,39 +151,76 @@ def template_of(tokenizer: Any, tools: Any = None) -> str | None:
     return template or None
 
 
-def render_parts(
-    tokenizer: Any, parts: Sequence[tuple[Sequence[dict[str, Any]], bool]], *, tools: Any = None
-) -> list[str]:
-    """The text of each (turns, add_generation_prompt) by the tokenizer's chat template.
+def dates_written(tokenizer: Any) -> list[str]:
+    """Forms in which the present date, which `template_date` fixes, can enter texts: each that the template asks for; or
+    all of it, where formats are not written out in the template."""
+    date, template = _date.get() or _now(), json.dumps(tokenizer.chat_template)
+    uses = re.sub(r"strftime_now\s+is\s+(not\s+)?(defined|none)\b", "", template)
+    formats = re.findall(r"""strftime_now\(\s*(?:'([^'"\\]+)'|\\"([^'"\\]+)\\")\s*\)""", uses)
+    if len(formats) < uses.count("strftime_now"):
+        return [date.isoformat()]
+    return [date.strftime(one or other) for one, other in formats]
+
+
+def render_conversations(tokenizer: Any, conversations: Sequence[Conversation]) -> list[list[str] | TemplateRefusal]:
+    """The texts of each conversation's parts by the tokenizer's chat template, in one request of the process for a mebibyte
+    of text; or why the template refuses it: a `TemplateRefusal`, also for an error in the template.
 
     Raises:
-      TemplateRefusal: a conversation that the template refuses, or an error in it.
       TemplateLimit: more than `MAX_SECONDS` of processor time, `MAX_MEMORY` or `MAX_CHARACTERS`.
     """
-    template = template_of(tokenizer, tools)
-    assert template is not None
-    size = max((sum(len(str(turn)) for turn in turns) for turns, _ in parts), default=0) + len(str(tools))
-    reply = _worker.ask(
-        template,
-        {
-            "variables": {**tokenizer.special_tokens_map, "tools": tools, "documents": None},
+    found: list[list[str] | TemplateRefusal] = []
+    for template, batch in _batches(tokenizer, conversations):
+        request = {
+            "variables": {**tokenizer.special_tokens_map, "documents": None},
             "date": (_date.get() or _now()).isoformat(),
-            "characters": MAX_CHARACTERS + 16 * size,
-            "parts": [
-                {"messages": [_aliased(turn) for turn in turns], "add_generation_prompt": add}
-                for turns, add in parts
-            ],
-        },
-        tokenizer.name_or_path,
-    )  # fmt: skip
-    if "error" in reply:
-        raise TemplateRefusal(reply["error"], reply["part"])
-    for part, text in enumerate(reply["texts"]):
+            "conversations": batch,
+        }
+        found += map(_texts, _worker.ask(template, request, tokenizer.name_or_path))
+    return found
+
+
+def _batches(tokenizer: Any, conversations: Sequence[Conversation]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Requests: conversations of one template, and at most `BATCH_CHARACTERS` of them or one."""
+    batch: list[dict[str, Any]] = []
+    template, characters = None, 0
+    for parts, tools in conversations:
+        own, size = (
+            template_of(tokenizer, tools),
+            max((sum(len(str(t)) for t in turns) for turns, _ in parts), default=0),
+        )
+        size += len(str(tools))
+        if batch and (own != template or characters + size > BATCH_CHARACTERS):
+            assert template is not None
+            yield template, batch
+            batch, characters = [], 0
+        template, characters = own, characters + size
+        batch.append(
+            {
+                "tools": tools,
+                "characters": MAX_CHARACTERS + 16 * size,
+                "parts": [
+                    {"messages": [_aliased(turn) for turn in turns], "add_generation_prompt": add}
+                    for turns, add in parts
+                ],
+            }
+        )
+    if batch:
+        assert template is not None
+        yield template, batch
+
+
+def _texts(answer: dict[str, Any]) -> list[str] | TemplateRefusal:
+    if "error" in answer:
+        return TemplateRefusal(answer["error"], answer["part"])
+    for part, text in enumerate(answer["texts"]):
+        if text.isascii():
+            continue
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise TemplateRefusal(f"writes half of a character ({error.object[error.start]!r})", part) from None
-    return reply["texts"]
+            return TemplateRefusal(f"writes half of a character ({error.object[error.start]!r})", part)
+    return answer["texts"]
 
 
 def _aliased(turn: dict[str, Any]) -> dict[str, Any]:

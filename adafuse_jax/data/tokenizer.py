@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import logging
 import os
 import stat
@@ -213,3 +215,13 @@ def special_token_texts(tokenizer: Any) -> tuple[str, ...]:
     """All special tokens, of which `all_special_tokens` has only those with a role (BOS, EOS, ...)."""
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return tuple({*tokenizer.all_special_tokens, *added})
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of all that text and tokens depend on: the Rust tokenizer, chat templates and special tokens."""
+    parts = (
+        type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sorted(special_token_texts(tokenizer)),
+        tokenizer.bos_token_id, tokenizer.eos_token_id, getattr(tokenizer, "split_special_tokens", False),
+    )  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()

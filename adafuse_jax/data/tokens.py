@@ -8,6 +8,7 @@ the same in both. So the ends of windows, where tokens may differ from those of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -51,14 +52,15 @@ def _batches(texts: Sequence[str], tokenizer: Any) -> Iterator[Tokens]:
 
 
 def _at_once(texts: Sequence[str], tokenizer: Any) -> Iterator[Tokens]:
-    batch = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    for ids, offsets in zip(batch["input_ids"], batch["offset_mapping"], strict=True):
-        ids = np.asarray(ids, np.int64)
+    tokenizer("", add_special_tokens=False)  # sets truncation, padding and special tokens of the Rust tokenizer
+    for encoding in tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False):
+        ids = np.asarray(encoding.ids, np.int64)
         if len(ids) and ids.max() >= 2**31:
             raise UserError(
                 f"the tokenizer has a token with id {ids.max()}, which no model has; restore tokenizer.json"
             )
-        yield ids.astype(np.int32), _starts(ids, np.asarray(offsets, np.int64).reshape(-1, 2), tokenizer)
+        offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
+        yield ids.astype(np.int32), _starts(ids, offsets, tokenizer)
 
 
 def _starts(ids: Int64[np.ndarray, " T"], offsets: Int64[np.ndarray, "T 2"], tokenizer: Any) -> Int64[np.ndarray, " T"]:

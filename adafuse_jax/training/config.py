@@ -12,6 +12,7 @@ from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.fields import MAX_COUNT, MAX_ROWS, MAX_SEED, MAX_TOKENS, check, flag, require
 from adafuse_jax.models.config import Remat
 from adafuse_jax.parallel.mesh import parse_mesh
+from adafuse_jax.training.trackers import TrackerName
 
 TrainDType = Literal["float32", "bfloat16"]
 """Types to train in; float16 is none, as gradients vanish or overflow in it."""
@@ -108,6 +109,18 @@ class TrainConfig:
     checkpoint_every: int = flag("steps between checkpoints", 100, low=1, high=MAX_COUNT)
     keep_checkpoints: int = flag("checkpoints kept", 2, low=1, high=MAX_COUNT)
     log_every: int = flag("steps between lines of metrics.jsonl", 1, low=1, high=MAX_COUNT)
+    report_to: TrackerName = flag(
+        "where metrics go beside metrics.jsonl: event files in OUTPUT/tensorboard, or a run in OUTPUT/wandb, offline unless "
+        "WANDB_MODE is set",
+        "none",
+    )
+    data_cache: str | None = flag(
+        "directory in which prepared data is kept for later starts; default: ~/.cache/adafuse-jax/data, or the same in "
+        "XDG_CACHE_HOME",
+        None,
+        "DIR",
+        text="path",
+    )
     resume: bool = flag("continue the run in --output from its last checkpoint", False)
     template_date: str | None = flag(
         "time that chat templates write if they ask for the present one, in ISO format; default: the start of the run",

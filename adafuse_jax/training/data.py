@@ -1,32 +1,34 @@
 """Data of a run, by the names of its data sets: batches by step, held-out data, and a fingerprint of both.
 
-Chat templates that write the date get that of the run's first start, also when it is resumed.
+It is built once (`building`) and then read from the data cache. Chat templates that write the date get that of the run's
+first start, also when it is resumed.
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.tables import Table
-from adafuse_jax.data.batches import Batches
-from adafuse_jax.data.chat import Encoded, encode_all, encode_choices
-from adafuse_jax.data.examples import Example, MultipleChoice, Text
-from adafuse_jax.data.packing import Rows, pack
-from adafuse_jax.data.sources import Dataset, DatasetSpec, held_out_split
-from adafuse_jax.data.templates import template_date
+from adafuse_jax.data.batches import Batches, mixture_weights
+from adafuse_jax.data.cache import code_version, default_directory, prepared
+from adafuse_jax.data.sources import Dataset, DatasetSpec
+from adafuse_jax.data.templates import dates_written, template_date
+from adafuse_jax.data.tokenizer import tokenizer_digest
 from adafuse_jax.evaluation.heldout import HeldOut
+from adafuse_jax.training import building
+from adafuse_jax.training.building import Sources
 from adafuse_jax.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
-
-HELD_OUT_SPLITS = ("validation", "test")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,122 +48,53 @@ class Data:
 
 
 def prepare_data(config: TrainConfig, tokenizer: Any) -> Data:
-    """Load, tokenise, split and pack the data sets of `config`.
+    """The data sets of `config`: loaded, tokenised, divided and packed, or read from the data cache.
 
     Held out are, in this order: `eval_dataset`; the validation or test split of each data set; `eval_fraction` of it.
     Raises `UserError` for whatever is wrong with the data.
     """
-    specs = [DatasetSpec.parse(text) for text in config.dataset]
-    held_out: list[Example] = []
-    if config.eval_examples > 0:
-        for text in config.eval_dataset:
-            spec = DatasetSpec.parse(text)
-            if spec.weight is not None:
-                raise UserError(f"--eval-dataset {text}: a weight means nothing there; leave ={spec.weight:g} out")
-            data = Dataset(spec, skip_bad_rows=config.skip_bad_rows)
-            held_out += data.load(data.evaluation_split(HELD_OUT_SPLITS)).examples
-    rows = []
-    for spec in specs:
-        examples, held = _training_and_held_out(spec, config)
-        held_out += held
-        rows.append(_pack(examples, spec, tokenizer, config))
-    batches = Batches(
-        rows=tuple(rows),
-        seed=config.seed,
-        batch_size=config.batch_size,
-        grad_accum=config.grad_accum,
-        weights=tuple(spec.weight for spec in specs),
-        epochs=None if config.steps else config.epochs,
-    )
-    evaluation = _held_out(held_out, tokenizer, config)
-    parts: list[Rows | Encoded] = [*rows, *evaluation.rows, *(row for rows in evaluation.choices for row in rows)]
+    sources = _open(config)
+    directory = Path(config.data_cache).expanduser() if config.data_cache else default_directory()
+    with template_date():
+        key = _key(config, sources, tokenizer)
+        with prepared(directory, key, partial(building.build, config, sources, tokenizer)) as (files, facts):
+            batches = building.batches(config, sources, files, facts)
+            held_out = building.read_held_out(files, facts)
     return Data(
-        batches=batches,
-        held_out=evaluation,
-        fingerprint=_fingerprint(batches),
-        largest_token=int(max(part.tokens.max() for part in parts)),
+        batches=batches, held_out=held_out, fingerprint=facts["fingerprint"], largest_token=facts["largest_token"]
     )
 
 
-def _training_and_held_out(spec: DatasetSpec, config: TrainConfig) -> tuple[list[Example], list[Example]]:
-    """The examples to train on, and those held out if there is no `eval_dataset`. A file is read once."""
-    data = Dataset(spec, skip_bad_rows=config.skip_bad_rows)
-    training = data.training_split()
-    examples = data.load(training).examples
-    if config.eval_examples == 0 or config.eval_dataset:
-        return examples, []
-    split = data.held_out_split(HELD_OUT_SPLITS, besides=data.find(training))
-    if split is not None:
-        return examples, data.load(split).examples
-    if config.eval_fraction == 0:
-        return examples, []
-    try:
-        return held_out_split(examples, config.eval_fraction, config.seed)
-    except UserError as error:
-        raise UserError(f"{spec.source}: {error}, or --eval-examples 0") from error
+def _open(config: TrainConfig) -> Sources:
+    """Raises UserError for a source that cannot be opened, and for weights that fit no mixture."""
+    evaluation = []
+    for text in config.eval_dataset if config.eval_examples > 0 else ():
+        spec = DatasetSpec.parse(text)
+        if spec.weight is not None:
+            raise UserError(f"--eval-dataset {text}: a weight means nothing there; leave ={spec.weight:g} out")
+        evaluation.append(Dataset(spec, skip_bad_rows=config.skip_bad_rows))
+    mixture_weights([DatasetSpec.parse(text).weight for text in config.dataset])
+    training = [Dataset(DatasetSpec.parse(text), skip_bad_rows=config.skip_bad_rows) for text in config.dataset]
+    return Sources(training=training, evaluation=evaluation)
 
 
-def _pack(examples: list[Example], spec: DatasetSpec, tokenizer: Any, config: TrainConfig) -> Rows:
-    encoded, dropped = encode_all(
-        examples, tokenizer, config.max_length, name=spec.source, skip_bad_rows=config.skip_bad_rows
-    )
-    if not encoded:
-        raise UserError(
-            f"{spec.source}: no response of its {len(examples)} examples fits --max-length {config.max_length}; raise it"
-        )
-    if dropped:
-        log.warning(
-            "%s: %d of %d examples left out: their prompt alone fills --max-length %d, or no turn has weight",
-            spec.source, dropped, len(examples), config.max_length,
-        )  # fmt: skip
-    chats = sum(not isinstance(example, Text) for example in examples)
-    num_full = sum(len(row.tokens) == config.max_length for row in encoded) if chats else 0
-    if num_full:
-        log.warning(
-            "%s: %d of %d examples fill --max-length %d, where they are cut",
-            spec.source,
-            num_full,
-            len(examples),
-            config.max_length,
-        )
-    return pack(encoded, config.max_length, packing=config.packing)
+def _key(config: TrainConfig, sources: Sources, tokenizer: Any) -> dict[str, Any]:
+    """All that the prepared data depends on, as JSON."""
+    used = ["max_length", "packing", "skip_bad_rows", "eval_examples"]
+    if config.eval_examples > 0 and not config.eval_dataset:
+        used += ["eval_fraction", "seed"]
 
+    def listed(opened: list[Dataset]) -> list[Any]:
+        return [[dataclasses.asdict(data.spec), data.digest()] for data in opened]
 
-def _held_out(examples: list[Example], tokenizer: Any, config: TrainConfig) -> HeldOut:
-    """Up to `eval_examples` of the examples, evenly spaced so that every data set is represented."""
-    count = min(len(examples), config.eval_examples)
-    examples = [examples[i * len(examples) // count] for i in range(count)]
-    rows, dropped = encode_all(
-        examples, tokenizer, config.max_length, name="held out", skip_bad_rows=config.skip_bad_rows
-    )
-    choices, answers = [], []
-    for example in examples:
-        if isinstance(example, MultipleChoice):
-            try:
-                candidates = encode_choices(example, tokenizer, config.max_length)
-            except UserError:  # counted and logged above
-                continue
-            if candidates is None:
-                dropped += 1
-            else:
-                choices.append(candidates)
-                answers.append(example.answer)
-    if dropped:
-        log.warning(
-            "held out: %d answers or questions do not fit --max-length %d and are not scored",
-            dropped,
-            config.max_length,
-        )
-    return HeldOut(rows=rows, choices=choices, answers=answers)
-
-
-def _fingerprint(batches: Batches) -> str:
-    digest = hashlib.sha256(repr((batches.weights, [rows.tokens.shape for rows in batches.rows])).encode())
-    for packed in batches.rows:
-        digest.update(packed.tokens.tobytes())
-        digest.update(packed.loss_mask.tobytes())
-        digest.update(packed.segment_ids.tobytes())
-    return digest.hexdigest()
+    return {
+        "training": listed(sources.training),
+        "evaluation": listed(sources.evaluation),
+        "settings": {name: getattr(config, name) for name in used},
+        "tokenizer": tokenizer_digest(tokenizer),
+        "dates": dates_written(tokenizer),
+        **code_version(Path(building.__file__)),
+    }
 
 
 @contextmanager

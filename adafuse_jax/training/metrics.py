@@ -1,4 +1,4 @@
-"""Metrics of a run: progress bar, metrics.jsonl, summary, and a plot of loss and expert load."""
+"""Metrics of a run: progress bar, metrics.jsonl, trackers, summary, and a plot of loss and expert load."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import codecs
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from adafuse_jax.core import runtime
 from adafuse_jax.core.atomic_files import new_file, write_text
+from adafuse_jax.training.trackers import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -57,16 +59,29 @@ def summarize(path: Path, *, steps: int, parameters: int, seconds: float) -> dic
 
 
 class Report:
-    """Metrics of a run, as lines of `metrics.jsonl` and as a progress bar on stderr (plain lines where it is no terminal).
+    """Metrics of a run, as lines of `metrics.jsonl`, for a tracker, and as a progress bar on stderr (plain lines where it is
+    no terminal).
 
     Nothing is written before `open`. Lines of steps after `start`, left by a killed run, are then dropped: they will be run
-    again. Damaged ones are left out, with one line in the log.
+    again. Damaged ones are left out, with one line in the log. `mfu_per_token` is the MFU of one token per second, if that
+    is known.
     """
 
-    def __init__(self, path: Path, *, start: int, steps: int, log_every: int):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        start: int,
+        steps: int,
+        log_every: int,
+        mfu_per_token: float | None = None,
+        open_tracker: Callable[[], Tracker | None] = lambda: None,
+    ):
         self.path, self.start, self.steps, self.log_every = path, start, steps, log_every
+        self._mfu_per_token, self._open_tracker = mfu_per_token, open_tracker
         self._file: IO[str] | None = None
-        self._unwritten: list[str] = []
+        self._tracker: Tracker | None = None
+        self._unwritten: list[dict[str, Any]] = []
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
 
     def open(self) -> None:
@@ -76,13 +91,20 @@ class Report:
         if damaged:
             log.warning("%s: %d damaged line(s) left out", self.path, damaged)
         lines = [line for line in lines if line["step"] <= self.start]
-        write_text(self.path, "".join([json.dumps(line) + "\n" for line in lines] + self._unwritten))
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = self.path.open("a", encoding="utf-8")
+        self._tracker = self._open_tracker()
+        for line in self._unwritten:
+            self._write(line)
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
+        if self._mfu_per_token is not None:
+            metrics = {**metrics, "mfu": round(metrics["tokens_per_second"] * self._mfu_per_token, 4)}
         self._bar.update(1)
         shown = {"loss": f"{metrics['loss']:.3f}", "lr": f"{metrics['lr']:.1e}"}
         shown |= {"tok/s": f"{metrics['tokens_per_second']:,.0f}"}
+        if "mfu" in metrics:
+            shown["mfu"] = f"{metrics['mfu']:.0%}"
         if "load" in metrics:
             shown["load"] = " ".join(f"{share:.0%}" for share in metrics["load"])
         self._bar.set_postfix(shown, refresh=False)
@@ -102,14 +124,17 @@ class Report:
         self._bar.close()
         if self._file is not None:
             self._file.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        text = json.dumps(line) + "\n"
         if self._file is None:
-            self._unwritten.append(text)
-        else:
-            self._file.write(text)
-            self._file.flush()
+            self._unwritten.append(line)
+            return
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._tracker is not None:
+            self._tracker.log(line["step"], line)
 
 
 class NoReport(Report):

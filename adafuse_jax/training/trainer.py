@@ -62,6 +62,8 @@ from adafuse_jax.training.output import (
 from adafuse_jax.training.schedules import Phases, learning_rate
 from adafuse_jax.training.signals import Stopped, stop_signals
 from adafuse_jax.training.step import TrainState, train_step
+from adafuse_jax.training.trackers import open_tracker, require_tracker
+from adafuse_jax.training.utilisation import mfu_per_token
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +85,7 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
     output = Path(config.output)
     check_output(output, resume=config.resume)
     require_compatible(config, adapter_config)
+    require_tracker(config.report_to)
     with ExitStack() as held:
         recorded = held.enter_context(held_run(output)) if config.resume else None
         return _train(config, adapter_config, output, recorded, held)
@@ -126,6 +129,10 @@ def _train(
 
         def write_held_out() -> dict[str, Any]:
             write_text(output / METRICS_FILE, json.dumps(held_out) + "\n")
+            tracker = open_tracker(config.report_to, output, start=0, settings=settings)
+            if tracker is not None:
+                tracker.log(0, held_out)
+                tracker.close()
             summary = summarize(output / METRICS_FILE, steps=0, parameters=0, seconds=0)
             write_json(output / SUMMARY_FILE, summary)
             return summary
@@ -158,8 +165,15 @@ def _train(
 
     # Steps
     start = int(state.step)
-    metrics = output / METRICS_FILE
-    report = Report(metrics, start=start, steps=steps, log_every=config.log_every) if is_first() else NoReport()
+    report: Report = NoReport()
+    if is_first():
+        full = isinstance(state.adapter, FullWeights)
+        devices = jax.local_devices()[:1] if mesh is None else mesh.devices.ravel().tolist()
+        report = Report(
+            output / METRICS_FILE, start=start, steps=steps, log_every=config.log_every,
+            mfu_per_token=mfu_per_token(model_config, devices, dtype=config.dtype, trains_backbone=full),
+            open_tracker=partial(open_tracker, config.report_to, output, start=start, settings=settings),
+        )  # fmt: skip
 
     def open_output() -> None:
         """Nothing of the run is on disk before."""

@@ -132,6 +132,15 @@ class TestOnePool:
         flat = Batches((rows_of(50),), seed=0, batch_size=6).at(0)
         np.testing.assert_array_equal(batch.tokens.reshape(1, 6, 4), flat.tokens)
 
+    def test_some_rows_of_every_micro_batch(self):
+        batches = Batches((rows_of(17), rows_of(5, first=1001)), seed=3, batch_size=4, grad_accum=2, epochs=1)
+        for step in range(batches.total_steps):
+            whole = batches.at(step)
+            for rows in (range(0, 1), range(1, 4)):
+                part = batches.at(step, rows)
+                for name in ("tokens", "loss_mask", "segment_ids", "positions"):
+                    np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[:, rows.start : rows.stop])
+
     def test_all_arrays_come_from_the_same_row(self):
         rows = pack(examples(LENGTHS), 100)
         batch = Batches((rows,), seed=1, batch_size=5).at(7)

@@ -14,8 +14,8 @@ from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.examples import Text
 from adafuse_jax.data.files import split_in_name
 from adafuse_jax.data.sources import Dataset, DatasetSpec
+from adafuse_jax.training.building import Sources, parts, pick
 from adafuse_jax.training.config import TrainConfig
-from adafuse_jax.training.data import _training_and_held_out
 
 ULTRA = ("test_gen", "test_sft", "train_gen", "train_sft")
 
@@ -184,7 +184,14 @@ class TestFiles:
 def test_what_is_held_out(tmp_path, splits, chosen, training, held):
     shards(tmp_path, *splits)
     config = TrainConfig(model="m", dataset=("d",), output="o", eval_fraction=0.5)
-    examples, held_out = _training_and_held_out(DatasetSpec.parse(f"{tmp_path}{chosen}"), config)
+    data = Dataset(DatasetSpec.parse(f"{tmp_path}{chosen}"))
+    (trained,), scored = parts(config, Sources(training=[data], evaluation=[]))
+    pick(scored, 10)
+    examples = list(trained.training())
+    for part in scored:
+        if part is not trained:
+            part.find()
+    held_out = [e for part in scored for e in part.found]
     if held is None:  # a share of the training split
         examples, held = examples + held_out, training
     assert {e.text for e in examples} == {f"{training} 0", f"{training} 1"}

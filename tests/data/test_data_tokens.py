@@ -41,9 +41,17 @@ def test_the_tokenizer_gets_little_at_a_time(tokenizer, monkeypatch, texts):
     class Counting:
         convert_ids_to_tokens = tokenizer.convert_ids_to_tokens
 
-        def __call__(self, batch, **kwargs):
+        def __call__(self, text, **kwargs):
+            given.append(len(text))
+            return tokenizer(text, **kwargs)
+
+        @property
+        def backend_tokenizer(self):
+            return self
+
+        def encode_batch(self, batch, **kwargs):
             given.append(sum(map(len, batch)))
-            return tokenizer(batch, **kwargs)
+            return tokenizer.backend_tokenizer.encode_batch(batch, **kwargs)
 
     for name, value in (("BATCH_CHARACTERS", 600), ("WINDOW", 300), ("OVERLAP", 100)):
         monkeypatch.setattr(tokens, name, value)

@@ -57,7 +57,7 @@ def prepared(folder: Path, template: str, recorded: dict | None = None, **change
 
 
 def text_of(data: Data, folder: Path) -> str:
-    return load_tokenizer(folder / "model").decode(data.batches.rows[0].tokens[0])
+    return load_tokenizer(folder / "model").decode(data.batches.rows[0].rows().tokens[0])
 
 
 FORMATS = ("%d %b %Y", "%B %d, %Y", "%Y-%m-%d %H:%M:%S.%f", "%A %j, week %V", "%s %x")

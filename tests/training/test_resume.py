@@ -232,8 +232,8 @@ def test_epochs_see_every_example_so_many_times(run_folder: Path, tmp_path: Path
     }  # fmt: skip
     assert short_run(run_folder, run, **plain)["steps"] == 4  # 27 rows, 8 a step
     config, _ = parse_flags("", (TrainConfig, AdapterConfig), flags(run_folder, str(run), **plain, eval_examples=0))
-    (rows,) = prepare_data(config, load_tokenizer(run_folder / "model")).batches.rows  # type: ignore[arg-type]
-    assert sum(line["tokens"] for line in metrics_of(run)) == 3 * (rows.segment_ids > 0).sum()
+    (packed,) = prepare_data(config, load_tokenizer(run_folder / "model")).batches.rows  # type: ignore[arg-type]
+    assert sum(line["tokens"] for line in metrics_of(run)) == 3 * (packed.rows().segment_ids > 0).sum()
     before = (run / "adapter" / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(run / "checkpoints" / "4")
     short_run(run_folder, run, **plain, resume=True)

@@ -1,0 +1,112 @@
+"""Metrics of a run for other programs, beside metrics.jsonl: TensorBoard event files, or a run of Weights & Biases.
+
+Names are those of metrics.jsonl; of `load`, a number an expert, `load/0`, `load/1`, …. `pair` is in metrics.jsonl only.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from adafuse_jax.core.errors import UserError, shortened
+
+TrackerName = Literal["none", "tensorboard", "wandb"]
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+PROJECT = "adafuse-jax"
+WANDB_ID_FILE = "run-id.txt"
+
+
+class Tracker(Protocol):
+    """A place that takes the metrics of steps."""
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Numbers and lists of numbers by name."""
+
+    def close(self) -> None:
+        """Return when all is written."""
+
+
+def require_tracker(name: TrackerName) -> None:
+    """Raise UserError if the tracker's package is not installed or cannot be used."""
+    try:
+        if name == "tensorboard":
+            import tensorboardX  # noqa: F401
+        elif name == "wandb":
+            import wandb  # noqa: F401
+    except Exception as error:  # a broken installation raises anything
+        raise UserError(
+            f"--report-to {name}: the package {PACKAGES[name]} cannot be imported ({shortened(str(error), 120)}); "
+            f"pip install 'adafuse-jax[{name}]'"
+        ) from error
+
+
+def open_tracker(name: TrackerName, output: Path, *, start: int, settings: Mapping[str, Any]) -> Tracker | None:
+    """The tracker of the run in `output`, which goes on with its record behind step `start`; None for "none". Raises
+    UserError if the service refuses."""
+    if name == "none":
+        return None
+    return TensorBoard(output, start) if name == "tensorboard" else WeightsAndBiases(output, settings)
+
+
+def scalars(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Numbers by name."""
+    for name, value in metrics.items():
+        if name == "load":
+            yield from ((f"load/{expert}", share) for expert, share in enumerate(value))
+        elif name not in ("pair", "step"):
+            yield name, value
+
+
+class TensorBoard:
+    """Event files in OUTPUT/tensorboard. Events of steps behind `start`, left by a killed run, are marked as void."""
+
+    def __init__(self, output: Path, start: int):
+        from tensorboardX import SummaryWriter
+
+        purge = start + 1 if start else 0
+        suffix = f".{start}"  # two files of one second would have one name
+        self._writer = SummaryWriter(
+            str(output / "tensorboard"), purge_step=purge, flush_secs=10, filename_suffix=suffix
+        )
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        for name, value in scalars(metrics):
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run in OUTPUT/wandb, offline unless WANDB_MODE is set. Its id is kept there: a resumed run has the same."""
+
+    def __init__(self, output: Path, settings: Mapping[str, Any]):
+        import wandb
+
+        folder = output / "wandb"
+        folder.mkdir(exist_ok=True)
+        kept = folder / WANDB_ID_FILE
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(4))
+        mode = os.environ.get("WANDB_MODE", "offline")
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", PROJECT), name=output.resolve().name, id=kept.read_text().strip(),
+                dir=str(output), config=dict(settings), mode=mode,  # type: ignore[arg-type]
+                resume=None if mode == "offline" else "allow",
+                settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
+            )  # fmt: skip
+        except (wandb.Error, OSError) as error:
+            raise UserError(
+                f"--report-to wandb: {shortened(str(error), 200)}; log in with `wandb login`, or set WANDB_MODE=offline"
+            ) from error
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._run.log({"step": step, **dict(scalars(metrics))})
+
+    def close(self) -> None:
+        self._run.finish()

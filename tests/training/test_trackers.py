@@ -1,0 +1,168 @@
+"""Metrics for TensorBoard and Weights & Biases, read back from their files; and MFU."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from training_runs import metrics_of, train_here
+
+from adafuse_jax.core.errors import UserError
+from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.training.metrics import Report, read_metrics
+from adafuse_jax.training.trackers import PACKAGES, open_tracker, require_tracker
+from adafuse_jax.training.utilisation import linear_parameters, mfu_per_token
+
+METRICS = {"loss": 1.5, "load": [0.25, 0.75], "pair": [[0.0, 1.0], [1.0, 0.0]], "lr": 1e-3, "tokens_per_second": 200.0}
+
+
+def tensorboard_events(folder: Path) -> Iterator[tuple[int, str, float]]:
+    """(step, name, value) of all event files: records of [length, its CRC, protobuf, its CRC]."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    for path in sorted(folder.glob("events.*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            if event.HasField("session_log"):
+                yield event.step, "START", 0.0
+            yield from ((event.step, value.tag, value.simple_value) for value in event.summary.value)
+            at += 16 + length
+
+
+def wandb_records(path: Path) -> list[Any]:
+    """The records of a file, which wandb's own process has ended: [CRC, length, type, protobuf] behind seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    records: list[Any] = []
+    for _ in range(200):
+        data, at, records = path.read_bytes(), 7, []
+        assert len(data) < 2**15, "one block"
+        while at < len(data):
+            _, length, _ = struct.unpack_from("<IHB", data, at)
+            records.append(Record.FromString(data[at + 7 : at + 7 + length]))
+            at += 7 + length
+        if records and records[-1].HasField("exit"):
+            break
+        time.sleep(0.05)
+    return records
+
+
+def wandb_history(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(run id, metrics) of all offline runs."""
+    for path in sorted(folder.glob("offline-run-*/*.wandb")):
+        for record in wandb_records(path):
+            if record.HasField("history"):
+                items = [(item.nested_key[0] if item.nested_key else item.key, item) for item in record.history.item]
+                yield path.stem, {name: json.loads(item.value_json) for name, item in items}
+
+
+def reported(output: Path, name: Any, start: int, steps: int) -> None:
+    """A run that begins, or goes on, behind step `start`, and ends after `steps`."""
+    report = Report(
+        output / "metrics.jsonl", start=start, steps=4, log_every=1, mfu_per_token=1e-3,
+        open_tracker=lambda: open_tracker(name, output, start=start, settings={"rank": 4, "dataset": ("a",)}),
+    )  # fmt: skip
+    if start == 0:
+        report.evaluation(0, {"eval_loss": 2.0})
+    report.open()
+    for step in range(start + 1, steps + 1):
+        report.step(step, METRICS | {"loss": 1 / step})
+    report.close()
+
+
+EXPECTED = {"load/0": 0.25, "load/1": 0.75, "lr": 1e-3, "tokens_per_second": 200.0, "mfu": 0.2}
+
+
+def test_tensorboard_has_every_line_and_a_resumed_run_goes_on(tmp_path: Path):
+    reported(tmp_path, "tensorboard", 0, 3)
+    reported(tmp_path, "tensorboard", 2, 4)  # killed in step 4, with a checkpoint of step 2
+    events: dict[int, dict[str, float]] = {}
+    for step, name, value in tensorboard_events(tmp_path / "tensorboard"):
+        if name == "START":
+            events = {s: values for s, values in events.items() if s < step}
+        else:
+            assert name not in events.setdefault(step, {})
+            events[step][name] = value
+    assert list(events) == [0, 1, 2, 3, 4]
+    assert events[0] == {"eval_loss": 2.0}
+    for step in range(1, 5):
+        assert events[step] == pytest.approx(EXPECTED | {"loss": 1 / step})
+
+
+def test_wandb_has_every_line_offline_and_a_resumed_run_has_the_same_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    reported(tmp_path, "wandb", 0, 3)
+    reported(tmp_path, "wandb", 2, 4)
+    history = list(wandb_history(tmp_path / "wandb"))
+    assert len({run for run, _ in history}) == 1
+    lines = [{k: v for k, v in line.items() if not k.startswith("_")} for _, line in history]
+    assert lines[0] == {"step": 0, "eval_loss": 2.0}
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 3, 4]
+    assert lines[-1] == pytest.approx(EXPECTED | {"loss": 1 / 4, "step": 4})
+    assert "wandb" not in capfd.readouterr().out
+
+
+def test_metrics_jsonl_has_the_mfu(tmp_path: Path):
+    reported(tmp_path, "none", 0, 2)
+    lines, _ = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line.get("mfu") for line in lines] == [None, 0.2, 0.2]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_missing_package_is_one_line_before_anything_runs(
+    tmp_path: Path,
+    run_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: Any,
+):
+    monkeypatch.setitem(sys.modules, PACKAGES[name], None)
+    with pytest.raises(UserError, match=rf"--report-to {name}: .*pip install 'adafuse-jax\[{name}\]'"):
+        train_here(run_folder, tmp_path / "run", report_to=name)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_reports_what_metrics_jsonl_has(tmp_path: Path, run_folder: Path):
+    run = tmp_path / "run"
+    train_here(run_folder, run, steps=4, checkpoint_every=2, eval_every=4, report_to="tensorboard")
+    found = {(step, name): value for step, name, value in tensorboard_events(run / "tensorboard")}
+    for line in metrics_of(run):
+        for name in ("loss", "eval_loss", "grad_norm"):
+            if name in line:
+                assert found[line["step"], name] == pytest.approx(line[name], rel=1e-5)
+    assert "mfu" not in metrics_of(run)[1], "no peak is known of a CPU"
+
+
+def llama_2_7b() -> ModelConfig:
+    return ModelConfig(
+        model_type="llama", vocab_size=32000, embed_dim=4096, hidden_dim=11008, num_layers=32, num_heads=32,
+        num_kv_heads=32, head_dim=128, max_position_embeddings=4096, norm_eps=1e-5,
+    )  # fmt: skip
+
+
+def test_mfu():
+    """6.607e9 parameters in linears and head: 4 of these a token, 6 if they train; on 989 TFLOP/s."""
+    h200, cpu = SimpleNamespace(device_kind="NVIDIA H200"), SimpleNamespace(device_kind="cpu")
+    parameters = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) + 32000 * 4096
+    assert linear_parameters(llama_2_7b()) == parameters == 6_607_077_376
+    assert mfu_per_token(llama_2_7b(), [h200], dtype="bfloat16", trains_backbone=False) == pytest.approx(
+        4 * parameters / 989e12
+    )
+    assert mfu_per_token(llama_2_7b(), [h200] * 4, dtype="bfloat16", trains_backbone=True) == pytest.approx(
+        6 * parameters / (4 * 989e12)
+    )
+    assert mfu_per_token(llama_2_7b(), [h200, cpu], dtype="bfloat16", trains_backbone=False) is None
+    assert mfu_per_token(llama_2_7b(), [h200], dtype="float32", trains_backbone=False) is None
+    require_tracker("none")
