@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.packing import Rows
+from adafuse_jax.models.config import Remat
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.training.config import TrainConfig
 from adafuse_jax.training.optimizer import make_optimizer
@@ -100,7 +101,7 @@ class Trainer:
       optimizer: of `optimizer_of`.
       phases: of `phases_of`.
       forward: the method's pass over rows, as `train_step` takes it, with `replica_attention`.
-      remat: recompute layers in the backward pass.
+      remat: what the backward pass computes again, see `adafuse_jax.models.remat`.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Trainer:
         optimizer: optax.GradientTransformation,
         phases: Phases,
         forward: Callable[..., Any] = replica_forward,
-        remat: bool = False,
+        remat: Remat = "none",
     ):
         self.make, self.steps, self.optimizer, self.phases = make, steps, optimizer, phases
         self.start: Callable[..., TrainState] = jax.jit(self._start)

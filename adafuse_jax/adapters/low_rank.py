@@ -6,6 +6,7 @@ A is stacked as [L, E, R, in] and B as [L, E, out, R]; both train in fp32 and ar
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from adafuse_jax.models.hooks import Routing
+from adafuse_jax.models.remat import LOW_RANK, kept
 
 
 class LoRAParam(nnx.Param):
@@ -51,6 +53,8 @@ class LoRAExperts(nnx.Module):
         return self._gathered(x, routing) if tokens * top_k <= num_experts > 1 else self._dense(x, routing)
 
     def _dense(self, x: Array, routing: Routing) -> Array:
+        if self.activation is None:
+            return low_rank_product(x, self.A[...], self.B[...], self.scale * routing.dense_gates())
         a, b = self.A[...].astype(x.dtype), self.B[...].astype(x.dtype)
         h = self._activated(jnp.einsum("bti,eri->bter", x, a, preferred_element_type=jnp.float32))
         h = (h * (self.scale * routing.dense_gates()[..., None])).astype(x.dtype)
@@ -64,6 +68,41 @@ class LoRAExperts(nnx.Module):
 
     def _activated(self, h: Array) -> Array:
         return h if self.activation is None else self.activation(h)
+
+
+@jax.custom_vjp
+def low_rank_product(
+    x: Float[Array, "B T in"], a: Float[Array, "E R in"], b: Float[Array, "E out R"], gates: Float[Array, "B T E"]
+) -> Float[Array, "B T out"]:
+    """y = Σ_e g_e B_e A_e x, all products in the type of x with sums in fp32.
+
+    Only h_e = g_e A_e x is kept for the backward pass, beside the arguments; gradients of A and B are fp32, and a gate of 0
+    has none.
+    """
+    return _low_rank_forward(x, a, b, gates)[0]
+
+
+def _low_rank_forward(x: Array, a: Array, b: Array, gates: Array) -> tuple[Array, tuple[Array, ...]]:
+    h = jnp.einsum("bti,eri->bter", x, a.astype(x.dtype), preferred_element_type=_sum_type(x))
+    h = kept((h * gates[..., None]).astype(x.dtype), LOW_RANK)
+    return jnp.einsum("bter,eor->bto", h, b.astype(x.dtype)), (x, a, b, gates, h)
+
+
+def _low_rank_backward(saved: tuple[Array, ...], dy: Array) -> tuple[Array, ...]:
+    x, a, b, gates, h = saved
+    product = partial(jnp.einsum, preferred_element_type=_sum_type(x))
+    dh = product("bto,eor->bter", dy, b.astype(x.dtype))
+    d_gates = jnp.where(gates > 0, jnp.sum(dh * h, axis=-1) / jnp.where(gates > 0, gates, 1), 0)
+    du = (dh * gates[..., None]).astype(x.dtype)
+    dx = jnp.einsum("bter,eri->bti", du, a.astype(x.dtype))
+    return dx, product("bter,bti->eri", du, x).astype(a.dtype), product("bto,bter->eor", dy, h).astype(b.dtype), d_gates
+
+
+def _sum_type(x: Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+low_rank_product.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 def dropped(x: Array, share: float, key: Key[Array, ""] | None, place: int) -> Array:

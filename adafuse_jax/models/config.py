@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 DType = Literal["float32", "bfloat16", "float16"]
+Remat = Literal["none", "products", "attention", "full"]
+"""Rematerialisation policies of training, see `models.remat`."""
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN_LINEARS = ("gate_proj", "up_proj", "down_proj")

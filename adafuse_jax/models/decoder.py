@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,10 +21,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from adafuse_jax.models.attention import Visibility, attention
-from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig
+from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig, Remat
 from adafuse_jax.models.hooks import Adapter, Hook
 from adafuse_jax.models.kv_cache import KVCache
-from adafuse_jax.models.layers import Linear, RMSNorm, apply_rope, rope_frequencies, rope_tables
+from adafuse_jax.models.layers import (
+    Linear,
+    RMSNorm,
+    apply_rope,
+    logit_product,
+    rope_frequencies,
+    rope_tables,
+    silu_product,
+)
+from adafuse_jax.models.remat import ATTENTION, FFN, kept, rematerialized
 
 
 @jax.tree_util.register_dataclass
@@ -71,12 +81,13 @@ class DecoderLayer(nnx.Module):
         h = self.input_layernorm(x)
         q, k, v = (heads(linear(name, h)) for name in ATTENTION_LINEARS[:3])
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(kept(q, ATTENTION)), self.k_norm(kept(k, ATTENTION))
         context = attend(q, k, v)
-        x = x + linear("o_proj", context.reshape(*h.shape[:2], -1))
+        x = kept(x + linear("o_proj", context.reshape(*h.shape[:2], -1)), ATTENTION)
 
         def ffn(h: Array) -> Array:
-            return linear("down_proj", jax.nn.silu(linear("gate_proj", h)) * linear("up_proj", h))
+            gate, up = (kept(linear(name, h), FFN) for name in ("gate_proj", "up_proj"))
+            return linear("down_proj", silu_product(gate, up))
 
         return x + adapt.ffn(ffn, self.post_attention_layernorm(x))
 
@@ -112,7 +123,7 @@ class Backbone(nnx.Module):
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """The head, or the tied embedding, applied to hidden states; fp32."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return jnp.einsum("...d,vd->...v", hidden, head[...], preferred_element_type=jnp.float32)
+        return logit_product(hidden, head[...])
 
     def run(
         self,
@@ -123,9 +134,10 @@ class Backbone(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
         dropout_key: Key[Array, ""] | None = None,
-        remat: bool = False,
+        max_segments: int | None = None,
+        remat: Remat = "none",
         unroll: bool = False,
-        attention: Callable[[Array, Array, Array, Array], Array] = attention,
+        attention: Callable[[Array, Array, Array, Visibility, int | None], Array] = attention,
     ) -> Output:
         """Run the layers.
 
@@ -137,25 +149,25 @@ class Backbone(nnx.Module):
             every row is one sequence.
           cache: keys and values of the positions before; the returned cache holds these tokens too.
           dropout_key: randomness of the adapter's dropout; None means none.
-          remat: recompute each layer in the backward pass.
+          max_segments: most segments of a row, not counting padding, which must come last; None is unknown.
+          remat: what the backward pass computes again, see `models.remat`.
           unroll: unroll the layers instead of scanning (XLA then reads the stacked weights without copying slices).
-          attention: of (q, k, v, mask); under `jax.vmap` on a GPU it must have a batching rule of its own.
+          attention: of (q, k, v, visibility, window); under `jax.vmap` on a GPU it must have a batching rule of its own.
         """
         config = self.config
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         if cache is None:
-            visibility = Visibility.of_sequence(tokens.shape[1], segment_ids)
+            visibility, num_keys = Visibility.of_sequence(tokens.shape[1], segment_ids, max_segments), tokens.shape[1]
         else:
-            visibility = Visibility.of_cache(positions, cache.slots)
+            visibility, num_keys = Visibility.of_cache(positions, cache.slots), cache.slots
         cos, sin = rope_tables(positions, rope_frequencies(config.rope, config.head_dim))
-        windows = None
-        if any(config.sliding_windows):
-            windows = jnp.array([w or jnp.iinfo(jnp.int32).max for w in config.sliding_windows])
+        windows = [w if w and w < num_keys else None for w in config.sliding_windows or (None,) * config.num_layers]
+        distinct = list(dict.fromkeys(windows))
+        window_of_layer = jnp.array([distinct.index(w) for w in windows])
 
-        def run_layer(carry: tuple, layer_inputs: tuple) -> tuple[tuple, Any]:
+        def run_layer(carry: tuple, layer: DecoderLayer, experts: Any, index: int | Array) -> tuple[tuple, Any]:
             x, cache, routing = carry
-            layer, experts, index, window = layer_inputs
 
             def attend(q: Array, k: Array, v: Array) -> Array:
                 nonlocal cache
@@ -163,7 +175,17 @@ class Backbone(nnx.Module):
                 if cache is not None:
                     cache = cache.write(index, positions, k, v)
                     k, v = cache.k[index], cache.v[index]
-                return attention(q, k, v, visibility.mask(window))
+                if not config.qk_norm:  # whose derivatives need them as they were before
+                    q, k = kept((q, k), ATTENTION)
+                v = kept(v, ATTENTION)
+                if isinstance(index, int) or len(distinct) == 1:
+                    window = windows[index] if isinstance(index, int) else distinct[0]
+                    return attention(q, k, v, visibility, window)
+
+                def within(window: int | None) -> Callable[[Array, Array, Array], Array]:
+                    return lambda q, k, v: attention(q, k, v, visibility, window)
+
+                return jax.lax.switch(window_of_layer[index], [within(window) for window in distinct], q, k, v)
 
             def slice_linear(name: str, h: Array) -> tuple[Linear, Array]:
                 # Once its input is computed: a scan copies each slice, and would copy all linears of a layer at once.
@@ -178,18 +200,30 @@ class Backbone(nnx.Module):
         x = self.embed_tokens[...][tokens]  # [B, T, D]
         routing = None if adapter is None else adapter.initial_routing(tokens.shape[0], tokens.shape[1])
         experts = None if adapter is None else adapter.experts
-        carry, stacked = (x, cache, routing), (self.layers, experts, windows)
+        carry, stacked = (x, cache, routing), (self.layers, experts)
         layer_routings: Any
         if unroll:
             layer_routings = []
-            for index in range(config.num_layers):
-                layer, layer_experts, window = jax.tree.map(lambda leaf, at=index: leaf[at], stacked)
-                carry, layer_routing = run_layer(carry, (layer, layer_experts, index, window))
+            of_layers = (unstack(part, config.num_layers) for part in stacked)
+            for index, (layer, layer_experts) in enumerate(zip(*of_layers, strict=True)):
+                body = rematerialized(partial(run_layer, index=index), remat, in_scan=False)
+                carry, layer_routing = body(carry, layer, layer_experts)
                 layer_routings.append(layer_routing)
             layer_routings = jax.tree.map(lambda *routings: jnp.stack(routings), *layer_routings)
         else:
-            layers, experts, windows = stacked
-            body = jax.checkpoint(run_layer, prevent_cse=False) if remat else run_layer
-            carry, layer_routings = jax.lax.scan(body, carry, (layers, experts, jnp.arange(config.num_layers), windows))
+            body = rematerialized(lambda carry, inputs: run_layer(carry, *inputs), remat, in_scan=True)
+            carry, layer_routings = jax.lax.scan(body, carry, (*stacked, jnp.arange(config.num_layers)))
         x, cache, routing = carry
         return Output(self.norm(x), layer_routings if routing is None else routing, cache)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def unstack(tree: Any, size: int) -> list[Any]:
+    """The slices of stacked leaves, [L, …]. Their gradients are stacked at once, not added up as L padded arrays."""
+    return [jax.tree.map(lambda leaf, at=index: leaf[at], tree) for index in range(size)]
+
+
+unstack.defvjp(
+    lambda tree, size: (unstack(tree, size), None),
+    lambda size, _, gradients: (jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients),),
+)

@@ -6,6 +6,7 @@ Weights are stacked over layers, [L, …]; a module is called on one layer's sli
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,36 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * self.weight[...]
+        return _rms_norm(x, self.weight[...], self.eps)
+
+
+# What cheap functions compute is computed again in the backward pass: their derivatives would keep fp32 copies of it.
+@partial(jax.checkpoint, static_argnums=2)
+def _rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*batch D"]:
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * weight
+
+
+@jax.checkpoint
+def silu_product(gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"]) -> Float[Array, "*batch F"]:
+    """silu(gate) · up."""
+    return jax.nn.silu(gate) * up
+
+
+@jax.custom_vjp
+def logit_product(hidden: Float[Array, "*batch D"], head: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
+    """hidden headᵀ in fp32. Its derivatives are products in the type of `hidden` and `head`, with sums in fp32."""
+    return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+
+
+def _logit_product_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    hidden, head = saved
+    gradient = gradient.astype(hidden.dtype)
+    return jnp.einsum("...v,vd->...d", gradient, head), jnp.einsum("...v,...d->vd", gradient, hidden)
+
+
+logit_product.defvjp(lambda hidden, head: (logit_product(hidden, head), (hidden, head)), _logit_product_backward)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[Array, " H/2"]:

@@ -9,6 +9,7 @@ from typing import Literal
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.fields import MAX_COUNT, MAX_ROWS, MAX_SEED, MAX_TOKENS, check, flag, require
+from adafuse_jax.models.config import Remat
 
 TrainDType = Literal["float32", "bfloat16"]
 """Types to train in; float16 is none, as gradients vanish or overflow in it."""
@@ -81,7 +82,12 @@ class TrainConfig:
     beta1: float = flag("AdamW first-moment decay", 0.9, low=0, below=1)
     beta2: float = flag("AdamW second-moment decay", 0.999, low=0, below=1)
     dtype: TrainDType = flag("type of the backbone and of the activations; adapters train in float32", "bfloat16")
-    remat: bool = flag("recompute each layer in the backward pass to save memory", True)
+    remat: Remat = flag(
+        "what the backward pass computes again to save memory: nothing, all but the linears' products, also the "
+        "feed-forward block, or the whole layer",
+        "full",
+        formerly={True: "full", False: "none"},
+    )
     seed: int = flag("seed of the adapters' initial values and of the data order", 0, low=0, high=MAX_SEED)
     checkpoint_every: int = flag("steps between checkpoints", 100, low=1, high=MAX_COUNT)
     keep_checkpoints: int = flag("checkpoints kept", 2, low=1, high=MAX_COUNT)

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
 from adafuse_jax.data.batches import Batch
-from adafuse_jax.models.attention import attention
+from adafuse_jax.models.attention import Visibility, attention
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.training.schedules import Phases
 from adafuse_jax.training.step import ONE_PHASE, TrainState, forward, train_step
@@ -56,33 +56,40 @@ def stacked(batches: Sequence[Batch]) -> Batch:
 
 
 def replica_attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "B T S"]
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    visibility: Visibility,
+    window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`attention` under `jax.vmap`: the mapped axis becomes rows of one larger batch.
+    """`attention` over a sequence under `jax.vmap`: the mapped axis becomes rows of one larger batch.
 
     cuDNN's own batching rule takes no mask that the heads share. The backward pass computes the forward one again.
     """
-    return _attention(q, k, v, jnp.broadcast_to(mask, (len(q), *mask.shape[1:])))
+    segment_ids = visibility.segment_ids
+    if segment_ids is None:
+        segment_ids = jnp.ones(q.shape[:2], jnp.int32)
+    return _attention(q, k, v, segment_ids, visibility.max_segments, window)
 
 
 replica_forward = partial(forward, attention=replica_attention)
 """`forward` of `train_step` that can be mapped over replicas on every device."""
 
 
-@partial(jax.jit, static_argnames=("optimizer", "remat", "forward"), donate_argnames="states")
+@partial(jax.jit, static_argnames=("optimizer", "remat", "unroll", "max_segments", "forward"), donate_argnames="states")
 def replicas_step(
     states: TrainState,
     model: Backbone,
     batches: Batch,
     *,
     optimizer: optax.GradientTransformation,
-    remat: bool,
     phases: Phases = ONE_PHASE,
     forward: Callable[..., Any] = replica_forward,
+    **options: Any,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """`train_step` of every replica on its own batch; metrics are stacked, too. A `forward` of one's own must run the
-    backbone with `replica_attention`."""
-    step = partial(train_step, optimizer=optimizer, remat=remat, phases=phases, forward=forward)
+    """`train_step` of every replica on its own batch; metrics are stacked, too. `remat`, `unroll` and `max_segments` are
+    those of `train_step`. A `forward` of one's own must run the backbone with `replica_attention`."""
+    step = partial(train_step, optimizer=optimizer, phases=phases, forward=forward, **options)
     return jax.vmap(step, in_axes=(0, None, 0))(states, model, batches)
 
 
@@ -100,18 +107,29 @@ def _over_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     return mapped
 
 
-@jax.custom_vjp
-def _attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    return _over_rows(attention)(q, k, v, mask)
+def _rows_attention(
+    q: Array, k: Array, v: Array, segment_ids: Array, max_segments: int | None, window: int | None
+) -> Array:
+    return attention(q, k, v, Visibility.of_sequence(q.shape[1], segment_ids, max_segments), window)
 
 
-def _attention_forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _attention(q, k, v, mask), (q, k, v, mask)
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q: Array, k: Array, v: Array, segment_ids: Array, max_segments: int | None, window: int | None) -> Array:
+    return _over_rows(partial(_rows_attention, max_segments=max_segments, window=window))(q, k, v, segment_ids)
 
 
-def _attention_backward(saved: tuple[Array, ...], gradient: Array) -> tuple[Array | None, ...]:
-    def pull(q: Array, k: Array, v: Array, mask: Array, gradient: Array) -> tuple[Array, ...]:
-        return jax.vjp(lambda q, k, v: attention(q, k, v, mask), q, k, v)[1](gradient)
+def _attention_forward(
+    q: Array, k: Array, v: Array, segment_ids: Array, max_segments: int | None, window: int | None
+) -> tuple[Array, tuple[Array, ...]]:
+    return _attention(q, k, v, segment_ids, max_segments, window), (q, k, v, segment_ids)
+
+
+def _attention_backward(
+    max_segments: int | None, window: int | None, saved: tuple[Array, ...], gradient: Array
+) -> tuple[Array | None, ...]:
+    def pull(q: Array, k: Array, v: Array, segment_ids: Array, gradient: Array) -> tuple[Array, ...]:
+        attend = partial(_rows_attention, segment_ids=segment_ids, max_segments=max_segments, window=window)
+        return jax.vjp(attend, q, k, v)[1](gradient)
 
     return (*_over_rows(pull)(*saved, gradient), None)
 

@@ -28,6 +28,7 @@ from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.registry import AnyAdapter, resolve_forward
 from adafuse_jax.adapters.router import expert_load, router_statistics
 from adafuse_jax.data.batches import Batch
+from adafuse_jax.models.config import Remat
 from adafuse_jax.models.decoder import Backbone, Output
 from adafuse_jax.models.loss import token_losses
 from adafuse_jax.training.schedules import Phases
@@ -70,7 +71,7 @@ def forward(
 
 
 def load_of_step(
-    model: Backbone, adapter: AdaFuse, batch: Batch, forward: Callable[..., Any] = forward
+    model: Backbone, adapter: AdaFuse, batch: Batch, forward: Callable[..., Any] = forward, **options: Any
 ) -> Float[Array, " E"]:
     """f over all micro-batches of [A, B, T] arrays, from a pass through layer 0 as far as the router; the rest is dead code
     to XLA. Of a step of stories260K on two CPU cores it takes 0.04%, or 2.4% if the first target is in the FFN."""
@@ -81,7 +82,7 @@ def load_of_step(
     only.experts = experts
 
     def add_micro(total: Array, micro: Any) -> tuple[Array, None]:
-        _, out = forward(only, first, micro, unroll=True)
+        _, out = forward(only, first, micro, unroll=True, **options)
         real = micro.segment_ids > 0
         return total + real.sum() * expert_load(out.routing, real)[0], None
 
@@ -89,14 +90,16 @@ def load_of_step(
     return total / jnp.maximum((batch.segment_ids > 0).sum(), 1)
 
 
-@partial(jax.jit, static_argnames=("optimizer", "remat", "forward"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("optimizer", "remat", "unroll", "max_segments", "forward"), donate_argnames="state")
 def train_step(
     state: TrainState,
     model: Backbone,
     batch: Batch,
     *,
     optimizer: optax.GradientTransformation,
-    remat: bool,
+    remat: Remat = "none",
+    unroll: bool = False,
+    max_segments: int | None = None,
     phases: Phases = ONE_PHASE,
     forward: Callable[..., tuple[Backbone, Output]] = forward,
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -115,13 +118,13 @@ def train_step(
     key, dropout_key = jax.random.split(state.key)
     config = state.adapter.config
     is_split = len(batch.tokens) > 1
-    load = (
-        load_of_step(model, state.adapter, batch, forward) if is_split and isinstance(state.adapter, AdaFuse) else None
-    )
+    load = None
+    if is_split and isinstance(state.adapter, AdaFuse):
+        load = load_of_step(model, state.adapter, batch, forward, max_segments=max_segments)
 
     def micro_loss(trained: AnyAdapter | FullWeights, micro: Any, index: Array) -> tuple[Array, dict[str, Array]]:
         key = jax.random.fold_in(dropout_key, index)
-        backbone, out = forward(trained, model, micro, key=key, remat=remat)
+        backbone, out = forward(trained, model, micro, key=key, remat=remat, unroll=unroll, max_segments=max_segments)
         real = micro.segment_ids > 0
         loss = token_losses(backbone, out.hidden, micro.tokens, micro.loss_mask).sum() / targets
         if isinstance(trained, LoRA | FullWeights):  # no router
@@ -134,16 +137,18 @@ def train_step(
         statistics = jax.tree.map(lambda x: share * x, router_statistics(out.routing, real))
         return loss + config.balance_coefficient * balance, {"loss": loss, "balance": balance, **statistics}
 
-    def add_micro(total: tuple, inputs: tuple[Batch, Array]) -> tuple[tuple, None]:
-        grads, metrics = jax.grad(micro_loss, has_aux=True)(state.adapter, *inputs)
-        return jax.tree.map(jnp.add, total, (grads, metrics)), None
+    gradient = jax.grad(micro_loss, has_aux=True)
 
-    one = jax.tree.map(lambda x: x[0], batch)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(jax.grad(micro_loss, has_aux=True), state.adapter, one, jnp.int32(0)),
-    )
-    (grads, metrics), _ = jax.lax.scan(add_micro, zeros, (batch, jnp.arange(batch.tokens.shape[0])))
+    def add_micro(total: tuple, inputs: tuple[Batch, Array]) -> tuple[tuple, None]:
+        return jax.tree.map(jnp.add, total, gradient(state.adapter, *inputs)), None
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    if is_split:
+        shapes = jax.eval_shape(gradient, state.adapter, first, jnp.int32(0))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (grads, metrics), _ = jax.lax.scan(add_micro, zeros, (batch, jnp.arange(len(batch.tokens))))
+    else:
+        grads, metrics = gradient(state.adapter, first, jnp.int32(0))
 
     grads = phases.gradients(grads, state.step)
     updates, moments = optimizer.update(grads, state.moments, state.adapter)

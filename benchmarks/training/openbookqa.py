@@ -56,7 +56,7 @@ def main() -> None:
     common = [
         "--model", arguments.model, "--dataset", arguments.train, "--targets", "all", "--num-experts", "8", "--rank", "16",
         "--alpha", "32", "--top-k", "2", "--epochs", "4", "--batch-size", "16", "--max-length", "512", "--dtype", "bfloat16",
-        "--no-remat", "--eval-examples", "500", "--checkpoint-every", "1000000",
+        "--remat", "none", "--eval-examples", "500", "--checkpoint-every", "1000000",
         "--keep-checkpoints", "1", *arguments.train_flags.split(),
     ]  # fmt: skip
     rates = arguments.learning_rates

@@ -138,7 +138,7 @@ def adapter_configs(config: DemoConfig) -> tuple[TrainConfig, AdapterConfig]:
         beta2=0.98,
         warmup_ratio=0.1,
         dtype="float32",
-        remat=False,
+        remat="none",
         checkpoint_every=config.train_steps,
         eval_every=config.train_steps,
         seed=config.seed,

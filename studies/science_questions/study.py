@@ -118,7 +118,7 @@ class Study:
         steps = self.steps(run.data)
         trainer = Trainer(
             partial(make, settings), steps=steps, optimizer=optimizer_of(steps), phases=phases_of(settings, steps),
-            remat=needs_remat(settings),
+            remat="full" if needs_remat(settings) else "none",
         )  # fmt: skip
         length, batch_size = self.arguments.length, self.arguments.batch_size
         states = trainer.compile(self.model, rows, replicas=len(run.seeds), batch_size=batch_size)

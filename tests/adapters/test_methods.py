@@ -220,7 +220,7 @@ class TestTraining:
         before = jax.tree.map(np.array, adapter)
         optimizer = make_optimizer(TrainConfig(model="m", dataset=("d",), output="o", learning_rate=1e-2), 10)
         state = TrainState(step=jnp.int32(0), adapter=adapter, moments=optimizer.init(adapter), key=jax.random.key(0))
-        state, metrics = train_step(state, model, batch_of(model), optimizer=optimizer, remat=False)
+        state, metrics = train_step(state, model, batch_of(model), optimizer=optimizer, remat="none")
         moved = 0
         for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(state.adapter), strict=True):
             changed = np.asarray(new) != old

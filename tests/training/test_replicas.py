@@ -20,7 +20,7 @@ from adafuse_jax import load_backbone
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.data.batches import Batch, Batches
 from adafuse_jax.data.packing import pack
-from adafuse_jax.models.attention import attention, flash_attention_fits
+from adafuse_jax.models.attention import Visibility, attention, implementation_of
 from adafuse_jax.training.initial import initial_state
 from adafuse_jax.training.optimizer import make_optimizer
 from adafuse_jax.training.replicas import (
@@ -71,7 +71,7 @@ def test_each_replica_ends_as_it_would_alone(model: Any, method: str):
             model,
             stacked([order.at(step) for order in batches]),
             optimizer=together,
-            remat=False,
+            remat="none",
             phases=phases,
         )
         losses.append(metrics["loss"])
@@ -82,7 +82,7 @@ def test_each_replica_ends_as_it_would_alone(model: Any, method: str):
         state: TrainState = jax.jit(initial(optimizer))(jax.random.key(seed))
         for step in range(STEPS):
             state, alone = train_step(
-                state, model, batches[replica].at(step), optimizer=optimizer, remat=False, phases=phases
+                state, model, batches[replica].at(step), optimizer=optimizer, remat="none", phases=phases
             )
             assert losses[step][replica] == pytest.approx(float(alone["loss"]), rel=1e-4)
         for name, value in alone.items():
@@ -103,7 +103,7 @@ def test_a_replica_that_diverges_disturbs_no_other(model: Any):
     batch = stacked([as_batch(pack(examples(model, (30, 20)), 32), 1)] * 2)
     states = jax.jit(partial(initial_replicas, initial))(np.array([0, 0]), np.array([1e-3, 1e38]))
     for _ in range(3):
-        states, metrics = replicas_step(states, model, batch, optimizer=optimizer, remat=False)
+        states, metrics = replicas_step(states, model, batch, optimizer=optimizer, remat="none")
     assert np.isfinite(metrics["loss"]).tolist() == [True, False]
     assert all(np.isfinite(leaf[0]).all() for leaf in jax.tree.leaves(states.adapter))
 
@@ -119,7 +119,7 @@ def test_weights_in_place_of_the_loss_mask(model: Any):
     losses = []
     for rows_of_step in (Batch(batch.tokens, weights, batch.segment_ids, batch.positions), double):
         state = initial_state(adapter_config, model, None, optimizer, Phases(), jax.random.key(0))
-        _, metrics = train_step(state, model, rows_of_step, optimizer=optimizer, remat=False, forward=replica_forward)
+        _, metrics = train_step(state, model, rows_of_step, optimizer=optimizer, remat="none", forward=replica_forward)
         losses.append(float(metrics["loss"]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -128,28 +128,28 @@ REPLICAS, ROWS, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 3, 2, 8, 6, 2, 4
 
 
 @pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("own_masks", [False, True], ids=["one mask", "a mask a replica"])
-def test_attention_equals_single_calls(own_masks: bool, remat: bool):
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("own_segments", [False, True], ids=["the same segments", "segments of a replica"])
+def test_attention_equals_single_calls(own_segments: bool, window: int | None, remat: bool):
     keys = jax.random.split(jax.random.key(0), 4)
     q = jax.random.normal(keys[0], (REPLICAS, ROWS, LENGTH, HEADS, HEAD_DIM))
     k, v = (jax.random.normal(key, (REPLICAS, ROWS, LENGTH, KV_HEADS, HEAD_DIM)) for key in keys[1:3])
-    seen = jax.random.bernoulli(keys[3], 0.7, (REPLICAS, ROWS, LENGTH, LENGTH))
-    mask = seen & jnp.tril(jnp.ones((LENGTH, LENGTH), bool)) | jnp.eye(LENGTH, dtype=bool)
-    mask = mask if own_masks else mask[0]
+    ids = jnp.sort(jax.random.randint(keys[3], (REPLICAS, ROWS, LENGTH), 1, 4))
+    ids = ids if own_segments else ids[0]
 
     def gradients(attend: Any) -> Any:
-        def loss(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        def loss(q: Any, k: Any, v: Any, ids: Any) -> Any:
             def layer(x: Any, _: None) -> tuple[Any, None]:
-                return x + attend(x, k, v, mask), None
+                return x + attend(x, k, v, Visibility.of_sequence(LENGTH, ids), window), None
 
             body = jax.checkpoint(layer) if remat else layer
             return jnp.sum(jnp.sin(jax.lax.scan(body, q, None, length=2)[0]))
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2))
 
-    together = jax.jit(jax.vmap(gradients(replica_attention), (0, 0, 0, 0 if own_masks else None)))(q, k, v, mask)
+    together = jax.jit(jax.vmap(gradients(replica_attention), (0, 0, 0, 0 if own_segments else None)))(q, k, v, ids)
     for replica in range(REPLICAS):
-        alone = gradients(attention)(q[replica], k[replica], v[replica], mask[replica] if own_masks else mask)
+        alone = gradients(attention)(q[replica], k[replica], v[replica], ids[replica] if own_segments else ids)
         for leaf, single in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(leaf[replica], single, rtol=1e-5, atol=1e-5)
 
@@ -161,18 +161,23 @@ def test_attention_on_a_gpu_is_cudnns_of_each_replica():
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (3, 2, 64, 6, 64), jnp.bfloat16)
     k, v = (jax.random.normal(key, (3, 2, 64, 2, 64), jnp.bfloat16) for key in keys[1:])
-    assert flash_attention_fits(q[0], k[0])
-    mask = jnp.broadcast_to(jnp.tril(jnp.ones((64, 64), bool)), (3, 2, 64, 64))
+    ids = jnp.repeat(jnp.arange(1, 3), 32)[None].repeat(2, 0)
 
-    def gradients(attend: Any) -> Any:
-        return jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(attend(*x).astype(jnp.float32))), argnums=(0, 1, 2))
+    def gradients(attend: Any, max_segments: int | None) -> Any:
+        def loss(q: Any, k: Any, v: Any) -> Any:
+            visibility = Visibility.of_sequence(64, ids, max_segments)
+            return jnp.sum(jnp.sin(attend(q, k, v, visibility).astype(jnp.float32)))
 
-    together = jax.jit(jax.vmap(gradients(replica_attention)))(q, k, v, mask)
-    for replica in range(3):
-        alone = jax.jit(gradients(attention))(q[replica], k[replica], v[replica], mask[replica])
-        for leaf, single in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
-            error = np.asarray(leaf[replica], np.float64) - np.asarray(single, np.float64)
-            assert np.linalg.norm(error) < 1e-2 * np.linalg.norm(np.asarray(single, np.float64))
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))
+
+    for max_segments, name in ((None, "cudnn_masked"), (2, "cudnn_packed")):
+        assert implementation_of(q[0], k[0], Visibility.of_sequence(64, ids, max_segments)) == name
+        together = jax.jit(jax.vmap(gradients(replica_attention, max_segments)))(q, k, v)
+        for replica in range(3):
+            alone = jax.jit(gradients(attention, max_segments))(q[replica], k[replica], v[replica])
+            for leaf, single in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+                error = np.asarray(leaf[replica], np.float64) - np.asarray(single, np.float64)
+                assert np.linalg.norm(error) < 1e-2 * np.linalg.norm(np.asarray(single, np.float64))
 
 
 def test_the_documented_example_runs(tmp_path: Path):

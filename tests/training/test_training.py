@@ -151,7 +151,11 @@ class TestStep:
             gaps.append(max(float(jnp.abs(load - loads[0]).max()) for load in loads))
             for _ in range(3):
                 state, metrics = train_step(
-                    state, model, as_batch(rows, accum), optimizer=precise(), remat=accum == REMAT_AT
+                    state,
+                    model,
+                    as_batch(rows, accum),
+                    optimizer=precise(),
+                    remat="full" if accum == REMAT_AT else "none",
                 )
             results.append((state.adapter, metrics))
         assert min(gaps[1:]) > 0.01, "the micro-batches load the experts alike, and would not show a difference"
@@ -166,7 +170,7 @@ class TestStep:
         routers = []
         for whole in (True, False):
             adapter = random_adapter(model.config, balance_coefficient=1.0, targets=FEW)
-            options = {"optimizer": precise(), "remat": True}
+            options = {"optimizer": precise(), "remat": "full"}
             if not whole:
                 monkeypatch.setattr(step, "load_of_step", lambda *_: None)
                 options["forward"] = lambda *a, **k: step.forward(*a, **k)
@@ -181,7 +185,7 @@ class TestStep:
         results = []
         for batch in (as_batch(rows, 1), as_batch(padded, 2)):
             state = state_of(random_adapter(model.config, balance_coefficient=1.0, targets=FEW), precise())
-            state, metrics = train_step(state, model, batch, optimizer=precise(), remat=False)
+            state, metrics = train_step(state, model, batch, optimizer=precise(), remat="none")
             results.append((state.moments, metrics))
         for moments, metrics in results[1:]:
             for name in metrics:
@@ -193,7 +197,7 @@ class TestStep:
         before = jax.tree.map(np.array, model)
         state, losses = fresh_state(model), []
         for _ in range(60):
-            state, metrics = train_step(state, model, as_batch(rows, 1), optimizer=fast(), remat=False)
+            state, metrics = train_step(state, model, as_batch(rows, 1), optimizer=fast(), remat="none")
             losses.append(float(metrics["loss"]))
         assert losses[-1] < 0.5 * losses[0]
         jax.tree.map(np.testing.assert_array_equal, before, model)
@@ -202,7 +206,7 @@ class TestStep:
         rows = pack(examples(model, [32] * 8), 32)
         state = fresh_state(model, targets=LINEARS)
         before = jax.tree.map(np.array, state.adapter)
-        state, metrics = train_step(state, model, as_batch(rows, 1), optimizer=fast(), remat=False)
+        state, metrics = train_step(state, model, as_batch(rows, 1), optimizer=fast(), remat="none")
         moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), state.adapter, before)
         assert all(jax.tree.leaves(moved))
         assert metrics["load"].sum() == pytest.approx(1, abs=1e-5)
@@ -216,7 +220,7 @@ class TestStep:
     def test_clipping_bounds_the_update_direction(self, model):
         rows, moments = repeated(pack(examples(model, (30, 20)), 32, packing=False), 8), []
         for optimizer in (fast(), optimizer_of(60, clip_norm=1e-6)):
-            state, _ = train_step(fresh_state(model), model, as_batch(rows, 1), optimizer=optimizer, remat=False)
+            state, _ = train_step(fresh_state(model), model, as_batch(rows, 1), optimizer=optimizer, remat="none")
             moments.append(max(float(jnp.abs(x).max()) for x in jax.tree.leaves(state.moments) if x.ndim))
         assert moments[1] < 1e-6 < moments[0]
 
@@ -249,7 +253,7 @@ class TestSchedule:
         assert Phases.of(0.0, 1.0, 4) == Phases()
         state = fresh_state(model)
         state = dataclasses.replace(state, adapter=phases.initial(state.adapter))
-        batch, options = as_batch(rows, 1), {"optimizer": fast(), "remat": False}
+        batch, options = as_batch(rows, 1), {"optimizer": fast(), "remat": "none"}
         for at in range(4):
             before = np.array(state.adapter.router.weight[...])
             _, usual = train_step(jax.tree.map(jnp.copy, state), model, batch, **options)
@@ -297,7 +301,7 @@ class TestTrainingImprovesRouting:
             optimizer = optimizer_of(40, learning_rate=3e-2)
             state = state_of(random_adapter(model.config, balance_coefficient=coefficient), optimizer)
             for _ in range(40):
-                state, metrics = train_step(state, model, as_batch(rows, 1), optimizer=optimizer, remat=False)
+                state, metrics = train_step(state, model, as_batch(rows, 1), optimizer=optimizer, remat="none")
             loads.append(float(jnp.std(metrics["load"])))
         assert loads[1] < loads[0]
 

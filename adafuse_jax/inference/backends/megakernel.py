@@ -184,13 +184,13 @@ def route(
     hook = adapter.hook(experts, 0, adapter.initial_routing(len(token), 1), None)
     rope = rope_tables(positions[:, None], rope_frequencies(model.config.rope, model.config.head_dim))
     windows = model.config.sliding_windows
-    window = jnp.int32(windows[0]) if windows and windows[0] else None
+    window = windows[0] if windows else None
     rows = jnp.arange(len(token))
 
     def attend(q: Array, k: Array, v: Array) -> Array:
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         k, v = (old[0].at[rows, positions].set(new[:, 0], mode="drop") for old, new in ((cache.k, k), (cache.v, v)))
-        return attention(q, k, v, Visibility.of_cache(positions[:, None], cache.slots).mask(window))
+        return attention(q, k, v, Visibility.of_cache(positions[:, None], cache.slots), window)
 
     layer(model.embed_tokens[...][token][:, None], attend, hook)
     return hook.routing.experts[:, 0], hook.routing.gates[:, 0]

@@ -1,0 +1,143 @@
+"""Training speed: tokens/s and peak memory of AdaFuse and LoRA beside Hugging Face with PEFT, and where the time goes.
+
+    python -m benchmarks.training --out benchmarks/results/nvidia_h200
+
+writes training.json, training.md and training.png. Llama-2-7B shapes, all 7 linears adapted, R=64, bf16, full sequences of
+random tokens; and SmolLM2-135M shapes. Each row is measured in a process of its own, and leaves its results in --out as
+part-training-*.json, from which the three files are made. The parts can run at different times:
+
+    curve   correct first: losses of a small model over 20 steps, in float32, beside PEFT's from the same weights
+    jax     this project's rows
+    peers   PEFT's LoRA, eager and compiled
+    merge   measures nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.jobs import Job, run_job
+from benchmarks.common.records import command_line, commit, write_json
+from benchmarks.training.report import merge_parts
+
+PARTS = ("curve", "jax", "peers")
+KEYS = ("size", "method", "targets", "batch", "length", "remat", "unroll", "segments")
+
+
+def row(method: str, remat: str, batch: int, length: int, segments: int = 1, *, unroll: bool = True, size: str) -> dict:
+    values = (size, method, "all7", batch, length, remat, unroll, segments)
+    return dict(zip(KEYS, values, strict=True))
+
+
+def rows_of(size: str) -> list[dict[str, Any]]:
+    """The rows of the table; with `tiny` the same ones at sizes for a test."""
+    big, small = ("tiny", "tiny") if size == "tiny" else ("llama2-7b", "smollm2-135m")
+    scale = 16 if size == "tiny" else 1
+    shapes = [
+        ("adafuse", "none", 4, 2048, 1, True, big), ("adafuse", "products", 4, 2048, 1, True, big),
+        ("adafuse", "products", 4, 2048, 1, False, big), ("adafuse", "products", 4, 2048, 8, True, big),
+        ("adafuse", "attention", 4, 2048, 1, True, big), ("adafuse", "full", 8, 1024, 1, True, big),
+        ("lora", "none", 4, 2048, 1, True, big), ("lora", "products", 4, 2048, 1, True, big),
+        ("adafuse", "none", 16, 512, 1, False, small), ("adafuse", "none", 16, 512, 1, True, small),
+    ]  # fmt: skip
+    return [
+        row(method, remat, max(1, batch // scale), length // scale, segments, unroll=unroll, size=name)
+        for method, remat, batch, length, segments, unroll, name in shapes
+    ]
+
+
+def name_of(row: dict[str, Any]) -> str:
+    form = "unrolled" if row["unroll"] else "scanned"
+    packed = f"-{row['segments']}segments" if row["segments"] > 1 else ""
+    return f"{row['method']}-{row['remat']}-{form}{packed}-{row['size']}"
+
+
+def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
+    common = {"steps": arguments.steps, "repeats": arguments.repeats, "profile": not arguments.no_profile}
+    if part == "jax":
+        return [
+            Job(name=name_of(row), module="benchmarks.training.rows", settings=row | common, rows=[row])
+            for row in rows_of(arguments.size)
+        ]
+    wanted = next(row for row in rows_of(arguments.size) if row["method"] == "lora")
+    rows = [wanted | {"method": f"peft-lora{end}", "remat": "none", "unroll": None} for end in ("", "-compiled")]
+    settings = wanted | common | {"forms": ["eager", "compiled"]}
+    return [Job(name="peft-lora", module="benchmarks.training.peers", settings=settings, rows=rows)]
+
+
+def measure_curve(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Losses of PEFT, and the largest difference of ours, over 20 steps of a small model."""
+    with tempfile.TemporaryDirectory() as work:
+        settings = {"work": work, "batch": 2, "length": 32}
+        peer, problem = run_job(
+            Job(name="curve of peft", module="benchmarks.training.peers", settings=settings), {}, arguments.job_seconds,
+            arguments.torch_python,
+        )  # fmt: skip
+        if problem:
+            return {"error": problem}
+        settings["losses"] = peer["losses"]
+        ours, problem = run_job(
+            Job(name="curve of train_step", module="benchmarks.training.curve", settings=settings), {},
+            arguments.job_seconds, sys.executable,
+        )  # fmt: skip
+    return {"peft": peer, "ours": ours} | ({"error": problem} if problem else {})
+
+
+def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
+    """Measure; part-training-*.json is written again after every job."""
+    found: dict[str, Any] = {"part": part, "command": command, "commit": commit(), "rows": [], "versions": {}}
+    path = arguments.out / f"part-training-{'-'.join([part, *(arguments.only or ())])}.json"
+    if part == "curve":
+        write_json(path, found | {"curve": measure_curve(arguments), "finished": time.time()})
+        return
+    for job in jobs_of(part, arguments):
+        if arguments.only and not any(job.name.startswith(name) for name in arguments.only):
+            continue
+        python = arguments.torch_python if part == "peers" else sys.executable
+        result, problem = run_job(job, {}, arguments.job_seconds, python)
+        found["versions"] |= {name: result[name] for name in ("jax", "torch", "transformers", "peft") if name in result}
+        found |= {"device": result["device"]} if "device" in result else {}
+        measured = result.get("rows") or ([result] if "ms" in result else [])
+        for index, keys in enumerate(job.rows):
+            values = measured[index] if index < len(measured) and "ms" in measured[index] else {}
+            values = {name: value for name, value in values.items() if name not in ("device", "jax", "commit")}
+            error = {} if values else {"error": problem or "no result"}
+            found["rows"].append(keys | values | {"devices": 1} | error)
+        write_json(path, found | {"finished": time.time()})
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory of the parts, training.json, .md and .png")
+    parser.add_argument("--part", choices=("all", *PARTS, "merge"), default="all")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the part's jobs, those that begin with a name")
+    parser.add_argument("--steps", type=int, default=8, help="of one repeat")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-profile", action="store_true", help="no times by kind of kernel")
+    parser.add_argument("--job-seconds", type=float, default=450, help="a process is stopped after these")
+    parser.add_argument("--size", choices=("full", "tiny"), default="full")
+    parser.add_argument(
+        "--torch-python", default=sys.executable, help="the Python that has torch, transformers and peft"
+    )
+    arguments = parser.parse_args(argv)
+    if min(arguments.steps, arguments.repeats) < 1:
+        parser.error("--steps and --repeats must be at least 1")
+    return arguments
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments = parse(argv)
+    command = command_line("benchmarks.training", argv)
+    for part in PARTS if arguments.part == "all" else () if arguments.part == "merge" else (arguments.part,):
+        run_part(part, arguments, command)
+    print(merge_parts(arguments.out), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

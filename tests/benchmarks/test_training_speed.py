@@ -1,0 +1,111 @@
+"""The benchmark of training speed: rows at tiny sizes, kinds of kernels, and the report of parts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.common.records import write_json
+from benchmarks.training.__main__ import jobs_of, parse, rows_of
+from benchmarks.training.profile import kind_of
+from benchmarks.training.report import merge_parts
+from benchmarks.training.rows import linear_parameters, measure, model_config, random_batch
+from benchmarks.training.shapes import SHAPES
+
+
+def test_rows_of_segments():
+    batch = random_batch(100, 2, 12, 3, seed=0)
+    np.testing.assert_array_equal(batch.segment_ids[0, 1], [1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3])
+    np.testing.assert_array_equal(batch.positions[0, 0], [0, 1, 2, 3] * 3)
+    np.testing.assert_array_equal(batch.loss_mask[0, 0], [False, True, True, True] * 3)
+    assert batch.tokens.shape == (1, 2, 12)
+
+
+def test_parameters_of_llama2_7b():
+    """6.48 billion in the linears, 131 million in the head."""
+    assert linear_parameters(model_config(SHAPES["llama2-7b"])) == 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT", "products"),
+        ("gemm_fusion_dot_242", "products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", "attention"),
+        ("memcpy128", "copies"),
+        ("loop_dynamic_update_slice_fusion_19", "copies"),
+        ("input_reduce_fusion_9", "other"),
+    ],
+)
+def test_kinds(kernel: str, kind: str):
+    assert kind_of(kernel) == kind
+
+
+def test_a_row():
+    found: list[dict] = []
+    settings = rows_of("tiny")[3] | {"steps": 1, "repeats": 2, "profile": False}
+    assert settings["segments"] == 8
+    measure(settings, found.append)
+    (row,) = found
+    tokens = settings["batch"] * settings["length"]
+    assert row["tokens_per_second"] == pytest.approx(1e3 * tokens / row["ms"])
+    assert len(row["losses"]) == 3  # one repeat before those that count
+    assert row["losses"] == pytest.approx([np.log(256)] * 3, rel=0.01)
+
+
+def test_jobs_name_every_row():
+    arguments = parse(["--out", "x", "--size", "full"])
+    jobs = [job for part in ("jax", "peers") for job in jobs_of(part, arguments)]
+    assert len({job.name for job in jobs}) == len(jobs)
+    assert [row["method"] for row in jobs[-1].rows] == ["peft-lora", "peft-lora-compiled"]
+
+
+def part(**changes) -> dict:
+    row = rows_of("full")[1] | {
+        "devices": 1, "ms": 500.0, "spread_ms": 5.0, "tokens_per_second": 16384.0, "flops_4n": 2e14, "peak_gib": 58.3,
+        "compile_seconds": 90.0, "losses": [10.0], "profile": [{"products": 400.0, "other": 50.0}, {}],
+    }  # fmt: skip
+    base = {
+        "part": "jax",
+        "command": "python -m benchmarks.training --out x",
+        "commit": "abc",
+        "device": "NVIDIA H200",
+        "finished": 1,
+    }
+    return base | {"versions": {"jax": "0.11.2"}, "rows": [row]} | changes
+
+
+def test_report(tmp_path: Path):
+    write_json(tmp_path / "part-training-jax.json", part())
+    broken = part(rows=[rows_of("full")[6] | {"devices": 1, "error": "out of memory"}], finished=2)
+    write_json(tmp_path / "part-training-jax-lora.json", broken)
+    text = merge_parts(tmp_path)
+    assert "| adafuse | llama2-7b | 4 × 2048 | 1 | products | unrolled | 16,384 | 164 | 51% | 58.3 | 90 s |  |" in text
+    assert "out of memory" in text
+    assert "| adafuse llama2-7b B4 T2048 products unrolled | 50 | 400 |" in text
+    assert "not compared" in text
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert record["rows"][0]["mfu_4n_pct"] == pytest.approx(100 * 2e14 / 0.5 / 790e12)
+    assert record["rows"][0]["spread"] == pytest.approx(163.84)
+    assert (tmp_path / "training.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("difference", "verdict"), [(1e-6, "agree with PEFT's"), (1e-2, "DIFFER FROM PEFT's")])
+def test_curve_in_the_report(tmp_path: Path, difference: float, verdict: str):
+    curve = {
+        "peft": {"losses": [1.0] * 20},
+        "ours": {"differences": {"none, scanned": 0.0, "full, scanned": difference}},
+    }
+    write_json(tmp_path / "part-training-curve.json", part(rows=[], curve=curve))
+    text = merge_parts(tmp_path)
+    assert verdict in text
+    assert "20 steps" in text
+
+
+def test_bad_flags(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        parse(["--out", "x", "--repeats", "0"])
+    assert "must be at least 1" in capsys.readouterr().err
