@@ -22,8 +22,9 @@ VENV := .venv/bin/python
 demo: .venv/installed
 	$(VENV) -m examples.skills
 
-# Each worker takes a run of neighbouring tests, which share fixtures and compiled programs.
-PYTEST := JAX_PLATFORMS=cpu $(VENV) -m pytest -q -n 2 --dist worksteal --durations=10
+# Each worker takes a run of neighbouring tests, which share fixtures and compiled programs. Huge pages, where the C library
+# and the kernel have them: a real model's step on the CPU spends half of its time on faults of new pages otherwise.
+PYTEST := JAX_PLATFORMS=cpu GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(VENV) -m pytest -q -n 2 --dist worksteal --durations=10
 
 test: .venv/installed
 	$(PYTEST) -m 'not slow'

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,12 @@ from chats import chatml, plain  # noqa: F401 - fixtures
 from mistakes import finished_run, folder, good_folder, refused  # noqa: F401 - fixtures
 from random_models import models  # noqa: F401 - a fixture
 
+FAST_COMPILATION = os.environ.get("JAX_PLATFORMS") == "cpu"
 CACHE = Path.home() / ".cache" / "adafuse-jax-tests"
 MAX_PROGRAM_BYTES = 2**30
+MAX_MAPS = 25_000
+"""Memory maps of this process at which it drops its compiled programs. Linux ends a process that needs more than 65,530; a
+test file makes up to 16,000."""
 
 
 def set_compilation(**settings: Any) -> None:
@@ -46,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if size_of(programs) > MAX_PROGRAM_BYTES:
             shutil.rmtree(programs, ignore_errors=True)
     set_compilation(jax_compilation_cache_dir=programs, jax_persistent_cache_min_compile_time_secs=0.0)
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
+    if FAST_COMPILATION:
         set_compilation(jax_disable_most_optimizations=True)
     set_caches(config)
 
@@ -78,25 +82,32 @@ def optimised() -> None:
 
 
 @pytest.fixture(autouse=True)
-def real_models_are_optimised(request: pytest.FixtureRequest) -> Iterator[None]:
+def real_models_are_optimised(request: pytest.FixtureRequest) -> None:
     """Compile tests of real models as for a user: they compute for longer than they compile. Fixtures of a module are made
     before, with most optimisations off."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    if not before or {"smollm2_dir", "stories260k_dir", "optimised"}.isdisjoint(request.fixturenames):
-        yield
-        return
-    compile_anew(jax_disable_most_optimizations=False)
-    yield
-    compile_anew(jax_disable_most_optimizations=True)
+    optimised = not {"smollm2_dir", "stories260k_dir", "optimised"}.isdisjoint(request.fixturenames)
+    if FAST_COMPILATION and optimised == jax.config.values["jax_disable_most_optimizations"]:
+        compile_anew(jax_disable_most_optimizations=not optimised)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Compiled programs of a test file are dropped after it: those of the whole suite take more memory maps than a
-    process may have, and the one that does not fit crashes it."""
+    """Compiled programs are dropped between two test files once they take many memory maps: those of the whole suite take
+    more than a process may have, and the one that does not fit crashes it."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    if FAST_COMPILATION and not jax.config.values["jax_disable_most_optimizations"]:
+        compile_anew(jax_disable_most_optimizations=True)
+    if num_maps() > MAX_MAPS:
+        jax.clear_caches()
+        gc.collect()
+
+
+def num_maps() -> float:
+    """Memory maps of this process; infinite where the system does not tell."""
+    try:
+        return Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return math.inf
 
 
 HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny
-from jax.experimental.compilation_cache import compilation_cache
 
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.core.flags import parse_flags
@@ -25,21 +22,6 @@ STEPS, CHECKPOINT_EVERY = 120, 3
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_folder(tmp_path_factory.mktemp("resume"))
-
-
-@pytest.fixture(scope="module")
-def shared_programs(run_folder: Path) -> Iterator[None]:
-    """Share compiled programs between the runs of this process and the processes that tests start: compiling takes
-    most of their time."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: jax.config.values[name] for name in names}
-    for name, value in zip(names, (str(run_folder / "compiled"), 0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def flags(run_folder: Path, output: str, **changes: Any) -> list[str]:

@@ -1,3 +1,3 @@
 """Fixtures of the tests of training runs."""
 
-from training_runs import run_folder, shared_programs  # noqa: F401 - fixtures
+from training_runs import run_folder  # noqa: F401 - a fixture

@@ -8,59 +8,41 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tiny
+from forked_runs import ForkedRun
 from training_runs import CHECKPOINT_EVERY, STEPS, checkpoints_of, flags, metrics_of, saved_state, train_here
 
-pytestmark = pytest.mark.usefixtures("shared_programs", "optimised")
+pytestmark = pytest.mark.usefixtures("optimised")
 
 KILLS_STARTING, KILLS_STEPPING, KILLS_ENDING = 4, 17, 2
 
 
-def start(run_folder: Path, output: str, **changes: Any) -> subprocess.Popen[bytes]:
-    """The run as a process of its own group, compiled as for a user; resumed if there is one. Programs are cached, to start
-    fast."""
+def start(run_folder: Path, output: str, **changes: Any) -> ForkedRun:
+    """The run as a process; resumed if there is one."""
     if (run_folder / output / "train_config.json").exists():
         changes["resume"] = True
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(run_folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "False",
-    }
-    return subprocess.Popen(
-        tiny.command("train", flags(run_folder, output, **changes)),
-        env=tiny.environment(**cache),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen[bytes]) -> tuple[int, str]:
-    """(exit code, stderr)."""
-    stderr = process.communicate(timeout=300)[1].decode()
-    return process.returncode, stderr
+    return ForkedRun(flags(run_folder, output, **changes), run_folder / "compiled", run_folder / f"{output}.stderr")
 
 
 def lines_of(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+def wait_for(process: ForkedRun, condition: Callable[[], bool]) -> None:
     """Return once the condition holds or the process has ended."""
-    while process.poll() is None and not condition():
+    while process.running and not condition():
         time.sleep(0.002)
 
 
-def wait_for_steps(process: subprocess.Popen[bytes], run: Path, count: int) -> None:
+def wait_for_steps(process: ForkedRun, run: Path, count: int) -> None:
     """Wait until the process has begun its loop (it replaces the metrics file) and written `count` lines."""
     metrics = run / "metrics.jsonl"
     before = metrics.stat().st_ino if metrics.exists() else None
@@ -69,12 +51,12 @@ def wait_for_steps(process: subprocess.Popen[bytes], run: Path, count: int) -> N
     wait_for(process, lambda: lines_of(metrics) >= present + count)
 
 
-def kill(process: subprocess.Popen[bytes]) -> bool:
+def kill(process: ForkedRun) -> bool:
     """SIGKILL to the whole group; whether it was still running."""
-    running = process.poll() is None
+    running = process.running
     if running:
         os.killpg(process.pid, signal.SIGKILL)
-    code, stderr = finish(process)
+    code, stderr = process.finish()
     assert code in (0, -signal.SIGKILL), stderr
     return running
 
@@ -89,8 +71,12 @@ def check_same(run: Path, reference: Path) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(run_folder: Path) -> Path:
-    code, stderr = finish(start(run_folder, "uninterrupted"))
-    assert code == 0, stderr
+    """A run from start to end. Its programs stay in the tests' cache, which runs that are killed see through links: what
+    they write themselves may be cut off."""
+    environment = tiny.environment(JAX_DISABLE_MOST_OPTIMIZATIONS="False")
+    done = tiny.run_script("train", flags(run_folder, "uninterrupted"), env=environment)
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(jax.config.values["jax_compilation_cache_dir"], run_folder / "compiled", copy_function=os.symlink)
     return run_folder / "uninterrupted"
 
 
@@ -106,7 +92,7 @@ def test_killed_at_random_moments(run_folder: Path, uninterrupted: Path):
     for moment in [*moments, *["ending"] * KILLS_ENDING]:
         process = start(run_folder, "killed")
         if moment == "starting":
-            time.sleep(rng.uniform(0, 4))
+            time.sleep(rng.uniform(0, 2))
         elif moment == "stepping":
             wait_for_steps(process, run, rng.randint(0, 8))
             time.sleep(rng.uniform(0, 0.1))
@@ -115,7 +101,7 @@ def test_killed_at_random_moments(run_folder: Path, uninterrupted: Path):
             time.sleep(rng.uniform(0, 1))
         kills += kill(process)
     assert kills >= 20, f"{kills} kills in {time.perf_counter() - begun:.0f} s"
-    code, stderr = finish(start(run_folder, "killed"))
+    code, stderr = start(run_folder, "killed").finish()
     assert code == 0, stderr
     steps = [line["step"] for line in metrics_of(run) if "loss" in line]
     assert steps == list(range(1, STEPS + 1))
@@ -133,14 +119,14 @@ def test_sigterm_saves(run_folder: Path, uninterrupted: Path):
     run = run_folder / "stopped"
     process = start(run_folder, "stopped")
     wait_for_steps(process, run, 4)
-    process.send_signal(signal.SIGTERM)
-    code, stderr = finish(process)
+    os.kill(process.pid, signal.SIGTERM)
+    code, stderr = process.finish()
     assert code == 143
     step = metrics_of(run)[-1]["step"]
     assert stderr.splitlines()[-1] == f"stopped at step {step} of {STEPS}, which is saved; continue with --resume"
     assert step < STEPS
     assert checkpoints_of(run)[-1] == step
-    code, stderr = finish(start(run_folder, "stopped"))
+    code, stderr = start(run_folder, "stopped").finish()
     assert code == 0, stderr
     check_same(run, uninterrupted)
 
@@ -152,7 +138,7 @@ def test_full_disk_while_training(run_folder: Path, uninterrupted: Path):
     process = start(run_folder, "full")
     wait_for(process, lambda: (run / "checkpoints" / "6").exists())
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
-    code, stderr = finish(process)
+    code, stderr = process.finish()
     line = stderr.splitlines()[-1]
     assert code == 2
     assert "Traceback" not in stderr
@@ -161,7 +147,7 @@ def test_full_disk_while_training(run_folder: Path, uninterrupted: Path):
     assert line.endswith("free space, then continue with --resume")
     last = checkpoints_of(run)[-1]
     assert all(np.isfinite(array).all() for array in saved_state(run, last).values())
-    code, stderr = finish(start(run_folder, "full"))
+    code, stderr = start(run_folder, "full").finish()
     assert code == 0, stderr
     check_same(run, uninterrupted)
 

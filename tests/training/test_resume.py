@@ -33,8 +33,6 @@ from adafuse_jax.training.data import prepare_data
 from adafuse_jax.training.output import check_output, new_run, remove_leftovers, require_no_checkpoint_lost
 from adafuse_jax.training.signals import stop_signals
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
-
 
 def short_run(run_folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
     return train_here(run_folder, output, **({"steps": 4, "checkpoint_every": 1, "eval_examples": 0} | changes))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from functools import partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from goldens.tiny_models import CASES, write_model_dir
@@ -17,10 +18,10 @@ from training_batches import as_batch, config, examples
 
 from adafuse_jax import load_backbone
 from adafuse_jax.adapters.router import expert_load
-from adafuse_jax.data.batches import Batch
 from adafuse_jax.data.chat import Encoded
 from adafuse_jax.data.packing import Rows, pack
 from adafuse_jax.evaluation.heldout import HeldOut, score
+from adafuse_jax.models.config import LINEARS
 from adafuse_jax.models.loss import token_losses
 from adafuse_jax.training import step
 from adafuse_jax.training.optimizer import make_optimizer
@@ -35,16 +36,51 @@ def model(request, tmp_path_factory):
     return load_backbone(out, "float32")
 
 
+@cache
+def optimizer_of(steps: int, **changes) -> optax.GradientTransformation:
+    """One object for equal settings: a step is compiled once for each object and each shape of the batch, so that tests
+    that share both share the program."""
+    return make_optimizer(config(**changes), steps)
+
+
 def state_of(adapter, optimizer) -> TrainState:
     return TrainState(step=jnp.int32(0), adapter=adapter, moments=optimizer.init(adapter), key=jax.random.key(0))
 
 
-def router_load(model, adapter, batch: Batch) -> jax.Array:
-    """f [E] by a pass through all layers."""
-    out = model.run(
-        batch.tokens, adapter=adapter, positions=jnp.array(batch.positions), segment_ids=jnp.array(batch.segment_ids)
-    )
-    return expert_load(out.routing, jnp.array(batch.segment_ids) > 0)[0]
+FEW = ("q_proj", "down_proj")
+"""Targets whose router sees the token; fewer than all, to compile less."""
+REMAT_AT = 4
+"""Micro-batches of a step that computes its activations again."""
+
+
+def fresh_state(model, **changes) -> TrainState:
+    """A state, by default without a balance loss, for steps with `fast()`."""
+    return state_of(random_adapter(model.config, **({"targets": FEW, "balance_coefficient": 0.0} | changes)), fast())
+
+
+def fast() -> optax.GradientTransformation:
+    return optimizer_of(60)
+
+
+def precise() -> optax.GradientTransformation:
+    return optimizer_of(10, learning_rate=1e-3)
+
+
+def repeated(rows: Rows, count: int) -> Rows:
+    """`count` rows, the given ones again and again."""
+    return Rows(*(np.resize(getattr(rows, f.name), (count, rows.tokens.shape[1])) for f in dataclasses.fields(Rows)))
+
+
+def router_loads(model, adapter, rows: Rows, parts: int) -> list[jax.Array]:
+    """f [E] of each of so many equal parts of the rows that has tokens, by a pass through all layers."""
+    segments = jnp.array(rows.segment_ids)
+    out = model.run(rows.tokens, adapter=adapter, positions=jnp.array(rows.positions), segment_ids=segments)
+    loads = []
+    for part in np.split(np.arange(len(rows)), parts):
+        routing = jax.tree.map(lambda x, part=part: x[part], out.routing)
+        if (real := segments[part] > 0).any():
+            loads.append(expert_load(routing, real)[0])
+    return loads
 
 
 class TestLoss:
@@ -99,25 +135,27 @@ class TestPacking:
 
 
 class TestStep:
-    @pytest.mark.parametrize("targets", [("q_proj", "down_proj"), ("gate_proj",)], ids=["embedding", "context"])
+    @pytest.mark.parametrize("targets", [FEW, ("gate_proj",)], ids=["embedding", "context"])
     def test_accumulation_equals_one_large_batch(self, model, targets):
         """The balance loss, too, whose f is that of the whole step: 8 rows at once, and as 2 × 4 or 4 × 2, packed from
         very different lengths, and two of padding. The router sees the token, or (first target in the FFN) the
         context."""
         rows = pack(examples(model, (32, 20, 3, 30, 9, 16, 4, 31, 2, 26, 5, 6), seed=3), 32)
-        rows = Rows(*(np.resize(x, (8, 32)) for x in (rows.tokens, rows.loss_mask, rows.segment_ids, rows.positions)))
+        rows = repeated(rows, 8)
         rows.segment_ids[6:], rows.loss_mask[6:] = 0, False
-        optimizer = make_optimizer(config(learning_rate=1e-3), 10)
         results, gaps = [], []
         for accum in (1, 2, 4):
-            state = state_of(random_adapter(model.config, balance_coefficient=1.0, targets=targets), optimizer)
-            batch = as_batch(rows, accum)
-            micros = [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(accum)]
-            loads = [router_load(model, state.adapter, micro) for micro in micros if micro.segment_ids.any()]
+            adapter = random_adapter(model.config, balance_coefficient=1.0, targets=targets)
+            state = state_of(adapter, precise())
+            loads = router_loads(model, adapter, rows, accum)
             gaps.append(max(float(jnp.abs(load - loads[0]).max()) for load in loads))
             for _ in range(3):
                 state, metrics = train_step(
-                    state, model, batch, optimizer=optimizer, remat="full" if accum == 2 else "none"
+                    state,
+                    model,
+                    as_batch(rows, accum),
+                    optimizer=precise(),
+                    remat="full" if accum == REMAT_AT else "none",
                 )
             results.append((state.adapter, metrics))
         assert min(gaps[1:]) > 0.01, "the micro-batches load the experts alike, and would not show a difference"
@@ -129,13 +167,14 @@ class TestStep:
     def test_a_balance_loss_of_each_micro_batch_would_differ(self, model, monkeypatch):
         """A difference far above the tolerance of the test before, which therefore would detect it."""
         rows = pack(examples(model, (32, 20, 3, 30, 9, 16, 4, 31), seed=3), 32, packing=False)
-        optimizer = make_optimizer(config(learning_rate=1e-3), 10)
         routers = []
         for whole in (True, False):
-            state = state_of(random_adapter(model.config, balance_coefficient=1.0), optimizer)
+            adapter = random_adapter(model.config, balance_coefficient=1.0, targets=FEW)
+            options = {"optimizer": precise(), "remat": "full"}
             if not whole:
                 monkeypatch.setattr(step, "load_of_step", lambda *_, **__: None)
-            state, _ = step.train_step.__wrapped__(state, model, as_batch(rows, 4), optimizer=optimizer, remat="none")
+                options["forward"] = lambda *a, **k: step.forward(*a, **k)
+            state, _ = train_step(state_of(adapter, precise()), model, as_batch(rows, REMAT_AT), **options)
             routers.append(np.array(state.moments[1][0].mu.router.weight[...]))
         assert np.abs(routers[0] - routers[1]).max() > 0.01 * np.abs(routers[0]).max()
 
@@ -143,11 +182,10 @@ class TestStep:
         """Five rows in a batch of eight are a batch of five."""
         rows = pack(examples(model, (30, 20, 8, 25, 31), seed=3), 32, packing=False)
         padded = Rows(*(np.pad(getattr(rows, f.name), ((0, 3), (0, 0))) for f in dataclasses.fields(Rows)))
-        optimizer = make_optimizer(config(), 10)
         results = []
         for batch in (as_batch(rows, 1), as_batch(padded, 2)):
-            state = state_of(random_adapter(model.config, balance_coefficient=1.0), optimizer)
-            state, metrics = train_step(state, model, batch, optimizer=optimizer, remat="none")
+            state = state_of(random_adapter(model.config, balance_coefficient=1.0, targets=FEW), precise())
+            state, metrics = train_step(state, model, batch, optimizer=precise(), remat="none")
             results.append((state.moments, metrics))
         for moments, metrics in results[1:]:
             for name in metrics:
@@ -155,24 +193,20 @@ class TestStep:
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), moments, results[0][0])
 
     def test_loss_falls_and_the_backbone_stays(self, model):
-        rows = pack(examples(model, (30, 20, 25, 31)), 32, packing=False)
+        rows = repeated(pack(examples(model, (30, 20, 25, 31)), 32, packing=False), 8)
         before = jax.tree.map(np.array, model)
-        optimizer = make_optimizer(config(), 60)
-        state, losses = state_of(random_adapter(model.config), optimizer), []
+        state, losses = fresh_state(model), []
         for _ in range(60):
-            state, metrics = train_step(state, model, as_batch(rows, 1), optimizer=optimizer, remat="none")
+            state, metrics = train_step(state, model, as_batch(rows, 1), optimizer=fast(), remat="none")
             losses.append(float(metrics["loss"]))
         assert losses[-1] < 0.5 * losses[0]
         jax.tree.map(np.testing.assert_array_equal, before, model)
 
     def test_every_adapter_parameter_gets_a_gradient_once_b_is_not_zero(self, model):
-        rows = pack(examples(model, [32] * 16), 32)
-        optimizer = make_optimizer(config(learning_rate=1e-3), 10)
-        adapter = random_adapter(model.config)
-        before = jax.tree.map(np.array, adapter)
-        state, metrics = train_step(
-            state_of(adapter, optimizer), model, as_batch(rows, 1), optimizer=optimizer, remat="none"
-        )
+        rows = pack(examples(model, [32] * 8), 32)
+        state = fresh_state(model, targets=LINEARS)
+        before = jax.tree.map(np.array, state.adapter)
+        state, metrics = train_step(state, model, as_batch(rows, 1), optimizer=fast(), remat="none")
         moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), state.adapter, before)
         assert all(jax.tree.leaves(moved))
         assert metrics["load"].sum() == pytest.approx(1, abs=1e-5)
@@ -184,17 +218,9 @@ class TestStep:
         assert sorted(arrays) == sorted(2 * [x.shape for x in jax.tree.leaves(adapter)])
 
     def test_clipping_bounds_the_update_direction(self, model):
-        rows = pack(examples(model, (30, 20)), 32, packing=False)
-        free, clipped = make_optimizer(config(clip_norm=1e9), 10), make_optimizer(config(clip_norm=1e-6), 10)
-        moments = []
-        for optimizer in (free, clipped):
-            state, _ = train_step(
-                state_of(random_adapter(model.config), optimizer),
-                model,
-                as_batch(rows, 1),
-                optimizer=optimizer,
-                remat="none",
-            )
+        rows, moments = repeated(pack(examples(model, (30, 20)), 32, packing=False), 8), []
+        for optimizer in (fast(), optimizer_of(60, clip_norm=1e-6)):
+            state, _ = train_step(fresh_state(model), model, as_batch(rows, 1), optimizer=optimizer, remat="none")
             moments.append(max(float(jnp.abs(x).max()) for x in jax.tree.leaves(state.moments) if x.ndim))
         assert moments[1] < 1e-6 < moments[0]
 
@@ -220,18 +246,18 @@ class TestSchedule:
     def test_experts_are_tied_and_routers_move_in_their_share_of_the_steps(self, model):
         """Experts are tied in two of four steps, and routers learn in three. `grad_norm` is that of the gradients that
         are clipped."""
-        rows = pack(examples(model, (30, 20, 25, 31)), 32, packing=False)
+        rows = repeated(pack(examples(model, (30, 20, 25, 31)), 32, packing=False), 8)
         phases = Phases.of(0.5, 0.6, 4)
         assert phases == Phases(tied_steps=2, router_steps=3)
         assert Phases.of(0.07, 0.55, 100) == Phases(tied_steps=7, router_steps=55)
         assert Phases.of(0.0, 1.0, 4) == Phases()
-        optimizer = make_optimizer(config(warmup_ratio=0.0, learning_rate=1e-2), 4)
-        state = state_of(phases.initial(random_adapter(model.config)), optimizer)
-        step = partial(train_step, model=model, batch=as_batch(rows, 1), optimizer=optimizer, remat="none")
+        state = fresh_state(model)
+        state = dataclasses.replace(state, adapter=phases.initial(state.adapter))
+        batch, options = as_batch(rows, 1), {"optimizer": fast(), "remat": "none"}
         for at in range(4):
             before = np.array(state.adapter.router.weight[...])
-            _, usual = step(jax.tree.map(jnp.copy, state))
-            state, metrics = step(state, phases=phases)
+            _, usual = train_step(jax.tree.map(jnp.copy, state), model, batch, **options)
+            state, metrics = train_step(state, model, batch, **options, phases=phases)
             b = np.array(state.adapter.experts["q_proj"].B[...])  # [L, E, out, R]
             assert np.array_equal(b, np.broadcast_to(b[:, :1], b.shape)) == (at < 2)
             assert np.array_equal(state.adapter.router.weight[...], before) == (at == 3)
@@ -272,7 +298,7 @@ class TestTrainingImprovesRouting:
         rows = pack(examples(model, [32] * 8), 32)
         loads = []
         for coefficient in (0.0, 1.0):
-            optimizer = make_optimizer(config(learning_rate=3e-2), 40)
+            optimizer = optimizer_of(40, learning_rate=3e-2)
             state = state_of(random_adapter(model.config, balance_coefficient=coefficient), optimizer)
             for _ in range(40):
                 state, metrics = train_step(state, model, as_batch(rows, 1), optimizer=optimizer, remat="none")
