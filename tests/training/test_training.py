@@ -172,8 +172,8 @@ class TestStep:
             adapter = random_adapter(model.config, balance_coefficient=1.0, targets=FEW)
             options = {"optimizer": precise(), "remat": "full"}
             if not whole:
-                monkeypatch.setattr(step, "load_of_step", lambda *_, **__: None)
-                options["forward"] = lambda *a, **k: step.forward(*a, **k)
+                monkeypatch.setattr(step, "load_of_step", lambda *_, **options: None)
+                options["forward"] = lambda *a, **k: step.forward(*a, **k)  # not compiled yet, unlike `forward`
             state, _ = train_step(state_of(adapter, precise()), model, as_batch(rows, REMAT_AT), **options)
             routers.append(np.array(state.moments[1][0].mu.router.weight[...]))
         assert np.abs(routers[0] - routers[1]).max() > 0.01 * np.abs(routers[0]).max()
