@@ -121,6 +121,11 @@ class Batches:
         return max(rows.length for rows in self.rows)
 
     @property
+    def max_segments(self) -> int:
+        """Most segments of a row."""
+        return max(rows.max_segments for rows in self.rows)
+
+    @property
     def pools(self) -> list[tuple[Rows | PackedRows, ...]]:
         """The sources that are drawn from each in an order of its own: all as one, or with weights one by one."""
         return [self.rows] if self.weights is None else [(rows,) for rows in self.rows]

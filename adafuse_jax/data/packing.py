@@ -40,6 +40,11 @@ class Rows:
         """T."""
         return self.tokens.shape[1]
 
+    @property
+    def max_segments(self) -> int:
+        """Most examples of a row."""
+        return int(self.segment_ids.max(initial=1))
+
     def arrays(self, rows: Int[np.ndarray, " m"], length: int, names: Iterable[str]) -> dict[str, np.ndarray]:
         """The named arrays of some rows, [m, length]: with padding up to `length` (at least T)."""
         pad = ((0, 0), (0, _padding(self.length, length)))
@@ -61,6 +66,11 @@ class PackedRows:
 
     def __len__(self) -> int:
         return len(self.row_starts) - 1
+
+    @property
+    def max_segments(self) -> int:
+        """Most examples of a row."""
+        return int(np.diff(self.row_starts).max(initial=1))
 
     def arrays(self, rows: Int[np.ndarray, " m"], length: int, names: Iterable[str]) -> dict[str, np.ndarray]:
         """`Rows.arrays` of these rows."""

@@ -72,7 +72,10 @@ class Visibility:
 
 
 def implementation_of(
-    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], visibility: Visibility, window: int | None = None
+    q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct,
+    k: Float[Array, "B S K H"] | jax.ShapeDtypeStruct,
+    visibility: Visibility,
+    window: int | None = None,
 ) -> Implementation:
     """The implementation that `attention` uses for these shapes and types on the default device.
 

@@ -167,19 +167,20 @@ def _exit(code: int) -> None:
 
 
 class Agreement:
-    """The largest of the numbers that the processes hold, agreed on by all without waiting for each other."""
+    """The largest of the numbers that the processes hold, agreed on by all without waiting for each other: a step later."""
 
     def __init__(self) -> None:
         self._mesh = Mesh(np.array(jax.devices()), ("devices",))
+        self._before: jax.Array | None = None
         self._largest = jax.jit(lambda numbers: numbers.max(), out_shardings=NamedSharding(self._mesh, PartitionSpec()))
 
     def __call__(self, number: Callable[[], int]) -> Callable[[], int]:
-        """A function that returns the largest `number()` of all processes at the time of this call, which all make together;
-        of one process, that at the time when it is asked."""
+        """A function that returns the largest `number()` of all processes at the time of the call before this one, which all
+        make together; of one process, that at the time when it is asked."""
         if jax.process_count() == 1:
             return number
         mine = np.array([number()], np.int32)
         sharding = NamedSharding(self._mesh, PartitionSpec("devices"))
         numbers = jax.make_array_from_callback((self._mesh.size,), sharding, lambda _: mine)
-        largest = self._largest(numbers)
-        return lambda: int(largest)
+        before, self._before = self._before, self._largest(numbers)
+        return lambda: 0 if before is None else int(before)

@@ -105,6 +105,10 @@ class TrainConfig:
         "full",
         formerly={True: "full", False: "none"},
     )
+    unroll: bool = flag(
+        "compile the layers one by one instead of a loop over them: steps are faster, compiling takes several times as long",
+        False,
+    )
     seed: int = flag("seed of the adapters' initial values and of the data order", 0, low=0, high=MAX_SEED)
     checkpoint_every: int = flag("steps between checkpoints", 100, low=1, high=MAX_COUNT)
     keep_checkpoints: int = flag("checkpoints kept", 2, low=1, high=MAX_COUNT)

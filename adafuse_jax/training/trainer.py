@@ -7,21 +7,18 @@ import contextlib
 import dataclasses
 import json
 import logging
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import optax
+import jax.numpy as jnp
 from flax import nnx
 
 from adafuse_jax.adapters.baselines.full import FullWeights
 from adafuse_jax.adapters.config import AdapterConfig
-from adafuse_jax.adapters.registry import num_parameters, resolve_forward
+from adafuse_jax.adapters.registry import num_parameters
 from adafuse_jax.checkpoints.adapter_directory import save_adapter
 from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
 from adafuse_jax.checkpoints.hf_export import export_backbone
@@ -31,17 +28,20 @@ from adafuse_jax.core.atomic_files import write_json, write_text
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.tables import Table
 from adafuse_jax.data.chat import load_tokenizer
+from adafuse_jax.models.attention import Visibility, implementation_of
+from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.layout import ONE_DEVICE, Layout
 from adafuse_jax.parallel.layout import MeshLayout
 from adafuse_jax.parallel.mesh import shard, training_mesh
-from adafuse_jax.parallel.processes import Agreement, is_first, on_first, wait_for_all
+from adafuse_jax.parallel.processes import is_first, on_first
 from adafuse_jax.training.checkpoint import Checkpoints, run_identity
 from adafuse_jax.training.config import TrainConfig, require_compatible
 from adafuse_jax.training.data import Data, prepare_data, run_date
 from adafuse_jax.training.initial import digest, initial_state, read_initial_lora
 from adafuse_jax.training.limits import require_context, require_memory
-from adafuse_jax.training.metrics import NoReport, Report, not_finite, plot_training, step_line, summarize
+from adafuse_jax.training.loop import Run, run_steps
+from adafuse_jax.training.metrics import NoReport, Report, plot_training, summarize
 from adafuse_jax.training.optimizer import make_optimizer
 from adafuse_jax.training.output import (
     ADAPTER_DIR,
@@ -59,9 +59,7 @@ from adafuse_jax.training.output import (
     require_no_checkpoint_lost,
     write_config,
 )
-from adafuse_jax.training.schedules import Phases, learning_rate
-from adafuse_jax.training.signals import Stopped, stop_signals
-from adafuse_jax.training.step import TrainState, train_step
+from adafuse_jax.training.schedules import Phases
 from adafuse_jax.training.trackers import open_tracker, require_tracker
 from adafuse_jax.training.utilisation import mfu_per_token
 
@@ -140,6 +138,8 @@ def _train(
         with disk_errors(output):
             return on_first(write_held_out)
 
+    log.info("attention: %s", _attention(config, model_config, data))
+
     # State: abstract first, to ask for disk space before the backbone is loaded
     steps = _steps(config, data)
     optimizer, phases = make_optimizer(config, steps), Phases.of(config.tied_share, config.router_share, steps)
@@ -190,7 +190,7 @@ def _train(
     with disk_errors(output), checkpoints, contextlib.closing(report):
         if recorded is not None:
             report.message(f"resuming {output} at step {start}")
-        state, seconds = _run_steps(run, state)
+        state, seconds = run_steps(run, state)
 
     # Results
     with disk_errors(output):
@@ -205,6 +205,19 @@ def _train(
                 output, steps=int(state.step), parameters=num_parameters(state.adapter), seconds=seconds
             )
         )
+
+
+def _attention(config: TrainConfig, model: ModelConfig, data: Data) -> str:
+    """Implementations of attention that the steps use, of one or several windows, and what they depend on."""
+    length, segments = data.batches.length, data.batches.max_segments
+    visibility = Visibility.of_sequence(length, jnp.ones((1, length), jnp.int32), segments)
+    q, k = (
+        jax.ShapeDtypeStruct((config.batch_size, length, heads, model.head_dim), jnp.dtype(config.dtype))
+        for heads in (model.num_heads, model.num_kv_heads)
+    )
+    windows = dict.fromkeys(w if w and w < length else None for w in model.sliding_windows or (None,))
+    names = dict.fromkeys(implementation_of(q, k, visibility, window) for window in windows)
+    return f"{', '.join(names)} ({config.dtype}, rows of {length} tokens, at most {segments} segments)"
 
 
 def _write_summary(output: Path, **numbers: Any) -> dict[str, Any]:
@@ -239,88 +252,3 @@ def _steps(config: TrainConfig, data: Data) -> int:
         end = f", {padding} rows of the last step are padding" if padding else ""
         log.info("--epochs %g of %d rows: %d rows in %d steps%s", config.epochs, rows, total, steps, end)
     return steps
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """Everything that the steps of a run need and do not change."""
-
-    config: TrainConfig
-    model: Backbone
-    data: Data
-    optimizer: optax.GradientTransformation
-    phases: Phases
-    steps: int
-    checkpoints: Checkpoints
-    report: Report
-    layout: Layout
-    open_output: Callable[[], None]
-    """Called once: after the first step of a run that begins, otherwise at once."""
-
-    def batch(self, step: int) -> Any:
-        """The batch of a step, on its devices if there are several; this process reads its own rows."""
-        size = self.config.batch_size
-        return self.layout.batch(self.data.batches.at(step, self.layout.rows(size)), size, axis=1)
-
-    def evaluate(self, state: TrainState, step: int) -> None:
-        backbone, adapter = resolve_forward(state.adapter, self.model)
-        result = self.data.held_out.evaluate(backbone, adapter, batch_size=self.config.batch_size, layout=self.layout)
-        if result:
-            self.report.evaluation(step, result)
-
-
-def _run_steps(run: Run, state: TrainState) -> tuple[TrainState, float]:
-    """All remaining steps. Returns the last state and the seconds spent in steps (evaluation and saving excluded)."""
-    config, checkpoints, schedule = run.config, run.checkpoints, learning_rate(run.config, run.steps)
-    step, seconds = int(state.step), 0.0
-    is_open = step > 0
-    if is_open:
-        run.open_output()
-    else:
-        run.evaluate(state, step)  # B = 0, so this is the bare backbone, or that with --init-lora
-    batch, agreement = run.batch(step), Agreement()
-    with stop_signals() as stop_requested:
-        while step < run.steps:
-            begun = time.perf_counter()
-            state, device_metrics = train_step(
-                state,
-                run.model,
-                batch,
-                optimizer=run.optimizer,
-                remat=config.remat,
-                phases=run.phases,
-                layout=run.layout,
-            )
-            stop = agreement(stop_requested)
-            next_batch = run.batch(step + 1)  # made while the device works
-            metrics = jax.device_get(device_metrics)
-            step += 1
-            elapsed = time.perf_counter() - begun
-            seconds += elapsed
-            _require_finite(step, metrics, checkpoints)
-            if not is_open:
-                run.open_output()
-                is_open = True
-            run.report.step(step, step_line(metrics, float(schedule(step - 1)), elapsed))
-            last = step == run.steps
-            if step % config.eval_every == 0 or last:
-                run.evaluate(state, step)
-            if step % config.checkpoint_every == 0 or last or stop():
-                checkpoints.save(state)
-            if stop() and not last:
-                checkpoints.wait()
-                wait_for_all()
-                raise Stopped(f"stopped at step {step} of {run.steps}, which is saved; continue with --resume", stop())
-            batch = next_batch
-        checkpoints.wait()
-    return state, seconds
-
-
-def _require_finite(step: int, metrics: dict[str, Any], checkpoints: Checkpoints) -> None:
-    bad = not_finite(metrics)
-    if bad is None:
-        return
-    checkpoints.wait()
-    last = checkpoints.before(step)  # later ones are damaged
-    good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-    raise UserError(f"step {step}: {bad} is not finite; {good}: lower --learning-rate or look at the data of that step")
