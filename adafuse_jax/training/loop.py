@@ -1,8 +1,8 @@
 """The steps of a run, with evaluations and checkpoints between them.
 
-The device does not wait for the host: step s + 1 is dispatched, and the batch of s + 2 made, before the metrics of step s are
-read. All metrics are read before an evaluation, a checkpoint and the end, so a state after a loss that is not finite is never
-saved.
+The device does not wait for the host: step s + 1 is dispatched, and the batch of s + 2 made, before the metrics of step s
+are read. All metrics are read before an evaluation, a checkpoint and the end, so that no state behind a loss which is not
+finite is saved.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.flags import parse_flags
 from adafuse_jax.core.tables import Table
 from adafuse_jax.data.chat import load_tokenizer
-from adafuse_jax.training import trainer
+from adafuse_jax.training import loop, trainer
 from adafuse_jax.training.config import TrainConfig
 from adafuse_jax.training.data import prepare_data
 from adafuse_jax.training.output import check_output, new_run, remove_leftovers, require_no_checkpoint_lost
@@ -122,7 +122,7 @@ def test_a_failing_first_step_leaves_no_run_directory(
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
         return state, {"loss": np.float32(np.inf)}
 
-    monkeypatch.setattr(trainer, "train_step", step)
+    monkeypatch.setattr(loop, "train_step", step)
     with pytest.raises((UserError, jax.errors.JaxRuntimeError), match=r"^step 1: loss|RESOURCE"):
         short_run(run_folder, tmp_path / "run", eval_examples=4)
     assert not (tmp_path / "run").exists()
@@ -143,7 +143,7 @@ class TestOneRunADirectory:
 
             before: dict[str, tuple] = {}
             monkeypatch.setattr(trainer, "load_backbone", load)
-            monkeypatch.setattr(trainer, "train_step", lambda state, *_, **__: (state, {"loss": np.float32(1)}))
+            monkeypatch.setattr(loop, "train_step", lambda state, *_, **__: (state, {"loss": np.float32(1)}))
             with pytest.raises(UserError, match=f"--output {run}: another process is using it"):
                 short_run(run_folder, run)
             assert tiny.snapshot(tmp_path) == before
