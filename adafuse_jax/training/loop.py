@@ -73,13 +73,19 @@ class Dispatched:
     begun: float
 
 
-class Clock:
+class Progress:
     """Reads the metrics of dispatched steps, in their order, and counts the seconds that the device took for them."""
 
     def __init__(self, run: Run):
-        self.run, self.seconds = run, 0.0
+        self.run, self.seconds, self.is_open = run, 0.0, False
         self._schedule = learning_rate(run.config, run.steps)
         self._finished = 0.0
+
+    def open(self) -> None:
+        """Begin to write, once."""
+        if not self.is_open:
+            self.run.open_output()
+        self.is_open = True
 
     def finish(self, dispatched: Dispatched) -> None:
         """Wait for the step, and report its metrics. Raises `UserError` if they are not finite."""
@@ -89,17 +95,17 @@ class Clock:
         self._finished = now
         self.seconds += elapsed
         _require_finite(dispatched.step, metrics, self.run.checkpoints)
+        self.open()
         line = step_line(metrics, float(self._schedule(dispatched.step - 1)), elapsed)
         self.run.report.step(dispatched.step, line)
 
 
 def run_steps(run: Run, state: TrainState) -> tuple[TrainState, float]:
     """All remaining steps. Returns the last state and the seconds spent in steps (evaluation and saving excluded)."""
-    config, checkpoints, clock, agreement = run.config, run.checkpoints, Clock(run), Agreement()
+    config, checkpoints, progress, agreement = run.config, run.checkpoints, Progress(run), Agreement()
     step = int(state.step)
-    is_open = step > 0
-    if is_open:
-        run.open_output()
+    if step > 0:
+        progress.open()
     else:
         run.evaluate(state, step)  # B = 0, so this is the bare backbone, or that with --init-lora
     batch = run.batch(step)
@@ -113,16 +119,13 @@ def run_steps(run: Run, state: TrainState) -> tuple[TrainState, float]:
             before, running = running, Dispatched(step, metrics, begun)
             batch = run.batch(step)
             if before is not None:
-                clock.finish(before)
+                progress.finish(before)
             last = step == run.steps
             evaluates, saves = step % config.eval_every == 0 or last, step % config.checkpoint_every == 0 or last
-            if is_open and not (evaluates or saves or stop()):
+            if progress.is_open and not (evaluates or saves or stop()):
                 continue
-            clock.finish(running)
+            progress.finish(running)
             running = None
-            if not is_open:
-                run.open_output()
-                is_open = True
             if evaluates:
                 run.evaluate(state, step)
             if saves or stop():
@@ -132,7 +135,7 @@ def run_steps(run: Run, state: TrainState) -> tuple[TrainState, float]:
                 wait_for_all()
                 raise Stopped(f"stopped at step {step} of {run.steps}, which is saved; continue with --resume", stop())
         checkpoints.wait()
-    return state, clock.seconds
+    return state, progress.seconds
 
 
 def _require_finite(step: int, metrics: dict[str, Any], checkpoints: Checkpoints) -> None:
