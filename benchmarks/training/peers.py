@@ -34,7 +34,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "inductor, max-autotune without CUDA graphs": {"mode": "max-autotune-no-cudagraphs"},
 }
 LOSS_TOLERANCE = 0.02
-"""Of losses near ln V: how far those of a compiled step may be from the eager ones, both in bf16."""
+"""Largest difference of a compiled step's losses, near ln V, from the eager ones, both in bf16."""
 
 
 def peft_model(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from benchmarks.decode.costs import SIZES, Shapes
 
 LEARNING_RATE, CURVE_LEARNING_RATE = 1e-4, 3e-3
-"""Of the rows; of the small model, whose losses are to move."""
+"""Learning rates: of the rows, and of the small model, whose losses are to move."""
 CURVE_STEPS = 20
 """Steps whose losses are compared."""
 

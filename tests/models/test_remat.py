@@ -49,7 +49,7 @@ def operand_shapes(program: jax.extend.core.Jaxpr) -> Iterator[tuple[int, ...]]:
 
 
 def test_products_computed_again(models):
-    """Of the products with a weight of q, gate or up, which have one shape, and of k or v: each is computed once, its
+    """Numbers of products with a weight of q, gate or up, which have one shape, and of k or v: each is computed once, its
     derivative once, and a policy adds those that it does not keep."""
     model = models("qwen3")
     config = model.config

@@ -91,7 +91,7 @@ def test_no_state_behind_a_bad_loss_is_saved(monkeypatch: pytest.MonkeyPatch, ba
 
 
 def test_a_signal_stops_at_the_step_that_runs(monkeypatch: pytest.MonkeyPatch):
-    """It comes while step 3 runs, when the batch of the one behind it is made."""
+    """SIGTERM while step 3 runs, when the batch of the one behind it is made."""
     record = Recorder(monkeypatch, stop_at=3, steps=6, eval_every=100, checkpoint_every=100)
     with pytest.raises(Stopped, match="stopped at step 3 of 6"):
         record()
