@@ -43,14 +43,16 @@ def flag(
     below: float | None = None,
     text: Text = "any",
     moved: typing.Mapping[str, str] = types.MappingProxyType({}),
+    formerly: typing.Mapping[bool, str] = types.MappingProxyType({}),
 ) -> Any:
     """A dataclass field with the help text its command-line flag shows; without a default the flag is required.
 
     A number is in [low, high], greater than `above` and less than `below`; of a tuple, each of its elements. `moved`: a
-    choice of the past → where it is now.
+    choice of the past → where it is now. `formerly`: of a field that was true or false, as files of earlier versions have it,
+    the choices in their place.
     """
     bounds = {"low": low, "high": high, "above": above, "below": below}
-    metadata = {"help": help, "metavar": metavar, "text": text, "moved": moved, **bounds}
+    metadata = {"help": help, "metavar": metavar, "text": text, "moved": moved, "formerly": formerly, **bounds}
     return (
         dataclasses.field(metadata=metadata)
         if default is ...

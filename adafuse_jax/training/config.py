@@ -87,6 +87,7 @@ class TrainConfig:
         "what the backward pass computes again to save memory: nothing, all but the linears' products, also the "
         "feed-forward block, or the whole layer",
         "full",
+        formerly={True: "full", False: "none"},
     )
     seed: int = flag("seed of the adapters' initial values and of the data order", 0, low=0, high=MAX_SEED)
     checkpoint_every: int = flag("steps between checkpoints", 100, low=1, high=MAX_COUNT)

@@ -55,9 +55,12 @@ def test_its_run_is_resumed_to_the_same_end(written: Path, tmp_path: Path, monke
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
-def test_its_config_is_a_config_file(written: Path, monkeypatch: pytest.MonkeyPatch):
+def test_its_config_is_a_config_file(written: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.chdir(written)
     config = written / "adafuse" / "train_config.json"
     train.main(["--config", str(config), "--output", "again"])
     again = json.loads(Path("again/train_config.json").read_text())
-    assert again | {"output": "adafuse"} == json.loads(config.read_text())
+    before = json.loads(config.read_text())
+    assert before["remat"] is True
+    assert {name: again[name] for name in before} == before | {"output": "again", "remat": "full"}
+    assert "--remat true of an earlier version is full" in caplog.text
