@@ -94,11 +94,11 @@ def test_a_damaged_cache_is_built_anew(tmp_path, caplog, damage):
     caplog.clear()
     read(tmp_path, build)
     assert build.times == 2
-    assert len([message for message in caplog.messages if "damaged" in message]) == 1
+    assert len([message for message in caplog.messages if ": damaged (" in message]) == 1
     caplog.clear()
     read(tmp_path, build)
     assert build.times == 2
-    assert "damaged" not in caplog.text
+    assert ": damaged (" not in caplog.text
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
