@@ -73,7 +73,7 @@ class Trainer:
 
 
 def random_batches(job: dict[str, Any], vocab_size: int, device: str) -> list[Tensor]:
-    """Those of `benchmarks.training.rows`."""
+    """The batches of `benchmarks.training.rows`."""
     shape = (1, job["batch"], job["length"])
     draws = (np.random.default_rng(seed).integers(0, vocab_size, shape, dtype=np.int32)[0] for seed in range(4))
     return [torch.from_numpy(draw).long().to(device) for draw in draws]

@@ -62,7 +62,7 @@ def random_batch(vocab_size: int, batch: int, length: int, segments: int, seed: 
 
 
 def constant_rate_optimizer(rate: float = LEARNING_RATE) -> optax.GradientTransformation:
-    """That of the peers: AdamW of one learning rate on clipped gradients."""
+    """The optimiser of the peers: AdamW of one learning rate on clipped gradients."""
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
 
 

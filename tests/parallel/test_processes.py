@@ -115,7 +115,7 @@ def test_a_signal_to_one_stops_both(together: Path, run_folder: Path):  # noqa: 
 
 @pytest.mark.slow
 def test_the_end_of_one_ends_the_other(together: Path, run_folder: Path):  # noqa: F811
-    """That of the first one, which writes and coordinates; with one line. One process then resumes the run."""
+    """Death of the first one, which writes and coordinates, with one line. One process then resumes the run."""
     pair = Pair(run_folder, "killed")
     pair.wait_for_steps(12)
     begun = time.monotonic()
