@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from benchmarks.common.records import write_json
+from benchmarks.training import experts
 from benchmarks.training.__main__ import jobs_of, parse, rows_of
 from benchmarks.training.profile import kind_of
 from benchmarks.training.report import merge_parts
@@ -71,6 +72,7 @@ def test_rows_of_several_devices():
     """Fully sharded, two devices have the losses of one with the same batch."""
     program = """
 import json
+from benchmarks.training import experts
 from benchmarks.training.__main__ import rows_of_devices
 from benchmarks.training.rows import measure
 found = []
@@ -129,3 +131,20 @@ def test_bad_flags(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
         parse(["--out", "x", "--repeats", "0"])
     assert "must be at least 1" in capsys.readouterr().err
+
+
+def test_chosen_experts_only():
+    """Both forms of the experts' products, checked against each other before they are timed."""
+    row = experts.measure(experts.SHAPES["tiny"], (8, 4, 2), repeats=1)
+    assert row["dense_ms"] > 0
+    assert row["grouped_ms"] > 0
+    x, a, b, gates, chosen = experts.arguments_of(experts.SHAPES["tiny"], (8, 4, 2))
+    out = experts.grouped(x, a, b, gates, chosen)
+    for token in (0, 7, 47):
+        wanted = sum(
+            float(gates[token, j])
+            * np.asarray(b[e], np.float64)
+            @ (np.asarray(a[e], np.float64) @ np.asarray(x[token], np.float64))
+            for j, e in enumerate(chosen[token])
+        )
+        np.testing.assert_allclose(np.asarray(out[token], np.float64), wanted, rtol=0.05, atol=0.05)
