@@ -9,12 +9,14 @@ row_starts.int64    [n + 1]
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64
+from numpy.typing import DTypeLike
 
 from adafuse_jax.data.chat import Chunk, Encoded
 from adafuse_jax.data.packing import PackedRows, Plan
@@ -26,18 +28,27 @@ def write_examples(directory: Path, chunks: Iterable[Chunk]) -> Int64[np.ndarray
     lengths = [np.zeros(0, np.int64)]
     with (directory / "tokens.int32").open("wb") as tokens, (directory / "loss_mask.bool").open("wb") as masks:
         for chunk in chunks:
-            chunk.tokens.astype(np.int32, copy=False).tofile(tokens)
-            chunk.loss_mask.tofile(masks)
+            tokens.write(_bytes(chunk.tokens, np.int32))
+            masks.write(_bytes(chunk.loss_mask, np.bool_))
             lengths.append(chunk.lengths)
     found = np.concatenate(lengths)
-    np.concatenate([[0], np.cumsum(found)]).astype(np.int64).tofile(directory / "starts.int64")
+    starts = np.concatenate([[0], np.cumsum(found)])
+    for name, size in (("tokens.int32", 4), ("loss_mask.bool", 1)):
+        if (directory / name).stat().st_size != size * starts[-1]:
+            raise OSError(errno.EIO, f"{name} has other bytes than were written")
+    (directory / "starts.int64").write_bytes(_bytes(starts, np.int64))
     return found
 
 
 def write_plan(directory: Path, plan: Plan) -> None:
     """Add a plan to `write_examples`. Raises OSError."""
-    plan.members.astype(np.int32, copy=False).tofile(directory / "members.int32")
-    plan.row_starts.astype(np.int64, copy=False).tofile(directory / "row_starts.int64")
+    (directory / "members.int32").write_bytes(_bytes(plan.members, np.int32))
+    (directory / "row_starts.int64").write_bytes(_bytes(plan.row_starts, np.int64))
+
+
+def _bytes(array: np.ndarray, dtype: DTypeLike) -> memoryview:
+    """What a file gets. `ndarray.tofile` is not used: on a full disk it loses bytes without an error."""
+    return np.ascontiguousarray(array, dtype).data
 
 
 def read_examples(directory: Path) -> list[Encoded]:
