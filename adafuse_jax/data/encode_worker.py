@@ -21,7 +21,8 @@ def main() -> None:
     given, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing that a library prints gets among the answers
     tokenizer, max_length, date = pickle.load(given)
-    gc.disable()  # examples and rows have no cycles, which would be looked for among all tokens
+    gc.freeze()
+    gc.disable()  # cycles would be looked for among all tokens; there are some where an example is refused
     with template_date(date):
         while True:
             try:
@@ -36,6 +37,8 @@ def main() -> None:
                 answer = RuntimeError(traceback.format_exc())
             pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
             answers.flush()
+            del examples, answer
+            gc.collect()
 
 
 if __name__ == "__main__":

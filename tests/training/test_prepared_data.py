@@ -9,8 +9,10 @@ import logging
 import os
 import random
 import re
+import resource
 import shutil
 import tracemalloc
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -229,6 +231,18 @@ class TestSeveralProcesses:
         fitting, unfit = encode_all([examples[i] for i in range(80) if i not in (40, 60)], refusing, 128)
         assert (len(found), encoding.refused, encoding.counts["unfit"]) == (len(fitting), 2, unfit)
         assert "2 of 80 examples left out, which the chat template refuses; the first: row 40" in caplog.text
+
+    def test_forget_examples_that_were_refused(self, tokenizer):
+        """Chunks of 2 MB, of which nothing is left in memory."""
+        asked = Message("user", "x" * 250_000), Message("assistant", "a")
+        examples, sizes = [Chat(asked, tools='[{"name": "f"}]')] * 2, []
+        with encoders._Encoders(tokenizer, 128, datetime.now()) as processes:
+            processes._count = 1
+            for _ in range(12):
+                assert len(processes._submit(examples).result().refusals) == 2
+                pages = int(Path(f"/proc/{processes._processes[0].pid}/statm").read_text().split()[1])
+                sizes.append(pages * resource.getpagesize() / 1e6)
+        assert sizes[-1] < sizes[2] + 6, sizes
 
     @pytest.mark.slow
     def test_a_template_that_takes_too_long_ends_the_start(self, tmp_path, in_small_chunks):
