@@ -148,23 +148,25 @@ def _encode_texts(rendered: Sequence[Rendered], tokenizer: Any) -> Iterator[Enco
 
 def encode_chunk(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Chunk:
     """The rows of some examples, as `encode_all` has them."""
-    found = rows_of(examples, tokenizer)
-    encoded = _encode_texts([row for rows in found if not isinstance(rows, UserError) for row in rows], tokenizer)
     counts, refusals, fitting = Counter(examples=len(examples)), list[str](), list[Encoded]()
-    for example, rows in zip(examples, found, strict=True):
-        counts["chats"] += not isinstance(example, Text)
-        if isinstance(rows, UserError):
-            refusals.append(str(UserError(f"{example.where}: {rows}")) if example.where else str(rows))
-            continue
-        pieces = [next(encoded) for _ in rows]
-        if isinstance(example, Text):
-            pieces = list(_pieces(pieces[0], max_length))
-        own = [row for piece in pieces if (row := _truncate(piece, max_length)) is not None]
-        if len(rows) > 1:
-            counts.update(conversations=1, turns=len(rows))
-        counts["unfit"] += not own
-        counts["full"] += sum(len(row.tokens) == max_length for row in own)
-        fitting += own
+    for group in _groups(examples, rows_of(examples, tokenizer)):
+        encoded = _encode_texts(
+            [row for _, rows in group if not isinstance(rows, UserError) for row in rows], tokenizer
+        )
+        for example, rows in group:
+            counts["chats"] += not isinstance(example, Text)
+            if isinstance(rows, UserError):
+                refusals.append(str(UserError(f"{example.where}: {rows}")) if example.where else str(rows))
+                continue
+            pieces = [next(encoded) for _ in rows]
+            if isinstance(example, Text):
+                pieces = list(_pieces(pieces[0], max_length))
+            own = [row for piece in pieces if (row := _truncate(piece, max_length)) is not None]
+            if len(rows) > 1:
+                counts.update(conversations=1, turns=len(rows))
+            counts["unfit"] += not own
+            counts["full"] += sum(len(row.tokens) == max_length for row in own)
+            fitting += own
     empty = [np.zeros(0, np.int32)], [np.zeros(0, bool)]
     return Chunk(
         tokens=np.concatenate([row.tokens for row in fitting] or empty[0]),
@@ -173,6 +175,22 @@ def encode_chunk(examples: Sequence[Example], tokenizer: Any, max_length: int) -
         counts=counts,
         refusals=refusals,
     )
+
+
+def _groups(
+    examples: Sequence[Example], found: Iterable[list[Rendered] | UserError]
+) -> Iterator[list[tuple[Example, list[Rendered] | UserError]]]:
+    """Examples and their rows, `CHUNK_CHARACTERS` at a time: a conversation of many rows has many times its own text."""
+    group: list[tuple[Example, list[Rendered] | UserError]] = []
+    characters = 0
+    for example, rows in zip(examples, found, strict=True):
+        group.append((example, rows))
+        characters += 0 if isinstance(rows, UserError) else sum(len(row.text) for row in rows)
+        if characters > CHUNK_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
 
 
 def _truncate(encoded: Encoded, max_length: int) -> Encoded | None:

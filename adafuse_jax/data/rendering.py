@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from adafuse_jax.core.errors import UserError
@@ -38,22 +38,24 @@ def render_all(parts: Sequence[Part], tokenizer: Any, tools: str = "") -> list[s
 
 def render_conversations(
     conversations: Sequence[tuple[Sequence[Part], str]], tokenizer: Any
-) -> list[list[str] | UserError]:
-    """`render` of the parts of each conversation, with its tools; or the error of the conversation, not raised.
+) -> Iterator[list[str] | UserError]:
+    """`render` of the parts of each conversation, with its tools, some at a time; or the error of the conversation, not
+    raised.
 
     Raises `TemplateLimit`, which is of the template."""
-    by_template = [template_of(tokenizer, tools) is not None for _, tools in conversations]
-    given = [
+
+    def has_template(tools: str) -> bool:
+        return template_of(tokenizer, tools) is not None
+
+    given = (
         ([([message.turn() for message in messages], add) for messages, add in parts], json.loads(tools or "null"))
-        for (parts, tools), has_template in zip(conversations, by_template, strict=True)
-        if has_template
-    ]
-    rendered = iter(templates.render_conversations(tokenizer, given))
-    found: list[list[str] | UserError] = []
-    for (parts, tools), has_template in zip(conversations, by_template, strict=True):
-        texts = next(rendered) if has_template else _alpaca_texts(parts, tokenizer, tools)
-        found.append(_refused(parts, texts) if isinstance(texts, TemplateRefusal) else texts)
-    return found
+        for parts, tools in conversations
+        if has_template(tools)
+    )
+    rendered = templates.render_conversations(tokenizer, given)
+    for parts, tools in conversations:
+        texts = next(rendered) if has_template(tools) else _alpaca_texts(parts, tokenizer, tools)
+        yield _refused(parts, texts) if isinstance(texts, TemplateRefusal) else texts
 
 
 def _refused(parts: Sequence[Part], error: TemplateRefusal) -> UserError:

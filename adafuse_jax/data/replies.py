@@ -14,7 +14,7 @@ before a reply is always what decoding is given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -137,24 +137,26 @@ def _common(one: str, other: str) -> int:
     return low
 
 
-def rows_of(examples: Sequence[Example], tokenizer: Any) -> list[list[Rendered] | UserError]:
+def rows_of(examples: Sequence[Example], tokenizer: Any) -> Iterator[list[Rendered] | UserError]:
     """The rows of each example, or why the chat template refuses it. Raises `TemplateLimit`."""
     chats = [_chat(example) for example in examples]
-    texts = iter(render_conversations([(reply_parts(chat), chat.tools) for chat in chats if chat], tokenizer))
-    found: list[list[Rendered] | UserError] = []
+    texts = render_conversations([(reply_parts(chat), chat.tools) for chat in chats if chat], tokenizer)
     for example, chat in zip(examples, chats, strict=True):
         if chat is None:
             assert isinstance(example, Text)
-            found.append([Rendered(example.text, ((0, len(example.text)),), append_eos=True)])
+            yield [Rendered(example.text, ((0, len(example.text)),), append_eos=True)]
             continue
         rendered = next(texts)
-        try:
-            found.append(rendered if isinstance(rendered, UserError) else _rows(*replies(chat, rendered, tokenizer)))
-        except TemplateLimit:
-            raise
-        except UserError as error:
-            found.append(error)
-    return found
+        yield rendered if isinstance(rendered, UserError) else _rows_or_error(chat, rendered, tokenizer)
+
+
+def _rows_or_error(chat: Chat, texts: Sequence[str], tokenizer: Any) -> list[Rendered] | UserError:
+    try:
+        return _rows(*replies(chat, texts, tokenizer))
+    except TemplateLimit:
+        raise
+    except UserError as error:
+        return error
 
 
 def _chat(example: Example) -> Chat | None:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
@@ -26,7 +26,7 @@ MAX_MEMORY = 2**29
 MAX_CHARACTERS = 2**20
 """Characters that a rendered conversation may have beyond 16 times those of the conversation itself."""
 BATCH_CHARACTERS = 2**20
-"""Characters of conversations in one request, at most, unless one is longer."""
+"""Characters of all parts of conversations in one request, at most, unless those of one are more."""
 Conversation = tuple[Sequence[tuple[Sequence[dict[str, Any]], bool]], Any]
 """Parts of a conversation, (turns, add_generation_prompt), and its tools."""
 _date: ContextVar[datetime | None] = ContextVar("template_date", default=None)
@@ -162,34 +162,33 @@ def dates_written(tokenizer: Any) -> list[str]:
     return [date.strftime(one or other) for one, other in formats]
 
 
-def render_conversations(tokenizer: Any, conversations: Sequence[Conversation]) -> list[list[str] | TemplateRefusal]:
-    """The texts of each conversation's parts by the tokenizer's chat template, in one request of the process for a mebibyte
-    of text; or why the template refuses it: a `TemplateRefusal`, also for an error in the template.
+def render_conversations(
+    tokenizer: Any, conversations: Iterable[Conversation]
+) -> Iterator[list[str] | TemplateRefusal]:
+    """The texts of each conversation's parts by the tokenizer's chat template, or why the template refuses it: a
+    `TemplateRefusal`, also for an error in the template. The process is asked for a mebibyte of text at a time, when the
+    first of it is wanted.
 
     Raises:
       TemplateLimit: more than `MAX_SECONDS` of processor time, `MAX_MEMORY` or `MAX_CHARACTERS`.
     """
-    found: list[list[str] | TemplateRefusal] = []
     for template, batch in _batches(tokenizer, conversations):
         request = {
             "variables": {**tokenizer.special_tokens_map, "documents": None},
             "date": (_date.get() or _now()).isoformat(),
             "conversations": batch,
         }
-        found += map(_texts, _worker.ask(template, request, tokenizer.name_or_path))
-    return found
+        yield from map(_texts, _worker.ask(template, request, tokenizer.name_or_path))
 
 
-def _batches(tokenizer: Any, conversations: Sequence[Conversation]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _batches(tokenizer: Any, conversations: Iterable[Conversation]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Requests: conversations of one template, and at most `BATCH_CHARACTERS` of them or one."""
     batch: list[dict[str, Any]] = []
     template, characters = None, 0
     for parts, tools in conversations:
-        own, size = (
-            template_of(tokenizer, tools),
-            max((sum(len(str(t)) for t in turns) for turns, _ in parts), default=0),
-        )
-        size += len(str(tools))
+        own = template_of(tokenizer, tools)
+        sizes = [sum(len(str(turn)) for turn in turns) + len(str(tools)) for turns, _ in parts]
+        size = sum(sizes)
         if batch and (own != template or characters + size > BATCH_CHARACTERS):
             assert template is not None
             yield template, batch
@@ -198,7 +197,7 @@ def _batches(tokenizer: Any, conversations: Sequence[Conversation]) -> Iterator[
         batch.append(
             {
                 "tools": tools,
-                "characters": MAX_CHARACTERS + 16 * size,
+                "characters": MAX_CHARACTERS + 16 * max(sizes, default=0),
                 "parts": [
                     {"messages": [_aliased(turn) for turn in turns], "add_generation_prompt": add}
                     for turns, add in parts
