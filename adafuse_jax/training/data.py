@@ -57,12 +57,24 @@ def prepare_data(config: TrainConfig, tokenizer: Any) -> Data:
     directory = Path(config.data_cache).expanduser() if config.data_cache else default_directory()
     with template_date():
         key = _key(config, sources, tokenizer)
-        with prepared(directory, key, partial(building.build, config, sources, tokenizer)) as (files, facts):
+        with prepared(directory, key, partial(_build, config, sources, tokenizer, key)) as (files, facts):
             batches = building.batches(config, sources, files, facts)
             held_out = building.read_held_out(files, facts)
     return Data(
         batches=batches, held_out=held_out, fingerprint=facts["fingerprint"], largest_token=facts["largest_token"]
     )
+
+
+def _build(
+    config: TrainConfig, sources: Sources, tokenizer: Any, key: dict[str, Any], directory: Path
+) -> dict[str, Any]:
+    """`building.build`. Raises UserError for a source that is another one at its end than when its key was made."""
+    facts = building.build(config, sources, tokenizer, directory)
+    for opened, listed in ((sources.training, key["training"]), (sources.evaluation, key["evaluation"])):
+        for data, (_, digest) in zip(opened, listed, strict=True):
+            if data.digest() != digest:
+                raise UserError(f"{data.spec.source}: changed while it was read; start again when it is written")
+    return facts
 
 
 def _open(config: TrainConfig) -> Sources:
