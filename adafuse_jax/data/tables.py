@@ -64,17 +64,16 @@ def _sha256(path: Path) -> str:
 
 
 class SavedTable:
-    """A `datasets.Dataset` in files of `save_to_disk`, called `where` in messages."""
+    """A `datasets.Dataset` in the files that `save_to_disk` wrote into `directory`, called `where` in messages."""
 
-    def __init__(self, data: Any, where: str):
-        self._data, self._where = data, where
+    def __init__(self, data: Any, directory: Path, where: str):
+        self._data, self._directory, self._where = data, directory, where
 
     def rows(self) -> list[FileRows]:
         return [dataset_file_rows(self._data, self._where)]
 
     def digest(self) -> list[list[str]]:
-        paths = [Path(file["filename"]) for file in self._data.cache_files]
-        return [[path.name, _sha256(path)] for path in paths]
+        return [[path.name, _sha256(path)] for path in sorted(self._directory.iterdir()) if path.is_file()]
 
 
 class HubTable:
@@ -101,10 +100,10 @@ def open_saved(path: Path) -> tuple[dict[str, SavedTable], bool]:
 
     try:
         with quiet():
-            data = datasets.load_from_disk(str(path))
+            data = datasets.load_from_disk(str(path), keep_in_memory=False)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         reason = shortened(str(error), 120)
         raise UserError(f"cannot read: {path}: {reason}: save it again with save_to_disk") from None
     if isinstance(data, datasets.DatasetDict):
-        return {str(name): SavedTable(part, f"{path}#{name}") for name, part in data.items()}, False
-    return {"train": SavedTable(data, str(path))}, True
+        return {str(name): SavedTable(part, path / name, f"{path}#{name}") for name, part in data.items()}, False
+    return {"train": SavedTable(data, path, str(path))}, True
