@@ -35,8 +35,8 @@ from adafuse_jax.training.config import TrainConfig
 log = logging.getLogger(__name__)
 
 HELD_OUT_SPLITS = ("validation", "test")
-FINGERPRINT_ROWS = 1024
-"""Rows that are laid out at a time."""
+FINGERPRINT_TOKENS = 2**20
+"""Rows that are laid out at a time: so many tokens, or one row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,12 +227,13 @@ def read_held_out(directory: Path, facts: dict[str, Any]) -> HeldOut:
 def _fingerprint(batches: Batches) -> str:
     """SHA-256 of the rows [n, T] of each pool, laid out one array behind the other."""
     length = batches.length
+    count = max(1, FINGERPRINT_TOKENS // length)
     shapes = [(sum(map(len, pool)), length) for pool in batches.pools]
     digest = hashlib.sha256(repr((batches.weights, shapes)).encode())
     for pool in batches.pools:
         for name in ("tokens", "loss_mask", "segment_ids"):
             for rows in pool:
-                for at in range(0, len(rows), FINGERPRINT_ROWS):
-                    block = np.arange(at, min(at + FINGERPRINT_ROWS, len(rows)))
+                for at in range(0, len(rows), count):
+                    block = np.arange(at, min(at + count, len(rows)))
                     digest.update(rows.arrays(block, length, (name,))[name])
     return digest.hexdigest()

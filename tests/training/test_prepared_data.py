@@ -25,9 +25,11 @@ from data_fixtures import CHATML, write_tokenizer
 
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data import chat, encoders
+from adafuse_jax.data.batches import Batches
 from adafuse_jax.data.chat import Encoding, encode_all, load_tokenizer
 from adafuse_jax.data.encoders import encode_stream
 from adafuse_jax.data.examples import Chat, Message, Text
+from adafuse_jax.data.packing import PackedRows
 from adafuse_jax.data.sources import Dataset, DatasetSpec, held_out_indices
 from adafuse_jax.training import building
 from adafuse_jax.training.config import TrainConfig
@@ -64,7 +66,7 @@ def in_small_chunks(monkeypatch):
     for module, name, value in ((chat, "CHUNK_EXAMPLES", 7), (encoders, "OWN_CHUNKS", 2)):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(encoders, "_processors", lambda: 2)
-    monkeypatch.setattr(building, "FINGERPRINT_ROWS", 3)
+    monkeypatch.setattr(building, "FINGERPRINT_TOKENS", 3 * 128)
 
 
 @pytest.mark.parametrize(("packing", "weights"), [(True, None), (False, (3.0, 1.0))])
@@ -144,6 +146,40 @@ def test_everything_that_changes_the_data_changes_its_key(tokenizer, tmp_path, m
     assert is_new()
 
 
+@pytest.mark.parametrize("changed", ["dataset", "eval_dataset"])
+def test_a_file_that_changes_before_it_is_read_is_not_stored(tokenizer, tmp_path, monkeypatch, changed):
+    """Under the key of what it was; with as many rows as before."""
+    paths = {name: tmp_path / f"{name}.jsonl" for name in ("dataset", "eval_dataset")}
+    given = [write(path, pairs(30)) for path in paths.values()]
+    build = building.build
+
+    def later(*arguments: Any) -> dict[str, Any]:
+        write(paths[changed], pairs(30, seed=1))
+        return build(*arguments)
+
+    monkeypatch.setattr(building, "build", later)
+    with pytest.raises(UserError, match=rf"{changed}\.jsonl: changed while it was read"):
+        prepared(tokenizer, tmp_path / "cache", given[0], eval_dataset=(given[1],))
+    assert not list((tmp_path / "cache").glob("*/prepared"))
+
+
+def test_memory_of_the_fingerprint_does_not_grow_with_the_length_of_rows():
+    """Of 64 rows of 65,536 tokens each, 16 MB an array, few at a time."""
+    tokens = np.arange(64 * 2**16, dtype=np.int32)
+    ends = np.arange(65, dtype=np.int64)
+    rows = PackedRows(
+        tokens=tokens, loss_mask=tokens % 2 == 1, starts=ends * 2**16, members=np.arange(64, dtype=np.int32),
+        row_starts=ends, length=2**16,
+    )  # fmt: skip
+    batches = Batches(rows=(rows,), seed=0, batch_size=1)
+    tracemalloc.start()
+    try:
+        building._fingerprint(batches)
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
+
+
 def test_pipes_of_the_same_content_are_read_from_the_cache(tokenizer, tmp_path):
     content, fingerprints = gzip.compress(Path(write(tmp_path / "a.jsonl", pairs(30))).read_bytes()), set()
     for _ in range(2):
@@ -178,6 +214,19 @@ def test_saved_data_sets_and_those_of_the_hub_are_read_from_the_cache(tokenizer,
         found.append(prepared(tokenizer, cache, "org/name").fingerprint)
     assert found[3:] == found[:3]
     assert entries(cache) == 4
+
+
+def test_a_saved_data_set_that_is_loaded_into_memory_is_known_by_its_content(tokenizer, tmp_path, monkeypatch):
+    """As it is with HF_DATASETS_IN_MEMORY_MAX_SIZE; also one of several splits."""
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 2**30)
+    for kind in (lambda data: data, lambda data: datasets.DatasetDict({"train": data, "test": data})):
+        found = []
+        for seed in (0, 1):
+            columns = [{"instruction": p, "output": r} for p, r in pairs(30, seed)]
+            kind(datasets.Dataset.from_list(columns)).save_to_disk(str(tmp_path / "saved"))
+            found.append(prepared(tokenizer, tmp_path / "cache", str(tmp_path / "saved")).fingerprint)
+            shutil.rmtree(tmp_path / "saved")
+        assert found[0] != found[1]
 
 
 def test_log_lines_of_a_start_that_reads(tokenizer, tmp_path, caplog):
