@@ -225,8 +225,8 @@ def _characters(example: Example) -> int:
     if isinstance(example, Text):
         return len(example.text)
     if isinstance(example, MultipleChoice):
-        return len(example.question)
-    return sum([len(message.content) for message in example.messages])
+        return len(example.question) + sum(map(len, example.choices))
+    return len(example.tools) + sum([len(message.content) + len(message.extra) for message in example.messages])
 
 
 def log_left_out(left_out: LeftOut, examples: Sequence[Example], encoding: Encoding) -> None:

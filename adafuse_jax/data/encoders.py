@@ -11,18 +11,21 @@ import json
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
-from adafuse_jax.core.errors import UserError
+from adafuse_jax.core.errors import UserError, shortened
 from adafuse_jax.data.chat import Chunk, Encoding, chunks, encode_chunk, log_left_out
 from adafuse_jax.data.examples import Example
 from adafuse_jax.data.left_out import LeftOut
@@ -32,8 +35,12 @@ OWN_CHUNKS = 8
 """Chunks that this process encodes before it starts others."""
 MAX_PROCESSES = 16
 """More would wait for this process, which reads the rows."""
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of processor time in a period, or "max", and the period."""
 BAR_DELAY = 3
 """Seconds until a progress bar is shown."""
+LAST_LINE_BYTES = 4096
+"""Bytes at the end of a process's stderr in which its last line is looked for."""
 START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from adafuse_jax.data.encode_worker import main; main()"
 )
@@ -62,7 +69,12 @@ def encode_stream(
 
 
 def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processors that this process may use: by its affinity, and by the quota of its container."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no control groups of version 2; "max"
+        quota, period = map(int, CPU_QUOTA.read_text().split())
+        return max(1, min(count, quota // period))
+    return count
 
 
 class _Encoders:
@@ -73,6 +85,7 @@ class _Encoders:
         self._count = min(MAX_PROCESSES, _processors())
         self._threads: ThreadPoolExecutor | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._errors: dict[int, IO[bytes]] = {}
         self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
 
     def __enter__(self) -> _Encoders:
@@ -89,6 +102,7 @@ class _Encoders:
                 with contextlib.suppress(OSError):
                     pipe.close()  # type: ignore[union-attr]
             process.wait()
+            self._errors[process.pid].close()
 
     def encoded(self, given: Iterable[Sequence[Example]]) -> Iterator[Chunk]:
         waiting: deque[Future[Chunk]] = deque()
@@ -107,18 +121,27 @@ class _Encoders:
         if self._threads is None:
             setting = pickle.dumps(self._setting, pickle.HIGHEST_PROTOCOL)
             self._threads = ThreadPoolExecutor(self._count)
-            self._processes = [self._start() for _ in range(self._count)]
-            for process in self._processes:
-                self._threads.submit(self._set_up, process, setting)
+            for _ in range(self._count):
+                self._threads.submit(self._set_up, self._start(), setting)
         return self._threads.submit(self._ask, examples)
 
     def _start(self) -> subprocess.Popen[bytes]:
         silent = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        return subprocess.Popen(
-            [sys.executable, "-P", "-c", START, json.dumps(sys.path)], env=os.environ | silent,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for this process
-        )  # fmt: skip
+        try:
+            errors = tempfile.TemporaryFile(prefix="adafuse-data-")  # noqa: SIM115  closed by __exit__
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", START, json.dumps(sys.path)], env=os.environ | silent,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                start_new_session=True,  # Ctrl-C is for this process
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(
+                f"a process that tokenises the data cannot be started: {error.strerror or error}: free what is short, or "
+                "limit the processors of this one, as by taskset -c 0"
+            ) from error
+        self._processes.append(process)
+        self._errors[process.pid] = errors
+        return process
 
     def _set_up(self, process: subprocess.Popen[bytes], setting: bytes) -> None:
         assert process.stdin is not None
@@ -135,12 +158,21 @@ class _Encoders:
             process.stdin.flush()
             answer = pickle.load(process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):  # it has ended, perhaps amid its answer
-            raise UserError(
-                f"a process that tokenises the data ended (exit code {process.wait()}): is there enough memory for "
-                f"{self._count} of them? Limit the processors of this one, as by taskset"
-            ) from None
+            raise self._ended(process.wait(), self._errors[process.pid]) from None
         finally:
             self._idle.put(process)
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    def _ended(self, code: int, errors: IO[bytes]) -> UserError:
+        """What ended a process: the last line that it wrote, or a kill, as where memory is short."""
+        reason = f"is there enough memory for {self._count} of them?"
+        if code != -signal.SIGKILL:
+            start = max(0, os.fstat(errors.fileno()).st_size - LAST_LINE_BYTES)
+            lines = os.pread(errors.fileno(), LAST_LINE_BYTES, start).decode(errors="replace").split("\n")
+            reason = shortened(next(filter(str.strip, reversed(lines)), "it wrote no error"), 160)
+        return UserError(
+            f"a process that tokenises the data ended (exit code {code}): {reason}: limit the processors of this one, as "
+            "by taskset -c 0"
+        )

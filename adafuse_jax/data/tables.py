@@ -73,7 +73,9 @@ class SavedTable:
         return [dataset_file_rows(self._data, self._where)]
 
     def digest(self) -> list[list[str]]:
-        return [[path.name, _sha256(path)] for path in sorted(self._directory.iterdir()) if path.is_file()]
+        with read_errors(self._directory):
+            paths = sorted(path for path in self._directory.iterdir() if path.is_file())
+        return [[path.name, _sha256(path)] for path in paths]
 
 
 class HubTable:

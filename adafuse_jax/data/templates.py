@@ -41,7 +41,7 @@ class TemplateRefusal(Exception):
 
 
 class TemplateLimit(UserError):
-    """A template that takes too long or needs too much memory, whatever the conversation."""
+    """A template that takes too long, needs too much memory or has no process to render it, whatever the conversation."""
 
 
 @contextmanager
@@ -109,12 +109,18 @@ class _Worker:
         )
 
     def _start(self) -> None:
-        self._process = subprocess.Popen(
-            # -P: the folder of the file, whose modules have names like `files`, is no place to import from
-            [sys.executable, "-P", "-u", str(Path(__file__).with_name("template_worker.py"))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            encoding="utf-8", start_new_session=True,  # Ctrl-C is for the parent
-        )  # fmt: skip
+        try:
+            self._process = subprocess.Popen(
+                # -P: the folder of the file, whose modules have names like `files`, is no place to import from
+                [sys.executable, "-P", "-u", str(Path(__file__).with_name("template_worker.py"))],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                encoding="utf-8", start_new_session=True,  # Ctrl-C is for the parent
+            )  # fmt: skip
+        except OSError as error:
+            reason = error.strerror or error
+            raise TemplateLimit(
+                f"chat template: a process to render it cannot be started: {reason}: end other programs"
+            ) from error
         self._owner, self._template = os.getpid(), None
 
     def stop(self) -> int | None:
