@@ -159,7 +159,8 @@ class _Recorder(logging.Handler):
     def __init__(self, logger: logging.Logger):
         super().__init__()
         self.lines: list[list[Any]] = []
-        self._parent, self._level = logger.parent, logger.getEffectiveLevel()
+        self._parent = logger.parent if logger.propagate else None
+        self._level = logger.getEffectiveLevel()
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append([record.name, record.levelno, record.getMessage()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import logging.handlers
 import os
 import signal
 import subprocess
@@ -74,6 +75,17 @@ def test_a_start_that_reads_logs_the_lines_of_the_build(tmp_path, caplog):
     assert "is read" in caplog.messages[2]
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "INFO"]
     assert caplog.records[0].name == "adafuse_jax.data.chat"
+
+
+@pytest.mark.parametrize("propagate", [True, False])
+def test_lines_of_the_build_are_shown_where_others_are(tmp_path, caplog, monkeypatch, propagate):
+    """Once, and not by the handlers of the root where the program's logger has its own alone."""
+    logger, own = logging.getLogger("adafuse_jax"), logging.handlers.BufferingHandler(100)
+    monkeypatch.setattr(logger, "propagate", propagate)
+    monkeypatch.setattr(logger, "handlers", [own])
+    read(tmp_path, Builder())
+    assert [record.getMessage() for record in own.buffer].count(LINE) == 1
+    assert caplog.messages.count(LINE) == propagate
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
