@@ -54,7 +54,7 @@ def prepare_data(config: TrainConfig, tokenizer: Any) -> Data:
     Raises `UserError` for whatever is wrong with the data.
     """
     sources = _open(config)
-    directory = Path(config.data_cache).expanduser() if config.data_cache else default_directory()
+    directory = _directory(config.data_cache) if config.data_cache else default_directory()
     with template_date():
         key = _key(config, sources, tokenizer)
         with prepared(directory, key, partial(_build, config, sources, tokenizer, key)) as (files, facts):
@@ -75,6 +75,13 @@ def _build(
             if data.digest() != digest:
                 raise UserError(f"{data.spec.source}: changed while it was read; start again when it is written")
     return facts
+
+
+def _directory(data_cache: str) -> Path:
+    try:
+        return Path(data_cache).expanduser()
+    except RuntimeError:
+        raise UserError(f"--data-cache {data_cache}: there is no user with such a home; give another one") from None
 
 
 def _open(config: TrainConfig) -> Sources:

@@ -55,7 +55,7 @@ def write(path: Path, rows: list[tuple[str, str]]) -> str:
     return str(path)
 
 
-def prepared(tokenizer, cache: Path, *dataset: str, **changes: Any) -> Data:
+def prepared(tokenizer, cache: Path | str, *dataset: str, **changes: Any) -> Data:
     settings: dict[str, Any] = {"max_length": 128, "eval_fraction": 0.1, "eval_examples": 7, "data_cache": str(cache)}
     return prepare_data(TrainConfig(model="m", dataset=dataset, output="o", **settings | changes), tokenizer)
 
@@ -301,10 +301,11 @@ class TestSeveralProcesses:
         with pytest.raises(UserError, match="takes more than 3 seconds"):
             stream([exchange(p, "a") for p in texts], slow, skip_bad_rows=True)
 
-    def test_one_that_dies_is_a_line(self, tokenizer, in_small_chunks, monkeypatch):
-        monkeypatch.setattr(encoders, "START", "import os; os._exit(7)")
-        with pytest.raises(UserError, match=r"a process that tokenises the data ended.*exit code 7"):
-            stream([Text(p) for p, _ in pairs(80)], tokenizer)
+
+@pytest.mark.parametrize("value", ["~nobody-of-this-name/x", "~nobody-of-this-name"])
+def test_a_cache_in_the_home_of_nobody_is_refused(tokenizer, tmp_path, value):
+    with pytest.raises(UserError, match=rf"--data-cache {value}: there is no user"):
+        prepared(tokenizer, value, write(tmp_path / "a.jsonl", pairs(30)))
 
 
 def test_rows_are_read_in_a_stream(tmp_path):
