@@ -84,7 +84,6 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
             "after": after["resident"],
             "beyond": after["peak"] - before["peak"],
         },
-        "children_peak_mb": cpu[1].ru_maxrss * 1024 / 1e6,
         "batch_ms": 1e3 * watch.seconds / NUM_BATCHES,
         "rows": data.batches.rows_per_epoch,
         "fingerprint": data.fingerprint,
