@@ -1,7 +1,7 @@
 """Local data: which files and splits a path holds, and the rows of a file.
 
 Splits have the names that `datasets` gives them: `train_sft-00000-of-00002.parquet` is of train_sft, `my_dev.jsonl` of
-validation. A pipe is read once, its format taken from its first bytes.
+validation. A pipe is copied to a file, its format taken from its first bytes.
 """
 
 from __future__ import annotations
