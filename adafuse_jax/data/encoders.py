@@ -166,7 +166,7 @@ class _Encoders:
         return answer
 
     def _ended(self, code: int, errors: IO[bytes]) -> UserError:
-        """What ended a process: the last line that it wrote, or a kill, as where memory is short."""
+        """The end of a process, by the last line that it wrote, or by a kill, as where memory is short."""
         reason = f"is there enough memory for {self._count} of them?"
         if code != -signal.SIGKILL:
             start = max(0, os.fstat(errors.fileno()).st_size - LAST_LINE_BYTES)

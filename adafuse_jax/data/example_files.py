@@ -47,7 +47,7 @@ def write_plan(directory: Path, plan: Plan) -> None:
 
 
 def _bytes(array: np.ndarray, dtype: DTypeLike) -> memoryview:
-    """What a file gets. `ndarray.tofile` is not used: on a full disk it loses bytes without an error."""
+    """The bytes that a file gets. `ndarray.tofile` is not used: on a full disk it loses bytes without an error."""
     return np.ascontiguousarray(array, dtype).data
 
 
