@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,8 +12,6 @@ from typing import Any, NoReturn
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.fields import Kind, checked_path, flag_name, kinds
 from adafuse_jax.core.tables import parse_table, read_text
-
-log = logging.getLogger(__name__)
 
 CONFIG_SUFFIXES = (".json", ".toml", ".yaml", ".yml")
 MAX_CONFIG_BYTES = 2**20
@@ -117,15 +114,10 @@ def _read_config_file(given: str, fields: dict[str, Kind]) -> dict[str, Any]:
 
 
 def _as_declared(value: Any, kind: Kind) -> Any:
-    """One value for a flag that takes several is a list of it. Numbers may be text: YAML reads 1e-4 as text. What was true
-    or false in earlier versions is a choice now."""
+    """One value for a flag that takes several is a list of it. Numbers may be text: YAML reads 1e-4 as text."""
     if kind.is_tuple:
         elements = value if isinstance(value, list) else [value]
         return [_as_number(element, kind) for element in elements]
-    if isinstance(value, bool) and value in kind.metadata["formerly"]:
-        choice = kind.metadata["formerly"][value]
-        log.info("%s %s of an earlier version is %s", flag_name(kind.name), str(value).lower(), choice)
-        return choice
     return _as_number(value, kind)
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import tiny
 
+from adafuse_jax.training.utilisation import linear_parameters
 from benchmarks.common.records import write_json
 from benchmarks.training import experts
 from benchmarks.training.__main__ import jobs_of, parse, rows_of
 from benchmarks.training.profile import kind_of
 from benchmarks.training.report import merge_parts
-from benchmarks.training.rows import linear_parameters, measure, model_config, random_batch
+from benchmarks.training.rows import measure, model_config, random_batch
 from benchmarks.training.shapes import SHAPES
 
 
@@ -72,7 +73,6 @@ def test_rows_of_several_devices():
     """Fully sharded, two devices have the losses of one with the same batch."""
     program = """
 import json
-from benchmarks.training import experts
 from benchmarks.training.__main__ import rows_of_devices
 from benchmarks.training.rows import measure
 found = []
