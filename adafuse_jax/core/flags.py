@@ -24,6 +24,13 @@ class _OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+class _Former(argparse.Action):
+    """A flag of earlier versions; `const` is what to give now."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        raise UserError(f"{self.option_strings[0]}: give {self.const} instead; see --help")
+
+
 def parse_flags(
     description: str | None, config_types: Sequence[type], argv: Sequence[str], program: str | None = None
 ) -> list[Any]:
@@ -69,6 +76,12 @@ def _add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field, kind: Kind)
             raise argparse.ArgumentTypeError(f"{quoted(text)}: {f.metadata['moved'][text]}")
         return _parser_of(kind.type)(text)
 
+    if False in f.metadata["formerly"]:
+        negation = flag_name(f"no_{f.name}")
+        now = f"{flag_name(f.name)} {f.metadata['formerly'][False]}"
+        parser.add_argument(
+            negation, action=_Former, nargs=0, const=now, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     parser.add_argument(flag_name(f.name), type=parse, choices=kind.choices, metavar=metavar, help=text, **extra)
 
 
