@@ -58,7 +58,7 @@ def test_renderings_are_not_kept(load, monkeypatch):
 
 
 def test_rows_are_tokenised_some_at_a_time(load, monkeypatch):
-    """Those of ten conversations, each a row an assistant turn, are 1.6 million characters."""
+    """Ten conversations, each a row an assistant turn, have 1.6 million characters in them."""
     sizes, encode = [], chat._encode_texts
 
     def counted(rendered: Sequence[Rendered], tokenizer: Any) -> Iterator[Encoded]:
