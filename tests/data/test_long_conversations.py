@@ -58,7 +58,7 @@ def test_renderings_are_not_kept(load, monkeypatch):
 
 
 def test_rows_are_tokenised_some_at_a_time(load, monkeypatch):
-    """Ten conversations, each a row an assistant turn, have 1.6 million characters in them."""
+    """Rows of ten conversations, one an assistant turn: 1.6 million characters."""
     sizes, encode = [], chat._encode_texts
 
     def counted(rendered: Sequence[Rendered], tokenizer: Any) -> Iterator[Encoded]:

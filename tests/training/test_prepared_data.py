@@ -217,7 +217,7 @@ def test_saved_data_sets_and_those_of_the_hub_are_read_from_the_cache(tokenizer,
 
 
 def test_a_saved_data_set_that_is_loaded_into_memory_is_known_by_its_content(tokenizer, tmp_path, monkeypatch):
-    """HF_DATASETS_IN_MEMORY_MAX_SIZE loads it; also one of several splits."""
+    """Loading by HF_DATASETS_IN_MEMORY_MAX_SIZE; also one of several splits."""
     monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 2**30)
     for kind in (lambda data: data, lambda data: datasets.DatasetDict({"train": data, "test": data})):
         found = []
