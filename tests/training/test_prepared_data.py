@@ -164,7 +164,7 @@ def test_a_file_that_changes_before_it_is_read_is_not_stored(tokenizer, tmp_path
 
 
 def test_memory_of_the_fingerprint_does_not_grow_with_the_length_of_rows():
-    """Of 64 rows of 65,536 tokens each, 16 MB an array, few at a time."""
+    """Rows of 65,536 tokens: 64 of them, 16 MB an array."""
     tokens = np.arange(64 * 2**16, dtype=np.int32)
     ends = np.arange(65, dtype=np.int64)
     rows = PackedRows(
