@@ -5,18 +5,24 @@ Names are those of metrics.jsonl; of `load`, a number an expert, `load/0`, `load
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from adafuse_jax.core.errors import UserError, shortened
 
+log = logging.getLogger(__name__)
+
 TrackerName = Literal["none", "tensorboard", "wandb"]
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 PROJECT = "adafuse-jax"
 WANDB_ID_FILE = "run-id.txt"
+FLUSH_SECONDS = 10
 
 
 class Tracker(Protocol):
@@ -44,11 +50,43 @@ def require_tracker(name: TrackerName) -> None:
 
 
 def open_tracker(name: TrackerName, output: Path, *, start: int, settings: Mapping[str, Any]) -> Tracker | None:
-    """The tracker of the run in `output`, which goes on with its record behind step `start`; None for "none". Raises
-    UserError if the service refuses."""
+    """The tracker of the run in `output`, which goes on with its record behind step `start`; None for "none"."""
     if name == "none":
         return None
-    return TensorBoard(output, start) if name == "tensorboard" else WeightsAndBiases(output, settings)
+    return Tolerated(
+        name, lambda: TensorBoard(output, start) if name == "tensorboard" else WeightsAndBiases(output, settings)
+    )
+
+
+class Tolerated:
+    """A tracker that is given up at its first failure, with one warning: the run does not depend on it."""
+
+    def __init__(self, name: TrackerName, opened: Callable[[], Tracker]):
+        self._name = name
+        self._tracker: Tracker | None = None
+        with self._tolerated():
+            self._tracker = opened()
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        with self._tolerated():
+            if self._tracker is not None:
+                self._tracker.log(step, metrics)
+
+    def close(self) -> None:
+        with self._tolerated():
+            if self._tracker is not None:
+                self._tracker.close()
+
+    @contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._tracker = None
+            why = shortened(str(error) or type(error).__name__, 200)
+            log.warning(
+                "--report-to %s failed (%s): from here on the metrics are in metrics.jsonl only", self._name, why
+            )
 
 
 def scalars(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -61,23 +99,39 @@ def scalars(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 class TensorBoard:
-    """Event files in OUTPUT/tensorboard. Events of steps behind `start`, left by a killed run, are marked as void."""
+    """Event files in OUTPUT/tensorboard. Events of steps behind `start`, left by a killed run, are marked as void.
+
+    They are written here: the thread of tensorboardX's SummaryWriter ends at an error of the disk, and its callers then
+    wait for ever.
+    """
 
     def __init__(self, output: Path, start: int):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        purge = start + 1 if start else 0
-        suffix = f".{start}"  # two files of one second would have one name
-        self._writer = SummaryWriter(
-            str(output / "tensorboard"), purge_step=purge, flush_secs=10, filename_suffix=suffix
-        )
+        folder = output / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"), f".{start}")  # two files of one second would have one name
+        self._flushed = 0.0
+        void = start + 1 if start else 0
+        self._write(Event(step=void, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        for name, value in scalars(metrics):
-            self._writer.add_scalar(name, value, step)
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(metrics)]
+        self._write(Event(step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._file.write_event(event)
+        if event.wall_time - self._flushed > FLUSH_SECONDS:
+            self._file.flush()
+            self._flushed = event.wall_time
 
 
 class WeightsAndBiases:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+import re
 import struct
 import sys
 import time
@@ -79,6 +83,15 @@ def reported(output: Path, name: Any, start: int, steps: int) -> None:
     report.close()
 
 
+class SmallDisk(io.FileIO):
+    """A file that takes whole writes up to 2000 bytes."""
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > 2000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
 EXPECTED = {"load/0": 0.25, "load/1": 0.75, "lr": 1e-3, "tokens_per_second": 200.0, "mfu": 0.2}
 
 
@@ -96,6 +109,28 @@ def test_tensorboard_has_every_line_and_a_resumed_run_goes_on(tmp_path: Path):
     assert events[0] == {"eval_loss": 2.0}
     for step in range(1, 5):
         assert events[step] == pytest.approx(EXPECTED | {"loss": 1 / step})
+
+
+def test_a_full_disk_for_tensorboard_is_one_warning_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: io.FileIO("/dev/full", "wb"))
+    reported(tmp_path, "tensorboard", 0, 40)  # more events than tensorboardX would queue
+    assert len(caplog.messages) == 1
+    assert re.match(r"--report-to tensorboard failed \(.*No space left.*metrics\.jsonl only", caplog.messages[0])
+    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(41))
+
+
+def test_a_disk_that_fills_up_during_the_run_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("adafuse_jax.training.trackers.FLUSH_SECONDS", -1)
+    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: SmallDisk(path, "wb"))
+    reported(tmp_path, "tensorboard", 0, 40)
+    assert [message[:30] for message in caplog.messages] == ["--report-to tensorboard failed"]
+    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(41))
+    steps = [step for step, _, _ in tensorboard_events(tmp_path / "tensorboard")]
+    assert 1 < max(steps) < 40
 
 
 def test_wandb_has_every_line_offline_and_a_resumed_run_has_the_same_id(
