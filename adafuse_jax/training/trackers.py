@@ -23,6 +23,8 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 PROJECT = "adafuse-jax"
 WANDB_ID_FILE = "run-id.txt"
 FLUSH_SECONDS = 10
+FINISH_SECONDS = 600
+"""Time at the end for an upload to W&B; `wandb sync` uploads what is left."""
 
 
 class Tracker(Protocol):
@@ -59,22 +61,23 @@ def open_tracker(name: TrackerName, output: Path, *, start: int, settings: Mappi
 
 
 class Tolerated:
-    """A tracker that is given up at its first failure, with one warning: the run does not depend on it."""
+    """A tracker that gets nothing more after its first failure, of which one warning tells: the run goes on."""
 
     def __init__(self, name: TrackerName, opened: Callable[[], Tracker]):
         self._name = name
         self._tracker: Tracker | None = None
+        self._failed = False
         with self._tolerated():
             self._tracker = opened()
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        with self._tolerated():
-            if self._tracker is not None:
+        if self._tracker is not None and not self._failed:
+            with self._tolerated():
                 self._tracker.log(step, metrics)
 
     def close(self) -> None:
-        with self._tolerated():
-            if self._tracker is not None:
+        if self._tracker is not None:
+            with self._tolerated():
                 self._tracker.close()
 
     @contextmanager
@@ -82,11 +85,10 @@ class Tolerated:
         try:
             yield
         except Exception as error:
-            self._tracker = None
-            why = shortened(str(error) or type(error).__name__, 200)
-            log.warning(
-                "--report-to %s failed (%s): from here on the metrics are in metrics.jsonl only", self._name, why
-            )
+            if not self._failed:
+                why = shortened(str(error) or type(error).__name__, 200)
+                log.warning("--report-to %s failed (%s): metrics.jsonl alone has all metrics", self._name, why)
+            self._failed = True
 
 
 def scalars(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -146,21 +148,24 @@ class WeightsAndBiases:
         if not kept.exists():
             kept.write_text(secrets.token_hex(4))
         mode = os.environ.get("WANDB_MODE", "offline")
-        try:
-            self._run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", PROJECT), name=output.resolve().name, id=kept.read_text().strip(),
-                dir=str(output), config=dict(settings), mode=mode,  # type: ignore[arg-type]
-                resume=None if mode == "offline" else "allow",
-                settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
-            )  # fmt: skip
-        except (wandb.Error, OSError) as error:
-            raise UserError(
-                f"--report-to wandb: {shortened(str(error), 200)}; log in with `wandb login`, or set WANDB_MODE=offline"
-            ) from error
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT), name=output.resolve().name, id=kept.read_text().strip(),
+            dir=str(output), config=dict(settings), mode=mode,  # type: ignore[arg-type]
+            resume=None if mode == "offline" else "allow",
+            settings=wandb.Settings(
+                console="off", silent=True, disable_git=True, save_code=False,
+                finish_timeout=FINISH_SECONDS, finish_timeout_raises=True,
+            ),
+        )  # fmt: skip
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._run.log({"step": step, **dict(scalars(metrics))})
 
     def close(self) -> None:
-        self._run.finish()
+        import wandb
+
+        try:
+            self._run.finish()
+        finally:
+            wandb.teardown()  # at the exit, it would print a traceback if wandb's process is dead

@@ -8,9 +8,10 @@ import json
 import os
 import re
 import struct
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from training_runs import metrics_of, train_here
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.training.metrics import Report, read_metrics
-from adafuse_jax.training.trackers import PACKAGES, open_tracker, require_tracker
+from adafuse_jax.training.trackers import PACKAGES, TensorBoard, Tracker, open_tracker, require_tracker
 from adafuse_jax.training.utilisation import linear_parameters, mfu_per_token
 
 METRICS = {"loss": 1.5, "load": [0.25, 0.75], "pair": [[0.0, 1.0], [1.0, 0.0]], "lr": 1e-3, "tokens_per_second": 200.0}
@@ -69,18 +70,41 @@ def wandb_history(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield path.stem, {name: json.loads(item.value_json) for name, item in items}
 
 
-def reported(output: Path, name: Any, start: int, steps: int) -> None:
-    """A run that begins, or goes on, behind step `start`, and ends after `steps`."""
+def reported(
+    output: Path, name: Any, start: int, steps: int, *, between: Callable[[int], Any] = lambda step: None
+) -> None:
+    """A run that begins, or goes on, behind step `start`, and ends after `steps`; `between` them something happens."""
+    trackers: list[Tracker] = []
+
+    def opened() -> Tracker | None:
+        trackers.extend(
+            filter(None, [open_tracker(name, output, start=start, settings={"rank": 4, "dataset": ("a",)})])
+        )
+        return trackers[0] if trackers else None
+
     report = Report(
         output / "metrics.jsonl", start=start, steps=4, log_every=1, mfu_per_token=1e-3,
-        open_tracker=lambda: open_tracker(name, output, start=start, settings={"rank": 4, "dataset": ("a",)}),
+        open_tracker=opened,
     )  # fmt: skip
     if start == 0:
         report.evaluation(0, {"eval_loss": 2.0})
     report.open()
     for step in range(start + 1, steps + 1):
         report.step(step, METRICS | {"loss": 1 / step})
+        between(step)
     report.close()
+    for tracker in trackers:
+        tracker.close()
+
+
+def in_own_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`code`, with the names of this file, in a process with these variables and no others of W&B."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return subprocess.run(
+        [sys.executable, "-c", f"from test_trackers import *\n{code}"], capture_output=True, text=True, timeout=120,
+        env=inherited | {"PYTHONPATH": path} | environment,
+    )  # fmt: skip
 
 
 class SmallDisk(io.FileIO):
@@ -117,7 +141,7 @@ def test_a_full_disk_for_tensorboard_is_one_warning_and_the_run_goes_on(
     monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: io.FileIO("/dev/full", "wb"))
     reported(tmp_path, "tensorboard", 0, 40)  # more events than tensorboardX would queue
     assert len(caplog.messages) == 1
-    assert re.match(r"--report-to tensorboard failed \(.*No space left.*metrics\.jsonl only", caplog.messages[0])
+    assert re.match(r"--report-to tensorboard failed \(.*No space left.*metrics\.jsonl alone", caplog.messages[0])
     assert [line["step"] for line in metrics_of(tmp_path)] == list(range(41))
 
 
@@ -148,6 +172,24 @@ def test_wandb_has_every_line_offline_and_a_resumed_run_has_the_same_id(
     assert "wandb" not in capfd.readouterr().out
 
 
+def kill_wandb(step: int) -> None:
+    """Kill the process that wandb writes with."""
+    import wandb
+
+    if step == 2:
+        process = wandb.setup()._connection._proc._process  # type: ignore[union-attr]
+        process.kill()
+        process.wait()
+
+
+def test_the_death_of_wandbs_process_is_one_warning_and_the_run_goes_on(tmp_path: Path):
+    done = in_own_process(f"reported(Path({str(tmp_path)!r}), 'wandb', 0, 40, between=kill_wandb)")
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert len(re.findall(r"--report-to wandb failed \(.+\): metrics\.jsonl alone", done.stderr)) == 1, done.stderr
+    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(41))
+
+
 def test_metrics_jsonl_has_the_mfu(tmp_path: Path):
     reported(tmp_path, "none", 0, 2)
     lines, _ = read_metrics(tmp_path / "metrics.jsonl")
@@ -169,9 +211,13 @@ def test_a_missing_package_is_one_line_before_anything_runs(
 
 
 @pytest.mark.slow
-def test_a_run_reports_what_metrics_jsonl_has(tmp_path: Path, run_folder: Path):
-    run = tmp_path / "run"
+def test_a_run_reports_what_metrics_jsonl_has(tmp_path: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The tracker is closed, which may take long, after the results are written."""
+    run, at_close = tmp_path / "run", []
+    close = TensorBoard.close
+    monkeypatch.setattr(TensorBoard, "close", lambda it: (close(it), at_close.extend(p.name for p in run.iterdir())))
     train_here(run_folder, run, steps=4, checkpoint_every=2, eval_every=4, report_to="tensorboard")
+    assert {"adapter", "summary.json"} <= set(at_close)
     found = {(step, name): value for step, name, value in tensorboard_events(run / "tensorboard")}
     for line in metrics_of(run):
         for name in ("loss", "eval_loss", "grad_norm"):
