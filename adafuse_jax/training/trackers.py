@@ -23,7 +23,8 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 PROJECT = "adafuse-jax"
 WANDB_ID_FILE = "run-id.txt"
 FLUSH_SECONDS = 10
-FINISH_SECONDS = 600
+OFFLINE = ("offline", "dryrun")
+FINISH_SECONDS = "600"
 """Time at the end for an upload to W&B; `wandb sync` uploads what is left."""
 
 
@@ -37,18 +38,59 @@ class Tracker(Protocol):
         """Return when all is written."""
 
 
-def require_tracker(name: TrackerName) -> None:
-    """Raise UserError if the tracker's package is not installed or cannot be used."""
+def require_tracker(name: TrackerName, output: Path) -> None:
+    """Raise UserError if the package of the tracker, or its settings, cannot be used. Nothing is written."""
     try:
         if name == "tensorboard":
             import tensorboardX  # noqa: F401
         elif name == "wandb":
-            import wandb  # noqa: F401
+            wandb = _import_wandb(output)
     except Exception as error:  # a broken installation raises anything
         raise UserError(
             f"--report-to {name}: the package {PACKAGES[name]} cannot be imported ({shortened(str(error), 120)}); "
             f"pip install 'adafuse-jax[{name}]'"
         ) from error
+    if name == "wandb":
+        _require_settings(wandb)
+
+
+def _import_wandb(output: Path) -> Any:
+    """The package wandb, with defaults in the environment, where its own process reads them too."""
+    mode = os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_PROJECT", PROJECT)
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", FINISH_SECONDS)
+    if mode in OFFLINE:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        for kind in ("cache", "data"):
+            os.environ.setdefault(f"WANDB_{kind.upper()}_DIR", str(output.resolve() / "wandb" / kind))
+    import wandb
+
+    return wandb
+
+
+def _require_settings(wandb: Any) -> None:
+    """Raise UserError if a variable of the environment is no setting of W&B, or if an online run has no credentials."""
+    from pydantic import ValidationError  # wandb has it
+
+    settings = wandb.Settings()
+    for variable, value in os.environ.items():
+        try:
+            settings.update_from_env_vars({variable: value})
+        except (ValueError, wandb.Error) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            raise UserError(
+                f"--report-to wandb: {variable}: {shortened(reason, 250)}; correct or unset this variable"
+            ) from error
+    if settings.mode in OFFLINE or settings.mode == "disabled":
+        return
+    try:
+        fault = "" if wandb.login(prompt=False, verify=False) else "no API key"
+    except wandb.Error as error:
+        fault = shortened(str(error), 200)
+    if fault:
+        raise UserError(
+            f"--report-to wandb: WANDB_MODE={settings.mode}: {fault}; log in with `wandb login`, or set WANDB_MODE=offline"
+        )
 
 
 def open_tracker(name: TrackerName, output: Path, *, start: int, settings: Mapping[str, Any]) -> Tracker | None:
@@ -140,21 +182,17 @@ class WeightsAndBiases:
     """A run in OUTPUT/wandb, offline unless WANDB_MODE is set. Its id is kept there: a resumed run has the same."""
 
     def __init__(self, output: Path, settings: Mapping[str, Any]):
-        import wandb
-
+        wandb = _import_wandb(output)
         folder = output / "wandb"
         folder.mkdir(exist_ok=True)
         kept = folder / WANDB_ID_FILE
         if not kept.exists():
             kept.write_text(secrets.token_hex(4))
-        mode = os.environ.get("WANDB_MODE", "offline")
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT), name=output.resolve().name, id=kept.read_text().strip(),
-            dir=str(output), config=dict(settings), mode=mode,  # type: ignore[arg-type]
-            resume=None if mode == "offline" else "allow",
+            name=output.resolve().name, id=kept.read_text().strip(), dir=str(output), config=dict(settings),
+            resume=None if os.environ["WANDB_MODE"] in OFFLINE else "allow",
             settings=wandb.Settings(
-                console="off", silent=True, disable_git=True, save_code=False,
-                finish_timeout=FINISH_SECONDS, finish_timeout_raises=True,
+                console="off", silent=True, disable_git=True, save_code=False, finish_timeout_raises=True
             ),
         )  # fmt: skip
         self._run.define_metric("*", step_metric="step")

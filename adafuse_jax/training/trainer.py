@@ -83,7 +83,7 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
     output = Path(config.output)
     check_output(output, resume=config.resume)
     require_compatible(config, adapter_config)
-    require_tracker(config.report_to)
+    require_tracker(config.report_to, output)
     with ExitStack() as held:
         recorded = held.enter_context(held_run(output)) if config.resume else None
         return _train(config, adapter_config, output, recorded, held)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from training_runs import metrics_of, train_here
@@ -97,13 +98,14 @@ def reported(
         tracker.close()
 
 
-def in_own_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`code`, with the names of this file, in a process with these variables and no others of W&B."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+def in_own_process(code: str, output: Path) -> subprocess.CompletedProcess[str]:
+    """`code`, with the names of this file, in a process without settings of W&B and with the home OUTPUT/../home."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "XDG_"))}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment["HOME"] = str(output.parent / "home")
     return subprocess.run(
-        [sys.executable, "-c", f"from test_trackers import *\n{code}"], capture_output=True, text=True, timeout=120,
-        env=inherited | {"PYTHONPATH": path} | environment,
+        [sys.executable, "-c", f"from test_trackers import *\n{code}", str(output)],
+        capture_output=True, text=True, timeout=120, env=environment, cwd=output.parent,
     )  # fmt: skip
 
 
@@ -157,10 +159,10 @@ def test_a_disk_that_fills_up_during_the_run_is_one_warning(
     assert 1 < max(steps) < 40
 
 
+@pytest.mark.usefixtures("no_wandb_settings")
 def test_wandb_has_every_line_offline_and_a_resumed_run_has_the_same_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
-    monkeypatch.delenv("WANDB_MODE", raising=False)
     reported(tmp_path, "wandb", 0, 3)
     reported(tmp_path, "wandb", 2, 4)
     history = list(wandb_history(tmp_path / "wandb"))
@@ -183,11 +185,17 @@ def kill_wandb(step: int) -> None:
 
 
 def test_the_death_of_wandbs_process_is_one_warning_and_the_run_goes_on(tmp_path: Path):
-    done = in_own_process(f"reported(Path({str(tmp_path)!r}), 'wandb', 0, 40, between=kill_wandb)")
+    """An offline run; it writes nothing outside its output."""
+    output, home = tmp_path / "run", tmp_path / "home"
+    output.mkdir()
+    home.mkdir()
+    done = in_own_process("reported(Path(sys.argv[1]), 'wandb', 0, 40, between=kill_wandb)", output)
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
     assert len(re.findall(r"--report-to wandb failed \(.+\): metrics\.jsonl alone", done.stderr)) == 1, done.stderr
-    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(41))
+    assert [line["step"] for line in metrics_of(output)] == list(range(41))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "run"]
+    assert not list(home.rglob("*"))
 
 
 def test_metrics_jsonl_has_the_mfu(tmp_path: Path):
@@ -208,6 +216,48 @@ def test_a_missing_package_is_one_line_before_anything_runs(
     with pytest.raises(UserError, match=rf"--report-to {name}: .*pip install 'adafuse-jax\[{name}\]'"):
         train_here(run_folder, tmp_path / "run", report_to=name)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def no_wandb_settings(tmp_path: Path) -> Iterator[None]:
+    """An environment without those of W&B, put back at the end."""
+    without = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    with mock.patch.dict(os.environ, without | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}, clear=True):
+        yield
+        import wandb
+
+        wandb.teardown()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"WANDB_MODE": "garbage"}, r"WANDB_MODE: .*'offline'"),
+        ({"WANDB_MODE": ""}, r"WANDB_MODE: .*'offline'"),
+        ({"WANDB_BASE_URL": "garbage"}, r"WANDB_BASE_URL: .*valid URL"),
+        ({"WANDB_PROJECT": "a/b"}, r"WANDB_PROJECT: Invalid project name 'a/b'"),
+        ({"WANDB_MODE": "online"}, r"WANDB_MODE=online: no API key; log in with `wandb login`"),
+        ({"WANDB_MODE": "online", "WANDB_API_KEY": "short"}, r"WANDB_MODE=online: WANDB_API_KEY invalid"),
+    ],
+)
+@pytest.mark.usefixtures("no_wandb_settings")
+def test_bad_settings_of_wandb_are_one_line_before_anything_runs(
+    tmp_path: Path, run_folder: Path, settings: dict[str, str], message: str
+):
+    os.environ.update(settings)
+    with pytest.raises(UserError, match=rf"^--report-to wandb: {message}") as raised:
+        train_here(run_folder, tmp_path / "run", report_to="wandb")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_wandb_settings")
+def test_settings_of_wandb_are_offline_by_default_and_those_of_the_user_stay(tmp_path: Path):
+    os.environ["WANDB_CACHE_DIR"] = "mine"
+    require_tracker("wandb", tmp_path)
+    found = {name: os.environ[f"WANDB_{name}"] for name in ("MODE", "PROJECT", "ERROR_REPORTING", "CACHE_DIR")}
+    assert found == {"MODE": "offline", "PROJECT": "adafuse-jax", "ERROR_REPORTING": "false", "CACHE_DIR": "mine"}
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -246,4 +296,4 @@ def test_mfu():
     )
     assert mfu_per_token(llama_2_7b(), [h200, cpu], dtype="bfloat16", trains_backbone=False) is None
     assert mfu_per_token(llama_2_7b(), [h200], dtype="float32", trains_backbone=False) is None
-    require_tracker("none")
+    require_tracker("none", Path())
