@@ -26,7 +26,9 @@ def train(argv: Sequence[str], program: str = "train.py") -> int:
     from adafuse_jax.parallel import processes
 
     processes.start(config.coordinator, config.num_processes, config.process_id)
-    memory_errors = runtime.memory_errors("lower --batch-size, --max-length, --rank or --num-experts")
+    memory_errors = runtime.memory_errors(
+        "give --remat full, or lower --batch-size, --max-length, --rank or --num-experts; --mesh fsdp=-1 uses all devices"
+    )
     with processes.several_processes(), memory_errors:
         from adafuse_jax.training.signals import Stopped
         from adafuse_jax.training.trainer import train as run_training

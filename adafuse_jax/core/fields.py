@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 import os
 import types
@@ -20,6 +21,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from adafuse_jax.core.errors import UserError, quoted, shortened
+
+log = logging.getLogger(__name__)
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 """Longest name of a file and longest path, in bytes, on Linux."""
@@ -122,6 +125,11 @@ class Kind:
             if not self._fits(value):
                 raise UserError(f"{where} is {quoted(value)}: it must be {self.rule}")
             return self.type(value)
+        if isinstance(value, bool) and value in self.metadata["formerly"]:
+            choice = self.metadata["formerly"][value]
+            # A warning, which is shown before a program sets up its logging
+            log.warning("%s %s of earlier versions is %s now", where, str(value).lower(), choice)
+            return choice
         require(isinstance(value, str), f"{where} is {quoted(value)}: it must be text; write it in quotes")
         if self.choices is not None:
             known, moved = ", ".join(map(str, self.choices)), self.metadata["moved"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,8 +12,6 @@ from typing import Any, NoReturn
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.fields import Kind, checked_path, flag_name, kinds
 from adafuse_jax.core.tables import parse_table, read_text
-
-log = logging.getLogger(__name__)
 
 CONFIG_SUFFIXES = (".json", ".toml", ".yaml", ".yml")
 MAX_CONFIG_BYTES = 2**20
@@ -25,6 +22,13 @@ NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(inf|i
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+class _Former(argparse.Action):
+    """A flag of earlier versions; `const` is what to give now."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        raise UserError(f"{self.option_strings[0]}: give {self.const} instead; see --help")
 
 
 def parse_flags(
@@ -72,6 +76,12 @@ def _add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field, kind: Kind)
             raise argparse.ArgumentTypeError(f"{quoted(text)}: {f.metadata['moved'][text]}")
         return _parser_of(kind.type)(text)
 
+    if False in f.metadata["formerly"]:
+        negation = flag_name(f"no_{f.name}")
+        now = f"{flag_name(f.name)} {f.metadata['formerly'][False]}"
+        parser.add_argument(
+            negation, action=_Former, nargs=0, const=now, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     parser.add_argument(flag_name(f.name), type=parse, choices=kind.choices, metavar=metavar, help=text, **extra)
 
 
@@ -117,15 +127,10 @@ def _read_config_file(given: str, fields: dict[str, Kind]) -> dict[str, Any]:
 
 
 def _as_declared(value: Any, kind: Kind) -> Any:
-    """One value for a flag that takes several is a list of it. Numbers may be text: YAML reads 1e-4 as text. What was true
-    or false in earlier versions is a choice now."""
+    """One value for a flag that takes several is a list of it. Numbers may be text: YAML reads 1e-4 as text."""
     if kind.is_tuple:
         elements = value if isinstance(value, list) else [value]
         return [_as_number(element, kind) for element in elements]
-    if isinstance(value, bool) and value in kind.metadata["formerly"]:
-        choice = kind.metadata["formerly"][value]
-        log.info("%s %s of an earlier version is %s", flag_name(kind.name), str(value).lower(), choice)
-        return choice
     return _as_number(value, kind)
 
 

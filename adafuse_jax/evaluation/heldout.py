@@ -34,7 +34,7 @@ def row_losses(
 ) -> Float[Array, " B"]:
     """−log-likelihood of the targets of every row, in nats."""
     real = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    out = model.run(tokens, adapter=adapter, segment_ids=real.astype(jnp.int32), layout=layout)
+    out = model.run(tokens, adapter=adapter, segment_ids=real.astype(jnp.int32), max_segments=1, layout=layout)
     return layout.whole(token_losses(model, out.hidden, tokens, loss_mask, layout))
 
 

@@ -14,15 +14,12 @@ chooses.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax._src.cudnn.fused_attention_stablehlo import (
-    MaskType,
-    dot_product_attention,
-)  # the packed form has no public name
 from jaxtyping import Array, Bool, Float, Int
 
 Implementation = Literal["cudnn_causal", "cudnn_packed", "cudnn_masked", "xla"]
@@ -89,7 +86,8 @@ def implementation_of(
         segments = 1 if visibility.segment_ids is None else visibility.max_segments
         if segments == 1:
             return "cudnn_causal"
-        if segments is not None and segments <= MAX_PACKED_SEGMENTS and window is None and is_hopper():
+        fits = math.prod(q.shape) < 2**31  # its offsets are 32-bit
+        if fits and segments is not None and segments <= MAX_PACKED_SEGMENTS and window is None and is_hopper():
             return "cudnn_packed"
     return "cudnn_masked"
 
@@ -136,6 +134,9 @@ def attention(
 
 
 def _packed(q: Array, k: Array, v: Array, visibility: Visibility) -> Array:
+    # Its packed form has no public name
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
     assert visibility.segment_ids is not None
     assert visibility.max_segments is not None
     lengths, starts = segments(visibility.segment_ids, visibility.max_segments + 1)  # padding is one more

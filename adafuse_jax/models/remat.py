@@ -5,6 +5,8 @@ none        all that the derivatives use                                    norm
 products    q, k, v, attention's output, the layer's middle, gate, up, A x  also the inputs of the linears
 attention   q, k, v, attention's output, the layer's middle, A x            also the feed-forward block
 full        nothing                                                         the layer
+
+Attention's output is kept where it is cuDNN's; XLA's attention is computed again.
 """
 
 from __future__ import annotations

@@ -92,11 +92,14 @@ def training_mesh(text: str | None, model: ModelConfig, batch_size: int) -> Mesh
     if reason is None and jax.process_count() > 1 and size != len(devices):
         reason = f"{jax.process_count()} processes have {len(devices)} devices, and the mesh takes {size}"
     if reason is not None and (text is not None or jax.process_count() > 1):
-        raise UserError(f"--mesh {text or _written(sizes)}: {reason}; give another mesh, or another --batch-size")
+        advice = "train on one device" if unknown else "give another mesh, or another --batch-size"
+        raise UserError(f"--mesh {text or _written(sizes)}: {reason}; {advice}")
     if reason is not None:
         log.info("training on one of %d devices: %s; --mesh or another --batch-size uses more", len(devices), reason)
         return None
     if size == 1:
+        if len(devices) > 1:
+            log.info("training on one of %d devices, --mesh %s", len(devices), text)
         return None
     of_processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     log.info("training on %d devices%s, --mesh %s", size, of_processes, _written(sizes))

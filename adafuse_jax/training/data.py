@@ -24,6 +24,7 @@ from adafuse_jax.data.sources import Dataset, DatasetSpec
 from adafuse_jax.data.templates import dates_written, template_date
 from adafuse_jax.data.tokenizer import tokenizer_digest
 from adafuse_jax.evaluation.heldout import HeldOut
+from adafuse_jax.parallel.processes import on_first
 from adafuse_jax.training import building
 from adafuse_jax.training.building import Sources
 from adafuse_jax.training.config import TrainConfig
@@ -122,6 +123,8 @@ def run_date(config: TrainConfig, tokenizer: Any, recorded: Table | None) -> Ite
     except ValueError:
         assert recorded is not None  # the flag is checked where it is parsed
         raise UserError(f"{recorded.where}: template_date is no ISO date; restore the file") from None
+    with template_date(date) as own:
+        date = datetime.fromisoformat(on_first(own.isoformat))
     with template_date(date) as fixed:
         log.info("the chat template writes the date: rendered with %s, also when the run is resumed", fixed)
         yield fixed.isoformat()

@@ -42,6 +42,7 @@ class Run:
     checkpoints: Checkpoints
     report: Report
     layout: Layout
+    max_segments: int
     open_output: Callable[[], None]
     """Called once: after the first step of a run that begins, otherwise at once."""
 
@@ -54,7 +55,7 @@ class Run:
         """Dispatch a step; its metrics are on the device."""
         return train_step(
             state, self.model, batch, optimizer=self.optimizer, phases=self.phases, layout=self.layout,
-            remat=self.config.remat, unroll=self.config.unroll, max_segments=self.data.batches.max_segments,
+            remat=self.config.remat, unroll=self.config.unroll, max_segments=self.max_segments,
         )  # fmt: skip
 
     def evaluate(self, state: TrainState, step: int) -> None:
@@ -66,7 +67,8 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """A step that the device may not have finished, and when it was dispatched."""
+    """A step that the device may not have finished, and when it was dispatched. Its metrics, learning rate included, are on
+    the device."""
 
     step: int
     metrics: dict[str, Any]
@@ -78,7 +80,7 @@ class Progress:
 
     def __init__(self, run: Run):
         self.run, self.seconds, self.is_open = run, 0.0, False
-        self._schedule = learning_rate(run.config, run.steps)
+        self._rate = jax.jit(learning_rate(run.config, run.steps))
         self._finished = 0.0
 
     def open(self) -> None:
@@ -86,6 +88,12 @@ class Progress:
         if not self.is_open:
             self.run.open_output()
         self.is_open = True
+
+    def dispatch(self, state: TrainState, batch: Any, step: int) -> tuple[TrainState, Dispatched]:
+        """Dispatch the step behind `step` others. Its learning rate comes first: behind it, reading it would wait for it."""
+        begun, rate = time.perf_counter(), self._rate(step)
+        state, metrics = self.run.step(state, batch)
+        return state, Dispatched(step + 1, metrics | {"lr": rate}, begun)
 
     def finish(self, dispatched: Dispatched) -> None:
         """Wait for the step, and report its metrics. Raises `UserError` if they are not finite."""
@@ -96,8 +104,8 @@ class Progress:
         self.seconds += elapsed
         _require_finite(dispatched.step, metrics, self.run.checkpoints)
         self.open()
-        line = step_line(metrics, float(self._schedule(dispatched.step - 1)), elapsed)
-        self.run.report.step(dispatched.step, line)
+        rate = float(metrics.pop("lr"))
+        self.run.report.step(dispatched.step, step_line(metrics, rate, elapsed))
 
 
 def run_steps(run: Run, state: TrainState) -> tuple[TrainState, float]:
@@ -112,11 +120,10 @@ def run_steps(run: Run, state: TrainState) -> tuple[TrainState, float]:
     running: Dispatched | None = None
     with stop_signals() as stop_requested:
         while step < run.steps:
-            begun = time.perf_counter()
-            state, metrics = run.step(state, batch)
+            before = running
+            state, running = progress.dispatch(state, batch, step)
             stop = agreement(stop_requested)
             step += 1
-            before, running = running, Dispatched(step, metrics, begun)
             batch = run.batch(step)
             if before is not None:
                 progress.finish(before)
@@ -125,15 +132,15 @@ def run_steps(run: Run, state: TrainState) -> tuple[TrainState, float]:
             if progress.is_open and not (evaluates or saves or stop()):
                 continue
             progress.finish(running)
-            running = None
+            running, number = None, stop()
             if evaluates:
                 run.evaluate(state, step)
-            if saves or stop():
+            if saves or number:
                 checkpoints.save(state)
-            if stop() and not last:
+            if number and not last:
                 checkpoints.wait()
                 wait_for_all()
-                raise Stopped(f"stopped at step {step} of {run.steps}, which is saved; continue with --resume", stop())
+                raise Stopped(f"stopped at step {step} of {run.steps}, which is saved; continue with --resume", number)
         checkpoints.wait()
     return state, progress.seconds
 

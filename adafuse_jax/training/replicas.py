@@ -9,6 +9,7 @@ to rounding, and one that diverges does not disturb the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -62,14 +63,14 @@ def replica_attention(
     visibility: Visibility,
     window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`attention` over a sequence under `jax.vmap`: the mapped axis becomes rows of one larger batch.
+    """`attention` under `jax.vmap`: the mapped axis becomes rows of one larger batch.
 
     cuDNN's own batching rule takes no mask that the heads share. The backward pass computes the forward one again.
     """
-    segment_ids = visibility.segment_ids
-    if segment_ids is None:
-        segment_ids = jnp.ones(q.shape[:2], jnp.int32)
-    return _attention(q, k, v, segment_ids, visibility.max_segments, window)
+    rows, ids = q.shape[:2], visibility.segment_ids
+    form = _Form(window, visibility.max_segments, visibility.is_sequence, ids is not None)
+    index = jnp.broadcast_to(visibility.query_index, rows)
+    return _attention(q, k, v, index, jnp.zeros(rows, jnp.int32) if ids is None else ids, form)
 
 
 replica_forward = partial(forward, attention=replica_attention)
@@ -107,31 +108,40 @@ def _over_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     return mapped
 
 
-def _rows_attention(
-    q: Array, k: Array, v: Array, segment_ids: Array, max_segments: int | None, window: int | None
-) -> Array:
-    return attention(q, k, v, Visibility.of_sequence(q.shape[1], segment_ids, max_segments), window)
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """Everything about a `Visibility` that is no array, and the window."""
+
+    window: int | None
+    max_segments: int | None
+    is_sequence: bool
+    has_segments: bool
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q: Array, k: Array, v: Array, segment_ids: Array, max_segments: int | None, window: int | None) -> Array:
-    return _over_rows(partial(_rows_attention, max_segments=max_segments, window=window))(q, k, v, segment_ids)
+def _rows_attention(q: Array, k: Array, v: Array, index: Array, ids: Array, form: _Form) -> Array:
+    visibility = Visibility(
+        index, jnp.arange(k.shape[1]), ids if form.has_segments else None, form.max_segments, form.is_sequence
+    )
+    return attention(q, k, v, visibility, form.window)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(q: Array, k: Array, v: Array, index: Array, ids: Array, form: _Form) -> Array:
+    return _over_rows(partial(_rows_attention, form=form))(q, k, v, index, ids)
 
 
 def _attention_forward(
-    q: Array, k: Array, v: Array, segment_ids: Array, max_segments: int | None, window: int | None
+    q: Array, k: Array, v: Array, index: Array, ids: Array, form: _Form
 ) -> tuple[Array, tuple[Array, ...]]:
-    return _attention(q, k, v, segment_ids, max_segments, window), (q, k, v, segment_ids)
+    return _attention(q, k, v, index, ids, form), (q, k, v, index, ids)
 
 
-def _attention_backward(
-    max_segments: int | None, window: int | None, saved: tuple[Array, ...], gradient: Array
-) -> tuple[Array | None, ...]:
-    def pull(q: Array, k: Array, v: Array, segment_ids: Array, gradient: Array) -> tuple[Array, ...]:
-        attend = partial(_rows_attention, segment_ids=segment_ids, max_segments=max_segments, window=window)
+def _attention_backward(form: _Form, saved: tuple[Array, ...], gradient: Array) -> tuple[Array | None, ...]:
+    def pull(q: Array, k: Array, v: Array, index: Array, ids: Array, gradient: Array) -> tuple[Array, ...]:
+        attend = partial(_rows_attention, index=index, ids=ids, form=form)
         return jax.vjp(attend, q, k, v)[1](gradient)
 
-    return (*_over_rows(pull)(*saved, gradient), None)
+    return (*_over_rows(pull)(*saved, gradient), None, None)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

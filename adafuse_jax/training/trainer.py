@@ -105,6 +105,10 @@ def _train(
     tokenizer = load_tokenizer(directory)
     with run_date(config, tokenizer, recorded) as date:
         data = prepare_data(config, tokenizer)
+    if on_first(lambda: data.fingerprint) != data.fingerprint:
+        raise UserError(
+            "the processes have read different data; give all of them the same files, and no pipe, which one would empty"
+        )
     if data.largest_token >= model_config.vocab_size:
         raise UserError(
             f"{directory}: the data has token {data.largest_token} and the model {model_config.vocab_size} tokens: the "
@@ -190,6 +194,7 @@ def _train(
     run = Run(
         config=config, model=model, data=data, optimizer=optimizer, phases=phases, steps=steps, checkpoints=checkpoints,
         report=report, open_output=open_output, layout=layout,
+        max_segments=data.batches.max_segments,
     )  # fmt: skip
     with disk_errors(output), checkpoints, contextlib.closing(report):
         if recorded is not None:

@@ -10,10 +10,13 @@ from benchmarks.common.records import write_json
 from benchmarks.common.reports import number, picture, table
 
 KEYS = ("size", "method", "targets", "batch", "length", "remat", "unroll", "segments", "devices", "mesh")
-PEAK_FLOPS = {"NVIDIA H200": 790e12}
-"""Dense bf16 products per second that random matrices reach on a device, the denominator of `mfu_4n_pct`."""
+REACHABLE_FLOPS = {"NVIDIA H200": 790e12}
+"""FLOP/s that products of random bf16 matrices reach, the denominator of `mfu_4n_pct`. That of `train.py`'s MFU is the peak
+that the vendor names, 989 TFLOP/s."""
 CURVE_TOLERANCE = 1e-4
 """In nats, in float32 over 20 steps."""
+MESH_TOLERANCE = 5e-3
+"""In nats, in bfloat16: sums over devices are in another order."""
 
 
 def merge_parts(out: Path) -> str:
@@ -49,7 +52,7 @@ def finished(row: dict[str, Any], device: str | None) -> dict[str, Any]:
         return row
     found = dict(row)
     found["spread"] = row["tokens_per_second"] * row["spread_ms"] / row["ms"]
-    peak, flops = PEAK_FLOPS.get(device or ""), row.get("flops_4n")
+    peak, flops = REACHABLE_FLOPS.get(device or ""), row.get("flops_4n")
     found["mfu_4n_pct"] = 100 * flops / (row["ms"] / 1e3) / (peak * row["devices"]) if peak and flops else None
     return found
 
@@ -59,6 +62,7 @@ def report(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items()))
     lines += [f"{versions}. Made by:", "", *(f"    {command}" for command in record["commands"]), ""]
     lines += [*curve_lines(record["curve"]), ""]
+    lines += [*mesh_lines(record["rows"]), ""]
     head = (
         "method", "shapes", "B × T", "segments", "remat", "layers", "tokens/s", "± ", "of peak by 4N", "peak GiB",
         "compiled in", "error",
@@ -87,6 +91,23 @@ def curve_lines(curve: dict[str, Any] | None) -> list[str]:
         f"Losses of LoRA over {len(curve['peft']['losses'])} steps of a small model in float32 {verdict} PEFT's, from the "
         f"same weights, data and optimiser: at most {differences[worst]:.1e} nats apart ({worst})."
     ]
+
+
+def mesh_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for every row over several devices: its losses beside those of one device with the same batch."""
+    same = ("size", "method", "targets", "batch", "length", "remat", "unroll", "segments")
+    lines = []
+    for row in rows:
+        if row["devices"] == 1 or "losses" not in row:
+            continue
+        one = [r for r in rows if r["devices"] == 1 and "losses" in r and all(r[key] == row[key] for key in same)]
+        if not one:
+            lines.append(f"Losses of {name_of(row)}: not compared, one device has not run the same batch.")
+            continue
+        off = max(abs(a - b) for a, b in zip(row["losses"], one[0]["losses"], strict=False))
+        verdict = "agree with" if off < MESH_TOLERANCE else "DIFFER FROM"
+        lines.append(f"Losses of {name_of(row)} {verdict} one device's: at most {off:.1e} nats apart.")
+    return lines
 
 
 def name_of(row: dict[str, Any]) -> str:

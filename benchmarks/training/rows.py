@@ -22,7 +22,7 @@ from flax import nnx
 
 from adafuse_jax.core import runtime
 from adafuse_jax.data.batches import Batch
-from adafuse_jax.models.config import LINEARS, ModelConfig
+from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.layout import ONE_DEVICE
 from adafuse_jax.parallel.layout import MeshLayout
@@ -30,6 +30,7 @@ from adafuse_jax.parallel.mesh import training_mesh
 from adafuse_jax.training.initial import initial_state
 from adafuse_jax.training.schedules import Phases
 from adafuse_jax.training.step import TrainState, train_step
+from adafuse_jax.training.utilisation import linear_parameters
 from benchmarks.common.jobs import Report, add_job_flags, reporter
 from benchmarks.common.records import facts
 from benchmarks.common.timing import Stopwatch, time_calls
@@ -64,12 +65,6 @@ def random_batch(vocab_size: int, batch: int, length: int, segments: int, seed: 
 def constant_rate_optimizer(rate: float = LEARNING_RATE) -> optax.GradientTransformation:
     """The optimiser of the peers: AdamW of one learning rate on clipped gradients."""
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
-
-
-def linear_parameters(config: ModelConfig) -> int:
-    """N of 4N: the weights of the backbone that multiply every token, its head included."""
-    of_layer = sum(out * into for out, into in map(config.linear_shape, LINEARS))
-    return config.num_layers * of_layer + config.vocab_size * config.embed_dim
 
 
 def measure(job: dict[str, Any], report: Report) -> None:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import tiny
 
+from adafuse_jax.training.utilisation import linear_parameters
 from benchmarks.common.records import write_json
 from benchmarks.training import experts
 from benchmarks.training.__main__ import jobs_of, parse, rows_of
 from benchmarks.training.profile import kind_of
 from benchmarks.training.report import merge_parts
-from benchmarks.training.rows import linear_parameters, measure, model_config, random_batch
+from benchmarks.training.rows import measure, model_config, random_batch
 from benchmarks.training.shapes import SHAPES
 
 
@@ -72,7 +73,6 @@ def test_rows_of_several_devices():
     """Fully sharded, two devices have the losses of one with the same batch."""
     program = """
 import json
-from benchmarks.training import experts
 from benchmarks.training.__main__ import rows_of_devices
 from benchmarks.training.rows import measure
 found = []
@@ -148,3 +148,14 @@ def test_chosen_experts_only():
             for j, e in enumerate(chosen[token])
         )
         np.testing.assert_allclose(np.asarray(out[token], np.float64), wanted, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(("off", "verdict"), [(1e-3, "agree with one device's"), (1e-1, "DIFFER FROM one device's")])
+def test_losses_of_a_mesh_are_compared(tmp_path: Path, off: float, verdict: str):
+    one, both = (part()["rows"][0] | {"mesh": f"fsdp={count}", "devices": count} for count in (1, 2))
+    other = part()["rows"][0] | {"mesh": "fsdp=2", "devices": 2, "batch": 64}
+    rows = [one, both | {"losses": [10.0 + off]}, other]
+    write_json(tmp_path / "part-training-devices.json", part(rows=rows))
+    text = merge_parts(tmp_path)
+    assert verdict in text
+    assert "not compared, one device has not run the same batch" in text

@@ -48,6 +48,7 @@ TRAIN = [
     Case("rank 0", ("--rank is 0", "an integer from 1 to"), {"rank": 0}),
     Case("rank beyond every disk", ("--rank is 1000000000", "an integer from 1 to"), {"rank": 10**9}),
     Case("unknown target", ("--targets", "'x_proj'", "choose from"), {"targets": ["q_proj", "x_proj"]}),
+    Case("a flag that was", ("--no-remat: give --remat none instead",), {"no_remat": True}),
     Case("dropout 1", ("--dropout is 1.0", "[0, 1)"), {"dropout": 1.0}),
     Case("learning rate nan", ("--learning-rate is nan", "finite"), {"learning_rate": "nan"}),
     Case("learning rate inf", ("--learning-rate is inf", "finite"), {"learning_rate": "inf"}),

@@ -100,7 +100,7 @@ def test_space_is_asked_for_as_many_checkpoints_as_the_run_writes(refused: Calla
 
 
 def test_too_little_memory(refused: Callable, monkeypatch: pytest.MonkeyPatch):
-    def load(*args: object) -> None:
+    def load(*args: object, **options: object) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\nAnd more.")
 
     monkeypatch.setattr("adafuse_jax.training.trainer.load_backbone", load)

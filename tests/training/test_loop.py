@@ -15,7 +15,7 @@ from adafuse_jax.core.errors import UserError
 from adafuse_jax.models.layout import ONE_DEVICE
 from adafuse_jax.training import loop
 from adafuse_jax.training.config import TrainConfig
-from adafuse_jax.training.loop import Run, run_steps
+from adafuse_jax.training.loop import Progress, Run, run_steps
 from adafuse_jax.training.signals import Stopped
 
 
@@ -50,7 +50,7 @@ class Recorder:
             config=config, model=None, data=SimpleNamespace(batches=batches), optimizer=None, phases=None,  # type: ignore[arg-type]
             steps=config.steps or 0, checkpoints=checkpoints,  # type: ignore[arg-type]
             report=SimpleNamespace(step=lambda step, line: None),  # type: ignore[arg-type]
-            layout=ONE_DEVICE, open_output=lambda: self.events.append("open"),
+            layout=ONE_DEVICE, max_segments=1, open_output=lambda: self.events.append("open"),
         )  # fmt: skip
         self.start = start
 
@@ -96,3 +96,25 @@ def test_a_signal_stops_at_the_step_that_runs(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(Stopped, match="stopped at step 3 of 6"):
         record()
     assert record.events[-4:] == ["dispatch 3", "read 2", "read 3", "save 3"]
+
+
+def test_reading_a_step_does_not_wait_for_the_next_one(monkeypatch: pytest.MonkeyPatch):
+    """A step of a second is in flight while the metrics and the learning rate of the one before are read."""
+    record = Recorder(monkeypatch, steps=6, eval_every=100, checkpoint_every=100)
+    monkeypatch.undo()
+    progress = Progress(record.run)
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 400, lambda _, y: jnp.tanh(y @ x), x))
+    matrix = jnp.eye(600)
+    jax.block_until_ready(slow(matrix))
+
+    def step(state: Any, *_: Any, **__: Any) -> Any:
+        result = matrix if state.step == 0 else slow(matrix)
+        return SimpleNamespace(step=state.step + 1, result=result), {"loss": jnp.float32(1), "tokens": 5}
+
+    monkeypatch.setattr(loop, "train_step", step)
+    state, first = progress.dispatch(SimpleNamespace(step=0), None, 0)  # type: ignore[arg-type]
+    progress.finish(first)  # compiles the schedule
+    state, first = progress.dispatch(SimpleNamespace(step=0), None, 1)  # type: ignore[arg-type]
+    state, _ = progress.dispatch(state, None, 2)  # type: ignore[arg-type]
+    progress.finish(first)
+    assert not state.result.is_ready()  # type: ignore[attr-defined]
