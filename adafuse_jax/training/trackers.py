@@ -24,8 +24,8 @@ PROJECT = "adafuse-jax"
 WANDB_ID_FILE = "run-id.txt"
 FLUSH_SECONDS = 10
 OFFLINE = ("offline", "dryrun")
-FINISH_SECONDS = "600"
-"""Time at the end for an upload to W&B; `wandb sync` uploads what is left."""
+FINISH_SECONDS = "240"
+"""Time at the end for an upload to W&B; `wandb sync` uploads what is left. Other processes wait 300 s for the first."""
 
 
 class Tracker(Protocol):
