@@ -276,6 +276,14 @@ def test_a_run_reports_what_metrics_jsonl_has(tmp_path: Path, run_folder: Path, 
     assert "mfu" not in metrics_of(run)[1], "no peak is known of a CPU"
 
 
+@pytest.mark.slow
+def test_the_bare_backbone_is_reported(tmp_path: Path, run_folder: Path):
+    off = dict.fromkeys(("num_experts", "rank", "dropout", "tied_share", "router_share"))
+    summary = train_here(run_folder, tmp_path / "run", adapter="none", report_to="tensorboard", **off)
+    found = {(step, name): value for step, name, value in tensorboard_events(tmp_path / "run" / "tensorboard")}
+    assert found[0, "eval_loss"] == pytest.approx(summary["before"]["eval_loss"], rel=1e-5)
+
+
 def llama_2_7b() -> ModelConfig:
     return ModelConfig(
         model_type="llama", vocab_size=32000, embed_dim=4096, hidden_dim=11008, num_layers=32, num_heads=32,
