@@ -64,7 +64,7 @@ class Report:
 
     Nothing is written before `open`. Lines of steps after `start`, left by a killed run, are then dropped: they will be run
     again. Damaged ones are left out, with one line in the log. `mfu_per_token` is the MFU of one token per second, if that
-    is known.
+    is known. `open_tracker` gives the tracker, which the caller closes.
     """
 
     def __init__(
@@ -124,8 +124,6 @@ class Report:
         self._bar.close()
         if self._file is not None:
             self._file.close()
-        if self._tracker is not None:
-            self._tracker.close()
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._file is None:

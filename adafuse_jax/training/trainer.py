@@ -60,7 +60,7 @@ from adafuse_jax.training.output import (
     write_config,
 )
 from adafuse_jax.training.schedules import Phases
-from adafuse_jax.training.trackers import open_tracker, require_tracker
+from adafuse_jax.training.trackers import Tracker, open_tracker, require_tracker
 from adafuse_jax.training.utilisation import mfu_per_token
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def train(config: TrainConfig, adapter_config: AdapterConfig) -> dict[str, Any]:
     output = Path(config.output)
     check_output(output, resume=config.resume)
     require_compatible(config, adapter_config)
-    require_tracker(config.report_to)
+    require_tracker(config.report_to, output)
     with ExitStack() as held:
         recorded = held.enter_context(held_run(output)) if config.resume else None
         return _train(config, adapter_config, output, recorded, held)
@@ -123,6 +123,12 @@ def _train(
         **dataclasses.asdict(config), **adapter_config.table(), "template_date": date, "resume": False,
         "coordinator": None, "num_processes": None, "process_id": None,
     }  # fmt: skip
+
+    def tracker_from(start: int) -> Tracker | None:
+        """The tracker, closed after the results are written and before the run's lock is released."""
+        tracker = open_tracker(config.report_to, output, start=start, settings=settings)
+        return tracker and held.enter_context(contextlib.closing(tracker))
+
     if adapter_config.adapter == "none":
         held_out = _evaluate_backbone(
             config, load_backbone(checkpoint, config.dtype, place=Stacked(mesh)), data, layout
@@ -131,10 +137,8 @@ def _train(
 
         def write_held_out() -> dict[str, Any]:
             write_text(output / METRICS_FILE, json.dumps(held_out) + "\n")
-            tracker = open_tracker(config.report_to, output, start=0, settings=settings)
-            if tracker is not None:
+            if (tracker := tracker_from(0)) is not None:
                 tracker.log(0, held_out)
-                tracker.close()
             summary = summarize(output / METRICS_FILE, steps=0, parameters=0, seconds=0)
             write_json(output / SUMMARY_FILE, summary)
             return summary
@@ -176,7 +180,7 @@ def _train(
         report = Report(
             output / METRICS_FILE, start=start, steps=steps, log_every=config.log_every,
             mfu_per_token=mfu_per_token(model_config, devices, dtype=config.dtype, trains_backbone=full),
-            open_tracker=partial(open_tracker, config.report_to, output, start=start, settings=settings),
+            open_tracker=partial(tracker_from, start),
         )  # fmt: skip
 
     def open_output() -> None:

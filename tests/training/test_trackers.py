@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+import re
 import struct
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from training_runs import metrics_of, train_here
@@ -17,7 +23,7 @@ from training_runs import metrics_of, train_here
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.training.metrics import Report, read_metrics
-from adafuse_jax.training.trackers import PACKAGES, open_tracker, require_tracker
+from adafuse_jax.training.trackers import PACKAGES, TensorBoard, Tracker, open_tracker, require_tracker
 from adafuse_jax.training.utilisation import linear_parameters, mfu_per_token
 
 METRICS = {"loss": 1.5, "load": [0.25, 0.75], "pair": [[0.0, 1.0], [1.0, 0.0]], "lr": 1e-3, "tokens_per_second": 200.0}
@@ -65,18 +71,51 @@ def wandb_history(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield path.stem, {name: json.loads(item.value_json) for name, item in items}
 
 
-def reported(output: Path, name: Any, start: int, steps: int) -> None:
-    """A run that begins, or goes on, behind step `start`, and ends after `steps`."""
+def reported(
+    output: Path, name: Any, start: int, steps: int, *, between: Callable[[int], Any] = lambda step: None
+) -> None:
+    """A run that begins, or goes on, behind step `start`, and ends after `steps`; `between` them something happens."""
+    trackers: list[Tracker] = []
+
+    def opened() -> Tracker | None:
+        trackers.extend(
+            filter(None, [open_tracker(name, output, start=start, settings={"rank": 4, "dataset": ("a",)})])
+        )
+        return trackers[0] if trackers else None
+
     report = Report(
         output / "metrics.jsonl", start=start, steps=4, log_every=1, mfu_per_token=1e-3,
-        open_tracker=lambda: open_tracker(name, output, start=start, settings={"rank": 4, "dataset": ("a",)}),
+        open_tracker=opened,
     )  # fmt: skip
     if start == 0:
         report.evaluation(0, {"eval_loss": 2.0})
     report.open()
     for step in range(start + 1, steps + 1):
         report.step(step, METRICS | {"loss": 1 / step})
+        between(step)
     report.close()
+    for tracker in trackers:
+        tracker.close()
+
+
+def in_own_process(code: str, output: Path) -> subprocess.CompletedProcess[str]:
+    """`code`, with the names of this file, in a process without settings of W&B and with the home OUTPUT/../home."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "XDG_"))}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment["HOME"] = str(output.parent / "home")
+    return subprocess.run(
+        [sys.executable, "-c", f"from test_trackers import *\n{code}", str(output)],
+        capture_output=True, text=True, timeout=120, env=environment, cwd=output.parent,
+    )  # fmt: skip
+
+
+class SmallDisk(io.FileIO):
+    """A file that takes whole writes up to 2000 bytes."""
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > 2000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
 
 
 EXPECTED = {"load/0": 0.25, "load/1": 0.75, "lr": 1e-3, "tokens_per_second": 200.0, "mfu": 0.2}
@@ -98,10 +137,32 @@ def test_tensorboard_has_every_line_and_a_resumed_run_goes_on(tmp_path: Path):
         assert events[step] == pytest.approx(EXPECTED | {"loss": 1 / step})
 
 
-def test_wandb_has_every_line_offline_and_a_resumed_run_has_the_same_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_a_full_disk_for_tensorboard_is_one_warning_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: io.FileIO("/dev/full", "wb"))
+    reported(tmp_path, "tensorboard", 0, 40)  # more events than tensorboardX would queue
+    assert len(caplog.messages) == 1
+    assert re.match(r"--report-to tensorboard failed \(.*No space left.*metrics\.jsonl alone", caplog.messages[0])
+    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(41))
+
+
+def test_a_disk_that_fills_up_during_the_run_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("adafuse_jax.training.trackers.FLUSH_SECONDS", -1)
+    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: SmallDisk(path, "wb"))
+    reported(tmp_path, "tensorboard", 0, 40)
+    assert [message[:30] for message in caplog.messages] == ["--report-to tensorboard failed"]
+    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(41))
+    steps = [step for step, _, _ in tensorboard_events(tmp_path / "tensorboard")]
+    assert 1 < max(steps) < 40
+
+
+@pytest.mark.usefixtures("no_wandb_settings")
+def test_wandb_has_every_line_offline_and_a_resumed_run_has_the_same_id(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
     reported(tmp_path, "wandb", 0, 3)
     reported(tmp_path, "wandb", 2, 4)
     history = list(wandb_history(tmp_path / "wandb"))
@@ -111,6 +172,30 @@ def test_wandb_has_every_line_offline_and_a_resumed_run_has_the_same_id(
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 3, 4]
     assert lines[-1] == pytest.approx(EXPECTED | {"loss": 1 / 4, "step": 4})
     assert "wandb" not in capfd.readouterr().out
+
+
+def kill_wandb(step: int) -> None:
+    """Kill the process that wandb writes with."""
+    import wandb
+
+    if step == 2:
+        process = wandb.setup()._connection._proc._process  # type: ignore[union-attr]
+        process.kill()
+        process.wait()
+
+
+def test_the_death_of_wandbs_process_is_one_warning_and_the_run_goes_on(tmp_path: Path):
+    """An offline run; it writes nothing outside its output."""
+    output, home = tmp_path / "run", tmp_path / "home"
+    output.mkdir()
+    home.mkdir()
+    done = in_own_process("reported(Path(sys.argv[1]), 'wandb', 0, 40, between=kill_wandb)", output)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert len(re.findall(r"--report-to wandb failed \(.+\): metrics\.jsonl alone", done.stderr)) == 1, done.stderr
+    assert [line["step"] for line in metrics_of(output)] == list(range(41))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "run"]
+    assert not list(home.rglob("*"))
 
 
 def test_metrics_jsonl_has_the_mfu(tmp_path: Path):
@@ -133,16 +218,70 @@ def test_a_missing_package_is_one_line_before_anything_runs(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def no_wandb_settings(tmp_path: Path) -> Iterator[None]:
+    """An environment without those of W&B, put back at the end."""
+    without = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    with mock.patch.dict(os.environ, without | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}, clear=True):
+        yield
+        import wandb
+
+        wandb.teardown()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"WANDB_MODE": "garbage"}, r"WANDB_MODE: .*'offline'"),
+        ({"WANDB_MODE": ""}, r"WANDB_MODE: .*'offline'"),
+        ({"WANDB_BASE_URL": "garbage"}, r"WANDB_BASE_URL: .*valid URL"),
+        ({"WANDB_PROJECT": "a/b"}, r"WANDB_PROJECT: Invalid project name 'a/b'"),
+        ({"WANDB_MODE": "online"}, r"WANDB_MODE=online: no API key; log in with `wandb login`"),
+        ({"WANDB_MODE": "online", "WANDB_API_KEY": "short"}, r"WANDB_MODE=online: WANDB_API_KEY invalid"),
+    ],
+)
+@pytest.mark.usefixtures("no_wandb_settings")
+def test_bad_settings_of_wandb_are_one_line_before_anything_runs(
+    tmp_path: Path, run_folder: Path, settings: dict[str, str], message: str
+):
+    os.environ.update(settings)
+    with pytest.raises(UserError, match=rf"^--report-to wandb: {message}") as raised:
+        train_here(run_folder, tmp_path / "run", report_to="wandb")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_wandb_settings")
+def test_settings_of_wandb_are_offline_by_default_and_those_of_the_user_stay(tmp_path: Path):
+    os.environ["WANDB_CACHE_DIR"] = "mine"
+    require_tracker("wandb", tmp_path)
+    found = {name: os.environ[f"WANDB_{name}"] for name in ("MODE", "PROJECT", "ERROR_REPORTING", "CACHE_DIR")}
+    assert found == {"MODE": "offline", "PROJECT": "adafuse-jax", "ERROR_REPORTING": "false", "CACHE_DIR": "mine"}
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
-def test_a_run_reports_what_metrics_jsonl_has(tmp_path: Path, run_folder: Path):
-    run = tmp_path / "run"
+def test_a_run_reports_what_metrics_jsonl_has(tmp_path: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The tracker is closed, which may take long, after the results are written."""
+    run, at_close = tmp_path / "run", []
+    close = TensorBoard.close
+    monkeypatch.setattr(TensorBoard, "close", lambda it: (close(it), at_close.extend(p.name for p in run.iterdir())))
     train_here(run_folder, run, steps=4, checkpoint_every=2, eval_every=4, report_to="tensorboard")
+    assert {"adapter", "summary.json"} <= set(at_close)
     found = {(step, name): value for step, name, value in tensorboard_events(run / "tensorboard")}
     for line in metrics_of(run):
         for name in ("loss", "eval_loss", "grad_norm"):
             if name in line:
                 assert found[line["step"], name] == pytest.approx(line[name], rel=1e-5)
     assert "mfu" not in metrics_of(run)[1], "no peak is known of a CPU"
+
+
+@pytest.mark.slow
+def test_the_bare_backbone_is_reported(tmp_path: Path, run_folder: Path):
+    off = dict.fromkeys(("num_experts", "rank", "dropout", "tied_share", "router_share"))
+    summary = train_here(run_folder, tmp_path / "run", adapter="none", report_to="tensorboard", **off)
+    found = {(step, name): value for step, name, value in tensorboard_events(tmp_path / "run" / "tensorboard")}
+    assert found[0, "eval_loss"] == pytest.approx(summary["before"]["eval_loss"], rel=1e-5)
 
 
 def llama_2_7b() -> ModelConfig:
@@ -165,4 +304,4 @@ def test_mfu():
     )
     assert mfu_per_token(llama_2_7b(), [h200, cpu], dtype="bfloat16", trains_backbone=False) is None
     assert mfu_per_token(llama_2_7b(), [h200], dtype="float32", trains_backbone=False) is None
-    require_tracker("none")
+    require_tracker("none", Path())
