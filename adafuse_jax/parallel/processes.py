@@ -152,7 +152,7 @@ def several_processes() -> Iterator[None]:
 def _lost_process_errors() -> Iterator[None]:
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except (RuntimeError, TimeoutError) as error:  # JAX's own are RuntimeErrors, as are those of orbax's meetings
         raise UserError(
             f"a computation of several processes failed, as it does when one has ended or cannot be reached "
             f"({shortened(str(error), 160)}); when all can run again, continue with --resume"

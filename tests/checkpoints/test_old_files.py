@@ -63,4 +63,4 @@ def test_its_config_is_a_config_file(written: Path, monkeypatch: pytest.MonkeyPa
     before = json.loads(config.read_text())
     assert before["remat"] is True
     assert {name: again[name] for name in before} == before | {"output": "again", "remat": "full"}
-    assert "--remat true of an earlier version is full" in caplog.text
+    assert "--remat true of earlier versions is full now" in caplog.text

@@ -122,7 +122,7 @@ def test_the_end_of_one_ends_the_other(together: Path, run_folder: Path):  # noq
     os.kill(pair.processes[0].pid, signal.SIGKILL)
     _, (code, _, line) = pair.finish()
     assert time.monotonic() - begun < LIMIT
-    assert code == 2
+    assert code == 2, line
     assert line.startswith("error: a computation of several processes failed, as it does when one has ended")
     assert line.endswith("continue with --resume")
     train_here(run_folder, pair.run, **SETTINGS, resume=True)
