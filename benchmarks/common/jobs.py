@@ -68,3 +68,14 @@ def reporter(result: Path, facts: dict[str, Any]) -> Report:
         result.write_text(json.dumps(facts | found))
 
     return report
+
+
+def run_as_job(
+    description: str | None, measure: Callable[[dict[str, Any], Report], None], facts: Callable[[], dict[str, Any]]
+) -> None:
+    """The main function of a job's module: parse its flags, and measure what the file of settings says. `facts` are called
+    for after the flags are parsed."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_job_flags(parser)
+    arguments = parser.parse_args()
+    measure(json.loads(arguments.job.read_text()), reporter(arguments.result, facts()))

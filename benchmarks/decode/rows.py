@@ -9,8 +9,6 @@ otherwise repeat one token, and its experts would never change.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -32,7 +30,7 @@ from adafuse_jax.inference.state import DecodeState, cache_length
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.parallel.mesh import make_mesh, mesh_of, place_state, shard
 from benchmarks.common.ceilings import measure_ceilings
-from benchmarks.common.jobs import Report, add_job_flags, reporter
+from benchmarks.common.jobs import Report, run_as_job
 from benchmarks.common.records import facts, first_line
 from benchmarks.common.timing import Stopwatch, Timing, time_calls
 from benchmarks.decode.costs import SIZES, costs
@@ -207,12 +205,8 @@ KINDS: dict[str, Callable[[dict[str, Any], Report], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_job_flags(parser)
-    arguments = parser.parse_args()
-    job = json.loads(arguments.job.read_text())
     runtime.set_up()
-    KINDS[job["kind"]](job, reporter(arguments.result, facts()))
+    run_as_job(__doc__, lambda job, report: KINDS[job["kind"]](job, report), facts)
 
 
 if __name__ == "__main__":

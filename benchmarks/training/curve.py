@@ -8,8 +8,6 @@ in float32, for every remat policy, scanned and unrolled. `work` of the job has 
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from adafuse_jax.checkpoints.adapter_directory import load_adapter
 from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
 from adafuse_jax.core import runtime
 from adafuse_jax.training.step import TrainState, train_step
-from benchmarks.common.jobs import Report, add_job_flags, reporter
+from benchmarks.common.jobs import Report, run_as_job
 from benchmarks.common.records import facts
 from benchmarks.training.rows import constant_rate_optimizer, random_batch
 from benchmarks.training.shapes import CURVE_LEARNING_RATE, CURVE_STEPS
@@ -61,10 +59,7 @@ def measure(job: dict[str, Any], report: Report) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_job_flags(parser)
-    arguments = parser.parse_args()
-    measure(json.loads(arguments.job.read_text()), reporter(arguments.result, facts()))
+    run_as_job(__doc__, measure, facts)
 
 
 if __name__ == "__main__":

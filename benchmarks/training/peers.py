@@ -9,9 +9,7 @@ leaves it, its LoRA, its data and its losses for `benchmarks.training.curve`.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.common.jobs import Report, add_job_flags, reporter
+from benchmarks.common.jobs import Report, run_as_job
 from benchmarks.common.records import commit, first_line
 from benchmarks.common.timing import Stopwatch, time_calls
 from benchmarks.decode.costs import TARGETS, Shapes
@@ -148,20 +146,21 @@ def save_curve(job: dict[str, Any], report: Report) -> None:
     report({"losses": [float(loss) for loss in trainer.losses]})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_job_flags(parser)
-    arguments = parser.parse_args()
+def facts() -> dict[str, Any]:
+    """Device and libraries of this process, and the commit."""
     import peft
     import transformers
 
-    facts = {
+    return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "commit": commit(),
         "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__,
     }  # fmt: skip
-    job = json.loads(arguments.job.read_text())
-    (save_curve if "work" in job else measure)(job, reporter(arguments.result, facts))
+
+
+def run(job: dict[str, Any], report: Report) -> None:
+    """The job `curve` has a directory `work`."""
+    (save_curve if "work" in job else measure)(job, report)
 
 
 if __name__ == "__main__":
-    main()
+    run_as_job(__doc__, run, facts)

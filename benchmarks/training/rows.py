@@ -8,8 +8,6 @@ are enqueued one after the other, as `train.py` does; its losses are those of th
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,7 +29,7 @@ from adafuse_jax.training.initial import initial_state
 from adafuse_jax.training.schedules import Phases
 from adafuse_jax.training.step import TrainState, train_step
 from adafuse_jax.training.utilisation import linear_parameters
-from benchmarks.common.jobs import Report, add_job_flags, reporter
+from benchmarks.common.jobs import Report, run_as_job
 from benchmarks.common.records import facts
 from benchmarks.common.timing import Stopwatch, time_calls
 from benchmarks.decode.models import adapter_config, random_backbone
@@ -119,10 +117,7 @@ def measure(job: dict[str, Any], report: Report) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_job_flags(parser)
-    arguments = parser.parse_args()
-    measure(json.loads(arguments.job.read_text()), reporter(arguments.result, facts()))
+    run_as_job(__doc__, measure, facts)
 
 
 if __name__ == "__main__":
