@@ -1,0 +1,140 @@
+"""The models that requests name: the backbone, and each adapter of it with its tokenizer and its ends of a turn."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from adafuse_jax.adapters.registry import AnyAdapter
+from adafuse_jax.checkpoints.adapter_directory import load_adapter
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
+from adafuse_jax.checkpoints.placement import Stacked
+from adafuse_jax.core import runtime
+from adafuse_jax.core.errors import UserError
+from adafuse_jax.data.chat import stop_tokens
+from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files
+from adafuse_jax.inference.adapter_bank import AdapterBank
+from adafuse_jax.inference.engine import Engine
+from adafuse_jax.inference.slots import Slots
+from adafuse_jax.parallel.mesh import make_mesh, shard
+from adafuse_jax.serving.config import ServeConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """One value of `model`. `adapter` is its name in the bank, None of the backbone; `stop_ids` end a row."""
+
+    name: str
+    adapter: str | None
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    created: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadAdapter:
+    """An adapter's files, read and checked, before the bank has it."""
+
+    name: str
+    weights: AnyAdapter
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+
+
+class Models:
+    """A backbone in memory, the bank of adapters and the engine over both.
+
+    Raises:
+      UserError: what opening the model, its tokenizer or an adapter refuses; the large files are read last.
+    """
+
+    def __init__(self, config: ServeConfig, *, now: int):
+        self._checkpoint = checkpoint = HFCheckpoint.open(config.model)
+        self._directory = Path(checkpoint.directory)
+        self._dtype = config.dtype or checkpoint.dtype
+        if self._dtype == "float32":
+            runtime.exact_float32()
+        context = checkpoint.config.max_position_embeddings
+        if (config.max_model_len or 0) > context:
+            raise UserError(f"--max-model-len {config.max_model_len} exceeds the {context} positions of {config.model}")
+        self.context_length = config.max_model_len or context
+        self._mesh = None if config.tensor_parallel == 1 else make_mesh(config.tensor_parallel, checkpoint.config)
+        tokenizer = load_tokenizer(self._directory)
+        self.base = self._served(config.model_name, None, tokenizer, stop_tokens(tokenizer), now)
+        self.adapters: dict[str, ServedModel] = {}
+        read = [self.read_adapter(name, directory) for name, directory in config.adapter_directories().items()]
+        model = load_backbone(checkpoint, self._dtype, place=Stacked(self._mesh))
+        given = sum(adapter.weights.config.max_experts or 1 for adapter in read)
+        room = config.max_experts or max(given, DEFAULT_EXPERTS if config.adapter_folders else 0)
+        self.bank = AdapterBank(model, max_experts=room) if room else None
+        self._engine = Engine(model, self.bank, strategy=config.strategy, eos_ids=self.base.stop_ids)
+        self._num_slots = config.max_slots
+        for adapter in read:
+            self.add(adapter, now=now)
+
+    def slots(self) -> Slots:
+        return self._engine.slots(self._num_slots, context_length=self.context_length)
+
+    def read_adapter(self, name: str, directory: str) -> ReadAdapter:
+        """Read an adapter's directory; the engine is not touched. Raises `UserError` for what `load_adapter` and
+        `load_tokenizer` refuse."""
+        checkpoint, path = self._checkpoint, Path(directory).expanduser()
+        weights = load_adapter(
+            path, checkpoint.config, backbone_identity=checkpoint.identity(), dtype=jnp.dtype(self._dtype)
+        )
+        if self._mesh is not None:
+            weights = shard(weights, self._mesh)
+        tokenizer, stop_ids = self.base.tokenizer, self.base.stop_ids
+        if tokenizer_files(self._directory, path) != tokenizer_files(self._directory):
+            tokenizer = load_tokenizer(self._directory, path)
+            stop_ids = self._stop_ids(stop_tokens(tokenizer))
+        return ReadAdapter(name=name, weights=weights, tokenizer=tokenizer, stop_ids=stop_ids)
+
+    def add(self, read: ReadAdapter, *, now: int) -> None:
+        """Put an adapter into the bank, in the thread of the engine. Raises `UserError` as `AdapterBank.load`."""
+        if read.name == self.base.name:
+            raise UserError(f"{read.name} is the backbone's name; give the adapter another one")
+        if self.bank is None:
+            raise UserError("the server was started without room for adapters; give --max-experts")
+        loaded = self.bank.load(read.name, read.weights)
+        self.adapters[read.name] = self._served(read.name, read.name, read.tokenizer, read.stop_ids, now)
+        log.info("adapter %s: %s, %d experts, version %d", read.name, loaded.method, loaded.num_experts, loaded.version)
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out of the bank, in the thread of the engine; rows that run go on. Raises `UserError`."""
+        if self.bank is None or name not in self.adapters:
+            raise UserError(f"no adapter {name} is loaded")
+        del self.adapters[name]
+        self.bank.unload(name)
+        log.info("adapter %s: unloaded", name)
+
+    def find(self, name: str) -> ServedModel | None:
+        return self.base if name == self.base.name else self.adapters.get(name)
+
+    def all(self) -> list[ServedModel]:
+        return [self.base, *self.adapters.values()]
+
+    @property
+    def vocab_size(self) -> int:
+        return self._checkpoint.config.vocab_size
+
+    def _served(
+        self, name: str, adapter: str | None, tokenizer: Any, stop_ids: tuple[int, ...], now: int
+    ) -> ServedModel:
+        ids = self._stop_ids(stop_ids)
+        return ServedModel(name=name, adapter=adapter, tokenizer=tokenizer, stop_ids=ids, created=now)
+
+    def _stop_ids(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The model's own end tokens, and those of the template, that the vocabulary has."""
+        both = {*self._checkpoint.config.eos_token_ids, *ids}
+        return tuple(sorted(i for i in both if 0 <= i < self.vocab_size))
+
+
+DEFAULT_EXPERTS = 64
+"""Experts that the bank has room for where adapters may be loaded later and `--max-experts` is not given."""
