@@ -240,7 +240,7 @@ def _add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
-        response = APIError(error.status_code, str(error.detail)).response()
+        response = APIError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
         response.headers.update(error.headers or {})
         return response
 

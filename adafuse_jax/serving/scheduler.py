@@ -114,6 +114,7 @@ class Scheduler:
                     self._step()
                 except Exception as error:
                     self._fail(error)
+                self._metrics.rows(len(self._running), len(self._waiting))
                 self._hand_over()
         finally:
             for work in [*self._running.values(), *self._waiting]:
@@ -145,7 +146,6 @@ class Scheduler:
                 self._end(work, "failed", Failed(400, str(error)))
                 continue
             self._running[work.slot] = work
-        self._metrics.rows(len(self._running), len(self._waiting))
 
     def _step(self) -> None:
         step = self._slots.step() if self._running else None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import os
 from pathlib import Path
 
+import h11
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -78,15 +80,14 @@ class Gate:
                     headers.setdefault(name, value)
             await send(message)
 
-        try:
-            self._check(scope)
-            body = await _read_body(Headers(scope=scope), receive)
-        except APIError as error:
-            await error.response()(scope, receive, send_with_headers)
-            return
-        except ConnectionError:
-            return
-        await self._app(scope, _replayed(body, receive), send_with_headers)
+        with contextlib.suppress(ConnectionError, h11.LocalProtocolError):  # the client has gone, or sends what is no HTTP
+            try:
+                self._check(scope)
+                body = await _read_body(Headers(scope=scope), receive)
+            except APIError as error:
+                await error.response()(scope, receive, send_with_headers)
+                return
+            await self._app(scope, _replayed(body, receive), send_with_headers)
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)

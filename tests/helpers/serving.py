@@ -93,10 +93,10 @@ class ServerProcess:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=60)
 
-    def metric(self, name: str) -> float:
-        """The sum over its labels of a metric."""
-        text = self.http.get("/metrics").text
-        return sum(float(value) for value in re.findall(rf"^adafuse_{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+    def metric(self, name: str, labels: str = "") -> float:
+        """A metric, summed over the series whose labels contain the text `labels`."""
+        series = re.findall(rf"^adafuse_{name}(?:{{(.*)}})? (\S+)$", self.http.get("/metrics").text, re.MULTILINE)
+        return sum(float(value) for own, value in series if labels in own)
 
     def wait_until_idle(self, seconds: float = 30) -> None:
         begun = time.monotonic()
