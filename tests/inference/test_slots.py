@@ -54,7 +54,7 @@ def run(slots: Slots, steps: int | None = None) -> list[dict[int, int]]:
 def by_modules(model, adapter, fused, token, positions, cache):
     """Decode step by the modules, in place of the megakernel."""
     out = model.run(token[:, None], adapter=adapter, positions=positions[:, None], cache=cache, unroll=True)
-    return model.logits(out.hidden[:, 0]), None if adapter is None else out.routing.experts_of_row(), out.cache
+    return model.logits(out.hidden[:, 0]), None if adapter is None else out.routing.of_first_token(), out.cache
 
 
 class TestRowsThatComeLater:

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxtyping import Array, Bool, Int
 
+from adafuse_jax.inference.adapter_bank import AdapterBank
 from adafuse_jax.inference.backends.base import Backend, StepOutput
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.hooks import Adapter
@@ -18,9 +19,11 @@ from adafuse_jax.models.kv_cache import KVCache
 class Unfused(Backend):
     """Any model, any adapter, any number of rows and devices."""
 
-    def __init__(self, model: Backbone, adapter: Adapter | None, strategy: str = "unmerged"):
-        self._model, self.adapter, self.strategy = model, adapter, strategy
-        self.reads: Any = model, adapter
+    takes_bank = True
+
+    def __init__(self, model: Backbone, adapter: Adapter | AdapterBank | None, strategy: str = "unmerged"):
+        self._model, self._adapter, self.strategy = model, adapter, strategy
+        self._reads = model, adapter
 
     @staticmethod
     def step(
@@ -33,5 +36,5 @@ class Unfused(Backend):
     ) -> StepOutput:
         model, adapter = reads
         out = model.run(token[:, None], adapter=adapter, positions=position[:, None], cache=cache, unroll=True)
-        experts = None if out.routing is None else out.routing.experts_of_row()
+        experts = None if out.routing is None else out.routing.of_first_token()
         return model.logits(out.hidden[:, 0]), experts, out.cache, carry
