@@ -58,7 +58,10 @@ class Service:
 
     def __init__(self, config: ServeConfig, models: Models, on_end: Callable[[bool], None]):
         self.config, self.models, self.metrics = config, models, Metrics(config.max_slots)
-        self.scheduler = Scheduler(models.slots, max_queue=config.max_queue, metrics=self.metrics, on_end=on_end)
+        more: dict[str, Any] = {"warm_up": models.warm_up} if config.warm_up else {}
+        self.scheduler = Scheduler(
+            models.slots, max_queue=config.max_queue, metrics=self.metrics, on_end=on_end, **more
+        )
         self.is_draining, self.open_requests = False, 0
         self._text = ThreadPoolExecutor(
             1, thread_name_prefix="text"

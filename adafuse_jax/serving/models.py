@@ -19,6 +19,8 @@ from adafuse_jax.data.chat import stop_tokens
 from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files
 from adafuse_jax.inference.adapter_bank import AdapterBank
 from adafuse_jax.inference.engine import Engine
+from adafuse_jax.inference.prefill import CHUNKS
+from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.inference.slots import Slots
 from adafuse_jax.parallel.mesh import make_mesh, shard
 from adafuse_jax.serving.config import ServeConfig
@@ -81,6 +83,16 @@ class Models:
     def slots(self) -> Slots:
         return self._engine.slots(self._num_slots, context_length=self.context_length)
 
+    def warm_up(self, slots: Slots) -> None:
+        """Compile what rows without penalties and log-probabilities need: a prompt of each length of a chunk, greedy and
+        sampled."""
+        for sampling in (Sampling.of(), Sampling.of(temperature=1.0)):
+            for length in (size for size in CHUNKS if size + WARM_UP_TOKENS <= self.context_length):
+                slot = slots.insert([0] * length, max_new_tokens=WARM_UP_TOKENS, sampling=sampling, stop_ids=())
+                while slots.step() is not None:
+                    pass
+                slots.evict(slot)
+
     def read_adapter(self, name: str, directory: str) -> ReadAdapter:
         """Read an adapter's directory; the engine is not touched. Raises `UserError` for what `load_adapter` and
         `load_tokenizer` refuse."""
@@ -136,5 +148,7 @@ class Models:
         return tuple(sorted(i for i in both if 0 <= i < self.vocab_size))
 
 
+WARM_UP_TOKENS = 2
+"""The prompt's first token and one of a step."""
 DEFAULT_EXPERTS = 64
 """Experts that the bank has room for where adapters may be loaded later and `--max-experts` is not given."""

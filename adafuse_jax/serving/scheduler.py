@@ -37,11 +37,21 @@ class Scheduler:
     Args:
       slots: makes the slots, again after a step that failed.
       max_queue: rows that may wait.
+      warm_up: called with the first slots.
       on_end: called in the event loop when the thread has ended; its argument says whether it gave up.
     """
 
-    def __init__(self, slots: Callable[[], Slots], *, max_queue: int, metrics: Metrics, on_end: Callable[[bool], None]):
+    def __init__(
+        self,
+        slots: Callable[[], Slots],
+        *,
+        max_queue: int,
+        metrics: Metrics,
+        on_end: Callable[[bool], None],
+        warm_up: Callable[[Slots], None] = lambda slots: None,
+    ):
         self._make_slots, self._slots = slots, slots()
+        warm_up(self._slots)
         self._max_queue, self._metrics, self._on_end = max_queue, metrics, on_end
         self._wakes = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()

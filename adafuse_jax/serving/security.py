@@ -80,7 +80,9 @@ class Gate:
                     headers.setdefault(name, value)
             await send(message)
 
-        with contextlib.suppress(ConnectionError, h11.LocalProtocolError):  # the client has gone, or sends what is no HTTP
+        with contextlib.suppress(
+            ConnectionError, h11.LocalProtocolError
+        ):  # the client has gone, or sends what is no HTTP
             try:
                 self._check(scope)
                 body = await _read_body(Headers(scope=scope), receive)

@@ -24,6 +24,7 @@ from adafuse_jax.checkpoints.adapter_directory import save_adapter
 from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
 from adafuse_jax.inference.config import DecodeConfig
 from adafuse_jax.inference.prompts import Prompt
+from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.inference.session import Completion, Session
 
 BASE, KEY = "stories260k", "a-key-of-the-tests"
@@ -116,7 +117,7 @@ class ServerProcess:
 
 
 class Expected:
-    """`decode.py`'s answers, greedy in float32."""
+    """The answers of `decode.py --raw`, greedy in float32."""
 
     def __init__(self, model_dir: Path, adapters: dict[str, Path]):
         self._model, self._adapters = model_dir, adapters
@@ -124,27 +125,15 @@ class Expected:
 
     def session(self, name: str) -> Session:
         if name not in self._sessions:
-            adapter = str(self._adapters[name]) if name in self._adapters else None
-            config = DecodeConfig(model=str(self._model), adapter=adapter, dtype="float32", raw=True)
-            self._sessions[name] = Session(config)
+            self._sessions[name] = Session(self._config(name))
         return self._sessions[name]
 
-    def completions(self, name: str, prompts: Sequence[str], max_tokens: int, **settings: Any) -> list[Completion]:
+    def completions(self, name: str, prompts: Sequence[Prompt], max_tokens: int, **settings: Any) -> list[Completion]:
         session = self.session(name)
-        return self._answers(session, [session.tokens_of(prompt) for prompt in prompts], max_tokens, **settings)
+        session.config = self._config(name, max_new_tokens=max_tokens, **settings)
+        session.sampling = Sampling.of(repetition_penalty=session.config.repetition_penalty)
+        return session.answer_all([session.tokens_of(prompt) for prompt in prompts])
 
-    def chat(self, name: str, prompt: Prompt, max_tokens: int) -> Completion:
-        session = self.session(name)
-        return self._answers(session, [session.tokens_of(prompt)], max_tokens)[0]
-
-    def _answers(
-        self, session: Session, ids: Sequence[list[int]], max_tokens: int, stop: tuple[str, ...] = ()
-    ) -> list[Completion]:
-        kept = session.config
-        session.config = DecodeConfig(
-            model=kept.model, adapter=kept.adapter, dtype="float32", raw=True, max_new_tokens=max_tokens, stop=stop
-        )
-        try:
-            return session.answer_all(ids)
-        finally:
-            session.config = kept
+    def _config(self, name: str, **settings: Any) -> DecodeConfig:
+        adapter = str(self._adapters[name]) if name in self._adapters else None
+        return DecodeConfig(model=str(self._model), adapter=adapter, dtype="float32", raw=True, **settings)

@@ -16,18 +16,18 @@ def adapters(stories260k_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def flags(stories260k_dir: Path, adapters: dict[str, Path]) -> list[Any]:
-    """Model and adapters of a server, in float32."""
+    """Model and adapters of a server of four slots, in float32."""
     named = [f"{name}={directory}" for name, directory in adapters.items()]
-    return ["--model", stories260k_dir, "--adapters", *named, "--dtype", "float32"]
+    return ["--model", stories260k_dir, "--adapters", *named, "--dtype", "float32", "--no-warm-up", "--max-slots", 4,
+            "--max-experts", 16]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def server(flags: list[Any], adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory):
-    """Four slots; adapters may be loaded from the folder of the three."""
+    """Adapters may be loaded from the folder of the three."""
     folder = tmp_path_factory.mktemp("server")
     (folder / "key").write_text(f"{KEY}\n")
-    more = ["--max-slots", 4, "--max-queue", 96, "--api-key-file", folder / "key"]
-    more += ["--adapter-folders", adapters["tales"].parent, "--max-experts", 16]
+    more = ["--max-queue", 96, "--api-key-file", folder / "key", "--adapter-folders", adapters["tales"].parent]
     with ServerProcess([*flags, *more], folder / "log", key=KEY) as process:
         yield process
         assert process.terminate() == 0

@@ -47,7 +47,7 @@ class TestTheSameAsDecode:
             {"role": "user", "content": [{"type": "text", "text": "Tell"}, {"type": "text", "text": " a tale."}]},
         ]
         turns = Chat((Message("system", "Be kind."), Message("user", "Tell a tale.")))
-        wanted = expected.chat("tales", turns, 24)
+        (wanted,) = expected.completions("tales", [turns], 24)
         asked: dict[str, Any] = {"model": "tales", "messages": messages, "temperature": 0, "max_completion_tokens": 24}
         whole = server.openai.chat.completions.create(**asked)
         choice = whole.choices[0]
@@ -111,16 +111,23 @@ class TestSampling:
             assert complete(server, max_tokens=10, temperature=2, **more).choices[0].text == greedy
 
     def test_penalties(self, server: ServerProcess, expected: Expected):
-        """A large penalty of each kind: no token comes twice; the repetition penalty spares those of the prompt, too."""
-        tokenizer = expected.session(BASE).tokenizer
-        plain = complete(server, max_tokens=24, logprobs=0).choices[0].logprobs.tokens
-        assert len({*plain}) < len(plain)
-        for more in ({"presence_penalty": 2, "frequency_penalty": 2}, {"extra_body": {"repetition_penalty": 100}}):
-            tokens = complete(server, max_tokens=24, logprobs=0, **more).choices[0].logprobs.tokens
-            repeated = len(tokens) - len({*tokens})
-            assert repeated < len(plain) - len({*plain})
-        prompt = {tokenizer.decode([i]).strip() for i in tokenizer(PROMPTS[0])["input_ids"]}
-        assert not prompt & {token.strip() for token in tokens} - {""}
+        """An adapter that repeats itself repeats less with penalties; the repetition penalty is that of decode.py."""
+
+        def tokens(**more: Any) -> list[str]:
+            reply = complete(server, model="plain", max_tokens=24, logprobs=0, **more)
+            return reply.choices[0].logprobs.tokens
+
+        def repeats(found: list[str]) -> int:
+            return len(found) - len({*found})
+
+        plain, by_presence = tokens(), tokens(presence_penalty=2)
+        by_frequency, by_repetition = tokens(frequency_penalty=2), tokens(extra_body={"repetition_penalty": 100})
+        assert repeats(plain) > 10
+        assert repeats(by_presence) < repeats(plain)
+        assert repeats(by_frequency) < repeats(plain)
+        assert repeats(by_repetition) == 0
+        (wanted,) = expected.completions("plain", PROMPTS[:1], 24, repetition_penalty=100.0)
+        assert "".join(by_repetition).lstrip() == wanted.text
 
 
 class TestLogprobs:
@@ -129,7 +136,9 @@ class TestLogprobs:
         choice = complete(server, max_tokens=8, logprobs=3).choices[0]
         logprobs = choice.logprobs
         assert "".join(logprobs.tokens) == choice.text
-        assert all(lp == max(top.values()) for lp, top in zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True))
+        assert all(
+            lp == max(top.values()) for lp, top in zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True)
+        )
         assert all(len(top) == 3 for top in logprobs.top_logprobs)
         assert logprobs.text_offset == [len("".join(logprobs.tokens[:i])) for i in range(8)]
         session = expected.session(BASE)
@@ -152,7 +161,8 @@ class TestLogprobs:
         assert all(bytes(entry.bytes).decode() == entry.token for entry in content)
         chunks = [*server.openai.chat.completions.create(**asked, stream=True)]
         streamed = [entry for c in chunks if c.choices[0].logprobs for entry in c.choices[0].logprobs.content]
-        assert streamed == content
+        assert [entry.token for entry in streamed] == [entry.token for entry in content]
+        assert [e.logprob for e in streamed] == pytest.approx([e.logprob for e in content], abs=1e-4)
 
     def test_echo_without_probabilities(self, server: ServerProcess):
         plain = complete(server, max_tokens=5).choices[0].text
@@ -193,7 +203,7 @@ def test_the_context_ends_an_answer(server: ServerProcess):
 
 
 def test_a_common_beginning_comes_from_the_cache(server: ServerProcess, expected: Expected):
-    prompts = [f"{PROMPTS[0]} there was a little girl named Lily. She loved to {verb}" for verb in ("play", "sing")]
+    prompts = [f"Ben had a big red ball and a small blue ball. He loved to {verb}" for verb in ("play", "sing")]
     replies = [complete(server, model="tales", prompt=prompt, max_tokens=12) for prompt in prompts]
     assert replies[1].usage.prompt_tokens_details.cached_tokens > 10
     other = complete(server, model="plain", prompt=prompts[0], max_tokens=12)

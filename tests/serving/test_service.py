@@ -65,7 +65,16 @@ class TestModels:
         outside = tmp_path / "outside"
         shutil.copytree(adapters["tales"], outside)
         (folder / "link").symlink_to(outside)
-        paths = [str(outside), f"{folder}/../{tmp_path.name}/outside", "/etc", "..", ".", str(folder), "link", "/proc/self/root"]
+        paths = [
+            str(outside),
+            f"{folder}/../{tmp_path.name}/outside",
+            "/etc",
+            "..",
+            ".",
+            str(folder),
+            "link",
+            "/proc/self/root",
+        ]
         for path in paths:
             body = {"lora_name": "secret", "lora_path": path}
             error = assert_refused(server.http.post("/v1/load_lora_adapter", json=body), 403)
@@ -156,8 +165,7 @@ class TestTheEnd:
     def test_drains_and_starts_again_on_its_port(self, flags: list[Any], tmp_path: Path):
         """SIGTERM: the stream that runs is answered in full, new work gets 503, and the exit code is 0. A killed server
         leaves its port to the next one. Without a key, names of other hosts are refused; adapters cannot be loaded."""
-        small = [*flags, "--max-slots", 2, "--max-model-len", 256]
-        with ServerProcess(small, tmp_path / "log") as server:
+        with ServerProcess(flags, tmp_path / "log") as server:
             port = server.port
             assert_refused(httpx.get(f"{server.url}/v1/models", headers={"Host": "evil.example"}), 403)
             load = {"lora_name": "x", "lora_path": "tales"}
@@ -173,12 +181,12 @@ class TestTheEnd:
             assert chunks[-1].choices[0].finish_reason in ("length", "stop")
             assert server.process.wait(timeout=30) == 0
             assert not server.faults()
-        with ServerProcess([*small, "--port", port], tmp_path / "log") as server:
+        with ServerProcess([*flags, "--port", port], tmp_path / "log") as server:
             assert server.port == port
             stream = start(server)
             os.kill(server.process.pid, signal.SIGKILL)
             server.process.wait()
-        with ServerProcess([*small, "--port", port, "--drain-seconds", 0], tmp_path / "log") as server:
+        with ServerProcess([*flags, "--port", port, "--drain-seconds", 0], tmp_path / "log") as server:
             reply = server.openai.completions.create(model="tales", prompt="The dog was", max_tokens=4)
             assert reply.usage.completion_tokens == 4
             server.wait_until_idle()
