@@ -81,7 +81,13 @@ class Scheduler:
 
     def cancel(self, works: Sequence[Work]) -> None:
         """Free the slots of rows whose answers nobody reads any more, before the next step."""
-        self._command(lambda: [self._end(work, "cancelled") for work in works if not work.is_over])
+
+        def cancel() -> None:
+            for work in works:
+                if not work.is_over:
+                    self._end(work, "cancelled")
+
+        self._command(cancel)
 
     def call[Result](self, function: Callable[[], Result]) -> asyncio.Future[Result]:
         """Run a function between two steps, such as the loading of an adapter."""

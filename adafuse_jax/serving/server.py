@@ -14,6 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 
@@ -78,7 +79,7 @@ class Server(uvicorn.Server):
         if not is_loopback(config.host) and key is None:
             log.warning("--host %s without --api-key-file: everyone who reaches this address can use it", config.host)
         app = make_app(self._service, key=key, only_loopback=only_loopback)
-        settings = {"log_config": None, "access_log": False, "server_header": False, "ws": "none", "lifespan": "on"}
+        settings: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "ws": "none"}
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=CLOSE_SECONDS, **settings))
 
     @contextlib.contextmanager

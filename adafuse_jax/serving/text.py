@@ -91,7 +91,8 @@ class Answer:
     def __init__(self, model: ServedModel, stops: tuple[str, ...], prompt: Sequence[int]):
         self.tokenizer, self.prompt = model.tokenizer, prompt
         self._stream = TextStream(model.tokenizer, stops)
-        self.cached, self.prompt_logprobs = 0, None
+        self.cached = 0
+        self.prompt_logprobs: list[Any] | None = None
         self.tokens: list[Token] = []
         self.finish_reason: FinishReason | None = None
 

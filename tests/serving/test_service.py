@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import os
 import shutil
 import signal
 import time
@@ -161,40 +160,34 @@ def test_health_and_headers(server: ServerProcess):
         assert "access-control-allow-origin" not in response.headers
 
 
-class TestTheEnd:
-    def test_drains_and_starts_again_on_its_port(self, flags: list[Any], tmp_path: Path):
-        """SIGTERM: the stream that runs is answered in full, new work gets 503, and the exit code is 0. A killed server
-        leaves its port to the next one. Without a key, names of other hosts are refused; adapters cannot be loaded."""
-        with ServerProcess(flags, tmp_path / "log") as server:
-            port = server.port
-            assert_refused(httpx.get(f"{server.url}/v1/models", headers={"Host": "evil.example"}), 403)
-            load = {"lora_name": "x", "lora_path": "tales"}
-            assert_refused(server.http.post("/v1/load_lora_adapter", json=load), 403)
-            assert_refused(server.http.post("/v1/unload_lora_adapter", json={"lora_name": "tales"}), 403)
-            stream = start(server)
-            server.process.send_signal(signal.SIGTERM)
-            while server.http.get("/health").status_code == 200:
-                time.sleep(0.01)
-            ask = {"model": BASE, "prompt": "The dog", "max_tokens": 1}
-            assert_refused(server.http.post("/v1/completions", json=ask), 503)
-            chunks = [*stream]
-            assert chunks[-1].choices[0].finish_reason in ("length", "stop")
-            assert server.process.wait(timeout=30) == 0
-            assert not server.faults()
-        with ServerProcess([*flags, "--port", port], tmp_path / "log") as server:
-            assert server.port == port
-            stream = start(server)
-            os.kill(server.process.pid, signal.SIGKILL)
-            server.process.wait()
-        with ServerProcess([*flags, "--port", port, "--drain-seconds", 0], tmp_path / "log") as server:
-            reply = server.openai.completions.create(model="tales", prompt="The dog was", max_tokens=4)
-            assert reply.usage.completion_tokens == 4
-            server.wait_until_idle()
-            stream = start(server)
-            begun = time.monotonic()
-            server.process.send_signal(signal.SIGTERM)
-            with pytest.raises(openai.APIError, match="stops"):
-                [*stream]
-            assert server.process.wait(timeout=30) == 0
-            assert time.monotonic() - begun < 10
-            assert "cut off" in server.log.read_text()
+def test_the_end(flags: list[Any], tmp_path: Path):
+    """A killed server leaves its port to the next one. SIGTERM: a row that runs is answered in full, new work gets 503; the
+    second signal cuts off what is left; the exit code is 0. Without a key, names of other hosts are refused, and without
+    folders of adapters, their loading."""
+    with ServerProcess(flags, tmp_path / "log") as server:
+        port = server.port
+        assert_refused(httpx.get(f"{server.url}/v1/models", headers={"Host": "evil.example"}), 403)
+        load = {"lora_name": "x", "lora_path": "tales"}
+        assert_refused(server.http.post("/v1/load_lora_adapter", json=load), 403)
+        assert_refused(server.http.post("/v1/unload_lora_adapter", json={"lora_name": "tales"}), 403)
+        start(server)
+        server.process.kill()
+        server.process.wait()
+    with ServerProcess([*flags, "--port", port], tmp_path / "log") as server:
+        assert server.port == port
+        assert server.metric("requests_running") == 0
+        long, short = start(server), start(server, max_tokens=100)
+        server.process.send_signal(signal.SIGTERM)
+        while server.http.get("/health").status_code == 200:
+            time.sleep(0.01)
+        ask = {"model": BASE, "prompt": "The dog", "max_tokens": 1}
+        assert_refused(server.http.post("/v1/completions", json=ask), 503)
+        assert [*short][-1].choices[0].finish_reason in ("length", "stop")
+        begun = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="stops"):
+            list(long)
+        assert server.process.wait(timeout=30) == 0
+        assert time.monotonic() - begun < 10
+        assert "1 requests are cut off" in server.log.read_text()
+        assert not server.faults()
