@@ -23,7 +23,7 @@ from adafuse_jax.serving.config import NAME, ServeConfig
 from adafuse_jax.serving.errors import APIError, invalid, of_validation
 from adafuse_jax.serving.generation import Asked, EventStream, Generation, check_number, whole_or_gone
 from adafuse_jax.serving.metrics import Metrics
-from adafuse_jax.serving.models import Models, ServedModel
+from adafuse_jax.serving.models import AdapterReader, Models, ServedModel
 from adafuse_jax.serving.protocol import (
     DEFAULT_COMPLETION_TOKENS,
     ChatRequest,
@@ -56,8 +56,12 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 class Service:
     """The parts behind the endpoints. Requests come in the event loop; `open_requests` are those that generate."""
 
-    def __init__(self, config: ServeConfig, models: Models, on_end: Callable[[bool], None]):
+    def __init__(
+        self, config: ServeConfig, models: Models, reader: AdapterReader | None, on_end: Callable[[bool], None]
+    ):
+        """`reader` may be None where `--adapter-folders` are not given."""
         self.config, self.models, self.metrics = config, models, Metrics(config.max_slots)
+        self._reader = reader
         more: dict[str, Any] = {"warm_up": models.warm_up} if config.warm_up else {}
         self.scheduler = Scheduler(
             models.slots, max_queue=config.max_queue, metrics=self.metrics, on_end=on_end, **more
@@ -138,7 +142,7 @@ class Service:
             return EventStream(generation.events(with_usage=body.includes_usage), context.pop_all().close)
 
     async def load_adapter(self, body: LoadAdapterRequest) -> None:
-        self._require_folders()
+        reader = self._require_reader()
         name = body.lora_name
         if not NAME.fullmatch(name):
             raise invalid("lora_name: use letters, digits and . _ / : - only", "lora_name")
@@ -147,13 +151,13 @@ class Service:
             if self.models.find(name) is not None:
                 raise invalid(f"lora_name: {name} is loaded already; unload it first, or use another name", "lora_name")
             try:
-                read = await self.in_thread(lambda: self.models.read_adapter(name, str(directory)))
+                read = await self.in_thread(lambda: reader.read(name, str(directory)))
                 await self.scheduler.call(lambda: self.models.add(read, now=int(time.time())))
             except UserError as error:
                 raise invalid(str(error), "lora_path") from error
 
     async def unload_adapter(self, body: UnloadAdapterRequest) -> None:
-        self._require_folders()
+        self._require_reader()
         async with self._adapters:
             if body.lora_name not in self.models.adapters:
                 raise APIError(
@@ -161,11 +165,12 @@ class Service:
                 )
             await self.scheduler.call(lambda: self.models.remove(body.lora_name))
 
-    def _require_folders(self) -> None:
-        if not self.config.adapter_folders:
+    def _require_reader(self) -> AdapterReader:
+        if not self.config.adapter_folders or self._reader is None:
             raise APIError(403, "adapters cannot be loaded or unloaded here; start the server with --adapter-folders")
         if self.is_draining or not self.scheduler.is_alive:
             raise APIError(503, "the server stops; try again later")
+        return self._reader
 
 
 def make_app(service: Service, *, key: str | None, only_loopback: bool) -> FastAPI:

@@ -28,7 +28,7 @@ GONE = 499
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What a request asks for, beside its text. `prompts`: token ids, each for `per_prompt` answers."""
+    """Contents of a request, beside its sampling. `prompts`: token ids, each for `per_prompt` answers."""
 
     model: ServedModel
     prompts: Sequence[list[int]]

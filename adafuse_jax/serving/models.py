@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from adafuse_jax.adapters.registry import AnyAdapter
 from adafuse_jax.checkpoints.adapter_directory import load_adapter
@@ -22,6 +23,7 @@ from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.prefill import CHUNKS
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.inference.slots import Slots
+from adafuse_jax.models.config import DType
 from adafuse_jax.parallel.mesh import make_mesh, shard
 from adafuse_jax.serving.config import ServeConfig
 
@@ -50,35 +52,21 @@ class ReadAdapter:
 
 
 class Models:
-    """A backbone in memory, the bank of adapters and the engine over both.
+    """The backbone and its adapters by their names, over one engine.
 
-    Raises:
-      UserError: what opening the model, its tokenizer or an adapter refuses; the large files are read last.
+    Args:
+      engine: over a backbone and, if given, the bank.
+      base: the backbone's name and tokenizer.
+      num_slots, context_length: of the slots.
     """
 
-    def __init__(self, config: ServeConfig, *, now: int):
-        self._checkpoint = checkpoint = HFCheckpoint.open(config.model)
-        self._directory = Path(checkpoint.directory)
-        self._dtype = config.dtype or checkpoint.dtype
-        if self._dtype == "float32":
-            runtime.exact_float32()
-        context = checkpoint.config.max_position_embeddings
-        if (config.max_model_len or 0) > context:
-            raise UserError(f"--max-model-len {config.max_model_len} exceeds the {context} positions of {config.model}")
-        self.context_length = config.max_model_len or context
-        self._mesh = None if config.tensor_parallel == 1 else make_mesh(config.tensor_parallel, checkpoint.config)
-        tokenizer = load_tokenizer(self._directory)
-        self.base = self._served(config.model_name, None, tokenizer, stop_tokens(tokenizer), now)
+    def __init__(
+        self, engine: Engine, bank: AdapterBank | None, base: ServedModel, *, num_slots: int, context_length: int
+    ):
+        self.bank, self.base, self.context_length = bank, base, context_length
+        self.vocab_size = engine.config.vocab_size
         self.adapters: dict[str, ServedModel] = {}
-        read = [self.read_adapter(name, directory) for name, directory in config.adapter_directories().items()]
-        model = load_backbone(checkpoint, self._dtype, place=Stacked(self._mesh))
-        given = sum(adapter.weights.config.max_experts or 1 for adapter in read)
-        room = config.max_experts or max(given, DEFAULT_EXPERTS if config.adapter_folders else 0)
-        self.bank = AdapterBank(model, max_experts=room) if room else None
-        self._engine = Engine(model, self.bank, strategy=config.strategy, eos_ids=self.base.stop_ids)
-        self._num_slots = config.max_slots
-        for adapter in read:
-            self.add(adapter, now=now)
+        self._engine, self._num_slots = engine, num_slots
 
     def slots(self) -> Slots:
         return self._engine.slots(self._num_slots, context_length=self.context_length)
@@ -93,30 +81,18 @@ class Models:
                     pass
                 slots.evict(slot)
 
-    def read_adapter(self, name: str, directory: str) -> ReadAdapter:
-        """Read an adapter's directory; the engine is not touched. Raises `UserError` for what `load_adapter` and
-        `load_tokenizer` refuse."""
-        checkpoint, path = self._checkpoint, Path(directory).expanduser()
-        weights = load_adapter(
-            path, checkpoint.config, backbone_identity=checkpoint.identity(), dtype=jnp.dtype(self._dtype)
-        )
-        if self._mesh is not None:
-            weights = shard(weights, self._mesh)
-        tokenizer, stop_ids = self.base.tokenizer, self.base.stop_ids
-        if tokenizer_files(self._directory, path) != tokenizer_files(self._directory):
-            tokenizer = load_tokenizer(self._directory, path)
-            stop_ids = self._stop_ids(stop_tokens(tokenizer))
-        return ReadAdapter(name=name, weights=weights, tokenizer=tokenizer, stop_ids=stop_ids)
-
     def add(self, read: ReadAdapter, *, now: int) -> None:
         """Put an adapter into the bank, in the thread of the engine. Raises `UserError` as `AdapterBank.load`."""
-        if read.name == self.base.name:
-            raise UserError(f"{read.name} is the backbone's name; give the adapter another one")
+        name = read.name
+        if name == self.base.name:
+            raise UserError(f"{name} is the backbone's name; give the adapter another one")
         if self.bank is None:
             raise UserError("the server was started without room for adapters; give --max-experts")
-        loaded = self.bank.load(read.name, read.weights)
-        self.adapters[read.name] = self._served(read.name, read.name, read.tokenizer, read.stop_ids, now)
-        log.info("adapter %s: %s, %d experts, version %d", read.name, loaded.method, loaded.num_experts, loaded.version)
+        loaded = self.bank.load(name, read.weights)
+        self.adapters[name] = ServedModel(
+            name=name, adapter=name, tokenizer=read.tokenizer, stop_ids=read.stop_ids, created=now
+        )
+        log.info("adapter %s: %s, %d experts, version %d", name, loaded.method, loaded.num_experts, loaded.version)
 
     def remove(self, name: str) -> None:
         """Take an adapter out of the bank, in the thread of the engine; rows that run go on. Raises `UserError`."""
@@ -132,20 +108,70 @@ class Models:
     def all(self) -> list[ServedModel]:
         return [self.base, *self.adapters.values()]
 
-    @property
-    def vocab_size(self) -> int:
-        return self._checkpoint.config.vocab_size
 
-    def _served(
-        self, name: str, adapter: str | None, tokenizer: Any, stop_ids: tuple[int, ...], now: int
-    ) -> ServedModel:
-        ids = self._stop_ids(stop_ids)
-        return ServedModel(name=name, adapter=adapter, tokenizer=tokenizer, stop_ids=ids, created=now)
+class AdapterReader:
+    """Reads adapters of one backbone from their directories."""
 
-    def _stop_ids(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+    def __init__(self, checkpoint: HFCheckpoint, dtype: DType, mesh: Mesh | None):
+        """Raises `UserError` for what `load_tokenizer` refuses."""
+        self._checkpoint, self._dtype, self._mesh = checkpoint, dtype, mesh
+        self._directory = Path(checkpoint.directory)
+        self._files = tokenizer_files(self._directory)
+        self.tokenizer = load_tokenizer(self._directory)
+        self.stop_ids = self._stop_ids(self.tokenizer)
+
+    def read(self, name: str, directory: str) -> ReadAdapter:
+        """The adapter in a directory; the engine is not touched. Raises `UserError` for what `load_adapter` and
+        `load_tokenizer` refuse."""
+        checkpoint, path = self._checkpoint, Path(directory).expanduser()
+        weights = load_adapter(
+            path, checkpoint.config, backbone_identity=checkpoint.identity(), dtype=jnp.dtype(self._dtype)
+        )
+        if self._mesh is not None:
+            weights = shard(weights, self._mesh)
+        tokenizer, stop_ids = self.tokenizer, self.stop_ids
+        if tokenizer_files(self._directory, path) != self._files:
+            tokenizer = load_tokenizer(self._directory, path)
+            stop_ids = self._stop_ids(tokenizer)
+        return ReadAdapter(name=name, weights=weights, tokenizer=tokenizer, stop_ids=stop_ids)
+
+    def _stop_ids(self, tokenizer: Any) -> tuple[int, ...]:
         """The model's own end tokens, and those of the template, that the vocabulary has."""
-        both = {*self._checkpoint.config.eos_token_ids, *ids}
-        return tuple(sorted(i for i in both if 0 <= i < self.vocab_size))
+        config = self._checkpoint.config
+        both = {*config.eos_token_ids, *stop_tokens(tokenizer)}
+        return tuple(sorted(i for i in both if 0 <= i < config.vocab_size))
+
+
+def load_models(config: ServeConfig, *, now: int) -> tuple[Models, AdapterReader]:
+    """Load what the flags name; the backbone's large files are read last. Raises `UserError` for what opening the model, its
+    tokenizer or an adapter refuses."""
+    checkpoint = HFCheckpoint.open(config.model)
+    dtype = config.dtype or checkpoint.dtype
+    if dtype == "float32":
+        runtime.exact_float32()
+    context = checkpoint.config.max_position_embeddings
+    if (config.max_model_len or 0) > context:
+        raise UserError(
+            f"--max-model-len {config.max_model_len} exceeds the {context} positions of {config.model}; lower it"
+        )
+    mesh = None if config.tensor_parallel == 1 else make_mesh(config.tensor_parallel, checkpoint.config)
+    reader = AdapterReader(checkpoint, dtype, mesh)
+    read = [reader.read(name, directory) for name, directory in config.adapter_directories().items()]
+    model = load_backbone(checkpoint, dtype, place=Stacked(mesh))
+    given = sum(adapter.weights.config.max_experts or 1 for adapter in read)
+    room = config.max_experts or max(given, DEFAULT_EXPERTS if config.adapter_folders else 0)
+    bank = AdapterBank(model, max_experts=room) if room else None
+    name, ids = config.model_name, reader.stop_ids
+    models = Models(
+        Engine(model, bank, strategy=config.strategy, eos_ids=ids),
+        bank,
+        ServedModel(name=name, adapter=None, tokenizer=reader.tokenizer, stop_ids=ids, created=now),
+        num_slots=config.max_slots,
+        context_length=config.max_model_len or context,
+    )
+    for adapter in read:
+        models.add(adapter, now=now)
+    return models, reader
 
 
 WARM_UP_TOKENS = 2

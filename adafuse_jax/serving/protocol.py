@@ -55,7 +55,7 @@ class StreamOptions(Body):
 
 
 class GenerationRequest(Body):
-    """What completions and chats have in common. None counts as absent."""
+    """Parameters that completions and chats have in common. None counts as absent."""
 
     model: Annotated[Text, Field(min_length=1, max_length=256)]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None

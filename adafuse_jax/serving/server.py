@@ -21,7 +21,7 @@ import uvicorn
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.serving.app import Service, make_app
 from adafuse_jax.serving.config import ServeConfig
-from adafuse_jax.serving.models import Models
+from adafuse_jax.serving.models import AdapterReader, Models, load_models
 from adafuse_jax.serving.security import LOOPBACK, api_key
 
 log = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ def serve(config: ServeConfig) -> int:
     """Serve until a signal ends it; the exit code. The port is bound before the model is read."""
     key = api_key(config)
     with bound_socket(config.host, config.port) as listener:
-        models = Models(config, now=int(time.time()))
-        server = Server(config, models, listener, key)
+        models, reader = load_models(config, now=int(time.time()))
+        server = Server(config, models, reader, listener, key)
         server.run(sockets=[listener])
     return server.exit_code
 
@@ -71,9 +71,16 @@ def is_loopback(host: str) -> bool:
 class Server(uvicorn.Server):
     """uvicorn, which here leaves signals to this class: it would close the port and wait for ever."""
 
-    def __init__(self, config: ServeConfig, models: Models, listener: socket.socket, key: str | None):
+    def __init__(
+        self,
+        config: ServeConfig,
+        models: Models,
+        reader: AdapterReader | None,
+        listener: socket.socket,
+        key: str | None,
+    ):
         self._drain_seconds, self.exit_code = config.drain_seconds, 0
-        self._service = Service(config, models, self._on_scheduler_end)
+        self._service = Service(config, models, reader, self._on_scheduler_end)
         self._address = listener.getsockname()
         only_loopback = is_loopback(config.host) and key is None
         if not is_loopback(config.host) and key is None:

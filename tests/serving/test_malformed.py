@@ -147,7 +147,7 @@ def test_sizes_and_paths(server: ServerProcess):
     ],
 )
 def test_what_is_no_http(server: ServerProcess, data: bytes):
-    """It is answered with a 4xx or the end of the connection, and the next request as ever."""
+    """A 4xx or the end of the connection answers it, and the next request is answered as ever."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
         reply = b""
         with contextlib.suppress(OSError):  # the server has closed it
