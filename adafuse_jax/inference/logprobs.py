@@ -72,8 +72,8 @@ def following_tokens(prompts: Sequence[Sequence[int]], starts: np.ndarray, size:
 def prompt_logprobs(
     prompt: Sequence[int], count: int, row: int, chunks: Sequence[tuple[int, LogProbs]]
 ) -> list[TokenLogprobs | None]:
-    """Log-probabilities of every token of a prompt, None of the first; `chunks`: (first position, log-probabilities on the host), and `row`
-    the prompt's number in them."""
+    """Log-probabilities of every token of a prompt, None of the first. `chunks`: (first position, log-probabilities on the
+    host), in which the prompt has the number `row`."""
     found: list[TokenLogprobs | None] = [None]
     for start, logprobs in chunks:
         for at in range(min(logprobs.chosen.shape[1], len(prompt) - 1 - start)):
