@@ -14,7 +14,7 @@ programs that read them are compiled once more; any other compiles nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -106,6 +106,7 @@ class AdapterBank:
             raise UserError(f"the adapters' experts are {max_experts} at most; give 1 to {MAX_EXPERTS}")
         self.max_experts, self.bucket = max_experts, Bucket()
         self._config, self._dtype, self._mesh = model.config, model.dtype, mesh_of(model)
+        self._limits: list[Callable[[Bucket], str | None]] = []
         self._adapters: dict[str, Loaded] = {}
         self._unloaded: dict[int, Loaded] = {}
         self._rows: Counter[int] = Counter()
@@ -178,11 +179,18 @@ class AdapterBank:
         self._rows[loaded.id] -= 1
         self._free_unused(loaded)
 
+    def limit(self, unsupported_reason: Callable[[Bucket], str | None]) -> None:
+        """Refuse adapters from now on that need a bucket for which there is a reason."""
+        self._limits.append(unsupported_reason)
+
     def reserve(self, bucket: Bucket) -> None:
-        """Enlarge the arrays to hold adapters of this bucket too. Raises `UserError` where the device has no room."""
+        """Enlarge the arrays to hold adapters of this bucket too. Raises `UserError` where the backend cannot read such
+        arrays, or the device has no room."""
         before, after = self.bucket, self.bucket | bucket
         if after == before:
             return
+        for reason in filter(None, (unsupported_reason(after) for unsupported_reason in self._limits)):
+            raise UserError(f"the adapter cannot be loaded, as {reason}; give one of a lower rank, or decode unmerged")
         experts = dict(self.stacked.experts.items())
         routers = dict(self.stacked.routers)
         try:

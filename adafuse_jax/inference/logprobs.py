@@ -20,7 +20,7 @@ POSITIONS_AT_ONCE = 64
 
 
 class LogProbs(NamedTuple):
-    """Of some positions: log-probability of the token there, and the likeliest tokens with theirs."""
+    """Log-probability of the token at each of some positions, and the likeliest tokens with theirs."""
 
     chosen: Float[Array, "*positions"]
     tokens: Int[Array, "*positions N"]
@@ -72,8 +72,8 @@ def following_tokens(prompts: Sequence[Sequence[int]], starts: np.ndarray, size:
 def prompt_logprobs(
     prompt: Sequence[int], count: int, row: int, chunks: Sequence[tuple[int, LogProbs]]
 ) -> list[TokenLogprobs | None]:
-    """Of every token of a prompt, None of the first; `chunks`: (first position, log-probabilities on the host), and `row`
-    the prompt's number in them."""
+    """Log-probabilities of every token of a prompt, None of the first. `chunks`: (first position, log-probabilities on the
+    host), in which the prompt has the number `row`."""
     found: list[TokenLogprobs | None] = [None]
     for start, logprobs in chunks:
         for at in range(min(logprobs.chosen.shape[1], len(prompt) - 1 - start)):

@@ -15,6 +15,8 @@ from adafuse_jax.inference.sampling import row_keys
 
 CHUNKS = (16, 64, 256, 1024)
 """Prompt tokens per prefill program; a prompt runs through the largest and then the smallest that holds the rest."""
+LARGEST_BESIDE_ROWS = 256
+"""Prompt tokens per program, at most, while other rows wait for it with their next token."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,13 +34,14 @@ class Prefill:
     done: int = 0
 
     @classmethod
-    def of(cls, rows: list[Row], vocab_size: int, *, whole: bool) -> Prefill:
-        """The prefill of `rows` before its first chunk."""
+    def of(cls, rows: list[Row], vocab_size: int, *, whole: bool, beside_rows: bool = False) -> Prefill:
+        """The prefill of `rows` before its first chunk. `beside_rows`: others run meanwhile."""
         by_seed = [(seed, list(alike)) for seed, alike in groupby(rows, key=lambda row: row.seed)]
         keys = [row_keys(seed, [r.prompt for r in alike], [r.sample for r in alike]) for seed, alike in by_seed]
+        longest = max(len(row.prompt) - row.cached for row in rows)
         return cls(
             rows=rows,
-            sizes=chunk_lengths(max(len(row.prompt) - row.cached for row in rows)),
+            sizes=chunk_lengths(longest, LARGEST_BESIDE_ROWS if beside_rows else None),
             whole=whole,
             logits=jnp.zeros((len(rows), vocab_size), jnp.float32),
             keys=jnp.concatenate(keys),
@@ -58,10 +61,12 @@ class Prefill:
         return tokens, starts, np.array([len(part) for part in rest], np.int32)
 
 
-def chunk_lengths(length: int) -> list[int]:
-    """Chunks that hold a prompt: the largest as often as it is filled, then the smallest for the rest."""
-    whole, rest = divmod(length, CHUNKS[-1])
-    return [CHUNKS[-1]] * whole + [next(c for c in CHUNKS if c >= rest)] * (rest > 0)
+def chunk_lengths(length: int, most: int | None = None) -> list[int]:
+    """Chunks that hold a prompt: the largest, of at most `most` tokens if that is given, as often as it is filled, then the
+    smallest for the rest."""
+    largest = max((c for c in CHUNKS if most is None or c <= most), default=CHUNKS[0])
+    whole, rest = divmod(length, largest)
+    return [largest] * whole + [next(c for c in CHUNKS if c >= rest)] * (rest > 0)
 
 
 def common_length(prompt: Sequence[int], cached: Sequence[int]) -> int:

@@ -14,7 +14,7 @@ from adafuse_jax.inference.rows import Row
 
 
 class PrefixCache:
-    """What free slots hold, by slot."""
+    """Tokens that free slots hold, by slot."""
 
     def __init__(self, num_slots: int):
         self._tokens: list[list[int]] = [[] for _ in range(num_slots)]

@@ -17,7 +17,7 @@ NO_ROW: tuple[Sampling, tuple[int, ...]] = Sampling.of(), ()
 
 
 class Variant(NamedTuple):
-    """What the programs of a step depend on: whether all rows are `greedy`, whether some have penalties or want
+    """Settings that the programs of a step depend on: whether all rows are `greedy`, whether some have penalties or want
     log-probabilities, and the most stop ids, a power of two."""
 
     greedy: bool = True

@@ -277,7 +277,7 @@ class Slots:
                 self._reuse(row)
             self._prefixes.forget(row.slot)
         self._prompt_logprobs = []
-        self._prefill = Prefill.of(rows, self._config.vocab_size, whole=whole)
+        self._prefill = Prefill.of(rows, self._config.vocab_size, whole=whole, beside_rows=bool(running))
         self._prefill.logits = self._placed(self._prefill.logits)
         self._warm_up(self._prefill, running)
         for row in rows:

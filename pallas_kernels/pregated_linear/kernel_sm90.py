@@ -51,6 +51,7 @@ class LinearPlan:
     num_ctas: int
     rank_tiles: int
     max_rank_tiles: int
+    h_rank_tiles: int
     x_smem_rows: int
 
 
@@ -153,6 +154,7 @@ def pregated_linear_sm90(
     )  # fmt: skip
     plan = LinearPlan(
         is_batch_one=batch == 1, padded_batch=padded_batch, rank_tiles=rank_tiles, max_rank_tiles=max_rank_tiles,
+        h_rank_tiles=max_rank_tiles,
         num_ctas=ctas, x_smem_rows=smem_rows(group.max_slice_chunks, padded_batch),
     )  # fmt: skip
     inputs |= {(kind, name): w for kind, of in (("weights", weights), ("a", a), ("b", b)) for name, w in of.items()}

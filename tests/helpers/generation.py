@@ -27,3 +27,10 @@ def by_full_forward(model, adapter, prompt: list[int], answer: list[int]) -> lis
     tokens[0, :length] = [*prompt, *answer]
     logits = model(tokens, adapter=adapter, unroll=True).logits[0]
     return np.asarray(logits)[len(prompt) - 1 : length - 1].argmax(-1).tolist()
+
+
+def step_by_modules(model, adapter, fused, token, positions, cache):
+    """Decode step by the modules, in place of the megakernel's `fused_step`."""
+    out = model.run(token[:, None], adapter=adapter, positions=positions[:, None], cache=cache, unroll=True)
+    chosen = None if adapter is None else out.routing.of_first_token()
+    return model.logits(out.hidden[:, 0]), chosen, out.cache

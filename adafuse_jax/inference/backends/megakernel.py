@@ -134,10 +134,10 @@ def shape_of(config: ModelConfig, devices: int = 1) -> Shape:
 
 
 def fused_unsupported_reason(
-    model: Backbone, batch: int = 1, adapter: AdaFuse | AdapterBank | None = None
+    model: Backbone, batch: int = 1, adapter: AdaFuse | AdapterBank | None = None, bucket: Bucket | None = None
 ) -> str | None:
     """The reason why the megakernel cannot decode `batch` rows with this model on its devices, or None. `adapter`: the one
-    whose factors the kernel reads, or a bank in its present bucket; None for the bare backbone."""
+    whose factors the kernel reads, or a bank, in its present bucket or another; None for the bare backbone."""
     if reason := unsupported_field(model.config, CONSUMED_FIELDS | IRRELEVANT_FIELDS.keys()):
         return reason
     device, mesh = next(iter(model.embed_tokens[...].devices())), mesh_of(model)
@@ -149,8 +149,9 @@ def fused_unsupported_reason(
     if adapter is None:
         return unsupported_reason(shape, model.dtype, batch, num_ctas=num_ctas)
     if isinstance(adapter, AdapterBank):
-        settings: Any = adapter.bucket
-        num_experts, targets = adapter.max_experts, adapter.bucket.targets
+        bucket = bucket or adapter.bucket
+        settings: Any = bucket
+        num_experts, targets = adapter.max_experts, bucket.targets
     else:
         settings = adapter.config
         num_experts, targets = adapter.config.num_experts, tuple(adapter.experts)
@@ -306,6 +307,8 @@ class Megakernel(Backend):
                 log.log(
                     dispatch_log_level(), "decoding %d prompts unfused: the megakernel cannot, as %s", batch, reason
                 )
+            if reason is None and self.bank is not None:
+                self.bank.limit(partial(fused_unsupported_reason, self._model, batch, self.bank))
         if (reason := self._reasons[batch]) is None:
             return self
         if self._fallback is None:

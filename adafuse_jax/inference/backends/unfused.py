@@ -23,7 +23,7 @@ class Unfused(Backend):
 
     def __init__(self, model: Backbone, adapter: Adapter | AdapterBank | None, strategy: str = "unmerged"):
         self._model, self._adapter, self.strategy = model, adapter, strategy
-        self._reads = model, adapter
+        self._reads: tuple[Any, ...] = model, adapter
 
     @staticmethod
     def step(
