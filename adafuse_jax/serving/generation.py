@@ -101,12 +101,21 @@ class Generation:
         return self._asked.reply.whole(self.answers, self._asked.per_prompt)
 
     async def events(self, *, with_usage: bool) -> AsyncIterator[bytes]:
-        """The stream of server-sent events."""
+        """The stream of server-sent events, one a token. Tokens that came while earlier ones were sent are one event, unless
+        each has log-probabilities or experts of its own."""
         reply = self._asked.reply
+        held: dict[int, str] = {}
         try:
             async for index, answer, text, token in self.pieces():
-                choice = reply.first(index, answer) if token is None else reply.piece(index, answer, text, token)
-                if choice is not None:
+                if token is None:
+                    if (choice := reply.first(index, answer)) is not None:
+                        yield server_sent(reply.chunk(choice))
+                    continue
+                held[index] = held.get(index, "") + text
+                if reply.joins_tokens and answer.finish_reason is None and not self._events.empty():
+                    continue
+                for number in [*held]:
+                    choice = reply.piece(number, self.answers[number], held.pop(number), token)
                     yield server_sent(reply.chunk(choice))
             if with_usage:
                 yield server_sent(reply.usage_chunk(self.answers, self._asked.per_prompt))

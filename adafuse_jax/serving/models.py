@@ -157,8 +157,12 @@ def load_models(config: ServeConfig, *, now: int) -> tuple[Models, AdapterReader
     mesh = None if config.tensor_parallel == 1 else make_mesh(config.tensor_parallel, checkpoint.config)
     reader = AdapterReader(checkpoint, dtype, mesh)
     read = [reader.read(name, directory) for name, directory in config.adapter_directories().items()]
-    model = load_backbone(checkpoint, dtype, place=Stacked(mesh))
     given = sum(adapter.weights.config.max_experts or 1 for adapter in read)
+    if given > (config.max_experts or given):
+        raise UserError(
+            f"--max-experts {config.max_experts}: the --adapters have {given} experts; give at least so many"
+        )
+    model = load_backbone(checkpoint, dtype, place=Stacked(mesh))
     room = config.max_experts or max(given, DEFAULT_EXPERTS if config.adapter_folders else 0)
     bank = AdapterBank(model, max_experts=room) if room else None
     name, ids = config.model_name, reader.stop_ids

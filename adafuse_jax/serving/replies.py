@@ -46,6 +46,7 @@ class Reply:
     def __init__(self, model: str, *, logprobs: int | None, with_experts: bool):
         self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._logprobs, self._with_experts = logprobs, with_experts
+        self.joins_tokens = logprobs is None and not with_experts
 
     def whole(self, answers: Sequence[Answer], per_prompt: int) -> dict[str, Any]:
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]

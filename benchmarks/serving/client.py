@@ -48,9 +48,11 @@ async def ask(port: int, asked: Asked) -> Served:
         status = (await reader.readline()).split()[1:2]
         async for line in reader:
             if line.startswith(EVENT):
-                served.tokens.append(time.perf_counter())
-                if line.startswith(b'data: {"error"'):
-                    served.error = line.decode().strip()
+                now, event = time.perf_counter(), json.loads(line.removeprefix(b"data: "))
+                if "error" in event:
+                    served.error = str(event["error"])
+                else:  # a word is a token; several in one event have come together
+                    served.tokens += [now] * len(event["choices"][0]["text"].split())
         if status != [b"200"]:
             served.error = f"status {status}"
     finally:

@@ -39,11 +39,9 @@ def adapter_names(count: int) -> list[str]:
 
 
 def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A word for each id, so that text costs about what it does with a real tokenizer."""
+    """A word for each id and no special tokens, so that text costs about what it does with a real tokenizer."""
     words = {f"w{i}": i for i in range(vocab_size)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), unk_token="w0", eos_token="w1"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")))
 
 
 def make_models(job: dict[str, Any]) -> tuple[Models, Any, Any]:

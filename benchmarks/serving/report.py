@@ -11,7 +11,8 @@ from benchmarks.common.reports import number, table
 
 CASES = ("bare", "one", "eight")
 NOTES = (
-    "The server and its clients are processes of one machine; a client counts a token when its event arrives.",
+    "The server and its clients are processes of one machine; a client counts a token when its event arrives; tokens "
+    "of one event, which a server that lags behind joins, have no time between them.",
     "Offline: the same requests through the slots, 32 together, each batch ending with its longest answer; prefill counts.",
     "alone: milliseconds between tokens of one prompt in the engine of decode.py, without a bank of adapters.",
     "All answers have their given length: no token ends a row. Greedy. No two prompts begin alike.",

@@ -17,6 +17,7 @@ import httpx
 import openai
 import psutil
 import tiny
+from data_fixtures import CHATML
 from random_models import random_adapter, random_method
 
 from adafuse_jax.adapters.registry import AnyAdapter
@@ -33,7 +34,7 @@ SERVING = re.compile(r"serving on http://[\d.]+:(\d+)")
 
 
 def write_adapters(model_dir: Path, out: Path) -> dict[str, Path]:
-    """Three adapters with random B: two AdaFuse ones, of other seeds and linears, and a LoRA."""
+    """Three adapters with random B: two AdaFuse ones, the second with a chat template of its own, and a LoRA."""
     checkpoint = HFCheckpoint.open(str(model_dir))
     config = checkpoint.config
     made: dict[str, AnyAdapter] = {
@@ -43,6 +44,7 @@ def write_adapters(model_dir: Path, out: Path) -> dict[str, Path]:
     }
     for name, adapter in made.items():
         save_adapter(adapter, out / name, backbone_name=str(model_dir), backbone_identity=checkpoint.identity())
+    (out / "verse" / "chat_template.jinja").write_text(CHATML)
     return {name: out / name for name in made}
 
 

@@ -41,14 +41,16 @@ class TestTheSameAsDecode:
         assert found == wanted
         assert len({found[name, PROMPTS[0]] for name in NAMES}) == len(NAMES), "the adapters change the answers"
 
-    def test_a_chat(self, server: ServerProcess, expected: Expected):
+    @pytest.mark.parametrize("name", ["tales", "verse"])
+    def test_a_chat(self, server: ServerProcess, expected: Expected, name: str):
+        """Without a chat template, and with the one in the adapter's directory."""
         messages: list[Any] = [
             {"role": "system", "content": "Be kind."},
             {"role": "user", "content": [{"type": "text", "text": "Tell"}, {"type": "text", "text": " a tale."}]},
         ]
         turns = Chat((Message("system", "Be kind."), Message("user", "Tell a tale.")))
-        (wanted,) = expected.completions("tales", [turns], 24)
-        asked: dict[str, Any] = {"model": "tales", "messages": messages, "temperature": 0, "max_completion_tokens": 24}
+        (wanted,) = expected.completions(name, [turns], 24)
+        asked: dict[str, Any] = {"model": name, "messages": messages, "temperature": 0, "max_completion_tokens": 24}
         whole = server.openai.chat.completions.create(**asked)
         choice = whole.choices[0]
         assert (choice.message.role, choice.message.content) == ("assistant", wanted.text)
