@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
-import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from adafuse_jax.core.errors import UserError
 from adafuse_jax.serving import page
-from adafuse_jax.serving.config import NAME, ServeConfig
-from adafuse_jax.serving.errors import APIError, invalid, of_validation
-from adafuse_jax.serving.generation import Asked, EventStream, Generation, check_number, whole_or_gone
-from adafuse_jax.serving.metrics import Metrics
-from adafuse_jax.serving.models import AdapterReader, Models, ServedModel
-from adafuse_jax.serving.protocol import (
-    DEFAULT_COMPLETION_TOKENS,
-    ChatRequest,
-    CompletionRequest,
-    GenerationRequest,
-    LoadAdapterRequest,
-    UnloadAdapterRequest,
-)
-from adafuse_jax.serving.replies import ChatReply, CompletionReply
-from adafuse_jax.serving.scheduler import Scheduler
-from adafuse_jax.serving.security import Gate, confined
-from adafuse_jax.serving.text import chat_ids, prompt_ids
+from adafuse_jax.serving.errors import APIError, of_validation
+from adafuse_jax.serving.models import ServedModel
+from adafuse_jax.serving.protocol import ChatRequest, CompletionRequest, LoadAdapterRequest, UnloadAdapterRequest
+from adafuse_jax.serving.security import Gate
+from adafuse_jax.serving.service import Service
 
 log = logging.getLogger(__name__)
 
@@ -53,126 +36,6 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
-class Service:
-    """The parts behind the endpoints. Requests come in the event loop; `open_requests` are those that generate."""
-
-    def __init__(
-        self, config: ServeConfig, models: Models, reader: AdapterReader | None, on_end: Callable[[bool], None]
-    ):
-        """`reader` may be None where `--adapter-folders` are not given."""
-        self.config, self.models, self.metrics = config, models, Metrics(config.max_slots)
-        self._reader = reader
-        more: dict[str, Any] = {"warm_up": models.warm_up} if config.warm_up else {}
-        self.scheduler = Scheduler(
-            models.slots, max_queue=config.max_queue, metrics=self.metrics, on_end=on_end, **more
-        )
-        self.is_draining, self.open_requests = False, 0
-        self._text = ThreadPoolExecutor(
-            1, thread_name_prefix="text"
-        )  # one long prompt at a time, beside the event loop
-        self._adapters = asyncio.Lock()
-
-    @contextlib.asynccontextmanager
-    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        self.scheduler.start(asyncio.get_running_loop())
-        yield
-        self._text.shutdown(cancel_futures=True)
-
-    async def in_thread[Result](self, function: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._text, function)
-
-    def find(self, name: str) -> ServedModel:
-        model = self.models.find(name)
-        if model is None:
-            raise APIError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
-        return model
-
-    @contextlib.contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Context of a request that generates. Raises `APIError` 503 while the server stops."""
-        if self.is_draining or not self.scheduler.is_alive:
-            raise APIError(503, "the server stops; try again later")
-        self.open_requests += 1
-        try:
-            yield
-        finally:
-            self.open_requests -= 1
-
-    async def completion(self, body: CompletionRequest, request: Request) -> Response:
-        model, per_prompt = self.find(body.model), body.n or 1
-        check_number(len(body.prompts) * per_prompt, self.config.max_queue, "prompt")
-        limits = {"max_tokens": self.models.context_length, "vocab_size": self.models.vocab_size}
-        prompts = await self.in_thread(lambda: [prompt_ids(model, prompt, **limits) for prompt in body.prompts])
-        texts = None
-        if body.echo:
-            texts = [p if isinstance(p, str) else model.tokenizer.decode(p) for p in body.prompts]
-        options = {"logprobs": body.logprobs, "with_experts": bool(body.return_experts)}
-        asked = Asked(
-            model=model, prompts=prompts, per_prompt=per_prompt,
-            max_new_tokens=DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
-            context_length=self.models.context_length, logprobs=body.logprobs,
-            scores_prompts=bool(body.echo) and body.logprobs is not None,
-            reply=CompletionReply(model.name, texts, per_prompt, **options),
-        )  # fmt: skip
-        return await self._answer(asked, body, request)
-
-    async def chat(self, body: ChatRequest, request: Request) -> Response:
-        model, per_prompt = self.find(body.model), body.n or 1
-        check_number(per_prompt, self.config.max_queue, "n")
-        limits = {"max_tokens": self.models.context_length, "vocab_size": self.models.vocab_size}
-        ids = await self.in_thread(lambda: chat_ids(model, body.messages, **limits))
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        wanted = body.max_completion_tokens or body.max_tokens
-        asked = Asked(
-            model=model, prompts=[ids], per_prompt=per_prompt,
-            max_new_tokens=self.models.context_length if wanted is None else wanted,
-            context_length=self.models.context_length, logprobs=logprobs, scores_prompts=False,
-            reply=ChatReply(model.name, logprobs=logprobs, with_experts=bool(body.return_experts)),
-        )  # fmt: skip
-        return await self._answer(asked, body, request)
-
-    async def _answer(self, asked: Asked, body: GenerationRequest, request: Request) -> Response:
-        context = contextlib.ExitStack()
-        with context:
-            context.enter_context(self.admitted())
-            generation = Generation(asked, body, self.scheduler)
-            context.callback(generation.close)
-            if not body.stream:
-                return await whole_or_gone(request, generation)
-            return EventStream(generation.events(with_usage=body.includes_usage), context.pop_all().close)
-
-    async def load_adapter(self, body: LoadAdapterRequest) -> None:
-        reader = self._require_reader()
-        name = body.lora_name
-        if not NAME.fullmatch(name):
-            raise invalid("lora_name: use letters, digits and . _ / : - only", "lora_name")
-        directory = confined(body.lora_path, self.config.adapter_folders)
-        async with self._adapters:
-            if self.models.find(name) is not None:
-                raise invalid(f"lora_name: {name} is loaded already; unload it first, or use another name", "lora_name")
-            try:
-                read = await self.in_thread(lambda: reader.read(name, str(directory)))
-                await self.scheduler.call(lambda: self.models.add(read, now=int(time.time())))
-            except UserError as error:
-                raise invalid(str(error), "lora_path") from error
-
-    async def unload_adapter(self, body: UnloadAdapterRequest) -> None:
-        self._require_reader()
-        async with self._adapters:
-            if body.lora_name not in self.models.adapters:
-                raise APIError(
-                    404, f"no adapter {body.lora_name!r} is loaded", param="lora_name", code="model_not_found"
-                )
-            await self.scheduler.call(lambda: self.models.remove(body.lora_name))
-
-    def _require_reader(self) -> AdapterReader:
-        if not self.config.adapter_folders or self._reader is None:
-            raise APIError(403, "adapters cannot be loaded or unloaded here; start the server with --adapter-folders")
-        if self.is_draining or not self.scheduler.is_alive:
-            raise APIError(503, "the server stops; try again later")
-        return self._reader
-
-
 def make_app(service: Service, *, key: str | None, only_loopback: bool) -> FastAPI:
     app = FastAPI(
         title="AdaFuse",
@@ -182,6 +45,7 @@ def make_app(service: Service, *, key: str | None, only_loopback: bool) -> FastA
         telemetry=NO_TELEMETRY,
         responses=REFUSALS,
     )
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     app.add_middleware(Gate, key=key, only_loopback=only_loopback)
     _add_handlers(app)
 
@@ -213,7 +77,7 @@ def make_app(service: Service, *, key: str | None, only_loopback: bool) -> FastA
 
     @app.get("/health")
     async def health() -> Response:
-        if service.is_draining or not service.scheduler.is_alive:
+        if not service.is_serving:
             return JSONResponse({"status": "stopping"}, status_code=503)
         return JSONResponse({"status": "ok"})
 
@@ -226,6 +90,17 @@ def make_app(service: Service, *, key: str | None, only_loopback: bool) -> FastA
         return page.response()
 
     return app
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, without the 422 that FastAPI adds: what it refuses gets 400 here."""
+    document = app.openapi_schema = app.openapi_schema or get_openapi(
+        title=app.title, version=app.version, routes=app.routes
+    )
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    return document
 
 
 def _card(service: Service, model: ServedModel) -> dict[str, Any]:

@@ -43,6 +43,10 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return APIError(400, message, param=param, code=code)
 
 
+def queue_full(places: int) -> APIError:
+    return APIError(429, f"the queue of {places} rows is full; try again later", code="queue_full")
+
+
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
     """The first fault that pydantic finds in a body."""
     error = errors[0]

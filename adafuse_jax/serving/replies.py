@@ -112,12 +112,14 @@ class CompletionReply(Reply):
             return None
         found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for entry in entries:
-            text = token_text(answer.tokenizer, answer.prompt[0] if entry is None else entry.token)
+            token = answer.prompt[0] if entry is None else entry.token
+            text = token_text(answer.tokenizer, token)
             found["tokens"].append(text)
             found["token_logprobs"].append(None if entry is None else finite(entry.logprob))
             found["top_logprobs"].append(None if entry is None else self._top(answer, entry))
             found["text_offset"].append(self._offsets.get(index, 0))
-            self._offsets[index] = self._offsets.get(index, 0) + len(text)
+            length = 0 if token in answer.tokenizer.all_special_ids else len(text)  # no part of the text
+            self._offsets[index] = self._offsets.get(index, 0) + length
         return found
 
     def _top(self, answer: Answer, entry: Any) -> dict[str, float]:

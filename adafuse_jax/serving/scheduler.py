@@ -20,7 +20,7 @@ from typing import Any
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.slots import Slots
-from adafuse_jax.serving.errors import APIError
+from adafuse_jax.serving.errors import queue_full
 from adafuse_jax.serving.metrics import Metrics
 from adafuse_jax.serving.work import Begun, Event, Failed, Token, Work
 
@@ -74,7 +74,7 @@ class Scheduler:
         with self._wakes:
             if self._pending + len(works) > self._max_queue:
                 self._metrics.refused.inc()
-                raise APIError(429, f"the queue is full: {self._pending} rows wait; try again later", code="queue_full")
+                raise queue_full(self._max_queue)
             self._pending += len(works)
             self._commands.append(lambda: self._waiting.extend(works))
             self._wakes.notify()

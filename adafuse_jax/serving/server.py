@@ -20,10 +20,11 @@ from typing import Any
 import uvicorn
 
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.serving.app import Service, make_app
+from adafuse_jax.serving.app import make_app
 from adafuse_jax.serving.config import ServeConfig
 from adafuse_jax.serving.models import AdapterReader, Models, load_models
 from adafuse_jax.serving.security import LOOPBACK, api_key
+from adafuse_jax.serving.service import Service
 
 log = logging.getLogger(__name__)
 
