@@ -138,7 +138,7 @@ class TestMixtures:
 
     @pytest.mark.slow
     def test_a_larger_adapter_joins_while_rows_run(self, model):
-        """It has more ranks, other linears, more experts and a larger top-k: one more decoding program, and rows go on."""
+        """An adapter with more ranks, other linears, more experts and a larger top-k: one more decoding program, and rows go on."""
         adapters = adapters_of(model)
         first = {"lora": adapters["lora"]}
         bank = bank_of(model, first, max_experts=12)
