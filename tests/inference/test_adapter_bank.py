@@ -71,17 +71,19 @@ def check(model, adapter, row: Row) -> None:
 
 
 class Traffic:
-    """Rows of random adapters and lengths that join and leave at random steps; those that have left, with the name of their
-    adapter."""
+    """Rows of random adapters and lengths, some with a common beginning, that join and leave at random steps; those that
+    have left, with the name of their adapter."""
 
     def __init__(self, model, slots: Slots, names: list[str | None], seed: int = 0):
         self.model, self.slots, self.names = model, slots, names
         self.rng, self.left, self.joined = np.random.default_rng(seed), list[tuple[str | None, Row]](), 0
 
     def join(self, name: str | None) -> int:
-        prompt = prompt_of(self.model, int(self.rng.integers(1, 17)), seed=self.joined)
+        prompt = prompt_of(self.model, int(self.rng.integers(1, 8)), seed=self.joined)
+        if self.rng.random() < 0.6:
+            prompt = [*prompt_of(self.model, 9, seed=10_000), *prompt]
         self.joined += 1
-        return self.slots.insert(prompt, max_new_tokens=int(self.rng.integers(3, 9)), adapter=name)
+        return self.slots.insert(prompt, max_new_tokens=int(self.rng.integers(3, 9)), adapter=name, reuse_cache=True)
 
     def run(self, rows: int) -> None:
         """Until so many rows more have joined, and all have left."""
@@ -135,6 +137,7 @@ class TestMixtures:
         for name, row in traffic.left:
             check(model, adapters[name], row)
         assert any(len(row.token_ids) < row.budget for _, row in traffic.left)
+        assert any(row.cached for _, row in traffic.left)
 
     @pytest.mark.slow
     def test_a_larger_adapter_joins_while_rows_run(self, model):
