@@ -44,7 +44,7 @@ class Prefill:
             sizes=chunk_lengths(longest, LARGEST_BESIDE_ROWS if beside_rows else None),
             whole=whole,
             logits=jnp.zeros((len(rows), vocab_size), jnp.float32),
-            keys=jnp.concatenate(keys),
+            keys=keys[0] if len(keys) == 1 else jnp.concatenate(keys),
         )
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.sampling import Sampling
@@ -71,4 +71,5 @@ class RowSettings:
         samplings, stop_ids = zip(*settings, strict=True)
         variant = self.variant
         sampling = replace(Sampling.stack(samplings), greedy=variant.greedy, penalize=variant.penalize)
-        return sampling, jnp.array([[*ids, *[-1] * (variant.stop_width - len(ids))] for ids in stop_ids], jnp.int32)
+        filled = np.array([[*ids, *[-1] * (variant.stop_width - len(ids))] for ids in stop_ids], np.int32)
+        return sampling, jax.device_put(filled)

@@ -66,19 +66,20 @@ class Sampling:
     def stack(cls, rows: Sequence[Sampling]) -> Sampling:
         """The settings of every row, on the device."""
 
-        def column(name: str, dtype: Any) -> Array:
-            return jnp.array([getattr(row, name) for row in rows], dtype)
+        def column(name: str, dtype: Any) -> Any:
+            return np.array([getattr(row, name) for row in rows], dtype)
 
-        return cls(
+        stacked = cls(
             greedy=all(row.greedy for row in rows),
             penalize=any(row.penalize for row in rows),
-            temperature=column("temperature", jnp.float32),
-            top_k=column("top_k", jnp.int32),
-            top_p=column("top_p", jnp.float32),
-            repetition_penalty=column("repetition_penalty", jnp.float32),
-            presence_penalty=column("presence_penalty", jnp.float32),
-            frequency_penalty=column("frequency_penalty", jnp.float32),
+            temperature=column("temperature", np.float32),
+            top_k=column("top_k", np.int32),
+            top_p=column("top_p", np.float32),
+            repetition_penalty=column("repetition_penalty", np.float32),
+            presence_penalty=column("presence_penalty", np.float32),
+            frequency_penalty=column("frequency_penalty", np.float32),
         )
+        return jax.device_put(stacked)
 
 
 def penalize(
@@ -121,10 +122,14 @@ def keep_likely(
 
 def row_keys(seed: int, prompts: Sequence[Sequence[int]], samples: Sequence[int]) -> Key[Array, " B"]:
     """A row's own source of noise: of the seed, its prompt and which sample of that prompt it is, not of its neighbours."""
-    key = jax.random.key(seed)
     digests = [zlib.crc32(np.asarray(prompt, np.int64).tobytes()) for prompt in prompts]
+    return _folded(jax.random.key(seed), np.array(digests, np.uint32), np.array(samples, np.uint32))
+
+
+@jax.jit
+def _folded(key: Key[Array, ""], digests: Int[Array, " B"], samples: Int[Array, " B"]) -> Key[Array, " B"]:
     fold = jax.vmap(lambda digest, sample: jax.random.fold_in(jax.random.fold_in(key, digest), sample))
-    return fold(np.array(digests, np.uint32), np.array(samples, np.uint32))
+    return fold(digests, samples)
 
 
 def sample(

@@ -18,7 +18,7 @@ from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import stop_tokens
 from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files
-from adafuse_jax.inference.adapter_bank import AdapterBank
+from adafuse_jax.inference.adapter_bank import AdapterBank, Prepared
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.prefill import CHUNKS
 from adafuse_jax.inference.sampling import Sampling
@@ -81,18 +81,23 @@ class Models:
                     pass
                 slots.evict(slot)
 
-    def add(self, read: ReadAdapter, *, now: int) -> None:
-        """Put an adapter into the bank, in the thread of the engine. Raises `UserError` as `AdapterBank.load`."""
+    def prepare(self, read: ReadAdapter) -> Prepared:
+        """The adapter checked and on the device: the slow part of `add`, for any thread. Raises as `AdapterBank.prepare`."""
+        return self._room().prepare(read.name, read.weights)
+
+    def add(self, read: ReadAdapter, *, now: int, prepared: Prepared | None = None) -> None:
+        """Put an adapter into the bank, in the thread of the engine. Raises as `AdapterBank.load`."""
         name = read.name
-        if name == self.base.name:
-            raise UserError(f"{name} is the backbone's name; give the adapter another one")
-        if self.bank is None:
-            raise UserError("the server was started without room for adapters; give --max-experts")
-        loaded = self.bank.load(name, read.weights)
+        loaded = self._room().load(name, prepared or read.weights)
         self.adapters[name] = ServedModel(
             name=name, adapter=name, tokenizer=read.tokenizer, stop_ids=read.stop_ids, created=now
         )
         log.info("adapter %s: %s, %d experts, version %d", name, loaded.method, loaded.num_experts, loaded.version)
+
+    def _room(self) -> AdapterBank:
+        if self.bank is None:
+            raise UserError("the server was started without room for adapters; give --max-experts")
+        return self.bank
 
     def remove(self, name: str) -> None:
         """Take an adapter out of the bank, in the thread of the engine; rows that run go on. Raises `UserError`."""

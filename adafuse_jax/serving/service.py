@@ -143,7 +143,8 @@ class Service:
                 raise invalid(f"lora_name: {name} is loaded already; unload it first, or use another name", "lora_name")
             try:
                 read = await asyncio.to_thread(reader.read, name, str(directory))
-                await self.scheduler.call(lambda: self.models.add(read, now=int(time.time())))
+                prepared = await asyncio.to_thread(self.models.prepare, read)
+                await self.scheduler.call(lambda: self.models.add(read, now=int(time.time()), prepared=prepared))
             except UserError as error:
                 raise invalid(str(error), "lora_path") from error
 

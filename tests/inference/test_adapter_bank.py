@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,10 +23,10 @@ from adafuse_jax.inference.backends.megakernel import Fused, fused_step
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.slots import Slots
-from adafuse_jax.models.config import LINEARS
 from pallas_kernels.megakernel import executor_np, kernel_sm90
 
 CONTEXT = 100
+on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
 
 
 def adapters_of(model) -> dict[str | None, Any]:
@@ -71,17 +72,19 @@ def check(model, adapter, row: Row) -> None:
 
 
 class Traffic:
-    """Rows of random adapters and lengths that join and leave at random steps; those that have left, with the name of their
-    adapter."""
+    """Rows of random adapters and lengths, some with a common beginning, that join and leave at random steps; those that
+    have left, with the name of their adapter."""
 
     def __init__(self, model, slots: Slots, names: list[str | None], seed: int = 0):
         self.model, self.slots, self.names = model, slots, names
         self.rng, self.left, self.joined = np.random.default_rng(seed), list[tuple[str | None, Row]](), 0
 
     def join(self, name: str | None) -> int:
-        prompt = prompt_of(self.model, int(self.rng.integers(1, 17)), seed=self.joined)
+        prompt = prompt_of(self.model, int(self.rng.integers(1, 8)), seed=self.joined)
+        if self.rng.random() < 0.6:
+            prompt = [*prompt_of(self.model, 9, seed=10_000), *prompt]
         self.joined += 1
-        return self.slots.insert(prompt, max_new_tokens=int(self.rng.integers(3, 9)), adapter=name)
+        return self.slots.insert(prompt, max_new_tokens=int(self.rng.integers(3, 9)), adapter=name, reuse_cache=True)
 
     def run(self, rows: int) -> None:
         """Until so many rows more have joined, and all have left."""
@@ -135,10 +138,11 @@ class TestMixtures:
         for name, row in traffic.left:
             check(model, adapters[name], row)
         assert any(len(row.token_ids) < row.budget for _, row in traffic.left)
+        assert any(row.cached for _, row in traffic.left)
 
     @pytest.mark.slow
     def test_a_larger_adapter_joins_while_rows_run(self, model):
-        """It has more ranks, other linears, more experts and a larger top-k: one more decoding program, and rows go on."""
+        """An adapter with more ranks, linears, experts and a larger top-k: one more decoding program, and rows go on."""
         adapters = adapters_of(model)
         first = {"lora": adapters["lora"]}
         bank = bank_of(model, first, max_experts=12)
@@ -157,19 +161,23 @@ class TestMixtures:
             assert row.finish_reason == "length"
             check(model, adapters[name], row)
 
-    def test_the_megakernel_equals_the_modules(self, monkeypatch):
-        """Its schedule in NumPy, in bfloat16, with routers at two positions, ranks below 64 and a row without an adapter."""
-        monkeypatch.setattr(kernel_sm90, "run_megakernel", executor_np.run)
-        model, first, cache, tokens, positions = make(Case(batch=4, targets=LINEARS, rank=40))
-        second = make(Case(targets=("o_proj", "down_proj"), top_k=1, num_experts=3), seed=5)[1]
-        bank = AdapterBank(model, max_experts=9)
+    @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.gpu, on_gpu])])
+    def test_the_megakernel_equals_the_modules(self, compiled, monkeypatch):
+        """Compiled, or its schedule in NumPy: in bfloat16, with routers at two positions, ranks below 64, a row without an
+        adapter, and more experts than have room for their h in shared memory."""
+        if not compiled:
+            monkeypatch.setattr(kernel_sm90, "run_megakernel", executor_np.run)
+        model, first, cache, tokens, positions = make(
+            Case(batch=24, targets=("q_proj", "down_proj"), rank=40, num_experts=40)
+        )
+        second = make(Case(targets=("o_proj", "down_proj"), top_k=1, num_experts=24), seed=5)[1]
+        bank = AdapterBank(model, max_experts=64)
         bank.reserve(Bucket(rank=64))
         ids = [bank.load(name, adapter).id for name, adapter in (("first", first), ("second", second))]
-        rows = jnp.array([0, *ids, ids[0]])
-        fused = Fused.of(model, bank)
-        logits, chosen, _ = fused_step(
-            model, of_rows(bank.stacked, rows), fused, tokens, positions, cache, num_ctas=132
-        )
+        rows = jnp.array([0, *ids, ids[0]] * 6)
+        step: Any = jax.jit(fused_step) if compiled else partial(fused_step, num_ctas=132)
+        stacked = of_rows(bank.stacked, rows)
+        logits, chosen, _ = step(model, stacked, Fused.of(model, bank), tokens, positions, cache)
         for row, adapter in enumerate((None, first, second, first)):
             of_row = tokens[row : row + 1], positions[row : row + 1]
             own = jax.tree.map(lambda x, row=row: x[:, row : row + 1], cache)
@@ -203,6 +211,18 @@ class TestLoading:
         np.testing.assert_array_equal(
             loaded.numbers_of(np.asarray(found.routing.experts)[0, 3]), wanted.routing.experts[0, 3]
         )
+
+    def test_prepared_before_another_enlarged_the_arrays(self, model):
+        adapters = adapters_of(model)
+        bank = AdapterBank(model, max_experts=6)
+        prepared = bank.prepare("ffn", adapters["ffn"])
+        assert (bank.bucket, bank.free_experts) == (Bucket(), 6)
+        bank.load("all", adapters["all"])
+        loaded = bank.load("ffn", prepared)
+        tokens = jnp.array([prompt_of(model, 9)])
+        found = model(tokens, adapter=of_rows(bank.stacked, jnp.array([loaded.id])), unroll=True)
+        wanted = model(tokens, adapter=adapters["ffn"], unroll=True)
+        np.testing.assert_allclose(found.logits, wanted.logits, rtol=1e-4, atol=1e-4)
 
     def test_experts_are_free_when_the_last_row_is_evicted(self, model):
         bank = bank_of(model, {"lora": adapters_of(model)["lora"]}, max_experts=2)

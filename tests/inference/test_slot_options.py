@@ -51,7 +51,7 @@ def log_softmax(model, tokens: list[int]) -> np.ndarray:
 
 class TestLogProbabilities:
     def test_equal_those_of_the_full_forward(self, model, slots, monkeypatch):
-        """Those of a sampled answer and of its prompt, which comes in several chunks, beside a row that wants none."""
+        """A sampled answer and its prompt, which comes in several chunks, beside a row that wants none."""
         monkeypatch.setattr(prefill_module, "CHUNKS", (4, 16))
         prompt = prompt_of(model, 22)
         slots.insert(prompt_of(model, 5), max_new_tokens=20)
