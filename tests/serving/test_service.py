@@ -161,21 +161,13 @@ def test_health_and_headers(server: ServerProcess):
 
 
 def test_the_end(flags: list[Any], tmp_path: Path):
-    """A killed server leaves its port to the next one. SIGTERM: a row that runs is answered in full, new work gets 503; the
-    second signal cuts off what is left; the exit code is 0. Without a key, names of other hosts are refused, and without
-    folders of adapters, their loading."""
+    """SIGTERM: a row that runs is answered in full, new work gets 503; the second signal cuts off what is left; exit code 0.
+    Without a key, names of other hosts are refused, and without folders of adapters, their loading."""
     with ServerProcess(flags, tmp_path / "log") as server:
-        port = server.port
         assert_refused(httpx.get(f"{server.url}/v1/models", headers={"Host": "evil.example"}), 403)
         load = {"lora_name": "x", "lora_path": "tales"}
         assert_refused(server.http.post("/v1/load_lora_adapter", json=load), 403)
         assert_refused(server.http.post("/v1/unload_lora_adapter", json={"lora_name": "tales"}), 403)
-        start(server)
-        server.process.kill()
-        server.process.wait()
-    with ServerProcess([*flags, "--port", port], tmp_path / "log") as server:
-        assert server.port == port
-        assert server.metric("requests_running") == 0
         long, short = start(server), start(server, max_tokens=100)
         server.process.send_signal(signal.SIGTERM)
         while server.http.get("/health").status_code == 200:
@@ -191,3 +183,18 @@ def test_the_end(flags: list[Any], tmp_path: Path):
         assert time.monotonic() - begun < 10
         assert "1 requests are cut off" in server.log.read_text()
         assert not server.faults()
+
+
+@pytest.mark.slow
+def test_a_killed_server_leaves_its_port(flags: list[Any], tmp_path: Path):
+    """To the next one, which knows nothing of the rows that ran."""
+    with ServerProcess(flags, tmp_path / "log") as server:
+        port = server.port
+        start(server)
+        server.process.kill()
+        server.process.wait()
+    with ServerProcess([*flags, "--port", port], tmp_path / "log") as server:
+        assert server.port == port
+        assert server.metric("requests_running") == 0
+        assert server.openai.completions.create(**LONG | {"max_tokens": 4}).usage.completion_tokens == 4
+        assert server.terminate() == 0

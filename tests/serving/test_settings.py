@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,13 @@ def fault(*flags: Any) -> str:
 )
 def test_mistakes(flags: list[str], message: str, tmp_path: Path):
     assert message in fault("--model", tmp_path / "model", "--port", 0, *flags)
+
+
+def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("adafuse_jax.serving.server", "adafuse_jax.serving.app"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert fault("--model", tmp_path) == "uvicorn is not installed; pip install 'adafuse-jax[serve]'"
 
 
 def test_a_port_in_use(tmp_path: Path):
