@@ -122,12 +122,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--size", choices=CASES, default="full")
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args(argv)
-    rows = [measure(case, arguments.repeats) for case in CASES[arguments.size]]
-    record = {"command": command_line("benchmarks.training.experts", argv), **facts(), "rows": rows}
-    write_json(arguments.out / "experts.json", record)
-    text = report(record)
-    (arguments.out / "experts.md").write_text(text + "\n", encoding="utf-8")
-    print(text, flush=True)
+    record: dict[str, Any] = {"command": command_line("benchmarks.training.experts", argv), **facts(), "rows": []}
+    for case in CASES[arguments.size]:
+        record["rows"].append(measure(case, arguments.repeats))
+        write_json(arguments.out / "experts.json", record)
+        (arguments.out / "experts.md").write_text(report(record) + "\n", encoding="utf-8")
+    print(report(record), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pallas_kernels.grouped_experts.kernel_triton import expand, outer, project
 
 LEAST_SAVED = 2**21
 """Tokens × columns of E·R below which the dense products are as fast: the kernels gather rows, and their tiles are narrow.
-Measured on an H200, see benchmarks/results/nvidia_h200/experts.md."""
+From times on an H200, see docs/benchmarks/training.md."""
 
 
 def unsupported_reason(

@@ -87,7 +87,7 @@ print(json.dumps(found))
 
 
 def part(**changes) -> dict:
-    row = rows_of("full")[1] | {
+    row = rows_of("full")[3] | {
         "devices": 1, "ms": 500.0, "spread_ms": 5.0, "tokens_per_second": 16384.0, "flops_4n": 2e14, "peak_gib": 58.3,
         "compile_seconds": 90.0, "losses": [10.0], "profile": [{"products": 400.0, "other": 50.0}, {}],
     }  # fmt: skip
