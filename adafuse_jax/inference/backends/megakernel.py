@@ -33,7 +33,7 @@ from adafuse_jax.models.layers import apply_rope, rope_frequencies, rope_tables
 from adafuse_jax.parallel.axes import CACHE, TABLES, TENSOR, linear_axes, partition_spec
 from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels.megakernel import Experts, Shape, Weights, decode_token, unsupported_reason
-from pallas_kernels.megakernel.mixture import make_mixture
+from pallas_kernels.megakernel.mixture import Mixture, make_mixture
 from pallas_kernels.megakernel.plan import TILE_K
 
 log = logging.getLogger(__name__)
@@ -209,6 +209,13 @@ def route(
     return hook.routing.of_first_token()
 
 
+def mixture_of(adapter: AdaFuse | StackedAdapters, chosen: TokenExperts) -> Mixture:
+    """The distinct experts of a step, from those of its rows."""
+    if isinstance(adapter, StackedAdapters):
+        return make_mixture(chosen.experts, adapter.scaled(chosen.gates), 1.0, len(adapter.table.owner))
+    return make_mixture(*chosen, adapter.config.scale, adapter.config.num_experts)
+
+
 def fused_step(
     model: Backbone,
     adapter: AdaFuse | StackedAdapters | None,
@@ -223,13 +230,10 @@ def fused_step(
     config, experts, chosen = model.config, None, None
     if adapter is not None:
         chosen = route(model, adapter, fused.table, token, positions, cache)
-        if not isinstance(adapter, StackedAdapters):
-            mixture = make_mixture(*chosen, adapter.config.scale, adapter.config.num_experts)
-            experts = Experts(a=fused.a, b=fused.b, mixture=mixture)
-        elif adapter.experts:
-            mixture = make_mixture(chosen.experts, adapter.scaled(chosen.gates), 1.0, len(adapter.table.owner))
+        a, b = fused.a, fused.b
+        if isinstance(adapter, StackedAdapters):
             a, b = ({name: getattr(e, factor)[...] for name, e in adapter.experts.items()} for factor in "AB")
-            experts = Experts(a=a, b=b, mixture=mixture)
+        experts = Experts(a=a, b=b, mixture=mixture_of(adapter, chosen)) if a else None
     weights = weights_of(model, fused)
     cos, sin = rope_tables(positions, rope_frequencies(config.rope, config.head_dim))
     x = model.embed_tokens[...][token]
