@@ -29,6 +29,9 @@ from adafuse_jax.serving.service import Service
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
+KEEP_ALIVE_SECONDS = 75
+"""Time that an idle connection stays open: longer than clients and proxies keep one, so that they do not send on a connection
+that is about to close."""
 SWITCH_SECONDS = 0.0005
 """Time after which the event loop lets the scheduler's thread go on: Python's own 5 ms are as long as a step."""
 CLOSE_SECONDS = 5
@@ -91,7 +94,8 @@ class Server(uvicorn.Server):
             log.warning("--host %s without --api-key-file: everyone who reaches this address can use it", config.host)
         app = make_app(self._service, key=key, only_loopback=only_loopback)
         settings: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "ws": "none"}
-        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=CLOSE_SECONDS, **settings))
+        settings |= {"timeout_graceful_shutdown": CLOSE_SECONDS, "timeout_keep_alive": KEEP_ALIVE_SECONDS}
+        super().__init__(uvicorn.Config(app, **settings))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
