@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 MAX_FAILURES = 3
 """Steps that fail in a row before the server gives up: the device or the program is broken."""
 NOT_FINITE = "the logits are not finite: the weights of the model or adapter hold NaN or overflow"
+STEP_FAILED = Failed(500, "a decoding step failed; the log of the server says why")
 
 
 class Scheduler:
@@ -124,8 +125,9 @@ class Scheduler:
     def _run(self) -> None:
         try:
             while not self._is_stopping and self._failures < MAX_FAILURES:
-                self._obey(wait=not self._waiting and not self._running)
+                self._wait_for_commands()
                 try:
+                    self._obey()
                     self._fill()
                     self._step()
                 except Exception as error:
@@ -134,18 +136,19 @@ class Scheduler:
                 self._hand_over()
         finally:
             for work in [*self._running.values(), *self._waiting]:
-                self._end(work, "failed", Failed(503, "the server stops; try again later"))
+                self._hand(work, Failed(503, "the server stops; try again later"))
             self._hand_over()
-            self._loop.call_soon_threadsafe(self._on_end, not self._is_stopping)
+            self._in_loop(self._on_end, not self._is_stopping)
 
-    def _obey(self, *, wait: bool) -> None:
+    def _wait_for_commands(self) -> None:
+        """Wait while there is nothing to do."""
         with self._wakes:
-            while wait and not self._commands:
+            while not (self._waiting or self._running or self._commands):
                 self._wakes.wait()
-            commands = [*self._commands]
-            self._commands.clear()
-        for command in commands:
-            command()
+
+    def _obey(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
 
     def _fill(self) -> None:
         """Put waiting rows into free slots."""
@@ -161,6 +164,9 @@ class Scheduler:
             except UserError as error:  # an adapter that has been unloaded since
                 self._end(work, "failed", Failed(400, str(error)))
                 continue
+            except Exception:
+                self._end(work, "failed", STEP_FAILED)
+                raise
             self._running[work.slot] = work
 
     def _step(self) -> None:
@@ -180,8 +186,8 @@ class Scheduler:
                 continue
             if not work.read:
                 logprobs = row.prompt_logprobs if work.prompt_logprobs is not None else None
-                self._handed.append((work, Begun(cached=row.cached, prompt_logprobs=logprobs)))
-            self._handed.append((work, token_of(row)))
+                self._hand(work, Begun(cached=row.cached, prompt_logprobs=logprobs))
+            self._hand(work, token_of(row))
             self._metrics.token(work, row, now)
             work.read, work.last = work.read + 1, now
             if row.finish_reason is not None:
@@ -190,7 +196,7 @@ class Scheduler:
     def _end(self, work: Work, outcome: str, event: Event | None = None) -> None:
         work.is_over = True
         if event is not None:
-            self._handed.append((work, event))
+            self._hand(work, event)
         if work.slot is not None:
             del self._running[work.slot]
             self._slots.evict(work.slot)
@@ -209,7 +215,7 @@ class Scheduler:
         log.error("a step failed, and %d rows with it: %s: %s", len(self._running), type(error).__name__, error)
         for work in self._running.values():
             work.is_over = True
-            self._handed.append((work, Failed(500, "a decoding step failed; the log of the server says why")))
+            self._hand(work, STEP_FAILED)
             self._metrics.ended(work, "failed")
         self._running.clear()
         self._slots.close()
@@ -219,7 +225,16 @@ class Scheduler:
     def _hand_over(self) -> None:
         if self._handed:
             handed, self._handed = self._handed, []
-            self._loop.call_soon_threadsafe(_put, handed)
+            self._in_loop(_put, handed)
+
+    def _hand(self, work: Work, event: Event) -> None:
+        self._handed.append((work, event))
+
+    def _in_loop(self, function: Callable[..., None], argument: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, argument)
+        except RuntimeError:  # it is closed: the server did not wait any longer
+            self._is_stopping = True
 
 
 def _put(handed: list[tuple[Work, Event]]) -> None:

@@ -30,8 +30,10 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
 KEEP_ALIVE_SECONDS = 75
-"""Time that an idle connection stays open: longer than clients and proxies keep one, so that they do not send on a connection
-that is about to close."""
+"""Time that an idle connection stays open: longer than clients and proxies keep one, so that none sends on one that is about
+to close."""
+END_SECONDS = 10
+"""Time that the scheduler gets to end: a compilation may run."""
 SWITCH_SECONDS = 0.0005
 """Time after which the event loop lets the scheduler's thread go on: Python's own 5 ms are as long as a step."""
 CLOSE_SECONDS = 5
@@ -125,6 +127,9 @@ class Server(uvicorn.Server):
         if service.open_requests:
             log.warning("%d requests are cut off", service.open_requests)
         service.scheduler.stop()
+        await asyncio.sleep(END_SECONDS)
+        log.warning("a step does not end, and is left")
+        self.should_exit = True
 
     def _on_scheduler_end(self, gave_up: bool) -> None:
         if gave_up:

@@ -39,7 +39,8 @@ class FakeStep:
 
 
 class FakeSlots:
-    """Slots whose row with prompt [p] has the tokens p, p + 1, …; `fault(slots)` runs before each step."""
+    """Slots whose row with prompt [p] has the tokens p, p + 1, …, and that fail to take [0]; `fault(slots)`
+    runs before each step."""
 
     def __init__(self, num_slots: int = 2, fault: Callable[[FakeSlots], None] = lambda slots: None):
         self.rows: dict[int, FakeRow] = {}
@@ -52,6 +53,7 @@ class FakeSlots:
     def insert(self, prompt: list[int], *, max_new_tokens: int, **settings: Any) -> int:
         if settings["adapter"] == "unloaded":
             raise UserError("adapter 'unloaded' is not loaded; load it")
+        1 // prompt[0]
         slot = next(i for i in range(self.num_slots) if i not in self.rows)
         self.rows[slot] = FakeRow(slot, prompt, max_new_tokens)
         self.order.append(prompt[0])
@@ -119,11 +121,11 @@ def test_rows_are_served_in_their_order():
     async def run() -> None:
         slots = FakeSlots()
         test = Run(slots)
-        test.scheduler.submit([test.work(i * 10, new_tokens=1 + i % 3) for i in range(10)])
+        test.scheduler.submit([test.work(i * 10, new_tokens=1 + i % 3) for i in range(1, 11)])
         test.scheduler.start(asyncio.get_running_loop())
         found = await test.answers(10)
-        assert found == {i * 10: [i * 10 + n for n in range(1 + i % 3)] for i in range(10)}
-        assert slots.order == [i * 10 for i in range(10)]
+        assert found == {i * 10: [i * 10 + n for n in range(1 + i % 3)] for i in range(1, 11)}
+        assert slots.order == [i * 10 for i in range(1, 11)]
         assert slots.free == 2
         await test.end()
         assert test.ended == [False]
@@ -180,6 +182,21 @@ def test_rows_that_fail_alone():
     asyncio.run(run())
 
 
+def test_a_row_that_cannot_be_inserted_is_told(caplog: pytest.LogCaptureFixture):
+    """An error of the engine that is not the row's fault ends it with 500, not without an answer."""
+
+    async def run() -> None:
+        test = Run(FakeSlots(2), FakeSlots(2))
+        test.scheduler.submit([test.work(0), test.work(10)])
+        test.scheduler.start(asyncio.get_running_loop())
+        found = await test.answers(2)
+        assert (found[0].status, found[10]) == (500, [10, 11, 12])
+        await test.end()
+
+    asyncio.run(run())
+    assert "ZeroDivisionError" in caplog.text
+
+
 def fails(slots: FakeSlots) -> None:
     raise RuntimeError("out of memory")
 
@@ -205,10 +222,10 @@ def test_a_broken_device_ends_the_scheduler():
 
     async def run() -> None:
         test = Run(*[FakeSlots(1, fails)] * (MAX_FAILURES + 1))
-        test.scheduler.submit([test.work(10 * i) for i in range(MAX_FAILURES + 2)])
+        test.scheduler.submit([test.work(i) for i in range(1, MAX_FAILURES + 3)])
         test.scheduler.start(asyncio.get_running_loop())
         found = await test.answers(MAX_FAILURES + 2)
-        assert [found[10 * i].status for i in range(MAX_FAILURES + 2)] == [500] * MAX_FAILURES + [503] * 2
+        assert [found[i].status for i in range(1, MAX_FAILURES + 3)] == [500] * MAX_FAILURES + [503] * 2
         while not test.ended:
             await asyncio.sleep(0.005)
         assert test.ended == [True]
