@@ -71,7 +71,11 @@ def chunk_lengths(length: int, most: int | None = None) -> list[int]:
 
 def common_length(prompt: Sequence[int], cached: Sequence[int]) -> int:
     """Tokens that both begin with; the prompt's last has to be read in any case."""
-    length = 0
-    while length < min(len(prompt) - 1, len(cached)) and prompt[length] == cached[length]:
-        length += 1
-    return length
+    low, high = 0, min(len(prompt) - 1, len(cached))
+    while low < high:  # halving compares lists, where a loop over tokens would hold up the steps
+        middle = (low + high + 1) // 2
+        if prompt[low:middle] == cached[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

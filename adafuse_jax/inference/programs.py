@@ -58,6 +58,7 @@ def prefill_chunk(
     offset = jnp.arange(tokens.shape[1])
     inside = offset < lengths[:, None]  # [R, T]
     positions = jnp.where(inside, starts[:, None] + offset, cache.slots)
+    ids = state.adapter if state.adapter is None or adapters is None else state.adapter.at[at].set(adapters)
     adapter = of_rows(adapter, adapters)
     out = model.run(jnp.where(inside, tokens, pad_id), adapter=adapter, positions=positions, cache=cache)
     last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]  # [R, D]
@@ -73,7 +74,7 @@ def prefill_chunk(
         position=state.position.at[at].set(cache.slots),
         done=state.done.at[at].set(True),
         seen=seen,
-        adapter=None if adapters is None or state.adapter is None else state.adapter.at[at].set(adapters),
+        adapter=ids,
     )
     logprobs = None if following is None else of_prompt(model, out.hidden, following)
     return state, jnp.where((lengths > 0)[:, None], model.logits(last), logits), logprobs

@@ -140,6 +140,7 @@ class Slots:
             not loaded; too many log-probabilities.
           ValueError: no slot is free, or no token is wanted.
         """
+        prompt = [*prompt]
         check_prompt(prompt, self._config.vocab_size)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; give at least 1")
@@ -156,7 +157,7 @@ class Slots:
         if slot is None:
             slot = self._prefixes.free_slot(free, prompt, loaded) if reuse_cache else free[0]
         self._rows[slot] = row = Row(
-            slot=slot, prompt=[*prompt], budget=budget, sampling=sampling or Sampling.of(), seed=seed, sample=sample,
+            slot=slot, prompt=prompt, budget=budget, sampling=sampling or Sampling.of(), seed=seed, sample=sample,
             stop_ids=tuple(self._stop_ids if stop_ids is None else stop_ids), reuse_cache=reuse_cache, adapter=loaded,
             wanted_logprobs=logprobs, wanted_prompt_logprobs=prompt_logprobs,
         )  # fmt: skip

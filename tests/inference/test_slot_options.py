@@ -16,6 +16,7 @@ from adafuse_jax.inference import prefill as prefill_module
 from adafuse_jax.inference import programs
 from adafuse_jax.inference.adapter_bank import AdapterBank
 from adafuse_jax.inference.engine import Engine
+from adafuse_jax.inference.prefill import common_length
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.inference.slots import Slots
 
@@ -170,6 +171,15 @@ class TestPrefixes:
         assert finish(insert(4, "lora")) == [2, 30]  # what the slot itself has is not copied
         assert len(copies) == 1
         assert finish(insert(5, None))[1] == 0
+
+    def test_common_length_leaves_the_last_token(self):
+        rng = np.random.default_rng(0)
+        for length in (1, 2, 7, 40):
+            for same in range(length + 3):
+                prompt, cached = rng.integers(0, 9, length).tolist(), rng.integers(0, 9, 40).tolist()
+                cached[:same] = prompt[:same]
+                cached[same : same + 1] = [10]
+                assert common_length(prompt, cached) == max(0, min(same, length - 1))
 
     def test_chunks_are_short_while_others_run(self, model, slots, monkeypatch):
         monkeypatch.setattr(prefill_module, "LARGEST_BESIDE_ROWS", 16)
