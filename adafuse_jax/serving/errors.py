@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -19,6 +20,14 @@ TYPES = {
     503: "server_error",
 }
 """Status → type; other 4xx are invalid_request_error."""
+OWN = "Value error, "
+"""The words that pydantic puts before the message of a validator of our own."""
+UNIONS = {
+    "prompt": "it must be a text, a list of texts, a list of token ids, or a list of such lists; none may be empty",
+    "stop": "it must be a text or a list of at most 16 texts, each of 1 to 256 characters",
+    "content": "it must be a text or a list of text parts",
+}
+"""Parameter of several kinds → the kinds."""
 
 
 class APIError(Exception):
@@ -48,21 +57,28 @@ def queue_full(places: int) -> APIError:
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
-    """The first fault that pydantic finds in a body."""
+    """The first fault that pydantic finds in a body; of a union, of which each kind has a fault, that of them all."""
     error = errors[0]
-    place = [str(part) for part in error["loc"] if part != "body"]
+    same = [e for e in errors if e["loc"][:2] == error["loc"][:2]]
+    columns = zip(*(e["loc"] for e in same), strict=False)  # by depth
+    place = [str(parts[0]) for parts in takewhile(lambda parts: len({*parts}) == 1, columns)][1:]
+    name = ".".join(place)
+    own = next((str(e["msg"]).removeprefix(OWN) for e in same if e["type"] == "value_error"), None)
     if error["type"] == "json_invalid":
-        return invalid(f"the body is no JSON: {error['ctx']['error']} at character {place[-1] if place else 0}")
-    if not place:
-        advice = "send a JSON object, with Content-Type: application/json"
-        return invalid(
-            f"the body: {error['msg']}; {advice}" if error["type"] == "value_error" else f"the body: {advice}"
-        )
+        return invalid(f"the body is no JSON: {error['ctx']['error']} at character {name or 0}")
+    if not place:  # the validators of a whole body begin with the parameter's name
+        advice = "the body: send a JSON object, with Content-Type: application/json"
+        return invalid(own or advice, own.split()[0] if own else None)
     if error["type"] == "extra_forbidden":
-        name = ".".join(place)
-        return invalid(f"{name}: unknown parameter; leave it out", param=name, code="unknown_parameter")
-    # A union reports each of its kinds, whose names are in the place.
-    kinds = {tuple(error["loc"][:2]) for error in errors}
-    name = place[0] if len(errors) > 1 and len(kinds) == 1 else ".".join(place)
-    faults = dict.fromkeys(str(e["msg"]).removeprefix("Value error, ") for e in errors if tuple(e["loc"][:2]) in kinds)
-    return invalid(f"{name}: {' or '.join([*faults][:3])}", param=name)
+        return invalid(f"{name}: unknown parameter; leave it out", name, "unknown_parameter")
+    if own is None and len(same) > 1 and place[-1] in UNIONS:
+        own = UNIONS[place[-1]]
+    return invalid(f"{name}: {own or readable(error['msg'])}", name)
+
+
+def readable(message: str) -> str:
+    """A message of pydantic, without the words that it has for developers."""
+    message = message.replace(" after validation", "")
+    for words in ("Input should", "List should", "String should", "Value should"):
+        message = message.replace(words, "it must")
+    return message[:1].lower() + message[1:]
