@@ -3,7 +3,7 @@
     python -m benchmarks.serving --out benchmarks/results/nvidia_h200 --conversations sharegpt.jsonl.gz
 
 writes serving.json and serving.md. Weights are random, and the lengths of prompts and answers are those of ShareGPT's first
-exchanges. Each part is a server in a process of its own and leaves part-serving-*.json; parts can run at different times:
+exchanges. Each part is a server in a process of its own and leaves serving-part-*.json; parts can run at different times:
 
     bare, one, eight    the backbone, one AdaFuse adapter, eight of them mixed: each first generates its requests offline,
                         then serves closed loops of --clients, Poisson arrivals of --rates requests a second, and a closed
@@ -123,7 +123,7 @@ def measure_peer(arguments: argparse.Namespace, part: dict[str, Any]) -> None:
 
 def run_part(name: str, arguments: argparse.Namespace, command: str) -> None:
     part: dict[str, Any] = {"part": name, "size": arguments.size, "command": command, "commit": commit()}
-    path = arguments.out / f"part-serving-{name}.json"
+    path = arguments.out / f"serving-part-{name}.json"
     if name == "peer":
         measure_peer(arguments, part)
     else:

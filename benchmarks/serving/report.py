@@ -1,4 +1,4 @@
-"""serving.json and serving.md, made from the part-serving-*.json of `benchmarks.serving`."""
+"""serving.json and serving.md, made from the serving-part-*.json of `benchmarks.serving`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOTES = (
 
 def read_parts(out: Path) -> dict[str, dict[str, Any]]:
     """The parts by their names."""
-    parts = [json.loads(path.read_text()) for path in sorted(out.glob("part-serving-*.json"))]
+    parts = [json.loads(path.read_text()) for path in sorted(out.glob("serving-part-*.json"))]
     return {part["part"]: part for part in parts}
 
 

@@ -67,7 +67,7 @@ def test_all_of_it_on_tiny_shapes(conversations: Path, tmp_path: Path, capsys: p
     flags += " --clients 1 4 --rates 50 --long-prompt 100 --long-count 1 --disturbed-clients 4 --part eight"
     out = tmp_path / "out"
     serving.main(["--out", str(out), "--conversations", str(conversations), *flags.split()])
-    part = json.loads((out / "part-serving-eight.json").read_text())
+    part = json.loads((out / "serving-part-eight.json").read_text())
     assert part["loads"].keys() == {"closed-1", "closed-4", "poisson-50", "disturbed"}
     tokens = sum(min(new, 16) for _, new in lengths_of(conversations, 8, max_prompt=240, max_new=16))
     assert (
@@ -78,6 +78,6 @@ def test_all_of_it_on_tiny_shapes(conversations: Path, tmp_path: Path, capsys: p
     )
     assert all(load["tokens_per_s"] > 0 for load in part["loads"].values())
     assert "| eight | closed-4 |" in (out / "serving.md").read_text()
-    write_json(out / "part-serving-peer.json", {"part": "peer", "command": "x", "closed": {"4": {"tokens_per_s": 5.0}}})
+    write_json(out / "serving-part-peer.json", {"part": "peer", "command": "x", "closed": {"4": {"tokens_per_s": 5.0}}})
     serving.main(["--out", str(out), "--part", "merge"])
     assert "| transformers, bare | closed-4 | 5 |" in capsys.readouterr().out
