@@ -59,10 +59,8 @@ def template_date(date: datetime | None = None) -> Iterator[datetime]:
 
 
 def _now() -> datetime:
-    """Present time by the clock that transformers' templates read."""
-    from transformers.utils import chat_template_utils
-
-    return getattr(chat_template_utils, "datetime", datetime).now()
+    """Present time, by the clock that transformers' templates read where it is imported."""
+    return getattr(sys.modules.get("transformers.utils.chat_template_utils"), "datetime", datetime).now()
 
 
 class _Worker:
