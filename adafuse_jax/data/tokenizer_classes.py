@@ -44,7 +44,8 @@ def backend_of(class_name: str, text: str, settings: dict[str, Any], given: Toke
     return backend, defaults | given
 
 
-Merges = list[tuple[str, ...]]
+Merges = list[Any]
+"""Pairs of tokens."""
 
 
 def _llama(vocab: dict[str, int], merges: Merges, settings: dict[str, Any]) -> tuple[Tokenizer, Tokens]:
