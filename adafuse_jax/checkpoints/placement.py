@@ -68,7 +68,7 @@ class Stacked:
         return jax.jit(_zeros, static_argnums=0, out_shardings=shardings)(shapes)
 
     def fill(self, leaf: Array, axes: Axes, tensors: Iterator[np.ndarray]) -> tuple[Array, Finite]:
-        if self.mesh is None and next(iter(leaf.devices())).platform == "cpu":
+        if self.mesh is None and _is_on_cpu(leaf):
             return leaf, _fill_in_place(leaf, axes[0] == "layers", tensors)
         if axes[0] != "layers":
             return _set_whole(leaf, self._placed(next(tensors), axes))
@@ -89,6 +89,10 @@ class Stacked:
 
     def _sharding(self, axes: Axes) -> NamedSharding | None:
         return None if self.mesh is None else NamedSharding(self.mesh, partition_spec(axes, self.mesh.axis_names))
+
+
+def _is_on_cpu(leaf: Array) -> bool:
+    return next(iter(leaf.devices())).platform == "cpu"
 
 
 def _untouched(leaf: jax.ShapeDtypeStruct) -> np.ndarray:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from adafuse_jax.inference.ahead import Program
 from adafuse_jax.inference.backends.base import Backend
 from adafuse_jax.inference.sampling import Sampling, sample
 from adafuse_jax.inference.state import DecodeState
@@ -24,7 +25,7 @@ StepResult = tuple[Int[Array, " B"], Bool[Array, " B"], Bool[Array, " B"], Int[A
 """(token, done, whether the logits are finite, the experts that read the token before); the experts of a prompt are None."""
 
 
-@partial(jax.jit, static_argnames="pad_id", donate_argnames=("state", "logits"))
+@partial(Program, static_argnames="pad_id", donate_argnames=("state", "logits"))
 def prefill_chunk(
     model: Backbone,
     adapter: Any,
@@ -61,7 +62,7 @@ def prefill_chunk(
     return state, jnp.where((lengths > 0)[:, None], model.logits(last), logits)
 
 
-@partial(jax.jit, static_argnames="pad_id", donate_argnames="state")
+@partial(Program, static_argnames="pad_id", donate_argnames="state")
 def start(
     state: DecodeState,
     logits: Float[Array, "R V"],
@@ -87,7 +88,7 @@ def start(
     return (state.token, state.done, jnp.ones_like(state.done).at[rows].set(finite), None), state
 
 
-@partial(jax.jit, static_argnames=("step", "pad_id"), donate_argnames=("state", "carry"))
+@partial(Program, static_argnames=("step", "pad_id"), donate_argnames=("state", "carry"))
 def decode_step(
     step: Callable[..., Any],
     reads: Any,
@@ -116,7 +117,7 @@ def advance(
     return result, state
 
 
-@partial(jax.jit, donate_argnames="state")
+@partial(Program, donate_argnames="state")
 def release(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
     """The row of a slot has ended."""
     return replace(state, done=state.done.at[slot].set(True))
