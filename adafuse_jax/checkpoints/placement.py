@@ -32,7 +32,7 @@ SIGN: dict[int, Any] = {2: np.uint16(2**15), 4: np.uint32(2**31)}
 
 
 Finite = Bool[Array, " tensors"] | Bool[np.ndarray, " tensors"]
-"""Whether all values of each tensor are finite."""
+"""True for each tensor all of whose values are finite."""
 
 
 class Placement(Protocol):
