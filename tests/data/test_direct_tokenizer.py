@@ -56,7 +56,7 @@ def byte_level(out: Path) -> Path:
 
 
 def metaspace(out: Path) -> Path:
-    """As sentencepiece models of Llama 2: byte fallback, BOS by the post-processor."""
+    """A tokenizer as sentencepiece models of Llama 2 become: byte fallback, BOS by the post-processor."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     special = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
