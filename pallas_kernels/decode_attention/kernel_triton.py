@@ -49,7 +49,7 @@ def unsupported_reason(head_dim: int) -> str | None:
     return None
 
 
-def _kernel(refs: dict[str, Any], outs: dict[str, Any], *, tiles: Tiles, eps: float, interpret: bool) -> None:
+def _attend_to_cache(refs: dict[str, Any], outs: dict[str, Any], *, tiles: Tiles, eps: float, interpret: bool) -> None:
     row, head, split = (pl.program_id(axis) for axis in range(3))
     cache_k, cache_v, layer = outs["cache_k"], outs["cache_v"], refs["layer"][0]
     slots, head_dim = cache_k.shape[2], cache_k.shape[4]
@@ -197,12 +197,11 @@ def decode_attention(
     outs["total"] = jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32)
     names = [[path[0].key for path, _ in jax.tree.leaves_with_path(tree)] for tree in (refs, outs)]
     found = pl.pallas_call(
-        partial(_kernel, tiles=tiles, eps=eps, interpret=interpret),
+        partial(_attend_to_cache, tiles=tiles, eps=eps, interpret=interpret),
         out_shape=outs,
         grid=(batch, num_kv_heads, tiles.max_splits),
         input_output_aliases={names[0].index(name): names[1].index(name) for name in ("cache_k", "cache_v", "ended")},
         compiler_params=plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
-        name="decode_attention",
     )(refs)
     return found["out"], found["cache_k"], found["cache_v"], found["ended"]

@@ -114,24 +114,39 @@ class _Launch:
         vector = self.columns == 1
         width = tiles.tile_k if vector else self.columns
 
-        def step(i: Array, carry: tuple) -> tuple:
-            totals, squares = carry
+        def load(i: Array) -> list[Array]:
             k = i * tiles.tile_k
             inside = None if self.in_dim % tiles.tile_k == 0 else k + jnp.arange(tiles.tile_k) < self.in_dim
-            tiles_of_m = [self._tile(m, row, k, inside) for m in matrices]
+            found = [self._tile(m, row, k, inside) for m in matrices]
             if not vector:
-                x = self._load_x(k, inside)  # [columns, tile_k]
-                return [t + _dot(m, x) for t, m in zip(totals, tiles_of_m, strict=True)], squares
-            h = _load(self.refs["x"].at[self.zero, pl.ds(k, tiles.tile_k)], inside).astype(jnp.float32)
+                return [*found, self._load_x(k, inside)]  # [columns, tile_k]
+            found.append(_load(self.refs["x"].at[self.zero, pl.ds(k, tiles.tile_k)], inside))
             if norm is not None:
-                squares = squares + h * h
-                h = h * _load(norm.at[self.refs["layer"][0], pl.ds(k, tiles.tile_k)], inside).astype(jnp.float32)
+                found.append(_load(norm.at[self.refs["layer"][0], pl.ds(k, tiles.tile_k)], inside))
+            return found
+
+        def multiply(loaded: list[Array], totals: list[Array], squares: Array) -> tuple[list[Array], Array]:
+            tiles_of_m, (x, *weight) = loaded[: len(matrices)], loaded[len(matrices) :]
+            if not vector:
+                return [t + _dot(m, x) for t, m in zip(totals, tiles_of_m, strict=True)], squares
+            h = x.astype(jnp.float32)
+            if weight:
+                squares, h = squares + h * h, h * weight[0].astype(jnp.float32)
             return [t + m.astype(jnp.float32) * h[None] for t, m in zip(totals, tiles_of_m, strict=True)], squares
+
+        def step(i: Array, carry: tuple) -> tuple:
+            *sums, loaded = carry
+            following = load(i + 1) if ahead else loaded
+            return *multiply(loaded if ahead else load(i), *sums), following
 
         zeros = [jnp.zeros((tiles.tile_m, width), jnp.float32) for _ in matrices]
         squares = jnp.zeros(tiles.tile_k if vector and norm is not None else 1, jnp.float32)
         steps = pl.cdiv(self.in_dim, tiles.tile_k)
-        totals, squares = lax.fori_loop(0, steps, step, (zeros, squares))
+        ahead = vector and tiles.num_stages > 1  # the compiler pipelines the loads of tensor cores only
+        loaded = load(self.zero) if ahead else []
+        totals, squares, loaded = lax.fori_loop(0, steps - ahead, step, (zeros, squares, loaded))
+        if ahead:
+            totals, squares = multiply(loaded, totals, squares)
         if vector:
             totals = [jnp.sum(total, axis=1, keepdims=True) for total in totals]
         if norm is None:
@@ -274,7 +289,7 @@ def _expand(launch: _Launch, name: str, row: Array) -> Array:
     return lax.fori_loop(0, refs["num_used"][0], step, zeros)
 
 
-def _kernel(refs: dict[str, Any], outs: dict[str, Any], *, group: Group, programs: list, interpret: bool) -> None:
+def _run(refs: dict[str, Any], outs: dict[str, Any], *, group: Group, programs: list, interpret: bool) -> None:
     program, first = pl.program_id(0), 0
     launch = _Launch(refs, outs, group, zero=program * 0, interpret=interpret)
     for count, run in programs:
@@ -322,14 +337,18 @@ def launch_group(
         programs.append((pl.cdiv(out, tile_m), partial(_linear, names=linears, num_shrink=num_shrink)))
     order = jax.tree.leaves_with_path(refs), jax.tree.leaves_with_path(outs)
     places = [next(i for i, (path, _) in enumerate(leaves) if path[0].key == "ready") for leaves in order]
+
+    def kernel(refs: dict[str, Any], outs: dict[str, Any]) -> None:
+        _run(refs, outs, group=group, programs=programs, interpret=interpret)
+
+    kernel.__name__ = "_".join(("linear", *weights))  # what profiles show
     found = pl.pallas_call(
-        partial(_kernel, group=group, programs=programs, interpret=interpret),
+        kernel,
         out_shape=outs,
         grid=(sum(count for count, _ in programs),),
         input_output_aliases={places[0]: places[1]},
         compiler_params=plgpu.CompilerParams(num_warps=group.tiles.num_warps, num_stages=group.tiles.num_stages),
         interpret=interpret,
-        name="pregated_linear",
     )(refs)
     return found["y"], found["ready"]
 

@@ -8,13 +8,12 @@ the same launch. Ids, gates and the layer are device arrays; no value of them is
 | implementation | where                    | how |
 |---|---|---|
 | `pallas`       | NVIDIA Hopper            | Mosaic GPU, one kernel launch: TMA, wgmma, partial sums, semaphores     |
-| `triton`       | NVIDIA Ampere and newer  | a Triton kernel through jax-triton, one launch for all linears |
+| `triton`       | NVIDIA Ampere and newer  | Pallas' Triton backend, one launch for all linears |
 | `xla`          | any device               | plain jnp, which copies the factors of the experts before it uses them |
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 
 import jax
@@ -94,11 +93,9 @@ def _pallas_unsupported_reason(x: Array, weights: dict[str, Array], a: dict[str,
 def _triton_unsupported_reason(x: Array, weights: dict[str, Array], a: dict[str, Array]) -> str | None:
     if float(compute_capability() or 0) < 8:
         return f"it needs an Ampere or newer GPU, this is {jax.devices()[0].device_kind}"
-    if importlib.util.find_spec("jax_triton") is None:
-        return "jax-triton is not installed (pip install 'adafuse-jax[cuda]')"
     from pallas_kernels.pregated_linear.kernel_triton import unsupported_reason
 
-    return unsupported_reason(x, weights)
+    return unsupported_reason(x, a)
 
 
 def _validate(

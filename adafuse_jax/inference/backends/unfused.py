@@ -1,26 +1,41 @@
-"""The unfused backend: the backbone's layers in separate XLA ops, the experts beside the weights.
+"""The unfused backend: the backbone's layers in few kernel launches on a GPU, else in separate XLA ops; the experts beside the
+weights.
 
 y = W x + Σ_j g_j s B[e_j] (A[e_j] x)
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from jaxtyping import Array, Bool, Int
 
-from adafuse_jax.inference.backends.base import Backend, StepOutput
+from adafuse_jax.inference.backends import portable
+from adafuse_jax.inference.backends.base import Backend, StepOutput, dispatch_log_level
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.hooks import Adapter
 from adafuse_jax.models.kv_cache import KVCache
 
+log = logging.getLogger(__name__)
+
 
 class Unfused(Backend):
-    """Any model, any adapter, any number of rows and devices."""
+    """Any model, any adapter, any number of rows and devices. `for_batch` gives the kernels where they can run."""
 
     def __init__(self, model: Backbone, adapter: Adapter | None, strategy: str = "unmerged"):
         self._model, self.adapter, self.strategy = model, adapter, strategy
         self.reads: Any = model, adapter
+        self._by_batch: dict[int, Backend] = {}
+
+    def for_batch(self, batch: int) -> Backend:
+        if batch not in self._by_batch:
+            reason = portable.unsupported_reason(self._model, self.adapter, batch)
+            how = "five kernel launches a layer" if reason is None else f"XLA ops: the kernels cannot, as {reason}"
+            log.log(dispatch_log_level(), "decoding %d rows %s in %s", batch, self.strategy, how)
+            kernels = LayerKernels(self._model, self.adapter, self.strategy)
+            self._by_batch[batch] = self if reason is not None else kernels
+        return self._by_batch[batch]
 
     @staticmethod
     def step(
@@ -35,3 +50,21 @@ class Unfused(Backend):
         out = model.run(token[:, None], adapter=adapter, positions=position[:, None], cache=cache, unroll=True)
         experts = None if out.routing is None else out.routing.experts_of_row()
         return model.logits(out.hidden[:, 0]), experts, out.cache, carry
+
+
+class LayerKernels(Unfused):
+    """What `portable` supports, in five kernel launches a layer."""
+
+    def for_batch(self, batch: int) -> Backend:
+        return self
+
+    @staticmethod
+    def step(
+        reads: Any,
+        carry: Any,
+        token: Int[Array, " B"],
+        position: Int[Array, " B"],
+        cache: KVCache,
+        hold: Bool[Array, " B"],
+    ) -> StepOutput:
+        return *portable.portable_step(*reads, token, position, cache), carry
