@@ -3,8 +3,9 @@
     q, k ← rope(norm(q)), rope(norm(k));   cache[position] ← k, v;   out = Σ_s softmax_s(q · k_s / √H) v_s
 
 over the positions s that the token sees, position − window < s ≤ position: what the cache has besides is not read. Programs
-share the positions of a key-value head (flash-decoding): each has a maximum m, a sum l and an output of its own, and the last to
-end puts them together. All query heads of a key-value head are the rows, padded to 16, of one product.
+share the positions of a key-value head (flash-decoding): each has a maximum m, a sum of exponentials and an output of its
+own, and the last to end puts them together; none waits. All query heads of a key-value head are the rows, padded to 16, of
+one product.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
+
+from pallas_kernels.pregated_linear.triton_call import dot, launch, load
 
 LOG2_E = 1.4426950408889634
 LOWEST = -1e30
@@ -35,9 +38,10 @@ class Tiles:
     num_stages: int = 2
 
 
-def tiles_for(batch: int, num_kv_heads: int, slots: int) -> Tiles:
-    """Programs enough for a GPU of 132 multiprocessors or so, and no more than there are blocks in the cache."""
-    block = 32 if batch * num_kv_heads <= 64 else 64
+def tiles_for(batch: int, num_kv_heads: int, slots: int, head_bytes: int) -> Tiles:
+    """Programs enough for a GPU of 132 multiprocessors or so, and no more than there are blocks in the cache. Blocks of wide
+    heads are shorter, as GPUs of compute capability 8.6, 8.9 and 12.0 have 99 KiB of shared memory for a program."""
+    block = 32 if batch * num_kv_heads <= 64 or head_bytes > 512 else 64
     wanted = pl.cdiv(512, batch * num_kv_heads)
     return Tiles(max_splits=max(1, min(wanted, slots // block, 64)), block=block)
 
@@ -68,7 +72,7 @@ def _attend_to_cache(refs: dict[str, Any], outs: dict[str, Any], *, tiles: Tiles
         """The halves of q or k of the token, normed and rotated, in fp32."""
         half = head_dim // 2
         parts = [
-            _load(refs[name].at[*at, pl.ds(i * half, half)], mask).astype(jnp.float32) for i in range(2)
+            load(refs[name].at[*at, pl.ds(i * half, half)], mask).astype(jnp.float32) for i in range(2)
         ]  # fmt: skip
         if (norm := refs[f"{name}_norm"]) is not None:
             squares = sum(jnp.sum(x * x, axis=-1, keepdims=True) for x in parts)
@@ -101,36 +105,36 @@ def _attend_to_cache(refs: dict[str, Any], outs: dict[str, Any], *, tiles: Tiles
         scale = LOG2_E * head_dim**-0.5
 
         def block(i: Array, carry: tuple) -> tuple:
-            m, l, total = carry
+            m, sum_p, total = carry
             begin = first_position + i * tiles.block
             inside = begin + jnp.arange(tiles.block) < stop_here
             wide = jnp.broadcast_to(inside[:, None], (tiles.block, half))
             scores = jnp.zeros((padded, tiles.block), jnp.float32)
             for at, part in enumerate(q):
                 keys = cache_k.at[layer, row, pl.ds(begin, tiles.block), head, pl.ds(at * half, half)]
-                scores += _dot(part, _load(keys, wide), trans_b=True)
+                scores += dot(part, load(keys, wide), trans_b=True)
             scores = jnp.where(inside[None], scores * scale, LOWEST)
             new_m = jnp.maximum(m, jnp.max(scores, axis=1))
             p = jnp.exp2(scores - new_m[:, None])
             kept = jnp.exp2(m - new_m)
             wide = jnp.broadcast_to(inside[:, None], (tiles.block, head_dim))
-            values = _load(cache_v.at[layer, row, pl.ds(begin, tiles.block), head, pl.ds(0, head_dim)], wide)
-            return new_m, l * kept + jnp.sum(p, axis=1), total * kept[:, None] + _dot(p.astype(dtype), values)
+            values = load(cache_v.at[layer, row, pl.ds(begin, tiles.block), head, pl.ds(0, head_dim)], wide)
+            return new_m, sum_p * kept + jnp.sum(p, axis=1), total * kept[:, None] + dot(p.astype(dtype), values)
 
         carry = jnp.full(padded, LOWEST, jnp.float32), jnp.zeros(padded), jnp.zeros((padded, head_dim), jnp.float32)
-        m, l, total = lax.fori_loop(0, pl.cdiv(stop_here - first_position, tiles.block), block, carry)
+        m, sum_p, total = lax.fori_loop(0, pl.cdiv(stop_here - first_position, tiles.block), block, carry)
         mask = jnp.broadcast_to(in_group[:, None], (padded, head_dim))
         out = outs["out"].at[row, pl.ds(head * group, padded), pl.ds(0, head_dim)]
 
         @pl.when(num_splits == 1)
         def _alone() -> None:
-            plgpu.store(out, (total / l[:, None]).astype(outs["out"].dtype), mask=mask)
+            plgpu.store(out, (total / sum_p[:, None]).astype(outs["out"].dtype), mask=mask)
 
         @pl.when(num_splits > 1)
         def _together() -> None:
             plgpu.store(outs["total"].at[row, head, split], total)
             plgpu.store(outs["m"].at[row, head, split], m)
-            plgpu.store(outs["l"].at[row, head, split], l)
+            plgpu.store(outs["sum_p"].at[row, head, split], sum_p)
             if not interpret:
                 plgpu.debug_barrier()  # all of it is stored before it counts
             ended = plgpu.atomic_add(outs["ended"], (row, head), zero + 1)
@@ -140,22 +144,14 @@ def _attend_to_cache(refs: dict[str, Any], outs: dict[str, Any], *, tiles: Tiles
                 plgpu.store(outs["ended"].at[row, head], zero)  # for the next launch
 
                 def add(i: Array, carry: tuple) -> tuple:
-                    m, l, total = carry
-                    m_i, l_i, total_i = (plgpu.load(outs[name].at[row, head, i]) for name in ("m", "l", "total"))
+                    m, sum_p, total = carry
+                    m_i, sum_i, total_i = (plgpu.load(outs[name].at[row, head, i]) for name in ("m", "sum_p", "total"))
                     new_m = jnp.maximum(m, m_i)
                     kept, more = jnp.exp2(m - new_m), jnp.exp2(m_i - new_m)
-                    return new_m, l * kept + l_i * more, total * kept[:, None] + total_i * more[:, None]
+                    return new_m, sum_p * kept + sum_i * more, total * kept[:, None] + total_i * more[:, None]
 
-                _, l, total = lax.fori_loop(0, num_splits, add, carry)
-                plgpu.store(out, (total / l[:, None]).astype(outs["out"].dtype), mask=mask)
-
-
-def _load(ref: Any, mask: Array | None) -> Array:
-    return plgpu.load(ref) if mask is None else plgpu.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
-
-
-def _dot(a: Array, b: Array, trans_b: bool = False) -> Array:
-    return plgpu.dot(a, b, trans_b=trans_b, precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
+                _, sum_p, total = lax.fori_loop(0, num_splits, add, carry)
+                plgpu.store(out, (total / sum_p[:, None]).astype(outs["out"].dtype), mask=mask)
 
 
 @partial(jax.jit, static_argnames=("tiles", "eps", "interpret"))
@@ -165,7 +161,7 @@ def decode_attention(
     v: Float[Array, "B K H"],
     cache_k: Float[Array, "L B S K H"],
     cache_v: Float[Array, "L B S K H"],
-    layer: Int[Array, "1"],
+    layer: Int[Array, 1],
     position: Int[Array, " B"],
     cos: Float[Array, "B H/2"],
     sin: Float[Array, "B H/2"],
@@ -186,22 +182,18 @@ def decode_attention(
       q_norm, k_norm: weights of an RMS norm of every head, before the rotation.
     """
     batch, num_kv_heads, head_dim = k.shape
-    tiles = tiles or tiles_for(batch, num_kv_heads, cache_k.shape[2])
+    tiles = tiles or tiles_for(batch, num_kv_heads, cache_k.shape[2], head_dim * cache_k.dtype.itemsize)
     padded = max(16, pl.next_power_of_2(q.shape[1] // num_kv_heads))
     refs = {"cache_k": cache_k, "cache_v": cache_v, "ended": ended, "q": q, "k": k, "v": v, "layer": layer}
     refs |= {"position": position, "cos": cos, "sin": sin, "window": windows, "q_norm": q_norm, "k_norm": k_norm}
     parts = batch, num_kv_heads, tiles.max_splits, padded
     outs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in (("cache_k", cache_k), ("cache_v", cache_v))}
     outs |= {"ended": jax.ShapeDtypeStruct(ended.shape, ended.dtype), "out": jax.ShapeDtypeStruct(q.shape, q.dtype)}
-    outs |= {name: jax.ShapeDtypeStruct(parts, jnp.float32) for name in ("m", "l")}
+    outs |= {name: jax.ShapeDtypeStruct(parts, jnp.float32) for name in ("m", "sum_p")}
     outs["total"] = jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32)
-    names = [[path[0].key for path, _ in jax.tree.leaves_with_path(tree)] for tree in (refs, outs)]
-    found = pl.pallas_call(
-        partial(_attend_to_cache, tiles=tiles, eps=eps, interpret=interpret),
-        out_shape=outs,
-        grid=(batch, num_kv_heads, tiles.max_splits),
-        input_output_aliases={names[0].index(name): names[1].index(name) for name in ("cache_k", "cache_v", "ended")},
-        compiler_params=plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
-        interpret=interpret,
-    )(refs)
+    kernel = partial(_attend_to_cache, tiles=tiles, eps=eps, interpret=interpret)
+    found = launch(
+        kernel, refs, outs, grid=(batch, num_kv_heads, tiles.max_splits), updated=("cache_k", "cache_v", "ended"),
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, interpret=interpret,
+    )  # fmt: skip
     return found["out"], found["cache_k"], found["cache_v"], found["ended"]

@@ -49,5 +49,7 @@ def kernel_of(function: Callable[..., Any], *arguments: Any) -> Kernel:
     finally:
         lowering.lower_jaxpr_to_triton_module = lower
     (ttir,) = modules
-    num_warps, num_stages = (int(n) for name in ("num_warps", "num_stages") for n in re.findall(rf"{name} = (\d+)", text))
+    num_warps, num_stages = (
+        int(n) for name in ("num_warps", "num_stages") for n in re.findall(rf"{name} = (\d+)", text)
+    )
     return Kernel(ttir, num_warps, num_stages)

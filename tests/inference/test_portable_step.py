@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,31 +16,36 @@ import pytest
 import quick
 from fused_cases import Case, by_modules, in_fp32, make
 
-from adafuse_jax.inference.backends.portable import portable_step
+from adafuse_jax.core.errors import UserError
+from adafuse_jax.inference.backends import portable
+from adafuse_jax.inference.backends.portable import portable_step, shape_unsupported_reason, unsupported_reason
+from adafuse_jax.inference.backends.unfused import LayerKernels, Unfused
 from adafuse_jax.models.config import LINEARS
 from adafuse_jax.models.kv_cache import KVCache
+from adafuse_jax.parallel.mesh import make_mesh, shard
 
-SMALL = Case(num_layers=2, slots=64, position=40, embed_dim=96, hidden_dim=160, heads=(4, 2, 32), vocab_size=250, rank=8)
+SMALL = Case(
+    num_layers=2, slots=64, position=40, embed_dim=96, hidden_dim=160, heads=(4, 2, 32), vocab_size=250, rank=8
+)
 CASES = {
     "all 7": replace(SMALL, targets=LINEARS),
-    "rows": replace(SMALL, targets=LINEARS, batch=3),
     "biases, norms of q and k, a window": replace(
-        SMALL, targets=("o_proj", "up_proj"), batch=2, bias=True, qk_norm=True, window=8
+        SMALL, num_layers=1, targets=("o_proj", "up_proj"), batch=2, bias=True, qk_norm=True, window=8
     ),
-    "bare, tied": replace(SMALL, tied=True, bias=True),
     "first position": replace(SMALL, targets=("k_proj",), position=0),
+    "rows": replace(SMALL, targets=LINEARS, batch=3),
+    "bare, tied": replace(SMALL, tied=True, bias=True),
 }
+WIDE = Case(num_layers=2, embed_dim=1024, hidden_dim=2816, heads=(8, 2, 128), targets=LINEARS)
+ODD = replace(CASES["biases, norms of q and k, a window"], num_layers=2, embed_dim=1000, hidden_dim=1400)
 COMPILED = {
-    "token": Case(num_layers=3, embed_dim=1024, hidden_dim=2816, heads=(8, 8, 128), vocab_size=4096, targets=LINEARS),
-    "grouped queries, long": Case(
-        num_layers=2, embed_dim=576, hidden_dim=1536, heads=(9, 3, 64), slots=4096, position=3900, targets=("q_proj", "v_proj")
+    "token": replace(WIDE, num_layers=3, heads=(8, 8, 128), vocab_size=4096),
+    "grouped queries, long": replace(
+        WIDE, embed_dim=576, hidden_dim=1536, heads=(9, 3, 64), slots=4096, position=3900, targets=("q_proj", "v_proj")
     ),
-    "32 rows": Case(num_layers=2, embed_dim=1024, hidden_dim=2816, heads=(8, 2, 128), batch=32, slots=512, position=500,
-                    targets=LINEARS, num_experts=8),
-    "20 rows, biases": replace(
-        CASES["biases, norms of q and k, a window"], batch=20, slots=256, position=200, embed_dim=1000, hidden_dim=1400
-    ),
-}  # fmt: skip
+    "32 rows": replace(WIDE, batch=32, slots=512, position=500, num_experts=8),
+    "20 rows, biases": replace(ODD, batch=20, slots=256, position=200),
+}
 
 
 def check(case: Case, dtype: str, tolerance: float, **options: Any) -> None:
@@ -72,6 +79,7 @@ def test_interpreted(case):
     check(CASES[case], "float32", 1e-5, interpret=True)
 
 
+@pytest.mark.slow
 def test_interpreted_in_bfloat16():
     check(replace(CASES["rows"], batch=2, num_layers=1), "bfloat16", 2e-2, interpret=True)
 
@@ -83,3 +91,76 @@ def test_interpreted_in_bfloat16():
 def test_compiled(case, dtype):
     with jax.default_matmul_precision("highest"):
         check((CASES | COMPILED)[case], dtype, 2e-2 if dtype == "bfloat16" else 1e-5)
+
+
+class TestChoice:
+    """Which step decodes a batch, and the reason in the log."""
+
+    TINY = replace(SMALL, num_layers=1, targets=("q_proj",))
+
+    @pytest.fixture
+    def log(self, monkeypatch, caplog):
+        """Messages of the choice, each as often as it is logged."""
+        logger = logging.getLogger("adafuse_jax.inference.backends.unfused")
+        monkeypatch.setattr(logger, "filters", [])
+        caplog.set_level(logging.DEBUG, logger=logger.name)
+        return caplog
+
+    @pytest.fixture
+    def on_gpu(self, monkeypatch):
+        monkeypatch.setattr(portable, "device_unsupported_reason", lambda model: None)
+
+    def test_kernels_read_experts_in_the_models_type(self, on_gpu, log):
+        model, adapter, *_ = make(self.TINY)
+        exact = in_fp32(adapter)
+        backend = Unfused(model, exact)
+        chosen = backend.for_batch(4)
+        assert isinstance(chosen, LayerKernels)
+        assert chosen.for_batch(4) is chosen
+        assert backend.for_batch(4) is chosen
+        assert "decoding 4 rows unmerged in five kernel launches a layer" in log.text
+        _, read = chosen.reads
+        for name in ("A", "B"):
+            found, wanted = (getattr(of.experts["q_proj"], name)[...] for of in (read, adapter))
+            np.testing.assert_array_equal(found, wanted)
+            assert found.dtype == model.dtype
+        assert chosen.adapter is exact
+        assert exact.experts["q_proj"].A[...].dtype == jnp.float32
+
+    def test_more_rows_than_a_program_takes(self, on_gpu, log):
+        backend = Unfused(*make(self.TINY)[:2])
+        assert backend.for_batch(33) is backend
+        assert "XLA ops: the kernels cannot, as there are 33 rows" in log.text
+
+    def test_what_reads_other_things_keeps_its_step(self, on_gpu, log):
+        """A subclass with an adapter of its own, and its rule about rows."""
+
+        class Other(Unfused):
+            one_row = True
+
+        model, adapter, *_ = make(self.TINY)
+        backend = Other(model, adapter, "other")
+        backend.reads = model, SimpleNamespace()
+        assert backend.for_batch(1) is backend
+        assert "SimpleNamespace has no experts that are known before the first layer" in log.text
+        with pytest.raises(UserError, match="there are 2 prompts"):
+            backend.for_batch(2)
+
+    def test_shapes(self):
+        model, adapter, *_ = make(replace(self.TINY, heads=(4, 2, 48)))
+        assert "heads have 48 dimensions" in str(shape_unsupported_reason(model, adapter, 1))
+        model, adapter, *_ = make(replace(self.TINY, rank=512))
+        assert "q_proj has rank 512" in str(shape_unsupported_reason(model, adapter, 1))
+
+    def test_devices(self):
+        model, adapter, *_ = make(self.TINY)
+        if jax.default_backend() == "cpu":
+            assert "this is cpu" in str(unsupported_reason(model, adapter, 1))
+        for kind, fits in (("8.0", True), ("12.0", True), ("7.5", False), ("gfx942", False), ("", False)):
+            assert portable.is_recent(kind) == fits
+
+    @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+    def test_several_devices(self):
+        model, _, *_ = make(self.TINY)
+        sharded = shard(model, make_mesh(2, model.config))
+        assert "the model is on several" in str(portable.device_unsupported_reason(sharded))

@@ -30,9 +30,9 @@ from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.models.layers import rope_frequencies, rope_tables
 from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels import decode_attention as attention_kernel
+from pallas_kernels import pregated_linear as linear_kernel
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.pregated_linear import Mixture, kernel_triton, make_mixture
-from pallas_kernels.pregated_linear.kernel_triton import Group, launch_group, tiles_for
+from pallas_kernels.pregated_linear import Group, Mixture, make_mixture, pregated_linear, tiles_for
 
 CONSUMED_FIELDS = frozenset({
     "vocab_size", "embed_dim", "hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "norm_eps",
@@ -43,17 +43,30 @@ CONSUMED_FIELDS = frozenset({
 })  # fmt: skip
 """Fields of `ModelConfig` that reach the kernels; a model with any other is decoded by its own modules."""
 GROUPS = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
-MIN_CAPABILITY = 8.0
+MIN_CAPABILITY = 8
 
 
 def unsupported_reason(model: Backbone, adapter: Any, batch: int) -> str | None:
     """The reason why the kernels cannot decode `batch` rows with this model and adapter on its device, or None."""
-    device = next(iter(model.embed_tokens[...].devices()))
-    if device.platform != "gpu" or float(getattr(device, "compute_capability", None) or 0) < MIN_CAPABILITY:
-        return f"they need an NVIDIA Ampere GPU or newer, this is {device.device_kind}"
+    return device_unsupported_reason(model) or shape_unsupported_reason(model, adapter, batch)
+
+
+def device_unsupported_reason(model: Backbone) -> str | None:
+    """The part of `unsupported_reason` that the model's devices decide."""
     if mesh_of(model) is not None:
         return "they run on one device, and the model is on several"
-    return shape_unsupported_reason(model, adapter, batch)
+    device = next(iter(model.embed_tokens[...].devices()))
+    if device.platform != "gpu" or not is_recent(str(getattr(device, "compute_capability", ""))):
+        return (
+            f"they need an NVIDIA GPU of compute capability {MIN_CAPABILITY}.0 or newer, this is {device.device_kind}"
+        )
+    return None
+
+
+def is_recent(capability: str) -> bool:
+    """True for NVIDIA's '8.0' or above; AMD's capabilities are names."""
+    major = capability.partition(".")[0]
+    return major.isdecimal() and int(major) >= MIN_CAPABILITY
 
 
 def shape_unsupported_reason(model: Backbone, adapter: Any, batch: int) -> str | None:
@@ -62,13 +75,11 @@ def shape_unsupported_reason(model: Backbone, adapter: Any, batch: int) -> str |
     if reason := unsupported_field(config, CONSUMED_FIELDS):
         return reason
     if adapter is not None and not isinstance(adapter, AdaFuse | LoRA):
-        return f"an adapter of {adapter.config.adapter} has no experts that are known before the first layer"
+        return f"{type(adapter).__name__} has no experts that are known before the first layer"
     factors = {} if adapter is None else {name: e.A[...] for name, e in adapter.experts.items()}
-    for name, factor in factors.items():
-        if factor.dtype != model.dtype:
-            return f"the experts of {name} are {factor.dtype} and the model is {model.dtype}"
-    x = jax.ShapeDtypeStruct((batch, config.embed_dim), model.dtype)
-    return kernel_triton.unsupported_reason(x, factors) or attention_kernel.unsupported_reason(config.head_dim)
+    if model.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"the model is {model.dtype}"
+    return linear_kernel.unsupported_reason(batch, factors) or attention_kernel.unsupported_reason(config.head_dim)
 
 
 def portable_step(
@@ -80,7 +91,11 @@ def portable_step(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B V"], Int[Array, "B k"] | None, KVCache]:
-    """Read one token of every row: logits of the next (fp32), the experts that read it, the cache with it."""
+    """Read one token of every row: logits of the next (fp32), the experts that read it, the cache with it.
+
+    The adapter's experts are of the model's type. Every step has counters of its own, which begin at 0: one that failed
+    leaves nothing behind.
+    """
     config, layers, batch = model.config, model.layers, len(token)
     chosen, mixture, num_used = _mixture(model, adapter, token, position, cache)
     experts = {} if adapter is None else dict(adapter.experts.items())
@@ -97,12 +112,11 @@ def portable_step(
         gated = ("gate_proj", "up_proj") if names == GROUPS[2] else None
         if norm is not None and batch > 1:
             x, norm = jax.tree.map(lambda leaf: leaf[int(layer[0])], norm)(x), None
-        outs = [w.shape[1] for w in weights.values()]
         settings = Group(
-            tiles=tiles_for(batch, outs, x.shape[1], x.dtype.itemsize, bool(gated)), out_dtype=x.dtype, gated=gated,
+            tiles=tiles_for(batch, x.shape[1], x.dtype.itemsize, bool(gated)), out_dtype=x.dtype, gated=gated,
             eps=config.norm_eps, counter=counters.index(names) if adapted else 0, counters=max(1, len(counters)),
         )  # fmt: skip
-        y, ready = launch_group(
+        y, ready = pregated_linear(
             x, weights, {name: experts[name].A[...] for name in adapted},
             {name: experts[name].B[...] for name in adapted}, mixture if adapted else None, num_used, layer, ready,
             group=settings, norm=None if norm is None else norm.weight[...], residual=residual,
@@ -150,8 +164,8 @@ def _logits(model: Backbone, x: Float[Array, "B D"], interpret: bool) -> Float[A
     norm, head, zero = model.norm, model.head[None], np.zeros(1, np.int32)
     if len(x) > 1:
         x, norm = norm(x), None
-    tiles = tiles_for(len(x), [head.shape[1]], x.shape[1], x.dtype.itemsize, gated=False)
-    y, _ = launch_group(
+    tiles = tiles_for(len(x), x.shape[1], x.dtype.itemsize)
+    y, _ = pregated_linear(
         x, {"lm_head": head}, {}, {}, None, zero, zero, jnp.zeros(1, jnp.int32), interpret=interpret,
         group=Group(tiles=tiles, out_dtype=jnp.dtype("float32"), eps=model.config.norm_eps),
         norm=None if norm is None else norm.weight[...][None],

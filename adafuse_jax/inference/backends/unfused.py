@@ -1,5 +1,5 @@
-"""The unfused backend: the backbone's layers in few kernel launches on a GPU, else in separate XLA ops; the experts beside the
-weights.
+"""The unfused backend: the backbone's layers in few kernel launches on a GPU, else in separate XLA ops; the experts beside
+the weights.
 
 y = W x + Σ_j g_j s B[e_j] (A[e_j] x)
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import jax
 from jaxtyping import Array, Bool, Int
 
 from adafuse_jax.inference.backends import portable
@@ -26,16 +27,20 @@ class Unfused(Backend):
     def __init__(self, model: Backbone, adapter: Adapter | None, strategy: str = "unmerged"):
         self._model, self.adapter, self.strategy = model, adapter, strategy
         self.reads: Any = model, adapter
-        self._by_batch: dict[int, Backend] = {}
+        self._kernels: LayerKernels | None = None
+        self._reasons: dict[int, str | None] = {}
 
     def for_batch(self, batch: int) -> Backend:
-        if batch not in self._by_batch:
-            reason = portable.unsupported_reason(self._model, self.adapter, batch)
+        super().for_batch(batch)
+        model, adapter = self.reads
+        if batch not in self._reasons:
+            self._reasons[batch] = reason = portable.unsupported_reason(model, adapter, batch)
             how = "five kernel launches a layer" if reason is None else f"XLA ops: the kernels cannot, as {reason}"
             log.log(dispatch_log_level(), "decoding %d rows %s in %s", batch, self.strategy, how)
-            kernels = LayerKernels(self._model, self.adapter, self.strategy)
-            self._by_batch[batch] = self if reason is not None else kernels
-        return self._by_batch[batch]
+        if self._reasons[batch] is not None:
+            return self
+        self._kernels = self._kernels or LayerKernels(model, adapter, self.strategy)
+        return self._kernels
 
     @staticmethod
     def step(
@@ -53,7 +58,14 @@ class Unfused(Backend):
 
 
 class LayerKernels(Unfused):
-    """What `portable` supports, in five kernel launches a layer."""
+    """What `portable` supports, in five kernel launches a layer. Its steps read the experts in the model's type."""
+
+    def __init__(self, model: Backbone, adapter: Any, strategy: str = "unmerged"):
+        super().__init__(model, adapter, strategy)
+        if adapter is not None:
+            read = jax.tree.map(lambda leaf: leaf, adapter)
+            read.experts = jax.tree.map(lambda leaf: leaf.astype(model.dtype), adapter.experts)
+            self.reads = model, read
 
     def for_batch(self, batch: int) -> Backend:
         return self
