@@ -1,4 +1,4 @@
-"""Linears with pre-gated experts against float64: the definition in XLA, and the kernel, interpreted and compiled (`-m gpu`)."""
+"""Linears with pre-gated experts against float64: the definition in XLA and the kernel, interpreted and compiled."""
 
 from __future__ import annotations
 
