@@ -13,8 +13,11 @@ import numpy as np
 from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.sampling import row_keys
 
-CHUNKS = (16, 64, 256, 1024)
-"""Prompt tokens per prefill program; a prompt runs through the largest and then the smallest that holds the rest."""
+CHUNKS = (16, 64, 128, 256, 384, 512, 768, 1024)
+"""Prompt tokens per prefill program; a prompt runs through the largest and then the smallest that holds the rest. Below 64 a
+program costs what reading the weights does, whatever it holds; above 256 less than a third is padding."""
+MAX_TOKENS = 8192
+"""Tokens of all rows per program, which bound the memory of activations and scores; as many fill any GPU."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,7 +41,7 @@ class Prefill:
         keys = [row_keys(seed, [r.prompt for r in alike], [r.sample for r in alike]) for seed, alike in by_seed]
         return cls(
             rows=rows,
-            sizes=chunk_lengths(max(len(row.prompt) - row.cached for row in rows)),
+            sizes=chunk_lengths(max(len(row.prompt) - row.cached for row in rows), MAX_TOKENS // len(rows)),
             whole=whole,
             logits=jnp.zeros((len(rows), vocab_size), jnp.float32),
             keys=jnp.concatenate(keys),
@@ -58,10 +61,12 @@ class Prefill:
         return tokens, starts, np.array([len(part) for part in rest], np.int32)
 
 
-def chunk_lengths(length: int) -> list[int]:
-    """Chunks that hold a prompt: the largest as often as it is filled, then the smallest for the rest."""
-    whole, rest = divmod(length, CHUNKS[-1])
-    return [CHUNKS[-1]] * whole + [next(c for c in CHUNKS if c >= rest)] * (rest > 0)
+def chunk_lengths(length: int, most: int | None = None) -> list[int]:
+    """Chunks that hold a prompt: the largest, of at most `most` tokens if that is given, as often as it is filled, then the
+    smallest for the rest."""
+    largest = max((c for c in CHUNKS if most is None or c <= most), default=CHUNKS[0])
+    whole, rest = divmod(length, largest)
+    return [largest] * whole + [next(c for c in CHUNKS if c >= rest)] * (rest > 0)
 
 
 def common_length(prompt: Sequence[int], cached: Sequence[int]) -> int:

@@ -252,9 +252,9 @@ class TestConversation:
         seen = []
         chunk_lengths = prefill_module.chunk_lengths
 
-        def spy(length: int) -> list[int]:
+        def spy(length: int, most: int | None = None) -> list[int]:
             seen.append(length)
-            return chunk_lengths(length)
+            return chunk_lengths(length, most)
 
         monkeypatch.setattr(prefill_module, "chunk_lengths", spy)
         continued = generate(engine, second, n=8, keep_cache=True)
