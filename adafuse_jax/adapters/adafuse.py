@@ -8,6 +8,8 @@ normed embedding, a function of the token id alone; with o_proj or FFN targets o
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,6 +21,20 @@ from adafuse_jax.adapters.router import Router, balance_loss
 from adafuse_jax.models.config import LINEARS, ModelConfig
 from adafuse_jax.models.hooks import Hook, Routing
 from adafuse_jax.models.layers import Linear
+from pallas_kernels.grouped_experts import TILE, saves, unsupported_reason
+
+Products = Literal["dense", "grouped"]
+
+
+def choose_products(config: AdapterConfig, model: ModelConfig, tokens: int, dtype: str) -> tuple[Products, str]:
+    """The faster products of the experts for so many tokens on one device, and the reason."""
+    widths = sorted({width for name in config.targets for width in model.linear_shape(name)})
+    shape = tokens, config.num_experts, config.rank, config.top_k
+    if (reason := unsupported_reason(*shape, widths, jnp.dtype(dtype))) is not None:
+        return "dense", reason
+    if not saves(*shape):
+        return "dense", f"E·R = {config.num_experts * config.rank} columns for {tokens} tokens are few"
+    return "grouped", f"E·R = {config.num_experts * config.rank} columns, {config.top_k * config.rank} of them chosen"
 
 
 class AdaFuse(nnx.Module):
@@ -27,11 +43,14 @@ class AdaFuse(nnx.Module):
     Attributes:
       router: the one router, [E, in of the first target].
       experts: target name → `LoRAExperts`, A [L, E, R, in] and B [L, E, out, R].
+      products: of many tokens: dense, with all experts, or grouped, with the chosen ones; `choose_products` says which is
+        faster.
     """
 
     def __init__(self, config: AdapterConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.num_layers = model.num_layers
+        self.products: Products = "dense"
         shapes = {name: model.linear_shape(name) for name in config.targets}
         self.router = Router(
             shapes[self.first_target][1], config.num_experts, config.top_k, renormalize=config.renormalize, rngs=rngs
@@ -46,18 +65,27 @@ class AdaFuse(nnx.Module):
             }
         )  # fmt: skip
 
+    def with_products(self, products: Products) -> AdaFuse:
+        """This adapter, with the same parameters, and those products."""
+        adapter = jax.tree.map(lambda leaf: leaf, self)
+        adapter.products = products
+        return adapter
+
     @property
     def first_target(self) -> str:
         """The first adapted linear in execution order: its input is x^1."""
         return self.config.targets[0]
 
     def initial_routing(self, batch: int, length: int) -> Routing:
-        k, num_experts = self.config.top_k, self.config.num_experts
-        return Routing(
-            experts=jnp.zeros((batch, length, k), jnp.int32),
-            gates=jnp.zeros((batch, length, k), jnp.float32),
-            probabilities=jnp.zeros((batch, length, num_experts), jnp.float32),
-        )
+        shape = jax.ShapeDtypeStruct((batch, length, self.router.weight.shape[-1]), jnp.float32)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(self.route, shape))
+
+    def route(self, x: Float[Array, "B T in"]) -> Routing:
+        """The routing of all layers, from the first target's input; with `products` grouped, that of its tokens' groups
+        too, if they are a multiple of the tile."""
+        routing = self.router(x)
+        grouped = self.products == "grouped" and x.shape[0] * x.shape[1] % TILE == 0
+        return routing.with_groups() if grouped else routing
 
     def hook(
         self, experts: nnx.Dict, layer: int | Int[Array, ""], routing: Routing, key: Key[Array, ""] | None
@@ -96,8 +124,8 @@ class AdaFuseLayer(Hook):
     def _route(self, x: Array) -> None:
         """Layer 0 asks the router; the layers after it keep the answer."""
         if isinstance(self.layer, int):
-            self.routing = self.adapter.router(x) if self.layer == 0 else self.routing
+            self.routing = self.adapter.route(x) if self.layer == 0 else self.routing
         else:
             self.routing = jax.lax.cond(
-                self.layer == 0, lambda x, _: self.adapter.router(x), lambda _, routing: routing, x, self.routing
+                self.layer == 0, lambda x, _: self.adapter.route(x), lambda _, routing: routing, x, self.routing
             )

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from adafuse_jax.models.hooks import Routing
 from adafuse_jax.models.remat import LOW_RANK, kept
+from pallas_kernels.grouped_experts import grouped_product
 
 
 class LoRAParam(nnx.Param):
@@ -47,8 +48,16 @@ class LoRAExperts(nnx.Module):
         """Σ_j g_j s B[e_j] σ(A[e_j] x), partial sums in fp32.
 
         Few tokens (a decode step) gather the factors of their own experts and read only those; otherwise all E experts
-        run as two dense products and the gates, zero for the experts not chosen, select.
+        run as two dense products and the gates, zero for the experts not chosen, select; or, if the routing has its tokens
+        grouped, the chosen experts only.
         """
+        if routing.grouped is not None:
+            groups, gates = routing.grouped
+            flat = x.reshape(-1, x.shape[-1])
+            y = grouped_product(
+                flat, self.A[...], self.B[...], gates, groups, self.scale, jax.default_backend() == "cpu"
+            )
+            return y.reshape(*x.shape[:-1], -1)
         tokens, (num_experts, top_k) = x.shape[0] * x.shape[1], (self.A.shape[0], routing.experts.shape[-1])
         return self._gathered(x, routing) if tokens * top_k <= num_experts > 1 else self._dense(x, routing)
 

@@ -12,7 +12,7 @@ full      none                                 every weight of the backbone trai
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from adafuse_jax.models.layers import Linear
+from pallas_kernels.grouped_experts import Groups, gates_of_items, group_tokens
 
 
 @jax.tree_util.register_dataclass
@@ -27,18 +28,26 @@ from adafuse_jax.models.layers import Linear
 class Routing:
     """`experts[…, j]` is used with `gates[…, j]`; `probabilities` is the softmax over all E logits.
 
-    Routings of many routers are stacked in front: [L, routers of a layer, B, T, …].
+    Routings of many routers are stacked in front: [L, routers of a layer, B, T, …]. `grouped` holds the tokens grouped by
+    experts, and the gates of the groups' items, where the products are to be those of the chosen experts only.
     """
 
     experts: Int[Array, "*routers B T k"]
     gates: Float[Array, "*routers B T k"]
     probabilities: Float[Array, "*routers B T E"]
+    grouped: tuple[Groups, Float[Array, "I tile"]] | None = None
 
     @classmethod
     def of_one_expert(cls, batch: int, length: int) -> Routing:
         """The routing to a single expert, with a gate of 1."""
         shape = (batch, length, 1)
         return cls(jnp.zeros(shape, jnp.int32), jnp.ones(shape), jnp.ones(shape))
+
+    def with_groups(self) -> Routing:
+        """The routing with the groups of its B·T tokens, a multiple of `TILE`."""
+        chosen, gates = (values.reshape(-1, values.shape[-1]) for values in (self.experts, self.gates))
+        groups = group_tokens(chosen, self.probabilities.shape[-1])
+        return replace(self, grouped=(groups, gates_of_items(gates, chosen, groups)))
 
     def experts_of_row(self) -> Int[Array, "B choices"]:
         """The experts that the first token of every row uses, those of all routers one after the other."""

@@ -43,6 +43,8 @@ class Run:
     report: Report
     layout: Layout
     max_segments: int
+    forward: Callable[..., Any]
+    """See `train_step`."""
     open_output: Callable[[], None]
     """Called once: after the first step of a run that begins, otherwise at once."""
 
@@ -56,6 +58,7 @@ class Run:
         return train_step(
             state, self.model, batch, optimizer=self.optimizer, phases=self.phases, layout=self.layout,
             remat=self.config.remat, unroll=self.config.unroll, max_segments=self.max_segments,
+            forward=self.forward,
         )  # fmt: skip
 
     def evaluate(self, state: TrainState, step: int) -> None:

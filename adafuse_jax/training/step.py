@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.adapters.adafuse import AdaFuse, Products
 from adafuse_jax.adapters.baselines.full import FullWeights
 from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.registry import AnyAdapter, resolve_forward
@@ -55,11 +55,14 @@ def forward(
     batch: Any,
     *,
     key: Key[Array, ""] | None = None,
+    products: Products = "dense",
     **options: Any,
 ) -> tuple[Backbone, Output]:
     """A pass over rows [B, T]: the backbone that ran, whose head gives the logits, and its output. `key` is the randomness
-    of dropout; `options` are those of `Backbone.run`."""
+    of dropout, `products` see `AdaFuse`; `options` are those of `Backbone.run`."""
     backbone, adapter = resolve_forward(trained, model)
+    if isinstance(adapter, AdaFuse):
+        adapter = adapter.with_products(products)
     out = backbone.run(
         batch.tokens,
         adapter=adapter,
@@ -69,6 +72,12 @@ def forward(
         **options,
     )
     return backbone, out
+
+
+@cache
+def forward_with(products: Products) -> Callable[..., tuple[Backbone, Output]]:
+    """`forward` with those products; one object for each, as programs are compiled for it."""
+    return forward if products == "dense" else partial(forward, products=products)
 
 
 def load_of_step(

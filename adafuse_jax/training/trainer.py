@@ -15,7 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
+from adafuse_jax.adapters.adafuse import Products, choose_products
 from adafuse_jax.adapters.baselines.full import FullWeights
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.registry import num_parameters
@@ -60,6 +62,7 @@ from adafuse_jax.training.output import (
     write_config,
 )
 from adafuse_jax.training.schedules import Phases
+from adafuse_jax.training.step import forward_with
 from adafuse_jax.training.trackers import Tracker, open_tracker, require_tracker
 from adafuse_jax.training.utilisation import mfu_per_token
 
@@ -147,6 +150,7 @@ def _train(
             return on_first(write_held_out)
 
     log.info("attention: %s", _attention(config, model_config, data))
+    products = _products(config, adapter_config, model_config, data.batches.length, mesh)
 
     # State: abstract first, to ask for disk space before the backbone is loaded
     steps = _steps(config, data)
@@ -194,7 +198,7 @@ def _train(
     run = Run(
         config=config, model=model, data=data, optimizer=optimizer, phases=phases, steps=steps, checkpoints=checkpoints,
         report=report, open_output=open_output, layout=layout,
-        max_segments=data.batches.max_segments,
+        max_segments=data.batches.max_segments, forward=forward_with(products),
     )  # fmt: skip
     with disk_errors(output), checkpoints, contextlib.closing(report):
         if recorded is not None:
@@ -227,6 +231,20 @@ def _attention(config: TrainConfig, model: ModelConfig, data: Data) -> str:
     windows = dict.fromkeys(w if w and w < length else None for w in model.sliding_windows or (None,))
     names = dict.fromkeys(implementation_of(q, k, visibility, window) for window in windows)
     return f"{', '.join(names)} ({config.dtype}, rows of {length} tokens, at most {segments} segments)"
+
+
+def _products(
+    config: TrainConfig, adapter: AdapterConfig, model: ModelConfig, length: int, mesh: Mesh | None
+) -> Products:
+    """The products of AdaFuse's experts that the steps compute; logged."""
+    if adapter.adapter != "adafuse":
+        return "dense"
+    products, reason = choose_products(adapter, model, config.batch_size * length, config.dtype)
+    if mesh is not None:
+        products, reason = "dense", "several devices"
+    what = "all experts" if products == "dense" else "the chosen experts"
+    log.info("products of %s (%s)", what, reason)
+    return products
 
 
 def _write_summary(output: Path, **numbers: Any) -> dict[str, Any]:

@@ -41,16 +41,17 @@ def rows_of(size: str) -> list[dict[str, Any]]:
     big, small = ("tiny", "tiny") if size == "tiny" else ("llama2-7b", "smollm2-135m")
     scale = 16 if size == "tiny" else 1
     shapes = [
-        ("adafuse", "none", 4, 2048, 1, True, big), ("adafuse", "products", 4, 2048, 1, True, big),
-        ("adafuse", "products", 4, 2048, 1, False, big), ("adafuse", "products", 4, 2048, 8, True, big),
-        ("adafuse", "attention", 4, 2048, 1, True, big), ("adafuse", "full", 8, 1024, 1, True, big),
-        ("lora", "none", 4, 2048, 1, True, big), ("lora", "products", 4, 2048, 1, True, big),
+        ("adafuse", "none", 4, 2048, 1, False, big), ("adafuse", "none", 4, 2048, 8, False, big),
+        ("adafuse", "products", 4, 2048, 1, False, big), ("adafuse", "products", 4, 2048, 1, True, big),
+        ("adafuse", "attention", 4, 2048, 1, False, big), ("adafuse", "full", 8, 1024, 1, False, big),
+        ("lora", "none", 4, 2048, 1, False, big), ("lora", "products", 4, 2048, 1, True, big),
         ("adafuse", "none", 16, 512, 1, False, small), ("adafuse", "none", 16, 512, 1, True, small),
     ]  # fmt: skip
-    return [
+    rows = [
         row(method, remat, max(1, batch // scale), length // scale, segments, unroll=unroll, size=name)
         for method, remat, batch, length, segments, unroll, name in shapes
     ]
+    return [*rows, rows[0] | {"products": "dense"}]  # beside the products that are chosen
 
 
 def rows_of_devices(size: str, devices: int) -> list[dict[str, Any]]:
@@ -71,7 +72,8 @@ def name_of(row: dict[str, Any]) -> str:
     form = "unrolled" if row["unroll"] else "scanned"
     packed = f"-{row['segments']}segments" if row["segments"] > 1 else ""
     mesh = f"-{row['mesh']}-batch{row['batch']}" if "mesh" in row else ""
-    return f"{row['method']}-{row['remat']}-{form}{packed}-{row['size']}{mesh}"
+    products = f"-{row['products']}" if "products" in row else ""
+    return f"{row['method']}-{row['remat']}-{form}{packed}-{row['size']}{mesh}{products}"
 
 
 def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:

@@ -2,7 +2,7 @@
 
 kind         kernels whose name has one of
 attention    fmha, flash, attention, sdpa, cudnn
-products     gemm, cutlass, nvjet, xmma, dot, matmul
+products     gemm, cutlass, nvjet, xmma, dot, matmul, grouped
 copies       copy, transpose, slice, concatenate, memcpy, memset
 other        everything else: norms, rotations, activations, sums, the optimiser
 """
@@ -19,7 +19,7 @@ import jax
 
 KINDS: dict[str, tuple[str, ...]] = {
     "attention": ("fmha", "flash", "attention", "sdpa", "cudnn"),
-    "products": ("gemm", "cutlass", "nvjet", "xmma", "dot", "matmul"),
+    "products": ("gemm", "cutlass", "nvjet", "xmma", "dot", "matmul", "grouped"),
     "copies": ("copy", "transpose", "slice", "concatenate", "memcpy", "memset"),
 }
 

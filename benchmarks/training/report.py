@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.common.records import write_json
 from benchmarks.common.reports import number, picture, table
 
-KEYS = ("size", "method", "targets", "batch", "length", "remat", "unroll", "segments", "devices", "mesh")
+KEYS = ("size", "method", "targets", "batch", "length", "remat", "unroll", "segments", "devices", "mesh", "products")
 REACHABLE_FLOPS = {"NVIDIA H200": 790e12}
 """FLOP/s that products of random bf16 matrices reach, the denominator of `mfu_4n_pct`. That of `train.py`'s MFU is the peak
 that the vendor names, 989 TFLOP/s."""
@@ -64,8 +64,8 @@ def report(record: dict[str, Any]) -> str:
     lines += [*curve_lines(record["curve"]), ""]
     lines += [*mesh_lines(record["rows"]), ""]
     head = (
-        "method", "shapes", "B × T", "segments", "remat", "layers", "tokens/s", "± ", "of peak by 4N", "peak GiB",
-        "compiled in", "error",
+        "method", "shapes", "B × T", "segments", "remat", "layers", "products", "tokens/s", "± ",
+        "of peak by 4N", "peak GiB", "compiled in", "error",
     )  # fmt: skip
     lines += table(head, [cells(row) for row in record["rows"]])
     kinds = [row for row in record["rows"] if row.get("profile")]
@@ -114,14 +114,17 @@ def name_of(row: dict[str, Any]) -> str:
     form = {True: "unrolled", False: "scanned", None: ""}[row["unroll"]]
     packed = f"{row['segments']} segments" if row["segments"] > 1 else ""
     shape, mesh = f"B{row['batch']} T{row['length']}", row.get("mesh", "")
-    return " ".join(word for word in (row["method"], row["size"], shape, row["remat"], form, packed, mesh) if word)
+    products = "grouped" if row.get("products") == "grouped" else ""
+    words = (row["method"], row["size"], shape, row["remat"], form, packed, products, mesh)
+    return " ".join(word for word in words if word)
 
 
 def cells(row: dict[str, Any]) -> tuple[Any, ...]:
     return (
         row["method"], " ".join(filter(None, (row["size"], row.get("mesh")))), f"{row['batch']} × {row['length']}",
         row["segments"], row["remat"],
-        {True: "unrolled", False: "scanned", None: ""}[row["unroll"]], number(row.get("tokens_per_second"), ",.0f"),
+        {True: "unrolled", False: "scanned", None: ""}[row["unroll"]], row.get("products", ""),
+        number(row.get("tokens_per_second"), ",.0f"),
         number(row.get("spread"), ",.0f"), number(row.get("mfu_4n_pct"), ".0f", "%"), number(row.get("peak_gib"), ".1f"),
         number(row.get("compile_seconds"), ".0f", " s"), row.get("error", ""),
     )  # fmt: skip

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from adafuse_jax.adapters.adafuse import choose_products
 from adafuse_jax.core import runtime
 from adafuse_jax.data.batches import Batch
 from adafuse_jax.models.config import ModelConfig
@@ -27,7 +28,7 @@ from adafuse_jax.parallel.layout import MeshLayout
 from adafuse_jax.parallel.mesh import training_mesh
 from adafuse_jax.training.initial import initial_state
 from adafuse_jax.training.schedules import Phases
-from adafuse_jax.training.step import TrainState, train_step
+from adafuse_jax.training.step import TrainState, forward_with, train_step
 from adafuse_jax.training.utilisation import linear_parameters
 from benchmarks.common.jobs import Report, run_as_job
 from benchmarks.common.records import facts
@@ -67,7 +68,7 @@ def constant_rate_optimizer(rate: float = LEARNING_RATE) -> optax.GradientTransf
 
 def measure(job: dict[str, Any], report: Report) -> None:
     """`job`: size, method, targets, batch, length, remat, unroll, segments, steps, repeats, profile; mesh, for several
-    devices."""
+    devices; products, where they are not to be chosen."""
     shapes = SHAPES[job["size"]]
     backbone, adapter = model_config(shapes), adapter_config(shapes, job["targets"], method=job["method"])
     adapter = replace(adapter, dropout=0.0)  # as the peers
@@ -75,7 +76,12 @@ def measure(job: dict[str, Any], report: Report) -> None:
     initial = partial(initial_state, adapter, optimizer=optimizer, phases=Phases(), key=jax.random.key(0))
     mesh = training_mesh(job.get("mesh", "fsdp=1"), backbone, job["batch"])
     layout = ONE_DEVICE if mesh is None else MeshLayout(mesh)
-    options = {"remat": job["remat"], "unroll": job["unroll"], "max_segments": job["segments"], "layout": layout}
+    options: dict[str, Any] = {
+        "remat": job["remat"],
+        "unroll": job["unroll"],
+        "max_segments": job["segments"],
+        "layout": layout,
+    }
     batches = [random_batch(shapes.vocab_size, job["batch"], job["length"], job["segments"], seed) for seed in range(4)]
     batches = [layout.batch(batch, job["batch"], axis=1) for batch in batches]
     make_model = lambda: Backbone(backbone, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))  # noqa: E731
@@ -84,6 +90,10 @@ def measure(job: dict[str, Any], report: Report) -> None:
     if "mesh" in job:  # the same weights on every mesh
         model = jax.jit(lambda: layout.state(make_model()))()
         state = jax.jit(lambda model: layout.state(initial(model, None)))(model)
+    products = job.get("products", "dense")
+    if job["method"] == "adafuse" and "mesh" not in job and "products" not in job:
+        products, _ = choose_products(adapter, backbone, job["batch"] * job["length"], "bfloat16")
+    options["forward"] = forward_with(products)
     watch = Stopwatch()
     compiled = train_step.lower(state, model, batches[0], optimizer=optimizer, **options).compile()
     compile_seconds = watch.seconds
@@ -101,7 +111,7 @@ def measure(job: dict[str, Any], report: Report) -> None:
     tokens = job["batch"] * job["length"]
     found = {
         "ms": timing.ms, "spread_ms": timing.spread_ms, "tokens_per_second": 1e3 * tokens / timing.ms,
-        "flops_4n": 4 * linear_parameters(backbone) * tokens, "compile_seconds": compile_seconds,
+        "flops_4n": 4 * linear_parameters(backbone) * tokens, "compile_seconds": compile_seconds, "products": products,
         "peak_gib": runtime.peak_device_gib(), "losses": [float(loss) for loss in losses[:CURVE_STEPS]],
     }  # fmt: skip
     report(found)

@@ -37,6 +37,7 @@ def test_parameters_of_llama2_7b():
     [
         ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT", "products"),
         ("gemm_fusion_dot_242", "products"),
+        ("grouped_expand", "products"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", "attention"),
         ("memcpy128", "copies"),
         ("loop_dynamic_update_slice_fusion_19", "copies"),
@@ -49,7 +50,7 @@ def test_kinds(kernel: str, kind: str):
 
 def test_a_row():
     found: list[dict] = []
-    settings = rows_of("tiny")[3] | {"steps": 1, "repeats": 2, "profile": False}
+    settings = rows_of("tiny")[1] | {"steps": 1, "repeats": 2, "profile": False}
     assert settings["segments"] == 8
     measure(settings, found.append)
     (row,) = found
@@ -86,7 +87,7 @@ print(json.dumps(found))
 
 
 def part(**changes) -> dict:
-    row = rows_of("full")[1] | {
+    row = rows_of("full")[3] | {
         "devices": 1, "ms": 500.0, "spread_ms": 5.0, "tokens_per_second": 16384.0, "flops_4n": 2e14, "peak_gib": 58.3,
         "compile_seconds": 90.0, "losses": [10.0], "profile": [{"products": 400.0, "other": 50.0}, {}],
     }  # fmt: skip
@@ -105,7 +106,9 @@ def test_report(tmp_path: Path):
     broken = part(rows=[rows_of("full")[6] | {"devices": 1, "error": "out of memory"}], finished=2)
     write_json(tmp_path / "part-training-jax-lora.json", broken)
     text = merge_parts(tmp_path)
-    assert "| adafuse | llama2-7b | 4 × 2048 | 1 | products | unrolled | 16,384 | 164 | 51% | 58.3 | 90 s |  |" in text
+    assert (
+        "| adafuse | llama2-7b | 4 × 2048 | 1 | products | unrolled |  | 16,384 | 164 | 51% | 58.3 | 90 s |  |" in text
+    )
     assert "out of memory" in text
     assert "| adafuse llama2-7b B4 T2048 products unrolled | 50 | 400 |" in text
     assert "not compared" in text
@@ -133,21 +136,14 @@ def test_bad_flags(capsys: pytest.CaptureFixture):
     assert "must be at least 1" in capsys.readouterr().err
 
 
-def test_chosen_experts_only():
-    """Both forms of the experts' products, checked against each other before they are timed."""
-    row = experts.measure(experts.SHAPES["tiny"], (8, 4, 2), repeats=1)
+def test_chosen_experts_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Both forms of the experts' products, checked against each other before they are timed, and the report."""
+    monkeypatch.setattr(experts, "CASES", {"tiny": experts.CASES["tiny"][:1]})
+    experts.main(["--out", str(tmp_path), "--size", "tiny", "--repeats", "1"])
+    (row,) = json.loads((tmp_path / "experts.json").read_text())["rows"]
     assert row["dense_ms"] > 0
     assert row["grouped_ms"] > 0
-    x, a, b, gates, chosen = experts.arguments_of(experts.SHAPES["tiny"], (8, 4, 2))
-    out = experts.grouped(x, a, b, gates, chosen)
-    for token in (0, 7, 47):
-        wanted = sum(
-            float(gates[token, j])
-            * np.asarray(b[e], np.float64)
-            @ (np.asarray(a[e], np.float64) @ np.asarray(x[token], np.float64))
-            for j, e in enumerate(chosen[token])
-        )
-        np.testing.assert_allclose(np.asarray(out[token], np.float64), wanted, rtol=0.05, atol=0.05)
+    assert "| 64 | 4 | 16 | 2 |" in (tmp_path / "experts.md").read_text()
 
 
 @pytest.mark.parametrize(("off", "verdict"), [(1e-3, "agree with one device's"), (1e-1, "DIFFER FROM one device's")])
