@@ -184,7 +184,15 @@ def decode_attention(
     batch, num_kv_heads, head_dim = k.shape
     tiles = tiles or tiles_for(batch, num_kv_heads, cache_k.shape[2], head_dim * cache_k.dtype.itemsize)
     padded = max(16, pl.next_power_of_2(q.shape[1] // num_kv_heads))
-    refs = {"cache_k": cache_k, "cache_v": cache_v, "ended": ended, "q": q, "k": k, "v": v, "layer": layer}
+    refs: dict[str, Any] = {
+        "cache_k": cache_k,
+        "cache_v": cache_v,
+        "ended": ended,
+        "q": q,
+        "k": k,
+        "v": v,
+        "layer": layer,
+    }
     refs |= {"position": position, "cos": cos, "sin": sin, "window": windows, "q_norm": q_norm, "k_norm": k_norm}
     parts = batch, num_kv_heads, tiles.max_splits, padded
     outs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in (("cache_k", cache_k), ("cache_v", cache_v))}

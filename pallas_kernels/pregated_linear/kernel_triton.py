@@ -205,15 +205,14 @@ def linear(launch: Launch, names: Sequence[str], tile: Array, num_shrink: int) -
     in_rows = row + jnp.arange(tile_m) < out
     for i, name in enumerate(names):
         if (bias := refs["bias"].get(name)) is not None:
-            at = bias.at[layer, pl.ds(row, tile_m)]
-            totals[i] += plgpu.load(at, mask=in_rows, other=jnp.zeros((), bias.dtype)).astype(jnp.float32)[:, None]
+            totals[i] += load(bias.at[layer, pl.ds(row, tile_m)], in_rows).astype(jnp.float32)[:, None]
     y = totals[0] if not group.gated else jax.nn.sigmoid(totals[0]) * totals[0] * totals[1]
     mask = (jnp.arange(launch.columns) < launch.batch)[:, None] & in_rows[None]
-    at: Any = (pl.ds(launch.zero, launch.columns), pl.ds(row, tile_m))
+    here = pl.ds(launch.zero, launch.columns), pl.ds(row, tile_m)
     y = y.T
     if (residual := refs["residual"]) is not None:
-        y += plgpu.load(residual.at[at], mask=mask, other=jnp.zeros((), residual.dtype)).astype(jnp.float32)
-    plgpu.store(launch.outs["y"][names[0]].at[at], y.astype(group.out_dtype), mask=mask)
+        y += load(residual.at[here], mask).astype(jnp.float32)
+    plgpu.store(launch.outs["y"][names[0]].at[here], y.astype(group.out_dtype), mask=mask)
 
 
 def _factors_of_one_row(launch: Launch, name: str, row: Array) -> list[Array]:

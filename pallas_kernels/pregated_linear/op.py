@@ -129,7 +129,9 @@ def _validate(
     if norm is not None and len(x) > 1:
         raise ValueError(f"the norm is for one row, and there are {len(x)}")
     (batch, in_dim), num_layers = x.shape, next(iter(weights.values())).shape[0]
-    expected = [("W", name, w, (num_layers, w.shape[1], in_dim)) for name, w in weights.items()]
+    expected: list[tuple[str, str, Array, tuple[int, ...]]] = [
+        ("W", name, w, (num_layers, w.shape[1], in_dim)) for name, w in weights.items()
+    ]
     if a:
         num_used = () if mixture is None else jnp.shape(mixture.experts)
         if mixture is None or len(num_used) != 1 or not num_used[0] or mixture.gates.shape != (*num_used, batch):

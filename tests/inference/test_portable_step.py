@@ -14,8 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
+from flax import nnx
 from fused_cases import Case, by_modules, in_fp32, make
 
+from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.inference.backends import portable
 from adafuse_jax.inference.backends.portable import portable_step, shape_unsupported_reason, unsupported_reason
@@ -77,6 +80,23 @@ def check(case: Case, dtype: str, tolerance: float, **options: Any) -> None:
 @pytest.mark.parametrize("case", quick.first(CASES, 2))
 def test_interpreted(case):
     check(CASES[case], "float32", 1e-5, interpret=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 3])
+def test_lora(batch):
+    """One expert for every token, which nothing routes."""
+    model, _, cache, tokens, positions = in_fp32(make(replace(SMALL, num_layers=1, batch=batch)))
+    settings = AdapterConfig(adapter="lora", targets=("v_proj", "down_proj"), rank=8, alpha=4.0)
+    adapter = LoRA(settings, model.config, rngs=nnx.Rngs(0))
+    adapter.experts = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(1), leaf.shape) / 8, adapter.experts)
+    wanted, routing, _ = jax.jit(by_modules)(model, adapter, cache, tokens, positions)
+    bare, *_ = jax.jit(by_modules)(model, None, cache, tokens, positions)
+    step = jax.jit(partial(portable_step, interpret=True))
+    logits, experts, _ = step(model, adapter, tokens, positions, cache)
+    assert experts is None is routing
+    assert np.linalg.norm(wanted - bare) > 1e-2 * np.linalg.norm(wanted)
+    np.testing.assert_allclose(logits, wanted, atol=1e-5 * abs(wanted).max(), rtol=0)
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ take h rounded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -42,7 +41,12 @@ CONSUMED_FIELDS = frozenset({
     "model_type", "max_position_embeddings", "bos_token_id", "eos_token_ids", "pad_token_id",  # cannot matter to a step
 })  # fmt: skip
 """Fields of `ModelConfig` that reach the kernels; a model with any other is decoded by its own modules."""
-GROUPS = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
+GROUPS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("o_proj",),
+    ("gate_proj", "up_proj"),
+    ("down_proj",),
+)
 MIN_CAPABILITY = 8
 
 
@@ -100,11 +104,11 @@ def portable_step(
     chosen, mixture, num_used = _mixture(model, adapter, token, position, cache)
     experts = {} if adapter is None else dict(adapter.experts.items())
     linears = {name: getattr(layers, name) for name in LINEARS}
-    counters = [names for names in GROUPS if any(name in experts for name in names)]
+    counters: list[tuple[str, ...]] = [names for names in GROUPS if any(name in experts for name in names)]
     ready = jnp.zeros(config.num_layers * max(1, len(counters)), jnp.int32)
 
     def group(
-        names: Sequence[str], x: Array, layer: Any, norm: Any = None, residual: Array | None = None
+        names: tuple[str, ...], x: Array, layer: Any, norm: Any = None, residual: Array | None = None
     ) -> dict[str, Array]:
         nonlocal ready
         adapted = [name for name in names if name in experts]
@@ -147,7 +151,7 @@ def portable_step(
 
 def _mixture(
     model: Backbone, adapter: AdaFuse | LoRA | None, token: Array, position: Array, cache: KVCache
-) -> tuple[Array | None, Mixture | None, Array]:
+) -> tuple[Array | None, Mixture | None, Array | np.ndarray]:
     """(the experts of every row or None, the mixture of the step or None, how many of its experts are in use)."""
     batch = len(token)
     if adapter is None:
@@ -161,13 +165,13 @@ def _mixture(
 
 
 def _logits(model: Backbone, x: Float[Array, "B D"], interpret: bool) -> Float[Array, "B V"]:
-    norm, head, zero = model.norm, model.head[None], np.zeros(1, np.int32)
+    head, zero = model.head[None], np.zeros(1, np.int32)
     if len(x) > 1:
-        x, norm = norm(x), None
+        x = model.norm(x)
     tiles = tiles_for(len(x), x.shape[1], x.dtype.itemsize)
     y, _ = pregated_linear(
         x, {"lm_head": head}, {}, {}, None, zero, zero, jnp.zeros(1, jnp.int32), interpret=interpret,
         group=Group(tiles=tiles, out_dtype=jnp.dtype("float32"), eps=model.config.norm_eps),
-        norm=None if norm is None else norm.weight[...][None],
+        norm=model.norm.weight[...][None] if len(x) == 1 else None,
     )  # fmt: skip
     return y["lm_head"]

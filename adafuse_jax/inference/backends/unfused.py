@@ -79,4 +79,5 @@ class LayerKernels(Unfused):
         cache: KVCache,
         hold: Bool[Array, " B"],
     ) -> StepOutput:
-        return *portable.portable_step(*reads, token, position, cache), carry
+        model, adapter = reads
+        return *portable.portable_step(model, adapter, token, position, cache), carry
