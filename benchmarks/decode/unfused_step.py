@@ -1,4 +1,4 @@
-"""The unfused decode step by itself, also on a GPU that has the megakernel: in launches of the layer kernels, and in XLA ops.
+"""The unfused decode step by itself, also on a GPU that has the megakernel: by the layer kernels, and in XLA ops.
 
     python -m benchmarks.decode.unfused_step --sizes llama2-7b smollm2-135m
     python -m benchmarks.decode.unfused_step --cases bare all7:32 --forms kernels
@@ -31,7 +31,7 @@ from benchmarks.training.shapes import SHAPES, TrainingShapes
 
 FORMS = {"kernels": LayerKernels, "xla": Unfused}
 TOLERANCE = 0.03
-"""Of the norm of the logits: bfloat16 rounds each layer's output by 2⁻⁹, in other places in the two forms."""
+"""Largest difference, in norms of the logits: bfloat16 rounds each layer's output by 2⁻⁹, in other places in the two forms."""
 
 
 def config_of(shapes: TrainingShapes) -> ModelConfig:

@@ -43,7 +43,7 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """What a launch depends on besides its operands' shapes and types.
+    """Settings of a launch besides its operands' shapes and types.
 
     `gated`: (gate, up), the two linears that make one output, silu(gate) · up. `eps`: of the norm in front. `counter`: the
     group's place among the `counters` that a layer has in `ready`.

@@ -292,7 +292,7 @@ def test_unfused_step(capsys):
 
 def test_unfused_step_ends_where_the_forms_differ(monkeypatch):
     monkeypatch.setattr(unfused_step, "logits", lambda backend, batch: np.full((batch, 4), 1.0 + (backend == "xla")))
-    with pytest.raises(SystemExit, match="the logits of 3 rows differ by 5.0e-01"):
+    with pytest.raises(SystemExit, match=r"the logits of 3 rows differ by 5\.0e-01"):
         unfused_step.check({"kernels": "kernels", "xla": "xla"}, 3)
 
 

@@ -114,7 +114,7 @@ def test_compiled(case, dtype):
 
 
 class TestChoice:
-    """Which step decodes a batch, and the reason in the log."""
+    """The choice of the step that decodes a batch, and the reason in the log."""
 
     TINY = replace(SMALL, num_layers=1, targets=("q_proj",))
 

@@ -116,7 +116,7 @@ LARGE = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_definition(case):
-    """It multiplies positions that are not seen by 0, so they are large rather than NaN."""
+    """Unseen positions are large rather than NaN: the definition multiplies them by 0."""
     check(CASES[case], decode_attention_xla, poison=1e3)
 
 

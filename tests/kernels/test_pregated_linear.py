@@ -243,7 +243,7 @@ class TestBenchmark:
 
     @pytest.mark.parametrize("batch", [1, 8])
     def test_tiles_of_the_sweep(self, batch):
-        """Those that the kernel takes by itself are among them, and no two are equal."""
+        """The tiles that the decode step takes are among them, and no two are equal."""
         swept = benchmark.swept_tiles(batch)
         assert tiles_for(batch, 4096, 2) in swept
         assert len(set(swept)) == len(swept)
