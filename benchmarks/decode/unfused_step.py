@@ -31,7 +31,7 @@ from benchmarks.training.shapes import SHAPES, TrainingShapes
 
 FORMS = {"kernels": LayerKernels, "xla": Unfused}
 TOLERANCE = 0.03
-"""Largest difference, in norms of the logits: bfloat16 rounds each layer's output by 2⁻⁹, in other places in the two forms."""
+"""Largest difference, in norms of the logits: bfloat16 rounds every layer's output by 2⁻⁹, each form in other places."""
 
 
 def config_of(shapes: TrainingShapes) -> ModelConfig:

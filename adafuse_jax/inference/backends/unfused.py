@@ -58,7 +58,8 @@ class Unfused(Backend):
 
 
 class LayerKernels(Unfused):
-    """The unfused step in five kernel launches a layer, where `portable` supports it. Steps read the experts in the model's type."""
+    """The unfused step in five kernel launches a layer, where `portable` supports it. It reads the experts in the model's
+    type."""
 
     def __init__(self, model: Backbone, adapter: Any, strategy: str = "unmerged"):
         super().__init__(model, adapter, strategy)
