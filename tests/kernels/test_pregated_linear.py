@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -92,6 +93,16 @@ def test_waiting_programs_do_not_keep_out_those_that_shrink():
     for _ in range(20):
         y = by_kernel(*inputs, 0, tiles=Tiles(tile_m=1, tile_k=256, num_warps=1, num_stages=1))
     assert_near(y, *inputs, 0)
+
+
+def test_a_repeated_program_begins_to_count_anew():
+    """Its counters are zeros of its own, also where they are one constant element."""
+    case = Case(outs={"q": 16}, in_dim=32, num_layers=1, layer=0, rank=8)
+    x, weights, a, b, mixture = case.draw()
+    group, one = Group(tiles=SMALL, out_dtype=x.dtype), jnp.zeros(1, jnp.int32)
+    call = partial(pregated_linear, group=group, interpret=jax.default_backend() != "gpu")
+    run = jax.jit(lambda x: call(x, weights, a, b, mixture, one + 2, one, jnp.zeros(1, jnp.int32))[1])
+    assert [int(run(x)[0]) for _ in range(3)] == [len(mixture.experts)] * 3
 
 
 @pytest.mark.parametrize("batch", [1, 4])
