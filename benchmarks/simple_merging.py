@@ -88,7 +88,7 @@ class Simple(Unfused):
     def __init__(self, model: Backbone, adapter: Adapter | None):
         super().__init__(model, adapter, "simple")
         assert isinstance(adapter, AdaFuse | LayerWise)
-        self.reads = model, Merging(adapter, model.dtype)
+        self._reads = model, Merging(adapter, model.dtype)
 
 
 BACKENDS["simple"] = Simple

@@ -8,6 +8,7 @@ from typing import Any
 
 from adafuse_jax.adapters.registry import AnyAdapter
 from adafuse_jax.core.errors import UserError
+from adafuse_jax.inference.adapter_bank import AdapterBank
 from adafuse_jax.inference.backends.registry import choose_backend
 from adafuse_jax.inference.rows import Step, check_prompt, fitting_tokens
 from adafuse_jax.inference.sampling import Sampling
@@ -28,12 +29,13 @@ def occurrences(prompts: Sequence[Sequence[Any]]) -> list[int]:
 
 
 class Engine:
-    """Generation with one backbone and, if given, one adapter.
+    """Generation with one backbone and, if given, one adapter or a bank of them.
 
     Args:
       model: may be sharded over several devices (`adafuse_jax.parallel.mesh.shard`), to decode unmerged, fused or with a
         merged LoRA. With *switch* the engine takes its adapted weights over and changes them: use `engine.model` instead.
-      adapter: its experts are cast to the model's type where they are merged or read by the megakernel.
+      adapter: its experts are cast to the model's type where they are merged or read by the megakernel. With a bank, rows
+        of `slots` name theirs.
       strategy: a name of `backends.registry.BACKENDS`; default: see `choose_backend`.
       eos_ids: tokens that end a row; default: the model's own.
 
@@ -44,7 +46,7 @@ class Engine:
     def __init__(
         self,
         model: Backbone,
-        adapter: AnyAdapter | None = None,
+        adapter: AnyAdapter | AdapterBank | None = None,
         *,
         strategy: str | None = None,
         eos_ids: Sequence[int] | None = None,
@@ -80,14 +82,17 @@ class Engine:
 
     def max_new_tokens(self, prompt_tokens: int, wanted: int) -> int:
         """`wanted`, or what the context has left after the prompt. Raises `UserError` if the prompt alone fills it."""
-        return fitting_tokens(prompt_tokens, wanted, self.config)
+        return fitting_tokens(prompt_tokens, wanted, self.context_length)
 
-    def slots(self, num_slots: int) -> Slots:
-        """Slots for rows that are decoded together. Raises `UserError` if the strategy cannot decode so many."""
+    def slots(self, num_slots: int, context_length: int | None = None) -> Slots:
+        """Slots for rows that are decoded together, each with a cache of `context_length` tokens from the start on; by
+        default it grows with the rows. Raises `UserError` if the strategy cannot decode so many rows, or the model such a
+        context."""
         pad_id = self.config.pad_token_id
         return Slots(
             self.backend, num_slots, config=self.config, dtype=self._dtype, mesh=self._mesh, stop_ids=self.eos_ids,
             pad_id=pad_id if pad_id is not None and 0 <= pad_id < self.config.vocab_size else 0, warm=self._warm,
+            context_length=context_length,
         )  # fmt: skip
 
     def generate(

@@ -18,6 +18,8 @@ CHUNKS = (16, 64, 128, 256, 384, 512, 768, 1024)
 program costs what reading the weights does, whatever it holds; above 256 less than a third is padding."""
 MAX_TOKENS = 8192
 """Tokens of all rows per program, which bound the memory of activations and scores; as many fill any GPU."""
+LARGEST_BESIDE_ROWS = 256
+"""Prompt tokens per program, at most, while other rows wait for it with their next token."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,16 +37,18 @@ class Prefill:
     done: int = 0
 
     @classmethod
-    def of(cls, rows: list[Row], vocab_size: int, *, whole: bool) -> Prefill:
-        """The prefill of `rows` before its first chunk."""
+    def of(cls, rows: list[Row], vocab_size: int, *, whole: bool, beside_rows: bool = False) -> Prefill:
+        """The prefill of `rows` before its first chunk. `beside_rows`: others run meanwhile."""
         by_seed = [(seed, list(alike)) for seed, alike in groupby(rows, key=lambda row: row.seed)]
         keys = [row_keys(seed, [r.prompt for r in alike], [r.sample for r in alike]) for seed, alike in by_seed]
+        longest = max(len(row.prompt) - row.cached for row in rows)
+        most = LARGEST_BESIDE_ROWS if beside_rows else CHUNKS[-1]
         return cls(
             rows=rows,
-            sizes=chunk_lengths(max(len(row.prompt) - row.cached for row in rows), MAX_TOKENS // len(rows)),
+            sizes=chunk_lengths(longest, min(most, MAX_TOKENS // len(rows))),
             whole=whole,
             logits=jnp.zeros((len(rows), vocab_size), jnp.float32),
-            keys=jnp.concatenate(keys),
+            keys=keys[0] if len(keys) == 1 else jnp.concatenate(keys),
         )
 
     @property
@@ -71,7 +75,11 @@ def chunk_lengths(length: int, most: int | None = None) -> list[int]:
 
 def common_length(prompt: Sequence[int], cached: Sequence[int]) -> int:
     """Tokens that both begin with; the prompt's last has to be read in any case."""
-    length = 0
-    while length < min(len(prompt) - 1, len(cached)) and prompt[length] == cached[length]:
-        length += 1
-    return length
+    low, high = 0, min(len(prompt) - 1, len(cached))
+    while low < high:  # halving compares lists, where a loop over tokens would hold up the steps
+        middle = (low + high + 1) // 2
+        if prompt[low:middle] == cached[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -9,19 +9,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from adafuse_jax.adapters.stacked import NO_ADAPTER, of_rows
 from adafuse_jax.inference.backends.base import Backend
+from adafuse_jax.inference.logprobs import LogProbs, log_probabilities, of_prompt
 from adafuse_jax.inference.sampling import Sampling, sample
 from adafuse_jax.inference.state import DecodeState
 from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.hooks import TokenExperts
+from adafuse_jax.models.kv_cache import KVCache
 
-StepResult = tuple[Int[Array, " B"], Bool[Array, " B"], Bool[Array, " B"], Int[Array, "B k"] | None]
-"""(token, done, whether the logits are finite, the experts that read the token before); the experts of a prompt are None."""
+
+class StepResult(NamedTuple):
+    """`finite`: whether the row's logits are; `experts` read the token before, and are None of a prompt; `logprobs` [B] of
+    the token, if they are wanted."""
+
+    token: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    finite: Bool[Array, " B"]
+    experts: TokenExperts | None
+    logprobs: LogProbs | None
 
 
 @partial(jax.jit, static_argnames="pad_id", donate_argnames=("state", "logits"))
@@ -35,33 +47,40 @@ def prefill_chunk(
     lengths: Int[Array, " R"],
     rows: Int[Array, " R"] | None,
     pad_id: int,
-) -> tuple[DecodeState, Float[Array, "R V"]]:
+    adapters: Int[Array, " R"] | None = None,
+    following: Int[Array, "R T"] | None = None,
+) -> tuple[DecodeState, Float[Array, "R V"], LogProbs | None]:
     """Put tokens[r, :lengths[r]] into the cache of slot rows[r] (None: of every slot, R = B), from position starts[r] on.
-    `logits` of rows that have tokens here are replaced. Until `start`, steps write nothing into these slots."""
+    `logits` of rows that have tokens here are replaced. Until `start`, steps write nothing into these slots. `adapters`: the
+    rows' ids in a bank. Returns (state, logits, log-probabilities of the tokens `following` each, if they are given)."""
     at: Any = slice(None) if rows is None else rows
     cache = state.cache if rows is None else state.cache.rows(rows)
     offset = jnp.arange(tokens.shape[1])
     inside = offset < lengths[:, None]  # [R, T]
     positions = jnp.where(inside, starts[:, None] + offset, cache.slots)
+    ids = state.adapter if state.adapter is None or adapters is None else state.adapter.at[at].set(adapters)
+    adapter = of_rows(adapter, adapters)
     out = model.run(jnp.where(inside, tokens, pad_id), adapter=adapter, positions=positions, cache=cache)
     last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]  # [R, D]
     assert out.cache is not None
     seen = state.seen
     if seen is not None:
-        of_rows = seen[at] & (starts > 0)[:, None]
+        before = jnp.where((starts > 0)[:, None], seen[at], 0)
         new = jnp.where(inside, tokens, seen.shape[1])
-        seen = seen.at[at].set(of_rows.at[jnp.arange(len(lengths))[:, None], new].set(True, mode="drop"))
+        seen = seen.at[at].set(before.at[jnp.arange(len(lengths))[:, None], new].set(1, mode="drop"))
     state = replace(
         state,
         cache=out.cache if rows is None else state.cache.with_rows(rows, out.cache),
         position=state.position.at[at].set(cache.slots),
         done=state.done.at[at].set(True),
         seen=seen,
+        adapter=ids,
     )
-    return state, jnp.where((lengths > 0)[:, None], model.logits(last), logits)
+    logprobs = None if following is None else of_prompt(model, out.hidden, following)
+    return state, jnp.where((lengths > 0)[:, None], model.logits(last), logits), logprobs
 
 
-@partial(jax.jit, static_argnames="pad_id", donate_argnames="state")
+@partial(jax.jit, static_argnames=("pad_id", "with_logprobs"), donate_argnames="state")
 def start(
     state: DecodeState,
     logits: Float[Array, "R V"],
@@ -71,6 +90,7 @@ def start(
     sampling: Sampling,
     stop_ids: Int[Array, "R M"],
     pad_id: int,
+    with_logprobs: bool = False,
 ) -> tuple[StepResult, DecodeState]:
     """Sample after the prompts of slots `rows`, whose next position is `positions`; the other slots stay as they are."""
     seen = None if state.seen is None else state.seen[rows]
@@ -84,10 +104,13 @@ def start(
         seen=None if state.seen is None else state.seen.at[rows].set(seen),
         key=state.key.at[rows].set(keys),
     )
-    return (state.token, state.done, jnp.ones_like(state.done).at[rows].set(finite), None), state
+    finite = jnp.ones_like(state.done).at[rows].set(finite)
+    logprobs = log_probabilities(logits, token) if with_logprobs else None
+    logprobs = jax.tree.map(lambda x: jnp.zeros((len(finite), *x.shape[1:]), x.dtype).at[rows].set(x), logprobs)
+    return StepResult(state.token, state.done, finite, None, logprobs), state
 
 
-@partial(jax.jit, static_argnames=("step", "pad_id"), donate_argnames=("state", "carry"))
+@partial(jax.jit, static_argnames=("step", "pad_id", "with_logprobs"), donate_argnames=("state", "carry"))
 def decode_step(
     step: Callable[..., Any],
     reads: Any,
@@ -96,22 +119,33 @@ def decode_step(
     sampling: Sampling,
     stop_ids: Int[Array, "B M"],
     pad_id: int,
+    with_logprobs: bool = False,
 ) -> tuple[StepResult, DecodeState, Any]:
     """Read the pending token of every row by the backend's `step`, and sample the one after it. Returns (result, state,
     carry); the old state and carry are donated."""
+    if state.adapter is not None:  # the experts of an ended row are not read
+        reads = of_rows(reads, jnp.where(state.done, NO_ADAPTER, state.adapter))
     logits, experts, cache, carry = step(reads, carry, state.token, state.position, state.cache, state.done)
     token, done, seen, key, finite = _choose(logits, state.done, state.seen, state.key, sampling, stop_ids, pad_id)
     position = jnp.where(state.done, state.position, state.position + 1)
-    state = DecodeState(cache=cache, token=token, position=position, done=done, seen=seen, key=key)
-    return (token, done, finite, experts), state, carry
+    state = replace(state, cache=cache, token=token, position=position, done=done, seen=seen, key=key)
+    logprobs = log_probabilities(logits, token) if with_logprobs else None
+    return StepResult(token, done, finite, experts, logprobs), state, carry
 
 
 def advance(
-    backend: Backend, state: DecodeState, sampling: Sampling, stop_ids: Int[Array, "B M"], pad_id: int = 0
+    backend: Backend,
+    state: DecodeState,
+    sampling: Sampling,
+    stop_ids: Int[Array, "B M"],
+    pad_id: int = 0,
+    with_logprobs: bool = False,
 ) -> tuple[StepResult, DecodeState]:
     """`decode_step` of a backend, which lends its carry; one that fails takes the carry along."""
     carry = backend.take_carry()
-    result, state, carry = decode_step(backend.step, backend.reads, carry, state, sampling, stop_ids, pad_id)
+    result, state, carry = decode_step(
+        backend.step, backend.reads, carry, state, sampling, stop_ids, pad_id, with_logprobs
+    )
     backend.put_carry(carry)
     return result, state
 
@@ -122,10 +156,16 @@ def release(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
     return replace(state, done=state.done.at[slot].set(True))
 
 
+@partial(jax.jit, donate_argnames="cache")
+def copy_prefix(cache: KVCache, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""]) -> KVCache:
+    """Copy the first `length` tokens of one slot to another, which has no row that runs."""
+    return cache.with_prefix(source, target, length)
+
+
 def _choose(
     logits: Float[Array, "B V"],
     ended: Bool[Array, " B"],
-    seen: Bool[Array, "B V"] | None,
+    seen: Int[Array, "B V"] | None,
     key: Key[Array, " B"],
     sampling: Sampling,
     stop_ids: Int[Array, "B M"],
@@ -139,5 +179,6 @@ def _choose(
     token = jnp.where(ended, pad_id, sample(logits, sampling, draw, seen))
     done = ended | (token[:, None] == stop_ids).any(axis=-1)
     if seen is not None:
-        seen = seen.at[jnp.arange(len(token)), token].set(True)
+        rows = jnp.arange(len(token))
+        seen = seen.at[rows, token].set(jnp.maximum(seen[rows, token], 1) + 1)
     return token, done, seen, key, finite

@@ -10,8 +10,10 @@ from typing import Literal
 import numpy as np
 
 from adafuse_jax.core.errors import UserError
+from adafuse_jax.inference.adapter_bank import Loaded
+from adafuse_jax.inference.logprobs import LogProbs, TokenLogprobs
 from adafuse_jax.inference.sampling import Sampling
-from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.hooks import TokenExperts
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -19,8 +21,10 @@ class Row:
     """A prompt in a slot, and its answer so far.
 
     `token_ids` leaves out the token that ended the row. `seconds` is the host's time for each token, the first of which
-    is the prefill's; `experts` [k] those that read each token after the prompt. Whoever reads the row may set
-    `finish_reason`, which ends it. `is_released`: it stands still on the device.
+    is the prefill's; `experts` [k], numbers within the row's adapter, are those that read each token after the prompt, with
+    `gates` [k]. `logprobs` are of `token_ids`, `prompt_logprobs` of the prompt's tokens, each with as many of the likeliest
+    tokens as were wanted (None: none are computed). `cached`: tokens of the prompt that a cache had. Whoever reads the row
+    may set `finish_reason`, which ends it. `is_released`: it stands still on the device.
     """
 
     slot: int
@@ -31,11 +35,17 @@ class Row:
     sample: int
     stop_ids: tuple[int, ...]
     reuse_cache: bool
+    adapter: Loaded | None = None
+    wanted_logprobs: int | None = None
+    wanted_prompt_logprobs: int | None = None
     cached: int = 0
     issued: int = 0
     token_ids: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     experts: list[np.ndarray] = field(default_factory=list)
+    gates: list[np.ndarray] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish_reason: Literal["stop", "length", "evicted", "not_finite"] | None = None
     is_released: bool = False
     _clock: float = 0.0
@@ -43,17 +53,23 @@ class Row:
     def begin(self) -> None:
         self._clock = time.perf_counter()
 
-    def take(self, token_id: int, done: bool, experts: np.ndarray | None) -> None:
-        """The next token; `done`: it is one of `stop_ids`."""
+    def take(self, token_id: int, done: bool, experts: TokenExperts | None, logprobs: LogProbs | None) -> None:
+        """The next token; `done`: it is one of `stop_ids`. `experts` and `logprobs`: of all slots, on the host."""
         now = time.perf_counter()
         self.seconds.append(now - self._clock)
         self._clock = now
         if experts is not None:
-            self.experts.append(experts)
+            chosen, gates = (np.asarray(x)[self.slot] for x in experts)
+            if self.adapter is not None:
+                chosen, gates = self.adapter.numbers_of(chosen), gates[: self.adapter.top_k]
+            self.experts.append(chosen)
+            self.gates.append(gates)
         if done:
             self.finish_reason = "stop"
         else:
             self.token_ids.append(token_id)
+            if logprobs is not None and self.wanted_logprobs is not None:
+                self.logprobs.append(TokenLogprobs.of(token_id, logprobs, (self.slot,), self.wanted_logprobs))
             self.finish_reason = "length" if len(self.seconds) == self.budget else None
 
     def tokens_in_cache(self) -> list[int]:
@@ -63,12 +79,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One token of some rows: ids [B], whether each row's was the end of it, and the experts [B, k] that *read* the token
-    before (None for the bare backbone, and for tokens that prefill sampled). Only the slots of `rows` mean something."""
+    """One token of some rows: ids [B], whether each row's was the end of it, and the experts and gates [B, k] that *read*
+    the token before (None for the bare backbone, and for tokens that prefill sampled; of a bank the numbers among all
+    experts). Only the slots of `rows` mean something."""
 
     ids: np.ndarray
     done: np.ndarray
     experts: np.ndarray | None
+    gates: np.ndarray | None
     rows: Mapping[int, Row]
     """Rows by slot, this token included."""
     seconds: float
@@ -87,9 +105,9 @@ def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
         )
 
 
-def fitting_tokens(prompt_tokens: int, wanted: int, config: ModelConfig) -> int:
-    """`wanted` new tokens, or as many as the context has left after the prompt. Raises `UserError` if it has none."""
-    context = config.max_position_embeddings
+def fitting_tokens(prompt_tokens: int, wanted: int, context: int) -> int:
+    """`wanted` new tokens, or as many as a context of so many tokens has left after the prompt. Raises `UserError` if it has
+    none."""
     if prompt_tokens >= context:
         raise UserError(
             f"the prompt has {prompt_tokens} tokens and the context holds {context}, the answer included; "

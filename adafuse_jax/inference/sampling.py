@@ -1,4 +1,4 @@
-"""Sampling of the next token from logits, on the device: repetition penalty → temperature → top-k → top-p → draw."""
+"""Sampling of the next token from logits, on the device: penalties → temperature → top-k → top-p → draw."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ MOST_TEMPERATURE = 1e30
 """Temperatures above count as this one, at which every distribution of float32 logits is uniform."""
 PENALTY_BOUNDS = (1e-30, 1e30)
 """Range of the repetition penalty: at the bounds it outweighs every logit, and all logits stay finite."""
+MOST_SUBTRACTED = 1e30
+"""Size of the presence and frequency penalties, at most."""
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +29,9 @@ class Sampling:
     the two flags are static: other values change without recompiling.
 
     temperature 0, or less than `LEAST_TEMPERATURE`, takes the likeliest token; top_k 0 and top_p 1 leave the distribution
-    whole. `greedy`: every row takes the likeliest; `penalize`: some row has a penalty.
+    whole. `greedy`: every row takes the likeliest; `penalize`: some row has a penalty. The repetition penalty is of tokens
+    in prompt and output, `presence_penalty` and `frequency_penalty` of those in the output: the one is subtracted from
+    their logits once, the other as often as they come.
     """
 
     greedy: bool = field(metadata={"static": True})
@@ -36,36 +40,46 @@ class Sampling:
     top_k: int | Int[Array, " B"]
     top_p: float | Float[Array, " B"]
     repetition_penalty: float | Float[Array, " B"]
+    presence_penalty: float | Float[Array, " B"]
+    frequency_penalty: float | Float[Array, " B"]
 
     @classmethod
     def of(
-        cls, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0
-    ) -> Sampling:
+        cls, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
+    ) -> Sampling:  # fmt: skip
         low, high = PENALTY_BOUNDS
+        subtracted = (min(max(p, -MOST_SUBTRACTED), MOST_SUBTRACTED) for p in (presence_penalty, frequency_penalty))
+        presence, frequency = subtracted
         return cls(
             greedy=temperature < LEAST_TEMPERATURE,
-            penalize=repetition_penalty != 1,
+            penalize=repetition_penalty != 1 or presence_penalty != 0 or frequency_penalty != 0,
             temperature=0.0 if temperature < LEAST_TEMPERATURE else min(temperature, MOST_TEMPERATURE),
             top_k=min(top_k, 2**31 - 1),
             top_p=top_p,
             repetition_penalty=min(max(repetition_penalty, low), high),
+            presence_penalty=presence,
+            frequency_penalty=frequency,
         )
 
     @classmethod
     def stack(cls, rows: Sequence[Sampling]) -> Sampling:
         """The settings of every row, on the device."""
 
-        def column(name: str, dtype: Any) -> Array:
-            return jnp.array([getattr(row, name) for row in rows], dtype)
+        def column(name: str, dtype: Any) -> Any:
+            return np.array([getattr(row, name) for row in rows], dtype)
 
-        return cls(
+        stacked = cls(
             greedy=all(row.greedy for row in rows),
             penalize=any(row.penalize for row in rows),
-            temperature=column("temperature", jnp.float32),
-            top_k=column("top_k", jnp.int32),
-            top_p=column("top_p", jnp.float32),
-            repetition_penalty=column("repetition_penalty", jnp.float32),
+            temperature=column("temperature", np.float32),
+            top_k=column("top_k", np.int32),
+            top_p=column("top_p", np.float32),
+            repetition_penalty=column("repetition_penalty", np.float32),
+            presence_penalty=column("presence_penalty", np.float32),
+            frequency_penalty=column("frequency_penalty", np.float32),
         )
+        return jax.device_put(stacked)
 
 
 def penalize(
@@ -75,6 +89,17 @@ def penalize(
     penalized = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     largest = jnp.finfo(logits.dtype).max
     return jnp.clip(penalized, -largest, largest)
+
+
+def subtract_penalties(
+    logits: Float[Array, "B V"],
+    counts: Int[Array, "B V"],
+    presence: Float[Array, "#B 1"],
+    frequency: Float[Array, "#B 1"],
+) -> Float[Array, "B V"]:
+    """Subtract `presence` from the logits of tokens in the output, and `frequency` times their counts; all stay finite."""
+    largest = jnp.finfo(logits.dtype).max
+    return jnp.clip(logits - jnp.where(counts > 0, presence + frequency * counts, 0), -largest, largest)
 
 
 def keep_likely(
@@ -97,24 +122,30 @@ def keep_likely(
 
 def row_keys(seed: int, prompts: Sequence[Sequence[int]], samples: Sequence[int]) -> Key[Array, " B"]:
     """A row's own source of noise: of the seed, its prompt and which sample of that prompt it is, not of its neighbours."""
-    key = jax.random.key(seed)
     digests = [zlib.crc32(np.asarray(prompt, np.int64).tobytes()) for prompt in prompts]
+    return _folded(jax.random.key(seed), np.array(digests, np.uint32), np.array(samples, np.uint32))
+
+
+@jax.jit
+def _folded(key: Key[Array, ""], digests: Int[Array, " B"], samples: Int[Array, " B"]) -> Key[Array, " B"]:
     fold = jax.vmap(lambda digest, sample: jax.random.fold_in(jax.random.fold_in(key, digest), sample))
-    return fold(np.array(digests, np.uint32), np.array(samples, np.uint32))
+    return fold(digests, samples)
 
 
 def sample(
-    logits: Float[Array, "B V"], sampling: Sampling, keys: Key[Array, " B"], seen: Bool[Array, "B V"] | None
+    logits: Float[Array, "B V"], sampling: Sampling, keys: Key[Array, " B"], seen: Int[Array, "B V"] | None
 ) -> Int[Array, " B"]:
-    """The next token of every row, each with the noise of its key, so that a row draws what it would draw alone; `seen`
-    marks the tokens of prompt and output, needed only to penalize them."""
-    temperature, top_k, top_p, penalty = (
-        jnp.atleast_1d(jnp.asarray(value))[:, None]  # [B, 1], or [1, 1]
-        for value in (sampling.temperature, sampling.top_k, sampling.top_p, sampling.repetition_penalty)
+    """The next token of every row, each with the noise of its key, so that a row draws what it would draw alone; `seen`: see
+    `DecodeState`, needed only to penalize."""
+    columns = "temperature", "top_k", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty"
+    temperature, top_k, top_p, penalty, presence, frequency = (
+        jnp.atleast_1d(jnp.asarray(getattr(sampling, name)))[:, None]  # [B, 1], or [1, 1]
+        for name in columns
     )
     if sampling.penalize:
         assert seen is not None
-        logits = penalize(logits, seen, penalty)
+        logits = penalize(logits, seen > 0, penalty)
+        logits = subtract_penalties(logits, jnp.maximum(seen - 1, 0), presence, frequency)
     if sampling.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # The likeliest at 0, so that a low temperature sends the others to -inf and never two to +inf.

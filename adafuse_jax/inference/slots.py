@@ -6,10 +6,11 @@
             ...                                  # row.token_ids, row.finish_reason
     row = slots.evict(slot)
 
-A row decodes what it would alone, whatever the other slots do. Prompts are prefilled a chunk per step, so that running rows
-go on meanwhile; if all slots wait for their prompts, these are prefilled together, else one after the other. Programs depend
-on the number of slots, a few chunk lengths, the cache's length and the number of stop ids (powers of two), and on whether
-any row samples or has a penalty; not on a prompt's length or on the values of settings.
+A row decodes what it would alone, whatever the other slots do, with its own adapter where the backend has a bank. Prompts
+are prefilled a chunk per step, so that running rows go on meanwhile; if all slots wait for their prompts, these are
+prefilled together, else, and with a bank, one after the other, first come, first served. Programs depend on the number of
+slots, a few chunk lengths, the cache's length and the number of stop ids (powers of two), the bank's bucket, and on whether
+any row samples, has a penalty or wants log-probabilities; not on a prompt's length or on the values of settings.
 """
 
 from __future__ import annotations
@@ -25,10 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adafuse_jax.core.errors import UserError
+from adafuse_jax.adapters.stacked import NO_ADAPTER
+from adafuse_jax.core.errors import UserError, quoted
+from adafuse_jax.inference.adapter_bank import Loaded
 from adafuse_jax.inference.backends.base import Backend
-from adafuse_jax.inference.prefill import Prefill, common_length
-from adafuse_jax.inference.programs import advance, prefill_chunk, release, start
+from adafuse_jax.inference.logprobs import MAX_TOP_LOGPROBS, LogProbs, following_tokens, prompt_logprobs
+from adafuse_jax.inference.prefill import Prefill
+from adafuse_jax.inference.prefix_cache import PrefixCache
+from adafuse_jax.inference.programs import StepResult, advance, copy_prefix, prefill_chunk, release, start
+from adafuse_jax.inference.row_settings import RowSettings
 from adafuse_jax.inference.rows import Row, Step, check_prompt, fitting_tokens
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.inference.state import DecodeState, cache_length
@@ -37,8 +43,6 @@ from adafuse_jax.parallel.mesh import place_state
 
 LOOKAHEAD = 2
 """Steps queued on the device before the host waits for a token, so that reading tokens never stalls the device."""
-NO_ROW: tuple[Sampling, tuple[int, ...]] = Sampling.of(), ()
-"""Sampling and stop ids of a slot whose tokens nobody reads."""
 
 
 class Slots:
@@ -51,9 +55,10 @@ class Slots:
       stop_ids: tokens that end a row, unless the row has its own.
       pad_id: the token that ended rows read.
       warm: the programs that have been compiled; shared by all slots of a backend.
+      context_length: of every slot, fixed from the start; None: the model's, and a cache that grows with the rows.
 
     Raises:
-      UserError: the backend cannot decode so many rows.
+      UserError: the backend cannot decode so many rows, or the model has a shorter context.
     """
 
     def __init__(
@@ -67,24 +72,39 @@ class Slots:
         stop_ids: Sequence[int],
         pad_id: int,
         warm: set[Any],
+        context_length: int | None = None,
     ):
+        limit = config.max_position_embeddings
+        if context_length is not None and not 2 <= context_length <= limit:
+            raise UserError(f"the context is {context_length} tokens, and the model has {limit}; give 2 to {limit}")
         self._backend, self.num_slots = backend.for_batch(num_slots), num_slots
+        self._fixed_length, self.context_length = context_length, context_length or limit
+        self._bank = self._backend.bank
         self._config, self._dtype, self._mesh = config, dtype, mesh
         self._stop_ids, self._pad_id, self._warm = stop_ids, pad_id, warm
         self._state: DecodeState | None = None
         self._rows: list[Row | None] = [None] * num_slots
-        self._cached: list[list[int]] = [[] for _ in range(num_slots)]
+        self._prefixes = PrefixCache(num_slots)
         self._waiting: deque[Row] = deque()
         self._prefill: Prefill | None = None
-        self._queue: deque[tuple[list[Row], Any]] = deque()
-        self._greedy, self._stop_width = True, 1
-        self._settings: tuple[Any, Any] = None, None
+        self._prompt_logprobs: list[tuple[int, LogProbs]] = []
+        self._queue: deque[tuple[list[Row], StepResult, list[tuple[int, LogProbs]]]] = deque()
+        self._settings = RowSettings(num_slots)
         self._clock = 0.0
 
     @property
     def rows(self) -> dict[int, Row]:
         """The rows by slot."""
         return {slot: row for slot, row in enumerate(self._rows) if row is not None}
+
+    @property
+    def free(self) -> int:
+        """Number of slots without a row."""
+        return self._rows.count(None)
+
+    def max_new_tokens(self, prompt_tokens: int, wanted: int) -> int:
+        """`wanted`, or what a slot has left after the prompt. Raises `UserError` if the prompt alone fills it."""
+        return fitting_tokens(prompt_tokens, wanted, self.context_length)
 
     def insert(
         self,
@@ -97,6 +117,9 @@ class Slots:
         stop_ids: Sequence[int] | None = None,
         slot: int | None = None,
         reuse_cache: bool = False,
+        adapter: str | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
     ) -> int:
         """Put a prompt into a free slot; the steps that follow prefill it, then decode it. Returns the slot.
 
@@ -105,23 +128,38 @@ class Slots:
           seed, sample: the noise depends on the seed, the prompt and the sample's number alone.
           stop_ids: tokens that end the row.
           slot: a free one; default: with `reuse_cache` the one whose cache has most of the prompt.
-          reuse_cache: prefill only what follows the tokens that the slot's cache has in common with the prompt. A penalty
-            starts from an empty cache, as it would have to forget tokens.
+          reuse_cache: prefill only what follows the tokens that the cache of a slot, of a running row too, has in common
+            with the prompt, read by the same adapter. A row with a penalty, or whose prompt's log-probabilities are wanted,
+            starts from an empty cache, as it needs all tokens.
+          adapter: its name in the bank; None: the backbone, or the backend's only adapter.
+          logprobs, prompt_logprobs: compute log-probabilities of the answer's or the prompt's tokens, with so many of the
+            likeliest.
 
         Raises:
-          UserError: an empty prompt, one that fills the context, or one with tokens that the model lacks.
+          UserError: an empty prompt, one that fills the context, or one with tokens that the model lacks; an adapter that is
+            not loaded; too many log-probabilities.
           ValueError: no slot is free, or no token is wanted.
         """
+        prompt = [*prompt]
         check_prompt(prompt, self._config.vocab_size)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; give at least 1")
-        slot = self._free_slot(prompt if reuse_cache else ()) if slot is None else slot
-        if self._rows[slot] is not None:
+        for number in (logprobs, prompt_logprobs):
+            if number is not None and not 0 <= number <= MAX_TOP_LOGPROBS:
+                raise UserError(f"{number} log-probabilities are wanted of each token; give 0 to {MAX_TOP_LOGPROBS}")
+        budget = self.max_new_tokens(len(prompt), max_new_tokens)
+        free = [i for i, row in enumerate(self._rows) if row is None]
+        if slot is not None and slot not in free:
             raise ValueError(f"slot {slot} is not free; evict its row")
+        if not free:
+            raise ValueError("no free slot; evict a row")
+        loaded = self._acquire(adapter)
+        if slot is None:
+            slot = self._prefixes.free_slot(free, prompt, loaded) if reuse_cache else free[0]
         self._rows[slot] = row = Row(
-            slot=slot, prompt=[*prompt], budget=fitting_tokens(len(prompt), max_new_tokens, self._config),
-            sampling=sampling or Sampling.of(), seed=seed, sample=sample,
-            stop_ids=tuple(self._stop_ids if stop_ids is None else stop_ids), reuse_cache=reuse_cache,
+            slot=slot, prompt=prompt, budget=budget, sampling=sampling or Sampling.of(), seed=seed, sample=sample,
+            stop_ids=tuple(self._stop_ids if stop_ids is None else stop_ids), reuse_cache=reuse_cache, adapter=loaded,
+            wanted_logprobs=logprobs, wanted_prompt_logprobs=prompt_logprobs,
         )  # fmt: skip
         self._waiting.append(row)
         return slot
@@ -134,19 +172,27 @@ class Slots:
                 pass
             if not self._queue:
                 return None
-            rows, result = self._queue.popleft()
-            if any(row.finish_reason is None for row in rows):
+            started, result, of_prompts = self._queue.popleft()
+            if any(row.finish_reason is None for row in started):
                 break
-        ids, done, finite, experts = jax.device_get(result)
-        rows = [row for row in rows if row.finish_reason is None]
+        result, of_prompts = jax.device_get((result, of_prompts))
+        ids, done, finite, experts, logprobs = result
+        for number, row in enumerate(started):
+            if of_prompts and row.wanted_prompt_logprobs is not None:
+                row.prompt_logprobs = prompt_logprobs(row.prompt, row.wanted_prompt_logprobs, number, of_prompts)
+        rows = [row for row in started if row.finish_reason is None]
         for row in rows:
             if finite[row.slot]:
-                row.take(int(ids[row.slot]), bool(done[row.slot]), None if experts is None else experts[row.slot])
+                of_adapter = experts if self._bank is None or row.adapter is not None else None
+                row.take(int(ids[row.slot]), bool(done[row.slot]), of_adapter, logprobs)
             else:
                 row.finish_reason = "not_finite"
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        return Step(ids=ids, done=done, experts=experts, rows={row.slot: row for row in rows}, seconds=seconds)
+        chosen, gates = (None, None) if experts is None else experts
+        return Step(
+            ids=ids, done=done, experts=chosen, gates=gates, rows={row.slot: row for row in rows}, seconds=seconds
+        )
 
     def evict(self, slot: int) -> Row:
         """Free a slot and return its row, which ends here if it has not. Its cache stays for prompts that begin alike."""
@@ -158,8 +204,10 @@ class Slots:
         if row in self._waiting:
             self._waiting.remove(row)
         elif row.issued:
-            self._cached[slot] = row.tokens_in_cache()
+            self._prefixes.keep(row)
             self._release(row)
+        if row.adapter is not None and self._bank is not None:
+            self._bank.release(row.adapter)
         if not self._running():
             self._backend.restore()
         return row
@@ -172,12 +220,13 @@ class Slots:
         self._queue.clear()
         self._backend.restore()
 
-    def _free_slot(self, prompt: Sequence[int]) -> int:
-        """The free slot whose cache has most of the prompt."""
-        free = [i for i, row in enumerate(self._rows) if row is None]
-        if not free:
-            raise ValueError("no free slot; evict a row")
-        return max(free, key=lambda i: common_length(prompt, self._cached[i]))
+    def _acquire(self, name: str | None) -> Loaded | None:
+        """The adapter of a new row."""
+        if name is None:
+            return None
+        if self._bank is None:
+            raise UserError(f"a row wants adapter {quoted(name)}, and no bank of adapters is loaded; leave it out")
+        return self._bank.acquire(name)
 
     def _running(self) -> list[Row]:
         """The rows whose next token is to be queued."""
@@ -194,44 +243,59 @@ class Slots:
             for row in self.rows.values():
                 if row.issued and row not in running and not row.is_released:
                     self._release(row)
-            sampling, stop_ids = self._settings_of(running)
-            result, self._state = advance(self._backend, self._take_state(), sampling, stop_ids, self._pad_id)
-            self._emit(running, result)
+            self._emit(running, self._advance(running))
         return prefilling or bool(running)
 
-    def _emit(self, rows: list[Row], result: Any) -> None:
+    def _advance(self, rows: list[Row]) -> StepResult:
+        with_logprobs, settings = self._settings.variant.with_logprobs, self._settings.of_slots(rows)
+        result, self._state = advance(self._backend, self._take_state(), *settings, self._pad_id, with_logprobs)
+        return result
+
+    def _emit(self, rows: list[Row], result: StepResult, of_prompts: Sequence[tuple[int, LogProbs]] = ()) -> None:
         for row in rows:
             row.issued += 1
-        self._queue.append((rows, result))
+        self._queue.append((rows, result, [*of_prompts]))
 
     def _begin(self, running: list[Row]) -> None:
-        """Begin to prefill: all rows if they are as many as the slots, else the first. Compile what it needs, so that times
-        hold no compilation."""
-        whole = len(self._waiting) == self.num_slots
+        """Begin to prefill: all rows if they are as many as the slots and need no adapters of their own, else the first.
+        Compile what it needs, so that times hold no compilation."""
+        whole = len(self._waiting) == self.num_slots and (self._bank is None or self.num_slots == 1)
         rows = sorted(self._waiting, key=lambda row: row.slot) if whole else [self._waiting[0]]
         for row in rows:
             self._waiting.remove(row)
-        length = max(cache_length(len(row.prompt) + row.budget) for row in rows)
+        length = max(cache_length(len(row.prompt) + row.budget, self._fixed_length) for row in rows)
         if self._state is None and not running:
-            self._cached = [[] for _ in self._rows]
-            self._state = DecodeState.empty(self._config, self.num_slots, length, self._dtype)
+            self._prefixes = PrefixCache(self.num_slots)
+            self._state = DecodeState.empty(
+                self._config, self.num_slots, length, self._dtype, with_bank=self._bank is not None
+            )
         state = self._take_state()
-        # What a program depends on only grows while rows run, so that none is compiled because one of them ends.
-        penalized = any(row.sampling.penalize for row in rows) or bool(running and state.seen is not None)
-        self._greedy = all(row.sampling.greedy for row in rows) and (self._greedy or not running)
-        self._stop_width = max(1 if not running else self._stop_width, *(len(row.stop_ids) for row in rows))
-        self._state = self._placed(state.grown(length).with_seen(self._config.vocab_size if penalized else None))
+        self._settings.begin(rows, running)
+        penalize = self._settings.variant.penalize
+        self._state = self._placed(state.grown(length).with_seen(self._config.vocab_size if penalize else None))
         for row in rows:
-            if row.reuse_cache and not row.sampling.penalize:
-                row.cached = common_length(row.prompt, self._cached[row.slot])
-            self._cached[row.slot] = []
-        self._prefill = Prefill.of(rows, self._config.vocab_size, whole=whole)
+            if row.reuse_cache and not row.sampling.penalize and row.wanted_prompt_logprobs is None:
+                self._reuse(row)
+            self._prefixes.forget(row.slot)
+        self._prompt_logprobs = []
+        self._prefill = Prefill.of(rows, self._config.vocab_size, whole=whole, beside_rows=bool(running))
         self._prefill.logits = self._placed(self._prefill.logits)
         self._warm_up(self._prefill, running)
         for row in rows:
             row.begin()
         if not running:
             self._clock = time.perf_counter()
+
+    def _reuse(self, row: Row) -> None:
+        """Take over what a cache has of the row's prompt, from the row's own slot or from another."""
+        source, row.cached = self._prefixes.source_of(row, [other for other in self.rows.values() if other is not row])
+        if source != row.slot and row.cached:
+            self._copy(source, row.slot, row.cached)
+
+    def _copy(self, source: int, target: int, length: int) -> None:
+        state = self._take_state()
+        cache = copy_prefix(state.cache, np.int32(source), np.int32(target), np.int32(length))
+        self._state = self._placed(replace(state, cache=cache))
 
     def _next_chunk(self) -> None:
         prefill = self._prefill
@@ -243,22 +307,31 @@ class Slots:
         prefill.done += 1
         if prefill.done == len(prefill.sizes):
             self._prefill = None
-            self._emit(prefill.rows, self._start(prefill))
+            self._emit(prefill.rows, self._start(prefill), self._prompt_logprobs)
             for row in prefill.rows:
                 if row.finish_reason is not None:
                     self._release(row)
 
     def _run_chunk(self, prefill: Prefill, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
         model, adapter, rows = self._backend.model, self._backend.adapter, None if prefill.whole else prefill.slots
-        self._state, prefill.logits = prefill_chunk(
-            model, adapter, self._take_state(), prefill.logits, tokens, starts, lengths, rows, pad_id=self._pad_id
-        )
+        ids, following = None, None
+        if self._bank is not None:
+            ids = np.array([row.adapter.id if row.adapter else NO_ADAPTER for row in prefill.rows], np.int32)
+        if any(row.wanted_prompt_logprobs is not None for row in prefill.rows):
+            following = following_tokens([row.prompt for row in prefill.rows], starts, tokens.shape[1])
+        self._state, prefill.logits, logprobs = prefill_chunk(
+            model, adapter, self._take_state(), prefill.logits, tokens, starts, lengths, rows, pad_id=self._pad_id,
+            adapters=ids, following=following,
+        )  # fmt: skip
+        if logprobs is not None and lengths.any():
+            self._prompt_logprobs.append((int(starts[0]), logprobs))
 
     def _start(self, prefill: Prefill) -> Any:
         positions = np.array([len(row.prompt) for row in prefill.rows], np.int32)
-        settings = self._settings_of if prefill.whole else self._stacked
+        settings = self._settings.of_slots if prefill.whole else self._settings.stacked
         given = prefill.logits, prefill.slots, positions, prefill.keys, *settings(prefill.rows)
-        result, state = start(self._take_state(), *given, pad_id=self._pad_id)
+        with_logprobs = self._settings.variant.with_logprobs
+        result, state = start(self._take_state(), *given, pad_id=self._pad_id, with_logprobs=with_logprobs)
         self._state = self._placed(state)
         return result
 
@@ -266,15 +339,20 @@ class Slots:
         """Run what will be run, on rows that have not begun: a step, unless rows run already, the first token, and a chunk
         without tokens for each length. Nothing of it stays."""
         assert self._state is not None
-        shapes = self.num_slots, prefill.whole, self._state.cache.slots, self._state.seen is None
-        sampling, stop_ids = self._settings_of(prefill.rows)
-        step = "step", *shapes, sampling.greedy, sampling.penalize, stop_ids.shape
-        new = {*(() if running else (step,)), *((*step, size) for size in prefill.sizes)} - self._warm
+        bucket = None if self._bank is None else self._bank.bucket
+        step = "step", self.num_slots, prefill.whole, self._state.cache.slots, self._settings.variant, bucket
+        of_prompts = any(row.wanted_prompt_logprobs is not None for row in prefill.rows)
+        copy = ("copy", self.num_slots, self._state.cache.slots)
+        copies = [copy] if self.num_slots > 1 and any(row.reuse_cache for row in prefill.rows) else []
+        steps = [] if running else [step]
+        new = {*steps, *((*step, size, of_prompts) for size in prefill.sizes), *copies} - self._warm
         if not new:
             return
         if not running:
-            _, self._state = advance(self._backend, self._take_state(), sampling, stop_ids, self._pad_id)
+            self._advance(prefill.rows)
             self._backend.restore()
+        if copy in new:
+            self._copy(0, 0, 0)
         self._start(prefill)
         for size in sorted(set(prefill.sizes)):
             tokens, starts, lengths = prefill.chunk(0, size)
@@ -289,23 +367,6 @@ class Slots:
         if self._state is not None:
             self._state = self._placed(release(self._take_state(), row.slot))
 
-    def _settings_of(self, rows: Sequence[Row]) -> tuple[Sampling, jax.Array]:
-        """Sampling and stop ids of every slot, [B]; on the device, until other rows run."""
-        by_slot = {row.slot: row for row in rows}
-        wanted = tuple(by_slot.get(slot) for slot in range(self.num_slots))
-        program = self._greedy, self._state is not None and self._state.seen is not None, self._stop_width
-        if (wanted, program) != self._settings[0]:
-            self._settings = (wanted, program), self._stacked(wanted)
-        return self._settings[1]
-
-    def _stacked(self, rows: Sequence[Row | None]) -> tuple[Sampling, jax.Array]:
-        """Sampling [R] and stop ids [R, M]; None: a slot whose tokens nobody reads."""
-        settings = [NO_ROW if row is None else (row.sampling, row.stop_ids) for row in rows]
-        samplings, stop_ids = zip(*settings, strict=True)
-        penalize = self._state is not None and self._state.seen is not None
-        sampling = replace(Sampling.stack(samplings), greedy=self._greedy, penalize=penalize)
-        return sampling, padded(stop_ids, self._stop_width)
-
     def _take_state(self) -> DecodeState:
         """The state, for a program that consumes it; one that fails takes it along."""
         state, self._state = self._state, None
@@ -318,9 +379,3 @@ class Slots:
     def _placed[Tree](self, tree: Tree) -> Tree:
         """The arrays where the model is: a program is compiled for the places of what it is given."""
         return tree if self._mesh is None else place_state(tree, self._mesh)
-
-
-def padded(rows: Sequence[Sequence[int]], width: int) -> jax.Array:
-    """Stop ids [B, M], filled up with -1, which is no token; M is the power of two that holds `width`."""
-    width = 1 << (width - 1).bit_length()
-    return jnp.array([[*ids, *[-1] * (width - len(ids))] for ids in rows], jnp.int32)

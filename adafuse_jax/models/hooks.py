@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,13 @@ from jaxtyping import Array, Float, Int, Key
 
 from adafuse_jax.models.layers import Linear
 from pallas_kernels.grouped_experts import Groups, gates_of_items, group_tokens
+
+
+class TokenExperts(NamedTuple):
+    """The experts that one token of every row uses, those of all routers one after the other, and their gates."""
+
+    experts: Int[Array, "B choices"]
+    gates: Float[Array, "B choices"]
 
 
 @jax.tree_util.register_dataclass
@@ -43,16 +50,16 @@ class Routing:
         shape = (batch, length, 1)
         return cls(jnp.zeros(shape, jnp.int32), jnp.ones(shape), jnp.ones(shape))
 
+    def of_first_token(self) -> TokenExperts:
+        """The experts of the first token of every row."""
+        of_rows = (jnp.moveaxis(x[..., 0, :], -2, 0) for x in (self.experts, self.gates))  # [B, *routers, k]
+        return TokenExperts(*(x.reshape(len(x), -1) for x in of_rows))
+
     def with_groups(self) -> Routing:
         """The routing with the groups of its B·T tokens, a multiple of `TILE`."""
         chosen, gates = (values.reshape(-1, values.shape[-1]) for values in (self.experts, self.gates))
         groups = group_tokens(chosen, self.probabilities.shape[-1])
         return replace(self, grouped=(groups, gates_of_items(gates, chosen, groups)))
-
-    def experts_of_row(self) -> Int[Array, "B choices"]:
-        """The experts that the first token of every row uses, those of all routers one after the other."""
-        chosen = jnp.moveaxis(self.experts[..., 0, :], -2, 0)  # [B, *routers, k]
-        return chosen.reshape(len(chosen), -1)
 
     def dense_gates(self) -> Float[Array, "*routers B T E"]:
         """Gates of all experts: exactly k nonzero per token."""

@@ -13,6 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from adafuse_jax.models.config import ModelConfig
 
+COPIED_POSITIONS = 128
+"""Positions that are copied together from one row to another."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,20 @@ class KVCache:
     def with_rows(self, rows: Int[Array, " R"], new: KVCache) -> KVCache:
         """Some rows replaced."""
         return jax.tree.map(lambda x, y: x.at[:, rows].set(y), self, new)
+
+    def with_prefix(self, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""]) -> KVCache:
+        """The first `length` positions of one row copied to another, in blocks: what lies behind them there is replaced
+        up to the end of a block."""
+        block = min(COPIED_POSITIONS, self.slots)
+
+        def copy_block(i: Int[Array, ""], cache: KVCache) -> KVCache:
+            def copy(x: Array) -> Array:
+                part = jax.lax.dynamic_slice(x, (0, source, i * block, 0, 0), (x.shape[0], 1, block, *x.shape[3:]))
+                return jax.lax.dynamic_update_slice(x, part, (0, target, i * block, 0, 0))
+
+            return jax.tree.map(copy, cache)
+
+        return jax.lax.fori_loop(0, (length + block - 1) // block, copy_block, self)
 
     def write(
         self,

@@ -139,7 +139,8 @@ def partial_sums(groups: Sequence[Group], plan: Any, dtype: Any) -> Shapes:
         partials = max(group.a_partials for group in groups)
         buffers["t_partials"] = shape(partials, targets, plan.max_rank_tiles + plan.max_rank_tiles % 2)
     if targets and not plan.is_batch_one:
-        buffers["h"] = ((targets * plan.max_rank_tiles * plan.padded_batch + WGMMA_M, TILE_K), dtype)
+        rank_tiles = targets * plan.max_rank_tiles + -plan.max_rank_tiles % plan.h_rank_tiles  # the last piece is whole
+        buffers["h"] = ((rank_tiles * plan.padded_batch + WGMMA_M, TILE_K), dtype)
     return buffers
 
 

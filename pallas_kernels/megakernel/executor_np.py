@@ -91,7 +91,7 @@ class Executor:
         for schedule, own in tiles:
             for tile in own[int(schedule.num_a) :]:
                 number = int(schedule.tile_number(tile.linear, tile.tile))
-                self._multiply(group, layer, tile, x, h, y[tile.partial, number])
+                self._multiply(schedule, layer, tile, x, h, y[tile.partial, number])
         for schedule in schedules:
             self._finish(group, layer, schedule, y, store)
 
@@ -124,18 +124,22 @@ class Executor:
         gates = np.repeat(self.inputs["gates"][:number], self.plan.rank_tiles, 0)
         return t[:, :, :used].sum(0) * gates[:, None]
 
-    def _multiply(self, group: Group, layer: int, tile: Tile, x: Array, h: Array, y: Array) -> None:
+    def _multiply(self, schedule: TileSchedule, layer: int, tile: Tile, x: Array, h: Array, y: Array) -> None:
         """y_partials of a tile of W or B; the last tile of a linear may be a part of one."""
+        group = schedule.group
         name, rows = list(group.outs)[tile.linear], slice(tile.tile * TILE_M, (tile.tile + 1) * TILE_M)
         height = min(TILE_M, group.outs[name] - rows.start)
         if not tile.is_b:
             w = self.inputs["weights"][name]
             y[:height] = (w if name == "lm_head" else w[layer])[rows, self._columns(tile)] @ x[:, self._columns(tile)].T
         elif tile.chunks:
-            products = 0
-            for rank_tile in range(tile.chunks):
-                expert, ranks = self._ranks(rank_tile)
-                products += self.inputs["b"][name][layer, expert, rows, ranks] @ h[tile.adapted_index, rank_tile]
+            products: Any = 0
+            for piece in range(int(schedule.num_h_pieces(True, tile.chunks))):
+                first, number = schedule.h_piece(True, tile.chunks, piece)
+                h_smem = h[tile.adapted_index, first : first + self.plan.h_rank_tiles]
+                for i in range(number):
+                    expert, ranks = self._ranks(first + i)
+                    products += self.inputs["b"][name][layer, expert, rows, ranks] @ h_smem[i]
             y[:height] = products
 
     def _finish(self, group: Group, layer: int, schedule: TileSchedule, y: Array, store: Store) -> None:

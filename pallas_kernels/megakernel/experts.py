@@ -57,12 +57,22 @@ class ExpertHidden:
             lax.fori_loop(0, number, reduce_tile, None)
             self.semaphores.signal_h()
 
-    def load(self, adapted_index, layer, operand_smem):
-        """h of one linear as the right operand of B, after x."""
+    def load(self, adapted_index, layer, operand_smem, first_rank_tile=None):
+        """h of one linear as the right operand of B, after x; of its rank tiles a piece from `first_rank_tile` on, if that
+        is given."""
         plan = self.plan
-        self.semaphores.wait_h(layer, jnp.minimum(self.schedule.h_tiles, self.group.reducer_ctas))
+
+        def wait():
+            self.semaphores.wait_h(layer, jnp.minimum(self.schedule.h_tiles, self.group.reducer_ctas))
+
+        if first_rank_tile is None:
+            wait()
+        else:
+            pl.when(first_rank_tile == 0)(wait)
         start = adapted_index * plan.max_rank_tiles * plan.padded_batch
-        rows = smem_rows(plan.max_rank_tiles, plan.padded_batch)
+        if first_rank_tile is not None:
+            start += first_rank_tile * plan.padded_batch
+        rows = smem_rows(plan.h_rank_tiles, plan.padded_batch)
         self.to_smem(self.buffers.h, start, rows, operand_smem, plan.x_smem_rows)
 
     def reduce_own(self, layer, operand_smem):

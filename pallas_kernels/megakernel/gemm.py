@@ -197,10 +197,20 @@ class Gemm:
                 pl.when((n == own_h_at) & (schedule.num_b > 0))(lambda: self.hidden.reduce_own(layer, operand_smem))
             elif group.adapted:
                 row = jnp.where(tile.is_b, plan.x_smem_rows, row)
-                pl.when(wanted & tile.is_b)(lambda: self.hidden.load(tile.adapted_index, layer, operand_smem))
+                if not schedule.h_comes_in_pieces:
+                    pl.when(wanted & tile.is_b)(lambda: self.hidden.load(tile.adapted_index, layer, operand_smem))
 
             def multiply(*accs):
-                after = self._accumulate(accs, count, chunks, operand_smem, row, tile.is_a)
+                def multiply_piece(piece, count):
+                    first, number = schedule.h_piece(tile.is_b, chunks, piece)
+                    load_h = partial(self.hidden.load, tile.adapted_index, layer, operand_smem, first)
+                    pl.when(tile.is_b)(load_h)
+                    return self._accumulate(accs, count, number, operand_smem, row, tile.is_a)
+
+                if schedule.h_comes_in_pieces:
+                    after = lax.fori_loop(0, schedule.num_h_pieces(tile.is_b, chunks), multiply_piece, count)
+                else:
+                    after = self._accumulate(accs, count, chunks, operand_smem, row, tile.is_a)
                 return [acc[...] for acc in accs], after
 
             acc = plgpu.ACC((WGMMA_M, plan.padded_batch), jnp.float32)

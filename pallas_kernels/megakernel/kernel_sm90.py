@@ -141,7 +141,8 @@ def _kernel(*refs, names, plan, model, span, axis, compiled, **scratch):
     """`span`: (first layer, last layer + 1, phases of a layer, phases after the last) to run. `axis`: of the mesh whose
     devices share the model, or None."""
     buffers, smem = Buffers.of(names, refs), SharedMemory.of(**scratch)
-    scalars = Scalars.load(buffers.experts, buffers.num_used, buffers.positions)
+    many_experts = plan.h_rank_tiles < plan.max_rank_tiles
+    scalars = Scalars.load(buffers.experts, buffers.num_used, buffers.positions, many_experts=many_experts)
     pipeline = Pipeline(smem.stages_smem, smem.stage_full, smem.stage_empty, smem.stage_full_second_half)
     grid_barrier, semaphores, all_reduce = None, None, None
     if compiled:

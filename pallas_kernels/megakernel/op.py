@@ -20,7 +20,6 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.megakernel.mixture import Mixture, used_first
 from pallas_kernels.megakernel.plan import (
-    MIN_STAGES,
     SMEM_BYTES,
     TILE_K,
     TILE_M,
@@ -29,6 +28,7 @@ from pallas_kernels.megakernel.plan import (
     Profile,
     make_plan,
     max_in_dim,
+    min_stages,
     no_smem_reason,
     to_k_tiles,
 )
@@ -116,7 +116,7 @@ def unsupported_reason(
         shape.linears(), targets, batch=batch, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
         cache_slots=TILE_M, max_experts_used=max_experts_used, rank=rank, num_ctas=num_ctas,
     )  # fmt: skip
-    if plan.stages < max(MIN_STAGES, 2 * shape.head_dim // TILE_K):
+    if plan.stages < min_stages(shape.head_dim):
         return no_smem_reason(max_experts_used, rank, batch)
     return None
 

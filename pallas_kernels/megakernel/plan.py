@@ -35,6 +35,9 @@ PREFERRED_INPUT_BYTES, MAX_INPUT_BYTES = 24 * 1024, 48 * 1024
 """Preferred and largest size of a slice of the input in shared memory."""
 MIN_STAGES = 2
 """A chunk is released when the next one has come. Attention takes all chunks of a tile together."""
+H_PIECE_BYTES = 32 * 1024
+"""Size of the pieces in which h comes into shared memory where it does not fit as a whole. The stages of the pipeline take
+the rest: while a piece is loaded, the copies in flight must last."""
 COPIES_DURING_EXCHANGE = 2
 """Copies that a CTA has in flight at most while CTAs exchange partial sums: somewhat fewer than keep the memory busy."""
 A_DEADLINE = 24
@@ -158,6 +161,8 @@ class Plan:
     """U: distinct experts that the rows use together, at most."""
     rank_tiles: int
     """Tiles of `TILE_K` ranks, per expert."""
+    h_rank_tiles: int
+    """Rank tiles whose h is in shared memory at once: all, or a piece of them where they do not fit."""
     stages: int
     """Stages of the SMEM pipeline."""
 
@@ -177,7 +182,7 @@ class Plan:
     @property
     def h_smem_rows(self) -> int:
         """Rows of shared memory for h, the right operand of the experts' B."""
-        return h_smem_rows(self.groups, self.max_rank_tiles, self.padded_batch, self.is_batch_one)
+        return h_smem_rows(self.groups, self.h_rank_tiles, self.padded_batch, self.is_batch_one)
 
     @property
     def num_semaphores(self) -> int:
@@ -207,6 +212,11 @@ def h_smem_rows(groups: Sequence[Group], rank_tiles: int, padded_batch: int, is_
     experts the least that there can be."""
     most = max(len(group.adapted) for group in groups)
     return smem_rows(rank_tiles * (most if is_batch_one else 1), padded_batch) if most else WGMMA_N
+
+
+def min_stages(head_dim: int) -> int:
+    """Stages that the pipeline needs."""
+    return max(MIN_STAGES, 2 * head_dim // TILE_K)
 
 
 def stages_beside(rows: int, itemsize: int, smem_bytes: int = SMEM_BYTES) -> int:
@@ -349,8 +359,17 @@ def make_plan(
         first_semaphore += group.num_semaphores
     plan = Plan(
         **groups, padded_batch=padded_batch, is_batch_one=batch == 1, num_ctas=num_ctas,
-        max_experts_used=max_experts_used, rank_tiles=rank_tiles, stages=0, context_splits=splits,
+        max_experts_used=max_experts_used, rank_tiles=rank_tiles, h_rank_tiles=max_experts_used * rank_tiles, stages=0,
+        context_splits=splits,
     )  # fmt: skip
-    linear_rows = plan.x_smem_rows + plan.h_smem_rows
-    attention_rows = (head_dim // TILE_K + TILE_M // TILE_K) * WGMMA_N  # the two are never used at the same time
-    return replace(plan, stages=stages_beside(max(linear_rows, attention_rows), itemsize, smem_bytes))
+    attention_rows = (head_dim // TILE_K + TILE_M // TILE_K) * WGMMA_N  # they and those of linears are used in turn
+
+    def with_stages(plan: Plan) -> Plan:
+        rows = max(plan.x_smem_rows + plan.h_smem_rows, attention_rows)
+        return replace(plan, stages=stages_beside(rows, itemsize, smem_bytes))
+
+    whole = with_stages(plan)
+    if whole.stages >= min_stages(head_dim) or batch == 1:
+        return whole
+    piece = max(1, H_PIECE_BYTES // (padded_batch * TILE_K * itemsize))
+    return with_stages(replace(plan, h_rank_tiles=min(piece, plan.max_rank_tiles)))

@@ -78,26 +78,28 @@ class Scalars(NamedTuple):
     """The numbers that decide where weights are read, in registers from the launch's start: each of them is a way to
     the L2 cache and back, which the copies of a phase would wait for."""
 
-    experts: list[Any]
-    """[U]: those in use, first."""
+    experts: Any
+    """[U]: those in use, first; the ref itself where they are too many for registers."""
     num_used: Any
     positions: list[Any]
     """[B]: where the rows' tokens are; none where that does not matter."""
 
     @classmethod
-    def load(cls, experts: Any, num_used: Any, positions: Any) -> Scalars:
-        """Load the scalars from refs in device memory, or None."""
+    def load(cls, experts: Any, num_used: Any, positions: Any, *, many_experts: bool = False) -> Scalars:
+        """Load the scalars from refs in device memory, or None; `many_experts` stay there, where the L1 cache has them."""
 
         def all_of(ref):
             return [] if ref is None else [ref[i] for i in range(ref.shape[0])]
 
-        return cls(all_of(experts), (all_of(num_used) or [0])[0], all_of(positions))
+        return cls(experts if many_experts else all_of(experts), (all_of(num_used) or [0])[0], all_of(positions))
 
 
 def expert_ranks(scalars: Scalars, plan: Plan, rank_tile: Any) -> tuple[Any, Any]:
     """(expert, its ranks) of one of the rank tiles of all experts in use."""
     number, part = div_rem(rank_tile, plan.rank_tiles)
-    return select(scalars.experts, number), pl.ds(part * TILE_K, TILE_K)
+    if isinstance(scalars.experts, list):
+        return select(scalars.experts, number), pl.ds(part * TILE_K, TILE_K)
+    return scalars.experts[number], pl.ds(part * TILE_K, TILE_K)
 
 
 class Tile(NamedTuple):
@@ -255,6 +257,20 @@ class TileSchedule:
         group, from_last = self.group, self.plan.num_ctas - 1 - self.cta
         first, number = strided_share(0, self.h_tiles, from_last, group.reducer_ctas)
         return first, where(from_last < group.reducer_ctas, number, 0)
+
+    @property
+    def h_comes_in_pieces(self) -> bool:
+        """True if a tile of B is multiplied in pieces, each with its rank tiles of h in shared memory."""
+        return bool(self.group.adapted) and self.plan.h_rank_tiles < self.plan.max_rank_tiles
+
+    def num_h_pieces(self, is_b, chunks):
+        """Pieces of a tile of so many chunks; a tile of A or W is one."""
+        return where(is_b, div(chunks + self.plan.h_rank_tiles - 1, self.plan.h_rank_tiles), 1)
+
+    def h_piece(self, is_b, chunks, piece):
+        """(first chunk, how many) of a piece."""
+        first = piece * self.plan.h_rank_tiles
+        return first, where(is_b, minimum(chunks - first, self.plan.h_rank_tiles), chunks)
 
     def b_tiles(self):
         """(how many tiles of B are this CTA's, n ↦ (linear, tile, its number among the adapted, rank tiles: none if it

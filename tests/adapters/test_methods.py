@@ -195,7 +195,7 @@ class TestRouting:
     def test_experts_of_a_row_lists_those_of_all_routers(self):
         experts = jnp.arange(2 * 3 * 2 * 1 * 2).reshape(2, 3, 2, 1, 2)
         routing = Routing(experts, experts * 1.0, jnp.zeros((2, 3, 2, 1, 24)))
-        np.testing.assert_array_equal(routing.experts_of_row()[1], [2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23])
+        np.testing.assert_array_equal(routing.of_first_token().experts[1], [2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23])
 
 
 def batch_of(model: Backbone) -> Batch:

@@ -17,3 +17,20 @@ def generate(engine: Engine, *prompts, n: int = 16, **options) -> list[list[int]
 
 def prompt_of(model, length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(3, model.config.vocab_size, length).tolist()
+
+
+def by_full_forward(model, adapter, prompt: list[int], answer: list[int]) -> list[int]:
+    """Greedy token after each beginning of prompt + answer, from one full forward pass without a cache. It is the answer if
+    and only if every token of the answer is greedy. Padded to one length and not jitted: tests share programs."""
+    tokens = np.zeros((1, 128), np.int32)
+    length = len(prompt) + len(answer)
+    tokens[0, :length] = [*prompt, *answer]
+    logits = model(tokens, adapter=adapter, unroll=True).logits[0]
+    return np.asarray(logits)[len(prompt) - 1 : length - 1].argmax(-1).tolist()
+
+
+def step_by_modules(model, adapter, fused, token, positions, cache):
+    """Decode step by the modules, in place of the megakernel's `fused_step`."""
+    out = model.run(token[:, None], adapter=adapter, positions=positions[:, None], cache=cache, unroll=True)
+    chosen = None if adapter is None else out.routing.of_first_token()
+    return model.logits(out.hidden[:, 0]), chosen, out.cache

@@ -12,7 +12,7 @@ import pytest
 import quick
 import tiny
 from flax import nnx
-from generation import generate, prompt_of
+from generation import by_full_forward, generate, prompt_of
 from goldens.tiny_models import CASES, write_model_dir
 from random_models import FAMILIES, POSITIONS, random_adapter
 
@@ -29,16 +29,6 @@ from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.kv_cache import KVCache
 
 GOLDENS = tiny.GOLDENS
-
-
-def by_full_forward(model, adapter, prompt: list[int], answer: list[int]) -> list[int]:
-    """Greedy token after each beginning of prompt + answer, from one full forward pass without a cache. It is the answer if
-    and only if every token of the answer is greedy. Padded to one length and not jitted: tests share programs."""
-    tokens = np.zeros((1, 128), np.int32)
-    length = len(prompt) + len(answer)
-    tokens[0, :length] = [*prompt, *answer]
-    logits = model(tokens, adapter=adapter, unroll=True).logits[0]
-    return np.asarray(logits)[len(prompt) - 1 : length - 1].argmax(-1).tolist()
 
 
 class TestCachedDecodingEqualsTheFullForward:

@@ -19,7 +19,9 @@ from fused_cases import Case, by_modules, in_fp32, make
 
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.lora import LoRA
+from adafuse_jax.adapters.stacked import NO_ADAPTER, of_rows
 from adafuse_jax.core.errors import UserError
+from adafuse_jax.inference.adapter_bank import AdapterBank, Bucket
 from adafuse_jax.inference.backends import portable
 from adafuse_jax.inference.backends.portable import portable_step, shape_unsupported_reason, unsupported_reason
 from adafuse_jax.inference.backends.unfused import LayerKernels, Unfused
@@ -74,7 +76,7 @@ def check(case: Case, dtype: str, tolerance: float, **options: Any) -> None:
     if adapter is None:
         assert experts is None
     else:
-        np.testing.assert_array_equal(experts, routing.experts[:, 0])
+        np.testing.assert_array_equal(experts.experts, routing.experts[:, 0])
 
 
 @pytest.mark.parametrize("case", quick.first(CASES, 2))
@@ -97,6 +99,27 @@ def test_lora(batch):
     assert experts is None is routing
     assert np.linalg.norm(wanted - bare) > 1e-2 * np.linalg.norm(wanted)
     np.testing.assert_allclose(logits, wanted, atol=1e-5 * abs(wanted).max(), rtol=0)
+
+
+def test_bank():
+    """Rows with an AdaFuse adapter, a LoRA and none, of one bank; its experts have the model's type."""
+    model, adapter, cache, tokens, positions = in_fp32(
+        make(replace(SMALL, num_layers=1, batch=3, targets=("q_proj", "up_proj")))
+    )
+    lora = LoRA(AdapterConfig(adapter="lora", targets=("up_proj",), rank=4), model.config, rngs=nnx.Rngs(0))
+    lora.experts = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(1), leaf.shape) / 8, lora.experts)
+    bank = AdapterBank(model, max_experts=8)
+    ids = jnp.array([bank.load(name, of).id for name, of in (("mixture", adapter), ("lora", lora))] + [NO_ADAPTER])
+    stacked = of_rows(bank.stacked, ids)
+    assert shape_unsupported_reason(model, bank.stacked, 3) is None
+    wanted, routing, _ = jax.jit(by_modules)(model, stacked, cache, tokens, positions)
+    bare, *_ = jax.jit(by_modules)(model, None, cache, tokens, positions)
+    moved = np.linalg.norm(wanted - bare, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert (moved[:2] > 1e-2).all()
+    assert moved[2] < 1e-5
+    logits, chosen, _ = jax.jit(partial(portable_step, interpret=True))(model, stacked, tokens, positions, cache)
+    np.testing.assert_allclose(logits, wanted, atol=1e-5 * abs(wanted).max(), rtol=0)
+    np.testing.assert_array_equal(chosen.experts, routing.of_first_token().experts)
 
 
 @pytest.mark.slow
@@ -152,6 +175,17 @@ class TestChoice:
         assert backend.for_batch(33) is backend
         assert "XLA ops: the kernels cannot, as there are 33 rows" in log.text
 
+    def test_a_bank_that_outgrows_the_kernels(self, on_gpu, log, monkeypatch):
+        """Its ranks are known when a step is traced."""
+        model, *_ = make(self.TINY)
+        bank = AdapterBank(model, max_experts=4)
+        chosen = Unfused(model, bank).for_batch(1)
+        assert isinstance(chosen, LayerKernels)
+        bank.reserve(Bucket(rank=512, targets=("q_proj",)))
+        monkeypatch.setattr(Unfused, "step", staticmethod(lambda *_: "xla"))
+        assert chosen.step(chosen.reads, None, jnp.zeros(1, jnp.int32), None, None, None) == "xla"
+        assert "decoding 1 rows in XLA ops: the kernels cannot, as q_proj has rank 512" in log.text
+
     def test_what_reads_other_things_keeps_its_step(self, on_gpu, log):
         """A subclass with an adapter of its own, and its rule about rows."""
 
@@ -160,7 +194,7 @@ class TestChoice:
 
         model, adapter, *_ = make(self.TINY)
         backend = Other(model, adapter, "other")
-        backend.reads = model, SimpleNamespace()
+        backend._reads = model, SimpleNamespace()
         assert backend.for_batch(1) is backend
         assert "SimpleNamespace has no experts that are known before the first layer" in log.text
         with pytest.raises(UserError, match="there are 2 prompts"):

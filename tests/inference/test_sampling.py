@@ -93,7 +93,7 @@ class TestSample:
         assert (alone[0], alone[3] == logits[3].argmax()) == (logits[0].argmax(), False)
 
     def test_values_change_without_recompiling(self):
-        step = jax.jit(sample)
+        step = jax.jit(lambda *given: sample(*given))
         for temperature, top_k, top_p in [(0.5, 0, 1.0), (1.0, 3, 0.9), (2.0, 1, 0.1)]:
             sampling = Sampling.of(temperature=temperature, top_k=top_k, top_p=top_p)
             step(jnp.zeros((2, 8)), sampling, keys(2), None)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generation import generate, prompt_of
+from generation import generate, prompt_of, step_by_modules
 from random_models import FEW, random_adapter, random_method
 
 from adafuse_jax import UserError
@@ -51,19 +51,13 @@ def run(slots: Slots, steps: int | None = None) -> list[dict[int, int]]:
     return found
 
 
-def by_modules(model, adapter, fused, token, positions, cache):
-    """Decode step by the modules, in place of the megakernel."""
-    out = model.run(token[:, None], adapter=adapter, positions=positions[:, None], cache=cache, unroll=True)
-    return model.logits(out.hidden[:, 0]), None if adapter is None else out.routing.experts_of_row(), out.cache
-
-
 class TestRowsThatComeLater:
     @pytest.mark.parametrize("strategy", ["unmerged", "fused", "merged"])
     def test_equal_the_same_rows_alone(self, models, strategy, monkeypatch):
         """A greedy row runs; a long prompt, chunk by chunk, and a sampled row join it, and then one that reuses a slot."""
         monkeypatch.setattr(prefill_module, "CHUNKS", (4, 16))
         if strategy == "fused":
-            monkeypatch.setattr(megakernel, "fused_step", by_modules)
+            monkeypatch.setattr(megakernel, "fused_step", step_by_modules)
             monkeypatch.setattr(megakernel, "fused_unsupported_reason", lambda *_, **__: None)
         model = models("llama_gqa")
         adapter: Any = random_adapter(model.config)

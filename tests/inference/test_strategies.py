@@ -38,7 +38,7 @@ class TestWithTheMegakernel:
         def step(model, adapter, fused, token, positions, cache):
             self.traced.append((adapter is None, sorted(fused.a)))
             out = model.run(token[:, None], adapter=adapter, positions=positions[:, None], cache=cache, unroll=True)
-            experts = None if adapter is None else out.routing.experts_of_row()
+            experts = None if adapter is None else out.routing.of_first_token()
             return model.logits(out.hidden[:, 0]), experts, out.cache
 
         def unsupported_reason(model, batch=1, adapter=None):

@@ -25,6 +25,7 @@ from adafuse_jax.inference.engine import Engine
 from adafuse_jax.models.config import LINEARS
 from adafuse_jax.parallel.mesh import make_mesh, place_state, shard
 from pallas_kernels.megakernel import Shape, buffers, executor_np, kernel_sm90, unsupported_reason
+from pallas_kernels.megakernel import plan as plan_module
 from pallas_kernels.megakernel.schedule import TileSchedule
 
 interpreted = pytest.mark.skipif(
@@ -64,7 +65,7 @@ def check(case: Case, *, compiled: bool, devices: int = 1, **options: Any) -> No
         untouched[:, *rows] = np.asarray(getattr(cache, name))[:, *rows]
         np.testing.assert_array_equal(untouched, np.asarray(getattr(cache, name)))
     if adapter is not None:
-        np.testing.assert_array_equal(experts, routing.experts[:, 0])
+        np.testing.assert_array_equal(experts.experts, routing.experts[:, 0])
 
 
 INTERPRETED = {
@@ -164,6 +165,48 @@ def test_interpreted(name):
     check(case, compiled=False, interpret=parameters, **options)
 
 
+MANY_EXPERTS = Case(batch=32, targets=("q_proj", "down_proj"), num_experts=80)
+
+
+@pytest.fixture
+def pieces(monkeypatch) -> list[Any]:
+    """Numbers of the pieces in which h was asked for."""
+    found, number_of = [], TileSchedule.num_h_pieces
+
+    def recorded(*given: Any) -> Any:
+        found.append(number_of(*given))
+        return found[-1]
+
+    monkeypatch.setattr(TileSchedule, "num_h_pieces", recorded)
+    return found
+
+
+def test_schedule_of_many_experts_in_numpy(pieces, monkeypatch):
+    """Rows use more experts than have room for their h in shared memory."""
+    monkeypatch.setattr(kernel_sm90, "run_megakernel", executor_np.run)
+    check(MANY_EXPERTS, compiled=False, num_ctas=132)
+    assert max(pieces) > 4
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [64, 128])
+def test_interpreted_with_h_in_pieces(rank, pieces, monkeypatch):
+    """Pieces of two rank tiles, the last of which may be half of one."""
+    monkeypatch.setattr(plan_module, "min_stages", lambda head_dim: plan_module.MAX_STAGES + 1)
+    monkeypatch.setattr(plan_module, "H_PIECE_BYTES", 2 * 8 * 64 * 2)
+    case = Case(batch=3, targets=("q_proj", "down_proj"), num_experts=5, rank=rank)
+    parameters = plgpu.InterpretGPUParams(inline_mgpu="ignore")
+    check(case, compiled=False, interpret=parameters, num_ctas=3, one_launch=False)
+    assert pieces
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_compiled_with_many_experts():
+    check(MANY_EXPERTS, compiled=True)
+
+
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("name", COMPILED)
@@ -217,8 +260,8 @@ def test_two_devices_keep_in_step():
 
 @pytest.mark.parametrize(
     "case",
-    [Case(), Case(batch=2, targets=("q_proj", "down_proj")), COMPILED["as many keys as queries"]],
-    ids=["bare", "two rows", "as many keys as queries"],
+    [Case(), Case(batch=2, targets=("q_proj", "down_proj")), COMPILED["as many keys as queries"], MANY_EXPERTS],
+    ids=["bare", "two rows", "as many keys as queries", "many experts"],
 )
 def test_lowers_for_a_gpu_without_one(case):
     """Lower also what the interpreter leaves out: semaphores, and shared memory that is used in turn."""
@@ -272,12 +315,14 @@ def test_what_it_cannot_do_is_said():
         ({}, jnp.bfloat16, {"batch": 33}, "33 rows"),
         ({"hidden_dim": 28672}, jnp.bfloat16, {"batch": 32}, "with 32 rows"),
         ({}, jnp.bfloat16, {"rank": 40}, "rank 40"),
-        ({}, jnp.bfloat16, {"batch": 32, "max_experts_used": 32}, "32 experts of rank 64 in use by 32 rows do not fit"),
-        ({}, jnp.bfloat16, {"batch": 32, "max_experts_used": 32, "rank": 256}, "32 experts of rank 256"),
+        ({}, jnp.bfloat16, {"max_experts_used": 64}, "64 experts of rank 64 in use by 1 rows do not fit"),
     ):
         options = {"batch": 1, "targets": LINEARS, "rank": 64} | options
         assert said in (unsupported_reason(replace(LLAMA2_7B, **changes), dtype, **options) or "")
-    assert unsupported_reason(LLAMA2_7B, jnp.bfloat16, 32, LINEARS, rank=128, max_experts_used=8) is None
+    for batch in (2, 8, 16, 32):  # as many experts as the rows can use
+        for rank in (64, 512):
+            used = {"rank": rank, "max_experts_used": 8 * batch}
+            assert unsupported_reason(LLAMA2_7B, jnp.bfloat16, batch, LINEARS, **used) is None
     assert (
         unsupported_reason(replace(LLAMA2_7B, hidden_dim=28672), jnp.bfloat16, 8, LINEARS, rank=128, max_experts_used=8)
         is None

@@ -1,10 +1,10 @@
 """Backends: how the experts act in a decoding step, one class per `--strategy`.
 
-    step(reads, carry, token [B], position [B], cache, hold [B])  →  logits [B, V] fp32, experts [B, k] | None, cache, carry
+    step(reads, carry, token [B], position [B], cache, hold [B])  →  logits [B, V] fp32, TokenExperts | None, cache, carry
 
 `reads` is the pytree that every step reads; `carry` the one that a step is donated and replaces (merged weights), None where
 nothing is merged. `step` is pure: `programs.decode_step` traces it. Prompts are prefilled with `model` and `adapter`,
-unmerged with every backend.
+unmerged with every backend. An `AdapterBank` stands in the place of an adapter where a backend `takes_bank`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from adafuse_jax.adapters.registry import AnyAdapter
 from adafuse_jax.core.errors import UserError
+from adafuse_jax.inference.adapter_bank import AdapterBank
 from adafuse_jax.models.decoder import Backbone
-from adafuse_jax.models.hooks import Adapter
+from adafuse_jax.models.hooks import Adapter, TokenExperts
 from adafuse_jax.models.kv_cache import KVCache
 
-StepOutput = tuple[Float[Array, "B V"], Int[Array, "B k"] | None, KVCache, Any]
+StepOutput = tuple[Float[Array, "B V"], TokenExperts | None, KVCache, Any]
 """(logits, the experts that read the tokens, cache, carry) of a step."""
 
 
@@ -33,6 +34,7 @@ class Backend(Protocol):
       requires: the capability that an adapter must have (`adapters.presets.Capability`); None: any adapter.
       needs_adapter: there is nothing to do without one.
       one_row: one set of weights serves one token, so it decodes one row, on one device.
+      takes_bank: rows may have adapters of their own.
       model, adapter: of the prefill.
       reads: what every step reads.
     """
@@ -41,9 +43,10 @@ class Backend(Protocol):
     requires: ClassVar[str | None] = None
     needs_adapter: ClassVar[bool] = False
     one_row: ClassVar[bool] = False
-    adapter: Adapter | None
-    reads: Any
+    takes_bank: ClassVar[bool] = False
     _model: Backbone
+    _adapter: Adapter | AdapterBank | None
+    _reads: tuple[Any, ...]
 
     def __init__(self, model: Backbone, adapter: Any): ...
 
@@ -51,8 +54,23 @@ class Backend(Protocol):
     def model(self) -> Backbone:
         return self._model
 
+    @property
+    def bank(self) -> AdapterBank | None:
+        return self._adapter if isinstance(self._adapter, AdapterBank) else None
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter; those of a bank as they are at present."""
+        return _at_present(self._adapter)
+
+    @property
+    def reads(self) -> tuple[Any, ...]:
+        return tuple(map(_at_present, self._reads))
+
     @classmethod
-    def unsupported_reason(cls, model: Backbone, adapter: AnyAdapter | None, batch: int = 1) -> str | None:
+    def unsupported_reason(
+        cls, model: Backbone, adapter: AnyAdapter | AdapterBank | None, batch: int = 1
+    ) -> str | None:
         """The reason why this backend cannot decode `batch` rows with the model and adapter on this device, or None.
         Allocates nothing."""
         return None
@@ -95,6 +113,10 @@ class Backend(Protocol):
     def restore(self) -> None:
         """Take out of the model what steps have merged into it."""
         return
+
+
+def _at_present(part: Any) -> Any:
+    return part.stacked if isinstance(part, AdapterBank) else part
 
 
 def dispatch_log_level() -> int:

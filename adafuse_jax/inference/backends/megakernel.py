@@ -20,17 +20,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.adapters.stacked import StackedAdapters
 from adafuse_jax.core.errors import UserError
+from adafuse_jax.inference.adapter_bank import AdapterBank, Bucket
 from adafuse_jax.inference.backends.base import Backend, StepOutput, dispatch_log_level
 from adafuse_jax.models.attention import Visibility, attention
 from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig, unsupported_field
 from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.hooks import TokenExperts
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.models.layers import apply_rope, rope_frequencies, rope_tables
 from adafuse_jax.parallel.axes import CACHE, TABLES, TENSOR, linear_axes, partition_spec
 from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels.megakernel import Experts, Shape, Weights, decode_token, unsupported_reason
-from pallas_kernels.megakernel.mixture import make_mixture
+from pallas_kernels.megakernel.mixture import Mixture, make_mixture
 from pallas_kernels.megakernel.plan import TILE_K
 
 log = logging.getLogger(__name__)
@@ -70,7 +73,8 @@ class Fused:
 
     `norms`: all norms, stacked. `a`, `b`: the experts' factors, the adapter's own arrays or, if they have another dtype or
     the rank is no multiple of 64, copies padded with zeros. `table`: the gates of every token, if the router sees the token
-    alone. Of a sharded model, `mesh`, and `head`: a copy of tied embeddings, sharded over the vocabulary."""
+    alone. Of a sharded model, `mesh`, and `head`: a copy of tied embeddings, sharded over the vocabulary. The factors of a
+    bank are read from it."""
 
     norms: Float[Array, "2L+1 D"]
     a: dict[str, Float[Array, "L E R in"]]
@@ -80,8 +84,9 @@ class Fused:
     mesh: Mesh | None = field(default=None, metadata={"static": True})
 
     @classmethod
-    def of(cls, model: Backbone, adapter: AdaFuse | None, *, merged: bool = False) -> Fused:
+    def of(cls, model: Backbone, adapter: AdaFuse | AdapterBank | None, *, merged: bool = False) -> Fused:
         """`merged`: the experts will be in the weights, so their factors are not read."""
+        adapter = None if isinstance(adapter, AdapterBank) else adapter
         layers, dtype = model.layers, model.dtype
         norms = jnp.stack([layers.input_layernorm.weight[...], layers.post_attention_layernorm.weight[...]], axis=1)
         experts = {} if adapter is None or merged else dict(adapter.experts.items())
@@ -128,9 +133,11 @@ def shape_of(config: ModelConfig, devices: int = 1) -> Shape:
     return Shape(**sizes | {name: sizes[name] // devices for name in shared})
 
 
-def fused_unsupported_reason(model: Backbone, batch: int = 1, adapter: AdaFuse | None = None) -> str | None:
+def fused_unsupported_reason(
+    model: Backbone, batch: int = 1, adapter: AdaFuse | AdapterBank | None = None, bucket: Bucket | None = None
+) -> str | None:
     """The reason why the megakernel cannot decode `batch` rows with this model on its devices, or None. `adapter`: the one
-    whose factors the kernel reads; None for the bare backbone."""
+    whose factors the kernel reads, or a bank, in its present bucket or another; None for the bare backbone."""
     if reason := unsupported_field(model.config, CONSUMED_FIELDS | IRRELEVANT_FIELDS.keys()):
         return reason
     device, mesh = next(iter(model.embed_tokens[...].devices())), mesh_of(model)
@@ -141,10 +148,16 @@ def fused_unsupported_reason(model: Backbone, batch: int = 1, adapter: AdaFuse |
     shape, num_ctas = shape_of(model.config, 1 if mesh is None else mesh.size), device.core_count
     if adapter is None:
         return unsupported_reason(shape, model.dtype, batch, num_ctas=num_ctas)
-    config = adapter.config
+    if isinstance(adapter, AdapterBank):
+        bucket = bucket or adapter.bucket
+        settings: Any = bucket
+        num_experts, targets = adapter.max_experts, bucket.targets
+    else:
+        settings = adapter.config
+        num_experts, targets = adapter.config.num_experts, tuple(adapter.experts)
     return unsupported_reason(
-        shape, model.dtype, batch, tuple(adapter.experts), rank=-(-config.rank // TILE_K) * TILE_K,
-        max_experts_used=min(config.num_experts, batch * config.top_k), num_ctas=num_ctas,
+        shape, model.dtype, batch, targets, rank=-(-settings.rank // TILE_K) * TILE_K,
+        max_experts_used=min(num_experts, batch * settings.top_k), num_ctas=num_ctas,
     )  # fmt: skip
 
 
@@ -170,16 +183,16 @@ def tabulate(model: Backbone, adapter: AdaFuse) -> GateTable:
 
 def route(
     model: Backbone,
-    adapter: AdaFuse,
+    adapter: AdaFuse | StackedAdapters,
     table: GateTable | None,
     token: Int[Array, " B"],
     positions: Array,
     cache: KVCache,
-) -> tuple[Int[Array, "B k"], Float[Array, "B k"]]:
-    """Experts and gates of every row's token, before the token runs. Where they depend on the context, layer 0 runs up to
-    the router, in XLA."""
+) -> TokenExperts:
+    """Experts and gates of every row's token, before the token runs. Without a table, layer 0 runs up to the last router,
+    in XLA."""
     if table is not None:
-        return table.experts[token], table.gates[token]
+        return TokenExperts(table.experts[token], table.gates[token])
     layer, experts = jax.tree.map(lambda leaf: leaf[0], (model.layers, adapter.experts))
     hook = adapter.hook(experts, 0, adapter.initial_routing(len(token), 1), None)
     rope = rope_tables(positions[:, None], rope_frequencies(model.config.rope, model.config.head_dim))
@@ -193,25 +206,34 @@ def route(
         return attention(q, k, v, Visibility.of_cache(positions[:, None], cache.slots), window)
 
     layer(model.embed_tokens[...][token][:, None], attend, hook)
-    return hook.routing.experts[:, 0], hook.routing.gates[:, 0]
+    return hook.routing.of_first_token()
+
+
+def mixture_of(adapter: AdaFuse | StackedAdapters, chosen: TokenExperts) -> Mixture:
+    """The distinct experts of a step, from those of its rows."""
+    if isinstance(adapter, StackedAdapters):
+        return make_mixture(chosen.experts, adapter.scaled(chosen.gates), 1.0, len(adapter.table.owner))
+    return make_mixture(*chosen, adapter.config.scale, adapter.config.num_experts)
 
 
 def fused_step(
     model: Backbone,
-    adapter: AdaFuse | None,
+    adapter: AdaFuse | StackedAdapters | None,
     fused: Fused,
     token: Int[Array, " B"],
     positions: Int[Array, " B"],
     cache: KVCache,
     **options: Any,
-) -> tuple[Float[Array, "B V"], Int[Array, "B k"] | None, KVCache]:
+) -> tuple[Float[Array, "B V"], TokenExperts | None, KVCache]:
     """Read one token of every row: logits of the next (fp32), the experts that read it, the cache with it. `options` are
     those of `decode_token`."""
     config, experts, chosen = model.config, None, None
     if adapter is not None:
-        chosen, gates = route(model, adapter, fused.table, token, positions, cache)
-        mixture = make_mixture(chosen, gates, adapter.config.scale, adapter.config.num_experts)
-        experts = Experts(a=fused.a, b=fused.b, mixture=mixture)
+        chosen = route(model, adapter, fused.table, token, positions, cache)
+        a, b = fused.a, fused.b
+        if isinstance(adapter, StackedAdapters):
+            a, b = ({name: getattr(e, factor)[...] for name, e in adapter.experts.items()} for factor in "AB")
+        experts = Experts(a=a, b=b, mixture=mixture_of(adapter, chosen)) if a else None
     weights = weights_of(model, fused)
     cos, sin = rope_tables(positions, rope_frequencies(config.rope, config.head_dim))
     x = model.embed_tokens[...][token]
@@ -263,17 +285,20 @@ def default_unsupported_reason(model: Backbone, adapter: Any = None) -> str | No
 
 
 class Megakernel(Backend):
-    """All layers and the head by one kernel, for AdaFuse or the bare model.
+    """All layers and the head by one kernel, for AdaFuse, a bank of adapters or the bare model.
 
     `fallback` decodes batches that the kernel cannot; without one they are refused.
     """
 
     requires = "pre_gated"
+    takes_bank = True
 
     def __init__(self, model: Backbone, adapter: Any, strategy: str = "fused", fallback: Backend | None = None):
-        self._model, self.adapter, self.strategy, self._fallback = model, adapter, strategy, fallback
-        self.reads = model, adapter, Fused.of(model, adapter)
+        self._model, self._adapter, self.strategy, self._fallback = model, adapter, strategy, fallback
+        self._reads = model, adapter, Fused.of(model, adapter)
         self._reasons: dict[int, str | None] = {}
+        if isinstance(adapter, AdapterBank):
+            adapter.reserve(Bucket(rank=TILE_K))
 
     @classmethod
     def unsupported_reason(cls, model: Backbone, adapter: Any, batch: int = 1) -> str | None:
@@ -286,6 +311,8 @@ class Megakernel(Backend):
                 log.log(
                     dispatch_log_level(), "decoding %d prompts unfused: the megakernel cannot, as %s", batch, reason
                 )
+            if reason is None and self.bank is not None:
+                self.bank.limit(partial(fused_unsupported_reason, self._model, batch, self.bank))
         if (reason := self._reasons[batch]) is None:
             return self
         if self._fallback is None:

@@ -120,13 +120,13 @@ class Golden(Backend):
     _merges: ClassVar[Literal["golden", "switch"]] = "golden"
 
     def __init__(self, model: Backbone, adapter: AdaFuse):
-        self.adapter: AdaFuse = jax.tree.map(lambda leaf: leaf, adapter)
-        self.adapter.experts = jax.tree.map(lambda leaf: leaf.astype(model.dtype), adapter.experts)
-        self._carry: Merged | None = Merged.nothing(self._merges, model, self.adapter)
-        self._model, fused = model, None
+        adapter = jax.tree.map(lambda leaf: leaf, adapter)
+        adapter.experts = jax.tree.map(lambda leaf: leaf.astype(model.dtype), adapter.experts)
+        self._carry: Merged | None = Merged.nothing(self._merges, model, adapter)
+        self._model, self._adapter, fused = model, adapter, None
         if bare_unsupported_reason(self.strategy, model) is None:
-            fused = Fused.of(model, self.adapter, merged=True)
-        self.reads: Any = model, self.adapter, fused
+            fused = Fused.of(model, adapter, merged=True)
+        self._reads = model, adapter, fused
 
     @property
     def merged(self) -> Merged:
@@ -147,14 +147,14 @@ class Golden(Backend):
         model, adapter, fused = reads
         # Nothing adapted runs before the router: with *switch*, those weights are only named here.
         table = None if fused is None else fused.table
-        experts, gates = route(with_weights(model, carry.weights), adapter, table, token, position, cache)
-        carry = update_merged(adapter, model, carry, experts[0], gates[0], hold=hold[0])
+        chosen = route(with_weights(model, carry.weights), adapter, table, token, position, cache)
+        carry = update_merged(adapter, model, carry, chosen.experts[0], chosen.gates[0], hold=hold[0])
         whole = with_weights(model, carry.weights)
         if fused is None:
             logits, _, cache, _ = Unfused.step((whole, None), None, token, position, cache, hold)
         else:
             logits, _, cache, _ = Megakernel.step((whole, None, fused), None, token, position, cache, hold)
-        return logits, experts, cache, carry
+        return logits, chosen, cache, carry
 
     def take_carry(self) -> Merged:
         carry, self._carry = self.merged, None  # a step that fails has consumed it
@@ -176,7 +176,7 @@ class Switch(Golden):
     def __init__(self, model: Backbone, adapter: AdaFuse):
         super().__init__(model, adapter)
         bare = with_weights(model, dict.fromkeys(self.merged.weights))
-        self._model, self.reads = bare, (bare, *self.reads[1:])
+        self._model, self._reads = bare, (bare, *self._reads[1:])
         self._is_merged = False
         log.info(
             "decoding switch: every token rounds the weights once more, and these errors add up until the model is loaded "
@@ -198,7 +198,7 @@ class Switch(Golden):
 
     def restore(self) -> None:
         if self._is_merged:
-            self._carry = unmerge(self.adapter, self.take_carry())
+            self._carry = unmerge(self._adapter, self.take_carry())
 
 
 class MergedLoRA(Unfused):

@@ -22,16 +22,18 @@ from jaxtyping import Array, Float, Int
 
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.lora import LoRA
-from adafuse_jax.inference.backends.megakernel import route
+from adafuse_jax.adapters.stacked import StackedAdapters
+from adafuse_jax.inference.backends.megakernel import mixture_of, route
 from adafuse_jax.models.config import LINEARS, unsupported_field
 from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.hooks import TokenExperts
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.models.layers import rope_frequencies, rope_tables
 from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels import decode_attention as attention_kernel
 from pallas_kernels import pregated_linear as linear_kernel
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.pregated_linear import Group, Mixture, make_mixture, pregated_linear, tiles_for
+from pallas_kernels.pregated_linear import Group, Mixture, pregated_linear, tiles_for
 
 CONSUMED_FIELDS = frozenset({
     "vocab_size", "embed_dim", "hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "norm_eps",
@@ -78,7 +80,7 @@ def shape_unsupported_reason(model: Backbone, adapter: Any, batch: int) -> str |
     config = model.config
     if reason := unsupported_field(config, CONSUMED_FIELDS):
         return reason
-    if adapter is not None and not isinstance(adapter, AdaFuse | LoRA):
+    if adapter is not None and not isinstance(adapter, AdaFuse | LoRA | StackedAdapters):
         return f"{type(adapter).__name__} has no experts that are known before the first layer"
     factors = {} if adapter is None else {name: e.A[...] for name, e in adapter.experts.items()}
     if model.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -88,13 +90,13 @@ def shape_unsupported_reason(model: Backbone, adapter: Any, batch: int) -> str |
 
 def portable_step(
     model: Backbone,
-    adapter: AdaFuse | LoRA | None,
+    adapter: AdaFuse | LoRA | StackedAdapters | None,
     token: Int[Array, " B"],
     position: Int[Array, " B"],
     cache: KVCache,
     *,
     interpret: bool = False,
-) -> tuple[Float[Array, "B V"], Int[Array, "B k"] | None, KVCache]:
+) -> tuple[Float[Array, "B V"], TokenExperts | None, KVCache]:
     """Read one token of every row: logits of the next (fp32), the experts that read it, the cache with it.
 
     The adapter's experts are of the model's type. Every step has counters of its own, which begin at 0: one that failed
@@ -150,8 +152,8 @@ def portable_step(
 
 
 def _mixture(
-    model: Backbone, adapter: AdaFuse | LoRA | None, token: Array, position: Array, cache: KVCache
-) -> tuple[Array | None, Mixture | None, Array | np.ndarray]:
+    model: Backbone, adapter: AdaFuse | LoRA | StackedAdapters | None, token: Array, position: Array, cache: KVCache
+) -> tuple[TokenExperts | None, Mixture | None, Array | np.ndarray]:
     """(the experts of every row or None, the mixture of the step or None, how many of its experts are in use)."""
     batch = len(token)
     if adapter is None:
@@ -159,8 +161,8 @@ def _mixture(
     if isinstance(adapter, LoRA):
         always = jnp.full((1, batch), adapter.config.scale, jnp.float32)
         return None, Mixture(jnp.zeros(1, jnp.int32), always), np.ones(1, np.int32)
-    chosen, gates = route(model, adapter, None, token, position, cache)
-    mixture = make_mixture(chosen, gates, adapter.config.scale, adapter.config.num_experts)
+    chosen = route(model, adapter, None, token, position, cache)
+    mixture = mixture_of(adapter, chosen)
     return chosen, mixture, (mixture.gates != 0).any(axis=1).sum(dtype=jnp.int32)[None]
 
 

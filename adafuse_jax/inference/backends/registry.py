@@ -8,6 +8,7 @@ from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.presets import PRESETS
 from adafuse_jax.adapters.registry import AnyAdapter
 from adafuse_jax.core.errors import UserError
+from adafuse_jax.inference.adapter_bank import AdapterBank
 from adafuse_jax.inference.backends.base import Backend, dispatch_log_level
 from adafuse_jax.inference.backends.megakernel import Megakernel, default_unsupported_reason
 from adafuse_jax.inference.backends.merged import Golden, MergedLoRA, Switch
@@ -38,7 +39,7 @@ def require_strategy(config: AdapterConfig, strategy: str) -> None:
         )
 
 
-def choose_backend(strategy: str | None, model: Backbone, adapter: AnyAdapter | None) -> Backend:
+def choose_backend(strategy: str | None, model: Backbone, adapter: AnyAdapter | AdapterBank | None) -> Backend:
     """The backend of a strategy, prepared. None: *fused* where it can run, on `TRIED_DEVICES` at most, and batches that it
     cannot decode unmerged; else *unmerged*. The choice is logged.
 
@@ -52,7 +53,12 @@ def choose_backend(strategy: str | None, model: Backbone, adapter: AnyAdapter | 
     backend, mesh = BACKENDS[strategy], mesh_of(model)
     if backend.one_row and mesh is not None:
         raise UserError(f"strategy {strategy} runs on one device, and the model is on {mesh.size}; decode unmerged")
-    if adapter is not None:
+    if isinstance(adapter, AdapterBank):
+        if not backend.takes_bank:
+            raise UserError(
+                f"strategy {strategy} merges one adapter, and rows have their own; decode fused or unmerged"
+            )
+    elif adapter is not None:
         require_strategy(adapter.config, strategy)
     elif backend.needs_adapter:
         raise UserError(f"strategy {strategy} merges the experts of an adapter; give one, or decode unmerged")
@@ -61,9 +67,9 @@ def choose_backend(strategy: str | None, model: Backbone, adapter: AnyAdapter | 
     return backend.prepare(model, adapter)
 
 
-def _default(model: Backbone, adapter: AnyAdapter | None) -> Backend:
+def _default(model: Backbone, adapter: AnyAdapter | AdapterBank | None) -> Backend:
     unfused = Unfused(model, adapter)
-    if adapter is not None and "fused" not in strategies_of(adapter.config):
+    if isinstance(adapter, AnyAdapter) and "fused" not in strategies_of(adapter.config):
         log.log(dispatch_log_level(), "decoding unmerged")
         return unfused
     if (reason := default_unsupported_reason(model, adapter)) is not None:
