@@ -27,7 +27,6 @@ from adafuse_jax.inference.backends.portable import portable_step, shape_unsuppo
 from adafuse_jax.inference.backends.unfused import LayerKernels, Unfused
 from adafuse_jax.models.config import LINEARS
 from adafuse_jax.models.kv_cache import KVCache
-from adafuse_jax.parallel.mesh import make_mesh, shard
 
 SMALL = Case(
     num_layers=2, slots=64, position=40, embed_dim=96, hidden_dim=160, heads=(4, 2, 32), vocab_size=250, rank=8
@@ -213,8 +212,8 @@ class TestChoice:
         for kind, fits in (("8.0", True), ("12.0", True), ("7.5", False), ("gfx942", False), ("", False)):
             assert portable.is_recent(kind) == fits
 
-    @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
-    def test_several_devices(self):
-        model, _, *_ = make(self.TINY)
-        sharded = shard(model, make_mesh(2, model.config))
-        assert "the model is on several" in str(portable.device_unsupported_reason(sharded))
+    def test_several_devices_take_xla_ops(self, monkeypatch, log):
+        monkeypatch.setattr(portable, "mesh_of", lambda model: "a mesh")
+        backend = Unfused(*make(self.TINY)[:2])
+        assert backend.for_batch(1) is backend
+        assert "the kernels cannot, as they run on one device, and the model is on several" in log.text
