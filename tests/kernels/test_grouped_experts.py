@@ -4,6 +4,7 @@ training step with grouped products against one with dense ones."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from adafuse_jax.adapters.adafuse import choose_products
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.decoder import Backbone
-from pallas_kernels.grouped_experts import TILE, gates_of_items, group_tokens, grouped_product, saves
+from pallas_kernels.grouped_experts import TILE, gates_of_items, group_tokens, grouped_product, kernel_triton, saves
 from pallas_kernels.grouped_experts.groups import max_items, num_passes
 
 SCALE = 0.7
@@ -145,7 +146,7 @@ def test_model_with_grouped_products_equals_the_dense_one():
         head_dim=16, tie_word_embeddings=True, norm_eps=1e-5, max_position_embeddings=128,
     )  # fmt: skip
     model = Backbone(config, rngs=nnx.Rngs(0))
-    adapter = random_adapter(config, targets=("q_proj", "down_proj"), num_experts=4, top_k=2, rank=16)
+    adapter = random_adapter(config, targets=("v_proj",), num_experts=4, top_k=2, rank=16)
     tokens = jax.random.randint(jax.random.key(1), (2, TILE), 0, 64)
 
     @jax.jit
@@ -161,6 +162,40 @@ def test_model_with_grouped_products_equals_the_dense_one():
     grouped = loss_and_gradient(adapter)
     for a, b in zip(jax.tree.leaves(dense), jax.tree.leaves(grouped), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * float(jnp.abs(a).max()))
+
+
+def kernels(rank: int, tokens: int = 2048):
+    """Name → function and shapes, of 8 experts."""
+    of = jax.ShapeDtypeStruct
+    groups = jax.eval_shape(lambda chosen: group_tokens(chosen, 8), of((tokens, 2), "int32"))
+    items = len(groups.expert)
+    x, a, b = (of(shape, "bfloat16") for shape in ((tokens, 512), (8, rank, 512), (8, 512, rank)))
+    h, gates = of((items, TILE, rank), "bfloat16"), of((items, TILE), "float32")
+    back = partial(kernel_triton.project, scale=1.0, rank_last=True)
+    return {
+        "project": (partial(kernel_triton.project, scale=1.0, rank_last=False), (x, a, gates, groups)),
+        "project back": (lambda *operands: back(*operands), (x, b, gates, groups, h)),
+        "expand": (partial(kernel_triton.expand, rank_last=True), (h, b, groups)),
+        "outer": (partial(kernel_triton.outer, rank_last=True), (h, x, groups)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("capability", "memory"),
+    [(89, 99), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((80, 163), (120, 99)))],
+)
+@pytest.mark.parametrize("name", ["project", "project back", "expand", "outer"])
+def test_compiles_for_other_gpus(monkeypatch, tmp_path, name, capability, memory):
+    """With tensor cores, and within the shared memory (KiB) that a program can have there."""
+    pytest.importorskip("triton")
+    from triton_compiler import kernel_of
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    function, shapes = kernels(rank=128)[name]
+    compiled = kernel_of(function, *shapes).compile(capability, tmp_path)
+    assert compiled.metadata.shared <= memory * 1024
+    assert "mma" in compiled.asm["ptx"]
+    assert ".local" not in compiled.asm["ptx"]
 
 
 class TestChoice:
