@@ -145,10 +145,10 @@ class AdapterBank:
                 f"adapter {quoted(name)} has {wanted} experts, and {len(free)} of {self.max_experts} are free; unload an "
                 "adapter, or allow more experts"
             )
-        self.reserve(Bucket.of(adapter))
-        if prepared is None or prepared.bucket != self.bucket:  # others have been loaded meanwhile
+        bucket = self.bucket | Bucket.of(adapter)
+        if prepared is None or prepared.bucket != bucket:  # others have been loaded meanwhile
             prepared = self.prepare(name, adapter)
-        free = np.flatnonzero(self._owner == NO_ADAPTER)
+        self.reserve(bucket)
         ids = set(range(1, self.max_experts + 1)) - {a.id for a in (*self._adapters.values(), *self._unloaded.values())}
         self._version += 1
         loaded = Loaded(
