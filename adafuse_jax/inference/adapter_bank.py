@@ -26,7 +26,7 @@ from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.registry import AnyAdapter
 from adafuse_jax.adapters.stacked import INPUT_NUMBERS, NO_ADAPTER, ROUTER_INPUTS, AdapterTable, StackedAdapters
 from adafuse_jax.core.errors import UserError, quoted
-from adafuse_jax.inference.stacked_arrays import Bucket, Expert, StackedArrays
+from adafuse_jax.inference.stacked_arrays import MOST_WEIGHT, Bucket, Expert, StackedArrays
 from adafuse_jax.models.decoder import Backbone
 
 
@@ -125,7 +125,9 @@ class AdapterBank:
         bucket = self.bucket | Bucket.of(adapter)
         experts = self._arrays.experts_of(adapter, bucket)
         if experts is None:
-            raise UserError(f"adapter {quoted(name)} has weights that are not finite; restore its files")
+            raise UserError(
+                f"adapter {quoted(name)} has weights that are not finite or above {MOST_WEIGHT:g}; restore its files"
+            )
         return Prepared(adapter=adapter, bucket=bucket, experts=experts)
 
     def load(self, name: str, adapter: AnyAdapter | Prepared) -> Loaded:

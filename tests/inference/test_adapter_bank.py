@@ -152,9 +152,9 @@ class TestMixtures:
 
     def test_a_row_that_is_not_finite_leaves_nothing_in_its_slot(self, model):
         """Hidden keys and values of the row before have a weight of 0, which times NaN is NaN."""
-        overflowing = random_adapter(model.config, num_experts=2, targets=("q_proj", "v_proj"))
+        overflowing = random_adapter(model.config, num_experts=2, alpha=1e4, targets=("q_proj", "v_proj"))
         for experts in overflowing.experts.values():
-            experts.A[...], experts.B[...] = 1e38 * experts.A[...], 1e38 * experts.B[...]
+            experts.A[...], experts.B[...] = 1e20 * experts.A[...], 1e20 * experts.B[...]
         bank = bank_of(model, {"overflowing": overflowing}, max_experts=2)
         slots = Engine(model, bank, eos_ids=()).slots(1)
         for name, reason in (("overflowing", "not_finite"), (None, "length")):
@@ -267,6 +267,8 @@ class TestLoading:
         bucket = bank.bucket
         broken = random_adapter(model.config, num_experts=2, rank=20)
         broken.experts["q_proj"].B[...] = broken.experts["q_proj"].B[...].at[0, 0, 0, 0].set(jnp.nan)
+        large = random_adapter(model.config, num_experts=1, top_k=1)
+        large.experts["q_proj"].A[...] = 1e30 * large.experts["q_proj"].A[...]
         other = random_adapter(models("qwen3").config, num_experts=2)
         for name, adapter, message in (
             ("all", adapters["ffn"], "'all' is loaded already; unload it first"),
@@ -278,6 +280,7 @@ class TestLoading:
             ),
             ("pesc", random_method("pesc", model.config), "'pesc' is of pesc, which has routers in every layer"),
             ("nan", broken, "'nan' has weights that are not finite"),
+            ("large", large, "'large' has weights that are not finite or above 1e\\+20"),
             ("other", other, "'other' is of another backbone"),
         ):
             with pytest.raises(UserError, match=message):
