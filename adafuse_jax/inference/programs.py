@@ -182,6 +182,6 @@ def _choose(
     token = jnp.where(ended, pad_id, sample(logits, sampling, draw, seen))
     done = ended | (token[:, None] == stop_ids).any(axis=-1)
     if seen is not None:
-        rows = jnp.arange(len(token))
-        seen = seen.at[rows, token].set(jnp.maximum(seen[rows, token], 1) + 1)
+        rows, drawn = jnp.arange(len(token)), jnp.where(ended, seen.shape[1], token)  # no pad of a row in its prefill
+        seen = seen.at[rows, drawn].set(jnp.maximum(seen[rows, token], 1) + 1, mode="drop")
     return token, done, seen, key, finite

@@ -350,7 +350,7 @@ class Slots:
             self._advance(prefill.rows)
             self._backend.restore()
         if copy in new:
-            self._copy(0, 0, 0)
+            self._copy(prefill.rows[0].slot, prefill.rows[0].slot, 0)
         self._start(prefill)
         for size in sorted(set(prefill.sizes)):
             tokens, starts, lengths = prefill.chunk(0, size)

@@ -111,6 +111,19 @@ class TestPenaltiesOfTheOutput:
             counts[token] += 1
         assert row.token_ids != by_full_forward(model, None, prompt, row.token_ids)
 
+    def test_leave_out_what_a_slot_reads_while_its_prompt_comes_in_chunks(self, model, slots, monkeypatch):
+        """It is the pad token, which the row would repeat."""
+        monkeypatch.setattr(prefill_module, "CHUNKS", (4,))
+        prompt, pad = prompt_of(model, 20), slots._pad_id
+        slots.insert(prompt_of(model, 4), max_new_tokens=20)
+        for _ in range(3):
+            slots.step()
+        slots.insert(prompt, max_new_tokens=1, sampling=Sampling.of(frequency_penalty=-100))
+        run(slots)
+        assert pad not in prompt
+        row = slots.evict(1)
+        assert row.token_ids == by_full_forward(model, None, prompt, row.token_ids) != [pad]
+
 
 class TestContext:
     def test_a_row_that_reaches_the_end_finishes_and_the_cache_stays_as_it_is(self, model, slots):
@@ -194,8 +207,18 @@ class TestPrefixes:
         slots.evict(1)
         slots.insert([*prompt, 7, 8], max_new_tokens=8, reuse_cache=True, slot=1, logprobs=0)
         run(slots)
-        row = slots.evict(1)
         assert copies == [(0, 1, 40)]
+        for slot in (0, 1):
+            row = slots.evict(slot)
+            assert row.token_ids == by_full_forward(model, None, row.prompt, row.token_ids)
+
+    def test_leave_running_rows_alone_while_programs_are_compiled(self, model, slots):
+        slots.insert(prompt_of(model, 4), max_new_tokens=20)
+        for _ in range(3):
+            slots.step()
+        slots.insert(prompt_of(model, 9), max_new_tokens=2, reuse_cache=True)
+        run(slots)
+        row = slots.evict(0)
         assert row.token_ids == by_full_forward(model, None, row.prompt, row.token_ids)
 
     def test_common_length_leaves_the_last_token(self):
