@@ -1,6 +1,7 @@
-"""Commands of the package: `adafuse train | decode | evaluate | export`, the same as `python -m adafuse_jax …`.
+"""Commands of the package: `adafuse train | decode | evaluate | export | serve`, the same as `python -m adafuse_jax …`.
 
-train.py and decode.py run the first two from a clone; `adafuse_jax.evaluation` and `adafuse_jax.export` hold the others.
+train.py and decode.py run the first two from a clone; `adafuse_jax.evaluation`, `adafuse_jax.export` and
+`adafuse_jax.serving` hold the others.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def decode(argv: Sequence[str], program: str = "decode.py") -> int:
 
     (config,) = parse_flags(decode.__doc__, (DecodeConfig,), argv, program)
     runtime.set_up()
+    runtime.start_devices()
     with runtime.memory_errors("shorten the prompt, lower --batch-size or --max-new-tokens, or give --dtype bfloat16"):
         from adafuse_jax.inference.console import decode as run_decoding
 
@@ -74,8 +76,15 @@ def export(argv: Sequence[str], program: str) -> None:
     main(argv, program)
 
 
+def serve(argv: Sequence[str], program: str) -> int:
+    """Serve a model and its adapters over HTTP, as OpenAI's API."""
+    from adafuse_jax.serving.__main__ import main
+
+    return main(argv, program)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str], str], int | None]] = {
-    "train": train, "decode": decode, "evaluate": evaluate, "export": export,
+    "train": train, "decode": decode, "evaluate": evaluate, "export": export, "serve": serve,
 }  # fmt: skip
 
 

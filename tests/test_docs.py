@@ -26,6 +26,7 @@ from adafuse_jax.core.flags import parse_flags
 from adafuse_jax.evaluation.config import EvaluationConfig
 from adafuse_jax.export import ExportConfig
 from adafuse_jax.inference.config import DecodeConfig
+from adafuse_jax.serving.config import ServeConfig
 from adafuse_jax.training.config import TrainConfig
 from examples.skills.config import DemoConfig
 
@@ -45,9 +46,11 @@ CONFIGS: dict[str, tuple[type, ...]] = {
     "adafuse decode": (DecodeConfig,),
     "adafuse evaluate": (EvaluationConfig,),
     "adafuse export": (ExportConfig,),
+    "adafuse serve": (ServeConfig,),
     "examples.skills": (DemoConfig,),
     "adafuse_jax.evaluation": (EvaluationConfig,),
     "adafuse_jax.export": (ExportConfig,),
+    "adafuse_jax.serving": (ServeConfig,),
 }
 """Programs whose flags are made from dataclasses."""
 FOREIGN = {"--model_args", "--batch_size", "--tasks", "--ntasks-per-node", "--gpus-per-node", "--signal", "--requeue"}
@@ -263,7 +266,7 @@ def test_some_commands_are_checked():
         "python train.py --model DIR --dataset x --output RUN --ranks 16",
         "python train.py --model DIR --output RUN",
         "python decode.py --model DIR --strategy fastest",
-        "adafuse serve --model DIR",
+        "adafuse serve --model DIR --adapter DIR",
         "adafuse train --model DIR --output RUN",
         "python -m adafuse_jax.export --model DIR --adapter DIR --output OUT --format gguf",
         "python -m benchmarks.kernels.sgmm --outer OUT",

@@ -80,6 +80,6 @@ def random_backbone(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Backbone:
     return random_module(lambda: Backbone(config, dtype=dtype, rngs=nnx.Rngs(0)), dtype, seed=1)
 
 
-def random_adapter(config: AdapterConfig, model: ModelConfig, dtype: Any = jnp.bfloat16) -> Any:
+def random_adapter(config: AdapterConfig, model: ModelConfig, dtype: Any = jnp.bfloat16, seed: int = 3) -> Any:
     """An adapter of the method in `config`."""
-    return random_module(lambda: make_adapter(config, model, rngs=nnx.Rngs(0)), dtype, seed=3)
+    return random_module(lambda: make_adapter(config, model, rngs=nnx.Rngs(0)), dtype, seed=seed)

@@ -16,8 +16,9 @@ BYTES_PER_TOKEN = 4
 RANDOM_PROMPT = 128
 
 
-def conversation_texts(path: Path) -> list[str]:
-    """The first message of the user in every conversation, ShareGPT's `conversations` or chat `messages`."""
+def first_exchanges(path: Path) -> list[tuple[str, str]]:
+    """The first message of the user in every conversation and the message after it ("" without one), ShareGPT's
+    `conversations` or chat `messages`."""
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8") as file:
         content = file.read()
@@ -28,11 +29,17 @@ def conversation_texts(path: Path) -> list[str]:
     found = []
     for row in table:
         turns = row.get("conversations") or row.get("messages") or []
-        questions = (
-            t.get("value") or t.get("content") for t in turns if (t.get("from") or t.get("role")) in ("human", "user")
-        )
-        found.append(next(questions, None))
-    return [text for text in found if text]
+        texts = [turn.get("value") or turn.get("content") or "" for turn in turns]
+        asked = [(turn.get("from") or turn.get("role")) in ("human", "user") for turn in turns]
+        if True in asked:
+            at = asked.index(True)
+            found.append((texts[at], texts[at + 1] if at + 1 < len(texts) else ""))
+    return [(question, reply) for question, reply in found if question]
+
+
+def conversation_texts(path: Path) -> list[str]:
+    """The first message of the user in every conversation."""
+    return [question for question, _ in first_exchanges(path)]
 
 
 def make_prompts(arguments: argparse.Namespace, shapes: Shapes) -> tuple[list[list[int]], int, str]:

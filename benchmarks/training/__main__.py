@@ -4,7 +4,7 @@
 
 writes training.json, training.md and training.png. Llama-2-7B shapes, all 7 linears adapted, R=64, bf16, full sequences of
 random tokens; and SmolLM2-135M shapes. Each row is measured in a process of its own, and leaves its results in --out as
-part-training-*.json, from which the three files are made. The parts can run at different times:
+training-part-*.json, from which the three files are made. The parts can run at different times:
 
     curve   correct first: losses of a small model over 20 steps, in float32, beside PEFT's from the same weights
     jax     this project's rows
@@ -108,9 +108,9 @@ def measure_curve(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
-    """Measure; part-training-*.json is written again after every job."""
+    """Measure; training-part-*.json is written again after every job."""
     found: dict[str, Any] = {"part": part, "command": command, "commit": commit(), "rows": [], "versions": {}}
-    path = arguments.out / f"part-training-{'-'.join([part, *(arguments.only or ())])}.json"
+    path = arguments.out / f"training-part-{'-'.join([part, *(arguments.only or ())])}.json"
     if part == "curve":
         write_json(path, found | {"curve": measure_curve(arguments), "finished": time.time()})
         return

@@ -20,11 +20,11 @@ MESH_TOLERANCE = 5e-3
 
 
 def merge_parts(out: Path) -> str:
-    """Write the three files from part-training-*.json in `out`; of a row measured twice the later one counts.
+    """Write the three files from training-part-*.json in `out`; of a row measured twice the later one counts.
 
     Returns the report.
     """
-    parts = [json.loads(path.read_text()) for path in out.glob("part-training-*.json")]
+    parts = [json.loads(path.read_text()) for path in out.glob("training-part-*.json")]
     parts.sort(key=lambda part: part["finished"])
     rows: dict[tuple, dict[str, Any]] = {}
     curve: dict[str, Any] | None = None

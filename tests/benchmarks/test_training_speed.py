@@ -102,9 +102,9 @@ def part(**changes) -> dict:
 
 
 def test_report(tmp_path: Path):
-    write_json(tmp_path / "part-training-jax.json", part())
+    write_json(tmp_path / "training-part-jax.json", part())
     broken = part(rows=[rows_of("full")[6] | {"devices": 1, "error": "out of memory"}], finished=2)
-    write_json(tmp_path / "part-training-jax-lora.json", broken)
+    write_json(tmp_path / "training-part-jax-lora.json", broken)
     text = merge_parts(tmp_path)
     assert (
         "| adafuse | llama2-7b | 4 × 2048 | 1 | products | unrolled |  | 16,384 | 164 | 51% | 58.3 | 90 s |  |" in text
@@ -124,7 +124,7 @@ def test_curve_in_the_report(tmp_path: Path, difference: float, verdict: str):
         "peft": {"losses": [1.0] * 20},
         "ours": {"differences": {"none, scanned": 0.0, "full, scanned": difference}},
     }
-    write_json(tmp_path / "part-training-curve.json", part(rows=[], curve=curve))
+    write_json(tmp_path / "training-part-curve.json", part(rows=[], curve=curve))
     text = merge_parts(tmp_path)
     assert verdict in text
     assert "20 steps" in text
@@ -151,7 +151,7 @@ def test_losses_of_a_mesh_are_compared(tmp_path: Path, off: float, verdict: str)
     one, both = (part()["rows"][0] | {"mesh": f"fsdp={count}", "devices": count} for count in (1, 2))
     other = part()["rows"][0] | {"mesh": "fsdp=2", "devices": 2, "batch": 64}
     rows = [one, both | {"losses": [10.0 + off]}, other]
-    write_json(tmp_path / "part-training-devices.json", part(rows=rows))
+    write_json(tmp_path / "training-part-devices.json", part(rows=rows))
     text = merge_parts(tmp_path)
     assert verdict in text
     assert "not compared, one device has not run the same batch" in text

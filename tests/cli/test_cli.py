@@ -28,6 +28,7 @@ COMMANDS = {
     "train": ["train.py", "--model=m", "--dataset=d", "--output=o"],
     "decode": ["decode.py", "--model=m", "--prompt=Hi"],
     "export": ["-m", "adafuse_jax.export", "--model=m", "--adapter=a", "--output=o"],
+    "serve": ["-m", "adafuse_jax.serving", "--model=m"],
     "evaluation": ["-m", "adafuse_jax.evaluation", "--model=m", "--dataset=d"],
     "lm_eval": ["-m", "adafuse_jax.evaluation.lm_eval", "--model=adafuse", "--tasks=t"],
     "demo": ["-m", "examples.skills"],
@@ -78,16 +79,16 @@ class TestWhileLibrariesLoad:
 
 
 class TestAdafuse:
-    """The program that is installed, and its four commands."""
+    """The program that is installed, and its five commands."""
 
     @pytest.mark.parametrize(
-        ("words", "fault"), [([], "a command is missing"), (["serve"], "unknown command 'serve'"), (["-x"], "unknown")]
+        ("words", "fault"), [([], "a command is missing"), (["chat"], "unknown command 'chat'"), (["-x"], "unknown")]
     )
     def test_without_a_command(self, words: list[str], fault: str, tmp_path: Path):
         code, err = finish(start(["-m", "adafuse_jax", *words], tmp_path, ""))
         assert code == 2
         assert err.startswith(f"error: {fault}")
-        assert err.endswith("; give one of train, decode, evaluate, export; see --help\n")
+        assert err.endswith("; give one of train, decode, evaluate, export, serve; see --help\n")
 
     @pytest.mark.parametrize(
         ("arguments", "program"),
@@ -97,6 +98,7 @@ class TestAdafuse:
             (["-m", "adafuse_jax", "decode"], "adafuse decode"),
             (["-m", "adafuse_jax", "evaluate"], "adafuse evaluate"),
             (["-m", "adafuse_jax", "export"], "adafuse export"),
+            (["-m", "adafuse_jax", "serve"], "adafuse serve"),
             (["train.py"], "train.py"),
             (["decode.py"], "decode.py"),
             (["-m", "adafuse_jax.evaluation"], "python -m adafuse_jax.evaluation"),

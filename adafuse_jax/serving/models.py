@@ -1,0 +1,189 @@
+"""The models that requests name: the backbone, and each adapter of it with its tokenizer and its ends of a turn."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from adafuse_jax.adapters.registry import AnyAdapter
+from adafuse_jax.checkpoints.adapter_directory import load_adapter
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
+from adafuse_jax.checkpoints.placement import Stacked
+from adafuse_jax.core import runtime
+from adafuse_jax.core.errors import UserError
+from adafuse_jax.data.chat import stop_tokens
+from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files
+from adafuse_jax.inference.adapter_bank import AdapterBank, Prepared
+from adafuse_jax.inference.engine import Engine
+from adafuse_jax.inference.prefill import CHUNKS
+from adafuse_jax.inference.sampling import Sampling
+from adafuse_jax.inference.slots import Slots
+from adafuse_jax.models.config import DType
+from adafuse_jax.parallel.mesh import make_mesh, shard
+from adafuse_jax.serving.config import ServeConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """One value of `model`. `adapter` is its name in the bank, None of the backbone; `stop_ids` end a row."""
+
+    name: str
+    adapter: str | None
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    created: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadAdapter:
+    """An adapter's files, read and checked, before the bank has it."""
+
+    name: str
+    weights: AnyAdapter
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+
+
+class Models:
+    """The backbone and its adapters by their names, over one engine.
+
+    Args:
+      engine: over a backbone and, if given, the bank.
+      base: the backbone's name and tokenizer.
+      num_slots, context_length: of the slots.
+    """
+
+    def __init__(
+        self, engine: Engine, bank: AdapterBank | None, base: ServedModel, *, num_slots: int, context_length: int
+    ):
+        self.bank, self.base, self.context_length = bank, base, context_length
+        self.vocab_size = engine.config.vocab_size
+        self.adapters: dict[str, ServedModel] = {}
+        self._engine, self._num_slots = engine, num_slots
+
+    def slots(self) -> Slots:
+        return self._engine.slots(self._num_slots, context_length=self.context_length)
+
+    def warm_up(self, slots: Slots) -> None:
+        """Compile what rows without penalties and log-probabilities need: a prompt of each length of a chunk, greedy and
+        sampled."""
+        for sampling in (Sampling.of(), Sampling.of(temperature=1.0)):
+            for length in (size for size in CHUNKS if size + WARM_UP_TOKENS <= self.context_length):
+                slot = slots.insert([0] * length, max_new_tokens=WARM_UP_TOKENS, sampling=sampling, stop_ids=())
+                while slots.step() is not None:
+                    pass
+                slots.evict(slot)
+
+    def prepare(self, read: ReadAdapter) -> Prepared:
+        """The adapter checked and on the device: the slow part of `add`, for any thread. Raises as `AdapterBank.prepare`."""
+        return self._room().prepare(read.name, read.weights)
+
+    def add(self, read: ReadAdapter, *, now: int, prepared: Prepared | None = None) -> None:
+        """Put an adapter into the bank, in the thread of the engine. Raises as `AdapterBank.load`."""
+        name = read.name
+        loaded = self._room().load(name, prepared or read.weights)
+        self.adapters[name] = ServedModel(
+            name=name, adapter=name, tokenizer=read.tokenizer, stop_ids=read.stop_ids, created=now
+        )
+        log.info("adapter %s: %s, %d experts, version %d", name, loaded.method, loaded.num_experts, loaded.version)
+
+    def _room(self) -> AdapterBank:
+        if self.bank is None:
+            raise UserError("the server was started without room for adapters; give --max-experts")
+        return self.bank
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out of the bank, in the thread of the engine; rows that run go on. Raises `UserError`."""
+        if self.bank is None or name not in self.adapters:
+            raise UserError(f"no adapter {name} is loaded")
+        del self.adapters[name]
+        self.bank.unload(name)
+        log.info("adapter %s: unloaded", name)
+
+    def find(self, name: str) -> ServedModel | None:
+        return self.base if name == self.base.name else self.adapters.get(name)
+
+    def all(self) -> list[ServedModel]:
+        return [self.base, *self.adapters.values()]
+
+
+class AdapterReader:
+    """Reads adapters of one backbone from their directories."""
+
+    def __init__(self, checkpoint: HFCheckpoint, dtype: DType, mesh: Mesh | None):
+        """Raises `UserError` for what `load_tokenizer` refuses."""
+        self._checkpoint, self._dtype, self._mesh = checkpoint, dtype, mesh
+        self._directory = Path(checkpoint.directory)
+        self._files = tokenizer_files(self._directory)
+        self.tokenizer = load_tokenizer(self._directory)
+        self.stop_ids = self._stop_ids(self.tokenizer)
+
+    def read(self, name: str, directory: str) -> ReadAdapter:
+        """The adapter in a directory; the engine is not touched. Raises `UserError` for what `load_adapter` and
+        `load_tokenizer` refuse."""
+        checkpoint, path = self._checkpoint, Path(directory).expanduser()
+        weights = load_adapter(
+            path, checkpoint.config, backbone_identity=checkpoint.identity(), dtype=jnp.dtype(self._dtype)
+        )
+        if self._mesh is not None:
+            weights = shard(weights, self._mesh)
+        tokenizer, stop_ids = self.tokenizer, self.stop_ids
+        if tokenizer_files(self._directory, path) != self._files:
+            tokenizer = load_tokenizer(self._directory, path)
+            stop_ids = self._stop_ids(tokenizer)
+        return ReadAdapter(name=name, weights=weights, tokenizer=tokenizer, stop_ids=stop_ids)
+
+    def _stop_ids(self, tokenizer: Any) -> tuple[int, ...]:
+        """The model's own end tokens, and those of the template, that the vocabulary has."""
+        config = self._checkpoint.config
+        both = {*config.eos_token_ids, *stop_tokens(tokenizer)}
+        return tuple(sorted(i for i in both if 0 <= i < config.vocab_size))
+
+
+def load_models(config: ServeConfig, *, now: int) -> tuple[Models, AdapterReader]:
+    """Load what the flags name; the backbone's large files are read last. Raises `UserError` for what opening the model, its
+    tokenizer or an adapter refuses."""
+    checkpoint = HFCheckpoint.open(config.model)
+    dtype = config.dtype or checkpoint.dtype
+    if dtype == "float32":
+        runtime.exact_float32()
+    context = checkpoint.config.max_position_embeddings
+    if (config.max_model_len or 0) > context:
+        raise UserError(
+            f"--max-model-len {config.max_model_len} exceeds the {context} positions of {config.model}; lower it"
+        )
+    mesh = None if config.tensor_parallel == 1 else make_mesh(config.tensor_parallel, checkpoint.config)
+    reader = AdapterReader(checkpoint, dtype, mesh)
+    read = [reader.read(name, directory) for name, directory in config.adapter_directories().items()]
+    given = sum(adapter.weights.config.max_experts or 1 for adapter in read)
+    if given > (config.max_experts or given):
+        raise UserError(
+            f"--max-experts {config.max_experts}: the --adapters have {given} experts; give at least so many"
+        )
+    model = load_backbone(checkpoint, dtype, place=Stacked(mesh))
+    room = config.max_experts or max(given, DEFAULT_EXPERTS if config.adapter_folders else 0)
+    bank = AdapterBank(model, max_experts=room) if room else None
+    name, ids = config.model_name, reader.stop_ids
+    models = Models(
+        Engine(model, bank, strategy=config.strategy, eos_ids=ids),
+        bank,
+        ServedModel(name=name, adapter=None, tokenizer=reader.tokenizer, stop_ids=ids, created=now),
+        num_slots=config.max_slots,
+        context_length=config.max_model_len or context,
+    )
+    for adapter in read:
+        models.add(adapter, now=now)
+    return models, reader
+
+
+WARM_UP_TOKENS = 2
+"""The prompt's first token and one of a step."""
+DEFAULT_EXPERTS = 64
+"""Experts that the bank has room for where adapters may be loaded later and `--max-experts` is not given."""

@@ -1,0 +1,67 @@
+"""The gate before the application, without a server: bodies that do not come, clients that go, pieces of a body."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from adafuse_jax.serving import security
+from adafuse_jax.serving.security import MAX_BODY_BYTES, Gate
+
+
+def ask(
+    messages: list[dict[str, Any]], headers: dict[str, str] | None = None
+) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """(messages sent, bodies that the application got) of a request whose parts are `messages`; then nothing more comes."""
+    left, sent, bodies = iter(messages), list[dict[str, Any]](), list[bytes]()
+
+    async def receive() -> dict[str, Any]:
+        if (message := next(left, None)) is None:
+            await asyncio.sleep(60)
+        return message  # type: ignore[return-value]
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        bodies.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    scope = {
+        "type": "http",
+        "path": "/v1/models",
+        "headers": [(k.encode(), v.encode()) for k, v in (headers or {}).items()],
+    }
+    asyncio.run(Gate(app, key=None, only_loopback=False)(scope, receive, send))  # type: ignore[arg-type]
+    return sent, bodies
+
+
+def part(body: bytes, more: bool) -> dict[str, Any]:
+    return {"type": "http.request", "body": body, "more_body": more}
+
+
+def test_a_body_in_parts():
+    sent, bodies = ask([part(b"ab", True), part(b"", True), part(b"c", False)])
+    assert bodies == [b"abc"]
+    assert (b"x-content-type-options", b"nosniff") in sent[0]["headers"]
+
+
+def test_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(security, "BODY_SECONDS", 0.05)
+    sent, bodies = ask([part(b"ab", True)])
+    assert (sent[0]["status"], bodies) == (408, [])
+    assert json.loads(sent[1]["body"])["error"]["type"] == "invalid_request_error"
+
+
+def test_a_client_that_goes_before_its_body_is_there():
+    assert ask([part(b"ab", True), {"type": "http.disconnect"}]) == ([], [])
+
+
+@pytest.mark.parametrize("length", [str(MAX_BODY_BYTES + 1), "9" * 30, "-1", "1_0", "\u0663"])
+def test_sizes_that_are_refused_unread(length: str):
+    """Before a byte of the body is read: nothing comes, and the answer is there."""
+    sent, bodies = ask([], {"content-length": length})
+    assert (sent[0]["status"], bodies) == (413, [])
