@@ -112,7 +112,7 @@ class TestPenaltiesOfTheOutput:
         assert row.token_ids != by_full_forward(model, None, prompt, row.token_ids)
 
     def test_leave_out_what_a_slot_reads_while_its_prompt_comes_in_chunks(self, model, slots, monkeypatch):
-        """It is the pad token, which the row would repeat."""
+        """Pad tokens, which the row would repeat."""
         monkeypatch.setattr(prefill_module, "CHUNKS", (4,))
         prompt, pad = prompt_of(model, 20), slots._pad_id
         slots.insert(prompt_of(model, 4), max_new_tokens=20)
