@@ -110,7 +110,9 @@ class StackedAdapters:
         members = self.table.members[self.ids[0]]
         numbers = jnp.argmax(routing.experts[..., None] == members, axis=-1)
         own = jax.tree.map(lambda factor: factor[jnp.maximum(members, 0)], experts)
-        return own(x, Routing(numbers, routing.gates, routing.probabilities[..., : len(members)]))
+        return own(
+            x, Routing(numbers, routing.gates, jnp.zeros((batch, length, len(members))))
+        )  # there may be more than C
 
 
 class StackedLayer(Hook):

@@ -26,7 +26,7 @@ from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.registry import AnyAdapter
 from adafuse_jax.adapters.stacked import INPUT_NUMBERS, NO_ADAPTER, ROUTER_INPUTS, AdapterTable, StackedAdapters
 from adafuse_jax.core.errors import UserError, quoted
-from adafuse_jax.inference.stacked_arrays import Bucket, Expert, StackedArrays
+from adafuse_jax.inference.stacked_arrays import MOST_WEIGHT, Bucket, Expert, StackedArrays
 from adafuse_jax.models.decoder import Backbone
 
 
@@ -125,7 +125,9 @@ class AdapterBank:
         bucket = self.bucket | Bucket.of(adapter)
         experts = self._arrays.experts_of(adapter, bucket)
         if experts is None:
-            raise UserError(f"adapter {quoted(name)} has weights that are not finite; restore its files")
+            raise UserError(
+                f"adapter {quoted(name)} has weights that are not finite or above {MOST_WEIGHT:g}; restore its files"
+            )
         return Prepared(adapter=adapter, bucket=bucket, experts=experts)
 
     def load(self, name: str, adapter: AnyAdapter | Prepared) -> Loaded:
@@ -145,10 +147,10 @@ class AdapterBank:
                 f"adapter {quoted(name)} has {wanted} experts, and {len(free)} of {self.max_experts} are free; unload an "
                 "adapter, or allow more experts"
             )
-        self.reserve(Bucket.of(adapter))
-        if prepared is None or prepared.bucket != self.bucket:  # others have been loaded meanwhile
+        bucket = self.bucket | Bucket.of(adapter)
+        if prepared is None or prepared.bucket != bucket:  # others have been loaded meanwhile
             prepared = self.prepare(name, adapter)
-        free = np.flatnonzero(self._owner == NO_ADAPTER)
+        self.reserve(bucket)
         ids = set(range(1, self.max_experts + 1)) - {a.id for a in (*self._adapters.values(), *self._unloaded.values())}
         self._version += 1
         loaded = Loaded(

@@ -23,7 +23,6 @@ from adafuse_jax.inference.sampling import Sampling, sample
 from adafuse_jax.inference.state import DecodeState
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.hooks import TokenExperts
-from adafuse_jax.models.kv_cache import KVCache
 
 
 class StepResult(NamedTuple):
@@ -55,7 +54,7 @@ def prefill_chunk(
     `logits` of rows that have tokens here are replaced. Until `start`, steps write nothing into these slots. `adapters`: the
     rows' ids in a bank. Returns (state, logits, log-probabilities of the tokens `following` each, if they are given)."""
     at: Any = slice(None) if rows is None else rows
-    cache = state.cache if rows is None else state.cache.rows(rows)
+    cache = (state.cache if rows is None else state.cache.rows(rows)).until(starts)
     offset = jnp.arange(tokens.shape[1])
     inside = offset < lengths[:, None]  # [R, T]
     positions = jnp.where(inside, starts[:, None] + offset, cache.slots)
@@ -157,10 +156,14 @@ def release(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
     return replace(state, done=state.done.at[slot].set(True))
 
 
-@partial(Program, donate_argnames="cache")
-def copy_prefix(cache: KVCache, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""]) -> KVCache:
-    """Copy the first `length` tokens of one slot to another, which has no row that runs."""
-    return cache.with_prefix(source, target, length)
+@partial(Program, donate_argnames="state")
+def copy_prefix(
+    state: DecodeState, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""]
+) -> DecodeState:
+    """Copy the first `length` tokens of one slot to another, which has no row that runs. From now on steps write nothing
+    there: the row before may have ended at a position that the copy has."""
+    cache = state.cache.with_prefix(source, target, length)
+    return replace(state, cache=cache, position=state.position.at[target].set(cache.slots))
 
 
 def _choose(
@@ -180,6 +183,6 @@ def _choose(
     token = jnp.where(ended, pad_id, sample(logits, sampling, draw, seen))
     done = ended | (token[:, None] == stop_ids).any(axis=-1)
     if seen is not None:
-        rows = jnp.arange(len(token))
-        seen = seen.at[rows, token].set(jnp.maximum(seen[rows, token], 1) + 1)
+        rows, drawn = jnp.arange(len(token)), jnp.where(ended, seen.shape[1], token)  # no pad of a row in its prefill
+        seen = seen.at[rows, drawn].set(jnp.maximum(seen[rows, token], 1) + 1, mode="drop")
     return token, done, seen, key, finite

@@ -18,7 +18,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -298,9 +297,8 @@ class Slots:
             self._copy(source, row.slot, row.cached)
 
     def _copy(self, source: int, target: int, length: int) -> None:
-        state = self._take_state()
-        cache = copy_prefix(state.cache, np.int32(source), np.int32(target), np.int32(length))
-        self._state = self._placed(replace(state, cache=cache))
+        state = copy_prefix(self._take_state(), np.int32(source), np.int32(target), np.int32(length))
+        self._state = self._placed(state)
 
     def _next_chunk(self) -> None:
         prefill = self._prefill
@@ -329,7 +327,7 @@ class Slots:
             adapters=ids, following=following,
         )  # fmt: skip
         if logprobs is not None and lengths.any():
-            self._prompt_logprobs.append((int(starts[0]), logprobs))
+            self._prompt_logprobs.append((sum(prefill.sizes[: prefill.done]), logprobs))  # such rows reuse no cache
 
     def _start(self, prefill: Prefill) -> Any:
         positions = np.array([len(row.prompt) for row in prefill.rows], np.int32)
@@ -357,7 +355,7 @@ class Slots:
             self._advance(prefill.rows)
             self._backend.restore()
         if copy in new:
-            self._copy(0, 0, 0)
+            self._copy(prefill.rows[0].slot, prefill.rows[0].slot, 0)
         self._start(prefill)
         for size in sorted(set(prefill.sizes)):
             tokens, starts, lengths = prefill.chunk(0, size)

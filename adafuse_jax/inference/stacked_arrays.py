@@ -27,6 +27,10 @@ from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.parallel.axes import linear_axes, partition_spec
 from adafuse_jax.parallel.mesh import mesh_of
 
+MOST_WEIGHT = 1e20
+"""Size of a weight, at most. Where products are of all experts, A x of other rows' experts has a gate of 0: it must not
+overflow, as 0 times infinity would be NaN."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
@@ -100,7 +104,7 @@ class StackedArrays:
 
     def experts_of(self, adapter: AdaFuse | LoRA, bucket: Bucket) -> tuple[Expert, ...] | None:
         """The experts of an adapter on the device, in the shapes of a bucket; None if they have numbers that are not
-        finite."""
+        finite, or larger than `MOST_WEIGHT`."""
         factors, router = _on_host(adapter)
         experts = tuple(self._expert(number, factors, router, adapter, bucket) for number in range(len(router)))
         are_finite = [_is_finite(expert) for expert in experts]
@@ -170,7 +174,8 @@ def _write(experts: nnx.Dict, routers: Any, place: Int[Array, ""], new: Expert) 
 
 @jax.jit
 def _is_finite(expert: Expert) -> Bool[Array, ""]:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(expert)]).all()
+    sizes = (jnp.abs(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(expert))
+    return jnp.stack([(size <= MOST_WEIGHT).all() for size in sizes]).all()
 
 
 def _on_host(adapter: AdaFuse | LoRA) -> tuple[dict[str, dict[str, np.ndarray]], np.ndarray]:

@@ -140,6 +140,31 @@ class TestMixtures:
         assert any(len(row.token_ids) < row.budget for _, row in traffic.left)
         assert any(row.cached for _, row in traffic.left)
 
+    def test_an_adapter_of_all_experts_reads_a_prompt(self, model):
+        """Its experts, padded to a power of two, are more than the bank has."""
+        adapter = random_adapter(model.config, num_experts=3, targets=("q_proj", "down_proj"))
+        bank = bank_of(model, {"a": adapter}, max_experts=3)
+        slots = Engine(model, bank, eos_ids=()).slots(2)
+        slots.insert(prompt_of(model, 20), max_new_tokens=3, adapter="a")
+        while slots.step() is not None:
+            pass
+        check(model, adapter, slots.evict(0))
+
+    def test_a_row_that_is_not_finite_leaves_nothing_in_its_slot(self, model):
+        """Hidden keys and values of the row before have a weight of 0, which times NaN is NaN."""
+        overflowing = random_adapter(model.config, num_experts=2, alpha=1e4, targets=("q_proj", "v_proj"))
+        for experts in overflowing.experts.values():
+            experts.A[...], experts.B[...] = 1e20 * experts.A[...], 1e20 * experts.B[...]
+        bank = bank_of(model, {"overflowing": overflowing}, max_experts=2)
+        slots = Engine(model, bank, eos_ids=()).slots(1)
+        for name, reason in (("overflowing", "not_finite"), (None, "length")):
+            slots.insert(prompt_of(model, 30 if name else 18), max_new_tokens=3, adapter=name)
+            while slots.step() is not None:
+                pass
+            row = slots.evict(0)
+            assert row.finish_reason == reason
+        check(model, None, row)
+
     @pytest.mark.slow
     def test_a_larger_adapter_joins_while_rows_run(self, model):
         """An adapter with more ranks, linears, experts and a larger top-k: one more decoding program, and rows go on."""
@@ -239,8 +264,11 @@ class TestLoading:
     def test_refusals(self, models, model):
         adapters = adapters_of(model)
         bank = bank_of(model, {"all": adapters["all"]}, max_experts=6)
-        broken = random_adapter(model.config, num_experts=2)
+        bucket = bank.bucket
+        broken = random_adapter(model.config, num_experts=2, rank=20)
         broken.experts["q_proj"].B[...] = broken.experts["q_proj"].B[...].at[0, 0, 0, 0].set(jnp.nan)
+        large = random_adapter(model.config, num_experts=1, top_k=1)
+        large.experts["q_proj"].A[...] = 1e30 * large.experts["q_proj"].A[...]
         other = random_adapter(models("qwen3").config, num_experts=2)
         for name, adapter, message in (
             ("all", adapters["ffn"], "'all' is loaded already; unload it first"),
@@ -252,6 +280,7 @@ class TestLoading:
             ),
             ("pesc", random_method("pesc", model.config), "'pesc' is of pesc, which has routers in every layer"),
             ("nan", broken, "'nan' has weights that are not finite"),
+            ("large", large, "'large' has weights that are not finite or above 1e\\+20"),
             ("other", other, "'other' is of another backbone"),
         ):
             with pytest.raises(UserError, match=message):
@@ -263,8 +292,19 @@ class TestLoading:
             bank.unload("x")
         with pytest.raises(UserError, match="give 1 to 4096"):
             AdapterBank(model, max_experts=0)
-        assert (list(bank.adapters), bank.free_experts) == (["all"], 2)
+        assert (list(bank.adapters), bank.free_experts, bank.bucket) == (["all"], 2, bucket)
         bank.load("ffn", adapters["ffn"])
+
+    def test_the_megakernel_is_asked_about_the_bank(self, model, monkeypatch):
+        asked: list[Any] = []
+        monkeypatch.setattr(
+            megakernel,
+            "fused_unsupported_reason",
+            lambda model, batch=1, adapter=None, bucket=None: asked.append(adapter),
+        )
+        bank = AdapterBank(model, max_experts=2)
+        Engine(model, bank, strategy="fused").slots(2)
+        assert asked == [bank, bank]
 
     def test_engine_refuses_names_without_a_bank_and_strategies_that_merge(self, model):
         with pytest.raises(UserError, match="wants adapter 'x', and no bank of adapters is loaded"):

@@ -74,6 +74,19 @@ class TestLogProbabilities:
             assert [token for token, _ in entry.top] == likeliest.tolist()
             np.testing.assert_allclose([value for _, value in entry.top], wanted[at, likeliest], atol=1e-4)
 
+    def test_of_a_prompt_beside_one_that_reuses_a_cache(self, model):
+        slots = Engine(model, eos_ids=()).slots(2, context_length=CONTEXT)
+        known, prompt = prompt_of(model, 30), prompt_of(model, 12, seed=4)
+        slots.insert(known, max_new_tokens=2)
+        run(slots)
+        slots.evict(0)
+        slots.insert([*known, 5], max_new_tokens=2, reuse_cache=True)
+        slots.insert(prompt, max_new_tokens=2, prompt_logprobs=0)
+        run(slots)
+        assert slots.rows[0].cached == 30
+        found = [entry.logprob for entry in slots.rows[1].prompt_logprobs[1:]]
+        np.testing.assert_allclose(found, log_softmax(model, prompt)[np.arange(11), prompt[1:]], atol=1e-4)
+
     def test_bounds(self, slots):
         with pytest.raises(UserError, match="21 log-probabilities are wanted of each token; give 0 to 20"):
             slots.insert([3], max_new_tokens=1, logprobs=21)
@@ -97,6 +110,19 @@ class TestPenaltiesOfTheOutput:
             assert penalized[token] >= penalized.max() - 1e-5
             counts[token] += 1
         assert row.token_ids != by_full_forward(model, None, prompt, row.token_ids)
+
+    def test_leave_out_what_a_slot_reads_while_its_prompt_comes_in_chunks(self, model, slots, monkeypatch):
+        """Pad tokens, which the row would repeat."""
+        monkeypatch.setattr(prefill_module, "CHUNKS", (4,))
+        prompt, pad = prompt_of(model, 20), slots._pad_id
+        slots.insert(prompt_of(model, 4), max_new_tokens=20)
+        for _ in range(3):
+            slots.step()
+        slots.insert(prompt, max_new_tokens=1, sampling=Sampling.of(frequency_penalty=-100))
+        run(slots)
+        assert pad not in prompt
+        row = slots.evict(1)
+        assert row.token_ids == by_full_forward(model, None, prompt, row.token_ids) != [pad]
 
 
 class TestContext:
@@ -171,6 +197,29 @@ class TestPrefixes:
         assert finish(insert(4, "lora")) == [2, 30]  # what the slot itself has is not copied
         assert len(copies) == 1
         assert finish(insert(5, None))[1] == 0
+
+    def test_stay_whole_while_programs_are_compiled(self, model, slots, copies):
+        """They come into a slot whose last row ended at a position that they have."""
+        prompt = prompt_of(model, 40)
+        slots.insert(prompt, max_new_tokens=3)
+        slots.insert(prompt_of(model, 5, seed=3), max_new_tokens=3)
+        run(slots)
+        slots.evict(1)
+        slots.insert([*prompt, 7, 8], max_new_tokens=8, reuse_cache=True, slot=1, logprobs=0)
+        run(slots)
+        assert copies == [(0, 1, 40)]
+        for slot in (0, 1):
+            row = slots.evict(slot)
+            assert row.token_ids == by_full_forward(model, None, row.prompt, row.token_ids)
+
+    def test_leave_running_rows_alone_while_programs_are_compiled(self, model, slots):
+        slots.insert(prompt_of(model, 4), max_new_tokens=20)
+        for _ in range(3):
+            slots.step()
+        slots.insert(prompt_of(model, 9), max_new_tokens=2, reuse_cache=True)
+        run(slots)
+        row = slots.evict(0)
+        assert row.token_ids == by_full_forward(model, None, row.prompt, row.token_ids)
 
     def test_common_length_leaves_the_last_token(self):
         rng = np.random.default_rng(0)

@@ -306,7 +306,7 @@ class Megakernel(Backend):
 
     def for_batch(self, batch: int) -> Backend:
         if batch not in self._reasons:
-            self._reasons[batch] = reason = self.unsupported_reason(self._model, self.adapter, batch)
+            self._reasons[batch] = reason = self.unsupported_reason(self._model, self._adapter, batch)
             if reason is not None and self._fallback is not None:
                 log.log(
                     dispatch_log_level(), "decoding %d prompts unfused: the megakernel cannot, as %s", batch, reason
