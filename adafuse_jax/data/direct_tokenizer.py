@@ -41,7 +41,7 @@ BACKEND_MODELS = (
 UNCOVERED_KEYS = (
     "auto_map", "fast_tokenizer_files", "fix_mistral_regex", "gguf_file", "init_inputs", "merges",
     "model_specific_special_tokens", "post_processor", "tokenizer_object", "tokenizer_padding", "tokenizer_truncation",
-    "vocab", "unk_id", "_json_padding", "_json_truncation",
+    "trust_remote_code", "vocab", "unk_id", "_json_padding", "_json_truncation",
     "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
 )  # fmt: skip
 SPECIAL_KEYS = {*ROLES, "additional_special_tokens", "extra_special_tokens"}
@@ -221,6 +221,8 @@ def _class_name(path: Path, settings: dict[str, Any], model: dict[str, Any], *, 
         raise NotCovered(f"config.json has model_type {str(model_type)[:40]}")
     if "model_name" in model or (declared is None and model.get("tokenizer_class") is not None):
         raise NotCovered("config.json names its tokenizer")
+    if declared is not None and (not declared or not isinstance(declared, str)):
+        raise NotCovered("tokenizer_class is no name")
     if os.path.exists(path / "tekken.json"):
         raise NotCovered("it has a tekken.json")
     found = str(declared or DEFAULT_CLASSES[model_type])
@@ -300,13 +302,12 @@ def _content(token: str | AddedToken) -> str:
 def _add_tokens(
     backend: Tokenizer, added: dict[str, AddedToken], special: Tokens, extra: list[str | AddedToken]
 ) -> None:
-    """Add the listed tokens, then those special ones that there are not yet."""
+    """Add the listed tokens, then those special ones that there are not yet. Of one with several forms the last one counts."""
     roles = [*special.values()]
     known = {token.content for token in backend.get_added_tokens_decoder().values()} | added.keys()
     tokens: list[str | AddedToken] = [*added.values()]
     for token in (*roles, *extra):
-        if _content(token) not in known:
-            known.add(_content(token))
+        if _content(token) not in known and token not in tokens:
             tokens.append(token)
     named = {_content(token) for token in roles}
     for i, token in enumerate(tokens):

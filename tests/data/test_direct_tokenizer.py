@@ -166,6 +166,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "chat_template": [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
     },
     "no template": {"chat_template": None},
+    "one token, several forms": {
+        "bos_token": "<a>",
+        "pad_token": {"__type": "AddedToken", "content": "<a>", **TOKEN, "lstrip": True},
+        "extra_special_tokens": ["<b>", {"__type": "AddedToken", "content": "<b>", **TOKEN, "rstrip": True}],
+    },
 }
 
 
@@ -201,6 +206,8 @@ NOT_COVERED = {
     "another class": {"tokenizer_class": "GemmaTokenizer"},
     "a token by name": {"image_token": "<image>"},
     "named extra tokens": {"extra_special_tokens": {"image_token": "<image>"}},
+    "no class": {"tokenizer_class": ""},
+    "trusted": {"tokenizer_class": "Qwen2Tokenizer", "trust_remote_code": True},
     "broken": {"added_tokens_decoder": {"x": 5}},
 }
 
