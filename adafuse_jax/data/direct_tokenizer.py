@@ -110,8 +110,15 @@ class DirectTokenizer:
         return list(dict.fromkeys([*self.special_tokens_map.values(), *self._extra]))
 
     @property
+    def all_special_ids(self) -> list[int | None]:
+        return [self.convert_tokens_to_ids(token) for token in self.all_special_tokens]
+
+    @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
         return self.backend_tokenizer.get_added_tokens_decoder()
+
+    def __len__(self) -> int:
+        return self.backend_tokenizer.get_vocab_size(with_added_tokens=True)
 
     def get_vocab(self) -> dict[str, int]:
         return self.backend_tokenizer.get_vocab(with_added_tokens=True)
@@ -150,6 +157,10 @@ class DirectTokenizer:
             for old, new in CLEAN_UP:
                 text = text.replace(old, new)
         return text
+
+    def batch_decode(self, sequences: Sequence[Any], **options: Any) -> list[str]:
+        """`decode` of each."""
+        return [self.decode(ids, **options) for ids in sequences]
 
 
 def direct_tokenizer(directory: str) -> DirectTokenizer:
