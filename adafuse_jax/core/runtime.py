@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 import threading
 import warnings
@@ -19,6 +20,9 @@ log = logging.getLogger(__name__)
 
 MAX_LOG_LINE = 1000
 """Characters of a log line, at most."""
+CACHE_WARNING = re.compile(r"Error (reading|writing) persistent compilation cache entry for '[^']*': (.*)", re.DOTALL)
+_cache_faults: set[str] = set()
+"""The faults of the cache that have been reported."""
 
 
 def set_up() -> None:
@@ -82,8 +86,17 @@ class _OneLine(logging.Formatter):
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    text = f"{message} ({category.__name__})"
+    if found := CACHE_WARNING.match(str(message)):  # of each of dozens of programs
+        if found[1] in _cache_faults:
+            return
+        _cache_faults.add(found[1])
+        text = (
+            f"{found[1]} the cache of compiled programs failed ({shortened(found[2], 200)}); empty its directory, or set "
+            "JAX_COMPILATION_CACHE_DIR to one that can be written"
+        )
     with contextlib.suppress(OSError, ValueError):
-        print(f"warning: {shortened(str(message), MAX_LOG_LINE)} ({category.__name__})", file=sys.stderr)
+        print(f"warning: {shortened(text, MAX_LOG_LINE)}", file=sys.stderr)
 
 
 @cache

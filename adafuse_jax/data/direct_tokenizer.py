@@ -313,7 +313,7 @@ def _content(token: str | AddedToken) -> str:
 def _add_tokens(
     backend: Tokenizer, added: dict[str, AddedToken], special: Tokens, extra: list[str | AddedToken]
 ) -> None:
-    """Add the listed tokens, then those special ones that there are not yet. Of one with several forms the last one counts."""
+    """Add the listed tokens, then those special ones that there are not yet; of several forms of one, the last counts."""
     roles = [*special.values()]
     known = {token.content for token in backend.get_added_tokens_decoder().values()} | added.keys()
     tokens: list[str | AddedToken] = [*added.values()]

@@ -332,6 +332,19 @@ def test_warnings_and_log_lines_are_one_line():
     assert third == "failed"
 
 
+def test_a_broken_cache_of_programs_is_one_line(tmp_path):
+    code = (
+        "from adafuse_jax.core import runtime; runtime.set_up(); import jax; from pathlib import Path\n"
+        "def run(): jax.clear_caches(); [jax.jit(lambda x, i=i: x + i)(i) for i in (1.0, 2, True)]\n"
+        f"run(); [file.write_bytes(b'broken') for file in Path({str(tmp_path)!r}).iterdir()]; run()\n"
+    )
+    environment = tiny.environment() | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("warning: reading the cache of compiled programs failed (")
+    assert len(line) <= 400
+
+
 def test_without_a_home_programs_are_not_cached():
     code = (
         "import os, pwd\n"
