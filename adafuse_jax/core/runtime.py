@@ -57,17 +57,39 @@ def set_up() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def start_devices() -> None:
-    """Begin to initialise the devices in a thread: a GPU's driver takes seconds, in which modules are imported. An error is
-    that of the first use, which JAX repeats."""
+@contextlib.contextmanager
+def started_devices() -> Iterator[None]:
+    """Context whose devices a thread begins to initialise: a GPU's driver takes seconds, in which modules are imported.
+
+    Raises:
+      UserError: the body failed, and so did the devices. JAX names the reason to its first caller alone.
+    """
+    failed: list[Exception] = []
 
     def initialise() -> None:
         import jax
 
-        with contextlib.suppress(Exception):
+        try:
             jax.devices()
+        except Exception as error:
+            failed.append(error)
 
-    threading.Thread(target=initialise, name="devices").start()
+    thread = threading.Thread(target=initialise, name="devices")
+    thread.start()
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        thread.join()
+        if not failed:
+            raise
+        reason = shortened(str(failed[0]) or str(error) or type(error).__name__, 200)
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(
+            f"no device can be used ({reason}; JAX_PLATFORMS={shortened(platforms, 40)}); correct JAX_PLATFORMS, or repair the "
+            "device's driver"
+        ) from error
 
 
 class _StderrHandler(logging.StreamHandler):

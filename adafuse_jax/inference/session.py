@@ -67,11 +67,12 @@ class Completion:
 def _backends_not_logged() -> Iterator[None]:
     """Context in which the choice of a backend is not logged: it is made again for the loaded weights."""
     logger = logging.getLogger(backends.__name__)
+    level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(logging.NOTSET)
+        logger.setLevel(level)
 
 
 class Session:
