@@ -85,10 +85,9 @@ def started_devices() -> Iterator[None]:
         if not failed:
             raise
         reason = shortened(str(failed[0]) or str(error) or type(error).__name__, 200)
-        platforms = os.environ.get("JAX_PLATFORMS", "")
+        platforms = shortened(os.environ.get("JAX_PLATFORMS", ""), 40)
         raise UserError(
-            f"no device can be used ({reason}; JAX_PLATFORMS={shortened(platforms, 40)}); correct JAX_PLATFORMS, or repair the "
-            "device's driver"
+            f"no device can be used ({reason}; JAX_PLATFORMS={platforms}); correct JAX_PLATFORMS, or repair the driver"
         ) from error
 
 
