@@ -54,8 +54,10 @@ def decode(argv: Sequence[str], program: str = "decode.py") -> int:
 
     (config,) = parse_flags(decode.__doc__, (DecodeConfig,), argv, program)
     runtime.set_up()
-    runtime.start_devices()
-    with runtime.memory_errors("shorten the prompt, lower --batch-size or --max-new-tokens, or give --dtype bfloat16"):
+    memory_errors = runtime.memory_errors(
+        "shorten the prompt, lower --batch-size or --max-new-tokens, or give --dtype bfloat16"
+    )
+    with runtime.started_devices(), memory_errors:
         from adafuse_jax.inference.console import decode as run_decoding
 
         run_decoding(config)

@@ -130,7 +130,11 @@ def load_backbone(
         return place.fill(leaf[...], logical_axes(path), map(tensors.view, names[index]))
 
     with ThreadPoolExecutor(place.num_threads) as threads:
-        filled = [*threads.map(fill, range(len(leaves)))]
+        try:
+            filled = [*threads.map(fill, range(len(leaves)))]
+        except BaseException:  # Ctrl-C: the threads would read on
+            tensors.stop()
+            raise
     for (_, leaf), of_leaf, finite in zip(leaves, names, jax.device_get([finite for _, finite in filled]), strict=True):
         if not np.all(finite):
             raise _not_finite(tensors, of_leaf[int(np.argmin(finite))], leaf.dtype)

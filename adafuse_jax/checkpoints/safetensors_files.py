@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -105,12 +106,13 @@ class Tensors:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._open: dict[str, Any] = {}
-        self._files: dict[str, str] = {}
         self._mapped: dict[str, MappedFile] = {}
+        self._is_stopped = False
         files = _weight_files(directory)
         for name in files:
             file = open_safetensors(directory / name)
             with safetensors_errors(directory / name):
+                mapped = MappedFile(directory / name)  # at once: a file that replaces it later has other tensors
                 for tensor in file.keys():  # noqa: SIM118 - not a dict
                     if tensor in self._open:
                         raise UserError(
@@ -118,7 +120,7 @@ class Tensors:
                         )
                     entry = file.get_slice(tensor)
                     self.shapes[tensor], self.dtypes[tensor] = tuple(entry.get_shape()), entry.get_dtype()
-                    self._open[tensor], self._files[tensor] = file, name
+                    self._open[tensor], self._mapped[tensor] = file, mapped
         if not self._open:
             raise UserError(f"{directory}: its safetensors files hold no tensor; restore them")
         others = sorted(
@@ -138,13 +140,15 @@ class Tensors:
         with safetensors_errors(self.directory, name):
             return self._open[name].get_tensor(name)
 
+    def stop(self) -> None:
+        """End threads that read, at their next `view`."""
+        self._is_stopped = True
+
     def view(self, name: str) -> np.ndarray:
-        """`read` without a copy: the pages of the file, mapped into memory."""
-        file = self._files[name]
-        if file not in self._mapped:
-            with safetensors_errors(self.directory, name):
-                self._mapped[file] = MappedFile(self.directory / file)
-        return self._mapped[file].view(name)
+        """`read` without a copy: the pages of the file, mapped into memory. Raises `CancelledError` after `stop`."""
+        if self._is_stopped:
+            raise CancelledError
+        return self._mapped[name].view(name)
 
     def identity(self) -> str:
         """SHA-256 over every tensor's name, type, shape and up to eight evenly spaced rows: another backbone differs."""

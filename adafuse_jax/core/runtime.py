@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 import threading
 import warnings
@@ -19,6 +20,9 @@ log = logging.getLogger(__name__)
 
 MAX_LOG_LINE = 1000
 """Characters of a log line, at most."""
+CACHE_WARNING = re.compile(r"Error (reading|writing) persistent compilation cache entry for '[^']*': (.*)", re.DOTALL)
+_cache_faults: set[str] = set()
+"""The faults of the cache that have been reported."""
 
 
 def set_up() -> None:
@@ -53,17 +57,38 @@ def set_up() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def start_devices() -> None:
-    """Begin to initialise the devices in a thread: a GPU's driver takes seconds, in which modules are imported. An error is
-    that of the first use, which JAX repeats."""
+@contextlib.contextmanager
+def started_devices() -> Iterator[None]:
+    """Context whose devices a thread begins to initialise: a GPU's driver takes seconds, in which modules are imported.
+
+    Raises:
+      UserError: the body failed, and so did the devices. JAX names the reason to its first caller alone.
+    """
+    failed: list[Exception] = []
 
     def initialise() -> None:
         import jax
 
-        with contextlib.suppress(Exception):
+        try:
             jax.devices()
+        except Exception as error:
+            failed.append(error)
 
-    threading.Thread(target=initialise, name="devices").start()
+    thread = threading.Thread(target=initialise, name="devices")
+    thread.start()
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        thread.join()
+        if not failed:
+            raise
+        reason = shortened(str(failed[0]) or str(error) or type(error).__name__, 200)
+        platforms = shortened(os.environ.get("JAX_PLATFORMS", ""), 40)
+        raise UserError(
+            f"no device can be used ({reason}; JAX_PLATFORMS={platforms}); correct JAX_PLATFORMS, or repair the driver"
+        ) from error
 
 
 class _StderrHandler(logging.StreamHandler):
@@ -82,8 +107,17 @@ class _OneLine(logging.Formatter):
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    text = f"{message} ({category.__name__})"
+    if found := CACHE_WARNING.match(str(message)):  # of each of dozens of programs
+        if found[1] in _cache_faults:
+            return
+        _cache_faults.add(found[1])
+        text = (
+            f"{found[1]} the cache of compiled programs failed ({shortened(found[2], 200)}); empty its directory, or set "
+            "JAX_COMPILATION_CACHE_DIR to one that can be written"
+        )
     with contextlib.suppress(OSError, ValueError):
-        print(f"warning: {shortened(str(message), MAX_LOG_LINE)} ({category.__name__})", file=sys.stderr)
+        print(f"warning: {shortened(text, MAX_LOG_LINE)}", file=sys.stderr)
 
 
 @cache

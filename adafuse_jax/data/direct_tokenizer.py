@@ -41,7 +41,7 @@ BACKEND_MODELS = (
 UNCOVERED_KEYS = (
     "auto_map", "fast_tokenizer_files", "fix_mistral_regex", "gguf_file", "init_inputs", "merges",
     "model_specific_special_tokens", "post_processor", "tokenizer_object", "tokenizer_padding", "tokenizer_truncation",
-    "vocab", "unk_id", "_json_padding", "_json_truncation",
+    "trust_remote_code", "vocab", "unk_id", "_json_padding", "_json_truncation",
     "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
 )  # fmt: skip
 SPECIAL_KEYS = {*ROLES, "additional_special_tokens", "extra_special_tokens"}
@@ -110,8 +110,15 @@ class DirectTokenizer:
         return list(dict.fromkeys([*self.special_tokens_map.values(), *self._extra]))
 
     @property
+    def all_special_ids(self) -> list[int | None]:
+        return [self.convert_tokens_to_ids(token) for token in self.all_special_tokens]
+
+    @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
         return self.backend_tokenizer.get_added_tokens_decoder()
+
+    def __len__(self) -> int:
+        return self.backend_tokenizer.get_vocab_size(with_added_tokens=True)
 
     def get_vocab(self) -> dict[str, int]:
         return self.backend_tokenizer.get_vocab(with_added_tokens=True)
@@ -150,6 +157,10 @@ class DirectTokenizer:
             for old, new in CLEAN_UP:
                 text = text.replace(old, new)
         return text
+
+    def batch_decode(self, sequences: Sequence[Any], **options: Any) -> list[str]:
+        """`decode` of each."""
+        return [self.decode(ids, **options) for ids in sequences]
 
 
 def direct_tokenizer(directory: str) -> DirectTokenizer:
@@ -221,6 +232,8 @@ def _class_name(path: Path, settings: dict[str, Any], model: dict[str, Any], *, 
         raise NotCovered(f"config.json has model_type {str(model_type)[:40]}")
     if "model_name" in model or (declared is None and model.get("tokenizer_class") is not None):
         raise NotCovered("config.json names its tokenizer")
+    if declared is not None and (not declared or not isinstance(declared, str)):
+        raise NotCovered("tokenizer_class is no name")
     if os.path.exists(path / "tekken.json"):
         raise NotCovered("it has a tekken.json")
     found = str(declared or DEFAULT_CLASSES[model_type])
@@ -300,13 +313,12 @@ def _content(token: str | AddedToken) -> str:
 def _add_tokens(
     backend: Tokenizer, added: dict[str, AddedToken], special: Tokens, extra: list[str | AddedToken]
 ) -> None:
-    """Add the listed tokens, then those special ones that there are not yet."""
+    """Add the listed tokens, then those special ones that there are not yet; of several forms of one, the last counts."""
     roles = [*special.values()]
     known = {token.content for token in backend.get_added_tokens_decoder().values()} | added.keys()
     tokens: list[str | AddedToken] = [*added.values()]
     for token in (*roles, *extra):
-        if _content(token) not in known:
-            known.add(_content(token))
+        if _content(token) not in known and token not in tokens:
             tokens.append(token)
     named = {_content(token) for token in roles}
     for i, token in enumerate(tokens):

@@ -67,11 +67,12 @@ class Completion:
 def _backends_not_logged() -> Iterator[None]:
     """Context in which the choice of a backend is not logged: it is made again for the loaded weights."""
     logger = logging.getLogger(backends.__name__)
+    level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(logging.NOTSET)
+        logger.setLevel(level)
 
 
 class Session:
@@ -125,8 +126,12 @@ class Session:
             slots = self._waiting(prepare(empty), first) if can_compile else None
         with ThreadPoolExecutor(1, "load") as thread:
             loading = thread.submit(load_backbone, checkpoint, dtype, place=place, into=empty)
-            with compiled_ahead(slots.compile if slots is not None else None):
-                self.engine = prepare(loading.result())
+            try:
+                with compiled_ahead(slots.compile if slots is not None else None):
+                    self.engine = prepare(loading.result())
+            except BaseException:  # Ctrl-C: the thread would read on
+                checkpoint.tensors.stop()
+                raise
 
     def _waiting(self, engine: Engine, prompts: Sequence[Prompt]) -> Slots | None:
         """Slots in which the prompts wait; None where one of them is refused, which is reported when it is asked."""

@@ -57,19 +57,19 @@ def run_start(report: Path, began: float, flags: Sequence[str]) -> None:
     from adafuse_jax.core import runtime
 
     runtime.set_up()
-    runtime.start_devices()
     import jax
 
     events: Counter[str] = Counter()
     jax.monitoring.register_event_listener(lambda event, **_: events.update([event]))
     jax.monitoring.register_event_duration_secs_listener(lambda event, duration_secs, **_: events.update([event]))
-    from adafuse_jax.__main__ import decode
-    from adafuse_jax.inference import console, session
-    from adafuse_jax.inference.slots import Slots
+    with runtime.started_devices():  # as decode does before its imports
+        from adafuse_jax.__main__ import decode
+        from adafuse_jax.inference import console, session
+        from adafuse_jax.inference.slots import Slots
 
-    add("imports", begin)
-    begin = since()
-    jax.devices()
+        add("imports", begin)
+        begin = since()
+        jax.devices()
     add("devices, beyond the imports", begin)
     timed(session.HFCheckpoint, "open", "checkpoint opened")
     for name, part in {

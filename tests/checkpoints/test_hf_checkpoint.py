@@ -107,6 +107,16 @@ def test_each_file_is_opened_once(folder: Path, tmp_path: Path, counted: Counter
     assert counted == config_files + copied + Counter(shards)
 
 
+def test_a_file_that_replaces_an_opened_one_is_not_mixed_with_it(tmp_path: Path):
+    checkpoint = HFCheckpoint.open(tiny.write_model(tmp_path / "model"))
+    first = load_backbone(checkpoint)
+    other = tiny.write_model(tmp_path / "other", name="other")
+    checkpoint = HFCheckpoint.open(tmp_path / "model")
+    (other / "model.safetensors").replace(tmp_path / "model" / "model.safetensors")
+    for one, again in zip(jax.tree.leaves(first), jax.tree.leaves(load_backbone(checkpoint)), strict=True):
+        np.testing.assert_array_equal(one, again)
+
+
 class TestPlacement:
     def test_receives_every_leaf_with_its_axes_and_tensors(self, tmp_path: Path):
         """A placement that adds up each leaf: what it returns is the leaf."""

@@ -18,7 +18,7 @@ import tiny
 
 from adafuse_jax.core import runtime
 from adafuse_jax.core.cli import BROKEN_PIPE_CODE, run_cli
-from adafuse_jax.core.errors import MAX_MESSAGE, UserError
+from adafuse_jax.core.errors import EXIT_CODE, MAX_MESSAGE, UserError
 
 COMMANDS = {
     "adafuse train": ["-m", "adafuse_jax", "train", "--model=m", "--dataset=d", "--output=o"],
@@ -330,6 +330,31 @@ def test_warnings_and_log_lines_are_one_line():
     assert second.startswith("one two xxx")
     assert len(second) <= runtime.MAX_LOG_LINE
     assert third == "failed"
+
+
+def test_devices_that_cannot_be_used(tmp_path):
+    folder = tiny.write_folder(tmp_path)
+    environment = tiny.environment(JAX_PLATFORMS="no_such_platform")
+    done = tiny.run_script("decode", tiny.decode_flags(folder), env=environment)
+    assert done.returncode == EXIT_CODE, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: no device can be used (")
+    assert "no_such_platform" in line
+    missing = tiny.run_script("decode", ["--model", "/nowhere", "--prompt", "Hi"], env=environment)
+    assert "no such model directory" in missing.stderr
+
+
+def test_a_broken_cache_of_programs_is_one_line(tmp_path):
+    code = (
+        "from adafuse_jax.core import runtime; runtime.set_up(); import jax; from pathlib import Path\n"
+        "def run(): jax.clear_caches(); [jax.jit(lambda x, i=i: x + i)(i) for i in (1.0, 2, True)]\n"
+        f"run(); [file.write_bytes(b'broken') for file in Path({str(tmp_path)!r}).iterdir()]; run()\n"
+    )
+    environment = tiny.environment() | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("warning: reading the cache of compiled programs failed (")
+    assert len(line) <= 400
 
 
 def test_without_a_home_programs_are_not_cached():

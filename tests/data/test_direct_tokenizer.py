@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import pickle
 import shutil
@@ -20,6 +21,7 @@ TEXTS = (
     "", "Hello world", "  <|im_start|>user\n hi <|im_end|> x</s> <s>", "日本語 ñ é 🙂 a\u0301",
     "a\n\n\tb   c 12345 don't WON'T", " x . y ? it 's n't 've", "<|endoftext|>  \t<tool> <think>\n", "▁a▁", "<unk>",
 )  # fmt: skip
+REPOSITORY, FOLDERS = Path(__file__).parents[2], ("adafuse_jax", "benchmarks", "studies", "examples")
 PROSE = "the cat sat on the mat, and the dog didn't. Ça va? 12 + 30 = 42 日本語 " * 3
 TOKEN = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
 
@@ -30,11 +32,12 @@ def assert_same(directory: Path) -> None:
     assert own.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
     for name in (
         "chat_template", "special_tokens_map", "all_special_tokens", "bos_token", "eos_token", "bos_token_id",
-        "eos_token_id", "name_or_path", "is_fast", "split_special_tokens",
+        "eos_token_id", "name_or_path", "is_fast", "split_special_tokens", "all_special_ids",
     ):  # fmt: skip
         assert getattr(own, name) == getattr(other, name), name
     assert list(own.special_tokens_map) == list(other.special_tokens_map)
     assert own.get_vocab() == other.get_vocab()
+    assert len(own) == len(other)
     assert {i: repr(t) for i, t in own.added_tokens_decoder.items()} == {
         i: repr(t) for i, t in other.added_tokens_decoder.items()
     }
@@ -47,7 +50,9 @@ def assert_same(directory: Path) -> None:
                     options = {"skip_special_tokens": skip, "clean_up_tokenization_spaces": clean}
                     assert own.decode(ids, **options) == other.decode(ids, **options)
         assert own.convert_tokens_to_ids(text) == other.convert_tokens_to_ids(text)
-    assert own(list(TEXTS)).input_ids == other(list(TEXTS)).input_ids
+    lists = own(list(TEXTS)).input_ids
+    assert lists == other(list(TEXTS)).input_ids
+    assert own.batch_decode(lists) == other.batch_decode(lists)
     assert [own.convert_ids_to_tokens(i) for i in range(400)] == [other.convert_ids_to_tokens(i) for i in range(400)]
 
 
@@ -166,6 +171,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "chat_template": [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
     },
     "no template": {"chat_template": None},
+    "one token, several forms": {
+        "bos_token": "<a>",
+        "pad_token": {"__type": "AddedToken", "content": "<a>", **TOKEN, "lstrip": True},
+        "extra_special_tokens": ["<b>", {"__type": "AddedToken", "content": "<b>", **TOKEN, "rstrip": True}],
+    },
 }
 
 
@@ -201,6 +211,8 @@ NOT_COVERED = {
     "another class": {"tokenizer_class": "GemmaTokenizer"},
     "a token by name": {"image_token": "<image>"},
     "named extra tokens": {"extra_special_tokens": {"image_token": "<image>"}},
+    "no class": {"tokenizer_class": ""},
+    "trusted": {"tokenizer_class": "Qwen2Tokenizer", "trust_remote_code": True},
     "broken": {"added_tokens_decoder": {"x": 5}},
 }
 
@@ -235,6 +247,16 @@ def test_the_log_names_the_reason(variant, caplog):
     assert (
         f"{directory}: the tokenizer is read by transformers, as tokenizer_config.json has image_token" in caplog.text
     )
+
+
+def test_it_has_every_attribute_that_the_project_uses(kinds):
+    own = direct_tokenizer(str(kinds["byte_level"]))
+    for path in [p for folder in FOLDERS for p in (REPOSITORY / folder).rglob("*.py")]:
+        text = path.read_text("utf-8")
+        known = {*dir(own), *(dir(Tokenizer) if "tokenizers.Tokenizer" in text or "from tokenizers" in text else ())}
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] == "tokenizer":
+                assert node.attr in known, f"{path}, line {node.lineno}"
 
 
 def test_pickle(kinds):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ import tiny
 
 from adafuse_jax.checkpoints import placement
 from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, empty_backbone, load_backbone
+from adafuse_jax.checkpoints.safetensors_files import Tensors
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.examples import Chat, Message
 from adafuse_jax.inference import session
@@ -95,6 +98,29 @@ def test_the_choice_of_a_backend_is_logged_once(folder, caplog):
     caplog.set_level("DEBUG", "adafuse_jax")
     Session(DecodeConfig(model=str(folder / "model")), first=["Hi"])
     assert caplog.text.count("decoding unmerged") == 1
+
+
+def test_ctrl_c_ends_the_loading(folder, monkeypatch):
+    """Not all of the weights are read first: from a slow disk that takes minutes."""
+    reads, interrupted = [], threading.Event()
+    view = Tensors.view
+
+    def slow(self: Tensors, name: str) -> np.ndarray:
+        interrupted.wait(20)
+        found = view(self, name)
+        reads.append(name)
+        return found
+
+    def interrupt(*_: object) -> Iterator[None]:
+        threading.Timer(0.5, interrupted.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tensors, "view", slow)
+    monkeypatch.setattr(session, "compiled_ahead", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Session(DecodeConfig(model=str(folder / "model")), first=["Hi"])
+    assert interrupted.is_set()
+    assert reads == []
 
 
 class TestProgram:
