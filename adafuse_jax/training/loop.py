@@ -26,7 +26,7 @@ from adafuse_jax.training.data import Data
 from adafuse_jax.training.metrics import Report, not_finite, step_line
 from adafuse_jax.training.schedules import Phases, learning_rate
 from adafuse_jax.training.signals import Stopped, stop_signals
-from adafuse_jax.training.step import TrainState, train_step
+from adafuse_jax.training.step import TrainState, forward, train_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +43,10 @@ class Run:
     report: Report
     layout: Layout
     max_segments: int
-    forward: Callable[..., Any]
-    """See `train_step`."""
     open_output: Callable[[], None]
     """Called once: after the first step of a run that begins, otherwise at once."""
+    forward: Callable[..., Any] = forward
+    """See `train_step`."""
 
     def batch(self, step: int) -> Any:
         """The batch of a step, on its devices if there are several; this process reads its own rows."""

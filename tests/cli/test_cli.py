@@ -132,7 +132,7 @@ class TestAdafuse:
                 env=tiny.environment(PYTHONPATH=str(target)),
             )  # fmt: skip
             assert done.returncode == code, done.stderr
-            assert done.stdout.count("\n  ") == (4 if code == 0 else 0)
+            assert done.stdout.count("\n  ") == (5 if code == 0 else 0)
 
 
 class TestSignals:
