@@ -87,6 +87,7 @@ class Generation:
             if self._asked.max_new_tokens == 0:  # echo alone
                 answer.finish_reason = "length"
                 open_rows -= 1
+                yield index, answer, "", Token(id=None, finish_reason="length")
                 continue
             text = answer.take(event)
             if answer.finish_reason is not None:

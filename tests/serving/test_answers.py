@@ -166,6 +166,11 @@ class TestLogprobs:
         assert [entry.token for entry in streamed] == [entry.token for entry in content]
         assert [e.logprob for e in streamed] == pytest.approx([e.logprob for e in content], abs=1e-4)
 
+    def test_a_stream_of_echo_alone_ends_as_others_do(self, server: ServerProcess):
+        chunks = [*complete(server, max_tokens=0, echo=True, n=2, stream=True)]
+        ends = sorted((c.choices[0].index, c.choices[0].finish_reason) for c in chunks if c.choices[0].finish_reason)
+        assert ends == [(0, "length"), (1, "length")]
+
     def test_echo_without_probabilities(self, server: ServerProcess):
         plain = complete(server, max_tokens=5).choices[0].text
         assert complete(server, max_tokens=5, echo=True).choices[0].text == PROMPTS[0] + plain

@@ -78,7 +78,7 @@ class TestModels:
             body = {"lora_name": "secret", "lora_path": path}
             error = assert_refused(server.http.post("/v1/load_lora_adapter", json=body), 403)
             assert error["param"] == "lora_path"
-        for path in ("nowhere", "tales/adapter_config.json"):
+        for path in ("nowhere", "tales/adapter_config.json", "x" * 300, "x/" * 2000):
             body = {"lora_name": "secret", "lora_path": path}
             assert_refused(server.http.post("/v1/load_lora_adapter", json=body), 400)
         (folder / "empty").mkdir(exist_ok=True)
