@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -16,7 +15,8 @@ HEAD_SECONDS = 30.0
 class Connection(HttpToolsProtocol):
     """One connection. The parser of uvicorn keeps heads of any size, and waits for their ends for ever."""
 
-    _between, _timer = 0, None
+    _between = 0
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -51,7 +51,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def _start_timer(self) -> None:
-        self._timer: Any = self.loop.call_later(HEAD_SECONDS, self._on_time)
+        self._timer = self.loop.call_later(HEAD_SECONDS, self._on_time)
 
     def _on_time(self) -> None:
         """Close, unless a reply is on its way: uvicorn may not have read on meanwhile."""
