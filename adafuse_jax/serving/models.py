@@ -30,15 +30,17 @@ from adafuse_jax.serving.config import ServeConfig
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class ServedModel:
-    """One value of `model`. `adapter` is its name in the bank, None of the backbone; `stop_ids` end a row."""
+    """One value of `model`. `adapter` is its name in the bank, None of the backbone; `stop_ids` end a row; `is_loaded` is
+    for the thread of the engine."""
 
     name: str
     adapter: str | None
     tokenizer: Any
     stop_ids: tuple[int, ...]
     created: int
+    is_loaded: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +105,7 @@ class Models:
         """Take an adapter out of the bank, in the thread of the engine; rows that run go on. Raises `UserError`."""
         if self.bank is None or name not in self.adapters:
             raise UserError(f"no adapter {name} is loaded")
-        del self.adapters[name]
+        self.adapters.pop(name).is_loaded = False
         self.bank.unload(name)
         log.info("adapter %s: unloaded", name)
 
