@@ -54,6 +54,7 @@ def decode(argv: Sequence[str], program: str = "decode.py") -> int:
 
     (config,) = parse_flags(decode.__doc__, (DecodeConfig,), argv, program)
     runtime.set_up()
+    runtime.start_devices()
     with runtime.memory_errors("shorten the prompt, lower --batch-size or --max-new-tokens, or give --dtype bfloat16"):
         from adafuse_jax.inference.console import decode as run_decoding
 

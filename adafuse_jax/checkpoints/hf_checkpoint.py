@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -94,11 +96,16 @@ class HFCheckpoint:
 
 
 def load_backbone(
-    source: str | Path | HFCheckpoint, dtype: DType | None = None, *, place: Placement | None = None
+    source: str | Path | HFCheckpoint,
+    dtype: DType | None = None,
+    *,
+    place: Placement | None = None,
+    into: Backbone | None = None,
 ) -> Backbone:
     """Stream a model directory, hub id or opened `HFCheckpoint`, tensor by tensor, to where `place` puts it (default: whole
     arrays on the default device), casting every weight to `dtype` (default: the checkpoint's). A cast that rounds, and a
-    config.json that names another type than that of the tensors, are logged.
+    config.json that names another type than that of the tensors, are logged. `into`: the arrays of an `empty_backbone` of
+    this type and place, which are consumed.
 
     Raises:
       UserError: as `HFCheckpoint.open`, before the first weight is read; weights that are NaN or infinite, in the file or in
@@ -108,16 +115,37 @@ def load_backbone(
     config, tensors, name = checkpoint.config, checkpoint.tensors, dtype or checkpoint.dtype
     if remark := _dtype_remark(checkpoint, name):
         log.info("%s", remark)
-    graphdef, abstract = nnx.split(jax.eval_shape(lambda: Backbone(config, dtype=name, rngs=nnx.Rngs(0))))
-    family, place, filled = FAMILIES[config.model_type], place or Stacked(), []
-    for path, leaf in nnx.to_flat_state(abstract):
-        pattern, count = family.tensor_name(path), leaf.shape[0]
-        names = [pattern.format(layer) for layer in range(count)] if "{}" in pattern else [pattern]
-        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        array, finite = place(path, logical_axes(path), shape, map(tensors.read, names))
+    family, place = FAMILIES[config.model_type], place or Stacked()
+    model = empty_backbone(checkpoint, name, place=place) if into is None else into
+    graphdef, state = nnx.split(model)
+    leaves = nnx.to_flat_state(state)
+    patterns = [family.tensor_name(path) for path, _ in leaves]
+    names = [
+        [p.format(n) for n in range(leaf.shape[0])] if "{}" in p else [p]
+        for p, (_, leaf) in zip(patterns, leaves, strict=True)
+    ]
+
+    def fill(index: int) -> tuple[Any, Any]:
+        path, leaf = leaves[index]
+        return place.fill(leaf[...], logical_axes(path), map(tensors.view, names[index]))
+
+    with ThreadPoolExecutor(place.num_threads) as threads:
+        filled = [*threads.map(fill, range(len(leaves)))]
+    for (_, leaf), of_leaf, finite in zip(leaves, names, jax.device_get([finite for _, finite in filled]), strict=True):
         if not np.all(finite):
-            raise _not_finite(tensors, names[int(np.argmin(finite))], leaf.dtype)
-        filled.append((path, leaf.replace(array)))
+            raise _not_finite(tensors, of_leaf[int(np.argmin(finite))], leaf.dtype)
+    arrays = [(path, leaf.replace(array)) for (path, leaf), (array, _) in zip(leaves, filled, strict=True)]
+    return nnx.merge(graphdef, nnx.from_flat_state(arrays))
+
+
+def empty_backbone(checkpoint: HFCheckpoint, dtype: DType, *, place: Placement | None = None) -> Backbone:
+    """A backbone of zeros that `load_backbone` fills."""
+    config = checkpoint.config
+    graphdef, abstract = nnx.split(jax.eval_shape(lambda: Backbone(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    leaves = nnx.to_flat_state(abstract)
+    shapes = [(logical_axes(path), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)) for path, leaf in leaves]
+    arrays = (place or Stacked()).empty(shapes)
+    filled = [(path, leaf.replace(array)) for (path, leaf), array in zip(leaves, arrays, strict=True)]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 

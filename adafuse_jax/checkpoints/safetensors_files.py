@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -75,6 +77,22 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, metadata: dict[
     set_usual_mode(path)
 
 
+class MappedFile:
+    """A safetensors file, which `safe_open` has accepted, mapped into memory: the length of its header (8 bytes), the header
+    in JSON, the tensors."""
+
+    def __init__(self, path: Path):
+        self._bytes = np.memmap(path, np.uint8, "r")
+        begin = 8 + int(self._bytes[:8].view(np.uint64)[0])
+        self._begin, self._header = begin, json.loads(self._bytes[8:begin].tobytes())
+
+    def view(self, name: str) -> np.ndarray:
+        entry = self._header[name]
+        first, end = entry["data_offsets"]
+        data = self._bytes[self._begin + first : self._begin + end]
+        return np.require(data.view(jnp.dtype(DTYPES[entry["dtype"]])), requirements="A").reshape(entry["shape"])
+
+
 class Tensors:
     """The tensors of a model directory: name → shape and type, and reading of one at a time.
 
@@ -87,6 +105,8 @@ class Tensors:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._open: dict[str, Any] = {}
+        self._files: dict[str, str] = {}
+        self._mapped: dict[str, MappedFile] = {}
         files = _weight_files(directory)
         for name in files:
             file = open_safetensors(directory / name)
@@ -98,7 +118,7 @@ class Tensors:
                         )
                     entry = file.get_slice(tensor)
                     self.shapes[tensor], self.dtypes[tensor] = tuple(entry.get_shape()), entry.get_dtype()
-                    self._open[tensor] = file
+                    self._open[tensor], self._files[tensor] = file, name
         if not self._open:
             raise UserError(f"{directory}: its safetensors files hold no tensor; restore them")
         others = sorted(
@@ -117,6 +137,14 @@ class Tensors:
     def read(self, name: str) -> np.ndarray:
         with safetensors_errors(self.directory, name):
             return self._open[name].get_tensor(name)
+
+    def view(self, name: str) -> np.ndarray:
+        """`read` without a copy: the pages of the file, mapped into memory."""
+        file = self._files[name]
+        if file not in self._mapped:
+            with safetensors_errors(self.directory, name):
+                self._mapped[file] = MappedFile(self.directory / file)
+        return self._mapped[file].view(name)
 
     def identity(self) -> str:
         """SHA-256 over every tensor's name, type, shape and up to eight evenly spaced rows: another backbone differs."""

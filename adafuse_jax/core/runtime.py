@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -48,6 +49,21 @@ def set_up() -> None:
             log.warning("no home directory: compiled programs are not cached; set JAX_COMPILATION_CACHE_DIR")
         else:
             jax.config.update("jax_compilation_cache_dir", str(home / "adafuse-jax" / "compiled"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # dozens of small programs compile for seconds
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def start_devices() -> None:
+    """Begin to initialise the devices in a thread: a GPU's driver takes seconds, in which modules are imported. An error is
+    that of the first use, which JAX repeats."""
+
+    def initialise() -> None:
+        import jax
+
+        with contextlib.suppress(Exception):
+            jax.devices()
+
+    threading.Thread(target=initialise, name="devices").start()
 
 
 class _StderrHandler(logging.StreamHandler):

@@ -59,10 +59,8 @@ def template_date(date: datetime | None = None) -> Iterator[datetime]:
 
 
 def _now() -> datetime:
-    """Present time by the clock that transformers' templates read."""
-    from transformers.utils import chat_template_utils
-
-    return getattr(chat_template_utils, "datetime", datetime).now()
+    """Present time, by the clock that transformers' templates read where it is imported."""
+    return getattr(sys.modules.get("transformers.utils.chat_template_utils"), "datetime", datetime).now()
 
 
 class _Worker:
@@ -108,6 +106,12 @@ class _Worker:
             f"{where}: chat template: ended the process that rendered it (exit code {code}); correct the template"
         )
 
+    def start(self) -> None:
+        """Start the process before it is needed: it imports its library meanwhile."""
+        with self._lock:
+            if self._process is None:
+                self._start()
+
     def _start(self) -> None:
         try:
             self._process = subprocess.Popen(
@@ -142,6 +146,7 @@ class _Worker:
 
 _worker = _Worker()
 atexit.register(_worker.stop)
+start_rendering = _worker.start
 
 
 def template_of(tokenizer: Any, tools: Any = None) -> str | None:

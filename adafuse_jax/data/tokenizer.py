@@ -17,7 +17,9 @@ from unittest import mock
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.runtime import native_stdout_on_stderr
 from adafuse_jax.core.tables import read_json, read_text
+from adafuse_jax.data.direct_tokenizer import direct_tokenizer
 from adafuse_jax.data.files import without_logs
+from adafuse_jax.data.tokenizer_classes import NotCovered
 
 log = logging.getLogger(__name__)
 
@@ -136,14 +138,13 @@ def _load(path_or_hub_id: str | Path) -> Any:
             f"no tokenizer: {name}: not a directory: give a Hugging Face model directory or a hub id org/name"
         )
     try:
-        with _silent():
-            tokenizer = _without_code(name, local)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises anything, panics of its Rust code too
-        reason = " ".join(str(error)[:2000].split())[:160] or type(error).__name__
-        advice = "it needs tokenizer.json and tokenizer_config.json" if local else "check the name and the connection"
-        raise UserError(f"cannot load the tokenizer: {name}: {reason}: {advice}") from None
+        if not local:
+            raise NotCovered("it is a hub id")
+        with native_stdout_on_stderr():
+            tokenizer: Any = direct_tokenizer(name)
+    except NotCovered as reason:
+        tokenizer = _by_transformers(name, local)
+        log.info("%s: the tokenizer is read by transformers, as %s", name, reason)
     if not tokenizer.is_fast:
         raise UserError(f"slow tokenizer: {name}: offsets are needed: provide a tokenizer.json")
     if tokenizer.eos_token_id is None:
@@ -153,6 +154,18 @@ def _load(path_or_hub_id: str | Path) -> Any:
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"{name}: chat_template is {quoted(template)}; it must be text, or texts by name")
     return tokenizer
+
+
+def _by_transformers(name: str, local: bool) -> Any:
+    try:
+        with _silent():
+            return _without_code(name, local)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises anything, panics of its Rust code too
+        reason = " ".join(str(error)[:2000].split())[:160] or type(error).__name__
+        advice = "it needs tokenizer.json and tokenizer_config.json" if local else "check the name and the connection"
+        raise UserError(f"cannot load the tokenizer: {name}: {reason}: {advice}") from None
 
 
 @contextmanager
@@ -219,8 +232,9 @@ def special_token_texts(tokenizer: Any) -> tuple[str, ...]:
 
 def tokenizer_digest(tokenizer: Any) -> str:
     """SHA-256 of all that text and tokens depend on: the Rust tokenizer, chat templates and special tokens."""
+    class_name = getattr(tokenizer, "class_name", type(tokenizer).__name__)
     parts = (
-        type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
+        class_name, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sorted(special_token_texts(tokenizer)),
         tokenizer.bos_token_id, tokenizer.eos_token_id, getattr(tokenizer, "split_special_tokens", False),
     )  # fmt: skip

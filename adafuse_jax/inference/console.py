@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import batched
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def decode(config: DecodeConfig) -> None:
             )
     elif config.prompt is not None:
         prompts = [config.prompt]
-    session = Session(config)
+    session = Session(config, first=_first_batch(prompts or [], config))
     if config.chat:
         _chat(session)
         return
@@ -67,6 +67,12 @@ def _batches(
         return
     for prompt, ids in asked:
         yield from batched(((prompt, ids, n) for n in samples), config.rows)
+
+
+def _first_batch(prompts: Sequence[Prompt], config: DecodeConfig) -> list[Prompt]:
+    """The prompts of the first of `_batches`."""
+    some = prompts if config.prompts_file is not None else prompts[:1]
+    return [prompt for prompt in some[: config.rows] for _ in range(config.num_samples)][: config.rows]
 
 
 def _shown(prompt: Prompt) -> str:

@@ -13,8 +13,11 @@ import numpy as np
 from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.sampling import row_keys
 
-CHUNKS = (16, 64, 256, 1024)
-"""Prompt tokens per prefill program; a prompt runs through the largest and then the smallest that holds the rest."""
+CHUNKS = (16, 64, 128, 256, 384, 512, 768, 1024)
+"""Prompt tokens per prefill program; a prompt runs through the largest and then the smallest that holds the rest. Below 64 a
+program costs what reading the weights does, whatever it holds; above 256 less than a third is padding."""
+MAX_TOKENS = 8192
+"""Tokens of all rows per program, which bound the memory of activations and scores; as many fill any GPU."""
 LARGEST_BESIDE_ROWS = 256
 """Prompt tokens per program, at most, while other rows wait for it with their next token."""
 
@@ -39,9 +42,10 @@ class Prefill:
         by_seed = [(seed, list(alike)) for seed, alike in groupby(rows, key=lambda row: row.seed)]
         keys = [row_keys(seed, [r.prompt for r in alike], [r.sample for r in alike]) for seed, alike in by_seed]
         longest = max(len(row.prompt) - row.cached for row in rows)
+        most = LARGEST_BESIDE_ROWS if beside_rows else CHUNKS[-1]
         return cls(
             rows=rows,
-            sizes=chunk_lengths(longest, LARGEST_BESIDE_ROWS if beside_rows else None),
+            sizes=chunk_lengths(longest, min(most, MAX_TOKENS // len(rows))),
             whole=whole,
             logits=jnp.zeros((len(rows), vocab_size), jnp.float32),
             keys=keys[0] if len(keys) == 1 else jnp.concatenate(keys),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from adafuse_jax.adapters.stacked import NO_ADAPTER, of_rows
+from adafuse_jax.inference.ahead import Program
 from adafuse_jax.inference.backends.base import Backend
 from adafuse_jax.inference.logprobs import LogProbs, log_probabilities, of_prompt
 from adafuse_jax.inference.sampling import Sampling, sample
@@ -36,7 +37,7 @@ class StepResult(NamedTuple):
     logprobs: LogProbs | None
 
 
-@partial(jax.jit, static_argnames="pad_id", donate_argnames=("state", "logits"))
+@partial(Program, static_argnames="pad_id", donate_argnames=("state", "logits"))
 def prefill_chunk(
     model: Backbone,
     adapter: Any,
@@ -80,7 +81,7 @@ def prefill_chunk(
     return state, jnp.where((lengths > 0)[:, None], model.logits(last), logits), logprobs
 
 
-@partial(jax.jit, static_argnames=("pad_id", "with_logprobs"), donate_argnames="state")
+@partial(Program, static_argnames=("pad_id", "with_logprobs"), donate_argnames="state")
 def start(
     state: DecodeState,
     logits: Float[Array, "R V"],
@@ -110,7 +111,7 @@ def start(
     return StepResult(state.token, state.done, finite, None, logprobs), state
 
 
-@partial(jax.jit, static_argnames=("step", "pad_id", "with_logprobs"), donate_argnames=("state", "carry"))
+@partial(Program, static_argnames=("step", "pad_id", "with_logprobs"), donate_argnames=("state", "carry"))
 def decode_step(
     step: Callable[..., Any],
     reads: Any,
@@ -150,13 +151,13 @@ def advance(
     return result, state
 
 
-@partial(jax.jit, donate_argnames="state")
+@partial(Program, donate_argnames="state")
 def release(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
     """The row of a slot has ended."""
     return replace(state, done=state.done.at[slot].set(True))
 
 
-@partial(jax.jit, donate_argnames="cache")
+@partial(Program, donate_argnames="cache")
 def copy_prefix(cache: KVCache, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""]) -> KVCache:
     """Copy the first `length` tokens of one slot to another, which has no row that runs."""
     return cache.with_prefix(source, target, length)

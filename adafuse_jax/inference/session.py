@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 
 from adafuse_jax.checkpoints.adapter_directory import load_adapter
-from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, empty_backbone, load_backbone
 from adafuse_jax.checkpoints.hf_config import generation_remark
 from adafuse_jax.checkpoints.placement import Stacked
 from adafuse_jax.core import runtime
@@ -19,7 +22,10 @@ from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import encode_prompt, stop_tokens
 from adafuse_jax.data.examples import Chat, Message
 from adafuse_jax.data.left_out import log_unwritten_system
+from adafuse_jax.data.templates import start_rendering
 from adafuse_jax.data.tokenizer import load_tokenizer
+from adafuse_jax.inference import backends
+from adafuse_jax.inference.ahead import compiled_ahead
 from adafuse_jax.inference.backends.registry import require_strategy
 from adafuse_jax.inference.config import DecodeConfig
 from adafuse_jax.inference.detokenizer import TextStream
@@ -27,6 +33,7 @@ from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.prompts import Prompt
 from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.sampling import Sampling
+from adafuse_jax.inference.slots import Slots
 from adafuse_jax.parallel.mesh import make_mesh, shard
 
 log = logging.getLogger(__name__)
@@ -56,10 +63,25 @@ class Completion:
     peak_device_gib: float | None
 
 
-class Session:
-    """A loaded model, its adapter and its tokenizer, ready to answer."""
+@contextmanager
+def _backends_not_logged() -> Iterator[None]:
+    """Context in which the choice of a backend is not logged: it is made again for the loaded weights."""
+    logger = logging.getLogger(backends.__name__)
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(logging.NOTSET)
 
-    def __init__(self, config: DecodeConfig):
+
+class Session:
+    """A loaded model, its adapter and its tokenizer, ready to answer.
+
+    `first`: the prompts that will be answered first, together. What they need is compiled while the weights are loaded.
+    """
+
+    def __init__(self, config: DecodeConfig, first: Sequence[Prompt] = ()):
+        start_rendering()
         checkpoint = HFCheckpoint.open(config.model)
         if remark := generation_remark(checkpoint.hf_config.generation):
             log.info("%s", remark)
@@ -84,11 +106,8 @@ class Session:
             if config.strategy is not None:
                 require_strategy(adapter.config, config.strategy)
         mesh = None if config.tensor_parallel == 1 else make_mesh(config.tensor_parallel, checkpoint.config)
-        model = load_backbone(checkpoint, dtype, place=Stacked(mesh))
         if mesh is not None and adapter is not None:
             adapter = shard(adapter, mesh)
-        eos_ids = {*model.config.eos_token_ids, *stops}
-        self.engine = Engine(model, adapter, strategy=config.strategy, eos_ids=sorted(eos_ids))
         self.adapted, self.num_experts = adapter is not None, adapter.config.max_experts if adapter else 0
         self.sampling = Sampling.of(
             temperature=config.temperature,
@@ -96,6 +115,29 @@ class Session:
             top_p=config.top_p,
             repetition_penalty=config.repetition_penalty,
         )
+        eos_ids = sorted({*checkpoint.config.eos_token_ids, *stops})
+        prepare = partial(Engine, adapter=adapter, strategy=config.strategy, eos_ids=eos_ids)
+        place = Stacked(mesh)
+        empty = empty_backbone(checkpoint, dtype, place=place)
+        # A strategy that merges would take the empty weights over.
+        can_compile = bool(first) and mesh is None and config.strategy in (None, "unmerged", "fused")
+        with _backends_not_logged():
+            slots = self._waiting(prepare(empty), first) if can_compile else None
+        with ThreadPoolExecutor(1, "load") as thread:
+            loading = thread.submit(load_backbone, checkpoint, dtype, place=place, into=empty)
+            with compiled_ahead(slots.compile if slots is not None else None):
+                self.engine = prepare(loading.result())
+
+    def _waiting(self, engine: Engine, prompts: Sequence[Prompt]) -> Slots | None:
+        """Slots in which the prompts wait; None where one of them is refused, which is reported when it is asked."""
+        try:
+            rows = [self.tokens_of(prompt) for prompt in prompts]
+            slots = engine.slots(len(rows))
+            for slot, ids in enumerate(rows):
+                slots.insert(ids, max_new_tokens=self.config.max_new_tokens, sampling=self.sampling, slot=slot)
+        except UserError:
+            return None
+        return slots
 
     def next_sample(self, prompt: Sequence[int]) -> int:
         """Index of the prompt's next sample: the number of answers to it that the session has been asked for before."""

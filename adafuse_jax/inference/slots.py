@@ -212,6 +212,11 @@ class Slots:
             self._backend.restore()
         return row
 
+    def compile(self) -> None:
+        """Trace what the waiting prompts need, inside `ahead.compiled_ahead`. Nothing runs: afterwards the slots are of no
+        use."""
+        self._begin([])
+
     def close(self) -> None:
         """Evict every row."""
         for slot, row in enumerate(self._rows):

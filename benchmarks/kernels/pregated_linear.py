@@ -15,7 +15,7 @@ compared with the reference first; a wrong one is not timed, and ends the run wi
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any
@@ -27,7 +27,15 @@ from jaxtyping import Array
 
 from benchmarks.common.records import first_line
 from benchmarks.common.timing import Timing, time_calls
-from pallas_kernels.pregated_linear import IMPLEMENTATIONS, Mixture, make_mixture, pregated_linear
+from pallas_kernels.pregated_linear import (
+    Group,
+    Mixture,
+    Tiles,
+    make_mixture,
+    pregated_linear,
+    pregated_linear_xla,
+    tiles_for,
+)
 
 DTYPE = jnp.bfloat16
 NUM_EXPERTS, RANK, TOP_K, SCALE = 8, 64, 2, 2.0
@@ -74,6 +82,34 @@ def moved_bytes(weights: dict[str, Array], a: dict[str, Array], b: dict[str, Arr
 Linear = Callable[..., dict[str, Array]]
 
 
+def by_xla(
+    x: Array, weights: dict[str, Array], a: dict[str, Array], b: dict[str, Array], mixture: Mixture | None, layer: Array
+) -> dict[str, Array]:
+    """The definition, in XLA ops."""
+    return {name: pregated_linear_xla(x, w, a.get(name), b.get(name), mixture, layer) for name, w in weights.items()}
+
+
+def by_kernel(
+    x: Array,
+    weights: dict[str, Array],
+    a: dict[str, Array],
+    b: dict[str, Array],
+    mixture: Mixture | None,
+    layer: Array,
+    tiles: Tiles | None = None,
+) -> dict[str, Array]:
+    """One launch, as in the decode step."""
+    group = Group(tiles=tiles or tiles_for(len(x), x.shape[1], x.dtype.itemsize), out_dtype=x.dtype)
+    num_used = jnp.zeros(1, jnp.int32)
+    if mixture is not None:
+        num_used = (mixture.gates != 0).any(axis=1).sum(dtype=jnp.int32)[None]
+    ready = jnp.zeros(len(next(iter(weights.values()))), jnp.int32)
+    return pregated_linear(x, weights, a, b, mixture, num_used, layer[None], ready, group=group)[0]
+
+
+IMPLEMENTATIONS: dict[str, Linear] = {"triton": by_kernel, "xla": by_xla}
+
+
 def all_layers(
     linear: Linear,
     xs: list[Array],
@@ -88,8 +124,7 @@ def all_layers(
 
 def worst_error(linear: Linear, x: Array, *arguments: Any) -> float:
     """Largest error of any layer and linear, relative to the largest element of the reference."""
-    reference = jax.jit(partial(pregated_linear, implementation="xla"))
-    linear, worst = jax.jit(linear), 0.0
+    reference, linear, worst = jax.jit(by_xla), jax.jit(linear), 0.0
     for layer in range(next(iter(arguments[0].values())).shape[0]):
         found, wanted = (f(x, *arguments, jnp.int32(layer)) for f in (linear, reference))
         for name, y in wanted.items():
@@ -118,17 +153,13 @@ def measure(linear: Linear, label: str, x: Array, *arguments: Any, repeats: int)
     return True
 
 
-def triton_configs(batch: int) -> Iterator[tuple[str, Linear]]:
-    """Tiles around the ones that the kernel takes by itself."""
-    from pallas_kernels.pregated_linear.kernel_triton import Config, pregated_linear_triton
-
+def swept_tiles(batch: int) -> list[Tiles]:
+    """Tiles around the ones that the decode step takes."""
     if batch == 1:
-        choices = product((4, 8, 16, 32), (256, 512, 1024), (32, 64), (2, 4, 8), (1,))
+        choices = product((2, 4, 8, 16, 32), (256, 512, 1024), (2, 4, 8), (1, 2))
     else:
-        choices = product((16, 32, 64), (64, 128, 256), (64,), (2, 4), (3, 4, 5))
-    for tile_m, tile_k, tile_r, num_warps, num_stages in choices:
-        config = Config(tile_m=tile_m, tile_k=tile_k, tile_r=tile_r, num_warps=num_warps, num_stages=num_stages)
-        yield str(config), partial(pregated_linear_triton, config=config)
+        choices = product((16, 32, 64), (64, 128, 256), (4, 8), (3, 4, 6))
+    return [Tiles(tile_m=m, tile_k=k, num_warps=warps, num_stages=stages) for m, k, warps, stages in choices]
 
 
 def run(
@@ -136,13 +167,13 @@ def run(
     num_layers: int,
     repeats: int,
     batches: tuple[int, ...] = (1, 8, 32),
-    implementations: tuple[str, ...] = IMPLEMENTATIONS,
+    implementations: tuple[str, ...] = tuple(IMPLEMENTATIONS),
     sweep: bool = False,
 ) -> None:
     """Print a line for every group, batch and implementation. Raises `SystemExit` if a result was wrong."""
     wrong = 0
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}", flush=True)
-    linears = {f"{name:6}": partial(pregated_linear, implementation=name) for name in implementations}
+    linears = {f"{name:6}": IMPLEMENTATIONS[name] for name in implementations}
     for (group, (outs, in_dim)), batch in product(groups.items(), batches):
         factors = draw(outs, in_dim, num_layers)
         x = jax.random.normal(jax.random.key(1), (batch, in_dim), DTYPE)
@@ -153,7 +184,8 @@ def run(
             for name, linear in linears.items()
             for kind, arguments in (("plain", plain), ("experts", experts))
         ]
-        cases += [(name, linear, experts) for name, linear in (triton_configs(batch) if sweep else ())]
+        if sweep:
+            cases += [(str(tiles), partial(by_kernel, tiles=tiles), experts) for tiles in swept_tiles(batch)]
         for name, linear, arguments in cases:
             label = f"{group:8}   B {batch:2}   {name}"
             try:

@@ -2,6 +2,10 @@
 launch."""
 
 from pallas_kernels.megakernel.mixture import Mixture, make_mixture
-from pallas_kernels.pregated_linear.op import IMPLEMENTATIONS, choose_implementation, pregated_linear
+from pallas_kernels.pregated_linear.kernel_triton import Group, Tiles
+from pallas_kernels.pregated_linear.op import pregated_linear, tiles_for, unsupported_reason
+from pallas_kernels.pregated_linear.reference import pregated_linear_xla
 
-__all__ = ["IMPLEMENTATIONS", "Mixture", "choose_implementation", "make_mixture", "pregated_linear"]
+__all__ = [
+    "Group", "Mixture", "Tiles", "make_mixture", "pregated_linear", "pregated_linear_xla", "tiles_for", "unsupported_reason"
+]  # fmt: skip

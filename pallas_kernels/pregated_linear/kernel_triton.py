@@ -1,271 +1,261 @@
-"""The pre-gated linear on Ampere and newer in one kernel launch: a Triton kernel through jax-triton.
+"""The programs of a launch: linears that share an input, with their experts (Pallas, Triton; NVIDIA Ampere and newer).
 
-Every program multiplies TILE_M rows of one matrix by x, TILE_K columns at a time, in fp32. The first programs shrink: their
-matrices are the A of the experts in use, and they publish
+    y = W h + bias + Σ_u B[e_u] t_u  (+ residual)        t_u = round(g_u · A[e_u] h)        h = x or x / rms(x) · norm
+    y = silu(y_gate) · y_up                              of a gated pair
 
-    t[target, b, u, r] = round(g[u, b] · (A[l, e_u] x[b])[r])        and count themselves as ready
+A program has `tile_m` rows of one matrix, or the same rows of a gated pair, and takes `tile_k` columns at a time. The first
+programs shrink: their matrices are the A of the experts in use, and they publish t and count themselves in `ready`. The
+others have rows of some W, and add B t at the end, when t has long been stored; should it not be, they wait for the count.
 
-The others have rows of some W, and add B[l, e_u] t[b, u] to them at the end, when t has long been stored. Should it not be,
-they wait: programs start in the order of their ids, and those that shrink come first and wait for nothing.
+A program waits for programs of lower ids only, and those that shrink wait for nothing. GPUs start programs in the order of
+their ids, so whoever waits waits for programs that run or have ended, however few fit at once. (CUDA does not promise the
+order; every kernel that waits without tickets relies on it.)
 
-One row is multiplied with fp32 FMA; several, padded to 16 or 32, on tensor cores. The kernel holds the code of every target,
-and a program branches to its own, in which strides and bounds are constants.
+One row is multiplied with fp32 FMA; several, padded to 16 or 32, on tensor cores. Sums are fp32, and y is rounded once. W, A
+and B are the stacks of all layers, so a layer costs no copy of its slice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import triton
-import triton.language as tl
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.megakernel.mixture import Mixture
-
-MAX_TARGETS = 4  # of each the kernel has four parameters
-MAX_BATCH = 32
+from pallas_kernels.pregated_linear.triton_call import dot, load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
-    """A program has tile_m rows, and takes tile_k columns of W or A at a time and tile_r of B."""
+class Tiles:
+    """A program has `tile_m` rows of a matrix and takes `tile_k` columns of it at a time."""
 
     tile_m: int
     tile_k: int
-    tile_r: int
     num_warps: int
     num_stages: int
 
 
-def configure(batch: int, rank: int, itemsize: int) -> Config:
-    """Rows few enough that a small linear fills the GPU, columns enough that loads are long."""
-    tile_r = max(16, min(64, triton.next_power_of_2(rank)))
-    if batch == 1:
-        return Config(tile_m=8, tile_k=1024 // itemsize, tile_r=tile_r, num_warps=4, num_stages=1)
-    if itemsize == 4:  # products without tensor cores, which take more registers
-        return Config(tile_m=32, tile_k=32, tile_r=16, num_warps=4, num_stages=3)
-    return Config(tile_m=32, tile_k=128, tile_r=tile_r, num_warps=4, num_stages=4)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Settings of a launch besides its operands' shapes and types.
+
+    `gated`: (gate, up), the two linears that make one output, silu(gate) · up. `eps`: of the norm in front. `counter`: the
+    group's place among the `counters` that a layer has in `ready`.
+    """
+
+    tiles: Tiles
+    out_dtype: Any
+    gated: tuple[str, str] | None = None
+    eps: float = 0.0
+    counter: int = 0
+    counters: int = 1
 
 
-def unsupported_reason(x: Array, weights: dict[str, Array]) -> str | None:
-    """The reason why the kernel does not support these shapes, or None."""
-    if len(weights) > MAX_TARGETS:
-        return f"there are {len(weights)} targets, and one launch takes {MAX_TARGETS}"
-    if x.shape[0] > MAX_BATCH:
-        return f"there are {x.shape[0]} rows, and a program takes {MAX_BATCH}"
-    return None
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """The refs of a launch and the sizes that its programs share.
+
+    `zero`: a 0 that is not known when tracing, for slices that begin there and, masked, exceed their array.
+    """
+
+    refs: dict[str, Any]
+    outs: dict[str, Any]
+    group: Group
+    zero: Array
+    interpret: bool
+
+    @property
+    def batch(self) -> int:
+        return self.refs["x"].shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Columns of a product: rows of x, padded to what tensor cores take."""
+        return 1 if self.batch == 1 else max(16, pl.next_power_of_2(self.batch))
+
+    @property
+    def in_dim(self) -> int:
+        return self.refs["x"].shape[1]
+
+    def times_h(self, matrices: Sequence[tuple[Any, tuple]], row: Any) -> list[Array]:
+        """M h of each matrix (stack, its indices) for rows `row`…, [tile_m, columns] in fp32."""
+        tiles, norm = self.group.tiles, self.refs["norm"]
+        vector = self.columns == 1
+        width = tiles.tile_k if vector else self.columns
+
+        def load_step(i: Array) -> list[Array]:
+            k = i * tiles.tile_k
+            inside = None if self.in_dim % tiles.tile_k == 0 else k + jnp.arange(tiles.tile_k) < self.in_dim
+            found = [self._tile(m, row, k, inside) for m in matrices]
+            if not vector:
+                return [*found, self._load_x(k, inside)]  # [columns, tile_k]
+            found.append(load(self.refs["x"].at[self.zero, pl.ds(k, tiles.tile_k)], inside))
+            if norm is not None:
+                found.append(load(norm.at[self.refs["layer"][0], pl.ds(k, tiles.tile_k)], inside))
+            return found
+
+        def multiply(loaded: list[Array], totals: list[Array], squares: Array) -> tuple[list[Array], Array]:
+            tiles_of_m, (x, *weight) = loaded[: len(matrices)], loaded[len(matrices) :]
+            if not vector:
+                return [t + dot(m, x, trans_b=True) for t, m in zip(totals, tiles_of_m, strict=True)], squares
+            h = x.astype(jnp.float32)
+            if weight:
+                squares, h = squares + h * h, h * weight[0].astype(jnp.float32)
+            return [t + m.astype(jnp.float32) * h[None] for t, m in zip(totals, tiles_of_m, strict=True)], squares
+
+        def step(i: Array, carry: tuple) -> tuple:
+            *sums, loaded = carry
+            following = load_step(i + 1) if ahead else loaded
+            return *multiply(loaded if ahead else load_step(i), *sums), following
+
+        zeros = [jnp.zeros((tiles.tile_m, width), jnp.float32) for _ in matrices]
+        squares = jnp.zeros(tiles.tile_k if vector and norm is not None else 1, jnp.float32)
+        steps = pl.cdiv(self.in_dim, tiles.tile_k)
+        ahead = vector and tiles.num_stages > 1  # the compiler pipelines the loads of tensor cores only
+        loaded = load_step(self.zero) if ahead else []
+        totals, squares, loaded = lax.fori_loop(0, steps - ahead, step, (zeros, squares, loaded))
+        if ahead:
+            totals, squares = multiply(loaded, totals, squares)
+        if vector:
+            totals = [jnp.sum(total, axis=1, keepdims=True) for total in totals]
+        if norm is None:
+            return totals
+        scale = lax.rsqrt(jnp.sum(squares) / self.in_dim + self.group.eps)
+        return [total * scale for total in totals]
+
+    def _tile(self, matrix: tuple[Any, tuple], row: Any, k: Array, inside: Array | None) -> Array:
+        (stack, indices), tiles = matrix, self.group.tiles
+        mask = None if inside is None else inside[None]
+        if stack.shape[-2] % tiles.tile_m:
+            in_rows = (row + jnp.arange(tiles.tile_m) < stack.shape[-2])[:, None]
+            mask = in_rows if mask is None else in_rows & mask
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (tiles.tile_m, tiles.tile_k))
+        return load(stack.at[*indices, pl.ds(row, tiles.tile_m), pl.ds(k, tiles.tile_k)], mask)
+
+    def _load_x(self, k: Array, inside: Array | None) -> Array:
+        tile_k = self.group.tiles.tile_k
+        mask = None if inside is None else inside[None]
+        if self.batch != self.columns:
+            in_batch = (jnp.arange(self.columns) < self.batch)[:, None]
+            mask = in_batch if mask is None else in_batch & mask
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (self.columns, tile_k))
+        return load(self.refs["x"].at[pl.ds(self.zero, self.columns), pl.ds(k, tile_k)], mask)
+
+    def count(self, at: Array, more: Array) -> Array:
+        """Add to the number of programs that have published t; returns what it was."""
+        return plgpu.atomic_add(self.outs["ready"], (at,), more)
+
+    def counter(self) -> Array:
+        return self.refs["layer"][0] * self.group.counters + self.group.counter
+
+    def gate(self, u: Any) -> Array:
+        """[columns], the gates of expert u."""
+        columns = jnp.arange(self.columns)
+        return plgpu.load(
+            self.refs["gates"].at[u, pl.ds(self.zero, self.columns)], mask=columns < self.batch, other=0.0
+        )
 
 
-@triton.jit
-def _times_x(
-    rows, in_rows,  # [TILE_M, 1] pointers to the rows of a matrix, and which of them are valid
-    x,  # [BATCH, IN]
-    IN: tl.constexpr, BATCH: tl.constexpr, COLUMNS: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr,
-):  # fmt: skip
-    """[TILE_M, COLUMNS]; the columns from BATCH on are 0."""
-    columns = tl.arange(0, COLUMNS)[None, :]
-    total = tl.full((TILE_M, TILE_K if COLUMNS == 1 else COLUMNS), 0, tl.float32)
-    for start in range(0, IN, TILE_K):
-        k = start + tl.arange(0, TILE_K)
-        inside = (k < IN) | (IN % TILE_K == 0)
-        m_k = tl.load(rows + k[None, :], mask=in_rows & inside[None, :], other=0)
-        if COLUMNS == 1:
-            x_k = tl.load(x + k, mask=inside, other=0)
-            total += m_k.to(tl.float32) * x_k.to(tl.float32)[None, :]
-        else:
-            x_k = tl.load(x + (columns * IN + k[:, None]), mask=(columns < BATCH) & inside[:, None], other=0)
-            total = tl.dot(m_k, x_k, total, input_precision="ieee")
-    if COLUMNS == 1:
-        total = tl.sum(total, axis=1, keep_dims=True)
-    return total
+def shrink(launch: Launch, name: str, tile: Array) -> None:
+    """Publish `tile_m` elements of t of one expert for every row."""
+    group, a = launch.group, launch.refs["a"][name]
+    tile_m, rank = group.tiles.tile_m, a.shape[2]
+    tiles = pl.cdiv(rank, tile_m)
+    u, r = tile // tiles, tile % tiles * tile_m
+    expert, layer, gate = launch.refs["experts"][u], launch.refs["layer"][0], launch.gate(u)
+    in_use = jnp.max(jnp.where(gate != 0, 1, 0)) > 0  # of an expert that no row uses nothing is read
+
+    @pl.when(in_use)
+    def _store() -> None:
+        (product,) = launch.times_h([(a, (layer, expert))], r)
+        t = jnp.where(gate[None] != 0, product * gate[None], 0).astype(launch.refs["x"].dtype)  # [tile_m, columns]
+        mask = (jnp.arange(launch.columns) < launch.batch)[:, None] & (r + jnp.arange(tile_m) < rank)[None]
+        at = launch.outs["t"][name].at[u, pl.ds(launch.zero, launch.columns), pl.ds(r, tile_m)]
+        plgpu.store(at, t.T, mask=mask)
+
+    if not launch.interpret:
+        plgpu.debug_barrier()  # all of t is stored before it counts
+    launch.count(launch.counter(), launch.zero + 1)
 
 
-@triton.jit
-def _is_used(gates, u, BATCH: tl.constexpr, COLUMNS: tl.constexpr):
-    """True if some row of the batch uses expert u; nothing is read of an expert that none uses."""
-    columns = tl.arange(0, COLUMNS)
-    gate = tl.load(gates + u * BATCH + columns, mask=columns < BATCH, other=0)
-    return tl.sum((gate != 0).to(tl.int32), axis=0) > 0
+def linear(launch: Launch, names: Sequence[str], tile: Array, num_shrink: int) -> None:
+    """Compute `tile_m` rows of one linear, or of a gated pair."""
+    refs, group = launch.refs, launch.group
+    tile_m, layer, out = group.tiles.tile_m, refs["layer"][0], refs["w"][names[0]].shape[1]
+    row = tile * tile_m
+    adapted = [name for name in names if name in refs["a"]]
+    early = {name: _factors_of_one_row(launch, name, row) for name in adapted if launch.columns == 1}
+    totals = launch.times_h([(refs["w"][name], (layer,)) for name in names], row)
+    if adapted:
+        at, zero = launch.counter(), launch.zero
+        lax.while_loop(lambda n: n < num_shrink, lambda _: launch.count(at, zero), zero)
+        for i, name in enumerate(names):
+            if name in early:
+                totals[i] += _expand_one_row(launch, name, early[name])
+            elif name in adapted:
+                totals[i] += _expand(launch, name, row)
+    in_rows = row + jnp.arange(tile_m) < out
+    for i, name in enumerate(names):
+        if (bias := refs["bias"].get(name)) is not None:
+            totals[i] += load(bias.at[layer, pl.ds(row, tile_m)], in_rows).astype(jnp.float32)[:, None]
+    y = totals[0] if not group.gated else jax.nn.sigmoid(totals[0]) * totals[0] * totals[1]
+    mask = (jnp.arange(launch.columns) < launch.batch)[:, None] & in_rows[None]
+    here = pl.ds(launch.zero, launch.columns), pl.ds(row, tile_m)
+    y = y.T
+    if (residual := refs["residual"]) is not None:
+        y += load(residual.at[here], mask).astype(jnp.float32)
+    plgpu.store(launch.outs["y"][names[0]].at[here], y.astype(group.out_dtype), mask=mask)
 
 
-@triton.jit
-def _shrink(
-    x, a, t,  # [BATCH, IN], [L, E, R, IN], [BATCH, NUM_USED, R]
-    experts, gates, layer,
-    tile,
-    IN: tl.constexpr, BATCH: tl.constexpr, COLUMNS: tl.constexpr,
-    NUM_USED: tl.constexpr, NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_K: tl.constexpr,
-):  # fmt: skip
-    tiles: tl.constexpr = (RANK + TILE_M - 1) // TILE_M
-    u, r = tile // tiles, tile % tiles * TILE_M + tl.arange(0, TILE_M)[:, None]
-    columns = tl.arange(0, COLUMNS)[None, :]
-    gate = tl.load(gates + u * BATCH + columns, mask=columns < BATCH, other=0)
-    slab = layer * NUM_EXPERTS + tl.load(experts + u)
-    in_rows = (r < RANK) & _is_used(gates, u, BATCH, COLUMNS)
-    product = _times_x(a + (slab * RANK + r) * IN, in_rows, x, IN, BATCH, COLUMNS, TILE_M, TILE_K)
-    gated = tl.where(gate != 0, product * gate, 0).to(t.dtype.element_ty)
-    tl.store(t + ((columns * NUM_USED + u) * RANK + r), gated, mask=(r < RANK) & (columns < BATCH))
+def _factors_of_one_row(launch: Launch, name: str, row: Array) -> list[Array]:
+    """B [tile_m, R] of each expert, asked for first and used last."""
+    b, refs, tile_m = launch.refs["b"][name], launch.refs, launch.group.tiles.tile_m
+    out, rank = b.shape[2:]
+    width = pl.next_power_of_2(rank)
+    inside = (row + jnp.arange(tile_m) < out)[:, None] & (jnp.arange(width) < rank)[None]
+    found = []
+    for u in range(len(refs["experts"])):
+        at = b.at[refs["layer"][0], refs["experts"][u], pl.ds(row, tile_m), pl.ds(launch.zero, width)]
+        found.append(load(at, inside & (refs["gates"][u, 0] != 0)))
+    return found
 
 
-@triton.jit
-def _load_b(
-    b, experts, gates, layer, row, in_rows, step,
-    OUT: tl.constexpr, BATCH: tl.constexpr, COLUMNS: tl.constexpr, NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr,
-    TILE_R: tl.constexpr,
-):  # fmt: skip
-    """[TILE_M, TILE_R] of one expert; 0 if it is not used."""
-    steps: tl.constexpr = (RANK + TILE_R - 1) // TILE_R
-    u, r = step // steps, step % steps * TILE_R + tl.arange(0, TILE_R)[None, :]
-    slab = layer * NUM_EXPERTS + tl.load(experts + u)
-    is_valid = in_rows & (r < RANK) & _is_used(gates, u, BATCH, COLUMNS)
-    return tl.load(b + ((slab * OUT + row) * RANK + r), mask=is_valid, other=0)
+def _expand_one_row(launch: Launch, name: str, factors: list[Array]) -> Array:
+    t, gates = launch.outs["t"][name], launch.refs["gates"]
+    width, rank = factors[0].shape[1], t.shape[2]
+    added = jnp.zeros(factors[0].shape, jnp.float32)
+    for u, b in enumerate(factors):
+        t_u = load(
+            t.at[launch.zero + u, launch.zero, pl.ds(launch.zero, width)],
+            (jnp.arange(width) < rank) & (gates[u, 0] != 0),
+        )
+        added += b.astype(jnp.float32) * t_u.astype(jnp.float32)[None]
+    return jnp.sum(added, axis=1, keepdims=True)
 
 
-@triton.jit
-def _linear(
-    x, w, b, y, t, ready,  # [BATCH, IN], [L, OUT, IN], [L, E, OUT, R], [BATCH, OUT], [BATCH, NUM_USED, R], [1]
-    experts, gates, layer,
-    tile,
-    ADAPTED: tl.constexpr, NUM_SHRINK: tl.constexpr,
-    IN: tl.constexpr, OUT: tl.constexpr, BATCH: tl.constexpr, COLUMNS: tl.constexpr,
-    NUM_USED: tl.constexpr, NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_K: tl.constexpr, TILE_R: tl.constexpr,
-):  # fmt: skip
-    steps: tl.constexpr = (RANK + TILE_R - 1) // TILE_R
-    row, columns = tile * TILE_M + tl.arange(0, TILE_M)[:, None], tl.arange(0, COLUMNS)[None, :]
-    in_rows = (row < OUT) | (OUT % TILE_M == 0)
-    b_tiles = ()
-    if ADAPTED and COLUMNS == 1:  # asked for first, used last
-        for step in tl.static_range(NUM_USED * steps):
-            b_k = _load_b(
-                b, experts, gates, layer, row, in_rows, step, OUT, BATCH, COLUMNS, NUM_EXPERTS, RANK, TILE_R
-            )  # fmt: skip
-            b_tiles += (b_k,)  # type: ignore[assignment]
-    total = _times_x(w + (layer * OUT + row) * IN, in_rows, x, IN, BATCH, COLUMNS, TILE_M, TILE_K)
-    if ADAPTED:
-        while tl.atomic_add(ready, 0, sem="acquire") < NUM_SHRINK:
-            pass
-        tl.debug_barrier()
-        ranks = tl.arange(0, TILE_R)
-        if COLUMNS == 1:
-            added = tl.full((TILE_M, TILE_R), 0, tl.float32)
-            for step in tl.static_range(NUM_USED * steps):
-                r = step % steps * TILE_R + ranks
-                t_k = tl.load(t + step // steps * RANK + r, mask=r < RANK, other=0)
-                added += b_tiles[step].to(tl.float32) * t_k.to(tl.float32)[None, :]
-            total += tl.sum(added, axis=1, keep_dims=True)
-        else:
-            for step in range(NUM_USED * steps):
-                b_k = _load_b(
-                    b, experts, gates, layer, row, in_rows, step, OUT, BATCH, COLUMNS, NUM_EXPERTS, RANK, TILE_R
-                )  # fmt: skip
-                r = (step % steps * TILE_R + ranks)[:, None]
-                t_rows = t + (columns * NUM_USED + step // steps) * RANK
-                t_k = tl.load(t_rows + r, mask=(r < RANK) & (columns < BATCH), other=0)
-                total = tl.dot(b_k, t_k, total, input_precision="ieee")
-    tl.store(y + (columns * OUT + row), total.to(y.dtype.element_ty), mask=in_rows & (columns < BATCH))
+def _expand(launch: Launch, name: str, row: Array) -> Array:
+    """Σ_u B[e_u] t_u, [tile_m, columns], over the experts in use."""
+    b, refs, tile_m = launch.refs["b"][name], launch.refs, launch.group.tiles.tile_m
+    out, rank = b.shape[2:]
+    width = max(16, pl.next_power_of_2(rank))
+    in_rank = (jnp.arange(width) < rank)[None]
+    inside = (row + jnp.arange(tile_m) < out)[:, None] & in_rank
+    in_batch = (jnp.arange(launch.columns) < launch.batch)[:, None] & in_rank
 
+    def step(u: Array, total: Array) -> Array:
+        b_u = load(b.at[refs["layer"][0], refs["experts"][u], pl.ds(row, tile_m), pl.ds(launch.zero, width)], inside)
+        t_u = load(
+            launch.outs["t"][name].at[u, pl.ds(launch.zero, launch.columns), pl.ds(launch.zero, width)], in_batch
+        )
+        return total + dot(b_u, t_u, trans_b=True)
 
-@triton.jit
-def _kernel(
-    layer, experts, gates, x,  # [1], [NUM_USED], [NUM_USED, BATCH], [BATCH, IN]
-    r0, r1, r2, r3, r4, r5, r6, r7, r8, r9, r10, r11, r12, r13, r14, r15,
-    r16, r17,  # W, A and B of each target; y of each; t [targets, BATCH, NUM_USED, R] and the number of programs ready
-    SEGMENTS: tl.constexpr,  # of each target: first program and number of programs that shrink, the same of the others,
-    NUM_SHRINK: tl.constexpr,  # and out
-    IN: tl.constexpr, BATCH: tl.constexpr, COLUMNS: tl.constexpr,
-    NUM_USED: tl.constexpr, NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_K: tl.constexpr, TILE_R: tl.constexpr,
-):  # fmt: skip
-    refs = (r0, r1, r2, r3, r4, r5, r6, r7, r8, r9, r10, r11, r12, r13, r14, r15, r16, r17)
-    num_targets: tl.constexpr = len(SEGMENTS)
-    program, layer_id = tl.program_id(0), tl.load(layer).to(tl.int64)
-    t_size: tl.constexpr = BATCH * NUM_USED * RANK
-    t, ready = refs[4 * num_targets], refs[4 * num_targets + 1]
-    if program < NUM_SHRINK:
-        for i in tl.static_range(num_targets):
-            tile = program - SEGMENTS[i][0]
-            if (tile >= 0) & (tile < SEGMENTS[i][1]):
-                _shrink(
-                    x, refs[3 * i + 1], t + i * t_size, experts, gates, layer_id, tile,
-                    IN, BATCH, COLUMNS, NUM_USED, NUM_EXPERTS, RANK, TILE_M, TILE_K,
-                )  # fmt: skip
-        tl.debug_barrier()  # all of t is stored before it counts
-        tl.atomic_add(ready, 1, sem="release")
-    for i in tl.static_range(num_targets):
-        tile = program - SEGMENTS[i][2]
-        if (tile >= 0) & (tile < SEGMENTS[i][3]):
-            _linear(
-                x, refs[3 * i], refs[3 * i + 2], refs[3 * num_targets + i], t + i * t_size, ready,
-                experts, gates, layer_id, tile, SEGMENTS[i][1] > 0, NUM_SHRINK,
-                IN, SEGMENTS[i][4], BATCH, COLUMNS, NUM_USED, NUM_EXPERTS, RANK, TILE_M, TILE_K, TILE_R,
-            )  # fmt: skip
-
-
-def pregated_linear_triton(
-    x: Array,
-    weights: dict[str, Array],
-    a: dict[str, Array],
-    b: dict[str, Array],
-    mixture: Mixture | None,
-    layer: int | Array,
-    *,
-    config: Config | None = None,
-) -> dict[str, Array]:
-    """See `pallas_kernels.pregated_linear.pregated_linear`. Raises `ValueError` with an `unsupported_reason`."""
-    from jax_triton import triton_call  # here, because its import fails where JAX has no GPU support
-
-    reason = unsupported_reason(x, weights)
-    if reason is not None:
-        raise ValueError(f"pregated_linear cannot run as triton: {reason}")
-    names, batch = list(weights), x.shape[0]
-    _, num_experts, rank, _ = next(iter(a.values())).shape if a else (0, 1, 1, 0)
-    if mixture is None:
-        mixture = Mixture(jnp.zeros(1, jnp.int32), jnp.zeros((1, batch), jnp.float32))
-    num_used = len(mixture.experts)
-    config = config or configure(batch, rank, x.dtype.itemsize)
-
-    tiles_of_a = num_used * triton.cdiv(rank, config.tile_m)
-    num_shrink = tiles_of_a * len(a)
-    segments, first, program = [], 0, num_shrink
-    for name in names:
-        shrink, tiles = tiles_of_a if name in a else 0, triton.cdiv(weights[name].shape[1], config.tile_m)
-        segments.append((first, shrink, program, tiles, weights[name].shape[1]))
-        first, program = first + shrink, program + tiles
-
-    operands = [jnp.asarray(layer, jnp.int32).reshape(1)]
-    operands += [mixture.experts.astype(jnp.int32), mixture.gates.astype(jnp.float32), x]
-    for name in names:
-        w = weights[name]
-        operands += [w, a.get(name, w), b.get(name, w)]
-    outputs = [jax.ShapeDtypeStruct((batch, weights[name].shape[1]), x.dtype) for name in names]
-    workspace = [
-        jax.ShapeDtypeStruct((len(names), batch, num_used, rank), x.dtype),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-    ]
-    ys = triton_call(
-        *operands,
-        kernel=_kernel,
-        name="pregated_linear",
-        out_shape=[*outputs, *workspace],
-        zeroed_outputs=(len(names) + 1,),
-        grid=(program,),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        SEGMENTS=tuple(segments),
-        NUM_SHRINK=num_shrink,
-        IN=x.shape[1],
-        BATCH=batch,
-        COLUMNS=1 if batch == 1 else max(16, triton.next_power_of_2(batch)),
-        NUM_USED=num_used,
-        NUM_EXPERTS=num_experts,
-        RANK=rank,
-        TILE_M=config.tile_m,
-        TILE_K=config.tile_k,
-        TILE_R=config.tile_r,
-        **{f"r{i}": None for i in range(4 * len(names) + 2, 4 * MAX_TARGETS + 2)},
-    )
-    return dict(zip(names, ys[: len(names)], strict=True))
+    zeros = jnp.zeros((tile_m, launch.columns), jnp.float32)
+    return lax.fori_loop(0, refs["num_used"][0], step, zeros)

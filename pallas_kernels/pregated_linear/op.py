@@ -1,104 +1,113 @@
-"""Linears with pre-gated low-rank experts, unmerged, for a token or a batch in which every row has its own experts:
+"""Linears that share an input, with pre-gated low-rank experts, unmerged, in one launch on NVIDIA GPUs since Ampere:
 
-    y[b] = W[l] x[b] + Σ_u g[u, b] · B[l, e_u] (out×R) · (A[l, e_u] (R×in) · x[b])        for every linear that reads x
+    y[b] = W[l] h[b] + Σ_u g[u, b] · B[l, e_u] (out×R) · (A[l, e_u] (R×in) · h[b])        for every linear that reads h
 
 The experts are known before layer 0 (arXiv 2603.11873, Eq. 2), so their factors are read beside the backbone's weights, in
-the same launch. Ids, gates and the layer are device arrays; no value of them is read on the host.
-
-| implementation | where                    | how |
-|---|---|---|
-| `pallas`       | NVIDIA Hopper            | Mosaic GPU, one kernel launch: TMA, wgmma, partial sums, semaphores     |
-| `triton`       | NVIDIA Ampere and newer  | a Triton kernel through jax-triton, one launch for all linears |
-| `xla`          | any device               | plain jnp, which copies the factors of the experts before it uses them |
+the same launch. Ids, gates and the layer are device arrays; no value of them is read on the host. A norm in front, biases, a
+residual and silu(gate) · up are in the launch too. `reference.pregated_linear_xla` is the definition.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.megakernel.mixture import Mixture
-from pallas_kernels.pregated_linear.reference import pregated_linear_xla
-from pallas_kernels.sgmm.op import compute_capability
+from pallas_kernels.pregated_linear import triton_call
+from pallas_kernels.pregated_linear.kernel_triton import Group, Launch, Tiles, linear, shrink
 
-log = logging.getLogger(__name__)
+MAX_BATCH = 32
+MAX_RANK = 256
 
-IMPLEMENTATIONS = ("pallas", "triton", "xla")
+
+def tiles_for(batch: int, in_dim: int, itemsize: int, gated: bool = False) -> Tiles:
+    """Rows few enough that a small linear fills the GPU, columns enough that loads are long."""
+    if batch == 1:
+        tile_k = min(1024 // itemsize, pl.next_power_of_2(in_dim))
+        return Tiles(tile_m=4 if gated else 8, tile_k=tile_k, num_warps=4, num_stages=1)
+    if itemsize == 4:  # products without tensor cores, which take more registers
+        return Tiles(tile_m=32, tile_k=32, num_warps=4, num_stages=3)
+    return Tiles(tile_m=32, tile_k=max(16, min(128, pl.next_power_of_2(in_dim))), num_warps=4, num_stages=4)
 
 
+def unsupported_reason(batch: int, a: dict[str, Array]) -> str | None:
+    """The reason why the kernel does not support so many rows or experts A [L, E, R, in], or None."""
+    if batch > MAX_BATCH:
+        return f"there are {batch} rows, and a program takes {MAX_BATCH}"
+    for name, factor in a.items():
+        if factor.shape[2] > MAX_RANK:
+            return f"{name} has rank {factor.shape[2]}, and a program takes {MAX_RANK}"
+    return None
+
+
+@partial(jax.jit, static_argnames=("group", "interpret"))
 def pregated_linear(
     x: Float[Array, "B in"],
-    weights: dict[str, Array],
-    a: dict[str, Array],
-    b: dict[str, Array],
+    weights: dict[str, Float[Array, "L out in"]],
+    a: dict[str, Float[Array, "L E R in"]],
+    b: dict[str, Float[Array, "L E out R"]],
     mixture: Mixture | None,
-    layer: int | Int[Array, ""],
+    num_used: Int[Array, 1],
+    layer: Int[Array, 1],
+    ready: Int[Array, " layers*counters"],
     *,
-    implementation: str | None = None,
-) -> dict[str, Array]:
-    """target name → y [B, out], in the type of x.
+    group: Group,
+    norm: Float[Array, "L in"] | None = None,
+    biases: dict[str, Float[Array, "L out"]] | None = None,
+    residual: Float[Array, "B out"] | None = None,
+    interpret: bool = False,
+) -> tuple[dict[str, Array], Array]:
+    """(name → y [B, out], ready). The y of a gated pair has the gate's name.
 
     Args:
-      x: the input that the linears share, bf16, fp16 or fp32.
-      weights: target name → W [L, out, in] of the type of x; `out` may differ among targets.
-      a: target name → A [L, E, R, in]. b: target name → B [L, E, out, R]. Both of the type of x; a target without
-        experts is in neither.
-      mixture: the experts of the batch and the gates of its rows; None if no target has experts.
-      layer: which of the L; a constant or a device scalar.
-      implementation: one of `IMPLEMENTATIONS`; None takes `choose_implementation`'s.
+      x: bf16, fp16 or fp32, and so are the weights and the factors. `a`, `b`: of the linears that have experts.
+      mixture: the experts of the batch, those in use in front, and the gates of its rows; None if no linear has experts.
+      num_used: how many of its experts are in use.
+      ready: zeros at the beginning of every step, and made anew for it. A launch counts in the element `layer · counters +
+        counter`, which no other launch of the step may have.
+      norm: weight of an RMS norm of x, for one row.
 
-    Raises:
-      ValueError: shapes or types that do not fit together, or that the implementation asked for cannot do.
+    Raises `ValueError` for shapes or types that do not fit together, or that the kernel does not support.
     """
-    _validate(x, weights, a, b, mixture, layer)
-    if implementation is None:
-        implementation = choose_implementation(x, weights, a)
-    if implementation == "xla":
-        return {
-            name: pregated_linear_xla(x, w, a.get(name), b.get(name), mixture, layer) for name, w in weights.items()
-        }
-    if implementation == "pallas":
-        from pallas_kernels.pregated_linear.kernel_sm90 import pregated_linear_sm90
+    _validate(x, weights, a, b, mixture, norm)
+    batch, tile_m = x.shape[0], group.tiles.tile_m
+    outs: dict[str, Any] = {"y": {}, "t": {}, "ready": jax.ShapeDtypeStruct(ready.shape, ready.dtype)}
+    programs: list[tuple[int, Callable]] = []
+    refs: dict[str, Any] = {"ready": ready, "x": x, "layer": layer, "w": weights, "a": a, "b": b, "bias": biases or {}}
+    refs |= {"norm": norm, "residual": residual}
+    num_shrink = 0
+    if mixture is not None and a:
+        refs |= {"experts": mixture.experts, "gates": mixture.gates, "num_used": num_used}
+        max_used = len(mixture.experts)
+        for name, factor in a.items():
+            rank = factor.shape[2]
+            outs["t"][name] = jax.ShapeDtypeStruct((max_used, batch, rank), x.dtype)
+            programs.append((max_used * pl.cdiv(rank, tile_m), partial(shrink, name=name)))
+        num_shrink = sum(count for count, _ in programs)
+    for names in [group.gated] if group.gated else [(name,) for name in weights]:
+        out = weights[names[0]].shape[1]
+        outs["y"][names[0]] = jax.ShapeDtypeStruct((batch, out), group.out_dtype)
+        programs.append((pl.cdiv(out, tile_m), partial(linear, names=names, num_shrink=num_shrink)))
 
-        return pregated_linear_sm90(x, weights, a, b, mixture, layer)
-    if implementation == "triton":
-        from pallas_kernels.pregated_linear.kernel_triton import pregated_linear_triton
+    def kernel(refs: dict[str, Any], outs: dict[str, Any]) -> None:
+        program, first = pl.program_id(0), 0
+        launch = Launch(refs, outs, group, zero=program * 0, interpret=interpret)
+        for count, run in programs:
+            pl.when((program >= first) & (program < first + count))(partial(run, launch, tile=program - first))
+            first += count
 
-        return pregated_linear_triton(x, weights, a, b, mixture, layer)
-    raise ValueError(f"implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
-
-
-def choose_implementation(x: Array, weights: dict[str, Array], a: dict[str, Array]) -> str:
-    """The fastest implementation that this device and these shapes allow; why a faster one is passed over is logged."""
-    for name, unsupported_reason in (("pallas", _pallas_unsupported_reason), ("triton", _triton_unsupported_reason)):
-        reason = unsupported_reason(x, weights, a)
-        if reason is None:
-            log.info("pregated_linear runs as %s", name)
-            return name
-        log.info("pregated_linear does not run as %s: %s", name, reason)
-    return "xla"
-
-
-def _pallas_unsupported_reason(x: Array, weights: dict[str, Array], a: dict[str, Array]) -> str | None:
-    if not compute_capability().startswith("9."):
-        return f"it needs a Hopper GPU, this is {jax.devices()[0].device_kind}"
-    from pallas_kernels.pregated_linear.kernel_sm90 import unsupported_reason
-
-    return unsupported_reason(x, weights, a)
-
-
-def _triton_unsupported_reason(x: Array, weights: dict[str, Array], a: dict[str, Array]) -> str | None:
-    if float(compute_capability() or 0) < 8:
-        return f"it needs an Ampere or newer GPU, this is {jax.devices()[0].device_kind}"
-    if importlib.util.find_spec("jax_triton") is None:
-        return "jax-triton is not installed (pip install 'adafuse-jax[cuda]')"
-    from pallas_kernels.pregated_linear.kernel_triton import unsupported_reason
-
-    return unsupported_reason(x, weights)
+    kernel.__name__ = "_".join(("linear", *weights))  # the name in profiles
+    found = triton_call.launch(
+        kernel, refs, outs, grid=(sum(count for count, _ in programs),), updated=["ready"], interpret=interpret,
+        num_warps=group.tiles.num_warps, num_stages=group.tiles.num_stages,
+    )  # fmt: skip
+    return found["y"], found["ready"]
 
 
 def _validate(
@@ -107,24 +116,22 @@ def _validate(
     a: dict[str, Array],
     b: dict[str, Array],
     mixture: Mixture | None,
-    layer: int | Array,
+    norm: Array | None,
 ) -> None:
     if not weights or a.keys() != b.keys() or not a.keys() <= weights.keys():
         raise ValueError(
-            f"a and b must name the same targets, all of them in weights: {sorted(weights)}, {sorted(a)}, {sorted(b)}"
+            f"a and b must name the same linears, all of them in weights: {sorted(weights)}, {sorted(a)}, {sorted(b)}"
         )
     if x.ndim != 2 or x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"x is {x.dtype}{x.shape}; it must be [B, in] in bfloat16, float16 or float32")
-    for label, arrays, dims in (("W", weights, "[L, out, in]"), ("A", a, "[L, E, R, in]"), ("B", b, "[L, E, out, R]")):
-        for name, array in arrays.items():
-            if array.ndim != dims.count(",") + 1:
-                raise ValueError(f"{name}: {label} {array.shape} must be {dims}")
+    if reason := unsupported_reason(len(x), a):
+        raise ValueError(f"pregated_linear cannot run: {reason}")
+    if norm is not None and len(x) > 1:
+        raise ValueError(f"the norm is for one row, and there are {len(x)}")
     (batch, in_dim), num_layers = x.shape, next(iter(weights.values())).shape[0]
-    if isinstance(layer, int) and not 0 <= layer < num_layers:
-        raise ValueError(f"layer {layer} is none of the {num_layers} of W")
-    if jnp.ndim(layer) != 0:
-        raise ValueError(f"layer {jnp.shape(layer)} must be a scalar")
-    expected = [("W", name, w, (num_layers, *w.shape[1:-1], in_dim)) for name, w in weights.items()]
+    expected: list[tuple[str, str, Array, tuple[int, ...]]] = [
+        ("W", name, w, (num_layers, w.shape[1], in_dim)) for name, w in weights.items()
+    ]
     if a:
         num_used = () if mixture is None else jnp.shape(mixture.experts)
         if mixture is None or len(num_used) != 1 or not num_used[0] or mixture.gates.shape != (*num_used, batch):

@@ -20,7 +20,7 @@ from adafuse_jax.models.config import LINEARS
 from benchmarks.common.jobs import Job, run_job
 from benchmarks.decode import __main__ as decode
 from benchmarks.decode import costs as decode_costs
-from benchmarks.decode import layer, merged_step, models, report, rows, token_step
+from benchmarks.decode import layer, merged_step, models, report, rows, token_step, unfused_step
 from benchmarks.decode.costs import SIZES, costs
 from benchmarks.decode.prompts import make_prompts
 from benchmarks.kernels import streaming
@@ -274,6 +274,26 @@ def test_merged_step():
         assert row["same_pointers"] is True
         assert row["alias_gb"] >= row["adapted_gb"] > 0
         assert row["steps"] == 3 * 3 + 4
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="where the kernels do not run")
+def test_unfused_step(capsys):
+    """A line a case and form, the overhead over the bare model, and the reason where the kernels cannot run."""
+    found = unfused_step.run("tiny", [("bare", 2), ("qv", 2)], ["kernels", "xla"], steps=2, repeats=2)
+    assert found.keys() == {("bare", 2, "xla"), ("qv", 2, "xla")}
+    assert all(ms > 0 for ms in found.values())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [
+        f"tiny {case}:2 {form}" for case in ("bare", "qv") for form in ("kernels", "xla")
+    ]
+    assert "they cannot run, as they need an NVIDIA GPU" in lines[0]
+    assert "% over bare" in lines[3]
+
+
+def test_unfused_step_ends_where_the_forms_differ(monkeypatch):
+    monkeypatch.setattr(unfused_step, "logits", lambda backend, batch: np.full((batch, 4), 1.0 + (backend == "xla")))
+    with pytest.raises(SystemExit, match=r"the logits of 3 rows differ by 5\.0e-01"):
+        unfused_step.check({"kernels": "kernels", "xla": "xla"}, 3)
 
 
 class TestTokenStep:

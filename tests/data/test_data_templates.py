@@ -9,7 +9,7 @@ from datetime import datetime
 import numpy as np
 import pytest
 from chats import LONG, A, S, U, encode, split_texts
-from data_fixtures import CHATML, write_tokenizer
+from data_fixtures import CHATML, transformers_tokenizer, write_tokenizer
 
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data import templates
@@ -278,10 +278,11 @@ class TestTemplatesAreBounded:
     ],
 )
 def test_rendering_equals_transformers(tmp_path, template):
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", template=template))
+    directory = write_tokenizer(tmp_path / "tok", template=template)
+    tokenizer, reference = load_tokenizer(directory), transformers_tokenizer(directory)
     messages = (S("be <b>\u2028é</b>"), U(" hi "), A("yo\n"), U("🙂?"))
     for add in (False, True):
-        wanted = tokenizer.apply_chat_template([m.turn() for m in messages], tokenize=False, add_generation_prompt=add)
+        wanted = reference.apply_chat_template([m.turn() for m in messages], tokenize=False, add_generation_prompt=add)
         assert render(messages, tokenizer, add_generation_prompt=add) == wanted
 
 

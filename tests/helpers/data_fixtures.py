@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -45,3 +46,10 @@ def write_tokenizer(
         config["chat_template"] = template
     (out / "tokenizer_config.json").write_text(json.dumps(config))
     return out
+
+
+def transformers_tokenizer(directory: str | Path) -> Any:
+    """The tokenizer that transformers gives, to compare with."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from adafuse_jax.data.chat import Encoded
 from adafuse_jax.data.packing import Rows
@@ -13,7 +14,7 @@ from adafuse_jax.data.packing import Rows
 OPEN_ROWS = 64
 
 
-def encoded(tokenizer, prompt: str, reply: str, max_length: int) -> Encoded | None:
+def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str, reply: str, max_length: int) -> Encoded | None:
     """One exchange by transformers' own `apply_chat_template`: the loss on tokens that begin in the reply, with its end."""
     asked = [{"role": "user", "content": prompt}]
     before = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)

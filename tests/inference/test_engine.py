@@ -242,7 +242,7 @@ class TestConversation:
         seen = []
         chunk_lengths = prefill_module.chunk_lengths
 
-        def spy(length: int, most: int | None) -> list[int]:
+        def spy(length: int, most: int | None = None) -> list[int]:
             seen.append(length)
             return chunk_lengths(length, most)
 

@@ -14,8 +14,9 @@ from random_models import random_adapter
 
 from adafuse_jax import Backbone, UserError
 from adafuse_jax.inference import programs, slots
-from adafuse_jax.inference.backends import megakernel
+from adafuse_jax.inference.backends import megakernel, portable
 from adafuse_jax.inference.backends.registry import BACKENDS
+from adafuse_jax.inference.backends.unfused import LayerKernels
 from adafuse_jax.inference.config import TOKEN_STRATEGIES, Strategy
 from adafuse_jax.inference.engine import Engine
 
@@ -71,6 +72,12 @@ class TestWithTheMegakernel:
         assert caplog.text.count("decoding 3 prompts unfused: the megakernel cannot, as it takes 2 rows") == 1
         with pytest.raises(UserError, match="fused cannot run: it takes 2 rows; decode fewer"):
             next(Engine(model, adapter, strategy="fused", eos_ids=()).generate(prompts, max_new_tokens=5))
+
+    def test_larger_batches_get_the_layer_kernels_where_those_run(self, models, monkeypatch):
+        monkeypatch.setattr(portable, "unsupported_reason", lambda model, adapter, batch: None)
+        backend = Engine(*adapted(CASES[0], models), eos_ids=()).backend
+        assert backend.for_batch(2) is backend
+        assert isinstance(backend.for_batch(3), LayerKernels)
 
 
 def test_default_without_the_megakernel_is_unmerged_and_the_log_says_why(models, caplog):

@@ -1,91 +1,108 @@
-"""Linears with pre-gated experts against float64: here `xla` and `pallas` interpreted, with `-m gpu`
-every implementation compiled."""
+"""Linears with pre-gated experts against float64: the definition in XLA and the kernel, interpreted and compiled."""
 
 from __future__ import annotations
 
-import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from flax import nnx
 from linear_cases import CASES, LARGE_CASES, SCALE, Case, assert_near
 
 import benchmarks.kernels.pregated_linear as benchmark
 from adafuse_jax.adapters.low_rank import LoRAExperts
 from adafuse_jax.models.hooks import Routing
-from pallas_kernels.pregated_linear import IMPLEMENTATIONS, Mixture, choose_implementation, make_mixture, op
-from pallas_kernels.pregated_linear import pregated_linear as linear
-from pallas_kernels.pregated_linear.kernel_sm90 import pregated_linear_sm90, unsupported_reason
+from pallas_kernels.pregated_linear import (
+    Group,
+    Mixture,
+    Tiles,
+    make_mixture,
+    pregated_linear,
+    pregated_linear_xla,
+    tiles_for,
+    triton_call,
+    unsupported_reason,
+)
+
+SMALL = Tiles(tile_m=16, tile_k=32, num_warps=4, num_stages=1)
 
 
-def run(case: Case, implementation: str, traced: bool):
-    x, weights, a, b, mixture = case.draw()
-    call = partial(linear, implementation=implementation)
-    if traced:
-        return jax.jit(call)(x, weights, a, b, mixture, jnp.int32(case.layer))
-    return jax.jit(call, static_argnums=5)(x, weights, a, b, mixture, case.layer)
+def by_xla(x, weights, a, b, mixture, layer):
+    return {name: pregated_linear_xla(x, w, a.get(name), b.get(name), mixture, layer) for name, w in weights.items()}
+
+
+def by_kernel(x, weights, a, b, mixture, layer, tiles: Tiles | None = None, **options: Any):
+    """One launch; afterwards the group's counter holds the number of programs that shrink, and the others are 0."""
+    num_used = (
+        jnp.zeros(1, jnp.int32) if mixture is None else (mixture.gates != 0).any(axis=1).sum(dtype=jnp.int32)[None]
+    )
+    group = Group(
+        tiles=tiles or tiles_for(len(x), x.shape[1], x.dtype.itemsize), out_dtype=x.dtype, counter=1, counters=2
+    )
+    ready = jnp.zeros(2 * len(next(iter(weights.values()), x)), jnp.int32)
+    at = jnp.asarray(layer, jnp.int32)[None]
+    y, ready = pregated_linear(x, weights, a, b, mixture, num_used, at, ready, group=group, **options)
+    num_shrink = sum(len(mixture.experts) * -(-f.shape[2] // group.tiles.tile_m) for f in a.values())
+    np.testing.assert_array_equal(ready, np.eye(len(ready), dtype=int)[2 * layer + 1] * num_shrink)
+    return y
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_xla(case):
-    assert_near(run(CASES[case], "xla", traced=True), *CASES[case].draw(), CASES[case].layer)
+    inputs, layer = CASES[case].draw(), CASES[case].layer
+    assert_near(jax.jit(by_xla)(*inputs, jnp.int32(layer)), *inputs, layer)
 
 
-@pytest.mark.parametrize("case", ["q, k, v", "batch"])
-def test_constant_layer(case):
-    assert_near(run(CASES[case], "xla", traced=False), *CASES[case].draw(), CASES[case].layer)
+QUICK = ("q, k, v", "one plain", "gates of zero", "batch", "batch, fp32", "batch shares experts", "ragged", "nothing")
+
+
+@pytest.mark.parametrize("case", quick.first([*QUICK, *(name for name in CASES if name not in QUICK)], len(QUICK)))
+def test_interpreted(case):
+    """By small tiles, several of which a linear has."""
+    inputs, layer = CASES[case].draw(), CASES[case].layer
+    assert_near(by_kernel(*inputs, layer, tiles=SMALL, interpret=True), *inputs, layer)
+
+
+@pytest.mark.parametrize("case", quick.first([f"random {seed}" for seed in range(6)]))
+def test_default_tiles(case):
+    inputs, layer = CASES[case].draw(), CASES[case].layer
+    assert_near(by_kernel(*inputs, layer, interpret=True), *inputs, layer)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", [*CASES, *LARGE_CASES])
-def test_compiled(case, implementation):
-    case = (CASES | LARGE_CASES)[case]
-    x, weights, a, *_ = case.draw()
-    if implementation == "pallas" and unsupported_reason(x, weights, a) is not None:
-        pytest.skip("not for these shapes")
-    for traced in (False, True):
-        assert_near(run(case, implementation, traced), *case.draw(), case.layer)
+def test_compiled(case):
+    inputs, layer = (CASES | LARGE_CASES)[case].draw(), (CASES | LARGE_CASES)[case].layer
+    assert_near(by_kernel(*inputs, layer), *inputs, layer)
 
 
-INTERPRETED = {
-    "q, k, v": Case(outs={"q": 192, "k": 64, "v": 64}, in_dim=192, rank=64),
-    "rank 128, one plain": Case(
-        outs={"q": 128, "z": 192}, in_dim=128, rank=128, batch=3, num_experts=8, plain=("z",), dtype="float16"
-    ),
-    "all plain": Case(outs={"q": 64}, in_dim=64, batch=2, plain=("q",)),
-    "gates of zero": Case(outs={"q": 64}, in_dim=64, rank=64, choices=(((1, 0.0), (2, 0.6), (0, 0.0)),)),
-}
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
+def test_waiting_programs_do_not_keep_out_those_that_shrink():
+    """Far more programs than a GPU holds at once, most of which wait for the first."""
+    case = Case(
+        outs={"gate": 20_000, "up": 20_000}, in_dim=256, num_experts=8, top_k=8, rank=256, num_layers=1, layer=0
+    )
+    inputs = case.draw()
+    for _ in range(20):
+        y = by_kernel(*inputs, 0, tiles=Tiles(tile_m=1, tile_k=256, num_warps=1, num_stages=1))
+    assert_near(y, *inputs, 0)
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 12) or jax.default_backend() != "cpu",
-    reason="the interpreter runs on CPUs; before JAX 0.12 it fails unless every warpgroup sees a barrier's last phase",
-)
-@pytest.mark.parametrize("case", quick.first(INTERPRETED))
-def test_interpreted(case):
-    x, weights, a, b, mixture = INTERPRETED[case].draw()
-    interpret, layer = plgpu.InterpretGPUParams(), INTERPRETED[case].layer
-    y = pregated_linear_sm90(x, weights, a, b, mixture, layer, interpret=interpret, num_ctas=3)
-    assert_near(y, x, weights, a, b, mixture, layer)
-
-
-def test_what_pallas_cannot_do_is_said():
-    for case, said in (
-        (Case(outs={"q": 64}, in_dim=64, dtype="float32"), "x is float32"),
-        (Case(outs={"q": 64}, in_dim=64, batch=33), "33 rows"),
-        (Case(outs={"q": 40}, in_dim=64), r"q is \[40, 64\]"),
-        (Case(outs={"q": 64}, in_dim=64, rank=24), "q has rank 24"),
-        (Case(outs={"q": 64}, in_dim=64 * 200, batch=32, plain=("q",)), "12288 at most"),
-    ):
-        with pytest.raises(ValueError, match=f"cannot run as pallas: .*{said}"):
-            linear(*case.draw(), case.layer, implementation="pallas")
+def test_a_repeated_program_begins_to_count_anew():
+    """Its counters are zeros of its own, also where they are one constant element."""
+    case = Case(outs={"q": 16}, in_dim=32, num_layers=1, layer=0, rank=8)
+    x, weights, a, b, mixture = case.draw()
+    group, one = Group(tiles=SMALL, out_dtype=x.dtype), jnp.zeros(1, jnp.int32)
+    call = partial(pregated_linear, group=group, interpret=jax.default_backend() != "gpu")
+    run = jax.jit(lambda x: call(x, weights, a, b, mixture, one + 2, one, jnp.zeros(1, jnp.int32))[1])
+    assert [int(run(x)[0]) for _ in range(3)] == [len(mixture.experts)] * 3
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -95,19 +112,15 @@ def test_same_as_adapter(batch):
     x, weights, a, b, _ = case.draw()
     experts, gates = case.choose(np.random.default_rng(0))
     mixture = make_mixture(experts, gates, SCALE, case.num_experts)
-    module = jax.eval_shape(lambda: _module(case))
+    module = jax.eval_shape(
+        lambda: LoRAExperts(1, 48, 40, num_experts=16, rank=case.rank, scale=SCALE, rngs=nnx.Rngs(0))
+    )
     module.A.set_value(a["q"][case.layer])
     module.B.set_value(b["q"][case.layer])
     routing = Routing(jnp.asarray(experts)[:, None], jnp.asarray(gates)[:, None], jnp.zeros((batch, 1, 16)))
     wanted = x @ weights["q"][case.layer].T + module(x[:, None], routing)[:, 0]
-    y = linear(x, weights, a, b, mixture, case.layer, implementation="xla")
+    y = by_xla(x, weights, a, b, mixture, case.layer)
     np.testing.assert_allclose(y["q"], wanted, rtol=1e-5, atol=1e-5)
-
-
-def _module(case: Case) -> LoRAExperts:
-    from flax import nnx
-
-    return LoRAExperts(1, 48, 40, num_experts=case.num_experts, rank=case.rank, scale=SCALE, rngs=nnx.Rngs(0))
 
 
 class TestMixture:
@@ -138,36 +151,54 @@ class TestMixture:
         assert mixture.gates.tolist() == [[1.5], [0.5]]
 
 
-class TestChoice:
-    @pytest.fixture(autouse=True)
-    def unfiltered(self, monkeypatch):
-        """Remove the filter that logs each message once per process."""
-        monkeypatch.setattr(op.log, "filters", [])
+def test_unsupported_reasons():
+    assert unsupported_reason(32, {"q": jnp.zeros((1, 1, 256, 1))}) is None
+    assert "there are 33 rows" in str(unsupported_reason(33, {}))
+    assert "q has rank 257" in str(unsupported_reason(1, {"q": jnp.zeros((1, 1, 257, 1))}))
+    case = Case(outs={"q": 8}, in_dim=8, batch=33)
+    with pytest.raises(ValueError, match="cannot run: there are 33 rows"):
+        by_kernel(*case.draw(), case.layer)
 
-    @pytest.mark.skipif(jax.default_backend() != "cpu", reason="for machines without a GPU")
-    def test_cpu(self, caplog):
-        x, weights, a, b, mixture = CASES["q, k, v"].draw()
-        with caplog.at_level(logging.INFO, logger="pallas_kernels"):
-            y = linear(x, weights, a, b, mixture, 1)
-        for line, name, needed in zip(caplog.messages, ("pallas", "triton"), ("Hopper", "Ampere"), strict=True):
-            assert name in line
-            assert needed in line
-            assert jax.devices()[0].device_kind in line
-        assert_near(y, x, weights, a, b, mixture, 1)
 
-    def test_ampere_without_triton(self, monkeypatch, caplog):
-        monkeypatch.setattr(op, "compute_capability", lambda: "8.0")
-        monkeypatch.setattr(op.importlib.util, "find_spec", lambda name: None)
-        x, weights, *_ = CASES["q, k, v"].draw()
-        with caplog.at_level(logging.INFO, logger="pallas_kernels"):
-            assert choose_implementation(x, weights, {}) == "xla"
-        assert "jax-triton is not installed" in caplog.text
+def test_vmap_is_refused():
+    x, weights, a, b, mixture = CASES["q, k, v"].draw()
+    with pytest.raises(NotImplementedError, match="not under vmap"):
+        jax.vmap(lambda x: by_kernel(x, weights, a, b, mixture, 1, interpret=True))(jnp.stack([x, x]))
+
+
+def test_every_field_of_tiles_and_group_is_read(monkeypatch):
+    """Each changes the launch or its result; `gated`, `eps` and the types are in the steps' tests."""
+    launches = []
+
+    def record(kernel, refs, outs, **launch):
+        launches.append((launch, str(jax.make_jaxpr(lambda r: triton_call_launch(kernel, r, outs, **launch))(refs))))
+        return jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), outs)
+
+    triton_call_launch = triton_call.launch
+    monkeypatch.setattr(triton_call, "launch", record)
+    x, weights, a, b, mixture = Case(outs={"q": 64}, in_dim=64).draw()
+    rest = mixture, jnp.ones(1, jnp.int32), jnp.ones(1, jnp.int32), jnp.zeros(4, jnp.int32)
+    group = Group(tiles=SMALL, out_dtype=x.dtype)
+    changed = [replace(group, tiles=replace(SMALL, **{f.name: 2 * getattr(SMALL, f.name)})) for f in fields(SMALL)]
+    for g in (group, group, *changed, replace(group, counter=1), replace(group, counters=2)):
+        pregated_linear.__wrapped__(x, weights, a, b, *rest, group=g)
+    assert launches[0] == launches[1]
+    assert all(launch != launches[0] for launch in launches[2:])
 
 
 def invalid(**changes):
     """The arguments of a right call, some of them changed by a function."""
     x, weights, a, b, mixture = replace(CASES["q, k, v"], batch=3).draw()
-    arguments = {"x": x, "weights": weights, "a": a, "b": b, "mixture": mixture, "layer": 1, "implementation": "xla"}
+    arguments = {
+        "x": x,
+        "weights": weights,
+        "a": a,
+        "b": b,
+        "mixture": mixture,
+        "layer": 1,
+        "norm": None,
+        "tiles": SMALL,
+    }
     return arguments | {name: change(arguments[name]) for name, change in changes.items()}
 
 
@@ -177,12 +208,12 @@ def changed(function):
 
 
 INVALID = {
-    "no targets": (dict.fromkeys(("weights", "a", "b"), lambda _: {}), "the same targets"),
-    "a and b": ({"a": lambda a: {"q": a["q"]}}, r"the same targets.* \['q'\], \['k', 'q', 'v'\]"),
+    "no linears": (dict.fromkeys(("weights", "a", "b"), lambda _: {}), "the same linears"),
+    "a and b": ({"a": lambda a: {"q": a["q"]}}, r"the same linears.* \['q'\], \['k', 'q', 'v'\]"),
     "no weight": ({"weights": lambda w: {"q": w["q"]}}, "all of them in weights"),
     "x of one row": ({"x": lambda x: x[0]}, r"x is bfloat16\(64,\); it must be \[B, in\]"),
     "integers": ({"x": lambda x: x.astype(jnp.int8)}, "x is int8"),
-    "one layer": ({"weights": changed(lambda w: w[0])}, r"q: W \(64, 64\) must be \[L, out, in\]"),
+    "one layer": ({"weights": changed(lambda w: w[0])}, r"q: W is bfloat16\(64, 64\)"),
     "input of W": (
         {"weights": changed(lambda w: w[..., :32])},
         r"q: W is bfloat16\(2, 64, 32\).* must be .*\(2, 64, 64\)",
@@ -197,9 +228,7 @@ INVALID = {
         {"mixture": lambda m: Mixture(m.experts, m.gates[:, :2])},
         r"\(4, 2\)\) must have .* gates \[U, 3\]",
     ),
-    "layer": ({"layer": lambda _: 2}, "layer 2 is none of the 2"),
-    "layers": ({"layer": lambda _: jnp.arange(2)}, r"layer \(2,\) must be a scalar"),
-    "implementation": ({"implementation": lambda _: "cuda"}, "'cuda' is none of pallas, triton, xla"),
+    "norm of rows": ({"norm": lambda _: jnp.ones((2, 64))}, "the norm is for one row, and there are 3"),
 }
 
 
@@ -207,21 +236,28 @@ INVALID = {
 def test_invalid(what):
     changes, message = INVALID[what]
     with pytest.raises(ValueError, match=message):
-        linear(**invalid(**changes))
+        by_kernel(**invalid(**changes))
 
 
 class TestBenchmark:
     """The script at a tiny size."""
 
-    def run(self):
+    def run(self, **options):
         groups = {"q, k": ({"q": 32, "k": 16}, 48)}
-        benchmark.run(groups, num_layers=2, repeats=1, batches=(1, 3), implementations=("xla",))
+        benchmark.run(groups, num_layers=2, repeats=1, batches=(1, 3), implementations=("xla",), **options)
 
     def test_lines(self, capsys):
         self.run()
         _, *lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 4
         assert all("GB/s" in line for line in lines)
+
+    @pytest.mark.parametrize("batch", [1, 8])
+    def test_tiles_of_the_sweep(self, batch):
+        """The tiles that the decode step takes are among them, and no two are equal."""
+        swept = benchmark.swept_tiles(batch)
+        assert tiles_for(batch, 4096, 2) in swept
+        assert len(set(swept)) == len(swept)
 
     def test_bytes(self):
         """Bytes of one layer: W once, and the factors of the experts in use."""
@@ -233,10 +269,10 @@ class TestBenchmark:
     def test_wrong_results_end_the_run(self, monkeypatch):
         """A single element is off, in the function measured and not in the reference."""
 
-        def wrong(x, weights, a, b, mixture, layer, *, implementation):
-            y = linear(x, weights, a, b, mixture, layer, implementation="xla")
-            return y | {"k": y["k"].at[0, 3].add(1.0)} if implementation == "wrong" else y
+        def wrong(*arguments):
+            y = benchmark.by_xla(*arguments)
+            return y | {"k": y["k"].at[0, 3].add(1.0)}
 
-        monkeypatch.setattr(benchmark, "pregated_linear", wrong)
+        monkeypatch.setitem(benchmark.IMPLEMENTATIONS, "wrong", wrong)
         with pytest.raises(SystemExit, match="4 wrong results"):
             benchmark.run({"k": ({"k": 16}, 48)}, 2, repeats=1, batches=(1, 3), implementations=("wrong", "xla"))

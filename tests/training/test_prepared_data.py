@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 import pytest
 import slow_data
-from data_fixtures import CHATML, write_tokenizer
+from data_fixtures import CHATML, transformers_tokenizer, write_tokenizer
 
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data import chat, encoders
@@ -76,10 +76,11 @@ def test_rows_order_and_fingerprint_are_those_of_the_slow_reference(
     sets = [pairs(90), pairs(40, seed=1)]
     marks = [""] * 2 if weights is None else [f"={w}" for w in weights]
     dataset = [write(tmp_path / f"{i}.jsonl", rows) + marks[i] for i, rows in enumerate(sets)]
+    reference = transformers_tokenizer(tokenizer.name_or_path)
     expected, held_out = [], []
     for rows in sets:
         held = held_out_indices(len(rows), 0.1, 5)
-        examples = [slow_data.encoded(tokenizer, *row, 128) for row in rows]
+        examples = [slow_data.encoded(reference, *row, 128) for row in rows]
         held_out += [examples[i] for i in held]
         fitting = [e for i, e in enumerate(examples) if i not in held and e is not None]
         expected.append(slow_data.packed(fitting, 128, packing=packing))

@@ -319,7 +319,7 @@ class Megakernel(Backend):
             raise UserError(
                 f"strategy {self.strategy} cannot run: {reason}; decode fewer prompts together, or unmerged"
             )
-        return self._fallback
+        return self._fallback.for_batch(batch)
 
     @staticmethod
     def step(

@@ -1,0 +1,179 @@
+"""A decode step in five kernel launches a layer, for GPUs and models without a megakernel.
+
+    h = norm(x);  q, k, v = W_q h, W_k h, W_v h     with experts      `pallas_kernels.pregated_linear`
+    c = attention(rope(q), rope(k), v, cache)       cache updated     `pallas_kernels.decode_attention`
+    x ← x + W_o c                                   with experts
+    h = norm(x);  f = silu(W_gate h) · W_up h       with experts
+    x ← x + W_down f                                with experts
+
+The experts are known before layer 0. One row folds the norms into the launches; several leave them to XLA, as tensor cores
+take h rounded.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.adapters.lora import LoRA
+from adafuse_jax.adapters.stacked import StackedAdapters
+from adafuse_jax.inference.backends.megakernel import mixture_of, route
+from adafuse_jax.models.config import LINEARS, unsupported_field
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.hooks import TokenExperts
+from adafuse_jax.models.kv_cache import KVCache
+from adafuse_jax.models.layers import rope_frequencies, rope_tables
+from adafuse_jax.parallel.mesh import mesh_of
+from pallas_kernels import decode_attention as attention_kernel
+from pallas_kernels import pregated_linear as linear_kernel
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.pregated_linear import Group, Mixture, pregated_linear, tiles_for
+
+CONSUMED_FIELDS = frozenset({
+    "vocab_size", "embed_dim", "hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "norm_eps",
+    "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "sliding_windows",
+    "rope.theta", "rope.kind", "rope.factor", "rope.low_freq_factor", "rope.high_freq_factor",
+    "rope.original_max_position_embeddings",
+    "model_type", "max_position_embeddings", "bos_token_id", "eos_token_ids", "pad_token_id",  # cannot matter to a step
+})  # fmt: skip
+"""Fields of `ModelConfig` that reach the kernels; a model with any other is decoded by its own modules."""
+GROUPS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("o_proj",),
+    ("gate_proj", "up_proj"),
+    ("down_proj",),
+)
+MIN_CAPABILITY = 8
+
+
+def unsupported_reason(model: Backbone, adapter: Any, batch: int) -> str | None:
+    """The reason why the kernels cannot decode `batch` rows with this model and adapter on its device, or None."""
+    return device_unsupported_reason(model) or shape_unsupported_reason(model, adapter, batch)
+
+
+def device_unsupported_reason(model: Backbone) -> str | None:
+    """The part of `unsupported_reason` that the model's devices decide."""
+    if mesh_of(model) is not None:
+        return "they run on one device, and the model is on several"
+    device = next(iter(model.embed_tokens[...].devices()))
+    if device.platform != "gpu" or not is_recent(str(getattr(device, "compute_capability", ""))):
+        return (
+            f"they need an NVIDIA GPU of compute capability {MIN_CAPABILITY}.0 or newer, this is {device.device_kind}"
+        )
+    return None
+
+
+def is_recent(capability: str) -> bool:
+    """True for NVIDIA's '8.0' or above; AMD's capabilities are names."""
+    major = capability.partition(".")[0]
+    return major.isdecimal() and int(major) >= MIN_CAPABILITY
+
+
+def shape_unsupported_reason(model: Backbone, adapter: Any, batch: int) -> str | None:
+    """The part of `unsupported_reason` that no device matters to."""
+    config = model.config
+    if reason := unsupported_field(config, CONSUMED_FIELDS):
+        return reason
+    if adapter is not None and not isinstance(adapter, AdaFuse | LoRA | StackedAdapters):
+        return f"{type(adapter).__name__} has no experts that are known before the first layer"
+    factors = {} if adapter is None else {name: e.A[...] for name, e in adapter.experts.items()}
+    if model.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"the model is {model.dtype}"
+    return linear_kernel.unsupported_reason(batch, factors) or attention_kernel.unsupported_reason(config.head_dim)
+
+
+def portable_step(
+    model: Backbone,
+    adapter: AdaFuse | LoRA | StackedAdapters | None,
+    token: Int[Array, " B"],
+    position: Int[Array, " B"],
+    cache: KVCache,
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B V"], TokenExperts | None, KVCache]:
+    """Read one token of every row: logits of the next (fp32), the experts that read it, the cache with it.
+
+    The adapter's experts are of the model's type. Every step has counters of its own, which begin at 0: one that failed
+    leaves nothing behind.
+    """
+    config, layers, batch = model.config, model.layers, len(token)
+    chosen, mixture, num_used = _mixture(model, adapter, token, position, cache)
+    experts = {} if adapter is None else dict(adapter.experts.items())
+    linears = {name: getattr(layers, name) for name in LINEARS}
+    counters: list[tuple[str, ...]] = [names for names in GROUPS if any(name in experts for name in names)]
+    ready = jnp.zeros(config.num_layers * max(1, len(counters)), jnp.int32)
+
+    def group(
+        names: tuple[str, ...], x: Array, layer: Any, norm: Any = None, residual: Array | None = None
+    ) -> dict[str, Array]:
+        nonlocal ready
+        adapted = [name for name in names if name in experts]
+        weights = {name: linears[name].weight[...] for name in names}
+        gated = ("gate_proj", "up_proj") if names == GROUPS[2] else None
+        if norm is not None and batch > 1:
+            x, norm = jax.tree.map(lambda leaf: leaf[int(layer[0])], norm)(x), None
+        settings = Group(
+            tiles=tiles_for(batch, x.shape[1], x.dtype.itemsize, bool(gated)), out_dtype=x.dtype, gated=gated,
+            eps=config.norm_eps, counter=counters.index(names) if adapted else 0, counters=max(1, len(counters)),
+        )  # fmt: skip
+        y, ready = pregated_linear(
+            x, weights, {name: experts[name].A[...] for name in adapted},
+            {name: experts[name].B[...] for name in adapted}, mixture if adapted else None, num_used, layer, ready,
+            group=settings, norm=None if norm is None else norm.weight[...], residual=residual,
+            biases={name: linears[name].bias[...] for name in names if linears[name].bias is not None},
+            interpret=interpret,
+        )  # fmt: skip
+        return y
+
+    cos, sin = (table[:, 0] for table in rope_tables(position, rope_frequencies(config.rope, config.head_dim)))
+    windows = np.array([w or np.iinfo(np.int32).max // 2 for w in config.sliding_windows or [None] * config.num_layers])
+    attend = partial(
+        decode_attention, position=position, cos=cos, sin=sin, windows=jnp.asarray(windows, jnp.int32), eps=config.norm_eps,
+        q_norm=None if layers.q_norm is None else layers.q_norm.weight[...],
+        k_norm=None if layers.k_norm is None else layers.k_norm.weight[...], interpret=interpret,
+    )  # fmt: skip
+    ended = jnp.zeros((batch, config.num_kv_heads), jnp.int32)
+    x, cache_k, cache_v = model.embed_tokens[...][token], cache.k, cache.v
+    for index in range(config.num_layers):
+        layer = np.array([index], np.int32)
+        qkv = group(GROUPS[0], x, layer, layers.input_layernorm)
+        q, k, v = (qkv[name].reshape(batch, -1, config.head_dim) for name in GROUPS[0])
+        context, cache_k, cache_v, ended = attend(q, k, v, cache_k, cache_v, layer, ended=ended)
+        x = group(GROUPS[1], context.reshape(batch, -1), layer, residual=x)["o_proj"]
+        f = group(GROUPS[2], x, layer, layers.post_attention_layernorm)["gate_proj"]
+        x = group(GROUPS[3], f, layer, residual=x)["down_proj"]
+    return _logits(model, x, interpret), chosen, KVCache(cache_k, cache_v)
+
+
+def _mixture(
+    model: Backbone, adapter: AdaFuse | LoRA | StackedAdapters | None, token: Array, position: Array, cache: KVCache
+) -> tuple[TokenExperts | None, Mixture | None, Array | np.ndarray]:
+    """(the experts of every row or None, the mixture of the step or None, how many of its experts are in use)."""
+    batch = len(token)
+    if adapter is None:
+        return None, None, np.zeros(1, np.int32)
+    if isinstance(adapter, LoRA):
+        always = jnp.full((1, batch), adapter.config.scale, jnp.float32)
+        return None, Mixture(jnp.zeros(1, jnp.int32), always), np.ones(1, np.int32)
+    chosen = route(model, adapter, None, token, position, cache)
+    mixture = mixture_of(adapter, chosen)
+    return chosen, mixture, (mixture.gates != 0).any(axis=1).sum(dtype=jnp.int32)[None]
+
+
+def _logits(model: Backbone, x: Float[Array, "B D"], interpret: bool) -> Float[Array, "B V"]:
+    head, zero = model.head[None], np.zeros(1, np.int32)
+    if len(x) > 1:
+        x = model.norm(x)
+    tiles = tiles_for(len(x), x.shape[1], x.dtype.itemsize)
+    y, _ = pregated_linear(
+        x, {"lm_head": head}, {}, {}, None, zero, zero, jnp.zeros(1, jnp.int32), interpret=interpret,
+        group=Group(tiles=tiles, out_dtype=jnp.dtype("float32"), eps=model.config.norm_eps),
+        norm=model.norm.weight[...][None] if len(x) == 1 else None,
+    )  # fmt: skip
+    return y["lm_head"]

@@ -1,0 +1,59 @@
+"""One launch in Pallas' Triton, masked loads and products, for the kernels of the portable decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array
+
+
+def launch(
+    kernel: Callable[[dict[str, Any], dict[str, Any]], None],
+    refs: dict[str, Any],
+    outs: dict[str, Any],
+    *,
+    grid: tuple[int, ...],
+    updated: Sequence[str],
+    num_warps: int,
+    num_stages: int,
+    interpret: bool,
+) -> dict[str, Any]:
+    """`kernel(refs, outs)`, name → array or a pytree of them, in `grid` programs.
+
+    `updated`: names in both `refs` and `outs`, which are changed in place. Raises `NotImplementedError` under `vmap`:
+    programs count each other in memory that a batch of launches would share.
+    """
+    names = [[path[0].key for path, _ in jax.tree.leaves_with_path(tree)] for tree in (refs, outs)]
+
+    @jax.custom_batching.custom_vmap
+    def call(refs: dict[str, Any]) -> dict[str, Any]:
+        return pl.pallas_call(
+            kernel,
+            out_shape=outs,
+            grid=grid,
+            input_output_aliases={names[0].index(name): names[1].index(name) for name in updated},
+            compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+            interpret=interpret,
+        )(refs)
+
+    @call.def_vmap
+    def refuse(axis_size: int, in_batched: Any, refs: Any) -> Any:
+        raise NotImplementedError("the kernels of the portable decode step take their rows in one call, not under vmap")
+
+    return call(refs)
+
+
+def load(ref: Any, mask: Array | None) -> Array:
+    """Elements of a ref, 0 outside the mask."""
+    return plgpu.load(ref) if mask is None else plgpu.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
+
+
+def dot(a: Array, b: Array, *, trans_b: bool = False) -> Array:
+    """a b, or a bᵀ, summed in fp32; products of fp32 are exact, not TF32."""
+    return plgpu.dot(a, b, trans_b=trans_b, precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)

@@ -1,0 +1,91 @@
+"""The kernels of the portable decode step, compiled for other GPUs by the triton package: they need none.
+
+An A100 is sm_80, an RTX 4090 or L40S sm_89, an H100 sm_90, a B200 sm_100, an RTX 5090 sm_120.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+pytest.importorskip("triton")
+
+from triton_compiler import Kernel, kernel_of
+
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.pregated_linear import Group, Mixture, pregated_linear, tiles_for
+
+SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KiB that a program can have, by compute capability (CUDA C++ programming guide)."""
+LAYERS = 2
+of = jax.ShapeDtypeStruct
+
+
+def linears(batch: int, outs: dict[str, int], in_dim: int, dtype: str, rank: int = 64, gated: bool = False) -> Kernel:
+    """All of them with 8 experts; one row with a norm in front."""
+    a = {name: of((LAYERS, 8, rank, in_dim), dtype) for name in outs}
+    b = {name: of((LAYERS, 8, out, rank), dtype) for name, out in outs.items()}
+    used = min(8, 2 * batch)
+    mixture = Mixture(of((used,), "int32"), of((used, batch), "float32"))
+    names = tuple(outs) if gated else None
+    tiles = tiles_for(batch, in_dim, jnp.dtype(dtype).itemsize, gated)
+    group = Group(tiles=tiles, out_dtype=jnp.dtype(dtype), gated=names, eps=1e-5)  # type: ignore[arg-type]
+    weights = {name: of((LAYERS, out, in_dim), dtype) for name, out in outs.items()}
+    one, norm = of((1,), "int32"), of((LAYERS, in_dim), dtype) if batch == 1 else None
+    return kernel_of(
+        lambda *operands: pregated_linear(*operands[:-1], group=group, norm=operands[-1]),
+        of((batch, in_dim), dtype), weights, a, b, mixture, one, one, of((LAYERS,), "int32"), norm,
+    )  # fmt: skip
+
+
+def attention(batch: int, heads: tuple[int, int, int], slots: int, dtype: str) -> Kernel:
+    num_heads, num_kv, head_dim = heads
+    new, cached = of((batch, num_kv, head_dim), dtype), of((LAYERS, batch, slots, num_kv, head_dim), dtype)
+    angles = of((batch, head_dim // 2), "float32")
+    return kernel_of(
+        decode_attention, of((batch, num_heads, head_dim), dtype), new, new, cached, cached, of((1,), "int32"),
+        of((batch,), "int32"), angles, angles, of((LAYERS,), "int32"), of((batch, num_kv), "int32"),
+    )  # fmt: skip
+
+
+GATE_UP_7B, GATE_UP_SMOL = {"gate": 11008, "up": 11008}, {"gate": 1536, "up": 1536}
+KERNELS: dict[str, Callable[[], Kernel]] = {
+    "7B gate, up": lambda: linears(1, GATE_UP_7B, 4096, "bfloat16", gated=True),
+    "7B gate, up, 32 rows": lambda: linears(32, GATE_UP_7B, 4096, "bfloat16", gated=True),
+    "7B attention": lambda: attention(1, (32, 32, 128), 512, "bfloat16"),
+    "small q, k, v": lambda: linears(1, {"q": 576, "k": 192, "v": 192}, 576, "float32", rank=16),
+    "small gate, up, 8 rows": lambda: linears(8, GATE_UP_SMOL, 576, "float32", rank=16, gated=True),
+    "small attention, 32 rows": lambda: attention(32, (9, 3, 64), 512, "float16"),
+    "largest rank, 32 rows": lambda: linears(32, GATE_UP_7B, 4096, "float16", rank=256, gated=True),
+    "widest heads, 32 rows": lambda: attention(32, (8, 4, 256), 512, "float32"),
+}
+EVERYWHERE, ONCE = [*KERNELS][:3], [*KERNELS][3:6]
+QUICK = [(name, c) for name in EVERYWHERE for c in SHARED_MEMORY] + [(name, 120) for name in ONCE]
+SLOW = [(name, c) for name in KERNELS for c in SHARED_MEMORY if (name, c) not in QUICK]
+
+
+@cache
+def kernel(name: str) -> Kernel:
+    return KERNELS[name]()
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_compiles(monkeypatch, tmp_path, name, capability):
+    """To machine code that fits: nothing in local memory, wide loads, tensor cores for 16-bit products of rows."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled = kernel(name).compile(capability, tmp_path)
+    ptx = compiled.asm["ptx"]
+    assert f".target sm_{capability}" in ptx
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= SHARED_MEMORY[capability] * 1024
+    assert ".local" not in ptx
+    is_16_bit = name not in ("small q, k, v", "small gate, up, 8 rows", "widest heads, 32 rows")
+    assert ("mma" in ptx) == (is_16_bit and name != "7B gate, up")  # tf32 would lose 13 bits
+    assert "atom.global.gpu.acq_rel.add" in ptx  # what one program publishes, another sees
+    assert "ld.global.v4.b32" in ptx or "cp.async.cg.shared.global" in ptx
