@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from adafuse_jax.serving.text import Answer, token_bytes, token_text
+from adafuse_jax.serving.text import Answer, special_ids, token_bytes, token_text
 from adafuse_jax.serving.work import Token
 
 LEAST_LOGPROB = -9999.0
@@ -130,7 +130,7 @@ class CompletionReply(Reply):
             found["token_logprobs"].append(None if entry is None else finite(entry.logprob))
             found["top_logprobs"].append(None if entry is None else self._top(answer, entry))
             found["text_offset"].append(self._offsets.get(index, 0))
-            length = 0 if token in answer.tokenizer.all_special_ids else len(text)  # no part of the text
+            length = 0 if token in special_ids(answer.tokenizer) else len(text)
             self._offsets[index] = self._offsets.get(index, 0) + length
         return found
 

@@ -58,7 +58,7 @@ def confined(path: str, folders: tuple[str, ...]) -> Path:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, by name or address, is this machine, reached by no other."""
+    """True for this machine, by name or address, which no other reaches."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

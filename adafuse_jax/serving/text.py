@@ -77,6 +77,12 @@ def longest_token(tokenizer: Any) -> int:
     return max(map(len, tokenizer.get_vocab()))
 
 
+@functools.lru_cache(maxsize=64)
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Tokens that are no part of a text."""
+    return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+
+
 @functools.lru_cache(maxsize=2**16)
 def token_text(tokenizer: Any, token_id: int) -> str:
     """The text of one token within a text: with its leading space, which tokenizers drop at the beginning of one."""

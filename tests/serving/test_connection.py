@@ -27,7 +27,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def reply_to(*parts: bytes, pause: float = 0.0) -> bytes:
-    """What the connection brings until the server closes it; the client does not."""
+    """Bytes that the connection brings until the server closes it; the client does not."""
     settings: dict[str, Any] = {"http": Connection, "log_config": None, "lifespan": "off"}
     config = uvicorn.Config(app, **settings)
     config.load()
