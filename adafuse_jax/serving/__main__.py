@@ -10,7 +10,7 @@ from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.flags import parse_flags
 from adafuse_jax.serving.config import ServeConfig
 
-LIBRARIES = ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client")
+LIBRARIES = ("fastapi", "starlette", "pydantic", "uvicorn", "httptools", "prometheus_client")
 
 
 def main(argv: Sequence[str], program: str = "python -m adafuse_jax.serving") -> int:

@@ -53,7 +53,7 @@ class Generation:
         ends_early = not (asked.scores_prompts and asked.max_new_tokens <= 1)
         self._works = [
             Work(
-                index=i * asked.per_prompt + sample, model=asked.model.name, adapter=asked.model.adapter, prompt=ids,
+                index=i * asked.per_prompt + sample, model=asked.model, prompt=ids,
                 max_new_tokens=min(max(asked.max_new_tokens, 1), asked.context_length - len(ids)), sampling=sampling,
                 seed=seed, sample=sample, stop_ids=asked.model.stop_ids if ends_early else (), events=self._events,
                 logprobs=asked.logprobs, prompt_logprobs=asked.logprobs if asked.scores_prompts else None,
@@ -87,6 +87,7 @@ class Generation:
             if self._asked.max_new_tokens == 0:  # echo alone
                 answer.finish_reason = "length"
                 open_rows -= 1
+                yield index, answer, "", Token(id=None, finish_reason="length")
                 continue
             text = answer.take(event)
             if answer.finish_reason is not None:

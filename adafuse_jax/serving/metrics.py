@@ -45,10 +45,18 @@ class Metrics:
             self._first.observe(now - work.arrived)
             self._prompt.inc(len(row.prompt))
             self._cached.inc(row.cached)
-        self._generated.labels(work.model).inc()
+        if not work.model.is_loaded:
+            return  # its series have been removed
+        name = work.model.name
+        self._generated.labels(name).inc()
         if work.read and row.experts:
             for expert in row.experts[-1].ravel().tolist():
-                self._experts.labels(work.model, str(expert)).inc()
+                self._experts.labels(name, str(expert)).inc()
+
+    def remove(self, model: str) -> None:
+        """Remove the series of an adapter that is unloaded: names come and go, and memory is bounded."""
+        for metric in (self._generated, self._experts):
+            metric.remove_by_labels({"model": model})
 
     def ended(self, work: Work, outcome: str) -> None:
         self._ended.labels(outcome).inc()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,17 @@ from adafuse_jax.serving.config import ServeConfig
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class ServedModel:
-    """One value of `model`. `adapter` is its name in the bank, None of the backbone; `stop_ids` end a row."""
+    """One value of `model`. `adapter` is its name in the bank, None of the backbone; `stop_ids` end a row; `is_loaded` is
+    for the thread of the engine."""
 
     name: str
     adapter: str | None
     tokenizer: Any
     stop_ids: tuple[int, ...]
     created: int
+    is_loaded: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,14 +75,22 @@ class Models:
         return self._engine.slots(self._num_slots, context_length=self.context_length)
 
     def warm_up(self, slots: Slots) -> None:
-        """Compile what rows without penalties and log-probabilities need: a prompt of each length of a chunk, greedy and
-        sampled."""
+        """Compile what rows without penalties and log-probabilities need: greedy and sampled, with the stop ids of each
+        model, prompts of every length of a chunk, alone and, where all slots are prefilled together, as many as these."""
+        lengths = sorted({max(1, min(size, self.context_length - WARM_UP_TOKENS)) for size in CHUNKS})
+        widths = {len(model.stop_ids): model.stop_ids for model in self.all()}  # programs depend on no more of them
+        numbers = {1} if self.bank is not None else {1, slots.num_slots}
+        is_first = True
         for sampling in (Sampling.of(), Sampling.of(temperature=1.0)):
-            for length in (size for size in CHUNKS if size + WARM_UP_TOKENS <= self.context_length):
-                slot = slots.insert([0] * length, max_new_tokens=WARM_UP_TOKENS, sampling=sampling, stop_ids=())
+            for stop_ids, length, number in product(widths.values(), lengths, numbers):
+                prompt: dict[str, Any] = {"max_new_tokens": WARM_UP_TOKENS, "sampling": sampling, "stop_ids": stop_ids}
+                # Later prompts would find theirs in the cache, and need no chunks.
+                rows = [slots.insert([0] * length, reuse_cache=is_first, **prompt) for _ in range(number)]
+                is_first = False
                 while slots.step() is not None:
                     pass
-                slots.evict(slot)
+                for slot in rows:
+                    slots.evict(slot)
 
     def prepare(self, read: ReadAdapter) -> Prepared:
         """The adapter checked and on the device: the slow part of `add`, for any thread. Raises as `AdapterBank.prepare`."""
@@ -103,7 +114,7 @@ class Models:
         """Take an adapter out of the bank, in the thread of the engine; rows that run go on. Raises `UserError`."""
         if self.bank is None or name not in self.adapters:
             raise UserError(f"no adapter {name} is loaded")
-        del self.adapters[name]
+        self.adapters.pop(name).is_loaded = False
         self.bank.unload(name)
         log.info("adapter %s: unloaded", name)
 

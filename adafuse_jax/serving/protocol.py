@@ -13,7 +13,7 @@ from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.fields import require_text
 
 MAX_N, MAX_PROMPTS, MAX_MESSAGES, MAX_PARTS = 128, 1024, 4096, 256
-MAX_LOGPROBS = 20
+MAX_LOGPROBS, MAX_PARAMETERS = 20, 128
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of `max_tokens` in a completion; in a chat it is what the context has left."""
@@ -38,8 +38,9 @@ def _text(text: str) -> str:
     return text
 
 
+# A list ends at its first fault: a body has room for a million.
 Text = Annotated[str, AfterValidator(_text)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
 StopString = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
@@ -47,6 +48,15 @@ class Body(BaseModel):
     """A JSON object without unknown keys, whose values have their own types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_number(cls, values: Any) -> Any:
+        if isinstance(values, dict) and len(values) > MAX_PARAMETERS:
+            raise ValueError(
+                f"parameters are {len(values)}, and one object has at most {MAX_PARAMETERS}; leave some out"
+            )
+        return values
 
 
 class StreamOptions(Body):
@@ -63,7 +73,7 @@ class GenerationRequest(Body):
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
@@ -105,9 +115,9 @@ def _same(value: Any, neutral: Any) -> bool:
 class CompletionRequest(GenerationRequest):
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     echo: bool | None = None
@@ -134,7 +144,7 @@ class TextPart(Body):
 
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
     name: Annotated[Text, Field(max_length=256)] | None = None
 
     @model_validator(mode="before")
@@ -154,7 +164,7 @@ class ChatMessage(Body):
 
 
 class ChatRequest(GenerationRequest):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from adafuse_jax.serving.text import Answer, token_text
+from adafuse_jax.serving.text import Answer, special_ids, token_bytes, token_text
 from adafuse_jax.serving.work import Token
 
 LEAST_LOGPROB = -9999.0
@@ -81,27 +81,39 @@ class CompletionReply(Reply):
         super().__init__(model, **options)
         self._prompts, self._per_prompt = prompts, per_prompt
         self._offsets: dict[int, int] = {}
+        self._joined: set[int] = set()  # answers whose text follows their prompt's
 
     def first(self, index: int, answer: Answer) -> dict[str, Any] | None:
         if self._prompts is None:
             return None
-        text = self._prompts[index // self._per_prompt]
-        return {"index": index, "text": text, "logprobs": self._of_prompt(index, answer), "finish_reason": None}
+        return {
+            "index": index,
+            "text": self._before(index),
+            "logprobs": self._of_prompt(index, answer),
+            "finish_reason": None,
+        }
 
     def piece(self, index: int, answer: Answer, text: str, token: Token) -> dict[str, Any]:
         logprobs = self._lists(index, answer, [] if token.logprobs is None else [token.logprobs])
         extra = self._extra([token])
+        if text and self._before(index) and index not in self._joined:
+            self._joined.add(index)
+            text = answer.leading_space + text
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.finish_reason, **extra}
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        before = self._prompts[index // self._per_prompt] if self._prompts is not None else ""
+        before = self._before(index)
         prompt = self._of_prompt(index, answer)
         own = self._lists(index, answer, [t.logprobs for t in answer.tokens if t.logprobs is not None])
         if prompt is not None and own is not None:
             own = {name: prompt[name] + own[name] for name in own}
         extra = self._extra(answer.tokens)
-        text, reason = before + answer.text, answer.finish_reason
+        join = answer.leading_space if before and answer.text else ""
+        text, reason = before + join + answer.text, answer.finish_reason
         return {"index": index, "text": text, "logprobs": own, "finish_reason": reason, **extra}
+
+    def _before(self, index: int) -> str:
+        return "" if self._prompts is None else self._prompts[index // self._per_prompt]
 
     def _of_prompt(self, index: int, answer: Answer) -> dict[str, Any] | None:
         return None if answer.prompt_logprobs is None else self._lists(index, answer, answer.prompt_logprobs)
@@ -118,7 +130,7 @@ class CompletionReply(Reply):
             found["token_logprobs"].append(None if entry is None else finite(entry.logprob))
             found["top_logprobs"].append(None if entry is None else self._top(answer, entry))
             found["text_offset"].append(self._offsets.get(index, 0))
-            length = 0 if token in answer.tokenizer.all_special_ids else len(text)  # no part of the text
+            length = 0 if token in special_ids(answer.tokenizer) else len(text)
             self._offsets[index] = self._offsets.get(index, 0) + length
         return found
 
@@ -158,7 +170,7 @@ class ChatReply(Reply):
     def _entry(self, answer: Answer, entry: Any) -> dict[str, Any]:
         def one(token: int, logprob: float) -> dict[str, Any]:
             text = token_text(answer.tokenizer, token)
-            return {"token": text, "logprob": finite(logprob), "bytes": [*text.encode()]}
+            return {"token": text, "logprob": finite(logprob), "bytes": [*token_bytes(answer.tokenizer, token)]}
 
         return one(entry.token, entry.logprob) | {"top_logprobs": [one(*pair) for pair in entry.top]}
 

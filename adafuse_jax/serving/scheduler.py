@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from adafuse_jax.core.errors import UserError
 from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.slots import Slots
 from adafuse_jax.serving.errors import queue_full
@@ -155,15 +154,15 @@ class Scheduler:
         while self._waiting and self._slots.free:
             work = self._waiting.popleft()
             self._leave_queue()
+            if not work.model.is_loaded:  # another one may have its name by now
+                self._end(work, "failed", Failed(404, f"the adapter {work.model.name} has been unloaded"))
+                continue
             try:
                 work.slot = self._slots.insert(
-                    work.prompt, max_new_tokens=work.max_new_tokens, adapter=work.adapter, sampling=work.sampling,
+                    work.prompt, max_new_tokens=work.max_new_tokens, adapter=work.model.adapter, sampling=work.sampling,
                     seed=work.seed, sample=work.sample, stop_ids=work.stop_ids, reuse_cache=True,
                     logprobs=work.logprobs, prompt_logprobs=work.prompt_logprobs,
                 )  # fmt: skip
-            except UserError as error:  # an adapter that has been unloaded since
-                self._end(work, "failed", Failed(400, str(error)))
-                continue
             except Exception:
                 self._end(work, "failed", STEP_FAILED)
                 raise

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import hmac
+import ipaddress
 import os
 from pathlib import Path
 
-import h11
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,7 +22,6 @@ BODY_SECONDS = 30.0
 MAX_KEY_BYTES = 4096
 OPEN_PATHS = ("/", "/health")
 """Paths without a key: a page without data, and what load balancers ask."""
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -53,10 +51,18 @@ def confined(path: str, folders: tuple[str, ...]) -> Path:
     for root in roots:
         real = Path(os.path.realpath(root / path))  # an absolute path replaces the root
         if real != root and real.is_relative_to(root):
-            if not real.is_dir():
+            if not os.path.isdir(real):  # False for names that are too long, too
                 raise invalid(f"lora_path {quoted(path)}: is no directory below --adapter-folders", "lora_path")
             return real
     raise APIError(403, f"lora_path {quoted(path)}: is not below --adapter-folders", param="lora_path")
+
+
+def is_loopback(host: str) -> bool:
+    """True for this machine, by name or address, which no other reaches."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Gate:
@@ -80,22 +86,21 @@ class Gate:
                     headers.setdefault(name, value)
             await send(message)
 
-        with contextlib.suppress(
-            ConnectionError, h11.LocalProtocolError
-        ):  # the client has gone, or sends what is no HTTP
-            try:
-                self._check(scope)
-                body = await _read_body(Headers(scope=scope), receive)
-            except APIError as error:
-                await error.response()(scope, receive, send_with_headers)
-                return
+        try:
+            self._check(scope)
+            body = await _read_body(Headers(scope=scope), receive)
+        except APIError as error:
+            await error.response()(scope, receive, send_with_headers)
+        except ConnectionError:
+            pass  # the client has gone, or sends what is no HTTP
+        else:
             await self._app(scope, _replayed(body, receive), send_with_headers)
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         name = host.rpartition("]")[0][1:] if host.startswith("[") else host.partition(":")[0]
-        if self._only_loopback and name.lower() not in LOOPBACK:
+        if self._only_loopback and not is_loopback(name.lower()):
             raise APIError(403, f"host {quoted(host)} is not this machine; start the server with --api-key-file")
         if self._key is None or scope["path"] in OPEN_PATHS:
             return

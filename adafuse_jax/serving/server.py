@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import signal
 import socket
@@ -22,8 +21,9 @@ import uvicorn
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.serving.app import make_app
 from adafuse_jax.serving.config import ServeConfig
+from adafuse_jax.serving.connection import Connection
 from adafuse_jax.serving.models import AdapterReader, Models, load_models
-from adafuse_jax.serving.security import LOOPBACK, api_key
+from adafuse_jax.serving.security import api_key, is_loopback
 from adafuse_jax.serving.service import Service
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ def serve(config: ServeConfig) -> int:
     with bound_socket(config.host, config.port) as listener:
         models, reader = load_models(config, now=int(time.time()))
         server = Server(config, models, reader, listener, key)
+        listen(listener, config)
         server.run(sockets=[listener])
     return server.exit_code
 
@@ -63,18 +64,23 @@ def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
     except (OSError, UnicodeError) as error:
         if listener is not None and listener.fileno() >= 0 and listener.getsockname()[1]:
             raise  # bound: an error of what was done with it
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--host {host} --port {port}: cannot be listened on ({reason}); give another one") from error
+        raise cannot_listen(host, port, error) from error
     finally:
         if listener is not None:
             listener.close()
 
 
-def is_loopback(host: str) -> bool:
+def listen(listener: socket.socket, config: ServeConfig) -> None:
+    """Let clients connect. Raises `UserError` where another server, which bound the port too, listens already."""
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host in LOOPBACK
+        listener.listen()
+    except OSError as error:
+        raise cannot_listen(config.host, config.port, error) from error
+
+
+def cannot_listen(host: str, port: int, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or error
+    return UserError(f"--host {host} --port {port}: cannot be listened on ({reason}); give another one")
 
 
 class Server(uvicorn.Server):
@@ -97,6 +103,7 @@ class Server(uvicorn.Server):
         app = make_app(self._service, key=key, only_loopback=only_loopback)
         settings: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "ws": "none"}
         settings |= {"timeout_graceful_shutdown": CLOSE_SECONDS, "timeout_keep_alive": KEEP_ALIVE_SECONDS}
+        settings |= {"http": Connection}
         super().__init__(uvicorn.Config(app, **settings))
 
     @contextlib.contextmanager

@@ -154,7 +154,11 @@ class Service:
         async with self._adapters:
             if name not in self.models.adapters:
                 raise APIError(404, f"no adapter {name!r} is loaded", param="lora_name", code="model_not_found")
-            await self.scheduler.call(lambda: self.models.remove(name))
+            await self.scheduler.call(lambda: self._remove(name))
+
+    def _remove(self, name: str) -> None:
+        self.models.remove(name)
+        self.metrics.remove(name)
 
     def _adapters_reader(self) -> AdapterReader:
         """The reader of adapters. Raises `APIError` 403 where they cannot be loaded."""

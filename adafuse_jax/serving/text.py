@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from adafuse_jax.serving.protocol import ChatMessage
 from adafuse_jax.serving.work import Begun, FinishReason, Token
 
 ROLES: dict[str, Any] = {"developer": "system"}
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+"""A token of one byte, as SentencePiece writes it."""
 
 
 def prompt_ids(model: ServedModel, prompt: str | list[int], *, max_tokens: int, vocab_size: int) -> list[int]:
@@ -74,6 +77,12 @@ def longest_token(tokenizer: Any) -> int:
     return max(map(len, tokenizer.get_vocab()))
 
 
+@functools.lru_cache(maxsize=64)
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Tokens that are no part of a text."""
+    return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+
+
 @functools.lru_cache(maxsize=2**16)
 def token_text(tokenizer: Any, token_id: int) -> str:
     """The text of one token within a text: with its leading space, which tokenizers drop at the beginning of one."""
@@ -83,6 +92,27 @@ def token_text(tokenizer: Any, token_id: int) -> str:
         for ids in (before, [*before, token_id])
     )
     return both[len(context) :]
+
+
+def token_bytes(tokenizer: Any, token_id: int) -> bytes:
+    """The bytes of one token within a text: of a part of a character, too, whose text is a replacement character."""
+    text = token_text(tokenizer, token_id)
+    if "\ufffd" not in text:
+        return text.encode()
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    if byte := BYTE_TOKEN.fullmatch(token):
+        return bytes([int(byte[1], 16)])
+    values = [byte_values().get(c) for c in token]
+    return text.encode() if None in values else bytes(values)  # type: ignore[arg-type]
+
+
+@functools.cache
+def byte_values() -> dict[str, int]:
+    """Character → byte of byte-level tokenizers (GPT-2's table): visible characters stand for themselves, the others follow
+    from 256 on."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
 class Answer:
@@ -95,6 +125,12 @@ class Answer:
         self.prompt_logprobs: list[Any] | None = None
         self.tokens: list[Token] = []
         self.finish_reason: FinishReason | None = None
+
+    @property
+    def leading_space(self) -> str:
+        """The space that the text lacks at its beginning, where tokenizers drop the first word's."""
+        first = "" if not self.tokens or self.tokens[0].id is None else token_text(self.tokenizer, self.tokens[0].id)
+        return " " if first.startswith(" ") and not self.text.startswith(" ") else ""
 
     def begin(self, event: Begun) -> None:
         self.cached, self.prompt_logprobs = event.cached, event.prompt_logprobs

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from adafuse_jax.inference.sampling import Sampling
+from adafuse_jax.serving.models import ServedModel
 
 FinishReason = Literal["stop", "length"]
 
@@ -52,8 +53,7 @@ class Work:
     """
 
     index: int
-    model: str
-    adapter: str | None
+    model: ServedModel
     prompt: list[int]
     max_new_tokens: int
     sampling: Sampling

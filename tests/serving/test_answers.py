@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from data_fixtures import write_tokenizer
 from serving import BASE, Expected, ServerProcess
 
 from adafuse_jax.data.examples import Chat, Message
+from adafuse_jax.data.tokenizer import load_tokenizer
+from adafuse_jax.serving.text import token_bytes
 
 PROMPTS = ("Once upon a time", "Lily and Tom went to", "The dog was")
 NAMES = (BASE, "tales", "verse", "plain")
@@ -166,11 +170,35 @@ class TestLogprobs:
         assert [entry.token for entry in streamed] == [entry.token for entry in content]
         assert [e.logprob for e in streamed] == pytest.approx([e.logprob for e in content], abs=1e-4)
 
+    def test_a_stream_of_echo_alone_ends_as_others_do(self, server: ServerProcess):
+        chunks = [*complete(server, max_tokens=0, echo=True, n=2, stream=True)]
+        ends = sorted((c.choices[0].index, c.choices[0].finish_reason) for c in chunks if c.choices[0].finish_reason)
+        assert ends == [(0, "length"), (1, "length")]
+
     def test_echo_without_probabilities(self, server: ServerProcess):
         plain = complete(server, max_tokens=5).choices[0].text
         assert complete(server, max_tokens=5, echo=True).choices[0].text == PROMPTS[0] + plain
         stream = complete(server, max_tokens=5, echo=True, stream=True)
         assert "".join(chunk.choices[0].text for chunk in stream) == PROMPTS[0] + plain
+
+    def test_echo_keeps_the_space_of_the_first_word(self, server: ServerProcess):
+        asked: dict[str, Any] = {"prompt": "Once", "max_tokens": 3}
+        assert complete(server, **asked).choices[0].text == "upon a time"  # as decode.py has it
+        assert complete(server, **asked, echo=True).choices[0].text == "Once upon a time"
+        stream = complete(server, **asked, echo=True, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in stream) == "Once upon a time"
+        assert complete(server, prompt="", max_tokens=2, echo=True).choices[0].text[:1] != " "
+
+    def test_bytes_of_tokens(self, stories260k_dir: Path, tmp_path: Path):
+        """Joined, those of tokens are the text's, also where one token is part of a character."""
+        write_tokenizer(tmp_path)
+        text = " Zo\u00eb, \U0001f600 a\u0102"
+        for directory in (stories260k_dir, tmp_path):
+            tokenizer = load_tokenizer(directory)
+            ids = tokenizer(text.removeprefix(" ") if directory == stories260k_dir else text, add_special_tokens=False)
+            parts = [token_bytes(tokenizer, token_id) for token_id in ids["input_ids"]]
+            assert b"".join(parts) == text.encode()
+            assert len(parts) > len(text)
 
 
 class TestExperts:

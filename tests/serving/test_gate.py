@@ -13,7 +13,7 @@ from adafuse_jax.serving.security import MAX_BODY_BYTES, Gate
 
 
 def ask(
-    messages: list[dict[str, Any]], headers: dict[str, str] | None = None
+    messages: list[dict[str, Any]], headers: dict[str, str] | None = None, *, only_loopback: bool = False
 ) -> tuple[list[dict[str, Any]], list[bytes]]:
     """(messages sent, bodies that the application got) of a request whose parts are `messages`; then nothing more comes."""
     left, sent, bodies = iter(messages), list[dict[str, Any]](), list[bytes]()
@@ -35,7 +35,7 @@ def ask(
         "path": "/v1/models",
         "headers": [(k.encode(), v.encode()) for k, v in (headers or {}).items()],
     }
-    asyncio.run(Gate(app, key=None, only_loopback=False)(scope, receive, send))  # type: ignore[arg-type]
+    asyncio.run(Gate(app, key=None, only_loopback=only_loopback)(scope, receive, send))  # type: ignore[arg-type]
     return sent, bodies
 
 
@@ -65,3 +65,13 @@ def test_sizes_that_are_refused_unread(length: str):
     """Before a byte of the body is read: nothing comes, and the answer is there."""
     sent, bodies = ask([], {"content-length": length})
     assert (sent[0]["status"], bodies) == (413, [])
+
+
+@pytest.mark.parametrize("host", ["localhost:80", "LOCALHOST", "127.0.0.1:80", "127.0.0.2", "[::1]:80"])
+def test_names_of_this_machine(host: str):
+    assert ask([part(b"", False)], {"host": host}, only_loopback=True)[0][0]["status"] == 200
+
+
+@pytest.mark.parametrize("host", ["", "evil.example", "127.0.0.1.evil.example", "10.0.0.1", "[::2]", "[", "::1"])
+def test_other_names(host: str):
+    assert ask([part(b"", False)], {"host": host}, only_loopback=True)[0][0]["status"] == 403

@@ -10,7 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from serving import BASE, KEY, ServerProcess
+
+from adafuse_jax.serving.protocol import Body, ChatRequest, CompletionRequest
 
 COMPLETION: dict[str, Any] = {"model": BASE, "prompt": "Once", "max_tokens": 1}
 CHAT: dict[str, Any] = {"model": BASE, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
@@ -97,6 +100,21 @@ def test_bodies(server: ServerProcess):
     assert post(server, "completions", COMPLETION).status_code == 200
     assert post(server, "chat/completions", CHAT).status_code == 200
     server.wait_until_idle()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        (CompletionRequest, {"prompt": [True] * 1000}), (CompletionRequest, {"prompt": [[-1] * 1000] * 10}),
+        (CompletionRequest, {f"k{i}": 1 for i in range(1000)}), (ChatRequest, {"messages": [{}] * 1000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 200}]}),
+    ],
+)  # fmt: skip
+def test_a_thousand_faults_cost_as_one(kind: type[Body], change: dict[str, Any]):
+    """A body has room for a million, each of which would be an error of its own, and hold up all clients."""
+    with pytest.raises(ValidationError) as refusal:
+        kind.model_validate({"model": BASE, **change})
+    assert refusal.value.error_count() < 10
 
 
 def test_values_that_ask_for_nothing_are_no_fault(server: ServerProcess):

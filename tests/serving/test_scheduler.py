@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from adafuse_jax.core.errors import UserError
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.serving.errors import APIError
 from adafuse_jax.serving.metrics import Metrics
+from adafuse_jax.serving.models import ServedModel
 from adafuse_jax.serving.scheduler import MAX_FAILURES, Scheduler
 from adafuse_jax.serving.work import Begun, Failed, Token, Work
 
@@ -51,8 +51,6 @@ class FakeSlots:
         return self.num_slots - len(self.rows)
 
     def insert(self, prompt: list[int], *, max_new_tokens: int, **settings: Any) -> int:
-        if settings["adapter"] == "unloaded":
-            raise UserError("adapter 'unloaded' is not loaded; load it")
         1 // prompt[0]
         slot = next(i for i in range(self.num_slots) if i not in self.rows)
         self.rows[slot] = FakeRow(slot, prompt, max_new_tokens)
@@ -87,10 +85,11 @@ class Run:
         )  # type: ignore[arg-type]
         self.events: asyncio.Queue[Any] = asyncio.Queue()
 
-    def work(self, prompt: int, new_tokens: int = 3, adapter: str | None = None) -> Work:
+    def work(self, prompt: int, new_tokens: int = 3, is_loaded: bool = True) -> Work:
+        model = ServedModel(name="m", adapter="m", tokenizer=None, stop_ids=(), created=0, is_loaded=is_loaded)
         return Work(
-            index=prompt, model="m", adapter=adapter, prompt=[prompt], max_new_tokens=new_tokens, sampling=Sampling.of(),
-            seed=0, sample=0, stop_ids=(), events=self.events,
+            index=prompt, model=model, prompt=[prompt], max_new_tokens=new_tokens, sampling=Sampling.of(), seed=0, sample=0,
+            stop_ids=(), events=self.events,
         )  # fmt: skip
 
     async def answers(self, count: int) -> dict[int, list[int] | Failed]:
@@ -172,11 +171,11 @@ def test_rows_that_fail_alone():
 
     async def run() -> None:
         test = Run(FakeSlots(2, fault))
-        test.scheduler.submit([test.work(10, adapter="unloaded"), test.work(20), test.work(30)])
+        test.scheduler.submit([test.work(10, is_loaded=False), test.work(20), test.work(30)])
         test.scheduler.start(asyncio.get_running_loop())
         found = await test.answers(3)
-        assert (found[10].status, found[20].status, found[30]) == (400, 500, [30, 31, 32])
-        assert "not loaded" in found[10].message
+        assert (found[10].status, found[20].status, found[30]) == (404, 500, [30, 31, 32])
+        assert "unloaded" in found[10].message
         await test.end()
 
     asyncio.run(run())

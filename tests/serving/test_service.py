@@ -57,6 +57,24 @@ class TestModels:
         assert server.openai.completions.create(**ask).choices[0].text == wanted.text, "a new one of the same name"
         assert [chunk.choices[0].finish_reason for chunk in old][-1] in ("length", "stop")
         running.close()
+        assert server.metric("generation_tokens_total", 'model="again"') > 0
+        assert server.http.post("/v1/unload_lora_adapter", json={"lora_name": "again"}).status_code == 200
+        assert 'model="again"' not in server.http.get("/metrics").text
+
+    def test_a_row_never_has_another_adapter_of_its_name(self, server: ServerProcess):
+        """One that waits while its adapter is unloaded, and another one loaded under the name, gets 404."""
+        load = {"lora_name": "again", "lora_path": "tales"}
+        assert server.http.post("/v1/load_lora_adapter", json=load).status_code == 200
+        running = start(server, n=4)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            ask = {"model": "again", "prompt": "The dog was", "max_tokens": 1}
+            waiting = pool.submit(server.http.post, "/v1/completions", json=ask)
+            while not server.metric("requests_waiting"):
+                time.sleep(0.01)
+            assert server.http.post("/v1/unload_lora_adapter", json={"lora_name": "again"}).status_code == 200
+            assert server.http.post("/v1/load_lora_adapter", json={**load, "lora_path": "plain"}).status_code == 200
+            running.close()
+            assert "unloaded" in assert_refused(waiting.result(), 404)["message"]
         assert server.http.post("/v1/unload_lora_adapter", json={"lora_name": "again"}).status_code == 200
 
     def test_paths_are_confined(self, server: ServerProcess, adapters: dict[str, Path], tmp_path: Path):
@@ -78,7 +96,7 @@ class TestModels:
             body = {"lora_name": "secret", "lora_path": path}
             error = assert_refused(server.http.post("/v1/load_lora_adapter", json=body), 403)
             assert error["param"] == "lora_path"
-        for path in ("nowhere", "tales/adapter_config.json"):
+        for path in ("nowhere", "tales/adapter_config.json", "x" * 300, "x/" * 2000):
             body = {"lora_name": "secret", "lora_path": path}
             assert_refused(server.http.post("/v1/load_lora_adapter", json=body), 400)
         (folder / "empty").mkdir(exist_ok=True)

@@ -15,8 +15,8 @@ from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.serving.__main__ import main
 from adafuse_jax.serving.config import ServeConfig
-from adafuse_jax.serving.security import api_key
-from adafuse_jax.serving.server import is_loopback
+from adafuse_jax.serving.security import api_key, is_loopback
+from adafuse_jax.serving.server import bound_socket, listen
 
 
 def fault(*flags: Any) -> str:
@@ -64,6 +64,17 @@ def test_a_port_in_use(tmp_path: Path):
         assert f"--port {port}: cannot be listened on (Address already in use)" in fault(
             "--model", tmp_path, "--port", port
         )
+
+
+def test_a_port_of_a_server_that_still_loads():
+    """Two servers may bind one port; the second that listens is told so in one line."""
+    first = ServeConfig(model="x", port=0)
+    with bound_socket(first.host, first.port) as one:
+        second = ServeConfig(model="x", port=one.getsockname()[1])
+        with bound_socket(second.host, second.port) as two:
+            listen(one, first)
+            with pytest.raises(UserError, match="cannot be listened on"):
+                listen(two, second)
 
 
 def test_keys(tmp_path: Path):

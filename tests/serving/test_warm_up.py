@@ -1,0 +1,51 @@
+"""The warm-up compiles what requests need, so that none holds up the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from random_models import random_adapter
+
+from adafuse_jax.inference import prefill
+from adafuse_jax.inference.adapter_bank import AdapterBank
+from adafuse_jax.inference.engine import Engine
+from adafuse_jax.inference.sampling import Sampling
+from adafuse_jax.serving import models as models_module
+from adafuse_jax.serving.models import Models, ServedModel
+
+CONTEXT = 24
+"""Below the largest chunk."""
+
+
+@pytest.mark.parametrize("with_bank", [False, True])
+def test_no_request_compiles(models: Any, with_bank: bool, monkeypatch: pytest.MonkeyPatch):
+    """Prompts of all lengths, greedy and sampled, with the model's three stop ids, one by one and filling all slots."""
+    for module in (models_module, prefill):
+        monkeypatch.setattr(module, "CHUNKS", (4, 64))
+    model = models("llama_gqa")
+    bank = AdapterBank(model, max_experts=4) if with_bank else None
+    if bank is not None:
+        bank.load("a", random_adapter(model.config))
+    engine = Engine(model, bank, eos_ids=())
+    base = ServedModel(name="m", adapter=None, tokenizer=None, stop_ids=(1, 2, 3), created=0)
+    served = Models(engine, bank, base, num_slots=2, context_length=CONTEXT)
+    slots = served.slots()
+    served.warm_up(slots)
+    assert slots.free == 2
+    warm = {*engine._warm}
+    prompts = np.random.default_rng(0).integers(5, 90, (2, CONTEXT)).tolist()
+    for sampling in (Sampling.of(), Sampling.of(temperature=0.7)):
+        for length in (1, 10, CONTEXT - 1):
+            for number in (1, 2):
+                for row in prompts[:number]:
+                    adapter = "a" if with_bank else None
+                    slots.insert(
+                        row[:length], max_new_tokens=3, sampling=sampling, stop_ids=base.stop_ids, reuse_cache=True,
+                        adapter=adapter,
+                    )  # fmt: skip
+                while slots.step() is not None:
+                    pass
+                slots.close()
+    assert engine._warm == warm
