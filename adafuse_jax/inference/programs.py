@@ -157,6 +157,14 @@ def release(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
     return replace(state, done=state.done.at[slot].set(True))
 
 
+@partial(Program, donate_argnames="state")
+def clear(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
+    """Make a slot as it was without rows: products with 0 of what a row leaves behind the next one's tokens must be finite."""
+    cache = jax.tree.map(lambda x: x.at[:, slot].set(0), state.cache)
+    position, token = (x.at[slot].set(0) for x in (state.position, state.token))
+    return replace(state, cache=cache, position=position, token=token, done=state.done.at[slot].set(True))
+
+
 @partial(Program, donate_argnames="cache")
 def copy_prefix(cache: KVCache, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""]) -> KVCache:
     """Copy the first `length` tokens of one slot to another, which has no row that runs."""
