@@ -159,7 +159,7 @@ def release(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
 
 @partial(Program, donate_argnames="state")
 def clear(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
-    """Make a slot as it was without rows: products with 0 of what a row leaves behind the next one's tokens must be finite."""
+    """Make a slot as it was without rows. What a row leaves is multiplied by 0, and must be finite."""
     cache = jax.tree.map(lambda x: x.at[:, slot].set(0), state.cache)
     position, token = (x.at[slot].set(0) for x in (state.position, state.token))
     return replace(state, cache=cache, position=position, token=token, done=state.done.at[slot].set(True))

@@ -367,8 +367,8 @@ class Slots:
         self._warm |= new
 
     def _release(self, row: Row) -> None:
-        """Let an ended row stand still on the device, as one that a stop id has ended does; leave nothing of one that was not
-        finite."""
+        """Let an ended row stand still on the device, as one that a stop id has ended does. One that was not finite
+        leaves nothing."""
         row.is_released = True
         if self._state is not None:
             end = clear if row.finish_reason == "not_finite" else release

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.devices import triton_unsupported_reason
 from pallas_kernels.grouped_experts.groups import TILE, Groups, max_items
 from pallas_kernels.grouped_experts.kernel_triton import expand, outer, project
 
@@ -31,6 +32,8 @@ def unsupported_reason(
     """The reason why the kernels cannot run, or None. `widths`: every in and out of the adapted linears."""
     if jax.default_backend() != "gpu":
         return "no GPU"
+    if (reason := triton_unsupported_reason(jax.devices()[0])) is not None:
+        return reason
     if jnp.dtype(dtype).itemsize != 2:
         return f"activations are {jnp.dtype(dtype).name}, not bfloat16 or float16"
     if tokens % TILE:

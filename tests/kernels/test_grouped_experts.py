@@ -4,6 +4,7 @@ training step with grouped products against one with dense ones."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -172,8 +173,15 @@ class TestChoice:
     def choice(self, tokens: int = 8192, dtype: str = "bfloat16", **settings) -> tuple[str, str]:
         return choose_products(AdapterConfig(**settings), self.CONFIG, tokens, dtype)
 
-    def test_by_shape(self, monkeypatch):
+    @pytest.fixture
+    def gpu(self, monkeypatch) -> SimpleNamespace:
+        """The only device."""
+        device = SimpleNamespace(platform="gpu", device_kind="a GPU", compute_capability="8.0")
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(jax, "devices", lambda: [device])
+        return device
+
+    def test_by_shape(self, gpu):
         assert self.choice()[0] == "grouped", "8 experts of rank 64, 8,192 tokens"
         assert self.choice(tokens=2048) == ("dense", "E·R = 512 columns for 2048 tokens are few")
         assert self.choice(rank=16)[0] == "dense"
@@ -188,9 +196,14 @@ class TestChoice:
             ({"num_experts": 2}, "every token uses all experts"),
         ],
     )
-    def test_reason(self, monkeypatch, settings, reason):
-        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    def test_reason(self, gpu, settings, reason):
         assert self.choice(**settings) == ("dense", reason)
+
+    @pytest.mark.parametrize("capability", ["7.5", "gfx942"])
+    def test_gpus_without_the_kernels(self, gpu, capability):
+        gpu.compute_capability = capability
+        reason = "they need an NVIDIA GPU of compute capability 8.0 or newer, this is a GPU"
+        assert self.choice() == ("dense", reason)
 
     def test_no_gpu(self, monkeypatch):
         monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
