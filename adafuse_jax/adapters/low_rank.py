@@ -55,7 +55,7 @@ class LoRAExperts(nnx.Module):
             groups, gates = routing.grouped
             flat = x.reshape(-1, x.shape[-1])
             y = grouped_product(
-                flat, self.A[...], self.B[...], gates, groups, self.scale, jax.default_backend() == "cpu"
+                flat, self.A[...], self.B[...], gates, groups, self.scale, jax.default_backend() == "cpu", LOW_RANK
             )
             return y.reshape(*x.shape[:-1], -1)
         tokens, (num_experts, top_k) = x.shape[0] * x.shape[1], (self.A.shape[0], routing.experts.shape[-1])

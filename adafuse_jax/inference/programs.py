@@ -54,7 +54,7 @@ def prefill_chunk(
     `logits` of rows that have tokens here are replaced. Until `start`, steps write nothing into these slots. `adapters`: the
     rows' ids in a bank. Returns (state, logits, log-probabilities of the tokens `following` each, if they are given)."""
     at: Any = slice(None) if rows is None else rows
-    cache = (state.cache if rows is None else state.cache.rows(rows)).until(starts)
+    cache = state.cache if rows is None else state.cache.rows(rows)
     offset = jnp.arange(tokens.shape[1])
     inside = offset < lengths[:, None]  # [R, T]
     positions = jnp.where(inside, starts[:, None] + offset, cache.slots)
@@ -164,6 +164,14 @@ def copy_prefix(
     there: the row before may have ended at a position that the copy has."""
     cache = state.cache.with_prefix(source, target, length)
     return replace(state, cache=cache, position=state.position.at[target].set(cache.slots))
+
+
+@partial(Program, donate_argnames="state")
+def clear(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
+    """Make a slot as it was without rows. What a row leaves is multiplied by 0, and must be finite."""
+    cache = jax.tree.map(lambda x: x.at[:, slot].set(0), state.cache)
+    position, token = (x.at[slot].set(0) for x in (state.position, state.token))
+    return replace(state, cache=cache, position=position, token=token, done=state.done.at[slot].set(True))
 
 
 def _choose(

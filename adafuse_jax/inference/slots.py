@@ -32,7 +32,7 @@ from adafuse_jax.inference.backends.base import Backend
 from adafuse_jax.inference.logprobs import MAX_TOP_LOGPROBS, LogProbs, following_tokens, prompt_logprobs
 from adafuse_jax.inference.prefill import Prefill
 from adafuse_jax.inference.prefix_cache import PrefixCache
-from adafuse_jax.inference.programs import StepResult, advance, copy_prefix, prefill_chunk, release, start
+from adafuse_jax.inference.programs import StepResult, advance, clear, copy_prefix, prefill_chunk, release, start
 from adafuse_jax.inference.row_settings import RowSettings
 from adafuse_jax.inference.rows import Row, Step, check_prompt, fitting_tokens
 from adafuse_jax.inference.sampling import Sampling
@@ -365,10 +365,12 @@ class Slots:
         self._warm |= new
 
     def _release(self, row: Row) -> None:
-        """Let an ended row stand still on the device, as one that a stop id has ended does."""
+        """Let an ended row stand still on the device, as one that a stop id has ended does. One that was not finite
+        leaves nothing."""
         row.is_released = True
         if self._state is not None:
-            self._state = self._placed(release(self._take_state(), row.slot))
+            end = clear if row.finish_reason == "not_finite" else release
+            self._state = self._placed(end(self._take_state(), row.slot))
 
     def _take_state(self) -> DecodeState:
         """The state, for a program that consumes it; one that fails takes it along."""

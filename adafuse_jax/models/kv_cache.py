@@ -45,12 +45,6 @@ class KVCache:
         """Some rows replaced."""
         return jax.tree.map(lambda x, y: x.at[:, rows].set(y), self, new)
 
-    def until(self, lengths: Int[Array, " B"]) -> KVCache:
-        """The first lengths[b] positions of every row, and zeros behind them: what is hidden has a weight of 0, and 0 times
-        a number that is not finite would be NaN."""
-        kept = (jnp.arange(self.slots) < lengths[:, None])[None, :, :, None, None]
-        return jax.tree.map(lambda x: jnp.where(kept, x, 0), self)
-
     def with_prefix(self, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""]) -> KVCache:
         """The first `length` positions of one row copied to another, in blocks: what lies behind them there is replaced
         up to the end of a block."""

@@ -1,4 +1,4 @@
-"""The three products of grouped experts as Pallas kernels for Triton: any NVIDIA GPU with tensor cores.
+"""The three products of grouped experts as Pallas kernels for Triton: NVIDIA Ampere and newer.
 
 For an item i, an expert e and a tile of tokens t of which some chose it (see `groups`), with W of the experts:
 

@@ -15,8 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from pallas_kernels.devices import triton_unsupported_reason
 from pallas_kernels.grouped_experts.groups import TILE, Groups, max_items
 from pallas_kernels.grouped_experts.kernel_triton import expand, outer, project
 
@@ -31,6 +33,8 @@ def unsupported_reason(
     """The reason why the kernels cannot run, or None. `widths`: every in and out of the adapted linears."""
     if jax.default_backend() != "gpu":
         return "no GPU"
+    if (reason := triton_unsupported_reason(jax.devices()[0])) is not None:
+        return reason
     if jnp.dtype(dtype).itemsize != 2:
         return f"activations are {jnp.dtype(dtype).name}, not bfloat16 or float16"
     if tokens % TILE:
@@ -50,7 +54,7 @@ def saves(tokens: int, num_experts: int, rank: int, top_k: int) -> bool:
     return tokens * (num_experts * rank - columns) >= LEAST_SAVED
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def grouped_product(
     x: Float[Array, "T in"],
     a: Float[Array, "E R in"],
@@ -59,6 +63,7 @@ def grouped_product(
     groups: Groups,
     scale: float = 1.0,
     interpret: bool = False,
+    name: str = "grouped_experts",
 ) -> Float[Array, "T out"]:
     """y, all products in the type of x with sums in fp32.
 
@@ -67,21 +72,23 @@ def grouped_product(
       gates: see `gates_of_items`; a gate of 0 has no gradient.
       groups: see `group_tokens`; T is a multiple of `TILE`.
       interpret: run the kernels' interpreter, on any device.
+      name: that of h, for the policies of `jax.checkpoint`.
 
     For the backward pass x and h_i = s g_i A_e x are kept.
     """
-    return _forward(x, a, b, gates, groups, scale, interpret)[0]
+    return _forward(x, a, b, gates, groups, scale, interpret, name)[0]
 
 
 def _forward(
-    x: Array, a: Array, b: Array, gates: Array, groups: Groups, scale: float, interpret: bool
+    x: Array, a: Array, b: Array, gates: Array, groups: Groups, scale: float, interpret: bool, name: str
 ) -> tuple[Array, tuple[Any, ...]]:
     (h,) = project(x, a.astype(x.dtype), gates, groups, scale=scale, rank_last=False, interpret=interpret)
+    h = checkpoint_name(h, name)
     y = expand(h, b.astype(x.dtype), groups, rank_last=True, interpret=interpret)
     return y, (x, a, b, gates, groups, h)
 
 
-def _backward(scale: float, interpret: bool, saved: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
+def _backward(scale: float, interpret: bool, name: str, saved: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
     x, a, b, gates, groups, h = saved
     run: dict[str, Any] = {"interpret": interpret}
     du, d_gates = project(dy, b.astype(x.dtype), gates, groups, h, scale=scale, rank_last=True, **run)

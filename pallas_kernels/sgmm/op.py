@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels.devices import is_recent
 from pallas_kernels.sgmm.reference import sgmm_xla
 from pallas_kernels.sgmm.terms import Terms
 
@@ -88,7 +89,7 @@ def _pallas_unsupported_reason(weights: dict[str, Array], a: dict[str, Array]) -
 
 
 def _triton_unsupported_reason(weights: dict[str, Array], a: dict[str, Array]) -> str | None:
-    if float(compute_capability() or 0) < 8:
+    if not is_recent(compute_capability()):
         return f"it needs an Ampere or newer GPU, this is {jax.devices()[0].device_kind}"
     if importlib.util.find_spec("jax_triton") is None:
         return "jax-triton is not installed (pip install 'adafuse-jax[cuda]')"

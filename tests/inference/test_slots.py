@@ -295,6 +295,9 @@ class TestFailures:
         good, bad = slots.evict(0), slots.evict(1)
         assert (bad.finish_reason, bad.token_ids) == ("not_finite", [])
         assert good.token_ids == alone(engine, [3, 5], 6)
+        assert slots.insert([3, 5], max_new_tokens=6, slot=1) == 1  # behind its tokens the cache holds the others' NaN
+        run(slots)
+        assert slots.evict(1).token_ids == good.token_ids
         with pytest.raises(UserError, match="the logits are not finite"):
             alone(engine, [3, 7], 6)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +159,8 @@ def test_model_with_grouped_products_equals_the_dense_one():
 
     dense = loss_and_gradient(adapter)
     adapter = adapter.with_products("grouped")
-    assert "grouped_project" in str(jax.make_jaxpr(loss_and_gradient)(adapter))
+    program = str(jax.make_jaxpr(loss_and_gradient)(adapter))
+    assert program.count("name=grouped_project") == 2 * 2, "of two linears, forward and backward; none again"
     grouped = loss_and_gradient(adapter)
     for a, b in zip(jax.tree.leaves(dense), jax.tree.leaves(grouped), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * float(jnp.abs(a).max()))
@@ -207,8 +209,15 @@ class TestChoice:
     def choice(self, tokens: int = 8192, dtype: str = "bfloat16", **settings) -> tuple[str, str]:
         return choose_products(AdapterConfig(**settings), self.CONFIG, tokens, dtype)
 
-    def test_by_shape(self, monkeypatch):
+    @pytest.fixture
+    def gpu(self, monkeypatch) -> SimpleNamespace:
+        """The only device."""
+        device = SimpleNamespace(platform="gpu", device_kind="a GPU", compute_capability="8.0")
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(jax, "devices", lambda: [device])
+        return device
+
+    def test_by_shape(self, gpu):
         assert self.choice()[0] == "grouped", "8 experts of rank 64, 8,192 tokens"
         assert self.choice(tokens=2048) == ("dense", "E·R = 512 columns for 2048 tokens are few")
         assert self.choice(rank=16)[0] == "dense"
@@ -223,9 +232,14 @@ class TestChoice:
             ({"num_experts": 2}, "every token uses all experts"),
         ],
     )
-    def test_reason(self, monkeypatch, settings, reason):
-        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    def test_reason(self, gpu, settings, reason):
         assert self.choice(**settings) == ("dense", reason)
+
+    @pytest.mark.parametrize("capability", ["7.5", "gfx942"])
+    def test_gpus_without_the_kernels(self, gpu, capability):
+        gpu.compute_capability = capability
+        reason = "they need an NVIDIA GPU of compute capability 8.0 or newer, this is a GPU"
+        assert self.choice() == ("dense", reason)
 
     def test_no_gpu(self, monkeypatch):
         monkeypatch.setattr(jax, "default_backend", lambda: "cpu")

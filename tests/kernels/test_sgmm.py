@@ -278,6 +278,10 @@ class TestChoice:
             assert why in caplog.text
             assert "jax-triton is not installed" in caplog.text
 
+    def test_a_gpu_whose_capability_is_a_name(self, monkeypatch):
+        monkeypatch.setattr(op, "compute_capability", lambda: "gfx942")
+        assert choose_implementation(*self.arrays()) == "xla"
+
     @pytest.mark.gpu
     @pytest.mark.skipif(not op.compute_capability().startswith("9."), reason="no Hopper GPU")
     def test_hopper_itself(self):

@@ -33,6 +33,7 @@ from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels import decode_attention as attention_kernel
 from pallas_kernels import pregated_linear as linear_kernel
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.devices import triton_unsupported_reason
 from pallas_kernels.pregated_linear import Group, Mixture, pregated_linear, tiles_for
 
 CONSUMED_FIELDS = frozenset({
@@ -49,7 +50,6 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("gate_proj", "up_proj"),
     ("down_proj",),
 )
-MIN_CAPABILITY = 8
 
 
 def unsupported_reason(model: Backbone, adapter: Any, batch: int) -> str | None:
@@ -61,18 +61,7 @@ def device_unsupported_reason(model: Backbone) -> str | None:
     """The part of `unsupported_reason` that the model's devices decide."""
     if mesh_of(model) is not None:
         return "they run on one device, and the model is on several"
-    device = next(iter(model.embed_tokens[...].devices()))
-    if device.platform != "gpu" or not is_recent(str(getattr(device, "compute_capability", ""))):
-        return (
-            f"they need an NVIDIA GPU of compute capability {MIN_CAPABILITY}.0 or newer, this is {device.device_kind}"
-        )
-    return None
-
-
-def is_recent(capability: str) -> bool:
-    """True for NVIDIA's '8.0' or above; AMD's capabilities are names."""
-    major = capability.partition(".")[0]
-    return major.isdecimal() and int(major) >= MIN_CAPABILITY
+    return triton_unsupported_reason(next(iter(model.embed_tokens[...].devices())))
 
 
 def shape_unsupported_reason(model: Backbone, adapter: Any, batch: int) -> str | None:
