@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -100,27 +101,41 @@ def test_the_choice_of_a_backend_is_logged_once(folder, caplog):
     assert caplog.text.count("decoding unmerged") == 1
 
 
-def test_ctrl_c_ends_the_loading(folder, monkeypatch):
-    """Not all of the weights are read first: from a slow disk that takes minutes."""
-    reads, interrupted = [], threading.Event()
-    view = Tensors.view
+@pytest.fixture
+def interrupt(monkeypatch) -> Iterator[Callable[..., None]]:
+    """Ctrl-C while the first tensors are awaited, as from a slow disk; afterwards none may have been read."""
+    reads, over, view = [], threading.Event(), Tensors.view
 
     def slow(self: Tensors, name: str) -> np.ndarray:
-        interrupted.wait(20)
+        assert over.wait(20)
         found = view(self, name)
         reads.append(name)
         return found
 
-    def interrupt(*_: object) -> Iterator[None]:
-        threading.Timer(0.5, interrupted.set).start()
+    def raise_it(*_: object) -> None:
+        threading.Timer(0.5, over.set).start()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Tensors, "view", slow)
+    yield raise_it
+    assert over.is_set()
+    assert reads == []
+
+
+def test_ctrl_c_ends_the_loading_of_a_session(folder, interrupt, monkeypatch):
     monkeypatch.setattr(session, "compiled_ahead", interrupt)
     with pytest.raises(KeyboardInterrupt):
         Session(DecodeConfig(model=str(folder / "model")), first=["Hi"])
-    assert interrupted.is_set()
-    assert reads == []
+
+
+def test_ctrl_c_ends_the_loading(folder, interrupt):
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(KeyboardInterrupt):
+            load_backbone(folder / "model")
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 class TestProgram:
