@@ -84,7 +84,7 @@ def test_schemathesis_finds_no_5xx(server: ServerProcess):
 
         @given(case=operation.as_strategy(), is_real=booleans())
         @settings(
-            max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+            max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
         )
         def check(case: Any, is_real: bool, seen: set[int]) -> None:
             if is_real and isinstance(case.body, dict) and "model" in case.body:
