@@ -39,19 +39,15 @@ PAGES = sorted(
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 RECORDS = ROOT / "benchmarks" / "results" / "nvidia_h200"
 MAX_LINES, MAX_WORDS = 150, 1500
+COMMANDS: dict[str, tuple[type, ...]] = {
+    "train": (TrainConfig, AdapterConfig), "decode": (DecodeConfig,), "evaluate": (EvaluationConfig,),
+    "export": (ExportConfig,), "serve": (ServeConfig,),
+}  # fmt: skip
 CONFIGS: dict[str, tuple[type, ...]] = {
-    "train.py": (TrainConfig, AdapterConfig),
-    "decode.py": (DecodeConfig,),
-    "adafuse train": (TrainConfig, AdapterConfig),
-    "adafuse decode": (DecodeConfig,),
-    "adafuse evaluate": (EvaluationConfig,),
-    "adafuse export": (ExportConfig,),
-    "adafuse serve": (ServeConfig,),
-    "examples.skills": (DemoConfig,),
-    "adafuse_jax.evaluation": (EvaluationConfig,),
-    "adafuse_jax.export": (ExportConfig,),
-    "adafuse_jax.serving": (ServeConfig,),
-}
+    "train.py": COMMANDS["train"], "decode.py": COMMANDS["decode"], "examples.skills": (DemoConfig,),
+    "adafuse_jax.evaluation": COMMANDS["evaluate"], "adafuse_jax.export": COMMANDS["export"],
+    "adafuse_jax.serving": COMMANDS["serve"],
+} | {f"adafuse {name}": configs for name, configs in COMMANDS.items()}  # fmt: skip
 """Programs whose flags are made from dataclasses."""
 FOREIGN = {"--model_args", "--batch_size", "--tasks", "--ntasks-per-node", "--gpus-per-node", "--signal", "--requeue"}
 """Flags of lm-evaluation-harness and of SLURM."""
