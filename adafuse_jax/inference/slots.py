@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 
 from adafuse_jax.adapters.stacked import NO_ADAPTER
 from adafuse_jax.core.errors import UserError, quoted
+from adafuse_jax.core.fields import MAX_SEED
 from adafuse_jax.inference.adapter_bank import Loaded
 from adafuse_jax.inference.backends.base import Backend
 from adafuse_jax.inference.logprobs import MAX_TOP_LOGPROBS, LogProbs, following_tokens, prompt_logprobs
@@ -137,12 +138,14 @@ class Slots:
         Raises:
           UserError: an empty prompt, one that fills the context, or one with tokens that the model lacks; an adapter that is
             not loaded; too many log-probabilities.
-          ValueError: no slot is free, or no token is wanted.
+          ValueError: no slot is free, no token is wanted, or a seed or sample of more than 32 bits.
         """
         prompt = [*prompt]
         check_prompt(prompt, self._config.vocab_size)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; give at least 1")
+        if not (0 <= seed <= MAX_SEED and 0 <= sample <= MAX_SEED):
+            raise ValueError(f"seed {seed} or sample {sample} is not between 0 and {MAX_SEED}")
         for number in (logprobs, prompt_logprobs):
             if number is not None and not 0 <= number <= MAX_TOP_LOGPROBS:
                 raise UserError(f"{number} log-probabilities are wanted of each token; give 0 to {MAX_TOP_LOGPROBS}")
@@ -200,13 +203,13 @@ class Slots:
             raise ValueError(f"slot {slot} is free")
         self._rows[slot] = None
         row.finish_reason = row.finish_reason or "evicted"
+        if row.adapter is not None and self._bank is not None:
+            self._bank.release(row.adapter)
         if row in self._waiting:
             self._waiting.remove(row)
         elif row.issued:
             self._prefixes.keep(row)
             self._release(row)
-        if row.adapter is not None and self._bank is not None:
-            self._bank.release(row.adapter)
         if not self._running():
             self._backend.restore()
         return row

@@ -261,6 +261,18 @@ class TestLoading:
             free.append(bank.free_experts)
         assert free == [1, 1, 2]
 
+    def test_experts_are_free_although_the_device_fails(self, model, monkeypatch):
+        bank = bank_of(model, {"lora": adapters_of(model)["lora"]}, max_experts=2)
+        slots = Engine(model, bank, eos_ids=()).slots(1)
+        slots.insert(prompt_of(model, 4), max_new_tokens=5, adapter="lora")
+        slots.step()
+        bank.unload("lora")
+        monkeypatch.setattr(slots, "_release", lambda row: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            slots.evict(0)
+        assert bank.free_experts == 2
+        assert slots.free == 1
+
     def test_refusals(self, models, model):
         adapters = adapters_of(model)
         bank = bank_of(model, {"all": adapters["all"]}, max_experts=6)

@@ -119,6 +119,9 @@ class TestRowsThatComeLater:
         slots = engine.slots(1)
         with pytest.raises(ValueError, match="max_new_tokens is 0; give at least 1"):
             slots.insert([3], max_new_tokens=0)
+        for changes in ({"seed": 2**32}, {"seed": -1}, {"sample": 2**32}):
+            with pytest.raises(ValueError, match="is not between 0 and 4294967295"):
+                slots.insert([3], max_new_tokens=2, **changes)
         slots.insert([3], max_new_tokens=2)
         with pytest.raises(ValueError, match="no free slot"):
             slots.insert([4], max_new_tokens=2)
