@@ -19,7 +19,7 @@ from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.low_rank import LoRAExperts, dropped
 from adafuse_jax.adapters.router import Router, balance_loss
 from adafuse_jax.models.config import LINEARS, ModelConfig
-from adafuse_jax.models.hooks import Hook, Routing
+from adafuse_jax.models.hooks import Hook, Routing, route_in_layer_0
 from adafuse_jax.models.layers import Linear
 from pallas_kernels.grouped_experts import TILE, saves, unsupported_reason
 
@@ -122,10 +122,4 @@ class AdaFuseLayer(Hook):
         return y + self.experts[name](x, self.routing)
 
     def _route(self, x: Array) -> None:
-        """Layer 0 asks the router; the layers after it keep the answer."""
-        if isinstance(self.layer, int):
-            self.routing = self.adapter.route(x) if self.layer == 0 else self.routing
-        else:
-            self.routing = jax.lax.cond(
-                self.layer == 0, lambda x, _: self.adapter.route(x), lambda _, routing: routing, x, self.routing
-            )
+        self.routing = route_in_layer_0(self.layer, lambda x, _: self.adapter.route(x), x, self.routing)

@@ -10,6 +10,7 @@ inputs: layer 0 asks each group of linears that share one, and a row takes the a
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from adafuse_jax.adapters.low_rank import LoRAExperts
-from adafuse_jax.models.hooks import Hook, Routing
+from adafuse_jax.models.hooks import Hook, Routing, route_in_layer_0
 from adafuse_jax.models.layers import Linear
 
 ROUTER_INPUTS = {
@@ -110,9 +111,8 @@ class StackedAdapters:
         members = self.table.members[self.ids[0]]
         numbers = jnp.argmax(routing.experts[..., None] == members, axis=-1)
         own = jax.tree.map(lambda factor: factor[jnp.maximum(members, 0)], experts)
-        return own(
-            x, Routing(numbers, routing.gates, jnp.zeros((batch, length, len(members))))
-        )  # there may be more than C
+        everything = jnp.zeros((batch, length, len(members)))  # one for each member; there may be more than C
+        return own(x, Routing(numbers, routing.gates, everything))
 
 
 class StackedLayer(Hook):
@@ -124,23 +124,10 @@ class StackedLayer(Hook):
     def __call__(self, name: str, linear: Linear, x: Array) -> Array:
         y = linear(x)
         if name in self.adapters.routers:
-            self._route(name, x)
+            self.routing = route_in_layer_0(self.layer, partial(self.adapters.route, name), x, self.routing)
         if name not in self.experts:
             return y
         return y + self.adapters.product(self.experts[name], x, self.routing)
-
-    def _route(self, name: str, x: Array) -> None:
-        """Layer 0 asks the routers; the layers after it keep the answers."""
-        if isinstance(self.layer, int):
-            self.routing = self.adapters.route(name, x, self.routing) if self.layer == 0 else self.routing
-        else:
-            self.routing = jax.lax.cond(
-                self.layer == 0,
-                lambda x, routing: self.adapters.route(name, x, routing),
-                lambda _, routing: routing,
-                x,
-                self.routing,
-            )
 
 
 def of_rows[Tree](tree: Tree, ids: Int[Array, " B"] | None) -> Tree:

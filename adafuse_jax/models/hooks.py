@@ -67,6 +67,19 @@ class Routing:
         return jnp.einsum("...k,...ke->...e", self.gates, chosen)
 
 
+def route_in_layer_0(
+    layer: int | Int[Array, ""],
+    ask: Callable[[Float[Array, "B T in"], Routing], Routing],
+    x: Float[Array, "B T in"],
+    routing: Routing,
+) -> Routing:
+    """The routing that layer 0 asks for, with `ask(x, routing)`; the layers after it keep `routing`. `layer` is an int where
+    the layers are unrolled."""
+    if isinstance(layer, int):
+        return ask(x, routing) if layer == 0 else routing
+    return jax.lax.cond(layer == 0, ask, lambda _, routing: routing, x, routing)
+
+
 class Hook:
     """One layer's view of an adapter, alive while that layer is traced. This one changes nothing.
 

@@ -73,10 +73,10 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
         return invalid(f"{name}: unknown parameter; leave it out", name, "unknown_parameter")
     if own is None and len(same) > 1 and place[-1] in UNIONS:
         own = UNIONS[place[-1]]
-    return invalid(f"{name}: {own or readable(error['msg'])}", name)
+    return invalid(f"{name}: {own or without_jargon(error['msg'])}", name)
 
 
-def readable(message: str) -> str:
+def without_jargon(message: str) -> str:
     """A message of pydantic, without the words that it has for developers."""
     message = message.replace(" after validation", "")
     for words in ("Input should", "List should", "String should", "Value should"):

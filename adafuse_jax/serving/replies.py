@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def experts_of(tokens: Sequence[Token]) -> list[list[list[float]]]:
     return [[[expert, round(gate, 4)] for expert, gate in token.experts] for token in tokens if token.experts]
 
 
-class Reply:
+class Reply(ABC):
     """The replies to one request, of the same id."""
 
     prefix, kind, chunk_kind = "", "", ""
@@ -58,16 +59,17 @@ class Reply:
     def usage_chunk(self, answers: Sequence[Answer], per_prompt: int) -> dict[str, Any]:
         return {**self._head, "object": self.chunk_kind, "choices": [], "usage": usage(answers, per_prompt)}
 
+    @abstractmethod
     def first(self, index: int, answer: Answer) -> dict[str, Any] | None:
         """The choice of the chunk before the first token; None: there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def piece(self, index: int, answer: Answer, text: str, token: Token) -> dict[str, Any]:
         """The choice of a token's chunk; the experts are those of the token before."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        raise NotImplementedError
+        """The choice of a whole answer."""
 
     def _extra(self, tokens: Sequence[Token]) -> dict[str, Any]:
         return {"experts": experts_of(tokens)} if self._with_experts else {}

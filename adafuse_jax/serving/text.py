@@ -10,6 +10,7 @@ from typing import Any
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import encode_prompt
 from adafuse_jax.data.examples import Message
+from adafuse_jax.data.tokenizer import special_token_texts
 from adafuse_jax.inference.detokenizer import TextStream
 from adafuse_jax.inference.rows import check_prompt
 from adafuse_jax.serving.errors import invalid
@@ -80,7 +81,7 @@ def longest_token(tokenizer: Any) -> int:
 @functools.lru_cache(maxsize=64)
 def special_ids(tokenizer: Any) -> frozenset[int]:
     """Tokens that are no part of a text."""
-    return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset(map(tokenizer.convert_tokens_to_ids, special_token_texts(tokenizer)))
 
 
 @functools.lru_cache(maxsize=2**16)

@@ -4,8 +4,8 @@ experts only.
     python -m benchmarks.training.experts --out benchmarks/results/nvidia_h200
 
 writes experts.json and experts.md: milliseconds, with their spread, by tokens, number of experts E, rank R and top-k. The
-gradients of both forms are compared first. `chosen` is what a training run takes for the shape. Times hold the grouping of
-the tokens nowhere: a model groups them once for all of its linears.
+gradients of both forms are compared first. `chosen` is what a training run takes for the shape. Times leave
+out the grouping of the tokens, which a model does once for all of its linears.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def arguments_of(case: tuple[int, int, int, int, tuple[int, int]]) -> tuple[Arra
 
 
 def both_passes(form: Callable[..., Array]) -> Callable[..., Any]:
-    """The gradients of x, A, B and gates, of `CALLS` linears."""
+    """The gradients of x, A and B, of `CALLS` linears."""
 
     def loss(x: Array, a: Array, b: Array, routing: Routing) -> Array:
         return jnp.sum(jnp.sin(form(x, a, b, routing).astype(jnp.float32)))

@@ -24,7 +24,7 @@ from pallas_kernels.grouped_experts.kernel_triton import expand, outer, project
 
 LEAST_SAVED = 2**21
 """Tokens × columns of E·R below which the dense products are as fast: the kernels gather rows, and their tiles are narrow.
-From times on an H200, see docs/benchmarks/training.md."""
+`python -m benchmarks.training.experts` compares both."""
 
 
 def unsupported_reason(

@@ -217,7 +217,7 @@ def test_a_step_that_fails_takes_its_rows_and_no_others(caplog: pytest.LogCaptur
 
 
 def test_a_broken_device_ends_the_scheduler():
-    """After `MAX_FAILURES` steps in a row it gives up, and those that wait are told so."""
+    """After `MAX_FAILURES` steps in a row it gives up, and the rows that wait end with an error."""
 
     async def run() -> None:
         test = Run(*[FakeSlots(1, fails)] * (MAX_FAILURES + 1))

@@ -67,7 +67,7 @@ def test_a_port_in_use(tmp_path: Path):
 
 
 def test_a_port_of_a_server_that_still_loads():
-    """Two servers may bind one port; the second that listens is told so in one line."""
+    """Two servers may bind one port; the second that listens gets one line."""
     first = ServeConfig(model="x", port=0)
     with bound_socket(first.host, first.port) as one:
         second = ServeConfig(model="x", port=one.getsockname()[1])

@@ -86,9 +86,8 @@ class LayerKernels(Unfused):
         hold: Bool[Array, " B"],
     ) -> StepOutput:
         model, adapter = reads
-        if reason := portable.shape_unsupported_reason(
-            model, adapter, len(token)
-        ):  # a bank's adapters may outgrow them
+        # A bank's adapters may outgrow the kernels.
+        if reason := portable.shape_unsupported_reason(model, adapter, len(token)):
             log.log(dispatch_log_level(), "decoding %d rows in XLA ops: the kernels cannot, as %s", len(token), reason)
             return Unfused.step(reads, carry, token, position, cache, hold)
         return *portable.portable_step(model, adapter, token, position, cache), carry
