@@ -15,7 +15,7 @@ from adafuse_jax.checkpoints.inert_keys import GENERATION_INERT, INERT, INERT_VA
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ModelConfig, RopeConfig
-from adafuse_jax.models.families.family import Family
+from adafuse_jax.models.families.family import ACTIVATION_NAMES, Family
 from adafuse_jax.models.registry import FAMILIES
 
 ROPE_KINDS = ("default", "linear", "llama3")
@@ -26,7 +26,7 @@ DTYPE_NAMES = {
 """Spellings of `dtype` that transformers takes → the types that weights are stored in."""
 MAX_LAYERS = 10_000
 NOT_NULL = (
-    "model_type", "hidden_act", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "model_type", "hidden_act", "hidden_activation", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
     "attention_bias", "mlp_bias", "use_sliding_window", "max_window_layers", "rope_type", "factor", "low_freq_factor",
     "high_freq_factor", "original_max_position_embeddings",
@@ -66,7 +66,7 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
     _refuse_null(table)
     model_type = table.choice("model_type", tuple(FAMILIES))
     family = FAMILIES[model_type]
-    table.choice("hidden_act", ("silu", "swish"), "silu")
+    activation = ACTIVATION_NAMES[table.choice(family.key("hidden_act"), tuple(ACTIVATION_NAMES), family.activation)]
     for name in ("quantization_config", "quantization", "compression_config"):
         if table.get(name):
             raise UserError(
@@ -84,13 +84,17 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
         raise UserError(
             f"{table.where}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
         )
-    head_dim = table.integer("head_dim", family.head_dim or embed_dim // num_heads, low=2)
+    own = None if "head_dim" in table.values else family.head_dim
+    head_dim = table.integer("head_dim", own or embed_dim // num_heads, low=2)
     if head_dim < 2 or head_dim % 2:
         raise UserError(f"{table.where}: heads have {head_dim} dimensions; RoPE needs an even number of them")
     vocab_size = table.integer("vocab_size", low=1)
     max_positions = table.integer("max_position_embeddings", family.max_positions, low=1)
-    rope, rope_unused = _rope(table, max_positions)
+    rope, local_rope, rope_unused = _ropes(table, family, max_positions)
     tokens, remarks = _special_tokens(table, generation, family, vocab_size)
+    own_fields = family.read(table, num_layers, max_positions)
+    if own_fields.get("attention_multiplier") == head_dim**-0.5:
+        own_fields["attention_multiplier"] = None
     model = ModelConfig(
         model_type=model_type,
         vocab_size=vocab_size,
@@ -101,13 +105,15 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=max_positions,
-        norm_eps=table.number("rms_norm_eps", 1e-6, low=0, high=1e6),
+        norm_eps=table.number(family.key("rms_norm_eps"), family.norm_eps, low=0, high=1e6),
+        activation=activation,
         rope=rope,
-        tie_word_embeddings=table.boolean("tie_word_embeddings", False),
+        local_rope=local_rope if any(own_fields["sliding_windows"]) else None,
+        tie_word_embeddings=table.boolean("tie_word_embeddings", family.tied),
         bos_token_id=next(iter(tokens["bos_token_id"]), None),
         eos_token_ids=tokens["eos_token_id"],
         pad_token_id=next(iter(tokens["pad_token_id"]), None),
-        **family.read(table, num_layers, max_positions),
+        **own_fields,
     )
     dtype = _dtype(table)
     unused = [*(name for name in table.unread() if not _is_inert(name, table.values[name])), *rope_unused]
@@ -162,8 +168,10 @@ def _special_tokens(
     """The BOS, EOS and padding ids, each as a tuple, and remarks about those that are no token of the model."""
     tokens, remarks = {}, []
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        default = getattr(family, name, None)
-        own = _ids(table, name) if name in table.values else () if default is None else (default,)
+        default = getattr(family, name)
+        if not isinstance(default, tuple):
+            default = () if default is None else (default,)
+        own = _ids(table, name) if name in table.values else default
         ids, where = (_ids(generation, name), generation) if name in generation.values else (own, table)
         tokens[name] = tuple(i for i in ids if 0 <= i < vocab_size)
         wrong = [i for i in ids if i not in tokens[name]]
@@ -183,12 +191,30 @@ def _ids(table: Table, name: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _rope(table: Table, max_positions: int) -> tuple[RopeConfig, list[str]]:
-    """RoPE in both spellings, `rope_theta` + `rope_scaling` and the newer `rope_parameters`; the older one wins.
-    The second value names the keys that are not used."""
+def _ropes(table: Table, family: Family, max_positions: int) -> tuple[RopeConfig, RopeConfig | None, list[str]]:
+    """RoPE in both spellings, `rope_theta` + `rope_scaling` and the newer `rope_parameters`; the older one wins. The second
+    value is that of the layers with a window, if it is another: of families that have two, `rope_parameters` holds a table
+    for each kind of layer. The third one names the keys that are not used."""
     scaling, parameters = table.get("rope_scaling"), table.get("rope_parameters")
-    name = "rope_scaling" if scaling else "rope_parameters"
-    values = scaling or parameters or {}
+    theta = table.number("rope_theta", family.rope_theta, low=0, high=1e30, above=True)
+    if family.local_rope_theta is None:
+        name = "rope_scaling" if scaling else "rope_parameters"
+        rope, unused = _rope(table, name, scaling or parameters or {}, theta, max_positions)
+        return rope, None, unused + (["rope_parameters"] if scaling and parameters else [])
+    parameters = {} if parameters is None else parameters
+    if not isinstance(parameters, dict) or not parameters.keys() <= {"full_attention", "sliding_attention"}:
+        raise table.error("rope_parameters", "give a table for full_attention and one for sliding_attention")
+    whole, local = (parameters.get(kind) or {} for kind in ("full_attention", "sliding_attention"))
+    if isinstance(whole, dict) and isinstance(scaling, dict):
+        whole = whole | scaling
+    local_theta = table.number("rope_local_base_freq", family.local_rope_theta, low=0, high=1e30, above=True)
+    rope, unused = _rope(table, "rope_parameters: full_attention", whole, theta, max_positions)
+    local_rope, more = _rope(table, "rope_parameters: sliding_attention", local, local_theta, max_positions)
+    return rope, None if local_rope == rope else local_rope, unused + more
+
+
+def _rope(table: Table, name: str, values: Any, theta: float, max_positions: int) -> tuple[RopeConfig, list[str]]:
+    """RoPE from its table `values`, and the keys of it that are not used. `theta`: the base, if the table has none."""
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
         raise UserError(
             f"{table.where}: rope parameters {quoted(values)} are not supported; give one table for all layers"
@@ -200,7 +226,6 @@ def _rope(table: Table, max_positions: int) -> tuple[RopeConfig, list[str]]:
     for place in (table, rope):
         if place.number("partial_rotary_factor", 1.0) != 1.0:
             raise place.error("partial_rotary_factor", "supported: 1")
-    theta = table.number("rope_theta", 10000.0, low=0, high=1e30, above=True)
     settings: dict[str, Any] = {"theta": rope.number("rope_theta", theta, low=0, high=1e30, above=True)}
     if kind in ("linear", "llama3"):
         settings["factor"] = rope.number("factor", low=0, high=1e30, above=True)
@@ -212,5 +237,4 @@ def _rope(table: Table, max_positions: int) -> tuple[RopeConfig, list[str]]:
         original = rope.integer("original_max_position_embeddings", max_positions, low=1)
         original = table.integer("original_max_position_embeddings", original, low=1)
         settings |= {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
-    unused = [f"{name}.{key}" for key in rope.unread()] + (["rope_parameters"] if scaling and parameters else [])
-    return RopeConfig(kind=kind, **settings), unused
+    return RopeConfig(kind=kind, **settings), [f"{name}.{key}" for key in rope.unread()]

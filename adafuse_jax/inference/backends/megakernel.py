@@ -26,7 +26,7 @@ from adafuse_jax.inference.adapter_bank import AdapterBank, Bucket
 from adafuse_jax.inference.backends.base import Backend, StepOutput, dispatch_log_level
 from adafuse_jax.models.attention import Visibility, attention
 from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig, unsupported_field
-from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.decoder import Backbone, score_options
 from adafuse_jax.models.hooks import TokenExperts
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.models.layers import apply_rope, rope_frequencies, rope_tables
@@ -195,7 +195,7 @@ def route(
         return TokenExperts(table.experts[token], table.gates[token])
     layer, experts = jax.tree.map(lambda leaf: leaf[0], (model.layers, adapter.experts))
     hook = adapter.hook(experts, 0, adapter.initial_routing(len(token), 1), None)
-    rope = rope_tables(positions[:, None], rope_frequencies(model.config.rope, model.config.head_dim))
+    rope = rope_tables(positions[:, None], rope_frequencies(model.config.rope_of(0), model.config.head_dim))
     windows = model.config.sliding_windows
     window = windows[0] if windows else None
     rows = jnp.arange(len(token))
@@ -203,9 +203,10 @@ def route(
     def attend(q: Array, k: Array, v: Array) -> Array:
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         k, v = (old[0].at[rows, positions].set(new[:, 0], mode="drop") for old, new in ((cache.k, k), (cache.v, v)))
-        return attention(q, k, v, Visibility.of_cache(positions[:, None], cache.slots), window)
+        visibility = Visibility.of_cache(positions[:, None], cache.slots)
+        return attention(q, k, v, visibility, window, **score_options(model.config))
 
-    layer(model.embed_tokens[...][token][:, None], attend, hook)
+    layer(model.embed(token[:, None]), attend, hook)
     return hook.routing.of_first_token()
 
 

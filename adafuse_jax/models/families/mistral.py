@@ -1,4 +1,4 @@
-"""Mistral: one window for all layers, or for those of `layer_types`."""
+"""Mistral and Ministral 3: one window for all layers; in Mistral also for those of `layer_types`."""
 
 from __future__ import annotations
 
@@ -24,4 +24,18 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 MISTRAL = Family(
     architecture="MistralForCausalLM", num_kv_heads=8, max_positions=131072, bos_token_id=1, eos_token_id=2,
     read=_read, write=_write,
+)  # fmt: skip
+
+
+def _read_ministral3(table: Table, num_layers: int, max_positions: int) -> dict[str, Any]:
+    return {"sliding_windows": (table.integer("sliding_window", None, low=1),) * num_layers}
+
+
+def _write_ministral3(config: ModelConfig) -> dict[str, Any]:
+    return {"sliding_window": next(filter(None, config.sliding_windows), None)}
+
+
+MINISTRAL3 = Family(
+    architecture="Ministral3ForCausalLM", num_kv_heads=8, max_positions=262144, head_dim=128, bos_token_id=1,
+    eos_token_id=2, pad_token_id=11, norm_eps=1e-5, rope_theta=1e6, read=_read_ministral3, write=_write_ministral3,
 )  # fmt: skip
