@@ -42,7 +42,7 @@ FAMILIES: dict[str, tuple[str, tuple[dict[str, Any], ...]]] = {
                              "sliding_attention": {"rope_type": "default", "rope_theta": 30.0}}},
     )),
     "gemma2": ("Gemma2ForCausalLM", (
-        {"sliding_window": 6, "tie_word_embeddings": True, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+        {"sliding_window": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
         {"sliding_window": 20, "num_hidden_layers": 3, "query_pre_attn_scalar": 24, "attention_bias": True},
         {"sliding_window": 100, "attn_logit_softcapping": None, "final_logit_softcapping": None, "head_dim": 32},
     )),
