@@ -14,11 +14,10 @@ from typing import Any
 from adafuse_jax.checkpoints.inert_keys import GENERATION_INERT, INERT, INERT_VALUES, SUPPORTED_VALUES
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
-from adafuse_jax.models.config import ModelConfig, RopeConfig
+from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.families.family import Family
 from adafuse_jax.models.registry import FAMILIES
 
-ROPE_KINDS = ("default", "linear", "llama3")
 DTYPE_NAMES = {
     "float32": "float32", "float": "float32", "bfloat16": "bfloat16", "float16": "float16", "half": "float16",
     "float64": "float64", "double": "float64",
@@ -27,9 +26,8 @@ DTYPE_NAMES = {
 MAX_LAYERS = 10_000
 NOT_NULL = (
     "model_type", "hidden_act", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
-    "attention_bias", "mlp_bias", "use_sliding_window", "max_window_layers", "rope_type", "factor", "low_freq_factor",
-    "high_freq_factor", "original_max_position_embeddings",
+    "num_attention_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias",
+    "use_sliding_window", "max_window_layers",
 )  # fmt: skip
 """Keys that may be absent, but not null."""
 
@@ -89,7 +87,7 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
         raise UserError(f"{table.where}: heads have {head_dim} dimensions; RoPE needs an even number of them")
     vocab_size = table.integer("vocab_size", low=1)
     max_positions = table.integer("max_position_embeddings", family.max_positions, low=1)
-    rope, rope_unused = _rope(table, max_positions)
+    rope, rope_unused = family.rope.read(table, max_positions, head_dim)
     tokens, remarks = _special_tokens(table, generation, family, vocab_size)
     model = ModelConfig(
         model_type=model_type,
@@ -181,36 +179,3 @@ def _ids(table: Table, name: str) -> tuple[int, ...]:
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise table.error(name, f"it must be an integer{' or a list of them' if several else ''}")
     return tuple(ids)
-
-
-def _rope(table: Table, max_positions: int) -> tuple[RopeConfig, list[str]]:
-    """RoPE in both spellings, `rope_theta` + `rope_scaling` and the newer `rope_parameters`; the older one wins.
-    The second value names the keys that are not used."""
-    scaling, parameters = table.get("rope_scaling"), table.get("rope_parameters")
-    name = "rope_scaling" if scaling else "rope_parameters"
-    values = scaling or parameters or {}
-    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
-        raise UserError(
-            f"{table.where}: rope parameters {quoted(values)} are not supported; give one table for all layers"
-        )
-    rope = Table(values, f"{table.where}: {name}")
-    _refuse_null(rope)
-    kind = rope.choice("type", ROPE_KINDS, "default")
-    kind = rope.choice("rope_type", ROPE_KINDS, kind)
-    for place in (table, rope):
-        if place.number("partial_rotary_factor", 1.0) != 1.0:
-            raise place.error("partial_rotary_factor", "supported: 1")
-    theta = table.number("rope_theta", 10000.0, low=0, high=1e30, above=True)
-    settings: dict[str, Any] = {"theta": rope.number("rope_theta", theta, low=0, high=1e30, above=True)}
-    if kind in ("linear", "llama3"):
-        settings["factor"] = rope.number("factor", low=0, high=1e30, above=True)
-    if kind == "llama3":
-        low = rope.number("low_freq_factor", low=0, high=1e30, above=True)
-        high = rope.number("high_freq_factor", low=0, high=1e30)
-        if high <= low:
-            raise rope.error("high_freq_factor", f"it must be greater than low_freq_factor, which is {low:g}")
-        original = rope.integer("original_max_position_embeddings", max_positions, low=1)
-        original = table.integer("original_max_position_embeddings", original, low=1)
-        settings |= {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
-    unused = [f"{name}.{key}" for key in rope.unread()] + (["rope_parameters"] if scaling and parameters else [])
-    return RopeConfig(kind=kind, **settings), unused

@@ -20,7 +20,7 @@ from adafuse_jax.core.atomic_files import new_directory, write_json
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.tables import Table, read_json
 from adafuse_jax.data.tokenizer import tokenizer_files, write_tokenizer
-from adafuse_jax.models.config import ModelConfig, RopeConfig, flat_fields
+from adafuse_jax.models.config import ModelConfig, flat_fields
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.layout import ONE_DEVICE, Layout
 from adafuse_jax.models.registry import FAMILIES
@@ -116,21 +116,13 @@ def config_table(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": _rope_scaling(config.rope),
+        **family.rope.write(config.rope),
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "pad_token_id": config.pad_token_id,
         "torch_dtype": dtype,
     } | family.write(config)
-
-
-def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
-    if rope.kind == "default":
-        return None
-    names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings") if rope.kind == "llama3" else ()
-    return {"rope_type": rope.kind, "factor": rope.factor} | {name: getattr(rope, name) for name in names}
 
 
 def _require_described(config: ModelConfig, table: dict[str, Any], generation: dict[str, Any]) -> None:
@@ -141,6 +133,7 @@ def _require_described(config: ModelConfig, table: dict[str, Any], generation: d
     vocab = range(config.vocab_size)
     wanted = replace(
         config,
+        rope=config.rope.canonical(),
         sliding_windows=config.sliding_windows or (None,) * config.num_layers,
         bos_token_id=config.bos_token_id if config.bos_token_id in vocab else None,
         pad_token_id=config.pad_token_id if config.pad_token_id in vocab else None,

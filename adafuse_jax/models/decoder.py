@@ -24,17 +24,10 @@ from adafuse_jax.models.attention import Visibility, attention
 from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig, Remat
 from adafuse_jax.models.hooks import Adapter, Hook
 from adafuse_jax.models.kv_cache import KVCache
-from adafuse_jax.models.layers import (
-    Linear,
-    RMSNorm,
-    apply_rope,
-    logit_product,
-    rope_frequencies,
-    rope_tables,
-    silu_product,
-)
+from adafuse_jax.models.layers import Linear, RMSNorm, logit_product, silu_product
 from adafuse_jax.models.layout import ONE_DEVICE, Layout
 from adafuse_jax.models.remat import ATTENTION, FFN, kept, rematerialized
+from adafuse_jax.models.rotary import rotation, sequence_lengths
 
 
 @jax.tree_util.register_dataclass
@@ -138,6 +131,7 @@ class Backbone(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
+        lengths: Int[Array, " B"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
         max_segments: int | None = None,
         remat: Remat = "none",
@@ -154,6 +148,8 @@ class Backbone(nnx.Module):
           segment_ids: attention stays within equal ids, 0 is padding; None is one segment. Not with a cache, where
             every row is one sequence.
           cache: keys and values of the positions before; the returned cache holds these tokens too.
+          lengths: with a cache, tokens of each row's prompt, all chunks of it; None: each token is decoded after those
+            before it. Only RoPE of a kind that depends on it reads it.
           dropout_key: randomness of the adapter's dropout; None means none.
           max_segments: most segments of a row, not counting padding, which must come last; None is unknown.
           remat: what the backward pass computes again, see `models.remat`.
@@ -168,7 +164,13 @@ class Backbone(nnx.Module):
             visibility, num_keys = Visibility.of_sequence(tokens.shape[1], segment_ids, max_segments), tokens.shape[1]
         else:
             visibility, num_keys = Visibility.of_cache(positions, cache.slots), cache.slots
-        cos, sin = rope_tables(positions, rope_frequencies(config.rope, config.head_dim))
+        if cache is None and config.rope.depends_on_length:
+            of_tokens: Array | None = sequence_lengths(positions, segment_ids)
+        else:
+            if lengths is None and tokens.shape[1] > 1 and config.rope.depends_on_length:
+                raise ValueError(f"rope {config.rope.kind} depends on the length of a prompt; give lengths")
+            of_tokens = None if lengths is None else lengths[:, None]
+        rotated = rotation(config.rope, config.head_dim, positions, of_tokens)
         windows = [w if w and w < num_keys else None for w in config.sliding_windows or (None,) * config.num_layers]
         distinct = list(dict.fromkeys(windows))
         window_of_layer = jnp.array([distinct.index(w) for w in windows])
@@ -180,7 +182,7 @@ class Backbone(nnx.Module):
 
             def attend(q: Array, k: Array, v: Array) -> Array:
                 nonlocal cache
-                q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+                q, k = rotated.of_queries(q), rotated.of_keys(k)
                 if cache is not None:
                     cache = cache.write(index, positions, k, v)
                     k, v = cache.k[index], cache.v[index]

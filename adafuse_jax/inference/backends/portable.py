@@ -28,7 +28,7 @@ from adafuse_jax.models.config import LINEARS, unsupported_field
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.hooks import TokenExperts
 from adafuse_jax.models.kv_cache import KVCache
-from adafuse_jax.models.layers import rope_frequencies, rope_tables
+from adafuse_jax.models.rotary import TABLE_FIELDS, rotation
 from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels import decode_attention as attention_kernel
 from pallas_kernels import pregated_linear as linear_kernel
@@ -39,8 +39,7 @@ from pallas_kernels.pregated_linear import Group, Mixture, pregated_linear, tile
 CONSUMED_FIELDS = frozenset({
     "vocab_size", "embed_dim", "hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "norm_eps",
     "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "sliding_windows",
-    "rope.theta", "rope.kind", "rope.factor", "rope.low_freq_factor", "rope.high_freq_factor",
-    "rope.original_max_position_embeddings",
+    *TABLE_FIELDS,
     "model_type", "max_position_embeddings", "bos_token_id", "eos_token_ids", "pad_token_id",  # cannot matter to a step
 })  # fmt: skip
 """Fields of `ModelConfig` that reach the kernels; a model with any other is decoded by its own modules."""
@@ -120,7 +119,8 @@ def portable_step(
         )  # fmt: skip
         return y
 
-    cos, sin = (table[:, 0] for table in rope_tables(position, rope_frequencies(config.rope, config.head_dim)))
+    rotated = rotation(config.rope, config.head_dim, position[:, None])
+    cos, sin = rotated.cos[:, 0, 0], rotated.sin[:, 0, 0]
     windows = np.array([w or np.iinfo(np.int32).max // 2 for w in config.sliding_windows or [None] * config.num_layers])
     attend = partial(
         decode_attention, position=position, cos=cos, sin=sin, windows=jnp.asarray(windows, jnp.int32), eps=config.norm_eps,

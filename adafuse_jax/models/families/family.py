@@ -9,6 +9,7 @@ from typing import Any
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ATTENTION_LINEARS, FFN_LINEARS, ModelConfig
+from adafuse_jax.models.families.rope import RopeKeys
 
 LAYER_TYPES = {"full_attention": False, "sliding_attention": True, "attention": False}
 """Values of config.json's `layer_types` → sliding window; the last one is an older name."""
@@ -33,6 +34,7 @@ class Family:
       read: (config.json, number of layers, positions) → the fields of `ModelConfig` that the family decides, read from its
         own keys. Raises `UserError`.
       write: the inverse, config → the family's own keys.
+      rope: how it reads RoPE's keys.
     """
 
     architecture: str
@@ -43,6 +45,7 @@ class Family:
     head_dim: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | None = None
+    rope: RopeKeys = RopeKeys()
     tensor_names: Mapping[str, str] = field(default_factory=lambda: TENSOR_NAMES)
 
     def tensor_name(self, path: tuple[Any, ...]) -> str:
