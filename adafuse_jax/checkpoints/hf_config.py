@@ -14,11 +14,11 @@ from typing import Any
 from adafuse_jax.checkpoints.inert_keys import GENERATION_INERT, INERT, INERT_VALUES, SUPPORTED_VALUES
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
-from adafuse_jax.models.config import ModelConfig, RopeConfig
+from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.families.family import ACTIVATION_NAMES, Family
+from adafuse_jax.models.families.rope import GLOBAL, LOCAL
 from adafuse_jax.models.registry import FAMILIES
 
-ROPE_KINDS = ("default", "linear", "llama3")
 DTYPE_NAMES = {
     "float32": "float32", "float": "float32", "bfloat16": "bfloat16", "float16": "float16", "half": "float16",
     "float64": "float64", "double": "float64",
@@ -27,9 +27,8 @@ DTYPE_NAMES = {
 MAX_LAYERS = 10_000
 NOT_NULL = (
     "model_type", "hidden_act", "hidden_activation", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
-    "attention_bias", "mlp_bias", "use_sliding_window", "max_window_layers", "rope_type", "factor", "low_freq_factor",
-    "high_freq_factor", "original_max_position_embeddings",
+    "num_attention_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias",
+    "use_sliding_window", "max_window_layers",
 )  # fmt: skip
 """Keys that may be absent, but not null."""
 
@@ -90,7 +89,12 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
         raise UserError(f"{table.where}: heads have {head_dim} dimensions; RoPE needs an even number of them")
     vocab_size = table.integer("vocab_size", low=1)
     max_positions = table.integer("max_position_embeddings", family.max_positions, low=1)
-    rope, local_rope, rope_unused = _ropes(table, family, max_positions)
+    layer_type = None if family.local_rope is None else GLOBAL
+    rope, rope_unused = family.rope.read(table, max_positions, head_dim, layer_type=layer_type)
+    local_rope = None
+    if family.local_rope is not None:
+        local_rope, unused = family.local_rope.read(table, max_positions, head_dim, layer_type=LOCAL)
+        rope_unused = [*dict.fromkeys(rope_unused + unused)]
     tokens, remarks = _special_tokens(table, generation, family, vocab_size)
     own_fields = family.read(table, num_layers, max_positions)
     if own_fields.get("attention_multiplier") == head_dim**-0.5:
@@ -108,7 +112,7 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
         norm_eps=table.number(family.key("rms_norm_eps"), family.norm_eps, low=0, high=1e6),
         activation=activation,
         rope=rope,
-        local_rope=local_rope if any(own_fields["sliding_windows"]) else None,
+        local_rope=local_rope if any(own_fields["sliding_windows"]) and local_rope != rope else None,
         tie_word_embeddings=table.boolean("tie_word_embeddings", family.tied),
         bos_token_id=next(iter(tokens["bos_token_id"]), None),
         eos_token_ids=tokens["eos_token_id"],
@@ -189,52 +193,3 @@ def _ids(table: Table, name: str) -> tuple[int, ...]:
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise table.error(name, f"it must be an integer{' or a list of them' if several else ''}")
     return tuple(ids)
-
-
-def _ropes(table: Table, family: Family, max_positions: int) -> tuple[RopeConfig, RopeConfig | None, list[str]]:
-    """RoPE in both spellings, `rope_theta` + `rope_scaling` and the newer `rope_parameters`; the older one wins. The second
-    value is that of the layers with a window, if it is another: of families that have two, `rope_parameters` holds a table
-    for each kind of layer. The third one names the keys that are not used."""
-    scaling, parameters = table.get("rope_scaling"), table.get("rope_parameters")
-    theta = table.number("rope_theta", family.rope_theta, low=0, high=1e30, above=True)
-    if family.local_rope_theta is None:
-        name = "rope_scaling" if scaling else "rope_parameters"
-        rope, unused = _rope(table, name, scaling or parameters or {}, theta, max_positions)
-        return rope, None, unused + (["rope_parameters"] if scaling and parameters else [])
-    parameters = {} if parameters is None else parameters
-    if not isinstance(parameters, dict) or not parameters.keys() <= {"full_attention", "sliding_attention"}:
-        raise table.error("rope_parameters", "give a table for full_attention and one for sliding_attention")
-    whole, local = (parameters.get(kind) or {} for kind in ("full_attention", "sliding_attention"))
-    if isinstance(whole, dict) and isinstance(scaling, dict):
-        whole = whole | scaling
-    local_theta = table.number("rope_local_base_freq", family.local_rope_theta, low=0, high=1e30, above=True)
-    rope, unused = _rope(table, "rope_parameters: full_attention", whole, theta, max_positions)
-    local_rope, more = _rope(table, "rope_parameters: sliding_attention", local, local_theta, max_positions)
-    return rope, None if local_rope == rope else local_rope, unused + more
-
-
-def _rope(table: Table, name: str, values: Any, theta: float, max_positions: int) -> tuple[RopeConfig, list[str]]:
-    """RoPE from its table `values`, and the keys of it that are not used. `theta`: the base, if the table has none."""
-    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
-        raise UserError(
-            f"{table.where}: rope parameters {quoted(values)} are not supported; give one table for all layers"
-        )
-    rope = Table(values, f"{table.where}: {name}")
-    _refuse_null(rope)
-    kind = rope.choice("type", ROPE_KINDS, "default")
-    kind = rope.choice("rope_type", ROPE_KINDS, kind)
-    for place in (table, rope):
-        if place.number("partial_rotary_factor", 1.0) != 1.0:
-            raise place.error("partial_rotary_factor", "supported: 1")
-    settings: dict[str, Any] = {"theta": rope.number("rope_theta", theta, low=0, high=1e30, above=True)}
-    if kind in ("linear", "llama3"):
-        settings["factor"] = rope.number("factor", low=0, high=1e30, above=True)
-    if kind == "llama3":
-        low = rope.number("low_freq_factor", low=0, high=1e30, above=True)
-        high = rope.number("high_freq_factor", low=0, high=1e30)
-        if high <= low:
-            raise rope.error("high_freq_factor", f"it must be greater than low_freq_factor, which is {low:g}")
-        original = rope.integer("original_max_position_embeddings", max_positions, low=1)
-        original = table.integer("original_max_position_embeddings", original, low=1)
-        settings |= {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
-    return RopeConfig(kind=kind, **settings), [f"{name}.{key}" for key in rope.unread()]

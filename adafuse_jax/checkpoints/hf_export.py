@@ -20,7 +20,7 @@ from adafuse_jax.core.atomic_files import new_directory, write_json
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.tables import Table, read_json
 from adafuse_jax.data.tokenizer import tokenizer_files, write_tokenizer
-from adafuse_jax.models.config import ModelConfig, RopeConfig, flat_fields
+from adafuse_jax.models.config import ModelConfig, flat_fields
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.families.family import Family
 from adafuse_jax.models.layout import ONE_DEVICE, Layout
@@ -127,22 +127,18 @@ def config_table(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def _rope_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling`, or `rope_parameters` by the kind of layer."""
-    if family.local_rope_theta is None:
-        return {"rope_theta": config.rope.theta, "rope_scaling": _rope_scaling(config.rope)}
-    ropes = {"full_attention": config.rope, "sliding_attention": config.local_rope or config.rope}
-    tables = {
-        kind: {"rope_type": "default", "rope_theta": rope.theta} | (_rope_scaling(rope) or {})
-        for kind, rope in ropes.items()
+    """RoPE in the form of transformers 4 or, of families with two, `rope_parameters` by the kind of layer."""
+    keys = family.rope.write(config.rope)
+    if family.local_rope is None:
+        return keys
+    local = family.local_rope.write(config.local_rope or config.rope)
+    tables = {"full_attention": keys, "sliding_attention": local}
+    return {
+        "rope_parameters": {
+            kind: {"rope_theta": table["rope_theta"], **(table["rope_scaling"] or {"rope_type": "default"})}
+            for kind, table in tables.items()
+        }
     }
-    return {"rope_parameters": tables}
-
-
-def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
-    if rope.kind == "default":
-        return None
-    names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings") if rope.kind == "llama3" else ()
-    return {"rope_type": rope.kind, "factor": rope.factor} | {name: getattr(rope, name) for name in names}
 
 
 def _require_described(config: ModelConfig, table: dict[str, Any], generation: dict[str, Any]) -> None:
@@ -153,6 +149,8 @@ def _require_described(config: ModelConfig, table: dict[str, Any], generation: d
     vocab = range(config.vocab_size)
     wanted = replace(
         config,
+        rope=config.rope.canonical(),
+        local_rope=config.local_rope and config.local_rope.canonical(),
         sliding_windows=config.sliding_windows or (None,) * config.num_layers,
         bos_token_id=config.bos_token_id if config.bos_token_id in vocab else None,
         pad_token_id=config.pad_token_id if config.pad_token_id in vocab else None,

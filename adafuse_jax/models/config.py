@@ -25,16 +25,63 @@ BLOCK_NORMS = ("input_layernorm", "post_self_attn_layernorm", "post_attention_la
 """Norms in front of and behind attention, in front of and behind the feed-forward block."""
 
 
+RopeKind = Literal["default", "linear", "llama3", "yarn", "dynamic", "longrope"]
+MAX_CONTEXT = 2**31 - 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding. `kind` is `default`, `linear` (positions divided by `factor`) or `llama3`."""
+    """Rotary position embedding, see `models.rotary`.
+
+    `attention_factor` is a factor of cos and sin. `partial_rotary_factor` is the share of a head that is rotated, in
+    pairs of adjacent dimensions if `interleaved`. Queries at position p are multiplied by
+    1 + β log(1 + ⌊p / original length⌋) with β = `query_scaling_beta`.
+    """
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3"] = "default"
+    kind: RopeKind = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+    partial_rotary_factor: float = 1.0
+    interleaved: bool = False
+    query_scaling_beta: float = 0.0
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """Dimensions of a head that are rotated."""
+        return int(head_dim * self.partial_rotary_factor)
+
+    @property
+    def depends_on_length(self) -> bool:
+        """True if angles depend on the length of the sequence."""
+        return self.kind in ("dynamic", "longrope")
+
+    def canonical(self) -> RopeConfig:
+        """The same function, with the defaults in fields that this kind does not read."""
+        read = ROPE_FIELDS[self.kind] + ALWAYS_READ
+        if self.query_scaling_beta:
+            read += ("original_max_position_embeddings",)
+        return RopeConfig(kind=self.kind, **{name: getattr(self, name) for name in read})
+
+
+ALWAYS_READ = ("theta", "attention_factor", "partial_rotary_factor", "interleaved", "query_scaling_beta")
+"""Fields of `RopeConfig` that every kind reads."""
+ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "original_max_position_embeddings"),
+    "dynamic": ("factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
+"""Kind → the other fields that it reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +139,23 @@ class ModelConfig:
         d, f = self.embed_dim, self.hidden_dim
         shapes = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)}
         return (shapes | {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)})[name]
+
+    @property
+    def context_length(self) -> int:
+        """Positions of a sequence, at most: those of config.json, or the original length times the factor where RoPE extends
+        it (yarn, dynamic)."""
+        extended = 0.0
+        if self.rope.kind in ("yarn", "dynamic"):
+            extended = self.rope.original_max_position_embeddings * self.rope.factor
+        return min(MAX_CONTEXT, max(self.max_position_embeddings, int(extended)))
+
+    def context_after(self, prompt_tokens: int) -> int:
+        """Positions of a sequence that decodes from a cache after a prompt of so many tokens. The angles of longrope are
+        others in a sequence longer than the original length, so the cache of a shorter one is of no use from there on."""
+        original = self.rope.original_max_position_embeddings
+        if self.rope.kind == "longrope" and prompt_tokens <= original:
+            return min(original, self.context_length)
+        return self.context_length
 
     def norm_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of a layer's norms."""

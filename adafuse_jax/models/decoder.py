@@ -22,22 +22,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from adafuse_jax.models.attention import Visibility, attention
-from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig, Remat
+from adafuse_jax.models.config import LINEARS, ModelConfig, Remat
 from adafuse_jax.models.hooks import Adapter, Hook
 from adafuse_jax.models.kv_cache import KVCache
-from adafuse_jax.models.layers import (
-    Linear,
-    Norm,
-    apply_rope,
-    gated_product,
-    logit_product,
-    rope_frequencies,
-    rope_tables,
-    scaled,
-    softcapped,
-)
+from adafuse_jax.models.layers import Linear, Norm, gated_product, logit_product, scaled, softcapped
 from adafuse_jax.models.layout import ONE_DEVICE, Layout
 from adafuse_jax.models.remat import ATTENTION, FFN, kept, rematerialized
+from adafuse_jax.models.rotary import layer_rotations, sequence_lengths
 
 
 @jax.tree_util.register_dataclass
@@ -171,6 +162,7 @@ class Backbone(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
+        lengths: Int[Array, " B"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
         max_segments: int | None = None,
         remat: Remat = "none",
@@ -187,6 +179,8 @@ class Backbone(nnx.Module):
           segment_ids: attention stays within equal ids, 0 is padding; None is one segment. Not with a cache, where
             every row is one sequence.
           cache: keys and values of the positions before; the returned cache holds these tokens too.
+          lengths: with a cache, tokens of each row's prompt, all chunks of it; None: each token is decoded after those
+            before it. Only RoPE of a kind that depends on it reads it.
           dropout_key: randomness of the adapter's dropout; None means none.
           max_segments: most segments of a row, not counting padding, which must come last; None is unknown.
           remat: what the backward pass computes again, see `models.remat`.
@@ -202,12 +196,17 @@ class Backbone(nnx.Module):
             visibility, num_keys = Visibility.of_sequence(tokens.shape[1], segment_ids, max_segments), tokens.shape[1]
         else:
             visibility, num_keys = Visibility.of_cache(positions, cache.slots), cache.slots
-        ropes, rope_of_layer = distinct(map(config.rope_of, range(config.num_layers)))
-        tables = [rope_tables(positions, rope_frequencies(rope, config.head_dim)) for rope in ropes]
-        rotations = jax.tree.map(lambda *tables: jnp.stack(tables), *tables)
-        windows, window_of_layer = distinct(
+        if cache is None and config.rope.depends_on_length:
+            of_tokens: Array | None = sequence_lengths(positions, segment_ids)
+        else:
+            if lengths is None and tokens.shape[1] > 1 and config.rope.depends_on_length:
+                raise ValueError(f"rope {config.rope.kind} depends on the length of a prompt; give lengths")
+            of_tokens = None if lengths is None else lengths[:, None]
+        rotation_of = layer_rotations(config, positions, of_tokens)
+        layer_windows = [
             w if w and w < num_keys else None for w in config.sliding_windows or (None,) * config.num_layers
-        )
+        ]
+        windows, window_of_layer = distinct(layer_windows)
         attention = layout.attention(partial(attention, **score_options(config)))
 
         def run_layer(carry: tuple, layer: DecoderLayer, experts: Any, index: int | Array) -> tuple[tuple, Any]:
@@ -216,9 +215,8 @@ class Backbone(nnx.Module):
 
             def attend(q: Array, k: Array, v: Array) -> Array:
                 nonlocal cache
-                rope = 0 if len(ropes) == 1 else jnp.array(rope_of_layer)[index]
-                cos, sin = jax.tree.map(lambda of_ropes: of_ropes[rope], rotations)
-                q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+                rotation = rotation_of(index)
+                q, k = rotation.of_queries(q), rotation.of_keys(k)
                 if cache is not None:
                     cache = cache.write(index, positions, k, v)
                     k, v = cache.k[index], cache.v[index]
@@ -232,7 +230,9 @@ class Backbone(nnx.Module):
                 def within(window: int | None) -> Callable[[Array, Array, Array], Array]:
                     return lambda q, k, v: attention(q, k, v, visibility, window)
 
-                return jax.lax.switch(jnp.array(window_of_layer)[index], [within(window) for window in windows], q, k, v)
+                return jax.lax.switch(
+                    jnp.array(window_of_layer)[index], [within(window) for window in windows], q, k, v
+                )
 
             def slice_linear(name: str, h: Array) -> tuple[Linear, Array]:
                 # Once its input is computed: a scan copies each slice, and would copy all linears of a layer at once.

@@ -1,20 +1,19 @@
-"""The pieces of a decoder layer: linear, norm, gated product, rotary position embedding.
+"""The pieces of a decoder layer: linear, norm, gated product, head.
 
 Weights are stacked over layers, [L, …]; a module is called on one layer's slice, so the code below never sees L.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from adafuse_jax.models.config import Activation, RopeConfig
+from adafuse_jax.models.config import Activation
 from adafuse_jax.models.config import Norm as NormKind
 
 
@@ -98,38 +97,3 @@ def _logit_product_backward(saved: tuple[Array, Array], gradient: Array) -> tupl
 
 
 logit_product.defvjp(lambda hidden, head: (logit_product(hidden, head), (hidden, head)), _logit_product_backward)
-
-
-def rope_frequencies(rope: RopeConfig | None, head_dim: int) -> Float[Array, " H/2"]:
-    """Angular frequency of each rotated pair, in radians per position.
-
-    `llama3` divides long wavelengths by `factor`, keeps short ones, and blends between the two. Without a rotary embedding
-    all are 0.
-    """
-    if rope is None:
-        return jnp.zeros(head_dim // 2)
-    frequency = rope.theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if rope.kind == "linear":
-        return frequency / rope.factor
-    if rope.kind == "llama3":
-        turns = rope.original_max_position_embeddings * frequency / (2 * math.pi)
-        keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        keep = jnp.clip(keep, 0.0, 1.0)
-        return frequency * (keep + (1 - keep) / rope.factor)
-    return frequency
-
-
-def rope_tables(
-    positions: Int[Array, "B T"], frequencies: Float[Array, " H/2"]
-) -> tuple[Float[Array, "B T 1 H/2"], Float[Array, "B T 1 H/2"]]:
-    """cos and sin of every position's angles, fp32."""
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rope(
-    x: Float[Array, "B T heads H"], cos: Float[Array, "B T 1 H/2"], sin: Float[Array, "B T 1 H/2"]
-) -> Float[Array, "B T heads H"]:
-    """Rotate the pairs (x_i, x_{i+H/2}), in fp32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -6,13 +6,14 @@ from __future__ import annotations
 import logging
 import math
 import re
+from dataclasses import fields
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adafuse_jax.core.errors import UserError, quoted
-from adafuse_jax.models.config import ModelConfig, unsupported_field
+from adafuse_jax.models.config import ModelConfig, RopeConfig, unsupported_field
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.parallel.axes import CACHE, DATA, FSDP, MESH_AXES, TENSOR, logical_axes, partition_spec
 
@@ -28,11 +29,7 @@ IRRELEVANT_FIELDS = {
     "norm_eps": "norms are over axes that are whole, those of activations and head_dim",
     "sliding_windows": "masks are over positions, which are whole",
     **dict.fromkeys(
-        (
-            "rope.theta", "rope.kind", "rope.factor", "rope.low_freq_factor", "rope.high_freq_factor",
-            "rope.original_max_position_embeddings",
-        ),
-        "angles are of positions and head_dim, which are whole",
+        (f"rope.{field.name}" for field in fields(RopeConfig)), "angles are of positions and head_dim, which are whole"
     ),
     "max_position_embeddings": "the engine bounds the cache",
     "bos_token_id": "of prompts", "eos_token_ids": "the engine stops", "pad_token_id": "of batches",

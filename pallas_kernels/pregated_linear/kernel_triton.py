@@ -30,7 +30,6 @@ from jaxtyping import Array
 
 from pallas_kernels.pregated_linear.triton_call import dot, load
 
-
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": lambda x: jax.nn.sigmoid(x) * x,
     "gelu": lambda x: 0.5 * x * (1 + lax.erf(x * 0.5**0.5)),

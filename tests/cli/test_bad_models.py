@@ -58,8 +58,8 @@ TRAIN = [
     ),
     Case(
         "rope type",
-        ("{}/model/config.json", "'yarn'", "supported"),
-        damage=edit_json("model/config.json", rope_scaling={"rope_type": "yarn", "factor": 2}),
+        ("{}/model/config.json", "'proportional'", "supported"),
+        damage=edit_json("model/config.json", rope_scaling={"rope_type": "proportional", "factor": 2}),
     ),
     Case(
         "rope is no table",

@@ -17,6 +17,8 @@ from goldens.tiny_models import Case, write_json, write_tensors
 VOCAB_SIZE = 64
 LENGTHS = ((15, 16, 17, 63, 65), (64, 127, 129, 257), (513, 1023, 1025))
 """Tokens of the prompts of a family's first, second and third case."""
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 16.0, "original_max_position_embeddings": 32,
+        "llama_4_scaling_beta": 0.1, "beta_fast": 4.0}  # fmt: skip
 FAMILIES: dict[str, tuple[str, tuple[dict[str, Any], ...]]] = {
     "granite": ("GraniteForCausalLM", (
         {"embedding_multiplier": 12.0, "attention_multiplier": 0.2, "residual_multiplier": 0.22, "logits_scaling": 0.5},
@@ -47,7 +49,8 @@ FAMILIES: dict[str, tuple[str, tuple[dict[str, Any], ...]]] = {
         {"sliding_window": 100, "attn_logit_softcapping": None, "final_logit_softcapping": None, "head_dim": 32},
     )),
     "phi3": ("Phi3ForCausalLM", (
-        {"sliding_window": 6}, {"num_key_value_heads": 4, "tie_word_embeddings": True}, {"sliding_window": 100},
+        {"sliding_window": 6}, {"num_key_value_heads": 4, "partial_rotary_factor": 0.75, "tie_word_embeddings": True},
+        {"sliding_window": 100},
     )),
     "seed_oss": ("SeedOssForCausalLM", (
         {}, {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True, "head_dim": 24},
@@ -65,6 +68,22 @@ FAMILIES: dict[str, tuple[str, tuple[dict[str, Any], ...]]] = {
         {"sliding_window": 100, "layer_types": ["sliding_attention", "full_attention"], "attention_bias": True,
          "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2000.0},
                              "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}}},
+    )),
+    "glm4": ("Glm4ForCausalLM", (
+        {}, {"attention_bias": False, "partial_rotary_factor": 0.25, "head_dim": 32},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0},
+         "tie_word_embeddings": True},
+    )),
+    "cohere2": ("Cohere2ForCausalLM", (
+        {"num_hidden_layers": 4, "sliding_window": 6, "logit_scale": 0.5},
+        {"sliding_window": 20, "sliding_window_pattern": 2, "attention_bias": True, "tie_word_embeddings": True},
+        {"sliding_window": 100, "layer_types": ["full_attention", "sliding_attention"], "num_key_value_heads": 4},
+    )),
+    "ministral3": ("Ministral3ForCausalLM", (
+        {"sliding_window": 6, "rope_parameters": YARN},
+        {"rope_parameters": YARN | {"mscale": 2.0, "mscale_all_dim": 0.5}, "head_dim": 24},
+        {"rope_parameters": YARN | {"original_max_position_embeddings": 256, "llama_4_scaling_beta": 0.3},
+         "tie_word_embeddings": True},
     )),
 }  # fmt: skip
 """`model_type` → its class and three configurations, beside those that all have."""

@@ -4,8 +4,10 @@ until each of them does either."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +21,7 @@ from flax import nnx
 from adafuse_jax import Backbone, ModelConfig, UserError, export_backbone
 from adafuse_jax.checkpoints.hf_config import parse_hf_config
 from adafuse_jax.core.errors import MAX_MESSAGE
-from adafuse_jax.inference.backends import megakernel
+from adafuse_jax.inference.backends import megakernel, portable
 from adafuse_jax.models.config import RopeConfig, flat_fields
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.parallel import mesh
@@ -40,12 +42,26 @@ OTHERS: dict[str, Any] = {
     "model_type": "mistral", "vocab_size": 16, "embed_dim": 32, "hidden_dim": 32, "num_layers": 3, "num_heads": 2,
     "num_kv_heads": 4, "head_dim": 8, "max_position_embeddings": 32, "norm_eps": 1e-3, "rope.theta": 500.0,
     "rope.kind": "linear", "rope.factor": 2.0, "rope.low_freq_factor": 0.5, "rope.high_freq_factor": 3.0,
-    "rope.original_max_position_embeddings": 8, "tie_word_embeddings": True, "qkv_bias": True, "o_bias": True,
+    "rope.original_max_position_embeddings": 8, "rope.beta_fast": 9.0, "rope.beta_slow": 2.0, "rope.truncate": False,
+    "rope.short_factor": (1.0, 3.0), "rope.long_factor": (2.0, 3.0), "rope.attention_factor": 1.5,
+    "rope.partial_rotary_factor": 0.5, "rope.interleaved": True, "rope.query_scaling_beta": 0.25,
+    "tie_word_embeddings": True, "qkv_bias": True, "o_bias": True,
     "mlp_bias": True, "qk_norm": False, "sliding_windows": (None, 3), "bos_token_id": 3, "eos_token_ids": (4, 5),
     "pad_token_id": 6,
 }  # fmt: skip
 """Field → a value that `BASE` does not have."""
 NAMES = [name for name, *_ in flat_fields(BASE)]
+NOT_IN_KERNELS = {"rope.partial_rotary_factor", "rope.interleaved", "rope.query_scaling_beta"}
+"""Fields that the megakernel and the layer kernels refuse unless they have their defaults."""
+YARN = RopeConfig(kind="yarn", theta=100.0, factor=8.0, original_max_position_embeddings=64)
+LONGROPE = RopeConfig(
+    kind="longrope", original_max_position_embeddings=32, short_factor=(2.0, 1.0), long_factor=(1.0, 1.0)
+)
+ROPE_BASES = dict.fromkeys(("rope.beta_slow", "rope.truncate", "rope.attention_factor"), YARN) | {
+    "rope.beta_fast": dataclasses.replace(YARN, truncate=False), "rope.short_factor": LONGROPE,
+    "rope.long_factor": dataclasses.replace(LONGROPE, original_max_position_embeddings=4),
+}  # fmt: skip
+"""Field → RoPE of a kind that reads it, where `ROPE` does not."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +69,11 @@ class Softcapped(ModelConfig):
     """A family of tomorrow, which no consumer knows."""
 
     logit_softcap: float | None = None
+
+
+def base_of(name: str) -> ModelConfig:
+    """`BASE`, with RoPE of a kind that reads the field."""
+    return dataclasses.replace(BASE, rope=ROPE_BASES.get(name, ROPE))
 
 
 def perturbed(config: ModelConfig, *names: str) -> ModelConfig:
@@ -72,7 +93,8 @@ def test_every_field_has_another_value():
 
 @pytest.mark.parametrize("consumer", [megakernel, mesh], ids=["megakernel", "sharding"])
 def test_every_field_is_declared_once(consumer: Any):
-    assert consumer.CONSUMED_FIELDS | consumer.IRRELEVANT_FIELDS.keys() == set(NAMES)
+    refused = NOT_IN_KERNELS if consumer is megakernel else set()
+    assert consumer.CONSUMED_FIELDS | consumer.IRRELEVANT_FIELDS.keys() == set(NAMES) - refused
     assert not consumer.CONSUMED_FIELDS & consumer.IRRELEVANT_FIELDS.keys()
 
 
@@ -112,14 +134,23 @@ def equal(mine: tuple[Any, list[np.ndarray]], theirs: tuple[Any, list[np.ndarray
 
 
 @pytest.fixture(scope="module")
-def base_inputs() -> tuple[Any, list[np.ndarray]]:
-    return kernel_inputs(BASE)
+def inputs_of() -> Callable[[ModelConfig], tuple[Any, list[np.ndarray]]]:
+    return functools.cache(kernel_inputs)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_megakernel_gets_what_it_consumes(name: str, base_inputs: tuple[Any, list[np.ndarray]]):
-    unchanged = equal(kernel_inputs(perturbed(BASE, name)), base_inputs)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_IN_KERNELS])
+def test_the_megakernel_gets_what_it_consumes(name: str, inputs_of: Callable):
+    base = base_of(name)
+    unchanged = equal(kernel_inputs(perturbed(base, name)), inputs_of(base))
     assert unchanged == (name in megakernel.IRRELEVANT_FIELDS)
+
+
+@pytest.mark.parametrize("name", sorted(NOT_IN_KERNELS))
+def test_kernels_refuse_by_name(name: str):
+    model = jax.tree.map(jnp.asarray, backbone(perturbed(BASE, name)))
+    wanted = f"the model has {name} {OTHERS[name]!r}, which it does not take"
+    assert megakernel.fused_unsupported_reason(model) == wanted
+    assert portable.shape_unsupported_reason(model, None, 1) == wanted
 
 
 def sharded(config: ModelConfig) -> dict[str, tuple]:
@@ -171,7 +202,8 @@ def exported(config: ModelConfig, out: Path) -> Path:
 def round_trip(config: ModelConfig, out: Path) -> dict[str, Any]:
     """The two files of an export, which is read as `config`."""
     exported(config, out)
-    wanted = dataclasses.replace(config, sliding_windows=config.sliding_windows or (None,) * config.num_layers)
+    windows = config.sliding_windows or (None,) * config.num_layers
+    wanted = dataclasses.replace(config, sliding_windows=windows, rope=config.rope.canonical())
     assert parse_hf_config(out).model == wanted
     return {name: json.loads((out / f"{name}.json").read_text()) for name in ("config", "generation_config")}
 
@@ -187,11 +219,17 @@ WITH: dict[str, dict[str, Any]] = {
 """Field → others that the same key of config.json decides, or a family that has the field."""
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_IN_KERNELS])
 def test_export_writes_the_field(tmp_path: Path, name: str):
     """Another value gives other files, from which it is read again."""
-    changed = dataclasses.replace(perturbed(BASE, name), **WITH.get(name, {}))
-    assert round_trip(changed, tmp_path / "changed") != round_trip(BASE, tmp_path / "base")
+    base = base_of(name)
+    changed = dataclasses.replace(perturbed(base, name), **WITH.get(name, {}))
+    assert round_trip(changed, tmp_path / "changed") != round_trip(base, tmp_path / "base")
+
+
+def test_export_leaves_out_what_the_kind_of_rope_does_not_read(tmp_path: Path):
+    config = dataclasses.replace(BASE, rope=RopeConfig(factor=2.0, beta_fast=3.0))
+    assert round_trip(config, tmp_path / "out")["config"]["rope_scaling"] is None
 
 
 @pytest.mark.parametrize("family", FAMILY_BASES)
@@ -238,7 +276,11 @@ def test_special_ids_that_are_no_tokens_are_exported(tmp_path: Path):
         ("qwen2", {"mlp_bias": True}, "mlp_bias True"),
         ("qwen2", {"qkv_bias": False}, "qkv_bias False"),
         ("qwen3", {"qk_norm": False}, "qk_norm False"),
-        ("qwen3", {"rope": RopeConfig(factor=2.0)}, "rope.factor 2.0"),
+        ("qwen3", {"rope": RopeConfig(attention_factor=2.0)}, "rope.attention_factor 2.0"),
+        ("qwen3", {"rope": RopeConfig(kind="dynamic", factor=2.0)}, "rope.original_max_position_embeddings 8192"),
+        ("llama", {"rope": RopeConfig(partial_rotary_factor=0.5)}, "rope.partial_rotary_factor 0.5"),
+        ("mistral", {"rope": RopeConfig(interleaved=True)}, "rope.interleaved True"),
+        ("qwen2", {"rope": RopeConfig(query_scaling_beta=0.25)}, "rope.query_scaling_beta 0.25"),
     ],
 )
 def test_export_refuses_what_the_family_cannot_say(tmp_path: Path, family: str, changes: dict[str, Any], expected: str):

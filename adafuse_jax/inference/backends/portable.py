@@ -26,10 +26,11 @@ from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.stacked import StackedAdapters
 from adafuse_jax.inference.backends.megakernel import mixture_of, route
 from adafuse_jax.models.config import LINEARS, unsupported_field
-from adafuse_jax.models.decoder import Backbone, distinct
+from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.hooks import TokenExperts
 from adafuse_jax.models.kv_cache import KVCache
-from adafuse_jax.models.layers import Norm, rope_frequencies, rope_tables, scaled
+from adafuse_jax.models.layers import Norm, scaled
+from adafuse_jax.models.rotary import TABLE_FIELDS, layer_rotations
 from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels import decode_attention as attention_kernel
 from pallas_kernels import pregated_linear as linear_kernel
@@ -42,9 +43,7 @@ CONSUMED_FIELDS = frozenset({
     "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "sliding_windows",
     "norm", "norm_placement", "parallel_block", "activation", "local_rope", "nope_layers", "qk_norm_full",
     "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logit_multiplier", "attention_softcap",
-    "logit_softcap",
-    "rope.theta", "rope.kind", "rope.factor", "rope.low_freq_factor", "rope.high_freq_factor",
-    "rope.original_max_position_embeddings",
+    "logit_softcap", *TABLE_FIELDS,
     "model_type", "max_position_embeddings", "bos_token_id", "eos_token_ids", "pad_token_id",  # cannot matter to a step
 })  # fmt: skip
 """Fields of `ModelConfig` that reach the kernels; a model with any other is decoded by its own modules."""
@@ -131,8 +130,7 @@ def portable_step(
         y = group(names, y, layer)[names[0]]
         return x + scaled(y if norm is None else _of_layer(norm, layer)(y), config.residual_multiplier)
 
-    ropes, rope_of_layer = distinct(map(config.rope_of, range(config.num_layers)))
-    tables = [[x[:, 0] for x in rope_tables(position, rope_frequencies(rope, config.head_dim))] for rope in ropes]
+    rotation_of = layer_rotations(config, position[:, None])
     windows = np.array([w or np.iinfo(np.int32).max // 2 for w in config.sliding_windows or [None] * config.num_layers])
     attend = partial(
         decode_attention, position=position, windows=jnp.asarray(windows, jnp.int32), eps=config.norm_eps,
@@ -149,7 +147,7 @@ def portable_step(
             norms = {"q_proj": layers.q_norm, "k_proj": layers.k_norm}
             qkv |= {name: _of_layer(norm, layer)(qkv[name]) for name, norm in norms.items()}
         q, k, v = (qkv[name].reshape(batch, -1, config.head_dim) for name in GROUPS[0])
-        cos, sin = tables[rope_of_layer[index]]
+        cos, sin = (angles[:, 0, 0] for angles in (rotation_of(index).cos, rotation_of(index).sin))
         context, cache_k, cache_v, ended = attend(q, k, v, cache_k, cache_v, layer, cos=cos, sin=sin, ended=ended)
         read, norm = x, layers.input_layernorm  # of a parallel block
         x = plus(x, GROUPS[1], context.reshape(batch, -1), layer, layers.post_self_attn_layernorm)

@@ -6,8 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 from adafuse_jax.core.tables import Table
-from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.config import ModelConfig, RopeConfig
 from adafuse_jax.models.families.family import Family, patterned_windows, write_pattern
+from adafuse_jax.models.families.rope import RopeKeys
 
 
 def _read(table: Table, num_layers: int, max_positions: int) -> dict[str, Any]:
@@ -31,5 +32,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 COHERE2 = Family(
     architecture="Cohere2ForCausalLM", num_kv_heads=None, max_positions=8192, bos_token_id=5, eos_token_id=255001,
-    pad_token_id=0, tied=True, norm_eps=1e-5, keys={"rms_norm_eps": "layer_norm_eps"}, read=_read, write=_write,
+    pad_token_id=0, tied=True, norm_eps=1e-5, keys={"rms_norm_eps": "layer_norm_eps"},
+    rope=RopeKeys(defaults=RopeConfig(interleaved=True)), read=_read, write=_write,
 )  # fmt: skip

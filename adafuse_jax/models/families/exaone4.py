@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 from adafuse_jax.core.tables import Table
-from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.families.family import POST_NORM_NAMES, Family, patterned_windows, write_pattern
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ATTENTION_LINEARS, BLOCK_NORMS, FFN_LINEARS, Activation, ModelConfig
+from adafuse_jax.models.families.rope import RopeKeys
 
 ACTIVATION_NAMES: Mapping[str, Activation] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh",
@@ -46,9 +47,9 @@ class Family:
       read: (config.json, number of layers, positions) → the fields of `ModelConfig` that the family decides, read from its
         own keys. Raises `UserError`.
       write: the inverse, config → the family's own keys.
+      rope: how it reads RoPE's keys; `local_rope`: those of the layers with a window, where they have a RoPE of their own.
       keys: the family's names of keys of config.json that all have, where they differ.
       norm_eps, activation, tied: defaults.
-      rope_theta: default; `local_rope_theta`: that of the layers with a window, in families where they have one of their own.
       fused: linears that are one tensor in the files, one below the other.
     """
 
@@ -61,12 +62,12 @@ class Family:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    rope: RopeKeys = RopeKeys()
+    local_rope: RopeKeys | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
     norm_eps: float = 1e-6
     activation: str = "silu"
     tied: bool = False
-    rope_theta: float = 10000.0
-    local_rope_theta: float | None = None
     tensor_names: Mapping[str, str] = field(default_factory=lambda: TENSOR_NAMES)
     fused: tuple[tuple[str, ...], ...] = ()
 

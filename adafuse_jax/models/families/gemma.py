@@ -6,8 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 from adafuse_jax.core.tables import Table
-from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.config import ModelConfig, RopeConfig
 from adafuse_jax.models.families.family import POST_NORM_NAMES, Family, patterned_windows, write_pattern
+from adafuse_jax.models.families.rope import RopeKeys
 
 SHARED: dict[str, Any] = {
     "num_kv_heads": 4, "head_dim": 256, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "tied": True,
@@ -62,10 +63,8 @@ def _read_gemma3(table: Table, num_layers: int, max_positions: int) -> dict[str,
     return _read(table, num_layers, pattern) | {"qk_norm": True, "logit_softcap": softcap}
 
 
-GEMMA2 = Family(
-    architecture="Gemma2ForCausalLM", max_positions=8192, read=_read_gemma2, write=_write_gemma2, **SHARED
-)
+GEMMA2 = Family(architecture="Gemma2ForCausalLM", max_positions=8192, read=_read_gemma2, write=_write_gemma2, **SHARED)
 GEMMA3 = Family(
-    architecture="Gemma3ForCausalLM", max_positions=131072, rope_theta=1e6, local_rope_theta=1e4, read=_read_gemma3,
-    write=_write, **SHARED,
+    architecture="Gemma3ForCausalLM", max_positions=131072, read=_read_gemma3, write=_write, **SHARED,
+    rope=RopeKeys(defaults=RopeConfig(theta=1e6)), local_rope=RopeKeys(theta_key="rope_local_base_freq"),
 )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.families.family import Family, layer_types, layer_windows, read_layer_types, read_window
+from adafuse_jax.models.families.rope import RopeKeys
 
 
 def _read(table: Table, num_layers: int, max_positions: int) -> dict[str, Any]:
@@ -37,5 +38,5 @@ def _write_ministral3(config: ModelConfig) -> dict[str, Any]:
 
 MINISTRAL3 = Family(
     architecture="Ministral3ForCausalLM", num_kv_heads=8, max_positions=262144, head_dim=128, bos_token_id=1,
-    eos_token_id=2, pad_token_id=11, norm_eps=1e-5, rope_theta=1e6, read=_read_ministral3, write=_write_ministral3,
+    eos_token_id=2, pad_token_id=11, norm_eps=1e-5, rope=RopeKeys(scales_queries=True), read=_read_ministral3, write=_write_ministral3,
 )  # fmt: skip

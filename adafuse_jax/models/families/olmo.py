@@ -6,8 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 from adafuse_jax.core.tables import Table
-from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.config import ModelConfig, RopeConfig
 from adafuse_jax.models.families.family import POST_NORM_NAMES, Family, patterned_windows, write_pattern
+from adafuse_jax.models.families.rope import RopeKeys
 
 SHARED: dict[str, Any] = {
     "num_kv_heads": None, "max_positions": 2048, "eos_token_id": 50279, "pad_token_id": 1, "norm_eps": 1e-5,
@@ -42,5 +43,6 @@ def _write_olmo3(config: ModelConfig) -> dict[str, Any]:
 
 OLMO2 = Family(architecture="Olmo2ForCausalLM", read=_read_olmo2, write=_write_olmo2, **SHARED)
 OLMO3 = Family(
-    architecture="Olmo3ForCausalLM", rope_theta=5e5, local_rope_theta=5e5, read=_read_olmo3, write=_write_olmo3, **SHARED
-)
+    architecture="Olmo3ForCausalLM", read=_read_olmo3, write=_write_olmo3, **SHARED,
+    rope=RopeKeys(defaults=RopeConfig(theta=5e5)), local_rope=RopeKeys(defaults=RopeConfig(theta=5e5), theta_key=None),
+)  # fmt: skip

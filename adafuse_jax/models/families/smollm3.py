@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from adafuse_jax.core.tables import Table
-from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.config import ModelConfig, RopeConfig
 from adafuse_jax.models.families.family import Family, layer_types, layer_windows, read_layer_types, read_window
+from adafuse_jax.models.families.rope import RopeKeys
 
 
 def _read(table: Table, num_layers: int, max_positions: int) -> dict[str, Any]:
@@ -51,5 +52,5 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 SMOLLM3 = Family(
     architecture="SmolLM3ForCausalLM", num_kv_heads=4, max_positions=32768, bos_token_id=128000, eos_token_id=128001,
-    pad_token_id=128004, tied=True, rope_theta=2e6, read=_read, write=_write,
+    pad_token_id=128004, tied=True, rope=RopeKeys(defaults=RopeConfig(theta=2e6)), read=_read, write=_write,
 )  # fmt: skip
