@@ -198,8 +198,7 @@ def _on_host(leaves: list[jax.Array], layer: int | None, layout: Layout) -> np.n
 
 
 def _tensors(model: Backbone) -> Iterator[tuple[str, list[jax.Array], int | None, int]]:
-    """(name, leaves, layer, bytes) of every tensor: the leaves' slices of a layer, one below the other; layer None: the whole
-    leaf."""
+    """(name, leaves, layer, bytes) of every tensor, which holds one leaf or several; layer None: the whole leaf."""
     family = FAMILIES[model.config.model_type]
     leaves: dict[str, dict[int, jax.Array]] = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):

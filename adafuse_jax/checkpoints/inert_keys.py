@@ -30,7 +30,8 @@ INERT_VALUES: dict[str, tuple[Any, ...]] = {
 """Keys of config.json → the values with which they have no effect."""
 
 SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
-    "is_causal": (True,), "use_bidirectional_attention": (False,), "per_layer_config": ({},), "attention_chunk_size": (), "configuration_files": ([],),
+    "is_causal": (True,), "use_bidirectional_attention": (False,),
+    "per_layer_config": ({},), "attention_chunk_size": (), "configuration_files": ([],),
 }  # fmt: skip
 """Keys of config.json that transformers reads for every family, and that change the function → the values that do not."""
 

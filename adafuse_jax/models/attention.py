@@ -1,6 +1,6 @@
 """Grouped-query attention over a sequence or over a cache, by cuDNN's kernels where they run and by XLA elsewhere.
 
-    out_t = Σ_s softmax_s(cap(m q_t · k_s)) v_s        over the keys s that query t sees; m = 1/√H and cap(z) = z, if not given
+    out_t = Σ_s softmax_s(cap(m q_t · k_s)) v_s        over the keys s that query t sees; by default m = 1/√H, cap(z) = z
 
     implementation   needs                                              [B, T, S] mask
     cudnn_causal     a sequence of one segment, any sliding window      no

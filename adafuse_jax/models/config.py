@@ -160,7 +160,7 @@ class ModelConfig:
     def norm_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of a layer's norms."""
         d, heads = (self.embed_dim,), (self.num_heads, self.num_kv_heads) if self.qk_norm_full else (1, 1)
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         if self.norm_placement != "post":
             shapes["input_layernorm"] = d
             if not self.parallel_block:

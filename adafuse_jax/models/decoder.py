@@ -4,7 +4,9 @@
     h = norm(x);  x ← x + m · norm(down_proj(act(gate_proj h) · up_proj h))
 
 A family has the norm in front of a block, behind it or both, and m = 1 but in Granite. In a parallel block both parts read
-the same h. Layers may differ in their window and their rotary embedding, `ModelConfig.rope_of`. The hook is called as `adapt(name, linear, x)` in place of every `linear(x)`, and as `adapt.ffn(block, h)` in place of the
+the same h. Layers may differ in their window and their rotary embedding, `ModelConfig.rope_of`.
+
+The hook is called as `adapt(name, linear, x)` in place of every `linear(x)`, and as `adapt.ffn(block, h)` in place of the
 feed-forward block.
 """
 
@@ -266,7 +268,7 @@ class Backbone(nnx.Module):
         return Output(self.norm(x), layer_routings if routing is None else routing, cache)
 
 
-def score_options(config: ModelConfig) -> dict[str, float]:
+def score_options(config: ModelConfig) -> dict[str, Any]:
     """The options of `attention` that a model needs."""
     options = {"scale": config.attention_multiplier, "softcap": config.attention_softcap}
     return {name: value for name, value in options.items() if value is not None}

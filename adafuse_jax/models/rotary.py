@@ -127,18 +127,20 @@ def rope_frequencies(
     """Angular frequency ω of each rotated pair, in radians per position, in sequences of `lengths` tokens for the kinds that
     depend on it."""
     dim = rope.rotary_dim(head_dim)
-    exponent = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
-    frequency, original = rope.theta**-exponent, rope.original_max_position_embeddings
+    exponent = np.arange(0, dim, 2, np.float32) / np.float32(dim)
+    # Rounded as PyTorch rounds it: a last bit of ω is 10⁻⁴ radians a thousand positions on.
+    frequency = np.float32(1) / np.float32(rope.theta ** np.float64(exponent))
+    original = rope.original_max_position_embeddings
     if rope.kind == "linear":
-        return frequency / rope.factor
+        return jnp.asarray(frequency / rope.factor)
     if rope.kind == "llama3":
         turns = original * frequency / (2 * math.pi)
         keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        keep = jnp.clip(keep, 0.0, 1.0)
-        return frequency * (keep + (1 - keep) / rope.factor)
+        keep = np.clip(keep, 0.0, 1.0)
+        return jnp.asarray(frequency * (keep + (1 - keep) / rope.factor))
     if rope.kind == "yarn":
-        keep = jnp.asarray(1 - _yarn_ramp(rope, dim), jnp.float32)
-        return frequency / rope.factor * (1 - keep) + frequency * keep
+        keep = np.float32(1 - _yarn_ramp(rope, dim))
+        return jnp.asarray(frequency / rope.factor * (1 - keep) + frequency * keep)
     if rope.kind == "dynamic":
         assert lengths is not None
         ratio = jnp.maximum(lengths, original).astype(jnp.float32) / original
@@ -148,7 +150,7 @@ def rope_frequencies(
         assert lengths is not None
         long, short = (jnp.array(factors, jnp.float32) for factors in (rope.long_factor, rope.short_factor))
         return frequency / jnp.where(lengths > original, long, short)
-    return frequency
+    return jnp.asarray(frequency)
 
 
 def _yarn_ramp(rope: RopeConfig, dim: int) -> np.ndarray:

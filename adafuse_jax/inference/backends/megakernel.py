@@ -87,7 +87,8 @@ class Fused:
         """`merged`: the experts will be in the weights, so their factors are not read."""
         adapter = None if isinstance(adapter, AdapterBank) else adapter
         layers, dtype = model.layers, model.dtype
-        norms = jnp.stack([layers.input_layernorm.weight[...], layers.post_attention_layernorm.weight[...]], axis=1)
+        of_blocks = (layers.input_layernorm, layers.post_attention_layernorm)
+        norms = jnp.stack([norm.weight[...] for norm in of_blocks if norm is not None], axis=1)
         experts = {} if adapter is None or merged else dict(adapter.experts.items())
         more = {name: -e.A.shape[2] % TILE_K for name, e in experts.items()}
         mesh, head = mesh_of(model), None

@@ -26,7 +26,7 @@ from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.stacked import StackedAdapters
 from adafuse_jax.inference.backends.megakernel import mixture_of, route
 from adafuse_jax.models.config import LINEARS, unsupported_field
-from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.decoder import Backbone, normed
 from adafuse_jax.models.hooks import TokenExperts
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.models.layers import Norm, scaled
@@ -109,10 +109,11 @@ def portable_step(
         weights = {name: linears[name].weight[...] for name in names}
         gated = ("gate_proj", "up_proj") if names == GROUPS[2] else None
         if norm is not None and not _is_folded(norm, batch):
-            x, norm = _of_layer(norm, layer)(x), None
+            x, norm = normed(_of_layer(norm, layer), x), None
         settings = Group(
             tiles=tiles_for(batch, x.shape[1], x.dtype.itemsize, bool(gated)), out_dtype=x.dtype, gated=gated,
-            activation=config.activation, eps=config.norm_eps, counter=counters.index(names) if adapted else 0, counters=max(1, len(counters)),
+            activation=config.activation, eps=config.norm_eps,
+            counter=counters.index(names) if adapted else 0, counters=max(1, len(counters)),
         )  # fmt: skip
         y, ready = pregated_linear(
             x, weights, {name: experts[name].A[...] for name in adapted},
@@ -128,7 +129,7 @@ def portable_step(
         if norm is None and config.residual_multiplier == 1:
             return group(names, y, layer, residual=x)[names[0]]
         y = group(names, y, layer)[names[0]]
-        return x + scaled(y if norm is None else _of_layer(norm, layer)(y), config.residual_multiplier)
+        return x + scaled(normed(_of_layer(norm, layer), y), config.residual_multiplier)
 
     rotation_of = layer_rotations(config, position[:, None])
     windows = np.array([w or np.iinfo(np.int32).max // 2 for w in config.sliding_windows or [None] * config.num_layers])
@@ -144,8 +145,8 @@ def portable_step(
         layer = np.array([index], np.int32)
         qkv = group(GROUPS[0], x, layer, layers.input_layernorm)
         if config.qk_norm_full:
-            norms = {"q_proj": layers.q_norm, "k_proj": layers.k_norm}
-            qkv |= {name: _of_layer(norm, layer)(qkv[name]) for name, norm in norms.items()}
+            for name, full_norm in (("q_proj", layers.q_norm), ("k_proj", layers.k_norm)):
+                qkv[name] = normed(_of_layer(full_norm, layer), qkv[name])
         q, k, v = (qkv[name].reshape(batch, -1, config.head_dim) for name in GROUPS[0])
         cos, sin = (angles[:, 0, 0] for angles in (rotation_of(index).cos, rotation_of(index).sin))
         context, cache_k, cache_v, ended = attend(q, k, v, cache_k, cache_v, layer, cos=cos, sin=sin, ended=ended)
@@ -184,7 +185,7 @@ def _factor(norm: Norm) -> Array:
     return weight.astype(jnp.float32) + 1 if norm.kind == "rms_1p" else weight
 
 
-def _of_layer(norm: Norm, layer: Any) -> Norm:
+def _of_layer(norm: Norm | None, layer: Any) -> Norm | None:
     return jax.tree.map(lambda leaf: leaf[int(layer[0])], norm)
 
 

@@ -1,5 +1,5 @@
-"""EXAONE 4: norms behind every block and none in front, norms of q and k; where some layers have a window, the others have no
-rotary embedding."""
+"""EXAONE 4: norms behind every block and none in front, norms of q and k. Where some layers have a window, the others have
+no rotary embedding."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ ACTIVATION_NAMES: Mapping[str, Activation] = {
 LAYER_TYPES = {"full_attention": False, "sliding_attention": True, "attention": False}
 """Values of config.json's `layer_types` → sliding window; the last one is an older name."""
 
-TENSOR_NAMES: Mapping[str, str] = {
+TENSOR_NAMES: dict[str, str] = {
     "embed_tokens": "model.embed_tokens.weight", "norm": "model.norm.{leaf}", "lm_head": "lm_head.weight",
     **{name: f"model.layers.{{layer}}.{name}.{{leaf}}" for name in BLOCK_NORMS},
     **{name: f"model.layers.{{layer}}.self_attn.{name}.{{leaf}}" for name in (*ATTENTION_LINEARS, "q_norm", "k_norm")},

@@ -1,5 +1,6 @@
 """Gemma 2 and Gemma 3 (text): norms (1 + w) x / rms(x) on both sides of every block, embeddings times √D, GeGLU, windows in
-all but every few layers. Gemma 2 has soft caps, Gemma 3 norms of q and k and a RoPE of its own in the layers with a window."""
+all but every few layers. Gemma 2 has soft caps; Gemma 3 has norms of q and k, and a RoPE of its own in layers with a window.
+"""
 
 from __future__ import annotations
 

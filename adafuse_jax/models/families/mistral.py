@@ -38,5 +38,6 @@ def _write_ministral3(config: ModelConfig) -> dict[str, Any]:
 
 MINISTRAL3 = Family(
     architecture="Ministral3ForCausalLM", num_kv_heads=8, max_positions=262144, head_dim=128, bos_token_id=1,
-    eos_token_id=2, pad_token_id=11, norm_eps=1e-5, rope=RopeKeys(scales_queries=True), read=_read_ministral3, write=_write_ministral3,
+    eos_token_id=2, pad_token_id=11, norm_eps=1e-5, rope=RopeKeys(scales_queries=True),
+    read=_read_ministral3, write=_write_ministral3,
 )  # fmt: skip

@@ -1,5 +1,5 @@
-"""OLMo 2 and 3: norms behind every block and none in front, norms of all queries and of all keys together; OLMo 3 has windows
-in all but every fourth layer, and RoPE by the kind of layer."""
+"""OLMo 2 and 3: norms behind every block and none in front, norms of all queries and of all keys together. OLMo 3 has
+windows in all but every fourth layer, and RoPE by the kind of layer."""
 
 from __future__ import annotations
 

@@ -124,8 +124,8 @@ class RopeKeys:
 
 
 def _parameters(table: Table, layer_type: str | None) -> tuple[str, dict[str, Any]]:
-    """The name of the object of RoPE's parameters, and the object. The older form is that of all layers or, where those with a
-    window have a RoPE of their own, of the others."""
+    """The name of the object of RoPE's parameters, and the object. The older form is of all layers or, where those with a window
+    have a RoPE of their own, of the others."""
     scaling, parameters = table.get("rope_scaling"), table.get("rope_parameters")
     if layer_type == LOCAL:
         scaling = None
