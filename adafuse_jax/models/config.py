@@ -199,5 +199,5 @@ def unsupported_field(config: ModelConfig, supported: Collection[str]) -> str | 
     or of one derived from it, that differs from its default. None if there is none."""
     for name, value, default in flat_fields(config):
         if name not in supported and value != default:
-            return f"the model has {name} {value!r}, which it does not take"
+            return f"the model has {name}{'' if is_dataclass(value) else f' {value!r}'}, which it does not take"
     return None

@@ -71,7 +71,13 @@ def test_export_gives_the_same_tensors_and_config(case: Case, tmp_path: Path):
     assert {k: v for k, v in copied.items() if k not in own} == {k: v for k, v in wanted.items() if k not in own}
     # Keys that only files of other versions have, and that nothing reads where others say the same.
     spare = {"sliding_window_pattern", "_sliding_window_pattern", "no_rope_layer_interval", "head_dim", "hidden_act"}
-    defaults = {"attention_factor", "beta_slow", "truncate", "mscale", "mscale_all_dim"}  # written out, or what they give
+    defaults = {
+        "attention_factor",
+        "beta_slow",
+        "truncate",
+        "mscale",
+        "mscale_all_dim",
+    }  # written out, or what they give
     for table in (wanted, written):
         table["rope_parameters"] = {k: v for k, v in table["rope_parameters"].items() if k not in defaults}
     for name in wanted.keys() - spare - set(own):

@@ -118,14 +118,14 @@ class RopeKeys:
             scaling["llama_4_scaling_beta"] = rope.query_scaling_beta
             scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings
         if scaling:
-            written = next(name for name, kind in self.kinds.items() if kind == rope.kind)
+            written = next((name for name, kind in self.kinds.items() if kind == rope.kind), rope.kind)
             table["rope_scaling"] = {"rope_type": written} | scaling
         return table
 
 
 def _parameters(table: Table, layer_type: str | None) -> tuple[str, dict[str, Any]]:
-    """The name of the object of RoPE's parameters, and the object. The older form is of all layers or, where those with a window
-    have a RoPE of their own, of the others."""
+    """The name of the object of RoPE's parameters, and the object. The older form is of all layers, or of those without a
+    window if they differ."""
     scaling, parameters = table.get("rope_scaling"), table.get("rope_parameters")
     if layer_type == LOCAL:
         scaling = None
