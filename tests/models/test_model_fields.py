@@ -51,7 +51,7 @@ OTHERS: dict[str, Any] = {
     "rope.partial_rotary_factor": 0.5, "rope.interleaved": True, "rope.query_scaling_beta": 0.25,
     "local_rope": RopeConfig(theta=77.0), "nope_layers": (1,), "tie_word_embeddings": True, "qkv_bias": True, "o_bias": True,
     "mlp_bias": True, "qk_norm": False, "qk_norm_full": True, "sliding_windows": (None, 3), "embedding_multiplier": 2.0,
-    "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logit_multiplier": 0.75, "attention_softcap": 20.0,
+    "residual_multiplier": 0.5, "attention_multiplier": 0.125, "logit_multiplier": 0.125, "attention_softcap": 20.0,
     "logit_softcap": 30.0, "bos_token_id": 3, "eos_token_ids": (4, 5), "pad_token_id": 6,
 }  # fmt: skip
 """Field → a value that `BASE` does not have."""
