@@ -127,7 +127,7 @@ def rope_frequencies(
     """Angular frequency ω of each rotated pair, in radians per position, in sequences of `lengths` tokens for the kinds that
     depend on it."""
     dim = rope.rotary_dim(head_dim)
-    exponent = np.arange(0, dim, 2, np.float32) / np.float32(dim)
+    exponent = np.arange(0, dim, 2).astype(np.float32) / np.float32(dim)
     # Rounded as PyTorch rounds it: a last bit of ω is 10⁻⁴ radians a thousand positions on.
     frequency = np.float32(1) / np.float32(rope.theta ** np.float64(exponent))
     original = rope.original_max_position_embeddings

@@ -46,7 +46,7 @@ GEMMA = (
     ("sliding_windows", (8, None)), ("local_rope", RopeConfig(theta=50.0)), ("attention_multiplier", 0.4),
     ("attention_softcap", 2.0), ("logit_softcap", 1.5),
 )  # fmt: skip
-OLMO = (("norm_placement", "post"), ("qk_norm_full", True), ("activation", "gelu"))
+OLMO = (("norm_placement", "post"), ("qk_norm_full", True))
 COHERE = (
     ("norm", "layer"), ("parallel_block", True), ("nope_layers", (1,)), ("residual_multiplier", 0.7),
     ("logit_multiplier", 0.3), ("activation", "relu"),

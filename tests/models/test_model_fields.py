@@ -56,10 +56,10 @@ OTHERS: dict[str, Any] = {
 }  # fmt: skip
 """Field → a value that `BASE` does not have."""
 NAMES = [name for name, *_ in flat_fields(BASE)]
-NOT_IN_KERNELS = {"rope.partial_rotary_factor", "rope.interleaved", "rope.query_scaling_beta"}
+NOT_IN_KERNELS = {"activation", "rope.partial_rotary_factor", "rope.interleaved", "rope.query_scaling_beta"}
 """Fields that the megakernel and the layer kernels refuse unless they have their defaults."""
 NOT_IN_MEGAKERNEL = NOT_IN_KERNELS | {
-    "norm", "norm_placement", "parallel_block", "activation", "local_rope", "nope_layers", "qk_norm_full",
+    "norm", "norm_placement", "parallel_block", "local_rope", "nope_layers", "qk_norm_full",
     "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logit_multiplier", "attention_softcap",
     "logit_softcap",
 }  # fmt: skip

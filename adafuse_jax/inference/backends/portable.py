@@ -36,7 +36,7 @@ from pallas_kernels import decode_attention as attention_kernel
 from pallas_kernels import pregated_linear as linear_kernel
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.devices import triton_unsupported_reason
-from pallas_kernels.pregated_linear import Group, Mixture, pregated_linear, tiles_for
+from pallas_kernels.pregated_linear import ACTIVATIONS, Group, Mixture, pregated_linear, tiles_for
 
 CONSUMED_FIELDS = frozenset({
     "vocab_size", "embed_dim", "hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "norm_eps",
@@ -72,6 +72,8 @@ def shape_unsupported_reason(model: Backbone, adapter: Any, batch: int) -> str |
     config = model.config
     if reason := unsupported_field(config, CONSUMED_FIELDS):
         return reason
+    if config.activation not in ACTIVATIONS:
+        return f"the model has activation {config.activation!r}, which it does not take"
     if adapter is not None and not isinstance(adapter, AdaFuse | LoRA | StackedAdapters):
         return f"{type(adapter).__name__} has no experts that are known before the first layer"
     factors = {} if adapter is None else {name: e.A[...] for name, e in adapter.experts.items()}
