@@ -107,6 +107,12 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
         pad_token_id=next(iter(tokens["pad_token_id"]), None),
         **family.read(table, num_layers, max_positions),
     )
+    if rope.kind == "longrope":
+        original = rope.original_max_position_embeddings
+        remarks.append(
+            f"{table.where}: longrope: an answer to a prompt of up to {original} tokens ends at {original} in all, where "
+            "the angles change"
+        )
     dtype = _dtype(table)
     unused = [*(name for name in table.unread() if not _is_inert(name, table.values[name])), *rope_unused]
     if unused:

@@ -3,13 +3,13 @@
 adapter_config.json          r, lora_alpha, target_modules, …
 adapter_model.safetensors    base_model.model.model.layers.<l>.mlp.up_proj.lora_A.weight [R, in], .lora_B.weight [out, R]
 
-In both, y = W x + (α/R) · B A x; rank-stabilised LoRA, (α/√R) · B A x, becomes α·√R here.
+In both, y = W x + (α/R) · B A x; rank-stabilised LoRA, (α/√R) · B A x, becomes α·√R here. `peft_modules` has which modules
+are adapted.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 from pathlib import Path
@@ -22,7 +22,8 @@ from flax import nnx
 
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.lora import LoRA
-from adafuse_jax.checkpoints.adapter_files import CONFIG_FILE, MAX_SIZE, WEIGHTS_FILE, write_adapter_files
+from adafuse_jax.checkpoints.adapter_files import CONFIG_FILE, WEIGHTS_FILE, write_adapter_files
+from adafuse_jax.checkpoints.peft_modules import AdaptedModules
 from adafuse_jax.checkpoints.safetensors_files import read_tensors
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
@@ -30,10 +31,14 @@ from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig
 
 log = logging.getLogger(__name__)
 
-NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
+NAME = re.compile(
+    r"base_model\.model\.(?P<prefix>|model\.|language_model\.model\.|model\.language_model\.)layers\.\d+\."
+    r"(?P<block>self_attn|mlp)\.(?P<linear>\w+)\.lora_[AB]\.weight"
+)
+"""Names of tensors; the last two prefixes are of models that read images too."""
 PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False,), "lora_bias": (False,), "bias": ("none",), "modules_to_save": ([],), "rank_pattern": ({},),
-    "alpha_pattern": ({},), "layer_replication": ([],), "trainable_token_indices": ([], {}), "target_parameters": ([],),
+    "use_dora": (False,), "lora_bias": (False,), "bias": ("none",), "modules_to_save": ([],), "layer_replication": ([],),
+    "trainable_token_indices": ([], {}), "target_parameters": ([],),
     "fan_in_fan_out": (False,), "use_qalora": (False,), "use_bdlora": (False,), "alora_invocation_tokens": ([],),
     "arrow_config": (), "kasa_config": (), "monteclora_config": (),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the backbone
@@ -42,20 +47,26 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 
 INERT = frozenset({
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
-    "inference_mode", "layers_pattern", "loftq_config", "lora_ga_config", "megatron_config",
+    "inference_mode", "loftq_config", "lora_ga_config", "megatron_config",
     "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 })  # fmt: skip
 """Keys that leave the function as it is."""
 
 
+def block_of(linear: str) -> str:
+    return "self_attn" if linear in ATTENTION_LINEARS else "mlp"
+
+
 def tensor_name(layer: int, linear: str, factor: str) -> str:
-    block = "self_attn" if linear in ATTENTION_LINEARS else "mlp"
-    return f"base_model.model.model.layers.{layer}.{block}.{linear}.lora_{factor}.weight"
+    return f"base_model.model.model.layers.{layer}.{block_of(linear)}.{linear}.lora_{factor}.weight"
 
 
 def load_peft_lora(directory: Path, table: Table, model: ModelConfig, *, dtype: jnp.dtype) -> LoRA:
     """The LoRA in a PEFT directory whose adapter_config.json is `table`, its factors cast to `dtype`. Keys of the file that
     are not known are named in the log.
+
+    Modules of several ranks get the largest, R, and one scale, s:  s_m B_m A_m = s [s_m/s B_m, 0] [A_m; A_any]. Those of
+    layers that are not adapted have B = 0.
 
     Raises:
       UserError: another kind of adapter or a variant of LoRA; tensors that are missing, no part of a LoRA, not finite, or do
@@ -67,34 +78,46 @@ def load_peft_lora(directory: Path, table: Table, model: ModelConfig, *, dtype: 
     for name, plain in PLAIN.items():
         value = table.get(name)
         if value is not None and value not in plain:
-            raise UserError(f"{table.where}: {name} {quoted(value)} is not supported; give a plain LoRA")
-    rank, alpha = table.integer("r", low=1, high=MAX_SIZE), table.number("lora_alpha", low=0, high=1e6, above=True)
-    selection = {name: table.get(name) for name in ("target_modules", "layers_to_transform", "exclude_modules")}
-    stabilised, dropout = table.boolean("use_rslora", False), table.number("lora_dropout", 0.0, low=0, high=1)
+            raise UserError(
+                f"{table.where}: {name} {quoted(value)} is not supported; merge the adapter with PEFT (merge_and_unload, "
+                "save_pretrained), and give the result as --model"
+            )
+    selection, dropout = AdaptedModules.read(table), table.number("lora_dropout", 0.0, low=0, high=1)
     if unknown := [name for name in table.unread() if name not in INERT]:
         log.info("%s", shortened(f"{table.where}: keys that are not used: {', '.join(unknown)}", 400))
     path = directory / WEIGHTS_FILE
     if not os.path.lexists(path) and any(directory.glob("*.bin")):
         raise UserError(f"{directory}: has no {WEIGHTS_FILE}; convert its .bin file to safetensors first")
     tensors = read_tensors(path)
-    targets = _targets(tensors, path)
-    _require_selected(selection, tensors, table, path)
+    prefix, targets = _modules_of(tensors, path)
+    _require_selected(selection, tensors, path)
+    modules = {
+        (layer, linear): name
+        for linear in targets
+        for layer in range(model.num_layers)
+        if selection.left_out_by(name := f"{prefix}layers.{layer}.{block_of(linear)}.{linear}") is None
+    }
+    ranks = {selection.rank_of(name) for name in modules.values()} or {selection.rank}
+    scale = selection.default_scale
     try:
         config = AdapterConfig(
-            adapter="lora", targets=targets, rank=rank, dropout=dropout,
-            alpha=alpha * (math.sqrt(rank) if stabilised else 1.0),
-        )  # fmt: skip
+            adapter="lora", targets=targets, rank=max(ranks), dropout=dropout, alpha=scale * max(ranks)
+        )
     except UserError as error:
         raise UserError(f"{table.where}: {error}") from error
-    factors: dict[str, dict[str, np.ndarray]] = {}
-    for linear in config.targets:
-        out_dim, in_dim = model.linear_shape(linear)
-        for factor, shape in (("A", (rank, in_dim)), ("B", (out_dim, rank))):
-            layers = [
-                _take(tensors, tensor_name(layer, linear, factor), shape, directory)
-                for layer in range(model.num_layers)
-            ]
-            factors.setdefault(linear, {})[factor] = np.stack(layers).astype(np.float32)
+    if len(ranks) > 1:
+        log.info("%s: ranks from %d to %d, all stored as the largest", table.where, min(ranks), max(ranks))
+    is_whole = len(ranks) == 1 and len(modules) == model.num_layers * len(targets)
+    factors = {linear: _initial_factors(model, linear, config.rank, is_whole) for linear in config.targets}
+    for (layer, linear), name in modules.items():
+        (out_dim, in_dim), rank = model.linear_shape(linear), selection.rank_of(name)
+        a, b = (
+            _take(tensors, f"base_model.model.{name}.lora_{factor}.weight", shape, directory).astype(np.float32)
+            for factor, shape in (("A", (rank, in_dim)), ("B", (out_dim, rank)))
+        )
+        ratio = selection.scale_of(name) / scale
+        factors[linear]["A"][layer, :rank] = a
+        factors[linear]["B"][layer, :, :rank] = b if ratio == 1 else b * np.float32(ratio)
     if tensors:
         raise UserError(
             f"{path}: tensor {shortened(sorted(tensors)[0], 120)} is of no layer of the backbone, which has "
@@ -107,54 +130,50 @@ def load_peft_lora(directory: Path, table: Table, model: ModelConfig, *, dtype: 
     return lora
 
 
-def _targets(tensors: dict[str, np.ndarray], path: Path) -> tuple[str, ...]:
-    found = set()
+def _modules_of(tensors: dict[str, np.ndarray], path: Path) -> tuple[str, tuple[str, ...]]:
+    """The beginning of the modules' names, before `layers`, and the linears among them."""
+    prefixes, found = set(), set()
     for name in tensors:
         match = NAME.fullmatch(name)
-        if match is None or match[2] not in LINEARS:
+        if match is None or match["linear"] not in LINEARS or match["block"] != block_of(match["linear"]):
             raise UserError(
                 f"{path}: tensor {shortened(name, 120)} is not of a LoRA of {' '.join(LINEARS)}; no other is supported"
             )
-        found.add(match[2])
+        prefixes.add(match["prefix"])
+        found.add(match["linear"])
     if not found:
         raise UserError(f"{path}: holds no tensor; restore the file")
-    return tuple(found)
+    if len(prefixes) > 1:
+        raise UserError(f"{path}: holds layers under {' and '.join(map(quoted, sorted(prefixes)))}; restore the file")
+    return prefixes.pop(), tuple(found)
 
 
-def _require_selected(selection: dict[str, Any], tensors: dict[str, np.ndarray], table: Table, path: Path) -> None:
-    """Raise `UserError` for a tensor of a linear that the config does not select: PEFT leaves it out. Patterns, which may
-    take for ever to match, are not compared, with a line in the log."""
-    if patterns := [key for key, value in selection.items() if isinstance(value, str) and value != "all-linear"]:
-        log.info("%s: %s: a pattern is not used; the tensors say what is adapted", table.where, " and ".join(patterns))
-    layers = selection["layers_to_transform"]
-    layers = (
-        {str(layer) for layer in layers} if isinstance(layers, list) else layers if layers is None else {str(layers)}
-    )
-
-    def is_named(module: str, names: list[Any]) -> bool:
-        return any(module == name or module.endswith(f".{name}") for name in names)
-
-    for key in ("target_modules", "exclude_modules"):
-        if not isinstance(selection[key], list | str | None):
-            raise table.error(key, "it must be a list of names, or a pattern")
-    targets, excluded = selection["target_modules"], selection["exclude_modules"]
+def _require_selected(selection: AdaptedModules, tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Raise `UserError` for a tensor of a module that the config does not select: PEFT leaves it out."""
     for tensor in sorted(tensors):
         module = tensor.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
-        fault = "target_modules" if isinstance(targets, list) and not is_named(module, targets) else ""
-        fault = "exclude_modules" if isinstance(excluded, list) and is_named(module, excluded) else fault
-        if layers is not None and NAME.fullmatch(tensor)[1] not in layers:  # type: ignore[index] # `_targets` has matched
-            fault = "layers_to_transform"
-        if fault:
+        if fault := selection.left_out_by(module):
             raise UserError(
                 f"{path}: tensor {shortened(tensor, 120)} is of a module that {fault} in {CONFIG_FILE} leaves out; restore "
                 "the files of one adapter"
             )
 
 
+def _initial_factors(model: ModelConfig, linear: str, rank: int, is_whole: bool) -> dict[str, np.ndarray]:
+    """Factors of all layers that change nothing, as before training: A ~ U(±1/√in), B = 0. Zeros if `is_whole`: the file has
+    all of them."""
+    (out_dim, in_dim), layers = model.linear_shape(linear), model.num_layers
+    a, b = np.zeros((layers, rank, in_dim), np.float32), np.zeros((layers, out_dim, rank), np.float32)
+    if not is_whole:
+        bound = in_dim**-0.5
+        a[:] = np.random.default_rng(0).uniform(-bound, bound, a.shape)
+    return {"A": a, "B": b}
+
+
 def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], directory: Path) -> np.ndarray:
-    where = f"{directory / WEIGHTS_FILE}: tensor {name}"
+    where = f"{directory / WEIGHTS_FILE}: tensor {shortened(name, 120)}"
     if name not in tensors:
-        raise UserError(f"{where} is missing; only LoRAs of all layers are supported")
+        raise UserError(f"{where} is missing, and {CONFIG_FILE} selects its module; restore the files of one adapter")
     tensor = tensors.pop(name)
     if tensor.shape != shape:
         raise UserError(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from goldens.tiny_loras import LORAS, factors
+from goldens.tiny_loras import LORAS, VARIANTS, factors
 from goldens.tiny_models import CASES, tensor_shapes, write_model_dir
 from safetensors.numpy import load_file, save_file
 
@@ -24,6 +24,7 @@ from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter
 from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
 from adafuse_jax.checkpoints.hf_config import parse_hf_config
 from adafuse_jax.checkpoints.peft import save_peft_lora, tensor_name
+from adafuse_jax.data.tokenizer import tokenizer_files
 from adafuse_jax.export import ExportConfig, export
 from adafuse_jax.export import main as export_script
 from adafuse_jax.training.initial import initial_weights
@@ -65,6 +66,42 @@ class TestImport:
         assert (set(lora.config.targets), lora.config.rank) == (set(wanted.targets), wanted.rank)
         assert lora.config.scale == pytest.approx(wanted.alpha / wanted.rank ** (0.5 if wanted.rslora else 1))
         assert lora.config.dropout == 0.1
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+class TestModulesOfTheirOwn:
+    """Ranks, scales and layers by name, and modules by expression."""
+
+    def test_logits_are_peft_s(self, name, tmp_path):
+        case, golden = VARIANTS[name], np.load(PEFT / name / "outputs.npz")
+        model = load_backbone(write_model_dir(CASES[case.model], tmp_path / "model"), "float32")
+        lora = load_adapter(PEFT / name, model.config, backbone_identity="", dtype=jnp.float32)
+        check_logits(model(golden["tokens"], adapter=lora).logits, golden["logits"])
+        assert np.abs(model(golden["tokens"]).logits - golden["logits"]).max() > 0.1 * golden["logits"].std()
+        assert all(np.asarray(expert.A).any(axis=-1).all() for expert in lora.experts.values()), "A = 0 would not train"
+        save_peft_lora(lora, tmp_path / "again", backbone_name="m")
+        again = load_adapter(tmp_path / "again", model.config, backbone_identity="", dtype=jnp.float32)
+        jax.tree.map(np.testing.assert_array_equal, again, lora)
+
+
+def test_a_named_adapter_is_found_in_its_folder(tmp_path, caplog):
+    folder = tiny.write_folder(tmp_path / "f")
+    shutil.copytree(PEFT / "all_linears", tmp_path / "saved" / "tuned")
+    config = parse_hf_config(write_model_dir(CASES["llama_gqa_tied"], tmp_path / "model")).model
+    with caplog.at_level("INFO"):
+        lora = load_adapter(tmp_path / "saved", config, backbone_identity="", dtype=jnp.float32)
+    assert "saved: its adapter tuned is used" in caplog.text
+    assert lora.config.rank == LORAS["all_linears"].rank
+    shutil.copyfile(folder / "model" / "tokenizer.json", tmp_path / "saved" / "tokenizer.json")
+    shutil.copyfile(folder / "model" / "tokenizer_config.json", tmp_path / "saved" / "tuned" / "tokenizer_config.json")
+    (tmp_path / "saved" / "chat_template.jinja").write_text("outer")
+    assert set(tokenizer_files(folder / "model", tmp_path / "saved")) == {"tokenizer.json", "chat_template.jinja"}
+    (tmp_path / "saved" / "tokenizer.json").unlink()
+    (tmp_path / "saved" / "tuned" / "chat_template.jinja").write_text("inner")
+    assert tokenizer_files(folder / "model", tmp_path / "saved")["chat_template.jinja"] == b"inner"
+    shutil.copytree(PEFT / "all_linears", tmp_path / "saved" / "other")
+    with pytest.raises(UserError, match=r"2 adapters in its folders \('other', 'tuned'\); give one of them"):
+        load_adapter(tmp_path / "saved", config, backbone_identity="", dtype=jnp.float32)
 
 
 class TestExport:
@@ -134,7 +171,15 @@ class TestInitialLoRA:
 REFUSED = {
     "another method": ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported"),
     "dora": ({"use_dora": True}, "use_dora True is not supported"),
-    "own rank": ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    "wrong rank of a pattern": ({"rank_pattern": {"q_proj": 2}}, "has shape"),
+    "rank of a pattern is text": ({"rank_pattern": {"q_proj": "2"}}, "rank_pattern: q_proj is '2'"),
+    "pattern that never ends": ({"rank_pattern": {"(.|..|...)+[a-i]": 2}}, "rank_pattern: .* cannot be matched"),
+    "pattern that is none": ({"target_modules": ".*(q_proj"}, "target_modules: .* cannot be matched"),
+    "expression that leaves a module out": ({"target_modules": r".*\.(q|k|v|o|gate|up)_proj"}, "target_modules in"),
+    "layer left out": ({"layers_to_transform": [0]}, "layers_to_transform in"),
+    "layers of another list": ({"layers_to_transform": [0, 1], "layers_pattern": ["h"]}, "layers_to_transform in"),
+    "layer is text": ({"layers_to_transform": ["0"]}, "layers_to_transform is"),
+    "bias of its own": ({"lora_bias": True}, "lora_bias True is not supported; merge the adapter with PEFT"),
     "whole modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "biases": ({"bias": "all"}, "bias 'all'"),
     "changed backbone": ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
