@@ -73,7 +73,7 @@ def export(config: ExportConfig) -> None:
                 "whose experts change from token to token; decode it with decode.py"
             )
         elif config.format == "peft":
-            save_peft_lora(adapter, out, backbone_name=config.model)
+            save_peft_lora(adapter, out, checkpoint.config, backbone_name=config.model)
         else:
             model = merged(load_backbone(checkpoint, config.dtype), adapter)
             export_backbone(model, out, source=checkpoint, tokenizer=tokenizer)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from adafuse_jax.checkpoints.peft_modules import AdaptedModules
 from adafuse_jax.checkpoints.safetensors_files import read_tensors
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
-from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig
+from adafuse_jax.models.config import LINEARS, ModelConfig
+from adafuse_jax.models.registry import FAMILIES
 
 log = logging.getLogger(__name__)
 
 NAME = re.compile(
     r"base_model\.model\.(?P<prefix>|model\.|language_model\.model\.|model\.language_model\.)layers\.\d+\."
-    r"(?P<block>self_attn|mlp)\.(?P<linear>\w+)\.lora_[AB]\.weight"
+    r"(?P<module>.+)\.lora_[AB]\.weight"
 )
 """Names of tensors; the last two prefixes are of models that read images too."""
 PLAIN: dict[str, tuple[Any, ...]] = {
@@ -53,12 +55,18 @@ INERT = frozenset({
 """Keys that leave the function as it is."""
 
 
-def block_of(linear: str) -> str:
-    return "self_attn" if linear in ATTENTION_LINEARS else "mlp"
+def modules_of(model_type: str) -> dict[str, tuple[str, ...]]:
+    """Module of a layer, for instance mlp.up_proj, as the family's files name it → its linears, one below the other."""
+    family = FAMILIES[model_type]
+    found: dict[str, tuple[str, ...]] = {}
+    for linear in LINEARS:
+        name = family.tensor_name(("layers", linear, "weight")).removeprefix("model.layers.{}.").removesuffix(".weight")
+        found[name] = (*found.get(name, ()), linear)
+    return found
 
 
-def tensor_name(layer: int, linear: str, factor: str) -> str:
-    return f"base_model.model.model.layers.{layer}.{block_of(linear)}.{linear}.lora_{factor}.weight"
+def tensor_name(layer: int, module: str, factor: str, *, prefix: str = "model.") -> str:
+    return f"base_model.model.{prefix}layers.{layer}.{module}.lora_{factor}.weight"
 
 
 def load_peft_lora(directory: Path, table: Table, model: ModelConfig, *, dtype: jnp.dtype) -> LoRA:
@@ -89,35 +97,39 @@ def load_peft_lora(directory: Path, table: Table, model: ModelConfig, *, dtype: 
     if not os.path.lexists(path) and any(directory.glob("*.bin")):
         raise UserError(f"{directory}: has no {WEIGHTS_FILE}; convert its .bin file to safetensors first")
     tensors = read_tensors(path)
-    prefix, targets = _modules_of(tensors, path)
+    linears = modules_of(model.model_type)
+    prefix, found = _modules_in(tensors, linears, path)
     _require_selected(selection, tensors, path)
     modules = {
-        (layer, linear): name
-        for linear in targets
+        (layer, module): name
+        for module in found
         for layer in range(model.num_layers)
-        if selection.left_out_by(name := f"{prefix}layers.{layer}.{block_of(linear)}.{linear}") is None
+        if selection.left_out_by(name := f"{prefix}layers.{layer}.{module}") is None
     }
     ranks = {selection.rank_of(name) for name in modules.values()} or {selection.rank}
-    scale = selection.default_scale
     try:
         config = AdapterConfig(
-            adapter="lora", targets=targets, rank=max(ranks), dropout=dropout, alpha=scale * max(ranks)
-        )
+            adapter="lora", targets=tuple(linear for module in found for linear in linears[module]), rank=max(ranks),
+            dropout=dropout, alpha=selection.alpha_at(max(ranks)),
+        )  # fmt: skip
     except UserError as error:
         raise UserError(f"{table.where}: {error}") from error
     if len(ranks) > 1:
         log.info("%s: ranks from %d to %d, all stored as the largest", table.where, min(ranks), max(ranks))
-    is_whole = len(ranks) == 1 and len(modules) == model.num_layers * len(targets)
+    is_whole = len(ranks) == 1 and len(modules) == model.num_layers * len(found)
     factors = {linear: _initial_factors(model, linear, config.rank, is_whole) for linear in config.targets}
-    for (layer, linear), name in modules.items():
-        (out_dim, in_dim), rank = model.linear_shape(linear), selection.rank_of(name)
+    for (layer, module), name in modules.items():
+        rank, ratio = selection.rank_of(name), selection.scale_of(name) / selection.default_scale
+        out_dims = [model.linear_shape(linear)[0] for linear in linears[module]]
+        in_dim = model.linear_shape(linears[module][0])[1]
         a, b = (
-            _take(tensors, f"base_model.model.{name}.lora_{factor}.weight", shape, directory).astype(np.float32)
-            for factor, shape in (("A", (rank, in_dim)), ("B", (out_dim, rank)))
+            _take(tensors, tensor_name(layer, module, factor, prefix=prefix), shape, directory).astype(np.float32)
+            for factor, shape in (("A", (rank, in_dim)), ("B", (sum(out_dims), rank)))
         )
-        ratio = selection.scale_of(name) / scale
-        factors[linear]["A"][layer, :rank] = a
-        factors[linear]["B"][layer, :, :rank] = b if ratio == 1 else b * np.float32(ratio)
+        b = b if ratio == 1 else b * np.float32(ratio)
+        for linear, rows in zip(linears[module], np.split(b, np.cumsum(out_dims)[:-1]), strict=True):
+            factors[linear]["A"][layer, :rank] = a
+            factors[linear]["B"][layer, :, :rank] = rows
     if tensors:
         raise UserError(
             f"{path}: tensor {shortened(sorted(tensors)[0], 120)} is of no layer of the backbone, which has "
@@ -130,22 +142,25 @@ def load_peft_lora(directory: Path, table: Table, model: ModelConfig, *, dtype: 
     return lora
 
 
-def _modules_of(tensors: dict[str, np.ndarray], path: Path) -> tuple[str, tuple[str, ...]]:
-    """The beginning of the modules' names, before `layers`, and the linears among them."""
+def _modules_in(
+    tensors: Iterable[str], linears: Mapping[str, tuple[str, ...]], path: Path
+) -> tuple[str, tuple[str, ...]]:
+    """The beginning of the tensors' names, before `layers`, and the modules of a layer that are among them."""
     prefixes, found = set(), set()
     for name in tensors:
         match = NAME.fullmatch(name)
-        if match is None or match["linear"] not in LINEARS or match["block"] != block_of(match["linear"]):
+        if match is None or match["module"] not in linears:
+            modules = " ".join(module.rsplit(".", 1)[-1] for module in linears)
             raise UserError(
-                f"{path}: tensor {shortened(name, 120)} is not of a LoRA of {' '.join(LINEARS)}; no other is supported"
+                f"{path}: tensor {shortened(name, 120)} is not of a LoRA of {modules}; no other is supported"
             )
         prefixes.add(match["prefix"])
-        found.add(match["linear"])
+        found.add(match["module"])
     if not found:
         raise UserError(f"{path}: holds no tensor; restore the file")
     if len(prefixes) > 1:
         raise UserError(f"{path}: holds layers under {' and '.join(map(quoted, sorted(prefixes)))}; restore the file")
-    return prefixes.pop(), tuple(found)
+    return prefixes.pop(), tuple(module for module in linears if module in found)
 
 
 def _require_selected(selection: AdaptedModules, tensors: dict[str, np.ndarray], path: Path) -> None:
@@ -183,10 +198,18 @@ def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], dir
     return tensor
 
 
-def save_peft_lora(lora: LoRA, out: Path, *, backbone_name: str) -> None:
-    """Write `lora` as a directory that PEFT loads. Raises `UserError` if `out` exists and is not an empty directory."""
-    config = lora.config
-    table = {
+def save_peft_lora(lora: LoRA, out: Path, model: ModelConfig, *, backbone_name: str) -> None:
+    """Write `lora`, of the backbone `model`, as a directory that PEFT loads. Raises `UserError` if `out` exists and is not
+    an empty directory."""
+    config, tensors, ranks = lora.config, {}, {}
+    for module, linears in modules_of(model.model_type).items():
+        if any(linear in lora.experts for linear in linears):
+            a, b = _as_one_module(lora, model, linears)
+            ranks[module.rsplit(".", 1)[-1]] = a.shape[1]
+            for layer in range(model.num_layers):
+                for factor, stack in (("A", a), ("B", b)):
+                    tensors[tensor_name(layer, module, factor)] = np.ascontiguousarray(stack[layer])
+    table: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": backbone_name,
@@ -194,17 +217,35 @@ def save_peft_lora(lora: LoRA, out: Path, *, backbone_name: str) -> None:
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": sorted(config.targets),
+        "target_modules": sorted(ranks),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
         "use_dora": False,
         "modules_to_save": None,
     }
-    tensors = {
-        tensor_name(layer, linear, factor): np.ascontiguousarray(stack[layer, 0])
-        for linear, expert in lora.experts.items()
-        for factor, stack in (("A", np.asarray(expert.A[...])), ("B", np.asarray(expert.B[...])))
-        for layer in range(len(stack))
-    }
+    if larger := {name: rank for name, rank in ranks.items() if rank != config.rank}:
+        table["rank_pattern"] = larger
+        table["alpha_pattern"] = {name: config.scale * rank for name, rank in larger.items()}
     write_adapter_files(out, table, tensors, metadata={"format": "pt"})
+
+
+def _as_one_module(lora: LoRA, model: ModelConfig, linears: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """A [L, R', in] and B [L, Σ out, R'] of a module of several linears, one below the other: those of a common A stack
+    their B; others have [A_1; A_2] and [B_1 0; 0 B_2]. One that is not adapted has B = 0."""
+    factors = {
+        factor: {
+            name: np.asarray(getattr(lora.experts[name], factor)[...])[:, 0] for name in linears if name in lora.experts
+        }
+        for factor in "AB"
+    }
+    a, b = list(factors["A"].values()), factors["B"]
+    if len(linears) == 1:
+        return a[0], b[linears[0]]
+    is_common, rank = all(np.array_equal(a[0], other) for other in a), lora.config.rank
+    rows = np.cumsum([0, *(model.linear_shape(name)[0] for name in linears)])
+    stacked = np.zeros((len(a[0]), rows[-1], rank if is_common else rank * len(a)), a[0].dtype)
+    for number, (name, of_linear) in enumerate(b.items()):
+        start, at = 0 if is_common else rank * number, linears.index(name)
+        stacked[:, rows[at] : rows[at + 1], start : start + rank] = of_linear
+    return a[0] if is_common else np.concatenate(a, axis=1), stacked

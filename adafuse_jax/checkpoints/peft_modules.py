@@ -73,6 +73,10 @@ class AdaptedModules:
     def default_scale(self) -> float:
         return self._scale(self.alpha, self.rank)
 
+    def alpha_at(self, rank: int) -> float:
+        """The alpha with which a plain LoRA of this rank has the default scale."""
+        return self.alpha * (math.sqrt(self.rank) if self.stabilised else 1) * (rank / self.rank)
+
     def left_out_by(self, module: str) -> str | None:
         """The key that leaves `module`, for instance model.layers.0.mlp.up_proj, out; None if it is adapted."""
         if self.excluded and self._is_named(module, self.excluded, "exclude_modules"):

@@ -201,7 +201,7 @@ class TestExportOfTokenizers:
         folder = tiny.write_folder(tmp_path)
         checkpoint = HFCheckpoint.open(folder / "model")
         lora = make_adapter(AdapterConfig(adapter="lora", rank=2), checkpoint.config, rngs=nnx.Rngs(0))
-        save_peft_lora(lora, folder / "lora", backbone_name="tiny")
+        save_peft_lora(lora, folder / "lora", checkpoint.config, backbone_name="tiny")
         return folder
 
     def exported(self, folder: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ import decode as script
 from adafuse_jax import AdapterConfig, UserError, load_backbone
 from adafuse_jax.adapters.lora import LoRA, merged
 from adafuse_jax.adapters.registry import make_adapter
+from adafuse_jax.checkpoints import peft
 from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter
 from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
 from adafuse_jax.checkpoints.hf_config import parse_hf_config
@@ -27,6 +29,7 @@ from adafuse_jax.checkpoints.peft import save_peft_lora, tensor_name
 from adafuse_jax.data.tokenizer import tokenizer_files
 from adafuse_jax.export import ExportConfig, export
 from adafuse_jax.export import main as export_script
+from adafuse_jax.models.registry import FAMILIES
 from adafuse_jax.training.initial import initial_weights
 
 PEFT = tiny.GOLDENS / "peft"
@@ -79,7 +82,7 @@ class TestModulesOfTheirOwn:
         check_logits(model(golden["tokens"], adapter=lora).logits, golden["logits"])
         assert np.abs(model(golden["tokens"]).logits - golden["logits"]).max() > 0.1 * golden["logits"].std()
         assert all(np.asarray(expert.A).any(axis=-1).all() for expert in lora.experts.values()), "A = 0 would not train"
-        save_peft_lora(lora, tmp_path / "again", backbone_name="m")
+        save_peft_lora(lora, tmp_path / "again", model.config, backbone_name="m")
         again = load_adapter(tmp_path / "again", model.config, backbone_identity="", dtype=jnp.float32)
         jax.tree.map(np.testing.assert_array_equal, again, lora)
 
@@ -104,10 +107,41 @@ def test_a_named_adapter_is_found_in_its_folder(tmp_path, caplog):
         load_adapter(tmp_path / "saved", config, backbone_identity="", dtype=jnp.float32)
 
 
+@pytest.mark.parametrize("is_common", [True, False], ids=["common A", "an A each"])
+def test_linears_that_are_one_tensor_are_one_module(tmp_path, monkeypatch, is_common):
+    """Three linears, of which k is not adapted, go out as one module and come back as the same products."""
+    config = parse_hf_config(write_model_dir(CASES["llama_gqa_tied"], tmp_path / "model")).model
+    names = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "model.layers.{layer}.self_attn.qkv_proj.{leaf}")
+    fused = replace(FAMILIES["llama"], tensor_names=FAMILIES["llama"].tensor_names | names)
+    monkeypatch.setattr(peft, "FAMILIES", {"llama": fused})
+    settings = AdapterConfig(adapter="lora", rank=2, alpha=3.0, targets=("q_proj", "v_proj", "down_proj"))
+    lora = make_adapter(settings, config, rngs=nnx.Rngs(0))
+    for index, expert in enumerate(lora.experts.values()):
+        expert.B[...] = jax.random.normal(jax.random.key(index), expert.B.shape)
+    if is_common:
+        lora.experts["v_proj"].A[...] = lora.experts["q_proj"].A[...]
+    save_peft_lora(lora, tmp_path / "out", config, backbone_name="m")
+    rank = {
+        name: tensor.shape[0] for name, tensor in load_file(tmp_path / "out" / FILES[1]).items() if "lora_A" in name
+    }
+    assert rank[tensor_name(1, "self_attn.qkv_proj", "A")] == (2 if is_common else 4)
+    assert rank[tensor_name(1, "mlp.down_proj", "A")] == 2
+    again = load_adapter(tmp_path / "out", config, backbone_identity="", dtype=jnp.float32)
+    assert again.config.targets == ("q_proj", "k_proj", "v_proj", "down_proj")
+    for name in again.config.targets:
+        wanted = product(lora, name) if name in lora.experts else 0 * product(again, name)
+        np.testing.assert_allclose(product(again, name), wanted, atol=1e-5)
+
+
+def product(lora: LoRA, name: str) -> np.ndarray:
+    expert = lora.experts[name]
+    return lora.config.scale * np.einsum("lor,lri->loi", expert.B[:, 0], expert.A[:, 0])
+
+
 class TestExport:
     def test_peft_files_hold_the_same(self, case, tmp_path):
-        name, _, _, lora, _ = case
-        save_peft_lora(lora, tmp_path / "out", backbone_name=LORAS[name].model)
+        name, _, model, lora, _ = case
+        save_peft_lora(lora, tmp_path / "out", model.config, backbone_name=LORAS[name].model)
         shapes = tensor_shapes(CASES[LORAS[name].model].config)
         ours, theirs = load_file(tmp_path / "out" / FILES[1]), load_file(PEFT / name / FILES[1])
         assert ours.keys() == theirs.keys() == {f"base_model.model.{key}" for key in factors(name, shapes)}
@@ -211,14 +245,14 @@ class TestRefused:
     def test_tensors(self, directory, config):
         path = directory / FILES[1]
         tensors = load_file(path)
-        missing = tensor_name(1, "up_proj", "B")
+        missing = tensor_name(1, "mlp.up_proj", "B")
         save_file({k: v for k, v in tensors.items() if k != missing}, path)
         with pytest.raises(UserError, match=r"up_proj.lora_B.weight is missing"):
             self.load(directory, config)
         save_file(tensors | {"base_model.model.lm_head.lora_A.weight": np.zeros((4, 4))}, path)
         with pytest.raises(UserError, match="not of a LoRA of"):
             self.load(directory, config)
-        save_file(tensors | {tensor_name(2, "up_proj", "B"): tensors[missing]}, path)
+        save_file(tensors | {tensor_name(2, "mlp.up_proj", "B"): tensors[missing]}, path)
         with pytest.raises(UserError, match="of no layer of the backbone"):
             self.load(directory, config)
         path.unlink()
@@ -233,7 +267,7 @@ def test_decode_takes_a_peft_directory_and_merges_it(tmp_path, capsys):
     lora = make_adapter(AdapterConfig(adapter="lora", rank=2), config, rngs=nnx.Rngs(0))
     for expert in lora.experts.values():
         expert.B[...] = jax.random.normal(jax.random.key(1), expert.B.shape)
-    save_peft_lora(lora, tmp_path / "peft", backbone_name="tiny")
+    save_peft_lora(lora, tmp_path / "peft", config, backbone_name="tiny")
     answers = []
     for changes in ({}, {"adapter": tmp_path / "peft"}, {"adapter": tmp_path / "peft", "strategy": "merged"}):
         script.main(tiny.decode_flags(folder, json=True, max_new_tokens=12, **changes))
