@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from goldens.tiny_loras import LORAS, VARIANTS, factors
+from goldens.tiny_loras import CHANGING, LORAS, VARIANTS, factors
 from goldens.tiny_models import CASES, tensor_shapes, write_model_dir
 from safetensors.numpy import load_file, save_file
 
@@ -21,11 +21,12 @@ import decode as script
 from adafuse_jax import AdapterConfig, UserError, load_backbone
 from adafuse_jax.adapters.lora import LoRA, merged
 from adafuse_jax.adapters.registry import make_adapter
-from adafuse_jax.checkpoints import peft
+from adafuse_jax.checkpoints import peft_files
 from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter
 from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
 from adafuse_jax.checkpoints.hf_config import parse_hf_config
-from adafuse_jax.checkpoints.peft import save_peft_lora, tensor_name
+from adafuse_jax.checkpoints.peft import save_peft_lora
+from adafuse_jax.checkpoints.peft_files import tensor_name
 from adafuse_jax.data.tokenizer import tokenizer_files
 from adafuse_jax.export import ExportConfig, export
 from adafuse_jax.export import main as export_script
@@ -107,13 +108,65 @@ def test_a_named_adapter_is_found_in_its_folder(tmp_path, caplog):
         load_adapter(tmp_path / "saved", config, backbone_identity="", dtype=jnp.float32)
 
 
+KEYS = {"dora": "use_dora", "biases": "lora_bias", "head": "modules_to_save", "embedding": "modules_to_save"}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_an_adapter_that_changes_the_backbone_is_merged(name, tmp_path):
+    """It is refused as a LoRA, with the command that makes a plain model of it; that has PEFT's logits."""
+    directory, golden = write_model_dir(CASES[CHANGING[name].model], tmp_path / "model"), PEFT / name
+    config = parse_hf_config(directory).model
+    with pytest.raises(UserError, match=rf"{KEYS[name]}: changes the backbone's own weights; merge it: python -m adaf"):
+        load_adapter(golden, config, backbone_identity="", dtype=jnp.float32)
+    export_script([f"--model={directory}", f"--adapter={golden}", f"--output={tmp_path}/out"])
+    whole, outputs = load_backbone(tmp_path / "out"), np.load(golden / "outputs.npz")
+    check_logits(whole(outputs["tokens"]).logits, outputs["logits"])
+    assert whole.config.tie_word_embeddings == (config.tie_word_embeddings and KEYS[name] != "modules_to_save")
+
+
+def with_files(tmp_path: Path, extra: dict[str, np.ndarray], **keys: object) -> dict[str, str]:
+    """Model and adapter, which has more tensors and keys than `all_linears`, as the flags of export."""
+    directory = write_model_dir(CASES["llama_gqa_tied"], tmp_path / "model")
+    adapter = Path(shutil.copytree(PEFT / "all_linears", tmp_path / "lora", dirs_exist_ok=True))
+    (adapter / FILES[0]).write_text(json.dumps(json.loads((adapter / FILES[0]).read_text()) | keys))
+    save_file(load_file(PEFT / "all_linears" / FILES[1]) | extra, adapter / FILES[1])
+    return {"model": str(directory), "adapter": str(adapter)}
+
+
+def test_an_embedding_of_more_tokens(tmp_path):
+    """PEFT saves the embedding, tied head included, of a model that got new tokens, whatever modules_to_save says."""
+    larger = np.random.default_rng(0).standard_normal((100, 64), np.float32)
+    extra = {"base_model.model.model.embed_tokens.weight": larger}
+    flags = with_files(tmp_path, extra)
+    with pytest.raises(UserError, match="tensor embed_tokens: changes the backbone's own weights"):
+        load_adapter(
+            flags["adapter"], parse_hf_config(tmp_path / "model").model, backbone_identity="", dtype=jnp.float32
+        )
+    export(ExportConfig(**flags, output=str(tmp_path / "out")))
+    whole = load_backbone(tmp_path / "out")
+    assert (whole.config.vocab_size, whole.config.tie_word_embeddings) == (100, True)
+    np.testing.assert_array_equal(whole.embed_tokens[...], larger)
+    flags = with_files(tmp_path, extra, modules_to_save=["embed_tokens"])
+    with pytest.raises(UserError, match="embeddings of 100 tokens and a head of 96"):
+        export(ExportConfig(**flags, output=str(tmp_path / "other")))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_bias_needs_one_in_the_backbone(tmp_path):
+    factors_b = {name: value for name, value in load_file(PEFT / "all_linears" / FILES[1]).items() if "lora_B" in name}
+    biases = {name.replace("weight", "bias"): np.ones(len(value), np.float32) for name, value in factors_b.items()}
+    flags = with_files(tmp_path, biases, lora_bias=True)
+    with pytest.raises(UserError, match=r"lora_bias: \w+ of the backbone has no bias"):
+        export(ExportConfig(**flags, output=str(tmp_path / "out")))
+
+
 @pytest.mark.parametrize("is_common", [True, False], ids=["common A", "an A each"])
 def test_linears_that_are_one_tensor_are_one_module(tmp_path, monkeypatch, is_common):
     """Three linears, of which k is not adapted, go out as one module and come back as the same products."""
     config = parse_hf_config(write_model_dir(CASES["llama_gqa_tied"], tmp_path / "model")).model
     names = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "model.layers.{layer}.self_attn.qkv_proj.{leaf}")
     fused = replace(FAMILIES["llama"], tensor_names=FAMILIES["llama"].tensor_names | names)
-    monkeypatch.setattr(peft, "FAMILIES", {"llama": fused})
+    monkeypatch.setattr(peft_files, "FAMILIES", {"llama": fused})
     settings = AdapterConfig(adapter="lora", rank=2, alpha=3.0, targets=("q_proj", "v_proj", "down_proj"))
     lora = make_adapter(settings, config, rngs=nnx.Rngs(0))
     for index, expert in enumerate(lora.experts.values()):
@@ -204,7 +257,7 @@ class TestInitialLoRA:
 
 REFUSED = {
     "another method": ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported"),
-    "dora": ({"use_dora": True}, "use_dora True is not supported"),
+    "dora": ({"use_dora": True}, "use_dora: changes the backbone's own weights"),
     "wrong rank of a pattern": ({"rank_pattern": {"q_proj": 2}}, "has shape"),
     "rank of a pattern is text": ({"rank_pattern": {"q_proj": "2"}}, "rank_pattern: q_proj is '2'"),
     "pattern that never ends": ({"rank_pattern": {"(.|..|...)+[a-i]": 2}}, "rank_pattern: .* cannot be matched"),
@@ -213,8 +266,8 @@ REFUSED = {
     "layer left out": ({"layers_to_transform": [0]}, "layers_to_transform in"),
     "layers of another list": ({"layers_to_transform": [0, 1], "layers_pattern": ["h"]}, "layers_to_transform in"),
     "layer is text": ({"layers_to_transform": ["0"]}, "layers_to_transform is"),
-    "bias of its own": ({"lora_bias": True}, "lora_bias True is not supported; merge the adapter with PEFT"),
-    "whole modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "bias of its own": ({"lora_bias": True}, "lora_bias: changes the backbone's own weights"),
+    "whole modules": ({"modules_to_save": ["score"]}, "modules_to_save is .*supported: embed_tokens, lm_head"),
     "biases": ({"bias": "all"}, "bias 'all'"),
     "changed backbone": ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
     "rank text": ({"r": "4"}, "r is '4'"),

@@ -26,7 +26,7 @@ import transformers
 from make_goldens import ATOL, Golden, differences, forward, load
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
-from tiny_loras import LORAS, VARIANTS, Variant, drawn
+from tiny_loras import LORAS, WITH_ARGUMENTS, Variant, drawn
 from tiny_models import CASES, write_model_dir
 
 HERE = Path(__file__).resolve().parent
@@ -36,7 +36,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 def make(name: str, out: Path) -> Golden:
     """Save the LoRA to `out` as PEFT does; returns the outputs."""
-    case = LORAS[name] if name in LORAS else VARIANTS[name]
+    case = LORAS[name] if name in LORAS else WITH_ARGUMENTS[name]
     rng = np.random.default_rng(zlib.crc32(f"{name}/inputs".encode()))
     tokens = rng.integers(3, CASES[case.model].config["vocab_size"], (BATCH, LENGTH))
     with tempfile.TemporaryDirectory() as folder:
@@ -50,9 +50,10 @@ def make(name: str, out: Path) -> Golden:
     model.name_or_path = case.model
     adapted = get_peft_model(model, LoraConfig(lora_dropout=0.1, task_type="CAUSAL_LM", **arguments)).eval()
     for path, parameter in adapted.named_parameters():
-        if ".lora_" in path:
+        if ".lora_" in path or ".modules_to_save." in path:
             key = path.removeprefix("base_model.model.").replace(".default", "")
-            parameter.data = torch.from_numpy(drawn(name, key, tuple(parameter.shape)))
+            value = torch.from_numpy(drawn(name, key, tuple(parameter.shape)))
+            parameter.data = parameter.data * (1 + value) if "magnitude" in path else value
     adapted.save_pretrained(out)
     logits = forward(adapted, tokens)
     merged = forward(adapted.merge_and_unload(), tokens)
@@ -117,16 +118,16 @@ def main() -> int:
             found = [line for name in LORAS for line in check_export(name, args.exports)]
             found += check_trained(args.exports / "trained")
         else:
-            found = [line for name in (*LORAS, *VARIANTS) for line in check(name)]
+            found = [line for name in (*LORAS, *WITH_ARGUMENTS) for line in check(name)]
         for line in found:
             print(f"goldens: {line}", file=sys.stderr)
         if not found:
             what = "agree with PEFT"
             if args.exports:
                 what = "exports, and one of a run over eight devices, answer the same in PEFT and transformers"
-            print(f"goldens: {len(LORAS) + (0 if args.exports else len(VARIANTS))} LoRAs: {what}")
+            print(f"goldens: {len(LORAS) + (0 if args.exports else len(WITH_ARGUMENTS))} LoRAs: {what}")
         return 1 if found else 0
-    for name in (*LORAS, *VARIANTS):
+    for name in (*LORAS, *WITH_ARGUMENTS):
         out = HERE / "peft" / name
         outputs = make(name, out)
         (out / "README.md").unlink(missing_ok=True)

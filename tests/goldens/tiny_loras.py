@@ -71,6 +71,29 @@ VARIANTS = {
         arguments={"r": 2, "lora_alpha": 4, "target_modules": "all-linear", "exclude_modules": ["gate_proj", "k_proj"]},
     ),
 }  # fmt: skip
+CHANGING = {
+    "dora": Variant(
+        model="qwen3_bias",
+        arguments={
+            "r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "o_proj", "up_proj"], "layers_to_transform": [0, 2],
+            "use_dora": True, "rank_pattern": {"up_proj": 2},
+        },
+    ),
+    "biases": Variant(
+        model="qwen2_window",
+        arguments={"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj"], "lora_bias": True},
+    ),
+    "head": Variant(
+        model="llama_gqa_tied",
+        arguments={"r": 2, "lora_alpha": 4, "target_modules": ["down_proj"], "modules_to_save": ["lm_head"]},
+    ),
+    "embedding": Variant(
+        model="llama_gqa_tied",
+        arguments={"r": 2, "lora_alpha": 4, "target_modules": ["down_proj"], "modules_to_save": ["embed_tokens"]},
+    ),
+}  # fmt: skip
+"""Adapters that change the backbone's own weights too."""
+WITH_ARGUMENTS = VARIANTS | CHANGING
 
 
 def drawn(name: str, key: str, size: tuple[int, ...]) -> np.ndarray:

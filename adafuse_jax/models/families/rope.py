@@ -34,12 +34,14 @@ class RopeKeys:
       partial: whether the class reads `partial_rotary_factor`; one that does not rotates whole heads.
       scales_queries: whether it reads `llama_4_scaling_beta`, which it needs then.
       kinds: values of `rope_type` → the kind.
+      original: the original length of a class that has a default for it beside the parameters, where it wins over theirs.
     """
 
     defaults: RopeConfig = RopeConfig()
     partial: bool = False
     scales_queries: bool = False
     kinds: Mapping[str, str] = field(default_factory=lambda: {name: name for name in ROPE_FIELDS})
+    original: int | None = None
 
     def read(
         self, table: Table, max_positions: int, head_dim: int, *, layer_type: str | None = None
@@ -63,7 +65,7 @@ class RopeKeys:
         if kind in ("llama3", "yarn", "longrope"):
             original = rope.integer("original_max_position_embeddings", max_positions, low=1)
             if layer_type is None:  # transformers takes the outer one before the inner one, unless there are several
-                original = table.integer("original_max_position_embeddings", original, low=1)
+                original = table.integer("original_max_position_embeddings", self.original or original, low=1)
             settings["original_max_position_embeddings"] = original
         if kind == "llama3":
             low = rope.number("low_freq_factor", low=0, high=1e30, above=True)
@@ -108,6 +110,8 @@ class RopeKeys:
         scaling = {name: list(value) if isinstance(value, tuple) else value for name, value in scaling.items()}
         if rope.kind in ("yarn", "longrope"):
             scaling["attention_factor"] = rope.attention_factor
+        if self.original is not None and "original_max_position_embeddings" in scaling:
+            table["original_max_position_embeddings"] = scaling.pop("original_max_position_embeddings")
         if self.scales_queries:
             scaling["llama_4_scaling_beta"] = rope.query_scaling_beta
             scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings
