@@ -132,7 +132,8 @@ def load_backbone(
 
     def fill(index: int) -> tuple[Any, Any]:
         path, leaf = leaves[index]
-        return place.fill(leaf[...], logical_axes(path), map(tensors.view, names[index]))
+        rows = family.fused_rows(path, config) or slice(None)
+        return place.fill(leaf[...], logical_axes(path), (tensors.view(name)[rows] for name in names[index]))
 
     with ThreadPoolExecutor(place.num_threads) as threads:
         try:
@@ -175,20 +176,21 @@ def _dtype_remark(checkpoint: HFCheckpoint, dtype: str) -> str | None:
 def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Hugging Face names and shapes of all tensors of a model, one after the other."""
     embed, tensor_name = config.embed_dim, FAMILIES[config.model_type].tensor_name
-    heads = {"q_norm": config.head_dim, "k_norm": config.head_dim}
-    norms = {"input_layernorm": embed, "post_attention_layernorm": embed} | (heads if config.qk_norm else {})
     yield tensor_name(("embed_tokens",)), (config.vocab_size, embed)
     yield tensor_name(("norm", "weight")), (embed,)
     if not config.tie_word_embeddings:
         yield tensor_name(("lm_head",)), (config.vocab_size, embed)
+    of_layer = {tensor_name(("layers", name, "weight")): shape for name, shape in config.norm_shapes().items()}
+    for name in LINEARS:
+        out, into = config.linear_shape(name)
+        for leaf, rest in (("weight", (into,)), ("bias", ())):
+            if leaf == "weight" or config.has_bias(name):
+                pattern = tensor_name(("layers", name, leaf))
+                rows = of_layer[pattern][0] if pattern in of_layer else 0  # of linears in the same tensor
+                of_layer[pattern] = (rows + out, *rest)
     for layer in range(config.num_layers):
-        for name, size in norms.items():
-            yield tensor_name(("layers", name, "weight")).format(layer), (size,)
-        for name in LINEARS:
-            shape = config.linear_shape(name)
-            yield tensor_name(("layers", name, "weight")).format(layer), shape
-            if config.has_bias(name):
-                yield tensor_name(("layers", name, "bias")).format(layer), shape[:1]
+        for pattern, shape in of_layer.items():
+            yield pattern.format(layer), shape
 
 
 def _check_tensors(tensors: Tensors, config: ModelConfig) -> None:

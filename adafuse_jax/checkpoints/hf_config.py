@@ -16,7 +16,8 @@ from adafuse_jax.checkpoints.tensor_names import text_table
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ModelConfig
-from adafuse_jax.models.families.family import Family
+from adafuse_jax.models.families.family import ACTIVATION_NAMES, Family
+from adafuse_jax.models.families.rope import GLOBAL, LOCAL
 from adafuse_jax.models.registry import FAMILIES
 
 DTYPE_NAMES = {
@@ -26,7 +27,7 @@ DTYPE_NAMES = {
 """Spellings of `dtype` that transformers takes → the types that weights are stored in."""
 MAX_LAYERS = 10_000
 NOT_NULL = (
-    "model_type", "hidden_act", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "model_type", "hidden_act", "hidden_activation", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias",
     "use_sliding_window", "max_window_layers",
 )  # fmt: skip
@@ -70,7 +71,7 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
     family = FAMILIES[model_type]
     if part is not None:
         table.values.setdefault("architectures", [family.architecture])  # for an export
-    table.choice("hidden_act", ("silu", "swish"), "silu")
+    activation = ACTIVATION_NAMES[table.choice(family.key("hidden_act"), tuple(ACTIVATION_NAMES), family.activation)]
     for name in ("quantization_config", "quantization", "compression_config"):
         if table.get(name):
             raise UserError(
@@ -88,13 +89,22 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
         raise UserError(
             f"{table.where}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
         )
-    head_dim = table.integer("head_dim", family.head_dim or embed_dim // num_heads, low=2)
+    own = None if "head_dim" in table.values else family.head_dim
+    head_dim = table.integer("head_dim", own or embed_dim // num_heads, low=2)
     if head_dim < 2 or head_dim % 2:
         raise UserError(f"{table.where}: heads have {head_dim} dimensions; RoPE needs an even number of them")
     vocab_size = table.integer("vocab_size", low=1)
     max_positions = table.integer("max_position_embeddings", family.max_positions, low=1)
-    rope, rope_unused = family.rope.read(table, max_positions, head_dim)
+    layer_type = None if family.local_rope is None else GLOBAL
+    rope, rope_unused = family.rope.read(table, max_positions, head_dim, layer_type=layer_type)
+    local_rope = None
+    if family.local_rope is not None:
+        local_rope, unused = family.local_rope.read(table, max_positions, head_dim, layer_type=LOCAL)
+        rope_unused = [*dict.fromkeys(rope_unused + unused)]
     tokens, remarks = _special_tokens(table, generation, family, vocab_size)
+    own_fields = family.read(table, num_layers, max_positions)
+    if own_fields.get("attention_multiplier") == head_dim**-0.5:
+        own_fields["attention_multiplier"] = None
     model = ModelConfig(
         model_type=model_type,
         vocab_size=vocab_size,
@@ -105,13 +115,15 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=max_positions,
-        norm_eps=table.number("rms_norm_eps", 1e-6, low=0, high=1e6),
+        norm_eps=table.number(family.key("rms_norm_eps"), family.norm_eps, low=0, high=1e6),
+        activation=activation,
         rope=rope,
-        tie_word_embeddings=table.boolean("tie_word_embeddings", False),
+        local_rope=local_rope if any(own_fields["sliding_windows"]) and local_rope != rope else None,
+        tie_word_embeddings=table.boolean("tie_word_embeddings", family.tied),
         bos_token_id=next(iter(tokens["bos_token_id"]), None),
         eos_token_ids=tokens["eos_token_id"],
         pad_token_id=next(iter(tokens["pad_token_id"]), None),
-        **family.read(table, num_layers, max_positions),
+        **own_fields,
     )
     if rope.kind == "longrope":
         original = rope.original_max_position_embeddings
@@ -174,8 +186,10 @@ def _special_tokens(
     """The BOS, EOS and padding ids, each as a tuple, and remarks about those that are no token of the model."""
     tokens, remarks = {}, []
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        default = getattr(family, name, None)
-        own = _ids(table, name) if name in table.values else () if default is None else (default,)
+        default = getattr(family, name)
+        if not isinstance(default, tuple):
+            default = () if default is None else (default,)
+        own = _ids(table, name) if name in table.values else default
         ids, where = (_ids(generation, name), generation) if name in generation.values else (own, table)
         tokens[name] = tuple(i for i in ids if 0 <= i < vocab_size)
         wrong = [i for i in ids if i not in tokens[name]]

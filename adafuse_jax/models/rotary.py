@@ -18,14 +18,15 @@ its own length, of a token decoded after it position + 1. Keys stay in the cache
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from adafuse_jax.models.config import RopeConfig
+from adafuse_jax.models.config import ModelConfig, RopeConfig
 
 TABLE_FIELDS = tuple(
     f"rope.{field.name}"
@@ -95,24 +96,51 @@ def rotation(
     return Rotation(cos, sin, scale, rope.interleaved)
 
 
+def layer_rotations(
+    config: ModelConfig, positions: Int[Array, "#B T"], lengths: Int[Array, "#B #T"] | None = None
+) -> Callable[[int | Array], Rotation]:
+    """The rotation of each layer, by its index; layers without rotary embedding turn by 0."""
+    ropes = [config.rope_of(layer) for layer in range(config.num_layers)]
+    distinct = list(dict.fromkeys(ropes))
+    usual = rotation(config.rope, config.head_dim, positions, lengths)
+    still = replace(usual, cos=jnp.ones_like(usual.cos), sin=jnp.zeros_like(usual.sin))
+    found = [
+        usual if rope == config.rope else still if rope is None else rotation(rope, config.head_dim, positions, lengths)
+        for rope in distinct
+    ]
+    if len(found) == 1:
+        return lambda layer: found[0]
+    at = [distinct.index(rope) for rope in ropes]
+    stacked = jax.tree.map(lambda *tables: jnp.stack(jnp.broadcast_arrays(*tables)), *found)
+
+    def of_layer(layer: int | Array) -> Rotation:
+        if isinstance(layer, int):
+            return found[at[layer]]
+        return jax.tree.map(lambda tables: tables[jnp.array(at)[layer]], stacked)
+
+    return of_layer
+
+
 def rope_frequencies(
     rope: RopeConfig, head_dim: int, lengths: Int[Array, "*length 1"] | None = None
 ) -> Float[Array, "*length R/2"]:
     """Angular frequency ω of each rotated pair, in radians per position, in sequences of `lengths` tokens for the kinds that
     depend on it."""
     dim = rope.rotary_dim(head_dim)
-    exponent = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
-    frequency, original = rope.theta**-exponent, rope.original_max_position_embeddings
+    exponent = np.arange(0, dim, 2).astype(np.float32) / np.float32(dim)
+    # Rounded as PyTorch rounds it: a last bit of ω is 10⁻⁴ radians a thousand positions on.
+    frequency = np.float32(1) / np.float32(rope.theta ** np.float64(exponent))
+    original = rope.original_max_position_embeddings
     if rope.kind == "linear":
-        return frequency / rope.factor
+        return jnp.asarray(frequency / rope.factor)
     if rope.kind == "llama3":
         turns = original * frequency / (2 * math.pi)
         keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        keep = jnp.clip(keep, 0.0, 1.0)
-        return frequency * (keep + (1 - keep) / rope.factor)
+        keep = np.clip(keep, 0.0, 1.0)
+        return jnp.asarray(frequency * (keep + (1 - keep) / rope.factor))
     if rope.kind == "yarn":
-        keep = jnp.asarray(1 - _yarn_ramp(rope, dim), jnp.float32)
-        return frequency / rope.factor * (1 - keep) + frequency * keep
+        keep = np.float32(1 - _yarn_ramp(rope, dim))
+        return jnp.asarray(frequency / rope.factor * (1 - keep) + frequency * keep)
     if rope.kind == "dynamic":
         assert lengths is not None
         ratio = jnp.maximum(lengths, original).astype(jnp.float32) / original
@@ -122,7 +150,7 @@ def rope_frequencies(
         assert lengths is not None
         long, short = (jnp.array(factors, jnp.float32) for factors in (rope.long_factor, rope.short_factor))
         return frequency / jnp.where(lengths > original, long, short)
-    return frequency
+    return jnp.asarray(frequency)
 
 
 def _yarn_ramp(rope: RopeConfig, dim: int) -> np.ndarray:

@@ -21,13 +21,22 @@ log = logging.getLogger(__name__)
 
 CONSUMED_FIELDS = frozenset({
     "vocab_size", "embed_dim", "hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim",  # sizes of the axes
-    "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm",  # which arrays there are
+    "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "qk_norm_full", "norm_placement",
+    "parallel_block",  # which arrays there are
 })  # fmt: skip
 """Fields of `ModelConfig` that decide the arrays and how they are sharded; a model with any other is refused."""
 IRRELEVANT_FIELDS = {
     "model_type": "families differ in the other fields",
     "norm_eps": "norms are over axes that are whole, those of activations and head_dim",
     "sliding_windows": "masks are over positions, which are whole",
+    "norm": "norms are over axes that are whole", "local_rope": "as rope", "nope_layers": "as rope",
+    **dict.fromkeys(
+        (
+            "activation", "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logit_multiplier",
+            "attention_softcap", "logit_softcap",
+        ),
+        "it acts on each element on its own",
+    ),
     **dict.fromkeys(
         (f"rope.{field.name}" for field in fields(RopeConfig)), "angles are of positions and head_dim, which are whole"
     ),

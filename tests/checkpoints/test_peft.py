@@ -113,7 +113,7 @@ KEYS = {"dora": "use_dora", "biases": "lora_bias", "head": "modules_to_save", "e
 
 @pytest.mark.parametrize("name", CHANGING)
 def test_an_adapter_that_changes_the_backbone_is_merged(name, tmp_path):
-    """It is refused as a LoRA, with the command that makes a plain model of it; that has PEFT's logits."""
+    """Refuse it as a LoRA, with the command that makes a plain model of it; that has PEFT's logits."""
     directory, golden = write_model_dir(CASES[CHANGING[name].model], tmp_path / "model"), PEFT / name
     config = parse_hf_config(directory).model
     with pytest.raises(UserError, match=rf"{KEYS[name]}: changes the backbone's own weights; merge it: python -m adaf"):

@@ -17,10 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from goldens.family_models import CASES, FAMILIES
 
 from adafuse_jax import Backbone, ModelConfig, UserError, export_backbone
-from adafuse_jax.checkpoints.hf_config import parse_hf_config
+from adafuse_jax.checkpoints.hf_config import parse_hf_config, parse_tables
+from adafuse_jax.checkpoints.hf_export import _require_described, config_table
 from adafuse_jax.core.errors import MAX_MESSAGE
+from adafuse_jax.core.tables import Table
 from adafuse_jax.inference.backends import megakernel, portable
 from adafuse_jax.models.config import RopeConfig, flat_fields
 from adafuse_jax.models.kv_cache import KVCache
@@ -40,19 +43,35 @@ FAMILY_BASES = {
 }
 OTHERS: dict[str, Any] = {
     "model_type": "mistral", "vocab_size": 16, "embed_dim": 32, "hidden_dim": 32, "num_layers": 3, "num_heads": 2,
-    "num_kv_heads": 4, "head_dim": 8, "max_position_embeddings": 32, "norm_eps": 1e-3, "rope.theta": 500.0,
+    "num_kv_heads": 4, "head_dim": 8, "max_position_embeddings": 32, "norm_eps": 1e-3, "norm": "layer",
+    "norm_placement": "both", "parallel_block": True, "activation": "gelu", "rope.theta": 500.0,
     "rope.kind": "linear", "rope.factor": 2.0, "rope.low_freq_factor": 0.5, "rope.high_freq_factor": 3.0,
     "rope.original_max_position_embeddings": 8, "rope.beta_fast": 9.0, "rope.beta_slow": 2.0, "rope.truncate": False,
     "rope.short_factor": (1.0, 3.0), "rope.long_factor": (2.0, 3.0), "rope.attention_factor": 1.5,
     "rope.partial_rotary_factor": 0.5, "rope.interleaved": True, "rope.query_scaling_beta": 0.25,
-    "tie_word_embeddings": True, "qkv_bias": True, "o_bias": True,
-    "mlp_bias": True, "qk_norm": False, "sliding_windows": (None, 3), "bos_token_id": 3, "eos_token_ids": (4, 5),
-    "pad_token_id": 6,
+    "local_rope": RopeConfig(theta=77.0), "nope_layers": (1,), "tie_word_embeddings": True, "qkv_bias": True, "o_bias": True,
+    "mlp_bias": True, "qk_norm": False, "qk_norm_full": True, "sliding_windows": (None, 3), "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5, "attention_multiplier": 0.125, "logit_multiplier": 0.125, "attention_softcap": 20.0,
+    "logit_softcap": 30.0, "bos_token_id": 3, "eos_token_ids": (4, 5), "pad_token_id": 6,
 }  # fmt: skip
 """Field → a value that `BASE` does not have."""
 NAMES = [name for name, *_ in flat_fields(BASE)]
-NOT_IN_KERNELS = {"rope.partial_rotary_factor", "rope.interleaved", "rope.query_scaling_beta"}
+NOT_IN_KERNELS = {"activation", "rope.partial_rotary_factor", "rope.interleaved", "rope.query_scaling_beta"}
 """Fields that the megakernel and the layer kernels refuse unless they have their defaults."""
+NOT_IN_MEGAKERNEL = NOT_IN_KERNELS | {
+    "norm", "norm_placement", "parallel_block", "local_rope", "nope_layers", "qk_norm_full",
+    "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logit_multiplier", "attention_softcap",
+    "logit_softcap",
+}  # fmt: skip
+"""Fields that the megakernel refuses."""
+OF_FAMILIES = {
+    model_type: dataclasses.replace(
+        parse_tables(Table(CASES[f"{model_type}_0"].config, "config.json"), Table({}, "generation_config.json")).model,
+        bos_token_id=1,
+    )
+    for model_type in FAMILIES
+}
+"""The families whose blocks are not Llama's: a model of each."""
 YARN = RopeConfig(kind="yarn", theta=100.0, factor=8.0, original_max_position_embeddings=64)
 LONGROPE = RopeConfig(
     kind="longrope", original_max_position_embeddings=32, short_factor=(2.0, 1.0), long_factor=(1.0, 1.0)
@@ -65,10 +84,10 @@ ROPE_BASES = dict.fromkeys(("rope.beta_slow", "rope.truncate", "rope.attention_f
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Softcapped(ModelConfig):
+class Streamed(ModelConfig):
     """A family of tomorrow, which no consumer knows."""
 
-    logit_softcap: float | None = None
+    residual_streams: int = 1
 
 
 def base_of(name: str) -> ModelConfig:
@@ -93,7 +112,7 @@ def test_every_field_has_another_value():
 
 @pytest.mark.parametrize("consumer", [megakernel, mesh], ids=["megakernel", "sharding"])
 def test_every_field_is_declared_once(consumer: Any):
-    refused = NOT_IN_KERNELS if consumer is megakernel else set()
+    refused = NOT_IN_MEGAKERNEL if consumer is megakernel else set()
     assert consumer.CONSUMED_FIELDS | consumer.IRRELEVANT_FIELDS.keys() == set(NAMES) - refused
     assert not consumer.CONSUMED_FIELDS & consumer.IRRELEVANT_FIELDS.keys()
 
@@ -138,19 +157,21 @@ def inputs_of() -> Callable[[ModelConfig], tuple[Any, list[np.ndarray]]]:
     return functools.cache(kernel_inputs)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_IN_KERNELS])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_IN_MEGAKERNEL])
 def test_the_megakernel_gets_what_it_consumes(name: str, inputs_of: Callable):
     base = base_of(name)
     unchanged = equal(kernel_inputs(perturbed(base, name)), inputs_of(base))
     assert unchanged == (name in megakernel.IRRELEVANT_FIELDS)
 
 
-@pytest.mark.parametrize("name", sorted(NOT_IN_KERNELS))
+@pytest.mark.parametrize("name", sorted(NOT_IN_MEGAKERNEL))
 def test_kernels_refuse_by_name(name: str):
-    model = jax.tree.map(jnp.asarray, backbone(perturbed(BASE, name)))
-    wanted = f"the model has {name} {OTHERS[name]!r}, which it does not take"
+    config = perturbed(dataclasses.replace(BASE, head_dim=32), name)
+    model = jax.tree.map(jnp.asarray, backbone(config))
+    value = "" if name == "local_rope" else f" {OTHERS[name]!r}"
+    wanted = f"the model has {name}{value}, which it does not take"
     assert megakernel.fused_unsupported_reason(model) == wanted
-    assert portable.shape_unsupported_reason(model, None, 1) == wanted
+    assert portable.shape_unsupported_reason(model, None, 1) == (wanted if name in NOT_IN_KERNELS else None)
 
 
 def sharded(config: ModelConfig) -> dict[str, tuple]:
@@ -173,21 +194,19 @@ def test_a_leaf_that_no_table_has_is_refused():
 
 def test_an_unknown_field_is_refused_unless_it_has_its_default(tmp_path: Path):
     """The megakernel, the mesh and export each refuse it; they are silent as long as the field changes nothing."""
-    plain = Softcapped(**{field.name: getattr(BASE, field.name) for field in dataclasses.fields(ModelConfig)})
-    capped = dataclasses.replace(plain, logit_softcap=30.0)
-    models = [jax.tree.map(jnp.asarray, backbone(config)) for config in (plain, capped)]
+    plain = Streamed(**{field.name: getattr(BASE, field.name) for field in dataclasses.fields(ModelConfig)})
+    several = dataclasses.replace(plain, residual_streams=4)
+    models = [jax.tree.map(jnp.asarray, backbone(config)) for config in (plain, several)]
     reasons = [megakernel.fused_unsupported_reason(model) for model in models]
     assert "Hopper" in (reasons[0] or "")
-    assert reasons[1] == "the model has logit_softcap 30.0, which it does not take"
+    assert reasons[1] == "the model has residual_streams 4, which it does not take"
     mesh.make_mesh(1, plain)
-    with pytest.raises(
-        UserError, match=r"--tensor-parallel: the model has logit_softcap 30\.0, which it does not take"
-    ):
-        mesh.make_mesh(1, capped)
+    with pytest.raises(UserError, match=r"--tensor-parallel: the model has residual_streams 4, which it does not take"):
+        mesh.make_mesh(1, several)
     assert parse_hf_config(exported(plain, tmp_path / "plain")).model == BASE_READ
-    with pytest.raises(UserError, match=r"logit_softcap 30\.0 of the model cannot be written"):
-        exported(capped, tmp_path / "capped")
-    assert not (tmp_path / "capped").exists()
+    with pytest.raises(UserError, match=r"residual_streams 4 of the model cannot be written"):
+        exported(several, tmp_path / "several")
+    assert not (tmp_path / "several").exists()
 
 
 BASE_READ = dataclasses.replace(BASE, sliding_windows=(None,) * BASE.num_layers)
@@ -219,7 +238,7 @@ WITH: dict[str, dict[str, Any]] = {
 """Field → others that the same key of config.json decides, or a family that has the field."""
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_IN_KERNELS])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_IN_MEGAKERNEL])
 def test_export_writes_the_field(tmp_path: Path, name: str):
     """Another value gives other files, from which it is read again."""
     base = base_of(name)
@@ -243,6 +262,38 @@ def test_export_of_each_family_is_read_again_or_refused(tmp_path: Path, family: 
         assert named or name in ("model_type", "num_kv_heads", "rope.kind"), message  # these contradict other fields
         assert len(message) <= MAX_MESSAGE
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", OF_FAMILIES)
+def test_export_writes_or_refuses_each_field_of_other_families(family: str):
+    """config.json alone, without weights: it is read as the changed model, or export names the field."""
+    base, written = OF_FAMILIES[family], set()
+    for name in (name for name in NAMES if name not in ("model_type", "num_layers", "sliding_windows")):
+        if (changed := perturbed(base, name)) == base:
+            continue
+        table = config_table(changed, "float32")
+        tokens = {"bos_token_id": changed.bos_token_id, "eos_token_id": [*changed.eos_token_ids]}
+        try:
+            _require_described(changed, table, tokens | {"pad_token_id": changed.pad_token_id})
+            written.add(name)
+        except UserError as error:
+            message, part = str(error), name.split(".")[-1]
+            assert part in message or part in ("embed_dim", "num_kv_heads", "kind", "o_bias", "qkv_bias"), message
+    assert {"vocab_size", "rope.theta", "norm_eps", "activation"} <= written
+    assert written & NOT_IN_MEGAKERNEL - {"activation"} == WRITTEN.get(family, set())
+
+
+WRITTEN = {
+    "gemma2": {"attention_multiplier", "attention_softcap", "logit_softcap"},
+    "gemma3_text": {"attention_multiplier", "logit_softcap", "local_rope"},
+    "granite": {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logit_multiplier"},
+    "olmo3": {"local_rope"},
+    "smollm3": {"nope_layers"},
+    "cohere2": {"logit_multiplier"},
+    "phi3": {"rope.partial_rotary_factor"},
+    "ministral3": {"rope.query_scaling_beta"},
+}
+"""Family → the fields that its config.json can say, of those that the megakernel refuses."""
 
 
 def test_special_tokens_are_the_models_and_the_rest_the_sources(tmp_path: Path):

@@ -26,10 +26,10 @@ from adafuse_jax.inference.adapter_bank import AdapterBank, Bucket
 from adafuse_jax.inference.backends.base import Backend, StepOutput, dispatch_log_level
 from adafuse_jax.models.attention import Visibility, attention
 from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig, unsupported_field
-from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.decoder import Backbone, score_options
 from adafuse_jax.models.hooks import TokenExperts
 from adafuse_jax.models.kv_cache import KVCache
-from adafuse_jax.models.rotary import TABLE_FIELDS, rotation
+from adafuse_jax.models.rotary import TABLE_FIELDS, layer_rotations, rotation
 from adafuse_jax.parallel.axes import CACHE, TABLES, TENSOR, linear_axes, partition_spec
 from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels.megakernel import Experts, Shape, Weights, decode_token, unsupported_reason
@@ -87,7 +87,8 @@ class Fused:
         """`merged`: the experts will be in the weights, so their factors are not read."""
         adapter = None if isinstance(adapter, AdapterBank) else adapter
         layers, dtype = model.layers, model.dtype
-        norms = jnp.stack([layers.input_layernorm.weight[...], layers.post_attention_layernorm.weight[...]], axis=1)
+        of_blocks = (layers.input_layernorm, layers.post_attention_layernorm)
+        norms = jnp.stack([norm.weight[...] for norm in of_blocks if norm is not None], axis=1)
         experts = {} if adapter is None or merged else dict(adapter.experts.items())
         more = {name: -e.A.shape[2] % TILE_K for name, e in experts.items()}
         mesh, head = mesh_of(model), None
@@ -194,7 +195,7 @@ def route(
         return TokenExperts(table.experts[token], table.gates[token])
     layer, experts = jax.tree.map(lambda leaf: leaf[0], (model.layers, adapter.experts))
     hook = adapter.hook(experts, 0, adapter.initial_routing(len(token), 1), None)
-    rotated = rotation(model.config.rope, model.config.head_dim, positions[:, None])
+    rotated = layer_rotations(model.config, positions[:, None])(0)
     windows = model.config.sliding_windows
     window = windows[0] if windows else None
     rows = jnp.arange(len(token))
@@ -202,9 +203,10 @@ def route(
     def attend(q: Array, k: Array, v: Array) -> Array:
         q, k = rotated.of_queries(q), rotated.of_keys(k)
         k, v = (old[0].at[rows, positions].set(new[:, 0], mode="drop") for old, new in ((cache.k, k), (cache.v, v)))
-        return attention(q, k, v, Visibility.of_cache(positions[:, None], cache.slots), window)
+        visibility = Visibility.of_cache(positions[:, None], cache.slots)
+        return attention(q, k, v, visibility, window, **score_options(model.config))
 
-    layer(model.embed_tokens[...][token][:, None], attend, hook)
+    layer(model.embed(token[:, None]), attend, hook)
     return hook.routing.of_first_token()
 
 

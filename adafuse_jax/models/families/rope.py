@@ -22,6 +22,8 @@ NOT_NULL = (
     "partial_rotary_factor", "short_factor", "long_factor",
 )  # fmt: skip
 """Keys that may be absent, but not null."""
+GLOBAL, LOCAL = "full_attention", "sliding_attention"
+"""Types of layers that may have a RoPE of their own."""
 YARN_KEYS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
@@ -35,6 +37,7 @@ class RopeKeys:
       scales_queries: whether it reads `llama_4_scaling_beta`, which it needs then.
       kinds: values of `rope_type` → the kind.
       original: the original length of a class that has a default for it beside the parameters, where it wins over theirs.
+      theta_key: the key of the base beside the parameters; None: there is none.
     """
 
     defaults: RopeConfig = RopeConfig()
@@ -42,6 +45,7 @@ class RopeKeys:
     scales_queries: bool = False
     kinds: Mapping[str, str] = field(default_factory=lambda: {name: name for name in ROPE_FIELDS})
     original: int | None = None
+    theta_key: str | None = "rope_theta"
 
     def read(
         self, table: Table, max_positions: int, head_dim: int, *, layer_type: str | None = None
@@ -56,7 +60,9 @@ class RopeKeys:
                     raise place.error(key, "it must have a value, or be left out")
         kind = rope.choice("type", (*self.kinds,), self.defaults.kind)
         kind = self.kinds[rope.choice("rope_type", (*self.kinds,), kind)]
-        theta = table.number("rope_theta", self.defaults.theta, low=0, high=1e30, above=True)
+        theta = self.defaults.theta
+        if self.theta_key is not None:
+            theta = table.number(self.theta_key, theta, low=0, high=1e30, above=True)
         settings: dict[str, Any] = {"theta": rope.number("rope_theta", theta, low=0, high=1e30, above=True)}
         settings["partial_rotary_factor"] = self._partial(table, rope, head_dim)
         dim = int(head_dim * settings["partial_rotary_factor"])
@@ -116,14 +122,21 @@ class RopeKeys:
             scaling["llama_4_scaling_beta"] = rope.query_scaling_beta
             scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings
         if scaling:
-            written = next(name for name, kind in self.kinds.items() if kind == rope.kind)
+            written = next((name for name, kind in self.kinds.items() if kind == rope.kind), rope.kind)
             table["rope_scaling"] = {"rope_type": written} | scaling
         return table
 
 
 def _parameters(table: Table, layer_type: str | None) -> tuple[str, dict[str, Any]]:
-    """The name of the object of RoPE's parameters, and the object."""
+    """The name of the object of RoPE's parameters, and the object. The older form is of all layers, or of those without a
+    window if they differ."""
     scaling, parameters = table.get("rope_scaling"), table.get("rope_parameters")
+    if layer_type == LOCAL:
+        scaling = None
+    if layer_type is not None and not scaling:
+        if not isinstance(parameters, dict | None) or not (parameters or {}).keys() <= {GLOBAL, LOCAL}:
+            raise table.error("rope_parameters", f"give it a table {GLOBAL} and a table {LOCAL}")
+        parameters = {layer_type: (parameters or {}).get(layer_type) or {}}
     name = "rope_scaling" if scaling else "rope_parameters"
     values = scaling or parameters or {}
     if isinstance(values, dict) and layer_type is not None and isinstance(values.get(layer_type), dict):
