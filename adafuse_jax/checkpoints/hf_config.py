@@ -70,7 +70,7 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
     model_type = table.choice("model_type", tuple(FAMILIES))
     family = FAMILIES[model_type]
     if part is not None:
-        table.values.setdefault("architectures", [family.architecture])  # for an export
+        table.values = {"architectures": [family.architecture], **family.text_defaults, **table.values}
     activation = ACTIVATION_NAMES[table.choice(family.key("hidden_act"), tuple(ACTIVATION_NAMES), family.activation)]
     for name in ("quantization_config", "quantization", "compression_config"):
         if table.get(name):

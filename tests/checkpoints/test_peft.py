@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from goldens import family_models
 from goldens.tiny_loras import CHANGING, LORAS, VARIANTS, factors
 from goldens.tiny_models import CASES, tensor_shapes, write_model_dir
 from safetensors.numpy import load_file, save_file
@@ -78,7 +79,9 @@ class TestModulesOfTheirOwn:
 
     def test_logits_are_peft_s(self, name, tmp_path):
         case, golden = VARIANTS[name], np.load(PEFT / name / "outputs.npz")
-        model = load_backbone(write_model_dir(CASES[case.model], tmp_path / "model"), "float32")
+        in_set = CASES if case.model in CASES else family_models.CASES
+        write = write_model_dir if case.model in CASES else family_models.write_model_dir
+        model = load_backbone(write(in_set[case.model], tmp_path / "model"), "float32")
         lora = load_adapter(PEFT / name, model.config, backbone_identity="", dtype=jnp.float32)
         check_logits(model(golden["tokens"], adapter=lora).logits, golden["logits"])
         assert np.abs(model(golden["tokens"]).logits - golden["logits"]).max() > 0.1 * golden["logits"].std()

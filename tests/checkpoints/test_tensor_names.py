@@ -12,10 +12,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from goldens import family_models
 from goldens.tiny_models import CASES, read_tensors, write_json, write_model_dir, write_tensors
 
 from adafuse_jax import Backbone, UserError, export_backbone, load_backbone
 from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
+from adafuse_jax.checkpoints.hf_config import parse_tables
+from adafuse_jax.core.tables import Table
 
 VISION = {
     "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight": np.ones((4, 4), np.float32),
@@ -100,6 +103,24 @@ def test_the_whole_model_s_keys_count(tmp_path: Path):
     write_json(config | {"quantization_config": {"bits": 4}}, directory / "config.json")
     with pytest.raises(UserError, match="quantization_config: the weights are quantised"):
         load_backbone(directory)
+
+
+def test_gemma_3_with_images(tmp_path: Path):
+    """The text part of Gemma 3 is the text model, and has its class's sizes where `text_config` leaves them out."""
+    case = family_models.CASES["gemma3_text_0"]
+    plain = load_backbone(family_models.write_model_dir(case, tmp_path / "plain"))
+    (tmp_path / "whole").mkdir()
+    write_json(OUTER | {"model_type": "gemma3", "text_config": case.config}, tmp_path / "whole" / "config.json")
+    tensors = {f"language_model.{name}": value for name, value in read_tensors(tmp_path / "plain").items()}
+    write_tensors(tensors | VISION, tmp_path / "whole")
+    assert_equal(load_backbone(tmp_path / "whole"), plain)
+    text = {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    }  # fmt: skip
+    found = parse_tables(Table({"model_type": "gemma3", "text_config": text}, "config.json"), Table({}, "")).model
+    assert (found.vocab_size, found.num_heads, found.num_kv_heads, found.head_dim) == (262208, 8, 4, 256)
+    assert found.sliding_windows[4:7] == (1024, None, 1024)
 
 
 def test_several_types_in_one_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -23,24 +23,34 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from make_goldens import ATOL, Golden, differences, forward, load
+from make_goldens import ATOL, HERE, Golden, differences, forward, load
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
-from tiny_loras import LORAS, WITH_ARGUMENTS, Variant, drawn
+from tiny_loras import EXPORTED, LORAS, WITH_ARGUMENTS, Variant, drawn
 from tiny_models import CASES, write_model_dir
 
-HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # the tests import these models by the same name
+from goldens import family_models
+
 BATCH, LENGTH = 2, 16
+MODELS = {name: (case, write_model_dir) for name, case in CASES.items()}
+MODELS |= {name: (case, family_models.write_model_dir) for name, case in family_models.CASES.items()}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def write_model(name: str, out: Path) -> Path:
+    """The directory of a tiny model, of either set."""
+    case, write = MODELS[name]
+    return write(case, out)
 
 
 def make(name: str, out: Path) -> Golden:
     """Save the LoRA to `out` as PEFT does; returns the outputs."""
     case = LORAS[name] if name in LORAS else WITH_ARGUMENTS[name]
     rng = np.random.default_rng(zlib.crc32(f"{name}/inputs".encode()))
-    tokens = rng.integers(3, CASES[case.model].config["vocab_size"], (BATCH, LENGTH))
+    tokens = rng.integers(3, MODELS[case.model][0].config["vocab_size"], (BATCH, LENGTH))
     with tempfile.TemporaryDirectory() as folder:
-        model = load(write_model_dir(CASES[case.model], Path(folder)))
+        model = load(write_model(case.model, Path(folder)))
     if isinstance(case, Variant):
         arguments = case.arguments
     else:
@@ -83,7 +93,7 @@ def check_export(name: str, exports: Path) -> list[str]:
     """Compare this project's PEFT directory (loaded by PEFT) and merged model (loaded by transformers) with the golden."""
     with np.load(HERE / "peft" / name / "outputs.npz") as committed, tempfile.TemporaryDirectory() as folder:
         wanted = dict(committed)
-        backbone = load(write_model_dir(CASES[LORAS[name].model], Path(folder)))
+        backbone = load(write_model((LORAS | WITH_ARGUMENTS)[name].model, Path(folder)))
         found = {
             "tokens": wanted["tokens"],
             "merged": forward(load(exports / name / "huggingface"), wanted["tokens"]),
@@ -115,7 +125,7 @@ def main() -> int:
     torch.set_num_threads(2)
     if args.exports or args.check:
         if args.exports:
-            found = [line for name in LORAS for line in check_export(name, args.exports)]
+            found = [line for name in EXPORTED for line in check_export(name, args.exports)]
             found += check_trained(args.exports / "trained")
         else:
             found = [line for name in (*LORAS, *WITH_ARGUMENTS) for line in check(name)]
@@ -125,7 +135,8 @@ def main() -> int:
             what = "agree with PEFT"
             if args.exports:
                 what = "exports, and one of a run over eight devices, answer the same in PEFT and transformers"
-            print(f"goldens: {len(LORAS) + (0 if args.exports else len(WITH_ARGUMENTS))} LoRAs: {what}")
+            count = len(EXPORTED) if args.exports else len(LORAS | WITH_ARGUMENTS)
+            print(f"goldens: {count} LoRAs: {what}")
         return 1 if found else 0
     for name in (*LORAS, *WITH_ARGUMENTS):
         out = HERE / "peft" / name

@@ -71,6 +71,13 @@ VARIANTS = {
         arguments={"r": 2, "lora_alpha": 4, "target_modules": "all-linear", "exclude_modules": ["gate_proj", "k_proj"]},
     ),
 }  # fmt: skip
+VARIANTS["fused"] = Variant(
+    model="phi3_0",
+    arguments={
+        "r": 2, "lora_alpha": 3, "target_modules": ["qkv_proj", "gate_up_proj", "down_proj"],
+        "rank_pattern": {"gate_up_proj": 3},
+    },
+)  # fmt: skip
 CHANGING = {
     "dora": Variant(
         model="qwen3_bias",
@@ -94,6 +101,8 @@ CHANGING = {
 }  # fmt: skip
 """Adapters that change the backbone's own weights too."""
 WITH_ARGUMENTS = VARIANTS | CHANGING
+EXPORTED = (*LORAS, "fused")
+"""Those that the project exports again, for PEFT to read."""
 
 
 def drawn(name: str, key: str, size: tuple[int, ...]) -> np.ndarray:
