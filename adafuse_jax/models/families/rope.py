@@ -160,6 +160,8 @@ def _yarn(rope: Table, settings: dict[str, Any], *, is_nested: bool) -> dict[str
     found: dict[str, Any] = {"attention_factor": rope.number("attention_factor", inferred, low=0, high=1e6)}
     for name, default in YARN_KEYS.items():
         found[name] = rope.number(name, default, low=0, high=1e6) or default
+        if found[name] < 1e-6:  # turns whose length no float holds
+            raise rope.error(name, "it must be at least 1e-06, or 0 for the default")
     if not is_nested:  # where transformers looks for it, a level too high
         found["truncate"] = rope.boolean("truncate", True)
     return found
