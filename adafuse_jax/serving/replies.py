@@ -86,9 +86,8 @@ class CompletionReply(Reply):
         super().__init__(model, **options)
         self._prompts, self._per_prompt = prompts, per_prompt
         self._offsets: dict[int, int] = {}
-        self._characters = defaultdict(
-            partial(codecs.getincrementaldecoder("utf-8"), "replace")
-        )  # those of several tokens, by answer
+        decoder = codecs.getincrementaldecoder("utf-8")  # of characters that several tokens make
+        self._characters: dict[int, codecs.IncrementalDecoder] = defaultdict(partial(decoder, "replace"))
         self._joined: set[int] = set()  # answers whose text follows their prompt's
 
     def first(self, index: int, answer: Answer) -> dict[str, Any] | None:
