@@ -21,6 +21,7 @@ from flax import nnx
 from adafuse_jax.checkpoints.hf_config import HFConfig, parse_hf_config
 from adafuse_jax.checkpoints.placement import Placement, Stacked
 from adafuse_jax.checkpoints.safetensors_files import DTYPES, Tensors, require_float
+from adafuse_jax.checkpoints.tensor_names import stored_names
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.data.tokenizer import PATTERNS
 from adafuse_jax.models.config import LINEARS, DType, ModelConfig
@@ -78,9 +79,13 @@ class HFCheckpoint:
         """
         directory = model_directory(path_or_id)
         hf_config = parse_hf_config(directory)
-        tensors = Tensors(directory)
+        tensors, model = Tensors(directory), hf_config.model
+        names = stored_names(
+            tensors.shapes, str(directory), is_part=hf_config.is_part, is_tied=model.tie_word_embeddings
+        )
+        tensors.rename(names.of)
         _check_tensors(tensors, hf_config.model)
-        for remark in (*hf_config.remarks, *tensors.remarks):
+        for remark in (*hf_config.remarks, *tensors.remarks, *names.remarks):
             log.info("%s", remark)
         dtype = hf_config.dtype or DTYPES[next(name for name in tensors.dtypes.values() if name in DTYPES)]
         dtype = "float32" if dtype == "float64" else dtype

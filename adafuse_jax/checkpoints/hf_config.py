@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adafuse_jax.checkpoints.inert_keys import GENERATION_INERT, INERT, INERT_VALUES, SUPPORTED_VALUES
+from adafuse_jax.checkpoints.tensor_names import text_table
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ModelConfig
@@ -37,13 +38,14 @@ NOT_NULL = (
 class HFConfig:
     """config.json and generation_config.json, each read once. `dtype` is the one that config.json names, None if it names
     none; `remarks` are log lines about keys that nothing uses; `table` and `generation` hold the files as they are, the
-    latter empty if it is absent."""
+    latter empty if it is absent. Of a model of several parts (`is_part`) `table` is the text part's."""
 
     model: ModelConfig
     dtype: str | None
     remarks: tuple[str, ...]
     table: Table
     generation: Table
+    is_part: bool = False
 
 
 def parse_hf_config(directory: Path) -> HFConfig:
@@ -62,9 +64,13 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
       UserError: a missing key; a value of a wrong type or range; a model type, rope type, activation,
         quantisation or other key that is not supported.
     """
+    part = text_table(table)
+    table = part or table
     _refuse_null(table)
     model_type = table.choice("model_type", tuple(FAMILIES))
     family = FAMILIES[model_type]
+    if part is not None:
+        table.values = {"architectures": [family.architecture], **family.text_defaults, **table.values}
     activation = ACTIVATION_NAMES[table.choice(family.key("hidden_act"), tuple(ACTIVATION_NAMES), family.activation)]
     for name in ("quantization_config", "quantization", "compression_config"):
         if table.get(name):
@@ -119,12 +125,20 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
         pad_token_id=next(iter(tokens["pad_token_id"]), None),
         **own_fields,
     )
+    if rope.kind == "longrope":
+        original = rope.original_max_position_embeddings
+        remarks.append(
+            f"{table.where}: longrope: an answer to a prompt of up to {original} tokens ends at {original} in all, where "
+            "the angles change"
+        )
     dtype = _dtype(table)
     unused = [*(name for name in table.unread() if not _is_inert(name, table.values[name])), *rope_unused]
     if unused:
         names = ", ".join(shortened(name, 60) for name in unused)
         remarks.insert(0, shortened(f"{table.where}: keys that are not used: {names}", 400))
-    return HFConfig(model=model, dtype=dtype, remarks=tuple(remarks), table=table, generation=generation)
+    return HFConfig(
+        model=model, dtype=dtype, remarks=tuple(remarks), table=table, generation=generation, is_part=part is not None
+    )
 
 
 def generation_remark(generation: Table) -> str | None:

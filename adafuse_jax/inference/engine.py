@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,8 +16,6 @@ from adafuse_jax.inference.slots import Slots
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.hooks import Adapter
 from adafuse_jax.parallel.mesh import mesh_of
-
-log = logging.getLogger(__name__)
 
 
 def occurrences(prompts: Sequence[Sequence[Any]]) -> list[int]:
@@ -57,9 +54,6 @@ class Engine:
         self.config, self._dtype, self._mesh = model.config, model.dtype, mesh_of(model)
         self.backend = choose_backend(strategy, model, adapter)
         self.context_length = self.config.context_length
-        if self.config.rope.kind == "longrope":
-            original = self.config.rope.original_max_position_embeddings
-            log.info("rope longrope: answers to prompts of up to %d tokens end there: the angles change", original)
         vocab = range(self.config.vocab_size)
         self.eos_ids = tuple(i for i in (self.config.eos_token_ids if eos_ids is None else eos_ids) if i in vocab)
         self._warm: set[Any] = set()

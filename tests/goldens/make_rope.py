@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -22,17 +23,19 @@ from make_goldens import differences
 from rope_cases import CASES, HEAD_DIM, LENGTHS, RopeCase, config, heads
 
 OUT = Path(__file__).resolve().parent / "rope.npz"
+WRITTEN = OUT.with_name("rope_written.json")
+"""Case → the keys that the project writes for it; `tests/models/test_rotary.py` compares them with what it does write."""
 PROMPT, DECODED = 24, 16
 
 
 class Reference:
     """The rotation of one case, with the state that transformers keeps between calls."""
 
-    def __init__(self, case: RopeCase):
+    def __init__(self, case: RopeCase, keys: dict | None = None):
         name = {"gemma3": "Gemma3Text"}.get(case.module, case.module.capitalize())
         self.module = importlib.import_module(f"transformers.models.{case.module}.modeling_{case.module}")
         made = getattr(transformers, f"{name}Config")
-        self.config = made(head_dim=HEAD_DIM, **config(case))
+        self.config = made(head_dim=HEAD_DIM, **(config(case) if keys is None else keys))
         rotary = f"{name.removesuffix('Text')}RotaryEmbedding"
         self.embedding, self.layer_type = getattr(self.module, rotary)(self.config), case.layer_type
 
@@ -58,6 +61,15 @@ def golden(name: str) -> dict[str, np.ndarray]:
     return found | {f"{name}/decoded": np.concatenate(steps, axis=1)}
 
 
+def differences_of_written(name: str, keys: dict, committed: dict[str, np.ndarray]) -> list[str]:
+    """Differences between a case and what transformers makes of the keys that the project writes for it."""
+    case = CASES[name]
+    for_all = {key: value for key, value in config(case).items() if key not in case.keys or "max_position" in key}
+    for_all.pop("original_max_position_embeddings", None)
+    found = {f"{name}/{n}": Reference(case, for_all | keys)(torch.arange(n), heads(n)) for n in LENGTHS}
+    return differences(f"written {name}", {key: committed[key] for key in found}, found)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with what is on disk instead of writing")
@@ -70,6 +82,8 @@ def main() -> int:
         return 0
     with np.load(OUT) as committed:
         found = differences("rope.npz", dict(committed), computed)
+        for name, keys in json.loads(WRITTEN.read_text()).items():
+            found += differences_of_written(name, keys, dict(committed))
     for line in found:
         print(f"goldens: {line}", file=sys.stderr)
     if not found:

@@ -26,7 +26,7 @@ from adafuse_jax.models.rotary import rotation, sequence_lengths
 KEYS = {
     "llama": RopeKeys(),
     "gemma3": RopeKeys(),
-    "phi3": RopeKeys(partial=True),
+    "phi3": RopeKeys(partial=True, original=4096),
     "glm4": RopeKeys(defaults=RopeConfig(interleaved=True, partial_rotary_factor=0.5), partial=True),
     "cohere2": RopeKeys(defaults=RopeConfig(interleaved=True)),
     "ministral3": RopeKeys(scales_queries=True),
@@ -81,6 +81,8 @@ def test_queries_and_keys_are_those_of_transformers(name: str, golden: dict[str,
 def test_written_and_read_again(name: str):
     keys, rope, max_positions = KEYS[CASES[name].module], read(name), config(CASES[name])["max_position_embeddings"]
     table = json.loads(json.dumps(keys.write(rope)))
+    # These are what transformers has read, in goldens/make_rope.py.
+    assert table == json.loads((tiny.GOLDENS / "rope_written.json").read_text())[name]
     assert keys.read(Table(table, "config.json"), max_positions, HEAD_DIM) == (rope, [])
 
 

@@ -51,6 +51,7 @@ class Family:
       keys: the family's names of keys of config.json that all have, where they differ.
       norm_eps, activation, tied: defaults.
       fused: linears that are one tensor in the files, one below the other.
+      text_defaults: keys that all plain models have, and `text_config` of a larger model may leave out → the class's values.
     """
 
     architecture: str
@@ -70,6 +71,7 @@ class Family:
     tied: bool = False
     tensor_names: Mapping[str, str] = field(default_factory=lambda: TENSOR_NAMES)
     fused: tuple[tuple[str, ...], ...] = ()
+    text_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def tensor_name(self, path: tuple[Any, ...]) -> str:
         """Hugging Face's name of a leaf of `Backbone`; that of a stacked leaf has `{}` for the layer."""

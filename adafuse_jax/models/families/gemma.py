@@ -67,5 +67,7 @@ def _read_gemma3(table: Table, num_layers: int, max_positions: int) -> dict[str,
 GEMMA2 = Family(architecture="Gemma2ForCausalLM", max_positions=8192, read=_read_gemma2, write=_write_gemma2, **SHARED)
 GEMMA3 = Family(
     architecture="Gemma3ForCausalLM", max_positions=131072, read=_read_gemma3, write=_write, **SHARED,
+    text_defaults={"vocab_size": 262208, "num_attention_heads": 8, "hidden_size": 2304, "intermediate_size": 9216,
+                   "num_hidden_layers": 26},
     rope=RopeKeys(defaults=RopeConfig(theta=1e6)), local_rope=RopeKeys(theta_key="rope_local_base_freq"),
 )  # fmt: skip

@@ -26,6 +26,8 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 PHI3 = Family(
     architecture="Phi3ForCausalLM", num_kv_heads=None, max_positions=4096, bos_token_id=1, eos_token_id=32000,
     pad_token_id=32000, norm_eps=1e-5, tensor_names=NAMES, fused=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
-    rope=RopeKeys(partial=True, kinds={"default": "default", **dict.fromkeys(("longrope", "su", "yarn"), "longrope")}),
+    rope=RopeKeys(
+        partial=True, original=4096, kinds={"default": "default", **dict.fromkeys(("longrope", "su", "yarn"), "longrope")},
+    ),
     read=_read, write=_write,
 )  # fmt: skip

@@ -36,6 +36,7 @@ class RopeKeys:
       partial: whether the class reads `partial_rotary_factor`; one that does not rotates whole heads.
       scales_queries: whether it reads `llama_4_scaling_beta`, which it needs then.
       kinds: values of `rope_type` → the kind.
+      original: the original length of a class that has a default for it beside the parameters, where it wins over theirs.
       theta_key: the key of the base beside the parameters; None: there is none.
     """
 
@@ -43,6 +44,7 @@ class RopeKeys:
     partial: bool = False
     scales_queries: bool = False
     kinds: Mapping[str, str] = field(default_factory=lambda: {name: name for name in ROPE_FIELDS})
+    original: int | None = None
     theta_key: str | None = "rope_theta"
 
     def read(
@@ -69,7 +71,7 @@ class RopeKeys:
         if kind in ("llama3", "yarn", "longrope"):
             original = rope.integer("original_max_position_embeddings", max_positions, low=1)
             if layer_type is None:  # transformers takes the outer one before the inner one, unless there are several
-                original = table.integer("original_max_position_embeddings", original, low=1)
+                original = table.integer("original_max_position_embeddings", self.original or original, low=1)
             settings["original_max_position_embeddings"] = original
         if kind == "llama3":
             low = rope.number("low_freq_factor", low=0, high=1e30, above=True)
@@ -114,6 +116,8 @@ class RopeKeys:
         scaling = {name: list(value) if isinstance(value, tuple) else value for name, value in scaling.items()}
         if rope.kind in ("yarn", "longrope"):
             scaling["attention_factor"] = rope.attention_factor
+        if self.original is not None and "original_max_position_embeddings" in scaling:
+            table["original_max_position_embeddings"] = scaling.pop("original_max_position_embeddings")
         if self.scales_queries:
             scaling["llama_4_scaling_beta"] = rope.query_scaling_beta
             scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings
@@ -156,6 +160,8 @@ def _yarn(rope: Table, settings: dict[str, Any], *, is_nested: bool) -> dict[str
     found: dict[str, Any] = {"attention_factor": rope.number("attention_factor", inferred, low=0, high=1e6)}
     for name, default in YARN_KEYS.items():
         found[name] = rope.number(name, default, low=0, high=1e6) or default
+        if found[name] < 1e-6:  # turns whose length no float holds
+            raise rope.error(name, "it must be at least 1e-06, or 0 for the default")
     if not is_nested:  # where transformers looks for it, a level too high
         found["truncate"] = rope.boolean("truncate", True)
     return found
