@@ -128,8 +128,8 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
     if rope.kind == "longrope":
         original = rope.original_max_position_embeddings
         remarks.append(
-            f"{table.where}: longrope: an answer to a prompt of up to {original} tokens ends at {original} in all, where "
-            "the angles change"
+            f"{table.where}: longrope: an answer to a prompt of up to {original} tokens ends where both have "
+            f"{original + 1}, as the angles change there"
         )
     dtype = _dtype(table)
     unused = [*(name for name in table.unread() if not _is_inert(name, table.values[name])), *rope_unused]

@@ -19,7 +19,14 @@ from jaxtyping import Array, Float
 
 from adafuse_jax.adapters.lora import LoRA, merged
 from adafuse_jax.checkpoints.adapter_files import read_adapter_table, write_adapter_files
-from adafuse_jax.checkpoints.peft_files import PeftAdapter, beyond_lora, modules_of, read_peft, tensor_name
+from adafuse_jax.checkpoints.peft_files import (
+    PeftAdapter,
+    beyond_lora,
+    modules_of,
+    read_peft,
+    require_lora,
+    tensor_name,
+)
 from adafuse_jax.core.adapter_folder import adapter_folder
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.tables import Table
@@ -30,6 +37,7 @@ from adafuse_jax.models.decoder import Backbone
 def load_peft_lora(directory: Path, table: Table, model: ModelConfig, *, dtype: jnp.dtype) -> LoRA:
     """The LoRA in a PEFT directory whose adapter_config.json is `table`, its factors cast to `dtype`. Raises `UserError` as
     `read_peft`, and for an adapter that is more than a LoRA."""
+    require_lora(table)
     if beyond := beyond_lora(table):  # before its tensors are read
         raise _only_merged(table.where, beyond[0], directory)
     adapter = read_peft(directory, table, model)

@@ -12,8 +12,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def read_peft(directory: Path, table: Table, model: ModelConfig) -> PeftAdapter:
       UserError: another kind of adapter or a variant of LoRA; tensors that are missing, no part of a LoRA, not finite, or do
         not fit the backbone.
     """
-    _require_lora(table)
+    require_lora(table)
     selection, dropout = AdaptedModules.read(table), table.number("lora_dropout", 0.0, low=0, high=1)
     beyond = beyond_lora(table)
     if unknown := [name for name in table.unread() if name not in INERT]:
@@ -117,7 +118,8 @@ def read_peft(directory: Path, table: Table, model: ModelConfig) -> PeftAdapter:
         for layer in range(model.num_layers)
         if selection.left_out_by(name := f"{prefix}layers.{layer}.{module}") is None
     }
-    ranks = {selection.rank_of(name) for name in modules.values()} or {selection.rank}
+    settings = {name: selection.rank_and_scale(name) for name in modules.values()}
+    ranks = {rank for rank, _ in settings.values()} or {selection.rank}
     if len(ranks) > 1:
         log.info("%s: ranks from %d to %d, all stored as the largest", table.where, min(ranks), max(ranks))
     try:
@@ -139,7 +141,9 @@ def read_peft(directory: Path, table: Table, model: ModelConfig) -> PeftAdapter:
         beyond=beyond or tuple(f"tensor {name}" for name in saved),
     )
     for (layer, module), name in modules.items():
-        _fill(adapter, model, layer, linears[module], tensors, name, selection, path)
+        rank, scale = settings[name]
+        b_factor = scale / selection.default_scale
+        _fill(adapter, model, layer, linears[module], partial(_take, tensors, name, path), rank, scale, b_factor)
     if tensors:
         raise UserError(
             f"{path}: tensor {shortened(sorted(tensors)[0], 120)} is of no layer of the backbone, which has "
@@ -148,7 +152,8 @@ def read_peft(directory: Path, table: Table, model: ModelConfig) -> PeftAdapter:
     return adapter
 
 
-def _require_lora(table: Table) -> None:
+def require_lora(table: Table) -> None:
+    """Raise `UserError` for another kind of adapter, or a variant of LoRA that is not computed here."""
     if table.get("peft_type") != "LORA":
         kind = quoted(table.get("peft_type"))
         raise UserError(f"{table.where}: peft_type {kind} is not supported; supported: LORA")
@@ -166,22 +171,17 @@ def _fill(
     model: ModelConfig,
     layer: int,
     linears: tuple[str, ...],
-    tensors: dict[str, np.ndarray],
-    name: str,
-    selection: AdaptedModules,
-    path: Path,
+    take: Callable[..., np.ndarray],
+    rank: int,
+    scale: float,
+    b_factor: float,
 ) -> None:
-    """Move the tensors of module `name`, which is `linears` one below the other, to the adapter."""
-    rank, scale = selection.rank_of(name), selection.scale_of(name)
+    """Put the tensors of a module, which is `linears` one below the other, into the adapter. `take` gives the tensor of a
+    name's end and a shape."""
     rows = [model.linear_shape(linear)[0] for linear in linears]
-
-    def take(end: str, *shape: int) -> np.ndarray:
-        return _take(tensors, f"base_model.model.{name}.{end}", shape, path).astype(np.float32)
-
     a = take("lora_A.weight", rank, model.linear_shape(linears[0])[1])
     b = take("lora_B.weight", sum(rows), rank)
-    if scale != selection.default_scale:
-        b *= np.float32(scale / selection.default_scale)
+    b = b if b_factor == 1 else b * np.float32(b_factor)
     vectors = [(adapter.magnitudes, take("lora_magnitude_vector", sum(rows)))] if adapter.magnitudes else []
     vectors += [(adapter.biases, scale * take("lora_B.bias", sum(rows)))] if adapter.biases else []
     for linear, end, size in zip(linears, np.cumsum(rows), rows, strict=True):
@@ -236,7 +236,8 @@ def _modules_in(
         if match is None or match["module"] not in linears:
             modules = " ".join(module.rsplit(".", 1)[-1] for module in linears)
             raise UserError(
-                f"{path}: tensor {shortened(name, 120)} is not of a LoRA of {modules}; no other is supported"
+                f"{path}: tensor {shortened(name, 120)} is not of a LoRA of {modules}; merge the adapter with PEFT, and "
+                "give the result as --model"
             )
         prefixes.add(match["prefix"])
         found.add(match["module"])
@@ -269,7 +270,8 @@ def _initial_factors(model: ModelConfig, linear: str, rank: int, is_whole: bool)
     return {"A": a, "B": b}
 
 
-def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], path: Path) -> np.ndarray:
+def _take(tensors: dict[str, np.ndarray], module: str, path: Path, end: str, *shape: int) -> np.ndarray:
+    name = f"base_model.model.{module}.{end}"
     where = f"{path}: tensor {shortened(name, 120)}"
     if name not in tensors:
         raise UserError(f"{where} is missing, and {CONFIG_FILE} selects its module; restore the files of one adapter")
@@ -279,4 +281,4 @@ def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], pat
             f"{where} has shape {quoted(list(tensor.shape))}, {CONFIG_FILE} and the backbone say {list(shape)}; give "
             "--model the one that it was trained on"
         )
-    return tensor
+    return tensor.astype(np.float32)

@@ -37,8 +37,9 @@ class AdaptedModules:
     excluded: list[str] | str | None
     layers: frozenset[int] | None
     lists: tuple[str, ...]
-    ranks: dict[str, Any]
-    alphas: dict[str, Any]
+    ranks: tuple[tuple[Any, int], ...]
+    alphas: tuple[tuple[Any, float], ...]
+    """(compiled pattern, value)."""
 
     @classmethod
     def read(cls, table: Table) -> AdaptedModules:
@@ -54,8 +55,7 @@ class AdaptedModules:
         lists = (lists,) if isinstance(lists, str) else lists
         if not isinstance(lists, list | tuple) or not all(isinstance(name, str) for name in lists):
             raise table.error("layers_pattern", "it must be a name, or a list of names")
-        patterns = {name: table.table(name) or Table({}, table.where) for name in ("rank_pattern", "alpha_pattern")}
-        of_ranks, of_alphas = patterns["rank_pattern"], patterns["alpha_pattern"]
+        of_ranks, of_alphas = (table.table(f"{name}_pattern") or Table({}, "") for name in ("rank", "alpha"))
         return cls(
             table=table,
             rank=table.integer("r", low=1, high=MAX_SIZE),
@@ -65,8 +65,14 @@ class AdaptedModules:
             excluded=table.get("exclude_modules"),
             layers=frozenset(numbers) if numbers else None,
             lists=tuple(lists),
-            ranks={name: of_ranks.integer(name, low=1, high=MAX_SIZE) for name in of_ranks.values},
-            alphas={name: of_alphas.number(name, low=0, high=1e6) for name in of_alphas.values},
+            ranks=tuple(
+                (_compiled(table, "rank_pattern", rf"(.*\.)?({name})$"), of_ranks.integer(name, low=1, high=MAX_SIZE))
+                for name in of_ranks.values
+            ),
+            alphas=tuple(
+                (_compiled(table, "alpha_pattern", rf"(.*\.)?({name})$"), of_alphas.number(name, low=0, high=1e6))
+                for name in of_alphas.values
+            ),
         )
 
     @property
@@ -89,37 +95,44 @@ class AdaptedModules:
             return "layers_to_transform"
         return None
 
-    def rank_of(self, module: str) -> int:
-        return self._by_pattern("rank_pattern", self.ranks, module, self.rank)
-
-    def scale_of(self, module: str) -> float:
-        return self._scale(self._by_pattern("alpha_pattern", self.alphas, module, self.alpha), self.rank_of(module))
+    def rank_and_scale(self, module: str) -> tuple[int, float]:
+        """R and s of a module: those of the first patterns that fit, or the default."""
+        rank, alpha = (
+            next((value for pattern, value in values if self._match(key, pattern, module)), default)
+            for key, values, default in (
+                ("rank_pattern", self.ranks, self.rank), ("alpha_pattern", self.alphas, self.alpha)
+            )
+        )  # fmt: skip
+        return int(rank), self._scale(alpha, int(rank))
 
     def _scale(self, alpha: float, rank: int) -> float:
         return alpha / (math.sqrt(rank) if self.stabilised else rank)
 
     def _is_named(self, module: str, names: Sequence[str], key: str) -> bool:
         if isinstance(names, str):
-            return self._match(key, names, module, whole=True) is not None
+            return self._match(key, _compiled(self.table, key, names), module, whole=True) is not None
         return any(module == name or module.endswith(f".{name}") for name in names)
 
     def _layer(self, module: str) -> int | None:
         patterns = [rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\." for name in self.lists] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
         for pattern in patterns:
-            if found := self._match("layers_pattern", pattern, module):
+            if found := self._match("layers_pattern", _compiled(self.table, "layers_pattern", pattern), module):
                 return int(found["idx"])
         return None
 
-    def _by_pattern(self, key: str, values: dict[str, Any], module: str, default: Any) -> Any:
-        """The value of the first pattern that fits, or `default`."""
-        found = (value for name, value in values.items() if self._match(key, rf"(.*\.)?({name})$", module))
-        return next(found, default)
-
-    def _match(self, key: str, pattern: str, module: str, *, whole: bool = False) -> Any:
+    def _match(self, key: str, pattern: Any, module: str, *, whole: bool = False) -> Any:
         try:
-            return (regex.fullmatch if whole else regex.match)(pattern, module, timeout=SECONDS)
-        except (regex.error, TimeoutError) as error:
-            reason = str(error) or f"it takes more than {SECONDS:g} s"
-            raise UserError(
-                f"{self.table.where}: {key}: {quoted(pattern)} cannot be matched ({reason}); name the modules instead"
-            ) from error
+            return (pattern.fullmatch if whole else pattern.match)(module, timeout=SECONDS)
+        except TimeoutError as error:
+            raise _unmatched(self.table, key, pattern.pattern, f"it takes more than {SECONDS:g} s") from error
+
+
+def _compiled(table: Table, key: str, pattern: str) -> Any:
+    try:
+        return regex.compile(pattern)
+    except regex.error as error:
+        raise _unmatched(table, key, pattern, str(error)) from error
+
+
+def _unmatched(table: Table, key: str, pattern: str, reason: str) -> UserError:
+    return UserError(f"{table.where}: {key}: {quoted(pattern)} cannot be matched ({reason}); name the modules instead")

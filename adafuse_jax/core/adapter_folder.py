@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from adafuse_jax.core.errors import UserError, quoted
@@ -13,12 +14,11 @@ def adapter_folder(directory: str | Path) -> Path:
     """The directory, or its only sub-folder with an adapter_config.json if it has none itself: PEFT saves adapters that have
     names so. Raises `UserError` if there are several."""
     directory = Path(directory).expanduser()
-    if (directory / ADAPTER_CONFIG).exists():
+    if not os.path.isdir(directory) or os.path.exists(
+        directory / ADAPTER_CONFIG
+    ):  # for names that no file can have, too
         return directory
-    try:
-        named = sorted(path.parent for path in directory.glob(f"*/{ADAPTER_CONFIG}"))
-    except OSError:  # whoever reads the files reports it
-        return directory
+    named = sorted(path.parent for path in directory.glob(f"*/{ADAPTER_CONFIG}"))
     if len(named) > 1:
         names = ", ".join(quoted(path.name) for path in named[:4])
         raise UserError(

@@ -154,7 +154,7 @@ class ModelConfig:
         others in a sequence longer than the original length, so the cache of a shorter one is of no use from there on."""
         original = self.rope.original_max_position_embeddings
         if self.rope.kind == "longrope" and prompt_tokens <= original:
-            return min(original, self.context_length)
+            return min(original + 1, self.context_length)  # the last token is not read
         return self.context_length
 
     def norm_shapes(self) -> dict[str, tuple[int, ...]]:

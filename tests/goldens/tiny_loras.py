@@ -102,7 +102,7 @@ CHANGING = {
 """Adapters that change the backbone's own weights too."""
 WITH_ARGUMENTS = VARIANTS | CHANGING
 EXPORTED = (*LORAS, "fused")
-"""Those that the project exports again, for PEFT to read."""
+"""Adapters that the project exports again, for PEFT to read."""
 
 
 def drawn(name: str, key: str, size: tuple[int, ...]) -> np.ndarray:

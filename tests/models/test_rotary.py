@@ -147,12 +147,12 @@ class TestDecoding:
     def test_longrope_of_a_short_prompt_ends_at_the_original_length(self, longrope: Engine):
         prompt = prompt_of(longrope.model, 14)
         (answer,) = generate(longrope, prompt, n=30)
-        assert len(answer) == 20 - 14
-        tokens = np.array([[*prompt, *answer]])  # as long as the original length: short factors
+        assert len(answer) == 21 - 14
+        tokens = np.array([[*prompt, *answer[:-1]]])  # as long as the original length: short factors
         logits = longrope.model(tokens, unroll=True).logits[0]
-        assert np.asarray(logits)[13:19].argmax(-1).tolist() == answer
-        with pytest.raises(UserError, match="20 tokens and the context holds 20"):
-            longrope.max_new_tokens(20, 1)
+        assert np.asarray(logits)[13:].argmax(-1).tolist() == answer
+        assert longrope.max_new_tokens(20, 9) == 1
+        assert longrope.max_new_tokens(21, 9) == 9
 
     def test_no_cache_is_shared_past_the_original_length(self, dynamic: Engine):
         """A prompt that begins with one of another length gives the tokens that it gives alone."""
@@ -168,7 +168,7 @@ def test_contexts_are_as_long_as_the_kind_reaches():
         config = dataclasses.replace(SMALL, rope=rope, max_position_embeddings=20 if rope == DYNAMIC else 60)
         assert config.context_length == wanted
         assert config.context_after(21) == wanted
-        assert config.context_after(20) == (20 if rope == LONG else wanted)
+        assert config.context_after(20) == (21 if rope == LONG else wanted)
 
 
 def test_a_chunk_of_a_prompt_needs_its_length():
