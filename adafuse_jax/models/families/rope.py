@@ -19,7 +19,6 @@ from adafuse_jax.models.config import ROPE_FIELDS, RopeConfig
 
 NOT_NULL = (
     "rope_theta", "rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-    "partial_rotary_factor", "short_factor", "long_factor",
 )  # fmt: skip
 """Keys that may be absent, but not null."""
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
