@@ -7,9 +7,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,6 +38,7 @@ PATTERNS = (
     "merges.txt", "chat_template*", "additional_chat_templates/*",
 )  # fmt: skip
 """Patterns of the files that transformers reads tokenizers and chat templates from."""
+OLDEST_TRANSFORMERS = "5.24"
 
 
 def load_tokenizer(path_or_hub_id: str | Path, adapter: str | Path | None = None) -> Any:
@@ -167,6 +170,12 @@ def _load(path_or_hub_id: str | Path) -> Any:
 
 
 def _by_transformers(name: str, local: bool) -> Any:
+    installed = version("transformers")
+    if _numbers(installed) < _numbers(OLDEST_TRANSFORMERS):
+        raise UserError(
+            f"{name}: its tokenizer is read by transformers, and transformers {installed} reads some wrongly; install "
+            f"transformers>={OLDEST_TRANSFORMERS}"
+        )
     try:
         with _silent():
             return _without_code(name, local)
@@ -176,6 +185,11 @@ def _by_transformers(name: str, local: bool) -> Any:
         reason = " ".join(str(error)[:2000].split())[:160] or type(error).__name__
         advice = "it needs tokenizer.json and tokenizer_config.json" if local else "check the name and the connection"
         raise UserError(f"cannot load the tokenizer: {name}: {reason}: {advice}") from None
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """(5, 24) of 5.24.0.dev0."""
+    return tuple(int(number) for number in re.findall(r"\d+", release)[:2])
 
 
 @contextmanager

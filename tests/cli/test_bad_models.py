@@ -48,8 +48,8 @@ TRAIN = [
     ),
     Case(
         "activation",
-        ("{}/model/config.json", "'gelu'", "supported: silu"),
-        damage=edit_json("model/config.json", hidden_act="gelu"),
+        ("{}/model/config.json", "'mish'", "supported: silu"),
+        damage=edit_json("model/config.json", hidden_act="mish"),
     ),
     Case(
         "quantised",

@@ -90,9 +90,11 @@ def real_goldens() -> dict[str, list[dict]]:
                 )
                 (Path(folder) / name).rename(path)
         tokenizer, model = AutoTokenizer.from_pretrained(path), load(path)
+        batch = tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side="left")
+        options = {"do_sample": False, "max_new_tokens": REAL_TOKENS, "eos_token_id": None}
+        out = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
         prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-        rows = [(prompt, greedy(model, np.array(prompt), REAL_TOKENS).tolist()) for prompt in prompts]
-        found[name] = [{"prompt": prompt, "greedy": tokens} for prompt, tokens in rows]
+        found[name] = [{"prompt": p, "greedy": row.tolist()} for p, row in zip(prompts, out, strict=True)]
     return found
 
 

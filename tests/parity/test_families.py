@@ -3,20 +3,26 @@ tensors that go in and out unchanged. The references are `goldens/families`, mad
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 import tiny
 from flax import nnx
+from generation import generate
 from goldens.family_models import CASES, lengths, write_model_dir
 from goldens.tiny_models import Case, read_tensors
 from transformers import AutoConfig
 
 from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
 from adafuse_jax.checkpoints.hf_export import export_backbone
+from adafuse_jax.data.tokenizer import load_tokenizer
+from adafuse_jax.inference.engine import Engine
 
 GOLDENS = tiny.GOLDENS / "families"
 TOLERANCE = 1e-4  # largest logit difference over the standard deviation of the logits, float32
@@ -47,6 +53,28 @@ def test_logits_and_greedy_tokens(case: Case, tmp_path: Path):
         error = np.abs(found - expected).max() / expected.std()
         assert error <= TOLERANCE, f"after {n} tokens logits differ by {error:.1e} of their standard deviation"
         np.testing.assert_array_equal(found.argmax(-1), greedy)
+
+
+@pytest.mark.parametrize("name", quick.first(["gemma3_text_0", "cohere2_0", "ministral3_1", "phi3_1", "glm4_1"]))
+def test_decoding_from_the_cache(name: str, tmp_path: Path):
+    """Prompts in chunks, all rows together, then token by token."""
+    case = CASES[name]
+    golden, model = golden_of(case), load_backbone(write_model_dir(case, tmp_path))
+    prompts = [golden[f"prompt_{n}"].tolist() for n in lengths(case)]
+    assert generate(Engine(model, eos_ids=()), *prompts, n=8) == [golden[f"greedy_{n}"].tolist() for n in lengths(case)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gemma-3-270m", "qwen2.5-coder-0.5b"])
+def test_real_models(packaged_dir: Callable[[str], Path], model: str):
+    """64 greedy tokens after ten prompts, in float32."""
+    directory = packaged_dir(model)
+    golden = json.loads((GOLDENS / "real.json").read_text())[model]
+    tokenizer, prompts = load_tokenizer(directory), [row["prompt"] for row in golden]
+    texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
+    assert [tokenizer(text)["input_ids"] for text in texts] == prompts
+    engine = Engine(load_backbone(directory, "float32"), eos_ids=())
+    assert generate(engine, *prompts, n=64) == [row["greedy"] for row in golden]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -89,7 +89,7 @@ class TestMistakes:
         assert load_backbone(tmp_path).lm_head is None
 
     def test_unsupported_activation(self, tmp_path: Path):
-        refuse(model_dir(tmp_path, hidden_act="gelu"), "config.json", "gelu")
+        refuse(model_dir(tmp_path, hidden_act="mish"), "config.json", "mish", "silu")
 
     def test_quantised_weights(self, tmp_path: Path):
         refuse(model_dir(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4}), "config.json", "quantised")
