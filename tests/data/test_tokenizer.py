@@ -213,7 +213,7 @@ class TestAdapters:
     ("installed", "is_old"), [("5.3.0", True), ("4.57.1", True), ("5.24.0.dev0", False), ("6.0", False)]
 )
 def test_an_old_transformers_is_refused(monkeypatch, tmp_path, installed, is_old):
-    """It reads some tokenizers wrongly without a word; a tokenizer that needs no transformers is read."""
+    """Such a version reads some tokenizers wrongly without a word; one that needs no transformers is read."""
     directory = tiny.write_model(tmp_path / "model")
     monkeypatch.setattr(tokenizer_module, "version", lambda name: installed)
     load_tokenizer(directory)
