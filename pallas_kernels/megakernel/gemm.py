@@ -77,7 +77,9 @@ class Gemm:
         self.group, self.plan, self.buffers, self.scalars, self.pipeline = group, plan, buffers, scalars, pipeline
         self.steps, self.norm_dim, self.eps, self.attention = steps, norm_dim, eps, attention
         self.schedule = schedule = TileSchedule(group, plan, scalars, lax.axis_index("cta"))
-        self.partial_sums = PartialSums(group, plan, buffers, all_reduce)
+        # Where CTAs run at the same time. The head's partial sums are exchanged once, and would have to be marked before.
+        polls = semaphores is not None and all_reduce is None and group is not plan.head
+        self.partial_sums = PartialSums(group, plan, buffers, all_reduce, polls=polls)
         self.semaphores = GroupSemaphores(semaphores, group, schedule, all_reduce, **options)
         self.hidden = ExpertHidden(group, plan, buffers, schedule, self.partial_sums, self.semaphores, self._to_smem)
         self.epilogue = Epilogue(
@@ -152,7 +154,7 @@ class Gemm:
                 count = self._multiply_tiles(layer, count, operand_smem)
         elif "reduce_h" in self.steps:
             self.hidden.reduce(layer)
-        if "gemm" in self.steps:
+        if "gemm" in self.steps and not self.partial_sums.polls:
             with jax.named_scope("signal"):
                 pl.when(self.schedule.cta_group < self.group.cta_groups)(self.semaphores.signal_units)
         if "epilogue" in self.steps:
