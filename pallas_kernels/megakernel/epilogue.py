@@ -174,7 +174,7 @@ class Epilogue:
         first_stores = None if others else start_stores(first)  # before the wait, if it is certain
         inverse_rms = buffers.inverse_rms
         r = [load(inverse_rms.at[self.schedule.cta, some], COLUMNS) for some in columns] if self.has_norm else []
-        if not self.partial_sums.polls:
+        if not self.partial_sums.polls_y:
             pl.when(n == 0)(lambda: self.semaphores.wait_units(layer))
         places = [
             ((self.schedule.tile_number(linear + i, tile), half), n_tile, self.schedule.is_adapted(linear + i))

@@ -72,15 +72,12 @@ class Gemm:
         eps: float,
         all_reduce: AllReduce | None = None,
         attention: Any = None,
-        **options: Any,
     ):
         self.group, self.plan, self.buffers, self.scalars, self.pipeline = group, plan, buffers, scalars, pipeline
         self.steps, self.norm_dim, self.eps, self.attention = steps, norm_dim, eps, attention
         self.schedule = schedule = TileSchedule(group, plan, scalars, lax.axis_index("cta"))
-        # Where CTAs run at the same time. The head's partial sums are exchanged once, and would have to be marked before.
-        polls = semaphores is not None and all_reduce is None and group is not plan.head
-        self.partial_sums = PartialSums(group, plan, buffers, all_reduce, polls=polls)
-        self.semaphores = GroupSemaphores(semaphores, group, schedule, all_reduce, **options)
+        self.partial_sums = PartialSums(group, plan, buffers, all_reduce, polls=semaphores is not None)
+        self.semaphores = GroupSemaphores(semaphores, group, schedule, all_reduce)
         self.hidden = ExpertHidden(group, plan, buffers, schedule, self.partial_sums, self.semaphores, self._to_smem)
         self.epilogue = Epilogue(
             group, buffers, schedule, self.partial_sums, self.semaphores, store, has_norm=norm_dim is not None
@@ -150,11 +147,13 @@ class Gemm:
                 else:
                     rows = smem_rows(self.group.max_slice_chunks, self.plan.padded_batch)
                     self._to_smem(x, self.schedule.first_chunk * self.plan.padded_batch, rows, operand_smem, 0)
+            if self.group is not self.plan.head:
+                self.partial_sums.forget_t()
             with jax.named_scope("products"):
                 count = self._multiply_tiles(layer, count, operand_smem)
         elif "reduce_h" in self.steps:
-            self.hidden.reduce(layer)
-        if "gemm" in self.steps and not self.partial_sums.polls:
+            self.hidden.reduce()
+        if "gemm" in self.steps and not self.partial_sums.polls_y:
             with jax.named_scope("signal"):
                 pl.when(self.schedule.cta_group < self.group.cta_groups)(self.semaphores.signal_units)
         if "epilogue" in self.steps:
@@ -188,7 +187,7 @@ class Gemm:
         def multiply_tile(n, count):
             tile = schedule.tile(n)
             if reduce_at is not None:
-                pl.when(n == reduce_at)(lambda: self.hidden.reduce(layer))
+                pl.when(n == reduce_at)(self.hidden.reduce)
             wanted = True if reduce_at is None else n < end
             row, chunks = (tile.first - schedule.first_chunk) * plan.padded_batch, tile.chunks
             if group.adapted:
@@ -196,7 +195,7 @@ class Gemm:
                 chunks = jnp.where(wanted, chunks, 0)
             if group.adapted and plan.is_batch_one:
                 row = jnp.where(tile.is_b, plan.x_smem_rows + tile.adapted_index * plan.max_rank_tiles * WGMMA_N, row)
-                pl.when((n == own_h_at) & (schedule.num_b > 0))(lambda: self.hidden.reduce_own(layer, operand_smem))
+                pl.when((n == own_h_at) & (schedule.num_b > 0))(lambda: self.hidden.reduce_own(operand_smem))
             elif group.adapted:
                 row = jnp.where(tile.is_b, plan.x_smem_rows, row)
                 if not schedule.h_comes_in_pieces:
@@ -230,7 +229,6 @@ class Gemm:
 
             if group.adapted:
                 pl.when(wanted & tile.is_a)(store_t)
-                pl.when(n == first_w - 1)(self.semaphores.signal_a_x)
                 pl.when(wanted & jnp.logical_not(tile.is_a))(store_y)
             else:
                 store_y()

@@ -37,7 +37,7 @@ from pallas_kernels.megakernel.attention import Attention
 from pallas_kernels.megakernel.buffers import Buffers, scratch_and_outputs
 from pallas_kernels.megakernel.epilogue import AddResidual, Store, StoreHeads, StoreLogits, SwiGLU
 from pallas_kernels.megakernel.gemm import Gemm, steps_of
-from pallas_kernels.megakernel.l2_hints import EVICT_LAST, EVICT_NORMAL, resident, set_priority, y_partials_of_layers
+from pallas_kernels.megakernel.l2_hints import EVICT_LAST, EVICT_NORMAL, partial_sums_of_layers, resident, set_priority
 from pallas_kernels.megakernel.pipeline import Pipeline
 from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_N, Group, Plan, Profile
 from pallas_kernels.megakernel.polling import mark_not_stored
@@ -190,7 +190,7 @@ def _kernel(*refs, names, plan, model, span, axis, compiled, **scratch):
     @pl.when(jnp.logical_not(is_producer))
     def _():
         refs = resident(buffers, plan) if compiled else []
-        mark_not_stored(y_partials_of_layers(buffers, plan) if compiled else [], plan.num_ctas)
+        mark_not_stored(partial_sums_of_layers(buffers, plan) if compiled else [], plan.num_ctas)
         set_priority(EVICT_LAST, refs, plan.num_ctas)
         barrier(0)
         run(compute, jnp.int32(0), barrier)

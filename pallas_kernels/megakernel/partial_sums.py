@@ -9,7 +9,7 @@ one such tile."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import batched, islice
+from itertools import batched
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,20 +18,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.megakernel.all_reduce import AllReduce
 from pallas_kernels.megakernel.buffers import Buffers
 from pallas_kernels.megakernel.plan import ALL_REDUCED, WGMMA_M, WGMMA_N, Group, Plan
-from pallas_kernels.megakernel.polling import load_when_stored
-from pallas_kernels.megakernel.register_tiles import add_all, column, load, over_columns, store
+from pallas_kernels.megakernel.polling import is_whole, load_when_stored, mark_not_stored
+from pallas_kernels.megakernel.register_tiles import column, load, over_columns, store
 from pallas_kernels.megakernel.schedule import div, rem
 
-PARTIALS_IN_REGISTERS = 32
-"""Partial sums that are loaded into registers together."""
+PARTIALS_IN_REGISTERS = 36
+"""Tiles of partial sums that are loaded into registers together."""
 
 
 class PartialSums:
-    """Partial sums of one group. `all_reduce`: over the devices whose y is added to this one's, or None. `polls`: y's are
-    read as soon as they are stored (polling.py), and the group has no semaphores for them."""
+    """Partial sums of one group. `all_reduce`: over the devices whose y is added to this one's, or None. `polls`: CTAs run
+    at the same time, and partial sums are read as soon as they are stored (polling.py); but those of several devices, and
+    the head's, which are exchanged once and would have to be marked before, have semaphores."""
 
     def __init__(self, group: Group, plan: Plan, buffers: Buffers, all_reduce: AllReduce | None, *, polls: bool):
-        self.group, self.plan, self.buffers, self.all_reduce, self.polls = group, plan, buffers, all_reduce, polls
+        self.group, self.plan, self.buffers, self.all_reduce = group, plan, buffers, all_reduce
+        self.polls, self.polls_y = polls, polls and all_reduce is None and group is not plan.head
+        self.turn = next(i for i, other in enumerate(plan.groups) if other is group)
 
     def columns_of(self, tile):
         """Parts of a partial sum [WGMMA_M, N] to store: its N-tiles, or its first column for a batch of one."""
@@ -40,7 +43,7 @@ class PartialSums:
         return [tile[:, start : start + WGMMA_N] for start in range(0, self.plan.padded_batch, WGMMA_N)]
 
     def store_t(self, number, where, columns):
-        self._store(self.buffers.t_partials, number, where, columns)
+        self._store(self._t_of(self.turn), number, where, columns)
 
     def store_y(self, number, where, columns):
         if self.all_reduce is None:
@@ -48,22 +51,30 @@ class PartialSums:
         else:
             self._store(self._y_of(self.all_reduce.device), number, where, columns, self.all_reduce.store)
 
-    def sum_t(self, where, n_tile):
-        parts = self._parts(self.buffers.t_partials, self.group.a_partials, where, n_tile)
-        return self._sum(parts, [load(ref) for ref, _ in parts])
+    def sums_t(self, places: Sequence[tuple[Any, Any]]) -> list[Any]:
+        """Sums of the partial sums of A x at each ((adapted linear, rank tile), N-tile)."""
+        parts = [self._parts(self._t_of(self.turn), self.group.a_partials, *place) for place in places]
+        return self._sums(parts, poll=self.polls, many_readers=self.plan.is_batch_one)
 
     def sums_y(self, places: Sequence[tuple[Any, Any, Any]]) -> list[Any]:
-        """Sums of the partial sums of y, of all devices, at each (tile and half, N-tile, adapted): all of them are loading
-        at once. `adapted`: the experts' product is one more partial sum."""
+        """Sums of the partial sums of y, of all devices, at each ((tile, half), N-tile, adapted). `adapted`: the experts'
+        product is one more partial sum."""
         sources = [self.buffers.y_partials]
         if self.all_reduce is not None:
             sources = [self._y_of(device) for device in range(self.all_reduce.num_devices)]
-        places_parts = [
-            [part for y in sources for part in self._parts(y, self.group.split_k, *place)] for place in places
-        ]
-        flat = [part for parts in places_parts for part in parts]
-        tiles = iter(load_when_stored(*zip(*flat, strict=True)) if self.polls else [load(ref) for ref, _ in flat])
-        return [self._sum(parts, list(islice(tiles, len(parts)))) for parts in places_parts]
+        parts = [[part for y in sources for part in self._parts(y, self.group.split_k, *place)] for place in places]
+        return self._sums(parts, poll=self.polls_y)
+
+    def forget_t(self):
+        """Mark the places of the partial sums of A x that the group before this one has read, if several CTAs read one:
+        in a batch of one."""
+        before = self.turn - 1 if self.turn else len(self.plan.layer_groups) - 1
+        if self.polls and self.plan.is_batch_one and self.plan.groups[before].adapted:
+            mark_not_stored([self._t_of(before)], self.plan.num_ctas)
+
+    def _t_of(self, turn: int):
+        """The partial sums of A x of one of the plan's groups: they come in turn."""
+        return self.buffers.t_partials.at[turn % self.plan.t_buffers]
 
     def _y_of(self, device):
         """The partial sums of y that a device has stored."""
@@ -92,12 +103,17 @@ class PartialSums:
             for start in range(0, number + (one_more is not False), WGMMA_N)
         ]
 
-    def _sum(self, parts, tiles):
-        """Σ of the parts, which have been loaded into `tiles`; one N-tile, in fp32."""
+    def _sums(self, places, *, poll: bool, many_readers: bool = False) -> list[Any]:
+        """Σ of each place's parts, in fp32, an N-tile each. As many as the registers have room for load at once."""
+        totals: list[Any] = [None for _ in places]
         numbers = plgpu.broadcasted_iota(jnp.int32, (WGMMA_M, WGMMA_N), 1, layout=plgpu.Layout.WGMMA)
-        counted = [
-            tile if isinstance(columns, int) and columns >= WGMMA_N else jnp.where(numbers < columns, tile, 0)
-            for (_, columns), tile in zip(parts, tiles, strict=True)
-        ]
-        total = add_all(add_all(some) for some in batched(counted, PARTIALS_IN_REGISTERS))
-        return over_columns(total.sum(axis=1), (WGMMA_M, WGMMA_N)) if self.plan.is_batch_one else total
+        flat = [(i, *part) for i, parts in enumerate(places) for part in parts]
+        for some in batched(flat, PARTIALS_IN_REGISTERS):
+            _, refs, columns = zip(*some, strict=True)
+            tiles = load_when_stored(refs, columns, forget=not many_readers) if poll else list(map(load, refs))
+            for (i, _, counts), tile in zip(some, tiles, strict=True):
+                counted = tile if is_whole(counts) else jnp.where(numbers < counts, tile, 0)
+                totals[i] = counted if totals[i] is None else totals[i] + counted
+        if self.plan.is_batch_one:
+            return [over_columns(total.sum(axis=1), (WGMMA_M, WGMMA_N)) for total in totals]
+        return totals

@@ -139,8 +139,8 @@ class Group:
 
     @property
     def num_semaphores(self) -> int:
-        """One for A x, one for h, and one for each CTA group."""
-        return 2 + self.cta_groups
+        """One for h, and one for each CTA group."""
+        return 1 + self.cta_groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +172,16 @@ class Plan:
         return self.qkv, self.o, self.gate_up, self.down, self.head
 
     @property
+    def layer_groups(self) -> tuple[Group, ...]:
+        """Groups of a layer, in order."""
+        return self.groups[:-1]
+
+    @property
+    def t_buffers(self) -> int:
+        """Buffers for partial sums of A x. In a batch of one several CTAs read each, so groups use two in turn."""
+        return 2 if self.is_batch_one else 1
+
+    @property
     def max_rank_tiles(self) -> int:
         """Rank tiles of all experts in use, at most."""
         return self.max_experts_used * self.rank_tiles
@@ -192,8 +202,8 @@ class Plan:
     def tiles_by_partial(self) -> list[int]:
         """Largest number of tiles in a group of a layer that have partial sum i, for every i; for a batch of one, that have
         one of the `WGMMA_N` partial sums from i · WGMMA_N on."""
-        step, layer = WGMMA_N if self.is_batch_one else 1, self.groups[:-1]
-        partials = [(group.num_tiles, group.split_k + bool(group.adapted)) for group in layer]
+        step = WGMMA_N if self.is_batch_one else 1
+        partials = [(group.num_tiles, group.split_k + bool(group.adapted)) for group in self.layer_groups]
         most = max(number for _, number in partials)
         return [max(tiles for tiles, number in partials if number > i) for i in range(0, most, step)]
 

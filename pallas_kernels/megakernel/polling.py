@@ -3,8 +3,9 @@
 A semaphore takes three ways to the L2 cache and back: the writer waits until its stores are visible before it signals,
 the reader polls the signal, and then reads the data. Here the reader polls the data. A place that holds no partial sum
 yet holds `NOT_STORED`, the bits of a NaN that no arithmetic gives (that of the hardware is 0x7FFFFFFF). Words of 32 bits
-are stored as a whole, so each says for itself whether it is there, and no order between them matters. The reader of a
-place is its only one and leaves it `NOT_STORED`; it is written again in a later phase, so after a grid barrier.
+are stored as a whole, so each says for itself whether it is there, and no order between them matters. A place with
+one reader is left `NOT_STORED` by it and written again in a later phase, so after a grid barrier. Partial sums of A x in a
+batch of one have several: the next phase marks their places while it uses others, and the one after writes them again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ NOT_STORED = -1
 THREADS, WORD_BYTES = 128, 4
 """Threads of a warpgroup, bytes of a number in fp32."""
 SHAPE = WGMMA_M, WGMMA_N
+STORE_TWICE = "st.relaxed.gpu.global.v2.b32 [$0], {$1, $1};"
 LOAD_IF_MISSING = """{
     .reg .pred missing;
     setp.eq.b32 missing, $3, $5;
@@ -39,13 +41,18 @@ LOAD_IF_MISSING = """{
 """($0, $1): the two numbers at $2, or ($3, $4) where these are stored ones. Polling leaves the L2 cache to the weights."""
 
 
-def load_when_stored(refs: Sequence[Any], columns: Sequence[Any]) -> list[Any]:
+def is_whole(columns: Any) -> bool:
+    """True if so many columns are certain to be all of a tile."""
+    return isinstance(columns, int) and columns >= WGMMA_N
+
+
+def load_when_stored(refs: Sequence[Any], columns: Sequence[Any], *, forget: bool) -> list[Any]:
     """Tiles [WGMMA_M, WGMMA_N] of fp32 in device memory, of each as many columns as asked for, once they are stored; the
-    others hold anything. All of them are loading at once. Leaves them `NOT_STORED`."""
-    counted = [i for i, number in enumerate(columns) if not (isinstance(number, int) and number >= WGMMA_N)]
+    others hold anything. All of them are loading at once. `forget`: leave them `NOT_STORED`."""
+    counted = [i for i, number in enumerate(columns) if not is_whole(number)]
     numbers = plgpu.broadcasted_iota(jnp.int32, SHAPE, 1, layout=plgpu.Layout.WGMMA)
     beyond = [jnp.int32(columns[i]) - numbers for i in counted]  # 0 or less in columns that are not asked for
-    tile = plgpu.ShapeDtypeStruct(SHAPE, jnp.float32, layout=plgpu.Layout.WGMMA)
+    tile = plgpu.ShapeDtypeStruct(SHAPE, jnp.dtype(jnp.float32), layout=plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(
         arg_types=(*[plgpu.RefType()] * len(refs), *[plgpu.Layout.WGMMA] * len(counted)),
@@ -64,7 +71,8 @@ def load_when_stored(refs: Sequence[Any], columns: Sequence[Any]) -> list[Any]:
         loop = scf.WhileOp([i32] * (2 * len(transfers)), [not_stored] * (2 * len(transfers)))
         before = loop.before.blocks.append(*[i32] * (2 * len(transfers)))
         with ir.InsertionPoint(before):
-            words, last = [], zero  # the largest, as numbers without sign
+            words: list[Any] = []
+            last = zero  # the largest, as numbers without sign
             for n, (i, get, _, pointer) in enumerate(transfers):
                 two = utils.inline_ptx(
                     LOAD_IF_MISSING, pointer, *before.arguments[2 * n : 2 * n + 2], not_stored,
@@ -83,14 +91,11 @@ def load_when_stored(refs: Sequence[Any], columns: Sequence[Any]) -> list[Any]:
 
         registers = [np.full(layout.registers_shape(SHAPE), None, dtype=object) for _ in refs]
         for n, (i, _, update, pointer) in enumerate(transfers):
-            utils.inline_ptx(
-                "st.relaxed.gpu.global.v2.b32 [$0], {$1, $1};", pointer, not_stored, has_side_effects=True
-            )
+            if forget:
+                utils.inline_ptx(STORE_TWICE, pointer, not_stored, has_side_effects=True)
             two = vector.from_elements(ir.VectorType.get((2,), i32), list(loop.results[2 * n : 2 * n + 2]))
             update(registers[i], vector.bitcast(ir.VectorType.get((2,), ir.F32Type.get()), two))
-        return [
-            fragmented_array.FragmentedArray(_registers=own, _layout=layout, _is_signed=None) for own in registers
-        ]
+        return [fragmented_array.FragmentedArray(_registers=own, _layout=layout, _is_signed=None) for own in registers]
 
     return poll(*refs, *beyond)
 
@@ -106,10 +111,7 @@ def mark_not_stored(refs: Sequence[Any], num_ctas: int) -> None:
         for first in range(0, words, 2 * THREADS):
             place = arith.addi(arith.muli(thread, utils.c(2, i32)), utils.c(first, i32))
             address = utils.getelementptr(start, [arith.muli(place, utils.c(WORD_BYTES, i32))], i8)
-            utils.inline_ptx(
-                "st.relaxed.gpu.global.v2.b32 [$0], {$1, $1};",
-                address, utils.c(NOT_STORED, i32), has_side_effects=True,
-            )  # fmt: skip
+            utils.inline_ptx(STORE_TWICE, address, utils.c(NOT_STORED, i32), has_side_effects=True)
 
     for ref in refs:
         first, number = strided_share(0, ref.shape[0], lax.axis_index("cta"), num_ctas)

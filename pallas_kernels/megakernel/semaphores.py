@@ -1,11 +1,10 @@
-"""The semaphores of a group of linears: one for A x, one for h, and one for each CTA group's partial sums.
+"""The semaphores of a group of linears: one for h, and one for each CTA group's partial sums, where those are not polled.
 
 They are never reset in a launch: a wait counts the signals of this layer and of all layers that ran before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -14,22 +13,15 @@ from pallas_kernels.megakernel.all_reduce import AllReduce
 from pallas_kernels.megakernel.plan import Group
 from pallas_kernels.megakernel.schedule import TileSchedule
 
-A_X, H, FIRST_CTA_GROUP = 0, 1, 2
+H, FIRST_CTA_GROUP = 0, 1
 
 
 class GroupSemaphores:
-    """`refs`: of the whole launch, or None where CTAs do not run at the same time. `turn(layer)`: how many layers have
-    run in this launch before this one. `all_reduce`: the devices whose partial sums are waited for, too, or None."""
+    """`refs`: of the whole launch, or None where CTAs do not run at the same time. `all_reduce`: the devices whose partial
+    sums are waited for, too, or None."""
 
-    def __init__(
-        self,
-        refs: Any,
-        group: Group,
-        schedule: TileSchedule,
-        all_reduce: AllReduce | None,
-        turn: Callable[[Any], Any] = lambda layer: layer,
-    ):
-        self.refs, self.group, self.schedule, self.all_reduce, self.turn = refs, group, schedule, all_reduce, turn
+    def __init__(self, refs: Any, group: Group, schedule: TileSchedule, all_reduce: AllReduce | None):
+        self.refs, self.group, self.schedule, self.all_reduce = refs, group, schedule, all_reduce
 
     def _signal(self, number):
         if self.refs is not None:
@@ -38,15 +30,7 @@ class GroupSemaphores:
     def _wait(self, number, signals, layer):
         if self.refs is not None:
             semaphore = self.refs.at[self.group.first_semaphore + number]
-            plgpu.semaphore_wait(semaphore, signals * (self.turn(layer) + 1), decrement=False, memory_scope="gpu")
-
-    def signal_a_x(self):
-        """Signal that this CTA's partial sums of A x are stored."""
-        self._signal(A_X)
-
-    def wait_a_x(self, layer):
-        """Wait until the partial sums of A x of all CTAs are stored."""
-        self._wait(A_X, self.schedule.num_a_ctas(), layer)
+            plgpu.semaphore_wait(semaphore, signals * (layer + 1), decrement=False, memory_scope="gpu")
 
     def signal_h(self):
         """Signal that this CTA's tiles of h are stored."""
@@ -70,5 +54,5 @@ class GroupSemaphores:
         if self.all_reduce is None:
             self._wait(number, split_k, layer)
         else:
-            signals = self.all_reduce.num_devices * split_k * (self.turn(layer) + 1)
+            signals = self.all_reduce.num_devices * split_k * (layer + 1)
             self.all_reduce.wait(self.refs.at[self.group.first_semaphore + number], signals)
