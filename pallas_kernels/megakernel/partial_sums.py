@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.megakernel.all_reduce import AllReduce
 from pallas_kernels.megakernel.buffers import Buffers
 from pallas_kernels.megakernel.plan import ALL_REDUCED, WGMMA_M, WGMMA_N, Group, Plan
-from pallas_kernels.megakernel.polling import is_whole, load_when_stored, mark_not_stored
+from pallas_kernels.megakernel.polling import load_when_stored, mark_rows_not_stored
 from pallas_kernels.megakernel.register_tiles import column, load, over_columns, store
 from pallas_kernels.megakernel.schedule import div, rem
 
@@ -34,7 +34,6 @@ class PartialSums:
     def __init__(self, group: Group, plan: Plan, buffers: Buffers, all_reduce: AllReduce | None, *, polls: bool):
         self.group, self.plan, self.buffers, self.all_reduce = group, plan, buffers, all_reduce
         self.polls, self.polls_y = polls, polls and all_reduce is None and group is not plan.head
-        self.turn = next(i for i, other in enumerate(plan.groups) if other is group)
 
     def columns_of(self, tile):
         """Parts of a partial sum [WGMMA_M, N] to store: its N-tiles, or its first column for a batch of one."""
@@ -43,7 +42,7 @@ class PartialSums:
         return [tile[:, start : start + WGMMA_N] for start in range(0, self.plan.padded_batch, WGMMA_N)]
 
     def store_t(self, number, where, columns):
-        self._store(self._t_of(self.turn), number, where, columns)
+        self._store(self._t_of(self.plan.turn(self.group)), number, where, columns)
 
     def store_y(self, number, where, columns):
         if self.all_reduce is None:
@@ -53,7 +52,7 @@ class PartialSums:
 
     def sums_t(self, places: Sequence[tuple[Any, Any]]) -> list[Any]:
         """Sums of the partial sums of A x at each ((adapted linear, rank tile), N-tile)."""
-        parts = [self._parts(self._t_of(self.turn), self.group.a_partials, *place) for place in places]
+        parts = [self._parts(self._t_of(self.plan.turn(self.group)), self.group.a_partials, *place) for place in places]
         return self._sums(parts, poll=self.polls, many_readers=self.plan.is_batch_one)
 
     def sums_y(self, places: Sequence[tuple[Any, Any, Any]]) -> list[Any]:
@@ -68,9 +67,9 @@ class PartialSums:
     def forget_t(self):
         """Mark the places of the partial sums of A x that the group before this one has read, if several CTAs read one:
         in a batch of one."""
-        before = self.turn - 1 if self.turn else len(self.plan.layer_groups) - 1
+        before = self.plan.turn_before(self.group)
         if self.polls and self.plan.is_batch_one and self.plan.groups[before].adapted:
-            mark_not_stored([self._t_of(before)], self.plan.num_ctas)
+            mark_rows_not_stored([self._t_of(before)], self.plan.num_ctas)
 
     def _t_of(self, turn: int):
         """The partial sums of A x of one of the plan's groups: they come in turn."""
@@ -110,9 +109,10 @@ class PartialSums:
         flat = [(i, *part) for i, parts in enumerate(places) for part in parts]
         for some in batched(flat, PARTIALS_IN_REGISTERS):
             _, refs, columns = zip(*some, strict=True)
-            tiles = load_when_stored(refs, columns, forget=not many_readers) if poll else list(map(load, refs))
+            tiles = load_when_stored(refs, columns, dimension=1, forget=not many_readers) if poll else map(load, refs)
             for (i, _, counts), tile in zip(some, tiles, strict=True):
-                counted = tile if is_whole(counts) else jnp.where(numbers < counts, tile, 0)
+                whole = isinstance(counts, int) and counts >= WGMMA_N
+                counted = tile if whole else jnp.where(numbers < counts, tile, 0)
                 totals[i] = counted if totals[i] is None else totals[i] + counted
         if self.plan.is_batch_one:
             return [over_columns(total.sum(axis=1), (WGMMA_M, WGMMA_N)) for total in totals]

@@ -1,4 +1,4 @@
-"""The semaphores of a group of linears: one for h, and one for each CTA group's partial sums, where those are not polled.
+"""The semaphores of a group of linears whose partial sums of y are not polled: one for each CTA group.
 
 They are never reset in a launch: a wait counts the signals of this layer and of all layers that ran before it.
 """
@@ -12,8 +12,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.megakernel.all_reduce import AllReduce
 from pallas_kernels.megakernel.plan import Group
 from pallas_kernels.megakernel.schedule import TileSchedule
-
-H, FIRST_CTA_GROUP = 0, 1
 
 
 class GroupSemaphores:
@@ -32,17 +30,9 @@ class GroupSemaphores:
             semaphore = self.refs.at[self.group.first_semaphore + number]
             plgpu.semaphore_wait(semaphore, signals * (layer + 1), decrement=False, memory_scope="gpu")
 
-    def signal_h(self):
-        """Signal that this CTA's tiles of h are stored."""
-        self._signal(H)
-
-    def wait_h(self, layer, reducers):
-        """Wait until the tiles of h of all `reducers` are stored."""
-        self._wait(H, reducers, layer)
-
     def signal_units(self):
         """Signal that this CTA's partial sums of its units are stored."""
-        number = FIRST_CTA_GROUP + self.schedule.cta_group
+        number = self.schedule.cta_group
         if self.all_reduce is None:
             self._signal(number)
         else:
@@ -50,7 +40,7 @@ class GroupSemaphores:
 
     def wait_units(self, layer):
         """Wait until the partial sums of all slices are stored, on all devices."""
-        number, split_k = FIRST_CTA_GROUP + self.schedule.cta_group, self.group.split_k
+        number, split_k = self.schedule.cta_group, self.group.split_k
         if self.all_reduce is None:
             self._wait(number, split_k, layer)
         else:

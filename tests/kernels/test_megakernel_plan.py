@@ -90,7 +90,7 @@ def test_plan_counts_tiles_and_semaphores_once():
         units = [group.first_unit(names) + t for names in group.passes for t in range(group.units(names))]
         assert tiles == list(range(group.num_tiles))
         assert units == list(range(len(units)))
-    semaphores = [group.first_semaphore + i for group in plan.groups for i in range(1 + group.cta_groups)]
+    semaphores = [group.first_semaphore + i for group in plan.groups for i in range(group.cta_groups)]
     assert semaphores == list(range(plan.num_semaphores))
 
 
