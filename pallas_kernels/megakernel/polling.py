@@ -68,7 +68,7 @@ def load_when_stored(
             for _, update, _, pointer in parts:
                 limit = None
                 if i in limits:
-                    limit = _place(pointer, ref, shape, dimension), limits[i].registers.flat[0]
+                    limit = _place(pointer, ref, shape, dimension), dimension, limits[i].registers.flat[0]
                 transfers.append((pointer, limit, lambda value, i=i, update=update: update(registers_of[i], value)))
         vector_type = ir.VectorType.get((of_mgpu.vector_length,), utils.dtype_to_ir_type(jnp.dtype(dtype)))
         results = _poll([(pointer, limit) for pointer, limit, _ in transfers], vector_type, forget)
@@ -94,8 +94,8 @@ def _place(pointer, ref, shape, dimension: int):
 
 
 def _poll(sources, vector_type, forget: bool) -> list[Any]:
-    """Vectors at pointers, when they are stored. A source is (pointer, None) or (pointer, (place, limit)): its numbers are
-    waited for if they are in places below the limit, and a vector of bfloat16 is all in one place."""
+    """Vectors at pointers, when they are stored. A source is (pointer, None) or (pointer, (place, step, limit)): a number
+    is waited for if its place is below the limit, and that is `step` more from word to word."""
     i32 = ir.IntegerType.get_signless(32)
     bits = utils.bitwidth(vector_type.element_type)
     words, zero = math.prod(vector_type.shape) * bits // 32, utils.c(0, i32)
@@ -112,8 +112,8 @@ def _poll(sources, vector_type, forget: bool) -> list[Any]:
             new = utils.inline_ptx(load, pointer, is_missing, *old, result_types=[i32] * words, has_side_effects=True)
             flags = [missing(word) for word in new]
             if limit is not None:
-                place, below = limit
-                places = [arith.addi(place, utils.c(k if bits == 32 else 0, i32)) for k in range(words)]
+                place, step, below = limit
+                places = [arith.addi(place, utils.c(step * k, i32)) for k in range(words)]
                 counts = [arith.cmpi(arith.CmpIPredicate.slt, at, below) for at in places]
                 flags = [arith.select(count, flag, zero) for count, flag in zip(counts, flags, strict=True)]
             any_missing = _any([any_missing, *flags])
