@@ -18,27 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.megakernel.buffers import Buffers
 from pallas_kernels.megakernel.partial_sums import PartialSums
 from pallas_kernels.megakernel.plan import WGMMA_N, Group, Plan, smem_rows
-from pallas_kernels.megakernel.polling import mark_not_stored
 from pallas_kernels.megakernel.register_tiles import COLUMNS, load, over_rows, store_transposed
-from pallas_kernels.megakernel.schedule import TileSchedule, div, div_rem, strided_share
-
-
-def h_of(buffers: Buffers, turn: int):
-    """h of one of the plan's groups: they use two buffers in turn."""
-    return buffers.h.at[turn % 2]
-
-
-def mark_h_not_stored(buffers: Buffers, plan: Plan, used_rank_tiles, turn: int) -> None:
-    """Mark this CTA's share of the places of one group's h."""
-    tiles = len(plan.groups[turn].adapted) * used_rank_tiles
-    first, number = strided_share(0, tiles, lax.axis_index("cta"), plan.num_ctas)
-
-    def mark(n, _):
-        adapted_index, rank_tile = div_rem(first + n * plan.num_ctas, used_rank_tiles)
-        row = (adapted_index * plan.max_rank_tiles + rank_tile) * plan.padded_batch
-        mark_not_stored(h_of(buffers, turn).at[pl.ds(row, plan.padded_batch)])
-
-    lax.fori_loop(0, number, mark, None)
+from pallas_kernels.megakernel.schedule import TileSchedule, div, div_rem
+from pallas_kernels.megakernel.semaphores import GroupSemaphores
 
 
 class ExpertHidden:
@@ -52,14 +34,15 @@ class ExpertHidden:
         buffers: Buffers,
         schedule: TileSchedule,
         partial_sums: PartialSums,
+        semaphores: GroupSemaphores,
         to_smem: Any,
     ):
         self.group, self.plan, self.buffers, self.schedule = group, plan, buffers, schedule
-        self.partial_sums, self.to_smem = partial_sums, to_smem
+        self.partial_sums, self.semaphores, self.to_smem = partial_sums, semaphores, to_smem
 
-    def reduce(self):
+    def reduce(self, layer):
         """Reduce this CTA's tiles of h and store them in device memory."""
-        plan, group = self.plan, self.group
+        plan, buffers, group = self.plan, self.buffers, self.group
         first, number = self.schedule.h_share()
 
         def reduce_tile(n, _):
@@ -67,29 +50,31 @@ class ExpertHidden:
             adapted_index, rank_tile = div_rem(tile, self.schedule.used_rank_tiles)
             row = (adapted_index * plan.max_rank_tiles + rank_tile) * plan.padded_batch + n_tile * WGMMA_N
             (h,) = self._tiles(adapted_index, [rank_tile], n_tile)
-            store_transposed(self._h.at[pl.ds(row, WGMMA_N)], h)
+            store_transposed(buffers.h.at[pl.ds(row, WGMMA_N)], h)
 
-        lax.fori_loop(0, number, reduce_tile, None)
+        @pl.when(number > 0)
+        def _():
+            self.semaphores.wait_a_x(layer)
+            lax.fori_loop(0, number, reduce_tile, None)
+            self.semaphores.signal_h()
 
-    def load(self, adapted_index, operand_smem, first_rank_tile=0):
-        """h of one linear as the right operand of B, after x: the rank tiles from `first_rank_tile` on for which there is
-        room."""
+    def load(self, adapted_index, layer, operand_smem, first_rank_tile=None):
+        """h of one linear as the right operand of B, after x; of its rank tiles a piece from `first_rank_tile` on, if that
+        is given."""
         plan = self.plan
-        start = (adapted_index * plan.max_rank_tiles + first_rank_tile) * plan.padded_batch
+
+        def wait():
+            self.semaphores.wait_h(layer, jnp.minimum(self.schedule.h_tiles, self.group.reducer_ctas))
+
+        if first_rank_tile is None:
+            wait()
+        else:
+            pl.when(first_rank_tile == 0)(wait)
+        start = adapted_index * plan.max_rank_tiles * plan.padded_batch
+        if first_rank_tile is not None:
+            start += first_rank_tile * plan.padded_batch
         rows = smem_rows(plan.h_rank_tiles, plan.padded_batch)
-        stored = (self.schedule.used_rank_tiles - first_rank_tile) * plan.padded_batch
-        stored = stored if self.partial_sums.polls else None
-        self.to_smem(self._h, start, rows, operand_smem, plan.x_smem_rows, stored)
-
-    def forget(self):
-        """Mark the places of the h that the group before this one has read."""
-        before = self.plan.turn_before(self.group)
-        if self.partial_sums.polls and not self.plan.is_batch_one and self.plan.groups[before].adapted:
-            mark_h_not_stored(self.buffers, self.plan, self.schedule.used_rank_tiles, before)
-
-    @property
-    def _h(self):
-        return h_of(self.buffers, self.plan.turn(self.group))
+        self.to_smem(self.buffers.h, start, rows, operand_smem, plan.x_smem_rows)
 
     def reduce_own(self, operand_smem):
         """For a batch of one, reduce h of each linear of which this CTA has tiles of B, and store it behind x."""

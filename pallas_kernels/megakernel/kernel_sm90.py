@@ -36,12 +36,11 @@ from pallas_kernels.megakernel.all_reduce import AllReduce
 from pallas_kernels.megakernel.attention import Attention
 from pallas_kernels.megakernel.buffers import Buffers, scratch_and_outputs
 from pallas_kernels.megakernel.epilogue import AddResidual, Store, StoreHeads, StoreLogits, SwiGLU
-from pallas_kernels.megakernel.experts import mark_h_not_stored
 from pallas_kernels.megakernel.gemm import Gemm, steps_of
 from pallas_kernels.megakernel.l2_hints import EVICT_LAST, EVICT_NORMAL, partial_sums_of_layers, resident, set_priority
 from pallas_kernels.megakernel.pipeline import Pipeline
 from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_N, Group, Plan, Profile
-from pallas_kernels.megakernel.polling import mark_rows_not_stored
+from pallas_kernels.megakernel.polling import mark_not_stored
 from pallas_kernels.megakernel.schedule import Scalars
 
 COMPILER_PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
@@ -191,10 +190,7 @@ def _kernel(*refs, names, plan, model, span, axis, compiled, **scratch):
     @pl.when(jnp.logical_not(is_producer))
     def _():
         refs = resident(buffers, plan) if compiled else []
-        if compiled and buffers.h is not None:
-            for turn, _ in enumerate(plan.layer_groups):
-                mark_h_not_stored(buffers, plan, scalars.num_used * plan.rank_tiles, turn)
-        mark_rows_not_stored(partial_sums_of_layers(buffers, plan) if compiled else [], plan.num_ctas)
+        mark_not_stored(partial_sums_of_layers(buffers, plan) if compiled and plan.is_batch_one else [], plan.num_ctas)
         set_priority(EVICT_LAST, refs, plan.num_ctas)
         barrier(0)
         run(compute, jnp.int32(0), barrier)

@@ -8,7 +8,7 @@ one such tile."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import batched
 from typing import Any
 
@@ -18,22 +18,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.megakernel.all_reduce import AllReduce
 from pallas_kernels.megakernel.buffers import Buffers
 from pallas_kernels.megakernel.plan import ALL_REDUCED, WGMMA_M, WGMMA_N, Group, Plan
-from pallas_kernels.megakernel.polling import load_when_stored, mark_rows_not_stored
-from pallas_kernels.megakernel.register_tiles import column, load, over_columns, store
+from pallas_kernels.megakernel.polling import is_whole, load_when_stored, mark_not_stored
+from pallas_kernels.megakernel.register_tiles import add_all, column, load, over_columns, store
 from pallas_kernels.megakernel.schedule import div, rem
 
-PARTIALS_IN_REGISTERS = 36
-"""Tiles of partial sums that are loaded into registers together."""
+PARTIALS_IN_REGISTERS = 32
+"""Partial sums that are loaded into registers together."""
 
 
 class PartialSums:
-    """Partial sums of one group. `all_reduce`: over the devices whose y is added to this one's, or None. `polls`: CTAs run
-    at the same time, and partial sums are read as soon as they are stored (polling.py); but those of several devices, and
-    the head's, which are exchanged once and would have to be marked before, have semaphores."""
+    """Partial sums of one group. `all_reduce`: over the devices whose y is added to this one's, or None. `polls`: partial
+    sums are read as soon as they are stored (polling.py), with neither semaphores nor a batch of several rows; but y's of
+    several devices have semaphores, and the head's, which are exchanged once and would have to be marked before."""
 
     def __init__(self, group: Group, plan: Plan, buffers: Buffers, all_reduce: AllReduce | None, *, polls: bool):
         self.group, self.plan, self.buffers, self.all_reduce = group, plan, buffers, all_reduce
         self.polls, self.polls_y = polls, polls and all_reduce is None and group is not plan.head
+        self.turn = next(i for i, other in enumerate(plan.groups) if other is group)
 
     def columns_of(self, tile):
         """Parts of a partial sum [WGMMA_M, N] to store: its N-tiles, or its first column for a batch of one."""
@@ -42,7 +43,7 @@ class PartialSums:
         return [tile[:, start : start + WGMMA_N] for start in range(0, self.plan.padded_batch, WGMMA_N)]
 
     def store_t(self, number, where, columns):
-        self._store(self._t_of(self.plan.turn(self.group)), number, where, columns)
+        self._store(self._t_of(self.turn), number, where, columns)
 
     def store_y(self, number, where, columns):
         if self.all_reduce is None:
@@ -52,8 +53,8 @@ class PartialSums:
 
     def sums_t(self, places: Sequence[tuple[Any, Any]]) -> list[Any]:
         """Sums of the partial sums of A x at each ((adapted linear, rank tile), N-tile)."""
-        parts = [self._parts(self._t_of(self.plan.turn(self.group)), self.group.a_partials, *place) for place in places]
-        return self._sums(parts, poll=self.polls, many_readers=self.plan.is_batch_one)
+        parts = [self._parts(self._t_of(self.turn), self.group.a_partials, *place) for place in places]
+        return self._sums(parts, poll=self.polls, forget=False)
 
     def sums_y(self, places: Sequence[tuple[Any, Any, Any]]) -> list[Any]:
         """Sums of the partial sums of y, of all devices, at each ((tile, half), N-tile, adapted). `adapted`: the experts'
@@ -62,14 +63,13 @@ class PartialSums:
         if self.all_reduce is not None:
             sources = [self._y_of(device) for device in range(self.all_reduce.num_devices)]
         parts = [[part for y in sources for part in self._parts(y, self.group.split_k, *place)] for place in places]
-        return self._sums(parts, poll=self.polls_y)
+        return self._sums(parts, poll=self.polls_y, forget=True)
 
     def forget_t(self):
-        """Mark the places of the partial sums of A x that the group before this one has read, if several CTAs read one:
-        in a batch of one."""
-        before = self.plan.turn_before(self.group)
-        if self.polls and self.plan.is_batch_one and self.plan.groups[before].adapted:
-            mark_rows_not_stored([self._t_of(before)], self.plan.num_ctas)
+        """Mark the places of the partial sums of A x that the group before this one has polled."""
+        before = self.turn - 1 if self.turn else len(self.plan.layer_groups) - 1
+        if self.polls and self.plan.groups[before].adapted:
+            mark_not_stored([self._t_of(before)], self.plan.num_ctas)
 
     def _t_of(self, turn: int):
         """The partial sums of A x of one of the plan's groups: they come in turn."""
@@ -102,18 +102,21 @@ class PartialSums:
             for start in range(0, number + (one_more is not False), WGMMA_N)
         ]
 
-    def _sums(self, places, *, poll: bool, many_readers: bool = False) -> list[Any]:
-        """Σ of each place's parts, in fp32, an N-tile each. As many as the registers have room for load at once."""
-        totals: list[Any] = [None for _ in places]
+    def _sums(self, places: list[list[tuple[Any, Any]]], *, poll: bool, forget: bool) -> list[Any]:
+        """Σ of each place's parts, in fp32, an N-tile each."""
+        refs, columns = zip(*(part for parts in places for part in parts), strict=True)
+        tiles = iter(load_when_stored(refs, columns, forget=forget)) if poll else map(load, refs)
+        return [self._sum(columns, tiles) for columns in ([count for _, count in parts] for parts in places)]
+
+    def _sum(self, columns: list[Any], tiles: Iterator[Any]):
+        """Σ of the next tiles, of each its first columns."""
         numbers = plgpu.broadcasted_iota(jnp.int32, (WGMMA_M, WGMMA_N), 1, layout=plgpu.Layout.WGMMA)
-        flat = [(i, *part) for i, parts in enumerate(places) for part in parts]
-        for some in batched(flat, PARTIALS_IN_REGISTERS):
-            _, refs, columns = zip(*some, strict=True)
-            tiles = load_when_stored(refs, columns, dimension=1, forget=not many_readers) if poll else map(load, refs)
-            for (i, _, counts), tile in zip(some, tiles, strict=True):
-                whole = isinstance(counts, int) and counts >= WGMMA_N
-                counted = tile if whole else jnp.where(numbers < counts, tile, 0)
-                totals[i] = counted if totals[i] is None else totals[i] + counted
-        if self.plan.is_batch_one:
-            return [over_columns(total.sum(axis=1), (WGMMA_M, WGMMA_N)) for total in totals]
-        return totals
+        total: Any = None
+        for some in batched(columns, PARTIALS_IN_REGISTERS):
+            loaded = [next(tiles) for _ in some]
+            counted = [
+                tile if is_whole(count) else jnp.where(numbers < count, tile, 0)
+                for count, tile in zip(some, loaded, strict=True)
+            ]
+            total = add_all(counted if total is None else [total, *counted])
+        return over_columns(total.sum(axis=1), (WGMMA_M, WGMMA_N)) if self.plan.is_batch_one else total

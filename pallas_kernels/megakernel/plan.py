@@ -139,8 +139,8 @@ class Group:
 
     @property
     def num_semaphores(self) -> int:
-        """One for each CTA group."""
-        return self.cta_groups
+        """One for A x, one for h, and one for each CTA group."""
+        return 2 + self.cta_groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,14 +175,6 @@ class Plan:
     def layer_groups(self) -> tuple[Group, ...]:
         """Groups of a layer, in order."""
         return self.groups[:-1]
-
-    def turn(self, group: Group) -> int:
-        """Number of the group."""
-        return next(i for i, other in enumerate(self.groups) if other is group)
-
-    def turn_before(self, group: Group) -> int:
-        """Number of the group of layers whose phase comes before."""
-        return (self.turn(group) or len(self.layer_groups)) - 1
 
     @property
     def t_buffers(self) -> int:

@@ -40,6 +40,10 @@ def maximum(x: Any, y: Any) -> Any:
     return max(x, y) if _plain(x, y) else jnp.maximum(x, y)
 
 
+def clip(x: Any, low: int, high: int) -> Any:
+    return min(max(x, low), high) if _plain(x) else jnp.clip(x, low, high)
+
+
 def _plain(*values: Any) -> bool:
     return all(isinstance(value, int) for value in values)
 
@@ -166,6 +170,13 @@ class TileSchedule:
     def _a_tiles_each(self):
         """Tiles of A for one slice of one linear."""
         return div(self.used_rank_tiles + 1, 2) * self.group.a_split_k
+
+    def num_a_ctas(self):
+        """Number of CTAs that have tiles of A."""
+        group, number = self.group, len(self.group.adapted) * self._a_tiles_each
+        underloaded = minimum(number, group.underloaded_groups if group.a_tile_quota else 0)
+        loaded = clip(number - group.underloaded_groups * group.a_tile_quota, 0, group.loaded_groups)
+        return group.split_k * (underloaded + loaded)
 
     def a_chunks(self, part):
         """(first chunk, how many) of a part of this CTA's slice."""

@@ -45,18 +45,20 @@ def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_ctas):
     "adapted", [LINEARS, ("q_proj", "v_proj"), ("k_proj", "up_proj")], ids=["all 7", "q, v", "k, up"]
 )
 def test_blocks_share_the_experts_products(batch, max_experts_used, used, adapted):
-    """All of A, of the sums h, of B and of the sums y, each once; no block has more than an eighth more chunks than the
-    mean, or two tiles of B, if so many experts are in use as planned; and none takes a linear's h twice."""
+    """All of A, of the sums h, of B and of the sums y, each once; what waits for A counts the blocks that have some; no
+    block has more than an eighth more chunks than the mean, or two tiles of B, if so many experts are in use as planned;
+    and none takes a linear's h twice."""
     plan = plan_of(LLAMA2_7B, batch=batch, max_experts_used=max_experts_used, adapted=adapted)
     scalars = Scalars(list(range(used)), used, [])
     for group in (plan.qkv, plan.o, plan.gate_up, plan.down):
         a, h, b, y = Counter(), Counter(), Counter(), Counter()
-        chunks = np.zeros(plan.num_ctas)
+        with_a, chunks = 0, np.zeros(plan.num_ctas)
         for block in range(plan.num_ctas):
             schedule = TileSchedule(group, plan, scalars, block)
             number, at = schedule.a_tiles()
             mine = [(schedule.slice, *map(int, at(n))) for n in range(int(number))]
             a.update(mine)
+            with_a += bool(mine)
             chunks[block] += sum(schedule.a_chunks(part)[1] for *_, part in mine)
             first, number = schedule.h_share()
             h.update(int(first + n * group.reducer_ctas) for n in range(int(number)))
@@ -74,6 +76,7 @@ def test_blocks_share_the_experts_products(batch, max_experts_used, used, adapte
             assert len({name for name, *_ in tiles}) == len(tiles)
         pairs = range(len(group.adapted)), range(-(-used // 2))
         assert a == Counter(itertools.product(range(group.split_k), *pairs, range(group.a_split_k)))
+        assert int(schedule.num_a_ctas()) == with_a
         narrow = range(plan.padded_batch // 8)
         assert h == Counter(range(len(group.adapted) * used * len(narrow)))
         assert y == Counter(itertools.product(range(group.num_units), (0, 1), narrow))
@@ -90,7 +93,7 @@ def test_plan_counts_tiles_and_semaphores_once():
         units = [group.first_unit(names) + t for names in group.passes for t in range(group.units(names))]
         assert tiles == list(range(group.num_tiles))
         assert units == list(range(len(units)))
-    semaphores = [group.first_semaphore + i for group in plan.groups for i in range(group.cta_groups)]
+    semaphores = [group.first_semaphore + i for group in plan.groups for i in range(2 + group.cta_groups)]
     assert semaphores == list(range(plan.num_semaphores))
 
 
