@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, Key
 from adafuse_jax.models.attention import Visibility, attention
 from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig, Remat
 from adafuse_jax.models.hooks import Adapter, Hook
-from adafuse_jax.models.kv_cache import KVCache
+from adafuse_jax.models.kv_cache import KVCache, PromptCache
 from adafuse_jax.models.layers import (
     Linear,
     RMSNorm,
@@ -183,6 +183,8 @@ class Backbone(nnx.Module):
                 q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
                 if cache is not None:
                     cache = cache.write(index, positions, k, v)
+                    if isinstance(cache, PromptCache):
+                        return cache.attention(index, q)
                     k, v = cache.k[index], cache.v[index]
                 if not config.qk_norm:  # whose derivatives need them as they were before
                     q, k = kept((q, k), ATTENTION)

@@ -1,21 +1,46 @@
-"""The lengths of a prompt's chunks."""
+"""The lengths of a prompt's chunks, and prefill by kernels, interpreted, against prefill in XLA ops."""
 
 from __future__ import annotations
 
-import pytest
+import itertools
+from dataclasses import replace
 
-from adafuse_jax.inference.prefill import CHUNKS, MAX_TOKENS, Prefill, chunk_lengths
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_models import POSITIONS, random_adapter
+
+from adafuse_jax.adapters.adafuse import choose_products
+from adafuse_jax.inference import prefill as prefill_module
+from adafuse_jax.inference.prefill import CHUNKS, MAX_TOKENS, Prefill, chunk_lengths, largest_chunk
+from adafuse_jax.inference.programs import prefill_chunk
 from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.sampling import Sampling
+from adafuse_jax.inference.state import DecodeState
 
 
 def test_little_is_padding_and_no_chunk_is_needless():
-    for length in range(1, 2500):
+    for length in range(1, 4500):
         sizes = chunk_lengths(length)
         padding = sum(sizes) - length
-        assert 0 <= padding < (length / 2 if length > 256 else max(48, length))
-        assert len(sizes) == -(-length // CHUNKS[-1])
-    assert [chunk_lengths(n) for n in (128, 512, 1100)] == [[128], [512], [1024, 128]]
+        assert 0 <= padding <= max(128, length / 2), length
+        assert padding < sizes[-1], "a chunk without a token"
+        assert len(sizes) <= -(-length // CHUNKS[-1]) + 2
+    assert [chunk_lengths(n) for n in (128, 512, 1100, 2048)] == [[128], [512], [1024, 128], [2048]]
+    assert chunk_lengths(1100, 256) == [256] * 4 + [128]
+
+
+def test_other_chunks_are_no_faster():
+    """Any three chunks, by the cost that `chunk_lengths` has in mind: a twentieth faster at most."""
+
+    def cost(sizes):
+        return sum(max(size, 128) + 128 for size in sizes)
+
+    plans = [plan for count in (1, 2, 3) for plan in itertools.combinations_with_replacement(CHUNKS, count)]
+    for length in (1, 65, 129, 300, 500, 700, 1025, 1100, 1300, 1600, 1700, 1920, 2000):
+        best = min(cost(plan) for plan in plans if sum(plan) >= length)
+        assert best <= cost(chunk_lengths(length)) <= 1.05 * best, length
 
 
 @pytest.mark.parametrize("rows", [1, 9, 32, 1000])
@@ -28,6 +53,53 @@ def test_tokens_of_a_program_are_bounded(rows):
         )
         for i in range(rows)
     ]  # fmt: skip
-    prefill = Prefill.of(made, 4, whole=True)
+    prefill = Prefill.of(made, 4, whole=True, most=largest_chunk(rows, beside_rows=False, by_kernels=True))
     assert sum(prefill.sizes) >= len(prompt) - (100 if rows == 1 else 0)
     assert rows * max(prefill.sizes) <= max(MAX_TOKENS, CHUNKS[0] * rows)
+
+
+def test_largest_chunks():
+    of_one = [largest_chunk(1, beside_rows=beside, by_kernels=by) for beside in (False, True) for by in (True, False)]
+    assert of_one == [2048, 1024, 256, 256]
+
+
+def prefilled(model, adapter, chunks, slots, *, by_kernels):
+    """Logits and cache after chunks of two prompts in slots 2 and 0 of three, whose cache was not empty."""
+    rng = np.random.default_rng(0)
+    state = DecodeState.empty(model.config, 3, slots, model.dtype)
+    old = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), state.cache)
+    state, logits = replace(state, cache=old), jnp.zeros((2, model.config.vocab_size))
+    rows, starts = jnp.array([2, 0]), np.zeros(2, np.int32)
+    for size, lengths in chunks:
+        tokens = rng.integers(0, model.config.vocab_size, (2, size), np.int32)
+        state, logits, _ = prefill_chunk(
+            model, adapter, state, logits, tokens, starts, lengths, rows, pad_id=0, by_kernels=by_kernels
+        )
+        starts = starts + lengths
+    return logits, state.cache
+
+
+@pytest.mark.parametrize(("family", "targets"), [("mistral_window", "attention"), ("qwen3", "after_attention")])
+def test_by_kernels(models, family, targets):
+    """The second chunk is behind the first; one row has nothing in it. What a slot without a prompt has stays."""
+    model = models(family)
+    adapter = random_adapter(model.config, targets=POSITIONS[targets])
+    chunks = (32, np.array([32, 9], np.int32)), (16, np.array([13, 0], np.int32))
+    (wanted, cache), (found, by_kernels) = (
+        prefilled(model, adapter, chunks, 64, by_kernels=by_kernels) for by_kernels in (False, True)
+    )
+    np.testing.assert_allclose(found, wanted, atol=2e-4, rtol=2e-4)
+    for new, old in zip(jax.tree.leaves(by_kernels), jax.tree.leaves(cache), strict=True):
+        np.testing.assert_allclose(new, old, atol=2e-4, rtol=2e-4)
+
+
+def test_by_kernels_with_the_chosen_experts(models, monkeypatch):
+    """128 tokens, enough for groups."""
+    model = models("llama_gqa")
+    adapter = random_adapter(model.config, num_experts=4, rank=16, targets=POSITIONS["attention"])
+    chunks = [(64, np.array([64, 50], np.int32))]
+    wanted, _ = prefilled(model, adapter, chunks, 64, by_kernels=False)
+    assert choose_products(adapter.config, model.config, 128, "float32")[0] == "dense"
+    monkeypatch.setattr(prefill_module, "choose_products", lambda *_: ("grouped", "of a test"))
+    found, _ = prefilled(model, adapter, chunks, 64, by_kernels=True)
+    np.testing.assert_allclose(found, wanted, atol=2e-4, rtol=2e-4)
