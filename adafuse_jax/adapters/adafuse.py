@@ -8,8 +8,7 @@ normed embedding, a function of the token id alone; with o_proj or FFN targets o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -98,29 +97,6 @@ class AdaFuse(nnx.Module):
     ) -> Float[Array, ""]:
         """Balance loss of the model's only router. `load`: f_e of more tokens than those of `mask`."""
         return balance_loss(routing, mask, load=load)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(slots=True)
-class RoutedAdaFuse:
-    """An `Adapter`: AdaFuse, with the routing of the tokens that are to be read."""
-
-    adapter: AdaFuse
-    experts: Any
-    routing: Routing
-
-    @classmethod
-    def of(cls, adapter: AdaFuse, x: Float[Array, "B T in"]) -> RoutedAdaFuse:
-        """Route tokens by x^1."""
-        return cls(adapter, adapter.experts, adapter.route(x))
-
-    def initial_routing(self, batch: int, length: int) -> Routing:
-        return self.routing
-
-    def hook(
-        self, experts: nnx.Dict, layer: int | Int[Array, ""], routing: Routing, key: Key[Array, ""] | None
-    ) -> AdaFuseLayer:
-        return AdaFuseLayer(self.adapter, experts, 1, self.routing, key)  # no layer is the one that routes
 
 
 class AdaFuseLayer(Hook):

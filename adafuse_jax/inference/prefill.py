@@ -15,11 +15,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from adafuse_jax.adapters.adafuse import AdaFuse, RoutedAdaFuse, choose_products
+from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.adapters.prompts import PromptAdaFuse, all_experts_reason, is_routed_by_token
 from adafuse_jax.inference.backends.base import dispatch_log_level
 from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.sampling import row_keys
-from adafuse_jax.models.config import ATTENTION_LINEARS, ModelConfig, unsupported_field
+from adafuse_jax.models.config import ModelConfig, unsupported_field
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.hooks import Adapter
 from pallas_kernels import prefill_attention as attention_kernel
@@ -76,19 +77,17 @@ def largest_chunk(num_rows: int, *, beside_rows: bool, by_kernels: bool) -> int:
 
 
 def adapter_of_prompts(model: Backbone, adapter: Adapter | None, tokens: Int[Array, "R T"]) -> Adapter | None:
-    """The adapter as prompts are read with it by kernels. AdaFuse whose router sees the token alone is routed before the
-    layers, which would wait for the host to ask each of them whether it is the first; its products are those of the chosen
-    experts only, where that is faster; logged when the program is made."""
+    """The adapter as prompts are read with it by kernels: AdaFuse is routed before the layers where the router sees the
+    token alone, and its products are those of the chosen experts where that is faster; logged when the program is made."""
     if not isinstance(adapter, AdaFuse):
         return adapter
-    products, reason = choose_products(adapter.config, model.config, tokens.size, model.dtype.name)
-    what = "all experts" if products == "dense" else "the chosen experts"
-    log.log(dispatch_log_level(), "%d prompt tokens: products of %s (%s)", tokens.size, what, reason)
-    adapter = adapter.with_products(products)
-    if adapter.first_target not in ATTENTION_LINEARS[:3]:
+    reason = all_experts_reason(adapter, model.config, tokens.size, model.dtype)
+    what = "the chosen experts" if reason is None else f"all experts ({reason})"
+    log.log(dispatch_log_level(), "%d prompt tokens: products of %s", tokens.size, what)
+    if not is_routed_by_token(adapter):
         return adapter
     norm = jax.tree.map(lambda leaf: leaf[0], model.layers.input_layernorm)
-    return RoutedAdaFuse.of(adapter, norm(model.embed_tokens[...][tokens]))
+    return PromptAdaFuse.of(adapter, norm(model.embed_tokens[...][tokens]), only_chosen=reason is None)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -159,7 +159,8 @@ def report_of(record: dict[str, Any]) -> str:
         "peak, GiB",
         "error",
     )
-    rows, bare = [], {row["size"]: {} for row in record["rows"]}
+    rows: list[Sequence[Any]] = []
+    bare: dict[str, dict[int, float]] = {row["size"]: {} for row in record["rows"]}
     for row in record["rows"]:
         if row["targets"] == "-" and "ms" in row:
             bare[row["size"]][row["tokens"]] = row["ms"]

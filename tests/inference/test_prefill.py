@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from random_models import POSITIONS, random_adapter
 
-from adafuse_jax.adapters.adafuse import choose_products
+from adafuse_jax.adapters.prompts import all_experts_reason
 from adafuse_jax.inference import prefill as prefill_module
 from adafuse_jax.inference.prefill import CHUNKS, MAX_TOKENS, Prefill, chunk_lengths, largest_chunk
 from adafuse_jax.inference.programs import prefill_chunk
@@ -94,12 +94,30 @@ def test_by_kernels(models, family, targets):
 
 
 def test_by_kernels_with_the_chosen_experts(models, monkeypatch):
-    """128 tokens, enough for groups."""
+    """128 tokens; linears that share an input, and one that is not adapted."""
     model = models("llama_gqa")
-    adapter = random_adapter(model.config, num_experts=4, rank=16, targets=POSITIONS["attention"])
+    targets = ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+    adapter = random_adapter(model.config, rank=16, targets=targets)
     chunks = [(64, np.array([64, 50], np.int32))]
     wanted, _ = prefilled(model, adapter, chunks, 64, by_kernels=False)
-    assert choose_products(adapter.config, model.config, 128, "float32")[0] == "dense"
-    monkeypatch.setattr(prefill_module, "choose_products", lambda *_: ("grouped", "of a test"))
+    assert "float32" in str(all_experts_reason(adapter, model.config, 512, model.dtype))
+    monkeypatch.setattr(prefill_module, "all_experts_reason", lambda *_: None)
     found, _ = prefilled(model, adapter, chunks, 64, by_kernels=True)
     np.testing.assert_allclose(found, wanted, atol=2e-4, rtol=2e-4)
+
+
+def test_all_experts_are_multiplied_where_that_is_as_fast(models):
+    model = models("llama_gqa")
+    sixteen = jnp.dtype("bfloat16")
+
+    def reason(tokens=1024, **settings):
+        adapter = random_adapter(model.config, **({"rank": 16, "targets": POSITIONS["attention"]} | settings))
+        adapter.experts = jax.tree.map(lambda leaf: leaf.astype(sixteen), adapter.experts)
+        config = replace(model.config, embed_dim=64, num_heads=2, num_kv_heads=2, head_dim=32)
+        return all_experts_reason(adapter, config, tokens, sixteen)
+
+    assert reason() is None
+    assert "16 tokens are few" in reason(16)
+    assert "rank 3" in reason(rank=3)
+    assert "o_proj's input" in reason(targets=("o_proj",))
+    assert "uses all experts" in reason(top_k=4)

@@ -1,0 +1,99 @@
+"""AdaFuse while it reads prompts: tokens are routed before the layers, and multiplied with their chosen experts only.
+
+A router inside a scan over layers makes a GPU wait for the host in every layer, to ask whether it is the first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from adafuse_jax.adapters.adafuse import AdaFuse, AdaFuseLayer
+from adafuse_jax.adapters.stacked import ROUTER_INPUTS
+from adafuse_jax.models.config import ATTENTION_LINEARS, ModelConfig
+from adafuse_jax.models.hooks import Hook, Routing
+from adafuse_jax.models.layers import Linear
+from pallas_kernels.grouped_experts import TILE
+from pallas_kernels.prompt_experts import Pairs, expand_into, pair_tokens, shrink, unsupported_reason
+
+LEAST_TOKENS = 512
+"""Prompt tokens below which the products of all experts are as fast."""
+
+
+def is_routed_by_token(adapter: AdaFuse) -> bool:
+    """Return whether x^1, the router's input, depends on the token alone."""
+    return adapter.first_target in ATTENTION_LINEARS[:3]
+
+
+def all_experts_reason(adapter: AdaFuse, model: ModelConfig, tokens: int, dtype: jnp.dtype) -> str | None:
+    """The reason why prompts' tokens, so many together, are multiplied with all experts, or None."""
+    config = adapter.config
+    widths = sorted({width for name in config.targets for width in model.linear_shape(name)})
+    if not is_routed_by_token(adapter):
+        return f"the router sees {adapter.first_target}'s input, which is not known before the layers"
+    if reason := unsupported_reason(config.rank, widths, dtype):
+        return reason
+    if any(leaf.dtype != dtype for leaf in jax.tree.leaves(adapter.experts)):
+        return f"the experts are not {jnp.dtype(dtype).name}"
+    if tokens % TILE or tokens < LEAST_TOKENS:
+        return f"{tokens} tokens are few, or no multiple of {TILE}"
+    if config.top_k >= config.num_experts:
+        return "every token uses all experts"
+    return None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(slots=True)
+class PromptAdaFuse:
+    """An `Adapter`: AdaFuse whose routing of the tokens is known. `pairs`: their orders, for the products of the chosen
+    experts; None: all experts are multiplied."""
+
+    adapter: AdaFuse
+    experts: Any
+    routing: Routing
+    pairs: Pairs | None
+
+    @classmethod
+    def of(cls, adapter: AdaFuse, x: Float[Array, "B T in"], *, only_chosen: bool) -> PromptAdaFuse:
+        """Route the tokens by x^1."""
+        routing, config, pairs = adapter.route(x), adapter.config, None
+        if only_chosen:
+            chosen, gates = (value.reshape(-1, config.top_k) for value in (routing.experts, routing.gates))
+            pairs = pair_tokens(chosen, gates, config.num_experts, config.scale)
+        return cls(adapter, adapter.experts, routing, pairs)
+
+    def initial_routing(self, batch: int, length: int) -> Routing:
+        return self.routing
+
+    def hook(self, experts: Any, layer: int | Int[Array, ""], routing: Routing, key: Key[Array, ""] | None) -> Hook:
+        if self.pairs is None:
+            return AdaFuseLayer(self.adapter, experts, 1, self.routing, key)  # no layer is the one that routes
+        return PromptLayer(self, layer)
+
+
+class PromptLayer(Hook):
+    """The hook of one layer: linears that share an input share one launch of A's products."""
+
+    def __init__(self, prompts: PromptAdaFuse, layer: int | Int[Array, ""]):
+        self.prompts, self.layer, self.routing = prompts, jnp.asarray(layer, jnp.int32)[None], prompts.routing
+        self._h: dict[str, Float[Array, "n P R"]] = {}
+
+    def __call__(self, name: str, linear: Linear, x: Array) -> Array:
+        y, experts, pairs = linear(x), self.prompts.experts, self.prompts.pairs
+        if name not in experts:
+            return y
+        assert pairs is not None
+        source, interpret = ROUTER_INPUTS[name], jax.default_backend() == "cpu"
+        group = [other for other in experts if ROUTER_INPUTS[other] == source]
+        if source not in self._h:
+            factors = [experts[other].A[...] for other in group]
+            self._h[source] = shrink(x.reshape(-1, x.shape[-1]), factors, self.layer, pairs, interpret=interpret)
+        added = expand_into(
+            y.reshape(-1, y.shape[-1]), self._h[source], experts[name].B[...], self.layer, pairs,
+            linear=group.index(name), interpret=interpret,
+        )  # fmt: skip
+        return added.reshape(y.shape)

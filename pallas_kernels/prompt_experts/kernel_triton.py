@@ -1,0 +1,135 @@
+"""The two products of prompts' experts as Pallas kernels for Triton: NVIDIA Ampere and newer.
+
+    shrink        h[p] = g_p · A_e x[t]       p: the pair of token t and its expert e
+    expand_into   y[t] ← y[t] + Σ_p B_e h[p]  over the pairs p of token t
+
+A and B are those of all layers, of which the kernels read one in place. Tiles of `shrink` share the columns of x, and their
+partial sums are added up with the gates. `pairs` has the orders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.grouped_experts.groups import TILE
+from pallas_kernels.pregated_linear.triton_call import dot, load
+from pallas_kernels.prompt_experts.pairs import PAIR_TILE, Pairs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiles:
+    """Columns that a program takes at a time, its warps and its pipeline stages."""
+
+    block: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+SHRINK, EXPAND = Tiles(block=64), Tiles(block=128, num_stages=2)
+PROGRAMS = 264
+"""Programs of `shrink` that fill a GPU."""
+
+
+def unsupported_reason(rank: int, widths: Sequence[int], dtype: jnp.dtype) -> str | None:
+    """The reason why the kernels do not support these experts, or None. `widths`: every in and out of adapted linears."""
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"activations are {jnp.dtype(dtype).name}, not bfloat16 or float16"
+    if rank not in (16, 32, 64, 128):
+        return f"rank {rank} is none of 16, 32, 64, 128"
+    if odd := [width for width in widths if width % 64]:
+        return f"a width of {odd[0]} is no multiple of 64"
+    return None
+
+
+def shrink(
+    x: Float[Array, "T in"],
+    factors: Sequence[Float[Array, "L E R in"]],
+    layer: Int[Array, 1],
+    pairs: Pairs,
+    *,
+    tiles: Tiles = SHRINK,
+    interpret: bool = False,
+) -> Float[Array, "n P R"]:
+    """h of n linears that share the input x, in the type of x."""
+    (tokens, length), (_, num_experts, rank, _) = x.shape, factors[0].shape
+    block, items, count = min(tiles.block, length & -length), len(pairs.expert), len(factors)
+    steps = length // block
+    splits = max(s for s in range(1, 9) if steps % s == 0 and (s == 1 or items * count * s <= 2 * PROGRAMS))
+
+    def prompt_shrink(x, factors, layer, token, expert, out) -> None:  # type: ignore[no-untyped-def]
+        item, split, linear = (pl.program_id(axis) for axis in range(3))
+        e = expert[item]
+
+        @pl.when(e < num_experts)
+        def _() -> None:
+            rows = plgpu.load(token.at[pl.ds(item * PAIR_TILE, PAIR_TILE)])
+            inside = jnp.broadcast_to((rows < tokens)[:, None], (PAIR_TILE, block))
+            for at, factor in enumerate(factors):
+
+                @pl.when(linear == at)
+                def _(at: int = at, factor: Any = factor) -> None:
+                    def add(step: Array, total: Array) -> Array:
+                        column = (split * (steps // splits) + step) * block
+                        xs = load(x.at[rows[:, None], column + jnp.arange(block)[None, :]], inside)
+                        a = plgpu.load(factor.at[layer[0], e, pl.ds(0, rank), pl.ds(column, block)])
+                        return total + dot(xs, a, trans_b=True)
+
+                    total = lax.fori_loop(0, steps // splits, add, jnp.zeros((PAIR_TILE, rank), jnp.float32))
+                    plgpu.store(out.at[split, linear, pl.ds(item * PAIR_TILE, PAIR_TILE), pl.ds(0, rank)], total)
+
+    partial_sums = pl.pallas_call(
+        prompt_shrink, out_shape=jax.ShapeDtypeStruct((splits, count, items * PAIR_TILE, rank), jnp.float32),
+        grid=(items, splits, count), compiler_params=_params(tiles), interpret=interpret, name="prompt_shrink",
+    )(x, list(factors), layer, pairs.token, pairs.expert)  # fmt: skip
+    gated = partial_sums.sum(axis=0) * pairs.gate[:, None]
+    return jnp.where(pairs.gate[:, None] == 0, 0, gated).astype(x.dtype)  # tiles without pairs are not written
+
+
+def expand_into(
+    y: Float[Array, "T out"],
+    h: Float[Array, "n P R"],
+    factor: Float[Array, "L E out R"],
+    layer: Int[Array, 1],
+    pairs: Pairs,
+    *,
+    linear: int = 0,
+    tiles: Tiles = EXPAND,
+    interpret: bool = False,
+) -> Float[Array, "T out"]:
+    """y with what the experts give to it, whose h is h[linear]. y is donated."""
+    (tokens, length), rank = y.shape, h.shape[2]
+    block, places = min(tiles.block, length & -length), h.shape[1]
+
+    def prompt_expand(y, h, factor, layer, order, used, count, place, out) -> None:  # type: ignore[no-untyped-def]
+        tile, first = pl.program_id(1), pl.program_id(0) * block
+        columns = first + jnp.arange(block)
+        rows = plgpu.load(order.at[pl.ds(tile * TILE, TILE)])
+        at = (rows[:, None], columns[None, :])
+
+        def add(i: Array, total: Array) -> Array:
+            own = plgpu.load(place.at[tile, i, pl.ds(0, TILE)])
+            inside = jnp.broadcast_to((own < places)[:, None], (TILE, rank))
+            hs = load(h.at[tile * 0 + linear, own[:, None], jnp.arange(rank)[None, :]], inside)
+            b = plgpu.load(factor.at[layer[0], used[tile, i], pl.ds(first, block), pl.ds(0, rank)])
+            return total + dot(hs, b, trans_b=True)
+
+        total = lax.fori_loop(0, count[tile], add, jnp.zeros((TILE, block), jnp.float32))
+        plgpu.store(out.at[*at], (total + plgpu.load(y.at[*at]).astype(jnp.float32)).astype(out.dtype))
+
+    return pl.pallas_call(
+        prompt_expand, out_shape=jax.ShapeDtypeStruct(y.shape, y.dtype), grid=(length // block, tokens // TILE),
+        input_output_aliases={0: 0}, compiler_params=_params(tiles), interpret=interpret, name="prompt_expand",
+    )(y, h, factor, layer, pairs.order, pairs.used, pairs.count, pairs.place)  # fmt: skip
+
+
+def _params(tiles: Tiles) -> plgpu.CompilerParams:
+    return plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
