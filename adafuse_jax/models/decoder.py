@@ -37,6 +37,9 @@ from adafuse_jax.models.layout import ONE_DEVICE, Layout
 from adafuse_jax.models.remat import ATTENTION, FFN, kept, rematerialized
 
 
+PROBE_BARRIER = False
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class Output:
@@ -205,7 +208,8 @@ class Backbone(nnx.Module):
 
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             hook = Hook() if adapter is None else adapter.hook(experts, index, routing, key)
-            x = layout.activations(layer(x, attend, hook, None if unroll or cache is None else slice_linear))
+            in_place = unroll or cache is None or (isinstance(cache, PromptCache) and not PROBE_BARRIER)
+            x = layout.activations(layer(x, attend, hook, None if in_place else slice_linear))
             return (x, cache, hook.routing), hook.layer_routing
 
         x = layout.embedded(self.embed_tokens[...], tokens)  # [B, T, D]

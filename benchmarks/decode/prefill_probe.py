@@ -19,6 +19,7 @@ import numpy as np
 from adafuse_jax.core import runtime
 from adafuse_jax.inference import prefill as prefill_module
 from adafuse_jax.inference import programs
+from adafuse_jax.models import decoder as decoder_module
 from benchmarks.common.records import first_line
 from benchmarks.common.timing import time_calls
 from benchmarks.decode import prefill as bench
@@ -100,17 +101,18 @@ def run(name: str, model: Any, adapter: Any, tokens: int, *, with_profile: bool 
 
 def options() -> None:
     model = random_backbone(model_config(replace(SIZES["llama2-7b"], max_position_embeddings=32768)))
-    for name, chosen in (
-        ("default", {}), ("fusion", {"xla_gpu_enable_dynamic_slice_fusion": True}),
-        ("no fusion", {"xla_gpu_enable_dynamic_slice_fusion": False}),
-        ("fusion, no triton gemm", {"xla_gpu_enable_dynamic_slice_fusion": True, "xla_gpu_enable_triton_gemm": False}),
-        ("fusion, no command buffer",
-         {"xla_gpu_enable_dynamic_slice_fusion": True, "xla_gpu_enable_command_buffer": ""}),
-        ("fusion, cublaslt", {"xla_gpu_enable_dynamic_slice_fusion": True, "xla_gpu_enable_cublaslt": True}),
+    fusion = {"xla_gpu_enable_dynamic_slice_fusion": True}
+    for name, chosen, barrier in (
+        ("fusion", fusion, False), ("default", {}, False), ("fusion, barrier", fusion, True), ("default, barrier", {}, True),
+        ("fusion, no command buffer", fusion | {"xla_gpu_enable_command_buffer": ""}, False),
+        ("fusion, no triton gemm", fusion | {"xla_gpu_enable_triton_gemm": False}, False),
+        ("no fusion", {"xla_gpu_enable_dynamic_slice_fusion": False}, False),
     ):  # fmt: skip
+        decoder_module.PROBE_BARRIER = barrier
         bench.prefill_chunk = with_options(chosen)
         for tokens in (128, 512, 2048):
             run(name, model, None, tokens, with_profile=name in ("default", "fusion") and tokens != 512)
+    decoder_module.PROBE_BARRIER = False
 
 
 def adapters() -> None:

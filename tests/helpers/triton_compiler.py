@@ -14,6 +14,9 @@ from jax._src.pallas.triton import lowering
 from jax.sharding import AbstractDevice, AbstractMesh
 from triton.backends.compiler import GPUTarget
 
+SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KiB that a program can have, by compute capability (CUDA C++ programming guide)."""
+
 
 @dataclass(frozen=True)
 class Kernel:

@@ -4,7 +4,7 @@ compiled."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -147,44 +147,3 @@ def test_unsupported_reasons():
     assert "float32" in str(unsupported_reason(128, jnp.dtype("float32")))
     for head_dim in (16, 48, 512):
         assert f"heads have {head_dim} dimensions" in str(unsupported_reason(head_dim, jnp.dtype("float16")))
-
-
-SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
-"""KiB that a program can have, by compute capability (CUDA C++ programming guide)."""
-COMPILED = {
-    "7B": (2048, (32, 32, 128), "bfloat16", {}),
-    "mixed windows, soft cap": (512, (16, 8, 256), "bfloat16", {"softcap": 50.0, "windows": True}),
-    "small": (64, (9, 3, 64), "float16", {"windows": True}),
-}
-QUICK = [("7B", c) for c in SHARED_MEMORY] + [("mixed windows, soft cap", 120)]
-SLOW = [(name, c) for name in COMPILED for c in SHARED_MEMORY if (name, c) not in QUICK]
-
-
-@cache
-def kernel(name: str) -> Any:
-    from triton_compiler import kernel_of
-
-    length, (num_heads, num_kv, head_dim), dtype, options = COMPILED[name]
-    of, ints = jax.ShapeDtypeStruct, partial(jax.ShapeDtypeStruct, dtype="int32")
-    cached = of((NUM_LAYERS, 2, 4096, num_kv, head_dim), dtype)
-    windows = ints((NUM_LAYERS,)) if options.get("windows") else None
-    return kernel_of(
-        lambda *operands: prefill_attention(*operands, softcap=options.get("softcap")),
-        of((1, length, num_heads, head_dim), dtype), cached, cached, ints((1,)), ints((1,)), ints((1,)), ints((1,)), windows,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "capability"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
-)
-def test_compiles_for_other_gpus(monkeypatch, tmp_path, name, capability):
-    """To machine code that fits: nothing in local memory, products on tensor cores. Needs no GPU."""
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    compiled = kernel(name).compile(capability, tmp_path)
-    ptx = compiled.asm["ptx"]
-    assert f".target sm_{capability}" in ptx
-    assert compiled.asm["cubin"]
-    assert compiled.metadata.shared <= SHARED_MEMORY[capability] * 1024
-    assert ".local" not in ptx
-    assert "mma" in ptx
