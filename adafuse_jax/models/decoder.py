@@ -37,9 +37,6 @@ from adafuse_jax.models.layout import ONE_DEVICE, Layout
 from adafuse_jax.models.remat import ATTENTION, FFN, kept, rematerialized
 
 
-PROBE_BARRIER = False
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class Output:
@@ -52,6 +49,9 @@ class Output:
     routing: Any
     cache: KVCache | None
     logits: Float[Array, "B T V"] | None = None
+
+
+PROBE_BARRIER = False
 
 
 class DecoderLayer(nnx.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from adafuse_jax.core import runtime
 from adafuse_jax.inference import prefill as prefill_module
 from adafuse_jax.inference import programs
 from adafuse_jax.models import decoder as decoder_module
+from adafuse_jax.models.decoder import Backbone
 from benchmarks.common.records import first_line
 from benchmarks.common.timing import time_calls
 from benchmarks.decode import prefill as bench
@@ -110,9 +111,19 @@ def options() -> None:
     ):  # fmt: skip
         decoder_module.PROBE_BARRIER = barrier
         bench.prefill_chunk = with_options(chosen)
-        for tokens in (128, 512, 2048):
-            run(name, model, None, tokens, with_profile=name in ("default", "fusion") and tokens != 512)
+        first = name in ("default", "fusion")
+        for tokens in (128, 512, 2048) if first else (128, 2048):
+            run(name, model, None, tokens, with_profile=first and tokens != 512)
     decoder_module.PROBE_BARRIER = False
+
+
+def unrolled() -> None:
+    model = random_backbone(model_config(replace(SIZES["llama2-7b"], max_position_embeddings=32768)))
+    Backbone.run = partialmethod(Backbone.run, unroll=True)  # type: ignore[assignment, method-assign]
+    for name, chosen in (("fusion", {"xla_gpu_enable_dynamic_slice_fusion": True}), ("default", {})):
+        bench.prefill_chunk = with_options(chosen)
+        for tokens in (128, 2048):
+            run(f"unrolled, {name}", model, None, tokens, with_profile=tokens == 128)
 
 
 def adapters() -> None:
@@ -179,4 +190,4 @@ if __name__ == "__main__":
     runtime.set_up()
     say(jax.devices()[0].device_kind, jax.__version__)
     for part in sys.argv[1:]:
-        {"attention": attention, "options": options, "adapters": adapters, "layer": layer}[part]()
+        {"attention": attention, "options": options, "adapters": adapters, "layer": layer, "unrolled": unrolled}[part]()
