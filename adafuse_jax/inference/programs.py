@@ -26,8 +26,13 @@ from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.hooks import TokenExperts
 from adafuse_jax.models.kv_cache import KVCache, PromptCache
 
-PREFILL_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": True}
-"""XLA's options of a prefill: products read their layer's weights in place, where a scan would copy them first."""
+PREFILL_OPTIONS = {
+    "xla_gpu_enable_dynamic_slice_fusion": True,
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
+"""XLA's options of a prefill, on GPUs: products are cuBLAS', one for each linear, and read the weights of a layer in place.
+XLA's own, or one for several linears, would need a copy of them."""
 
 
 class StepResult(NamedTuple):
@@ -100,7 +105,9 @@ def prefill_chunk(
         adapter=ids,
     )
     logprobs = None if following is None else of_prompt(model, out.hidden, following)
-    return state, jnp.where((lengths > 0)[:, None], model.logits(last), logits), logprobs
+    # Of one row alone cuBLAS has no product with fp32 results: XLA would convert the head.
+    new_logits = model.logits(jnp.concatenate([last, last]))[: len(last)]
+    return state, jnp.where((lengths > 0)[:, None], new_logits, logits), logprobs
 
 
 @partial(Program, static_argnames=("pad_id", "with_logprobs"), donate_argnames="state")

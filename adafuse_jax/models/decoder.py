@@ -51,9 +51,6 @@ class Output:
     logits: Float[Array, "B T V"] | None = None
 
 
-PROBE_BARRIER = False
-
-
 class DecoderLayer(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         layers, eps = config.num_layers, config.norm_eps
@@ -208,7 +205,7 @@ class Backbone(nnx.Module):
 
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             hook = Hook() if adapter is None else adapter.hook(experts, index, routing, key)
-            in_place = unroll or cache is None or (isinstance(cache, PromptCache) and not PROBE_BARRIER)
+            in_place = unroll or cache is None or isinstance(cache, PromptCache)  # see `programs.PREFILL_OPTIONS`
             x = layout.activations(layer(x, attend, hook, None if in_place else slice_linear))
             return (x, cache, hook.routing), hook.layer_routing
 

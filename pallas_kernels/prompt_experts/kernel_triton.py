@@ -3,15 +3,14 @@
     shrink        h[p] = g_p · A_e x[t]       p: the pair of token t and its expert e
     expand_into   y[t] ← y[t] + Σ_p B_e h[p]  over the pairs p of token t
 
-A and B are those of all layers, of which the kernels read one in place. Tiles of `shrink` share the columns of x, and their
-partial sums are added up with the gates. `pairs` has the orders.
+A and B are those of all layers, of which the kernels read one in place. Programs of `shrink` share the columns of x, and
+their partial sums are added up with the gates. `pairs` has the orders.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,16 +26,15 @@ from pallas_kernels.prompt_experts.pairs import PAIR_TILE, Pairs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles:
-    """Columns that a program takes at a time, its warps and its pipeline stages."""
+    """Columns that a program takes at a time, and its pipeline stages."""
 
     block: int
-    num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int
 
 
-SHRINK, EXPAND = Tiles(block=64), Tiles(block=128, num_stages=2)
-PROGRAMS = 264
-"""Programs of `shrink` that fill a GPU."""
+SHRINK, EXPAND = Tiles(block=64, num_stages=3), Tiles(block=128, num_stages=2)
+MAX_PROGRAMS, MAX_SPLITS, MAX_COLUMNS = 320, 8, 192
+"""Programs of `shrink` that fill a GPU, those that share the columns of a tile at most, and ranks of linears together."""
 
 
 def unsupported_reason(rank: int, widths: Sequence[int], dtype: jnp.dtype) -> str | None:
@@ -60,38 +58,47 @@ def shrink(
     interpret: bool = False,
 ) -> Float[Array, "n P R"]:
     """h of n linears that share the input x, in the type of x."""
+    together = max(1, MAX_COLUMNS // factors[0].shape[2])
+    parts = [factors[i : i + together] for i in range(0, len(factors), together)]
+    sums = [_shrink(x, part, layer, pairs, tiles=tiles, interpret=interpret).sum(axis=0) for part in parts]
+    gate = pairs.gate[:, None]
+    return jnp.where(gate == 0, 0, jnp.concatenate(sums) * gate).astype(x.dtype)  # tiles without pairs are not written
+
+
+def _shrink(
+    x: Array, factors: Sequence[Array], layer: Array, pairs: Pairs, *, tiles: Tiles, interpret: bool
+) -> Float[Array, "splits n P R"]:
+    """Partial sums of A_e x[t]."""
     (tokens, length), (_, num_experts, rank, _) = x.shape, factors[0].shape
     block, items, count = min(tiles.block, length & -length), len(pairs.expert), len(factors)
     steps = length // block
-    splits = max(s for s in range(1, 9) if steps % s == 0 and (s == 1 or items * count * s <= 2 * PROGRAMS))
+    splits = max(s for s in range(1, MAX_SPLITS + 1) if steps % s == 0 and (s == 1 or items * s <= MAX_PROGRAMS))
 
     def prompt_shrink(x, factors, layer, token, expert, out) -> None:  # type: ignore[no-untyped-def]
-        item, split, linear = (pl.program_id(axis) for axis in range(3))
+        item, split = pl.program_id(0), pl.program_id(1)
         e = expert[item]
 
         @pl.when(e < num_experts)
         def _() -> None:
             rows = plgpu.load(token.at[pl.ds(item * PAIR_TILE, PAIR_TILE)])
             inside = jnp.broadcast_to((rows < tokens)[:, None], (PAIR_TILE, block))
-            for at, factor in enumerate(factors):
 
-                @pl.when(linear == at)
-                def _(at: int = at, factor: Any = factor) -> None:
-                    def add(step: Array, total: Array) -> Array:
-                        column = (split * (steps // splits) + step) * block
-                        xs = load(x.at[rows[:, None], column + jnp.arange(block)[None, :]], inside)
-                        a = plgpu.load(factor.at[layer[0], e, pl.ds(0, rank), pl.ds(column, block)])
-                        return total + dot(xs, a, trans_b=True)
+            def add(step: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+                column = (split * (steps // splits) + step) * block
+                xs = load(x.at[rows[:, None], column + jnp.arange(block)[None, :]], inside)
+                own = [plgpu.load(a.at[layer[0], e, pl.ds(0, rank), pl.ds(column, block)]) for a in factors]
+                return tuple(total + dot(xs, a, trans_b=True) for total, a in zip(totals, own, strict=True))
 
-                    total = lax.fori_loop(0, steps // splits, add, jnp.zeros((PAIR_TILE, rank), jnp.float32))
-                    plgpu.store(out.at[split, linear, pl.ds(item * PAIR_TILE, PAIR_TILE), pl.ds(0, rank)], total)
+            totals = lax.fori_loop(0, steps // splits, add, (jnp.zeros((PAIR_TILE, rank), jnp.float32),) * count)
+            for at, total in enumerate(totals):
+                place = split, pl.ds(at, 1), pl.ds(item * PAIR_TILE, PAIR_TILE), pl.ds(0, rank)
+                plgpu.store(out.at[*place], total[None])
 
-    partial_sums = pl.pallas_call(
+    return pl.pallas_call(
         prompt_shrink, out_shape=jax.ShapeDtypeStruct((splits, count, items * PAIR_TILE, rank), jnp.float32),
-        grid=(items, splits, count), compiler_params=_params(tiles), interpret=interpret, name="prompt_shrink",
+        grid=(items, splits), compiler_params=_params(tiles, 8 if count * rank > 64 else 4), interpret=interpret,
+        name="prompt_shrink",
     )(x, list(factors), layer, pairs.token, pairs.expert)  # fmt: skip
-    gated = partial_sums.sum(axis=0) * pairs.gate[:, None]
-    return jnp.where(pairs.gate[:, None] == 0, 0, gated).astype(x.dtype)  # tiles without pairs are not written
 
 
 def expand_into(
@@ -127,9 +134,9 @@ def expand_into(
 
     return pl.pallas_call(
         prompt_expand, out_shape=jax.ShapeDtypeStruct(y.shape, y.dtype), grid=(length // block, tokens // TILE),
-        input_output_aliases={0: 0}, compiler_params=_params(tiles), interpret=interpret, name="prompt_expand",
+        input_output_aliases={0: 0}, compiler_params=_params(tiles, 4), interpret=interpret, name="prompt_expand",
     )(y, h, factor, layer, pairs.order, pairs.used, pairs.count, pairs.place)  # fmt: skip
 
 
-def _params(tiles: Tiles) -> plgpu.CompilerParams:
-    return plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+def _params(tiles: Tiles, num_warps: int) -> plgpu.CompilerParams:
+    return plgpu.CompilerParams(num_warps=num_warps, num_stages=tiles.num_stages)

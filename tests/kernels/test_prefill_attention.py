@@ -22,6 +22,7 @@ from pallas_kernels.prefill_attention import (
 )
 
 LAYER, NUM_LAYERS = 1, 2
+TILES = Tiles(block_q=16, block_k=16, num_warps=4, num_stages=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +118,13 @@ def test_definition(case):
 @pytest.mark.parametrize("case", quick.first(CASES, 4))
 def test_interpreted(case):
     """By short blocks, several of which a program has."""
-    tiles = Tiles(block_q=16, block_k=16, num_warps=4)
-    check(CASES[case], partial(prefill_attention, tiles=tiles, interpret=True))
+    check(CASES[case], partial(prefill_attention, tiles=TILES, interpret=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("block_q", "block_k"), [(16, 32), (32, 16), (64, 64)])
 def test_tiles(block_q, block_k):
-    tiles = Tiles(block_q=block_q, block_k=block_k, num_warps=4)
+    tiles = replace(TILES, block_q=block_q, block_k=block_k)
     for case in ("rows", "a window"):
         check(CASES[case], partial(prefill_attention, tiles=tiles, interpret=True))
 
@@ -137,9 +137,13 @@ def test_compiled(case):
 
 
 def test_default_tiles():
-    assert tiles_for(2048, 256).block_q == 128
-    assert tiles_for(16, 256).block_q == 16
-    assert tiles_for(2048, 512).block_k < tiles_for(2048, 256).block_k
+    assert tiles_for(2048, 256, "9.0") == Tiles(block_q=128, block_k=64, num_warps=4, num_stages=3)
+    assert (
+        tiles_for(2048, 256, "12.0") == tiles_for(2048, 256, "") == replace(TILES, block_q=128, block_k=64, num_warps=8)
+    )
+    assert tiles_for(16, 256, "9.0").block_q == 16
+    assert tiles_for(100, 256, "8.0").block_q == 128
+    assert tiles_for(2048, 512, "9.0").block_k < tiles_for(2048, 256, "9.0").block_k
 
 
 def test_unsupported_reasons():

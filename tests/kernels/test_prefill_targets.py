@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from triton_compiler import SHARED_MEMORY, Kernel, kernel_of
 
-from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.prefill_attention import prefill_attention, tiles_for
 from pallas_kernels.prompt_experts import expand_into, pair_tokens, shrink
 
 LAYERS = 2
@@ -23,12 +23,19 @@ of, ints = jax.ShapeDtypeStruct, partial(jax.ShapeDtypeStruct, dtype="int32")
 
 
 def attention(
-    length: int, heads: tuple[int, int, int], dtype: str, *, windows: bool = False, softcap: float | None = None
+    length: int,
+    heads: tuple[int, int, int],
+    dtype: str,
+    capability: int,
+    *,
+    windows: bool = False,
+    softcap: float | None = None,
 ) -> Kernel:
     num_heads, num_kv, head_dim = heads
+    tiles = tiles_for(length, 2 * head_dim, f"{capability / 10}")
     cached = of((LAYERS, 2, 4096, num_kv, head_dim), dtype)
     return kernel_of(
-        partial(prefill_attention, softcap=softcap), of((1, length, num_heads, head_dim), dtype), cached, cached, ints((1,)),
+        partial(prefill_attention, softcap=softcap, tiles=tiles), of((1, length, num_heads, head_dim), dtype), cached, cached, ints((1,)),
         ints((1,)), ints((1,)), ints((1,)), ints((LAYERS,)) if windows else None,
     )  # fmt: skip
 
@@ -44,22 +51,22 @@ def experts(name: str, tokens: int, num_experts: int, rank: int, widths: tuple[i
     return kernel_of(expand_into, of((tokens, out), "bfloat16"), h, b, ints((1,)), pairs)
 
 
-KERNELS: dict[str, Callable[[], Kernel]] = {
-    "7B attention": lambda: attention(2048, (32, 32, 128), "bfloat16"),
-    "7B shrink": lambda: experts("shrink", 2048, 8, 64, (4096, 4096), 3),
-    "7B expand": lambda: experts("expand", 2048, 8, 64, (4096, 11008), 2),
-    "wide heads, windows, soft cap": lambda: attention(512, (16, 8, 256), "bfloat16", windows=True, softcap=50.0),
-    "small attention": lambda: attention(64, (9, 3, 64), "float16", windows=True),
-    "largest rank, shrink": lambda: experts("shrink", 512, 4, 128, (4096, 4096), 2),
-    "largest rank, expand": lambda: experts("expand", 512, 4, 128, (4096, 4096), 2),
+KERNELS: dict[str, Callable[[int], Kernel]] = {
+    "7B attention": lambda c: attention(2048, (32, 32, 128), "bfloat16", c),
+    "7B shrink": lambda _: experts("shrink", 2048, 8, 64, (4096, 4096), 3),
+    "7B expand": lambda _: experts("expand", 2048, 8, 64, (4096, 11008), 2),
+    "wide heads, windows, soft cap": lambda c: attention(512, (16, 8, 256), "bfloat16", c, windows=True, softcap=50.0),
+    "small attention": lambda c: attention(64, (9, 3, 64), "float16", c, windows=True),
+    "largest rank, shrink": lambda _: experts("shrink", 512, 4, 128, (4096, 4096), 2),
+    "largest rank, expand": lambda _: experts("expand", 512, 4, 128, (4096, 4096), 2),
 }
 QUICK = [("7B attention", c) for c in SHARED_MEMORY] + [(name, 120) for name in [*KERNELS][1:4]]
 SLOW = [(name, c) for name in KERNELS for c in SHARED_MEMORY if (name, c) not in QUICK]
 
 
 @cache
-def kernel(name: str) -> Kernel:
-    return KERNELS[name]()
+def kernel(name: str, capability: int) -> Kernel:
+    return KERNELS[name](capability)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +75,7 @@ def kernel(name: str) -> Kernel:
 def test_compiles(monkeypatch, tmp_path, name, capability):
     """To machine code that fits: nothing in local memory, products on tensor cores, wide loads that are pipelined."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    compiled = kernel(name).compile(capability, tmp_path)
+    compiled = kernel(name, capability).compile(capability, tmp_path)
     ptx = compiled.asm["ptx"]
     assert f".target sm_{capability}" in ptx
     assert compiled.asm["cubin"]
