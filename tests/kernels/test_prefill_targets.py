@@ -34,8 +34,9 @@ def attention(
     num_heads, num_kv, head_dim = heads
     tiles = tiles_for(length, 2 * head_dim, f"{capability / 10}")
     cached = of((LAYERS, 2, 4096, num_kv, head_dim), dtype)
+    attend = partial(prefill_attention, softcap=softcap, tiles=tiles)
     return kernel_of(
-        partial(prefill_attention, softcap=softcap, tiles=tiles), of((1, length, num_heads, head_dim), dtype), cached, cached, ints((1,)),
+        attend, of((1, length, num_heads, head_dim), dtype), cached, cached, ints((1,)),
         ints((1,)), ints((1,)), ints((1,)), ints((LAYERS,)) if windows else None,
     )  # fmt: skip
 
@@ -57,7 +58,7 @@ KERNELS: dict[str, Callable[[int], Kernel]] = {
     "7B expand": lambda _: experts("expand", 2048, 8, 64, (4096, 11008), 2),
     "wide heads, windows, soft cap": lambda c: attention(512, (16, 8, 256), "bfloat16", c, windows=True, softcap=50.0),
     "small attention": lambda c: attention(64, (9, 3, 64), "float16", c, windows=True),
-    "largest rank, shrink": lambda _: experts("shrink", 512, 4, 128, (4096, 4096), 2),
+    "largest rank, shrink": lambda _: experts("shrink", 512, 4, 128, (4096, 4096), 1),
     "largest rank, expand": lambda _: experts("expand", 512, 4, 128, (4096, 4096), 2),
 }
 QUICK = [("7B attention", c) for c in SHARED_MEMORY] + [(name, 120) for name in [*KERNELS][1:4]]
