@@ -5,6 +5,7 @@ A router inside a scan over layers makes a GPU wait for the host in every layer,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,20 @@ from jaxtyping import Array, Float, Int, Key
 
 from adafuse_jax.adapters.adafuse import AdaFuse, AdaFuseLayer
 from adafuse_jax.adapters.stacked import ROUTER_INPUTS
-from adafuse_jax.models.config import ATTENTION_LINEARS, ModelConfig
+from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig
 from adafuse_jax.models.hooks import Hook, Routing
 from adafuse_jax.models.layers import Linear
 from pallas_kernels.grouped_experts import TILE
-from pallas_kernels.prompt_experts import Pairs, expand_into, pair_tokens, shrink, unsupported_reason
+from pallas_kernels.prompt_experts import (
+    Pairs,
+    expand_gated,
+    expand_into,
+    pair_tokens,
+    shrink,
+    unsupported_reason,
+)
+
+GATED = ("gate_proj", "up_proj")
 
 LEAST_TOKENS = 512
 """Prompt tokens below which the products of all experts are as fast."""
@@ -76,24 +86,55 @@ class PromptAdaFuse:
 
 
 class PromptLayer(Hook):
-    """The hook of one layer: linears that share an input share one launch of A's products."""
+    """The hook of one layer: linears that share an input share one launch of A's products, and what the experts give to
+    gate_proj and up_proj is added where these are multiplied."""
 
     def __init__(self, prompts: PromptAdaFuse, layer: int | Int[Array, ""]):
         self.prompts, self.layer, self.routing = prompts, jnp.asarray(layer, jnp.int32)[None], prompts.routing
         self._h: dict[str, Float[Array, "n P R"]] = {}
+        self._options: Any = {"interpret": jax.default_backend() == "cpu"}
 
     def __call__(self, name: str, linear: Linear, x: Array) -> Array:
-        y, experts, pairs = linear(x), self.prompts.experts, self.prompts.pairs
-        if name not in experts:
+        y = linear(x)
+        if name not in self.prompts.experts:
             return y
-        assert pairs is not None
-        source, interpret = ROUTER_INPUTS[name], jax.default_backend() == "cpu"
-        group = [other for other in experts if ROUTER_INPUTS[other] == source]
+        self._shrink(name, x)
+        return y if name in GATED and self._adapts_both() else self._expanded(name, y)
+
+    def gated(self, product: Callable[[Array, Array], Array], activation: str, gate: Array, up: Array) -> Array:
+        if not self._adapts_both():
+            return product(gate, up)
+        if activation != "silu":
+            return product(self._expanded("gate_proj", gate), self._expanded("up_proj", up))
+        experts = self.prompts.experts
+        flat_gate, flat_up = (y.reshape(-1, y.shape[-1]) for y in (gate, up))
+        factors = [experts[name].B[...] for name in GATED]
+        found = expand_gated(flat_gate, flat_up, self._h[GATED[0]], factors, self.layer, self._pairs, **self._options)
+        return found.reshape(gate.shape)
+
+    @property
+    def _pairs(self) -> Pairs:
+        assert self.prompts.pairs is not None
+        return self.prompts.pairs
+
+    def _adapts_both(self) -> bool:
+        return all(name in self.prompts.experts for name in GATED)
+
+    def _sharing(self, name: str) -> list[str]:
+        """The adapted linears that share an input with this one, in order."""
+        return [
+            other for other in LINEARS if other in self.prompts.experts and ROUTER_INPUTS[other] == ROUTER_INPUTS[name]
+        ]
+
+    def _shrink(self, name: str, x: Array) -> None:
+        """Compute h of the linears that share x, unless one of them has come already."""
+        source = ROUTER_INPUTS[name]
         if source not in self._h:
-            factors = [experts[other].A[...] for other in group]
-            self._h[source] = shrink(x.reshape(-1, x.shape[-1]), factors, self.layer, pairs, interpret=interpret)
-        added = expand_into(
-            y.reshape(-1, y.shape[-1]), self._h[source], experts[name].B[...], self.layer, pairs,
-            linear=group.index(name), interpret=interpret,
-        )  # fmt: skip
-        return added.reshape(y.shape)
+            factors = [self.prompts.experts[other].A[...] for other in self._sharing(name)]
+            self._h[source] = shrink(x.reshape(-1, x.shape[-1]), factors, self.layer, self._pairs, **self._options)
+
+    def _expanded(self, name: str, y: Array) -> Array:
+        h, factor = self._h[ROUTER_INPUTS[name]], self.prompts.experts[name].B[...]
+        place = self._sharing(name).index(name)
+        flat = y.reshape(-1, y.shape[-1])
+        return expand_into(flat, h, factor, self.layer, self._pairs, linear=place, **self._options).reshape(y.shape)

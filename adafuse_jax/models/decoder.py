@@ -88,7 +88,7 @@ class DecoderLayer(nnx.Module):
 
         def ffn(h: Array) -> Array:
             gate, up = (kept(linear(name, h), FFN) for name in ("gate_proj", "up_proj"))
-            return linear("down_proj", silu_product(gate, up))
+            return linear("down_proj", adapt.gated(silu_product, "silu", gate, up))
 
         return x + adapt.ffn(ffn, self.post_attention_layernorm(x))
 

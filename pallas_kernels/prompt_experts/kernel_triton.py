@@ -1,7 +1,8 @@
 """The two products of prompts' experts as Pallas kernels for Triton: NVIDIA Ampere and newer.
 
-    shrink        h[p] = g_p · A_e x[t]       p: the pair of token t and its expert e
-    expand_into   y[t] ← y[t] + Σ_p B_e h[p]  over the pairs p of token t
+    shrink         h[p] = g_p · A_e x[t]                p: the pair of token t and its expert e
+    expand_into    y[t] ← y[t] + Σ_p B_e h[p]           over the pairs p of token t
+    expand_gated   silu(gate[t] + …) · (up[t] + …)      the same of two linears, and their gated product
 
 A and B are those of all layers, of which the kernels read one in place. Programs of `shrink` share the columns of x, and
 their partial sums are added up with the gates. `pairs` has the orders.
@@ -9,8 +10,9 @@ their partial sums are added up with the gates. `pairs` has the orders.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +34,10 @@ class Tiles:
     num_stages: int
 
 
-SHRINK, EXPAND = Tiles(block=64, num_stages=3), Tiles(block=128, num_stages=2)
-MAX_PROGRAMS, MAX_SPLITS, MAX_COLUMNS = 320, 8, 192
-"""Programs of `shrink` that fill a GPU, those that share the columns of a tile at most, and ranks of linears together."""
+SHRINK, EXPAND, GATED = Tiles(block=64, num_stages=3), Tiles(block=128, num_stages=2), Tiles(block=64, num_stages=2)
+MAX_PROGRAMS, MAX_SPLITS, MAX_COLUMNS = {4: 264, 8: 132}, 8, 192
+"""Programs of `shrink` that a GPU runs at once, by their warps; programs that share the columns of a tile, at most; ranks of
+the linears of a launch together, at most."""
 
 
 def unsupported_reason(rank: int, widths: Sequence[int], dtype: jnp.dtype) -> str | None:
@@ -72,7 +75,9 @@ def _shrink(
     (tokens, length), (_, num_experts, rank, _) = x.shape, factors[0].shape
     block, items, count = min(tiles.block, length & -length), len(pairs.expert), len(factors)
     steps = length // block
-    splits = max(s for s in range(1, MAX_SPLITS + 1) if steps % s == 0 and (s == 1 or items * s <= MAX_PROGRAMS))
+    num_warps = 8 if count * rank > 64 else 4
+    fitting = max(1, MAX_PROGRAMS[num_warps] // items)
+    splits = max(s for s in range(1, min(MAX_SPLITS, fitting) + 1) if steps % s == 0)
 
     def prompt_shrink(x, factors, layer, token, expert, out) -> None:  # type: ignore[no-untyped-def]
         item, split = pl.program_id(0), pl.program_id(1)
@@ -96,7 +101,7 @@ def _shrink(
 
     return pl.pallas_call(
         prompt_shrink, out_shape=jax.ShapeDtypeStruct((splits, count, items * PAIR_TILE, rank), jnp.float32),
-        grid=(items, splits), compiler_params=_params(tiles, 8 if count * rank > 64 else 4), interpret=interpret,
+        grid=(items, splits), compiler_params=_params(tiles, num_warps), interpret=interpret,
         name="prompt_shrink",
     )(x, list(factors), layer, pairs.token, pairs.expert)  # fmt: skip
 
@@ -113,29 +118,66 @@ def expand_into(
     interpret: bool = False,
 ) -> Float[Array, "T out"]:
     """y with what the experts give to it, whose h is h[linear]. y is donated."""
-    (tokens, length), rank = y.shape, h.shape[2]
+    run = partial(_expand, tiles=tiles, interpret=interpret, name="prompt_expand")
+    return run([y], h, [factor], layer, pairs, [linear], lambda y: y)
+
+
+def expand_gated(
+    gate: Float[Array, "T out"],
+    up: Float[Array, "T out"],
+    h: Float[Array, "2 P R"],
+    factors: Sequence[Float[Array, "L E out R"]],
+    layer: Int[Array, 1],
+    pairs: Pairs,
+    *,
+    tiles: Tiles = GATED,
+    interpret: bool = False,
+) -> Float[Array, "T out"]:
+    """silu(gate) · up, with what the experts give to both; h and factors are those of gate and up. gate is donated."""
+    run = partial(_expand, tiles=tiles, interpret=interpret, name="prompt_expand_gated")
+    return run([gate, up], h, factors, layer, pairs, [0, 1], lambda gate, up: jax.nn.silu(gate) * up)
+
+
+def _expand(
+    ys: Sequence[Array],
+    h: Array,
+    factors: Sequence[Array],
+    layer: Array,
+    pairs: Pairs,
+    linears: Sequence[int],
+    combine: Callable[..., Array],
+    *,
+    tiles: Tiles,
+    interpret: bool,
+    name: str,
+) -> Float[Array, "T out"]:
+    """`combine` of the ys with what their experts give to them, in the place of the first."""
+    (tokens, length), rank = ys[0].shape, h.shape[2]
     block, places = min(tiles.block, length & -length), h.shape[1]
 
-    def prompt_expand(y, h, factor, layer, order, used, count, place, out) -> None:  # type: ignore[no-untyped-def]
+    def kernel(ys, h, factors, layer, order, used, count, place, out) -> None:  # type: ignore[no-untyped-def]
         tile, first = pl.program_id(1), pl.program_id(0) * block
-        columns = first + jnp.arange(block)
         rows = plgpu.load(order.at[pl.ds(tile * TILE, TILE)])
-        at = (rows[:, None], columns[None, :])
+        at = (rows[:, None], (first + jnp.arange(block))[None, :])
 
-        def add(i: Array, total: Array) -> Array:
+        def add(i: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
             own = plgpu.load(place.at[tile, i, pl.ds(0, TILE)])
             inside = jnp.broadcast_to((own < places)[:, None], (TILE, rank))
-            hs = load(h.at[tile * 0 + linear, own[:, None], jnp.arange(rank)[None, :]], inside)
-            b = plgpu.load(factor.at[layer[0], used[tile, i], pl.ds(first, block), pl.ds(0, rank)])
-            return total + dot(hs, b, trans_b=True)
+            found = []
+            for linear, factor, total in zip(linears, factors, totals, strict=True):
+                hs = load(h.at[tile * 0 + linear, own[:, None], jnp.arange(rank)[None, :]], inside)
+                b = plgpu.load(factor.at[layer[0], used[tile, i], pl.ds(first, block), pl.ds(0, rank)])
+                found.append(total + dot(hs, b, trans_b=True))
+            return tuple(found)
 
-        total = lax.fori_loop(0, count[tile], add, jnp.zeros((TILE, block), jnp.float32))
-        plgpu.store(out.at[*at], (total + plgpu.load(y.at[*at]).astype(jnp.float32)).astype(out.dtype))
+        totals = lax.fori_loop(0, count[tile], add, (jnp.zeros((TILE, block), jnp.float32),) * len(linears))
+        sums = [total + plgpu.load(y.at[*at]).astype(jnp.float32) for total, y in zip(totals, ys, strict=True)]
+        plgpu.store(out.at[*at], combine(*sums).astype(out.dtype))
 
     return pl.pallas_call(
-        prompt_expand, out_shape=jax.ShapeDtypeStruct(y.shape, y.dtype), grid=(length // block, tokens // TILE),
-        input_output_aliases={0: 0}, compiler_params=_params(tiles, 4), interpret=interpret, name="prompt_expand",
-    )(y, h, factor, layer, pairs.order, pairs.used, pairs.count, pairs.place)  # fmt: skip
+        kernel, out_shape=jax.ShapeDtypeStruct(ys[0].shape, ys[0].dtype), grid=(length // block, tokens // TILE),
+        input_output_aliases={0: 0}, compiler_params=_params(tiles, 4), interpret=interpret, name=name,
+    )(list(ys), h, list(factors), layer, pairs.order, pairs.used, pairs.count, pairs.place)  # fmt: skip
 
 
 def _params(tiles: Tiles, num_warps: int) -> plgpu.CompilerParams:

@@ -63,7 +63,9 @@ def pair_tokens(chosen: Int[Array, "T k"], gates: Float[Array, "T k"], num_exper
     return Pairs(
         token=jnp.full(nowhere, tokens).at[place].set(numbers, mode="drop").astype(jnp.int32),
         gate=jnp.zeros(nowhere, jnp.float32).at[place].set(gate, mode="drop"),
-        expert=jnp.searchsorted(ends, jnp.arange(tiles) * PAIR_TILE, side="right").astype(jnp.int32),
+        expert=jnp.searchsorted(ends, jnp.arange(tiles) * PAIR_TILE, side="right", method="compare_all").astype(
+            jnp.int32
+        ),
         order=order.astype(jnp.int32),
         used=used.astype(jnp.int32),
         count=is_used.sum(axis=1, dtype=jnp.int32),

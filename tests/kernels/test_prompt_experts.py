@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.prompt_experts import expand_into, pair_tokens, shrink, unsupported_reason
+from pallas_kernels.prompt_experts import expand_gated, expand_into, pair_tokens, shrink, unsupported_reason
 from pallas_kernels.prompt_experts.pairs import PAIR_TILE
 
 LAYER, NUM_LAYERS, SCALE = 1, 2, 2.0
@@ -44,13 +44,16 @@ def check(shape: tuple, dtype: str, *, interpret: bool) -> None:
     def by_kernels(x, y, a, b, chosen, gates):
         pairs, layer = pair_tokens(chosen, gates, shape[1], SCALE), jnp.array([LAYER])
         h = shrink(x, [*a], layer, pairs, interpret=interpret)
-        return [expand_into(y, h, b[i], layer, pairs, linear=i, interpret=interpret) for i in range(2)]
+        both = [expand_into(y, h, b[i], layer, pairs, linear=i, interpret=interpret) for i in range(2)]
+        return *both, expand_gated(y, y, h, [*b], layer, pairs, interpret=interpret)
 
     tolerance = {"float32": 1e-4, "bfloat16": 2e-2}[dtype]
-    for linear, found in enumerate(by_kernels(**given)):
-        wanted = exact(given, linear)
+    gate, up = (exact(given, linear) for linear in range(2))
+    for name, wanted, found in zip(
+        ("gate", "up", "gated"), (gate, up, gate / (1 + np.exp(-gate)) * up), by_kernels(**given), strict=True
+    ):
         error = np.linalg.norm(np.asarray(found, np.float64) - wanted) / np.linalg.norm(wanted)
-        assert error < tolerance, linear
+        assert error < tolerance, name
 
 
 CASES = {
