@@ -3,21 +3,24 @@
     python -m benchmarks.decode.prefill --out benchmarks/results/nvidia_h200 --lengths 128 512 2048 8192 32768
 
 writes prefill.json and prefill.md, row by row. Run again with the same commit it measures what is missing. `ms` is the time
-of the prompt's programs, one after the other, into a cache that holds the prompt; `first_token_ms` what a user waits for,
-`Engine.generate` up to its first token. The share of the matmul ceiling counts the products of the backbone's weights alone,
+of the prompt's programs, one after the other, into a cache that holds the prompt; with --first-token also what a user waits
+for, `Engine.generate` up to its first token. all7-dense multiplies all experts where all7 may multiply the chosen ones only.
+The share of the matmul ceiling, measured in the same process, counts the products of the backbone's weights alone,
 2 · tokens · weights. Peak memory is the process's, which has one method and goes from short to long prompts.
 
-Before it is timed, a length of at most 2048 is computed by separate XLA ops too, with masked attention and the products of
-all experts; the logits may differ by a relative error of 0.05, about that of two orders of sums in bfloat16.
+Before it is timed, a length of --check is computed by separate XLA ops too, with masked attention and the products of all
+experts; the logits may differ by a relative error of 0.05, about that of two orders of sums in bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from adafuse_jax.adapters import prompts
 from adafuse_jax.core import runtime
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.prefill import chunk_lengths, largest_chunk, prefills_by_kernels
 from adafuse_jax.inference.programs import prefill_chunk
 from adafuse_jax.inference.state import DecodeState, cache_length
 from adafuse_jax.models.decoder import Backbone
+from benchmarks.common.ceilings import measure_ceilings
 from benchmarks.common.jobs import Job, Report, run_as_job, run_job
 from benchmarks.common.records import command_line, commit, facts, first_line, write_json
 from benchmarks.common.reports import number, table
@@ -40,10 +45,8 @@ from benchmarks.decode.costs import LINEARS, SIZES
 from benchmarks.decode.models import adapter_config, model_config, random_adapter, random_backbone
 
 MODULE = "benchmarks.decode.prefill"
-CHECKED_TOKENS = 2048
-"""Longest prompt whose logits are compared: masked attention takes much longer for others."""
 TOLERANCE = 0.05
-METHODS = ("-", "all7")
+METHODS = {"-": "bare", "all7": "all 7", "all7-dense": "all 7, all experts"}
 KEY = ("size", "targets", "tokens")
 
 Carry = tuple[DecodeState, Float[Array, "1 V"]]
@@ -84,40 +87,42 @@ def relative_error(model: Backbone, adapter: Any, prompt: np.ndarray) -> float:
     return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
 
 
-def measure_length(engine: Engine, prompt: np.ndarray, seconds: float, repeats: int) -> dict[str, Any]:
+def measure_length(engine: Engine, prompt: np.ndarray, job: dict[str, Any]) -> dict[str, Any]:
     """A row without its key."""
     model, adapter = engine.model, engine.adapter
     by_kernels = prefills_by_kernels(model.config, model.dtype, None)
     row: dict[str, Any] = {"by_kernels": by_kernels}
-    if by_kernels and len(prompt) <= CHECKED_TOKENS:
+    if by_kernels and len(prompt) in job["check"]:
         row["relative_error"] = relative_error(model, adapter, prompt)
         if not row["relative_error"] < TOLERANCE:
             raise ValueError(f"logits differ from those of separate XLA ops by {row['relative_error']:.3g}")
     watch, programs = Stopwatch(), prompt_programs(model, adapter, prompt, by_kernels=by_kernels)
     carry = jax.block_until_ready(programs(empty(model, len(prompt))))
     row["compile_s"] = watch.seconds
-    timing, carry = time_calls(programs, carry, seconds=seconds, repeats=repeats)
+    timing, carry = time_calls(programs, carry, seconds=job["seconds"], repeats=job["repeats"])
     row |= {"ms": timing.ms, "spread_ms": timing.spread_ms}
     row["finite"] = bool(jnp.isfinite(carry[1]).all())
     del carry
     weights = sum(np.prod(model.config.linear_shape(name)) for name in LINEARS) * model.config.num_layers
     row["tflops"] = float(2 * len(prompt) * weights / timing.ms / 1e9)
     row["peak_gib"] = runtime.peak_device_gib()
-    waits = []
-    for _ in range(1 + min(3, repeats)):  # the first compiles
-        (step,) = engine.generate([prompt.tolist()], max_new_tokens=1)
-        waits.append(1e3 * step.seconds)
-    row["first_token_ms"] = statistics.median(waits[1:])
+    if job["first_token"]:
+        waits = [next(engine.generate([prompt.tolist()], max_new_tokens=1)).seconds for _ in range(4)]
+        row["first_token_ms"] = 1e3 * statistics.median(waits[1:])  # the first compiles
     return row
 
 
 def measure_method(job: dict[str, Any], report: Report) -> None:
     """Rows of one method, from short to long prompts."""
-    lengths = sorted(job["lengths"])
+    ceilings = measure_ceilings(2**12, job["matmul_dim"], seconds=job["seconds"] / 10)
+    lengths, targets = sorted(job["lengths"]), job["targets"]
     shapes = replace(SIZES[job["size"]], max_position_embeddings=max(lengths) + 1)
     config, rows, watch = model_config(shapes), [], Stopwatch()
-    targets = job["targets"]
-    adapter = None if targets == "-" else random_adapter(adapter_config(shapes, targets), config)
+    adapter = None
+    if targets != "-":
+        adapter = random_adapter(adapter_config(shapes, "all7"), config)
+    if targets == "all7-dense":
+        prompts.LEAST_TOKENS = sys.maxsize
     engine = Engine(random_backbone(config), adapter, eos_ids=())
     del adapter
     print(f"  model made in {watch.seconds:.0f} s", flush=True)
@@ -125,10 +130,9 @@ def measure_method(job: dict[str, Any], report: Report) -> None:
     for tokens in lengths:
         row: dict[str, Any] = dict(zip(KEY, (job["size"], targets, tokens), strict=True))
         try:
-            row |= measure_length(
-                engine, rng.integers(3, config.vocab_size, tokens, np.int32), job["seconds"], job["repeats"]
-            )
-            text = "{ms:.2f} ± {spread_ms:.2f} ms, first token {first_token_ms:.2f} ms, {compile_s:.0f} s to compile"
+            row |= measure_length(engine, rng.integers(3, config.vocab_size, tokens, np.int32), job)
+            row["ceiling_tflops"] = ceilings["best_matmul"]
+            text = "{ms:.2f} ± {spread_ms:.2f} ms, {tflops:.0f} of {ceiling_tflops:.0f} TFLOP/s, compiled in {compile_s:.0f} s"
             text = text.format(**row) + f", error {row.get('relative_error', float('nan')):.3g}"
         except Exception as error:
             text = row["error"] = first_line(error)
@@ -144,15 +148,17 @@ def merged(old: Iterable[dict[str, Any]], new: Iterable[dict[str, Any]]) -> list
 
 
 def report_of(record: dict[str, Any]) -> str:
-    ceiling = record.get("ceilings", {}).get("best_matmul")
     lines = [f"# Prefill: {record['device']}, JAX {record['jax']}", "", f"    {record['command']}", ""]
-    if ceiling:
-        lines += [f"Ceiling of bf16 products in this run: {ceiling:.0f} TFLOP/s. One row, bf16, random weights.", ""]
+    lines += [
+        "One row, bf16, random weights. TFLOP/s count the backbone's products; the ceiling is that of the process.",
+        "",
+    ]
     head = (
         "model",
         "adapted",
         "tokens",
         "ms",
+        "TFLOP/s",
         "of the ceiling",
         "over bare, ms",
         "first token, ms",
@@ -160,21 +166,18 @@ def report_of(record: dict[str, Any]) -> str:
         "error",
     )
     rows: list[Sequence[Any]] = []
-    bare: dict[str, dict[int, float]] = {row["size"]: {} for row in record["rows"]}
+    bare = {(row["size"], row["tokens"]): row["ms"] for row in record["rows"] if row["targets"] == "-" and "ms" in row}
     for row in record["rows"]:
-        if row["targets"] == "-" and "ms" in row:
-            bare[row["size"]][row["tokens"]] = row["ms"]
-    for row in record["rows"]:
-        name = row["size"], {"-": "bare", "all7": "all 7"}[row["targets"]], row["tokens"]
+        name = row["size"], METHODS[row["targets"]], row["tokens"]
         if "error" in row:
             rows.append((*name, row["error"]))
             continue
-        of_bare = bare[row["size"]].get(row["tokens"]) if row["targets"] != "-" else None
-        share = 100 * row["tflops"] / ceiling if ceiling and row["targets"] == "-" else None
+        of_bare = bare.get((row["size"], row["tokens"])) if row["targets"] != "-" else None
         rows.append((
-            *name, f"{row['ms']:.2f} ± {row['spread_ms']:.2f}", number(share, ".0f", "%"),
-            number(of_bare and row["ms"] - of_bare, "+.2f"), number(row["first_token_ms"], ".2f"),
-            number(row["peak_gib"], ".1f"), number(row.get("relative_error"), ".3f"),
+            *name, f"{row['ms']:.2f} ± {row['spread_ms']:.2f}", f"{row['tflops']:.0f}",
+            f"{100 * row['tflops'] / row['ceiling_tflops']:.0f}%", number(of_bare and row["ms"] - of_bare, "+.2f"),
+            number(row.get("first_token_ms"), ".2f"), number(row["peak_gib"], ".1f"),
+            number(row.get("relative_error"), ".3f"),
         ))  # fmt: skip
     return "\n".join([*lines, *table(head, rows)])
 
@@ -184,30 +187,33 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory of prefill.json and prefill.md")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["llama2-7b"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512, 2048, 8192, 32768])
-    parser.add_argument("--targets", nargs="+", choices=METHODS, default=[*METHODS], help="- is the bare backbone")
+    parser.add_argument("--targets", nargs="+", choices=METHODS, default=["-", "all7"], help="- is the bare backbone")
+    parser.add_argument(
+        "--check", nargs="*", type=int, default=[128, 512, 2048], help="lengths whose logits are compared"
+    )
+    parser.add_argument("--first-token", action="store_true", help="through the engine, too")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--job-seconds", type=float, default=240, help="a process is stopped after these")
     arguments = parser.parse_args(argv)
     path = arguments.out / "prefill.json"
-    record = runtime_record(path) | {"command": command_line(MODULE, argv)}
+    record = record_of_commit(path) | {"command": command_line(MODULE, argv)}
     is_tiny = arguments.sizes == ["tiny"]
-    ceilings = {"elements": 2**12, "matmul_dim": 64, "seconds": 2e-4}
-    if not is_tiny:
-        ceilings = {"elements": 2**28, "matmul_dim": 8192, "seconds": 0.06}
-    jobs = [Job(name="ceilings", module="benchmarks.decode.rows", settings={"kind": "ceilings", **ceilings})]
-    for size in arguments.sizes:
-        for targets in arguments.targets:
-            missing = [n for n in arguments.lengths if not is_measured(record, (size, targets, n))]
-            settings = {"size": size, "targets": targets, "lengths": missing}
-            rows = [dict(zip(KEY, (size, targets, n), strict=True)) for n in missing]
-            jobs += [Job(name=f"{size} {targets}", module=MODULE, settings=settings, rows=rows)] if missing else []
-    common = {"seconds": 2e-4 if is_tiny else 0.2, "repeats": arguments.repeats}
-    for job in jobs:
+    common = {
+        "seconds": 2e-4 if is_tiny else 0.2, "matmul_dim": 64 if is_tiny else 8192, "repeats": arguments.repeats,
+        "check": arguments.check, "first_token": arguments.first_token,
+    }  # fmt: skip
+    for size, targets in product(arguments.sizes, arguments.targets):
+        missing = [n for n in arguments.lengths if not is_measured(record, (size, targets, n))]
+        if not missing:
+            continue
+        rows = [dict(zip(KEY, (size, targets, n), strict=True)) for n in missing]
+        settings = {"size": size, "targets": targets, "lengths": missing}
+        job = Job(name=f"{size} {targets}", module=MODULE, settings=settings, rows=rows)
         result, problem = run_job(job, common, arguments.job_seconds, sys.executable)
         found = result.get("rows", [])
         done = {tuple(row[key] for key in KEY) for row in found}
-        found += [row | {"error": problem} for row in job.rows if problem and tuple(row.values()) not in done]
-        record |= {key: result[key] for key in ("device", "jax", "ceilings") if key in result}
+        found += [row | {"error": problem or "no result"} for row in rows if tuple(row.values()) not in done]
+        record |= {key: result[key] for key in ("device", "jax") if key in result}
         record["rows"] = merged(record["rows"], found)
         if "device" in record:
             write_json(path, record)
@@ -216,10 +222,8 @@ def main(argv: Sequence[str]) -> None:
         print(report_of(record), flush=True)
 
 
-def runtime_record(path: Path) -> dict[str, Any]:
+def record_of_commit(path: Path) -> dict[str, Any]:
     """The record at `path` if it is of this commit, else a new one."""
-    import json
-
     if path.exists() and (old := json.loads(path.read_text()))["commit"] == commit():
         return old
     return {"commit": commit(), "rows": []}
