@@ -132,7 +132,7 @@ def measure_method(job: dict[str, Any], report: Report) -> None:
         try:
             row |= measure_length(engine, rng.integers(3, config.vocab_size, tokens, np.int32), job)
             row["ceiling_tflops"] = ceilings["best_matmul"]
-            text = "{ms:.2f} ± {spread_ms:.2f} ms, {tflops:.0f} of {ceiling_tflops:.0f} TFLOP/s, compiled in {compile_s:.0f} s"
+            text = "{ms:.2f} ± {spread_ms:.2f} ms, {tflops:.0f} of {ceiling_tflops:.0f} TFLOP/s, compiled {compile_s:.0f} s"
             text = text.format(**row) + f", error {row.get('relative_error', float('nan')):.3g}"
         except Exception as error:
             text = row["error"] = first_line(error)
