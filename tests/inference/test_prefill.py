@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from random_models import POSITIONS, random_adapter
 
+from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.prompts import all_experts_reason
 from adafuse_jax.inference import prefill as prefill_module
 from adafuse_jax.inference.prefill import CHUNKS, MAX_TOKENS, Prefill, chunk_lengths, largest_chunk
@@ -18,6 +23,8 @@ from adafuse_jax.inference.programs import prefill_chunk
 from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.inference.state import DecodeState
+from adafuse_jax.models.config import LINEARS, ModelConfig
+from adafuse_jax.models.decoder import Backbone
 
 
 def test_little_is_padding_and_no_chunk_is_needless():
@@ -121,3 +128,43 @@ def test_all_experts_are_multiplied_where_that_is_as_fast(models):
     assert "rank 3" in reason(rank=3)
     assert "o_proj's input" in reason(targets=("o_proj",))
     assert "uses all experts" in reason(top_k=4)
+
+
+def compiled(slots: int, targets: tuple[str, ...], sharding: Any = None) -> tuple[str, int]:
+    """(HLO, bytes of temporaries) of a chunk of 512 tokens by kernels, with a cache of so many slots."""
+    config = ModelConfig(
+        model_type="llama", vocab_size=1000, embed_dim=2048, hidden_dim=4096, num_layers=4, num_heads=16, num_kv_heads=16,
+        head_dim=128, max_position_embeddings=2**15, norm_eps=1e-5,
+    )  # fmt: skip
+    sixteen, settings = jnp.dtype("bfloat16"), AdapterConfig(targets=targets, num_experts=8, rank=64, top_k=2)
+
+    def make():
+        adapter = AdaFuse(settings, config, rngs=nnx.Rngs(0))
+        adapter.experts = jax.tree.map(lambda leaf: leaf.astype(sixteen), adapter.experts)
+        state = DecodeState.empty(config, 1, slots, sixteen)
+        ints = jnp.zeros((1, 512), jnp.int32), *(jnp.zeros(1, jnp.int32),) * 2
+        return Backbone(config, dtype=sixteen, rngs=nnx.Rngs(0)), adapter, state, jnp.zeros((1, 1000)), *ints
+
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(make))
+    program = prefill_chunk.lower(*given, None, pad_id=0, by_kernels=True).compile()
+    return program.as_text(), program.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
+def test_neither_weights_nor_cache_are_copied():
+    """Temporaries do not grow with the cache; XLA makes no array of a weight's shape, and one of the cache's by updates."""
+    text, temporaries = compiled(1024, LINEARS)
+    made = re.findall(r"= bf16\[([\d,]+)\]\S* (fusion|copy|concatenate|dynamic-slice)\(.*?(?:calls=(\S+),|$)", text)
+    weights = {"2048,2048", "4096,2048", "2048,4096", "8,64,2048", "8,64,4096", "8,2048,64", "8,4096,64"}
+    weights |= {f"1,{shape}" for shape in weights}
+    in_place = text.count("calls=%dynamic-slice-fusion")
+    assert in_place == 7, "every linear reads its layer's weights from the stack"
+    outside = [
+        made_by for made_by in made if "dynamic-slice-fusion" not in made_by[2] and made_by[1] != "dynamic-slice"
+    ]
+    assert not [shape for shape, _, _ in outside if shape in weights]
+    of_cache = [(how, calls) for shape, how, calls in outside if shape.startswith("4,1,1024,")]
+    assert len(of_cache) == 2
+    assert all(how == "fusion" and "scatter" in calls for how, calls in of_cache)
+    assert compiled(4096, LINEARS)[1] == pytest.approx(temporaries, rel=0.01)
