@@ -28,10 +28,10 @@ from pallas_kernels.prompt_experts import (
     unsupported_reason,
 )
 
+LEAST_TOKENS, LEAST_COLUMNS, LEAST_SPARSITY = 512, 256, 4
+"""Prompt tokens, columns E·R and E / k below which the products of all experts are taken to be as fast.
+`python -m benchmarks.decode.prefill --targets all7 all7-dense` compares both."""
 GATED = ("gate_proj", "up_proj")
-
-LEAST_TOKENS = 512
-"""Prompt tokens below which the products of all experts are as fast."""
 
 
 def is_routed_by_token(adapter: AdaFuse) -> bool:
@@ -51,8 +51,10 @@ def all_experts_reason(adapter: AdaFuse, model: ModelConfig, tokens: int, dtype:
         return f"the experts are not {jnp.dtype(dtype).name}"
     if tokens % TILE or tokens < LEAST_TOKENS:
         return f"{tokens} tokens are few, or no multiple of {TILE}"
-    if config.top_k >= config.num_experts:
-        return "every token uses all experts"
+    if (columns := config.num_experts * config.rank) < LEAST_COLUMNS:
+        return f"E·R = {columns} columns are few"
+    if config.num_experts < LEAST_SPARSITY * config.top_k:
+        return f"a token uses {config.top_k} of {config.num_experts} experts"
     return None
 
 

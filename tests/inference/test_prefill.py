@@ -118,7 +118,9 @@ def test_all_experts_are_multiplied_where_that_is_as_fast(models):
     sixteen = jnp.dtype("bfloat16")
 
     def reason(tokens=1024, **settings):
-        adapter = random_adapter(model.config, **({"rank": 16, "targets": POSITIONS["attention"]} | settings))
+        adapter = random_adapter(
+            model.config, **({"num_experts": 8, "rank": 32, "targets": POSITIONS["attention"]} | settings)
+        )
         adapter.experts = jax.tree.map(lambda leaf: leaf.astype(sixteen), adapter.experts)
         config = replace(model.config, embed_dim=64, num_heads=2, num_kv_heads=2, head_dim=32)
         return all_experts_reason(adapter, config, tokens, sixteen)
@@ -127,7 +129,8 @@ def test_all_experts_are_multiplied_where_that_is_as_fast(models):
     assert "16 tokens are few" in reason(16)
     assert "rank 3" in reason(rank=3)
     assert "o_proj's input" in reason(targets=("o_proj",))
-    assert "uses all experts" in reason(top_k=4)
+    assert "E·R = 128 columns are few" in reason(rank=16)
+    assert "a token uses 3 of 8 experts" in reason(top_k=3)
 
 
 def compiled(slots: int, targets: tuple[str, ...], sharding: Any = None) -> tuple[str, int]:
