@@ -1,6 +1,6 @@
 """Export an adapter for other programs: `python -m adafuse_jax.export --model DIR --adapter DIR --output DIR`.
 
-    huggingface    the backbone with a LoRA merged in, W + (α/R) B A: a plain model directory for any program
+    huggingface    the backbone with a LoRA, or whatever else PEFT adapts, merged in: a plain model directory for any program
     peft           a LoRA as PEFT's two files
     adafuse-jax    any adapter as train.py writes it; ties a LoRA of PEFT to this backbone
 
@@ -49,23 +49,33 @@ def export(config: ExportConfig) -> None:
     from safetensors import SafetensorError
 
     from adafuse_jax.adapters.lora import LoRA, merged
+    from adafuse_jax.adapters.registry import AnyAdapter
     from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter
     from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
     from adafuse_jax.checkpoints.hf_export import export_backbone
-    from adafuse_jax.checkpoints.peft import save_peft_lora
+    from adafuse_jax.checkpoints.peft import merged_peft, read_mergeable, save_peft_lora
+    from adafuse_jax.checkpoints.peft_files import PeftAdapter
     from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files, write_tokenizer
 
     out = Path(config.output)
     require_free(out, "--output")
     checkpoint = HFCheckpoint.open(config.model)
     identity = checkpoint.identity()
-    adapter = load_adapter(config.adapter, checkpoint.config, backbone_identity=identity, dtype=jnp.dtype("float32"))
+    adapter: AnyAdapter | PeftAdapter | None = None
+    if config.format == "huggingface":
+        adapter = read_mergeable(config.adapter, checkpoint.config)
+    if adapter is None:
+        dtype = jnp.dtype("float32")
+        adapter = load_adapter(config.adapter, checkpoint.config, backbone_identity=identity, dtype=dtype)
     own = tokenizer_files(checkpoint.directory)
     tokenizer = tokenizer_files(checkpoint.directory, Path(config.adapter).expanduser())
     if tokenizer != own:  # the adapter's: it must be of this model's tokens
         load_tokenizer(checkpoint.directory, config.adapter)
     try:
-        if config.format == "adafuse-jax":
+        if isinstance(adapter, PeftAdapter):
+            model = merged_peft(load_backbone(checkpoint, config.dtype), adapter)
+            export_backbone(model, out, source=checkpoint, tokenizer=tokenizer)
+        elif config.format == "adafuse-jax":
             save_adapter(adapter, out, backbone_name=config.model, backbone_identity=identity)
         elif not isinstance(adapter, LoRA):
             raise UserError(
@@ -73,7 +83,7 @@ def export(config: ExportConfig) -> None:
                 "whose experts change from token to token; decode it with decode.py"
             )
         elif config.format == "peft":
-            save_peft_lora(adapter, out, backbone_name=config.model)
+            save_peft_lora(adapter, out, checkpoint.config, backbone_name=config.model)
         else:
             model = merged(load_backbone(checkpoint, config.dtype), adapter)
             export_backbone(model, out, source=checkpoint, tokenizer=tokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -20,8 +20,8 @@ from adafuse_jax.adapters.prompts import PromptAdaFuse, all_experts_reason, is_r
 from adafuse_jax.inference.backends.base import dispatch_log_level
 from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.sampling import row_keys
-from adafuse_jax.models.config import ModelConfig, unsupported_field
-from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.config import ModelConfig, RopeConfig, unsupported_field
+from adafuse_jax.models.decoder import Backbone, normed
 from adafuse_jax.models.hooks import Adapter
 from pallas_kernels import prefill_attention as attention_kernel
 from pallas_kernels.devices import triton_unsupported_reason
@@ -41,8 +41,9 @@ TOKENS_OF_A_PROGRAM = 128
 CONSUMED_FIELDS = frozenset({
     "vocab_size", "embed_dim", "hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "norm_eps",
     "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "sliding_windows",
-    "rope.theta", "rope.kind", "rope.factor", "rope.low_freq_factor", "rope.high_freq_factor",
-    "rope.original_max_position_embeddings",
+    "norm", "norm_placement", "parallel_block", "activation", "local_rope", "nope_layers", "qk_norm_full",
+    "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logit_multiplier", "attention_softcap",
+    "logit_softcap", *(f"rope.{field.name}" for field in fields(RopeConfig)),
     "model_type", "max_position_embeddings", "bos_token_id", "eos_token_ids", "pad_token_id",
 })  # fmt: skip
 """Fields of `ModelConfig` that a prefill by kernels knows; a model with any other is prefilled without them."""
@@ -87,7 +88,7 @@ def adapter_of_prompts(model: Backbone, adapter: Adapter | None, tokens: Int[Arr
     if not is_routed_by_token(adapter):
         return adapter
     norm = jax.tree.map(lambda leaf: leaf[0], model.layers.input_layernorm)
-    return PromptAdaFuse.of(adapter, norm(model.embed_tokens[...][tokens]), only_chosen=reason is None)
+    return PromptAdaFuse.of(adapter, normed(norm, model.embed(tokens)), only_chosen=reason is None)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -64,12 +64,14 @@ def prefill_chunk(
     pad_id: int,
     adapters: Int[Array, " R"] | None = None,
     following: Int[Array, "R T"] | None = None,
+    totals: Int[Array, " R"] | None = None,
     by_kernels: bool = False,
 ) -> tuple[DecodeState, Float[Array, "R V"], LogProbs | None]:
     """Put tokens[r, :lengths[r]] into the cache of slot rows[r] (None: of every slot, R = B), from position starts[r] on.
     `logits` of rows that have tokens here are replaced. Until `start`, steps write nothing into these slots. `adapters`: the
-    rows' ids in a bank. `by_kernels`: see `prefill.kernels_unsupported_reason`. Returns (state, logits, log-probabilities of
-    the tokens `following` each, if they are given)."""
+    rows' ids in a bank. `totals`: tokens of each whole prompt, for RoPE that depends on them. `by_kernels`: see
+    `prefill.kernels_unsupported_reason`. Returns (state, logits, log-probabilities of the tokens `following` each, if they
+    are given)."""
     at: Any = slice(None) if rows is None else rows
     cache: KVCache
     if by_kernels:
@@ -84,7 +86,8 @@ def prefill_chunk(
     adapter = of_rows(adapter, adapters)
     if by_kernels:
         adapter = adapter_of_prompts(model, adapter, tokens)
-    out = model.run(jnp.where(inside, tokens, pad_id), adapter=adapter, positions=positions, cache=cache)
+    tokens_in = jnp.where(inside, tokens, pad_id)
+    out = model.run(tokens_in, adapter=adapter, positions=positions, cache=cache, lengths=totals)
     last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]  # [R, D]
     assert out.cache is not None
     if isinstance(out.cache, PromptCache):

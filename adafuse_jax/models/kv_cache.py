@@ -5,7 +5,7 @@ A row's token at position p lives in slot p, so padding never enters the cache a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import jax
@@ -90,13 +90,15 @@ class PromptCache(KVCache):
     """A cache that the next tokens of some prompts enter: lengths[r] of them, from position starts[r] of slot rows[r] on.
 
     In a forward pass attention is then the kernel's, which reads what a token sees and nothing else of the cache.
-    `windows`: positions that a token of each layer sees; None is all.
+    `windows`: positions that a token of each layer sees; None is all. `scale`, `softcap`: of the scores, see the kernel.
     """
 
     rows: Int[Array, " R"]
     starts: Int[Array, " R"]
     lengths: Int[Array, " R"]
     windows: Int[Array, " L"] | None
+    scale: float | None = field(metadata={"static": True})
+    softcap: float | None = field(metadata={"static": True})
 
     @classmethod
     def of(
@@ -110,7 +112,10 @@ class PromptCache(KVCache):
     ) -> PromptCache:
         windows = [min(window or cache.slots, cache.slots) for window in config.sliding_windows]
         of_layers = jnp.array(windows, jnp.int32) if any(window < cache.slots for window in windows) else None
-        return cls(k=cache.k, v=cache.v, rows=rows, starts=starts, lengths=lengths, windows=of_layers)
+        return cls(
+            k=cache.k, v=cache.v, rows=rows, starts=starts, lengths=lengths, windows=of_layers,
+            scale=config.attention_multiplier, softcap=config.attention_softcap,
+        )  # fmt: skip
 
     @property
     def whole(self) -> KVCache:
@@ -121,7 +126,7 @@ class PromptCache(KVCache):
         """Attention of the tokens to their rows, whose keys and values have been written."""
         return prefill_attention(
             q, self.k, self.v, jnp.asarray(layer, jnp.int32)[None], self.rows, self.starts, self.lengths, self.windows,
-            interpret=jax.default_backend() == "cpu",
+            scale=self.scale, softcap=self.softcap, interpret=jax.default_backend() == "cpu",
         )  # fmt: skip
 
     def _token_rows(self, count: int) -> Int[Array, " R"]:

@@ -11,9 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from flax import nnx
+from goldens.family_models import CASES as FAMILY_CASES
+from goldens.family_models import write_model_dir
 from random_models import POSITIONS, random_adapter
 
+from adafuse_jax import load_backbone
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.prompts import all_experts_reason
@@ -98,6 +102,16 @@ def test_by_kernels(models, family, targets):
     np.testing.assert_allclose(found, wanted, atol=2e-4, rtol=2e-4)
     for new, old in zip(jax.tree.leaves(by_kernels), jax.tree.leaves(cache), strict=True):
         np.testing.assert_allclose(new, old, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("family", quick.first(("gemma2", "olmo2", "cohere2")))
+def test_by_kernels_of_other_blocks(tmp_path, family):
+    """Soft caps and a scale; no norm in front; a parallel block. The router is asked before the layers."""
+    model = load_backbone(write_model_dir(FAMILY_CASES[f"{family}_0"], tmp_path), "float32")
+    adapter = random_adapter(model.config, targets=POSITIONS["attention"])
+    chunks = [(32, np.array([32, 9], np.int32)), (16, np.array([13, 0], np.int32))]
+    wanted, found = (prefilled(model, adapter, chunks, 64, by_kernels=by)[0] for by in (False, True))
+    np.testing.assert_allclose(found, wanted, atol=2e-4, rtol=2e-4)
 
 
 def test_by_kernels_with_the_chosen_experts(models, monkeypatch):
