@@ -22,6 +22,8 @@ from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.prompts import all_experts_reason
 from adafuse_jax.inference import prefill as prefill_module
+from adafuse_jax.inference import slots as slots_module
+from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.prefill import CHUNKS, MAX_TOKENS, Prefill, chunk_lengths, largest_chunk
 from adafuse_jax.inference.programs import prefill_chunk
 from adafuse_jax.inference.rows import Row
@@ -185,3 +187,28 @@ def test_neither_weights_nor_cache_are_copied():
     assert len(of_cache) == 2
     assert all(how == "fusion" and "scatter" in calls for how, calls in of_cache)
     assert compiled(4096, LINEARS)[1] == pytest.approx(temporaries, rel=0.01)
+
+
+def test_rows_by_kernels_get_the_same_tokens(models, monkeypatch):
+    """A row, then one in another slot whose prompt begins alike, and a third that takes the first one's place."""
+    model = models("llama_gqa")
+    engine = Engine(model, random_adapter(model.config), strategy="unmerged", eos_ids=())
+    prompts = [[*range(5, 19)], [*range(5, 15), 4, 4, 4], [7, 8, 9]]
+
+    def answers() -> list[list[int]]:
+        slots = engine.slots(2, context_length=64)
+        for prompt in prompts[:2]:
+            slots.insert(prompt, max_new_tokens=5, reuse_cache=True)
+            slots.step()
+        slots.evict(0)
+        slots.insert(prompts[2], max_new_tokens=5)
+        while slots.step() is not None:
+            pass
+        assert slots.rows[1].cached == 10
+        return [slots.evict(slot).token_ids for slot in (0, 1)]
+
+    wanted = answers()
+    monkeypatch.setattr(slots_module, "prefills_by_kernels", lambda *_: True)
+    engine._warm.clear()
+    assert answers() == wanted
+    assert len({*map(tuple, wanted)}) == 2
