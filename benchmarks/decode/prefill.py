@@ -94,8 +94,6 @@ def measure_length(engine: Engine, prompt: np.ndarray, job: dict[str, Any]) -> d
     row: dict[str, Any] = {"by_kernels": by_kernels}
     if by_kernels and len(prompt) in job["check"]:
         row["relative_error"] = relative_error(model, adapter, prompt)
-        if not row["relative_error"] < TOLERANCE:
-            raise ValueError(f"logits differ from those of separate XLA ops by {row['relative_error']:.3g}")
     watch, programs = Stopwatch(), prompt_programs(model, adapter, prompt, by_kernels=by_kernels)
     carry = jax.block_until_ready(programs(empty(model, len(prompt))))
     row["compile_s"] = watch.seconds
@@ -147,6 +145,11 @@ def merged(old: Iterable[dict[str, Any]], new: Iterable[dict[str, Any]]) -> list
     return [by_key[key] for key in sorted(by_key)]
 
 
+def error_text(error: float | None) -> str:
+    """A cell of the table: not compared, or the error, which may be too large."""
+    return number(error, ".3f") + ("" if error is None or error < TOLERANCE else f", **more than {TOLERANCE}**")
+
+
 def report_of(record: dict[str, Any]) -> str:
     lines = [f"# Prefill: {record['device']}, JAX {record['jax']}", "", f"    {record['command']}", ""]
     lines += [
@@ -177,7 +180,7 @@ def report_of(record: dict[str, Any]) -> str:
             *name, f"{row['ms']:.2f} ± {row['spread_ms']:.2f}", f"{row['tflops']:.0f}",
             f"{100 * row['tflops'] / row['ceiling_tflops']:.0f}%", number(of_bare and row["ms"] - of_bare, "+.2f"),
             number(row.get("first_token_ms"), ".2f"), number(row["peak_gib"], ".1f"),
-            number(row.get("relative_error"), ".3f"),
+            error_text(row.get("relative_error")),
         ))  # fmt: skip
     return "\n".join([*lines, *table(head, rows)])
 

@@ -34,6 +34,7 @@ def test_rows(rows):
 
 def test_table(rows):
     record = {"device": "a", "jax": "b", "command": "c", "rows": [*map(dict, rows)]}
+    record["rows"][3]["relative_error"] = 0.07
     record["rows"][3]["ms"] = record["rows"][1]["ms"] + 1.5
     record["rows"][0] = {key: rows[0][key] for key in prefill.KEY} | {"error": "no memory"}
     lines = prefill.report_of(record).splitlines()[-4:]
@@ -41,6 +42,7 @@ def test_table(rows):
     share = 100 * rows[1]["tflops"] / rows[1]["ceiling_tflops"]
     assert f"| {share:.0f}% |" in lines[1]
     assert "| +1.50 |" in lines[3]
+    assert "0.070, **more than 0.05**" in lines[3]
     assert "+" not in lines[2], "its bare row failed"
 
 
