@@ -31,7 +31,7 @@ from adafuse_jax.core.fields import MAX_SEED
 from adafuse_jax.inference.adapter_bank import Loaded
 from adafuse_jax.inference.backends.base import Backend
 from adafuse_jax.inference.logprobs import MAX_TOP_LOGPROBS, LogProbs, following_tokens, prompt_logprobs
-from adafuse_jax.inference.prefill import Prefill
+from adafuse_jax.inference.prefill import Prefill, largest_chunk, prefills_by_kernels
 from adafuse_jax.inference.prefix_cache import PrefixCache
 from adafuse_jax.inference.programs import StepResult, advance, clear, copy_prefix, prefill_chunk, release, start
 from adafuse_jax.inference.row_settings import RowSettings
@@ -81,6 +81,7 @@ class Slots:
         self._fixed_length, self.context_length = context_length, context_length or limit
         self._bank = self._backend.bank
         self._config, self._dtype, self._mesh = config, dtype, mesh
+        self._by_kernels = prefills_by_kernels(config, dtype, mesh)
         self._stop_ids, self._pad_id, self._warm = stop_ids, pad_id, warm
         self._state: DecodeState | None = None
         self._rows: list[Row | None] = [None] * num_slots
@@ -287,7 +288,8 @@ class Slots:
                 self._reuse(row)
             self._prefixes.forget(row.slot)
         self._prompt_logprobs = []
-        self._prefill = Prefill.of(rows, self._config.vocab_size, whole=whole, beside_rows=bool(running))
+        most = largest_chunk(len(rows), beside_rows=bool(running), by_kernels=self._by_kernels)
+        self._prefill = Prefill.of(rows, self._config.vocab_size, whole=whole, most=most)
         self._prefill.logits = self._placed(self._prefill.logits)
         self._warm_up(self._prefill, running)
         for row in rows:
@@ -331,7 +333,7 @@ class Slots:
             totals = np.array([len(row.prompt) for row in prefill.rows], np.int32)
         self._state, prefill.logits, logprobs = prefill_chunk(
             model, adapter, self._take_state(), prefill.logits, tokens, starts, lengths, rows, pad_id=self._pad_id,
-            adapters=ids, following=following, totals=totals,
+            adapters=ids, following=following, totals=totals, by_kernels=self._by_kernels,
         )  # fmt: skip
         if logprobs is not None and lengths.any():
             self._prompt_logprobs.append((sum(prefill.sizes[: prefill.done]), logprobs))  # such rows reuse no cache
