@@ -1,0 +1,55 @@
+"""Backbones whose linears are quantised. Embeddings, head, norms and biases stay as they are."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+from flax import nnx
+
+from adafuse_jax.core.errors import UserError
+from adafuse_jax.models.config import LINEARS, ModelConfig
+from adafuse_jax.models.decoder import Backbone
+from pallas_kernels.quantised import INT4, INT4_G64, INT8, QuantArray, QuantLayout, quantise
+
+Quantize = Literal["int8", "int4", "int4-g64"]
+LAYOUTS: dict[Quantize, QuantLayout] = {"int8": INT8, "int4": INT4, "int4-g64": INT4_G64}
+"""`--quantize` → layout: a scale for each output channel, or for each group of 128 or 64 inputs."""
+QUANTIZE_HELP = (
+    "keep the linears' weights in 8 bits with a scale for each output, or in 4 bits with one for each 128 (int4) or 64 "
+    "(int4-g64) inputs; embeddings, head and norms stay"
+)
+
+
+def quantised(model: Backbone, layout: QuantLayout) -> Backbone:
+    """The backbone with its linears' weights quantised, all other arrays reused. Raises `UserError` as `require_layout`."""
+    require_layout(model.config, layout)
+    model = jax.tree.map(lambda leaf: leaf, model)
+    for name in LINEARS:
+        linear = getattr(model.layers, name)
+        weight = linear.weight[...]
+        linear.weight = nnx.Param(quantise(weight, layout, layout.scale_dtype(weight.dtype)))
+    return model
+
+
+def quantisation_of(model: Backbone) -> QuantLayout | None:
+    """The layout of the backbone's linears; None if they are not quantised."""
+    weight = getattr(model.layers, LINEARS[0]).weight[...]
+    return weight.layout if isinstance(weight, QuantArray) else None
+
+
+def require_layout(config: ModelConfig, layout: QuantLayout) -> None:
+    """Raise `UserError` if a linear's inputs are not whole groups."""
+    size = layout.group_size or 1
+    for name in LINEARS:
+        in_dim = config.linear_shape(name)[1]
+        if in_dim % size:
+            raise UserError(
+                f"--quantize {layout.name}: {name} has {in_dim} inputs, no multiple of {size}; give --quantize "
+                f"{' or '.join(_fitting(config))}"
+            )
+
+
+def _fitting(config: ModelConfig) -> list[str]:
+    sizes = {config.linear_shape(name)[1] for name in LINEARS}
+    return [name for name, layout in LAYOUTS.items() if all(size % (layout.group_size or 1) == 0 for size in sizes)]
