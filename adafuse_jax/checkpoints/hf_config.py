@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from adafuse_jax.checkpoints.inert_keys import GENERATION_INERT, INERT, INERT_VALUES, SUPPORTED_VALUES
+from adafuse_jax.checkpoints.quantised_config import parse_weight_form
+from adafuse_jax.checkpoints.weight_forms import WeightForm
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ModelConfig, RopeConfig
@@ -45,6 +47,8 @@ class HFConfig:
     remarks: tuple[str, ...]
     table: Table
     generation: Table
+    form: WeightForm | None = None
+    """The form of quantised weights; None: they are not."""
 
 
 def parse_hf_config(directory: Path) -> HFConfig:
@@ -67,11 +71,6 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
     model_type = table.choice("model_type", tuple(FAMILIES))
     family = FAMILIES[model_type]
     table.choice("hidden_act", ("silu", "swish"), "silu")
-    for name in ("quantization_config", "quantization", "compression_config"):
-        if table.get(name):
-            raise UserError(
-                f"{table.where}: {name}: the weights are quantised; give an unquantised (bf16, fp16 or fp32) model"
-            )
     for name, supported in SUPPORTED_VALUES.items():
         if name in table and table.get(name) not in supported:
             raise table.error(name, f"supported: {', '.join(map(str, supported)) or 'none'}")
@@ -109,12 +108,14 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
         pad_token_id=next(iter(tokens["pad_token_id"]), None),
         **family.read(table, num_layers, max_positions),
     )
-    dtype = _dtype(table)
+    dtype, form = _dtype(table), parse_weight_form(table, tied=model.tie_word_embeddings)
     unused = [*(name for name in table.unread() if not _is_inert(name, table.values[name])), *rope_unused]
     if unused:
         names = ", ".join(shortened(name, 60) for name in unused)
         remarks.insert(0, shortened(f"{table.where}: keys that are not used: {names}", 400))
-    return HFConfig(model=model, dtype=dtype, remarks=tuple(remarks), table=table, generation=generation)
+    return HFConfig(
+        model=model, dtype=dtype, remarks=tuple(remarks), table=table, generation=generation, form=form
+    )  # fmt: skip
 
 
 def generation_remark(generation: Table) -> str | None:

@@ -15,6 +15,8 @@ from flax import nnx
 
 from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, model_directory
 from adafuse_jax.checkpoints.hf_config import HFConfig, parse_hf_config, parse_tables
+from adafuse_jax.checkpoints.quantised_config import KEYS
+from adafuse_jax.checkpoints.quantised_export import as_stored, quantization_table
 from adafuse_jax.checkpoints.safetensors_files import INDEX_FILE, write_tensors
 from adafuse_jax.core.atomic_files import new_directory, write_json
 from adafuse_jax.core.errors import UserError, quoted
@@ -23,6 +25,7 @@ from adafuse_jax.data.tokenizer import tokenizer_files, write_tokenizer
 from adafuse_jax.models.config import ModelConfig, RopeConfig, flat_fields
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.layout import ONE_DEVICE, Layout
+from adafuse_jax.models.quantised import quantisation_of
 from adafuse_jax.models.registry import FAMILIES
 
 log = logging.getLogger(__name__)
@@ -39,8 +42,9 @@ def export_backbone(
     replace: bool = False,
     layout: Layout = ONE_DEVICE,
 ) -> None:
-    """Write `model` as a Hugging Face directory, in shards of at most 5 GB. generation_config.json, the tokenizer's
-    files and what else config.json holds come from `source`; the tokenizer's are those of `tokenizer`, by name, if given.
+    """Write `model` as a Hugging Face directory, in shards of at most 5 GB; quantised linears as compressed-tensors.
+    generation_config.json, the tokenizer's files and what else config.json holds come from `source`; the tokenizer's are
+    those of `tokenizer`, by name, if given.
 
     The directory appears complete or not at all. Of several processes all call this, and the first one writes.
 
@@ -48,8 +52,9 @@ def export_backbone(
       UserError: `out` exists and is not an empty directory, unless `replace` puts the export in place of the old files, of
         which files of other names stay; a weight that is not finite; a model that config.json cannot describe.
     """
+    stored = as_stored(model)
     if jax.process_index() > 0:
-        for _ in _files(model, layout):
+        for _ in _files(stored, layout):
             pass
         return
     with new_directory(Path(out), replace=replace, keep_others=True) as partial_out:
@@ -57,7 +62,7 @@ def export_backbone(
         _write_configs(model, partial_out, directory, hf_config)
         if directory is not None:
             write_tokenizer(tokenizer_files(directory) if tokenizer is None else tokenizer, partial_out)
-        _write_weights(model, partial_out, layout)
+        _write_weights(stored, partial_out, layout)
 
 
 def _source_config(source: str | Path | HFCheckpoint | None) -> tuple[Path | None, HFConfig | None]:
@@ -91,6 +96,9 @@ def _write_configs(model: Backbone, out: Path, directory: Path | None, source: H
     else:
         table = config_table(config, dtype)
         _require_described(config, table, read_json(out / file))
+    table = {name: value for name, value in table.items() if name not in KEYS}
+    if (layout := quantisation_of(model)) is not None:
+        table["quantization_config"] = quantization_table(layout)
     write_json(out / "config.json", table)
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.models.config import LINEARS, ModelConfig
@@ -21,14 +22,15 @@ QUANTIZE_HELP = (
 )
 
 
-def quantised(model: Backbone, layout: QuantLayout) -> Backbone:
-    """The backbone with its linears' weights quantised, all other arrays reused. Raises `UserError` as `require_layout`."""
+def quantised(model: Backbone, layout: QuantLayout, scale_dtype: DTypeLike | None = None) -> Backbone:
+    """The backbone with its linears' weights quantised, all other arrays reused; the scales are of `scale_dtype` (default:
+    the layout's choice). Raises `UserError` as `require_layout`."""
     require_layout(model.config, layout)
     model = jax.tree.map(lambda leaf: leaf, model)
     for name in LINEARS:
         linear = getattr(model.layers, name)
         weight = linear.weight[...]
-        linear.weight = nnx.Param(quantise(weight, layout, layout.scale_dtype(weight.dtype)))
+        linear.weight = nnx.Param(quantise(weight, layout, scale_dtype or layout.scale_dtype(weight.dtype)))
     return model
 
 
@@ -38,18 +40,17 @@ def quantisation_of(model: Backbone) -> QuantLayout | None:
     return weight.layout if isinstance(weight, QuantArray) else None
 
 
-def require_layout(config: ModelConfig, layout: QuantLayout) -> None:
-    """Raise `UserError` if a linear's inputs are not whole groups."""
-    size = layout.group_size or 1
+def uneven_groups(config: ModelConfig, layout: QuantLayout) -> str | None:
+    """The reason why the inputs of a linear are not whole groups; None if all are."""
     for name in LINEARS:
         in_dim = config.linear_shape(name)[1]
-        if in_dim % size:
-            raise UserError(
-                f"--quantize {layout.name}: {name} has {in_dim} inputs, no multiple of {size}; give --quantize "
-                f"{' or '.join(_fitting(config))}"
-            )
+        if layout.group_size and in_dim % layout.group_size:
+            return f"{name} has {in_dim} inputs, no multiple of {layout.group_size}"
+    return None
 
 
-def _fitting(config: ModelConfig) -> list[str]:
-    sizes = {config.linear_shape(name)[1] for name in LINEARS}
-    return [name for name, layout in LAYOUTS.items() if all(size % (layout.group_size or 1) == 0 for size in sizes)]
+def require_layout(config: ModelConfig, layout: QuantLayout) -> None:
+    """Raise `UserError` if a linear's inputs are not whole groups."""
+    if reason := uneven_groups(config, layout):
+        fitting = [name for name, other in LAYOUTS.items() if uneven_groups(config, other) is None]
+        raise UserError(f"--quantize {layout.name}: {reason}; give --quantize {' or '.join(fitting)}")
