@@ -25,12 +25,12 @@ from adafuse_jax.checkpoints.safetensors_files import DTYPES, Tensors, require_f
 from adafuse_jax.checkpoints.weight_forms import FLOAT, Dense, WeightForm
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.data.tokenizer import PATTERNS
-from adafuse_jax.models.config import LINEARS, DType, ModelConfig
+from adafuse_jax.models.config import LINEARS, DType, ModelConfig, Quantize
 from adafuse_jax.models.decoder import Backbone
-from adafuse_jax.models.quantised import LAYOUTS, Quantize, quantised, require_layout, uneven_groups
+from adafuse_jax.models.quantised import LAYOUTS, quantised, require_layout, uneven_groups
 from adafuse_jax.models.registry import FAMILIES
 from adafuse_jax.parallel.axes import logical_axes
-from pallas_kernels.quantised import QuantArray
+from pallas_kernels.quantised import QuantArray, QuantLayout
 
 log = logging.getLogger(__name__)
 
@@ -94,15 +94,15 @@ class HFCheckpoint:
     def config(self) -> ModelConfig:
         return self.hf_config.model
 
-    def form(self, dtype: DType, quantize: Quantize | None) -> WeightForm | None:
-        """The form in which the linears' weights are read for a model of `dtype`, None for weights that stay as they are.
+    def layout(self, quantize: Quantize | None) -> QuantLayout | None:
+        """The layout that the linears' weights get when they are loaded so; None for plain ones.
 
         Raises:
           UserError: `quantize` does not fit the shapes, or the weights are quantised in another way.
         """
         stored = self.hf_config.form
         if quantize is None or (stored is not None and stored.layout == LAYOUTS[quantize]):
-            return stored
+            return None if stored is None else stored.layout
         if stored is not None:
             raise UserError(
                 f"--quantize {quantize}: the weights in {self.directory} are {stored.layout.name} already; leave it out, or "
@@ -110,11 +110,20 @@ class HFCheckpoint:
             )
         layout = LAYOUTS[quantize]
         require_layout(self.config, layout)
+        return layout
+
+    def form(self, dtype: DType, quantize: Quantize | None) -> WeightForm | None:
+        """The form in which the linears' weights are read for a model of `dtype`; None for plain ones that stay so. Raises
+        as `layout`."""
+        layout = self.layout(quantize)
+        if layout is None or self.hf_config.form is not None:
+            return self.hf_config.form
         return Dense(layout, layout.scale_dtype(dtype))
 
     def identity(self) -> str:
-        """Identity of the weights, to distinguish an adapter's backbone from any other."""
-        return self.tensors.identity()
+        """Identity of the weights, to distinguish an adapter's backbone from any other; of an export that is quantised, that
+        of the weights it was made of."""
+        return self.hf_config.base_identity or self.tensors.identity()
 
 
 def load_backbone(
@@ -139,6 +148,9 @@ def load_backbone(
     if remark := _dtype_remark(checkpoint, dtype):
         log.info("%s", remark)
     family, place, form = FAMILIES[config.model_type], place or Stacked(), checkpoint.form(dtype, quantize)
+    if form is not None:
+        done = "are quantised to" if isinstance(form, Dense) else "are"
+        log.info("%s: the linears' weights %s %s", checkpoint.directory, done, form.layout.name)
     model = empty_backbone(checkpoint, dtype, place=place, quantize=quantize) if into is None else into
     graphdef, state = nnx.split(model)
     leaves = nnx.to_flat_state(state)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adafuse_jax.checkpoints.inert_keys import GENERATION_INERT, INERT, INERT_VALUES, SUPPORTED_VALUES
-from adafuse_jax.checkpoints.quantised_config import parse_weight_form
+from adafuse_jax.checkpoints.quantised_config import BASE_IDENTITY, parse_weight_form
 from adafuse_jax.checkpoints.weight_forms import WeightForm
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
@@ -49,6 +49,8 @@ class HFConfig:
     generation: Table
     form: WeightForm | None = None
     """The form of quantised weights; None: they are not."""
+    base_identity: str | None = None
+    """Of quantised weights, the identity of those they were made of, if it is known."""
 
 
 def parse_hf_config(directory: Path) -> HFConfig:
@@ -109,12 +111,13 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
         **family.read(table, num_layers, max_positions),
     )
     dtype, form = _dtype(table), parse_weight_form(table, tied=model.tie_word_embeddings)
+    base = None if form is None else table.text(BASE_IDENTITY, None)
     unused = [*(name for name in table.unread() if not _is_inert(name, table.values[name])), *rope_unused]
     if unused:
         names = ", ".join(shortened(name, 60) for name in unused)
         remarks.insert(0, shortened(f"{table.where}: keys that are not used: {names}", 400))
     return HFConfig(
-        model=model, dtype=dtype, remarks=tuple(remarks), table=table, generation=generation, form=form
+        model=model, dtype=dtype, remarks=tuple(remarks), table=table, generation=generation, form=form, base_identity=base
     )  # fmt: skip
 
 

@@ -9,6 +9,8 @@ from pallas_kernels.quantised import QuantLayout
 
 KEYS = ("quantization_config", "compression_config", "quantization")
 """Names of the description, the older ones last."""
+BASE_IDENTITY = "adafuse_base_identity"
+"""Key of config.json: the identity of the weights that were quantised, whose adapters these take."""
 GROUP_SIZES = (32, 64, 128)
 UNQUANTISED = "give the unquantised model (bf16, fp16 or fp32), with --quantize if it is to be quantised"
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.models.config import LINEARS, ModelConfig
+from adafuse_jax.models.config import LINEARS, ModelConfig, Quantize
 from adafuse_jax.models.decoder import Backbone
 from pallas_kernels.quantised import INT4, INT4_G64, INT8, QuantArray, QuantLayout, quantise
 
-Quantize = Literal["int8", "int4", "int4-g64"]
 LAYOUTS: dict[Quantize, QuantLayout] = {"int8": INT8, "int4": INT4, "int4-g64": INT4_G64}
 """`--quantize` → layout: a scale for each output channel, or for each group of 128 or 64 inputs."""
-QUANTIZE_HELP = (
-    "keep the linears' weights in 8 bits with a scale for each output, or in 4 bits with one for each 128 (int4) or 64 "
-    "(int4-g64) inputs; embeddings, head and norms stay"
-)
 
 
 def quantised(model: Backbone, layout: QuantLayout, scale_dtype: DTypeLike | None = None) -> Backbone:

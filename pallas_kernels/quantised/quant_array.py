@@ -14,6 +14,7 @@ multiple of G, as over several devices.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,12 @@ class QuantLayout:
     def name(self) -> str:
         """`int8`, `int4` (groups of 128) or `int4-g64`: the values of `--quantize`, and others alike."""
         return f"int{self.bits}" + ("" if self.group_size in (None, 128) else f"-g{self.group_size}")
+
+    @classmethod
+    def of_name(cls, name: str) -> QuantLayout | None:
+        """The layout with a `name`; None for other texts."""
+        found = re.fullmatch(r"int(?:(8)|4(?:-g(\d{1,4}))?)", name)
+        return found and (cls(8) if found[1] else cls(4, int(found[2] or 128)))
 
     @property
     def offset(self) -> int:

@@ -84,3 +84,5 @@ def test_not_finite_and_not_whole():
 
 def test_names():
     assert [layout.name for layout in LAYOUTS] == ["int8", "int4", "int4-g64", "int4-g32"]
+    assert [QuantLayout.of_name(layout.name) for layout in LAYOUTS] == LAYOUTS
+    assert QuantLayout.of_name("int3") is None
