@@ -44,7 +44,7 @@ def by_kernel(x, weights, a, b, mixture, layer, tiles: Tiles | None = None, **op
     group = Group(
         tiles=tiles or tiles_for(len(x), x.shape[1], x.dtype.itemsize), out_dtype=x.dtype, counter=1, counters=2
     )
-    ready = jnp.zeros(2 * len(next(iter(weights.values()), x)), jnp.int32)
+    ready = jnp.zeros(2 * next(iter(weights.values()), x).shape[0], jnp.int32)
     at = jnp.asarray(layer, jnp.int32)[None]
     y, ready = pregated_linear(x, weights, a, b, mixture, num_used, at, ready, group=group, **options)
     num_shrink = sum(len(mixture.experts) * -(-f.shape[2] // group.tiles.tile_m) for f in a.values())

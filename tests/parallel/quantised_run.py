@@ -39,7 +39,7 @@ WIDE = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }
-CASE = replace(CASES["llama_gqa"], name="wide", config=CASES["llama_gqa"].config | WIDE)
+CASE = replace(CASES["llama_gqa_tied"], name="wide", config=CASES["llama_gqa_tied"].config | WIDE)
 
 
 def shares(model: Any) -> dict[str, list[float]]:
