@@ -172,10 +172,6 @@ def _sum(x: Array) -> Array:
 
 def _mask(shape: tuple[int, int], rows: Array | None, columns: Array | None) -> Array | None:
     """True where both are; None where neither is given."""
-    if rows is None and columns is None:
-        return None
-    rows, columns = (
-        None if m is None else m[(slice(None), None) if a else (None,)] for m, a in ((rows, 1), (columns, 0))
-    )
-    both = rows if columns is None else columns if rows is None else rows & columns
-    return jnp.broadcast_to(both, shape)
+    of_rows, of_columns = None if rows is None else rows[:, None], None if columns is None else columns[None]
+    both = of_columns if of_rows is None else of_rows if of_columns is None else of_rows & of_columns
+    return None if both is None else jnp.broadcast_to(both, shape)

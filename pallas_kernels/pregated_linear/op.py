@@ -10,6 +10,7 @@ residual and silu(gate) · up are in the launch too. `reference.pregated_linear_
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,15 +33,19 @@ GROUP_SIZES = (32, 64, 128)
 def tiles_for(batch: int, in_dim: int, itemsize: int, gated: bool = False, layout: QuantLayout | None = None) -> Tiles:
     """Rows few enough that a small linear fills the GPU, columns enough that loads are long. `layout`: of quantised weights,
     of which several rows take a group at a time, if there are groups."""
-    size = 1 if layout is None else layout.group_size or 1
-    most = pl.next_power_of_2(in_dim // size) * size
     if batch == 1:
-        tile_k, tile_q = (min(columns, most) for columns in (1024 // itemsize, 1024))
-        return Tiles(tile_m=4 if gated else 8, tile_k=tile_k, tile_q=tile_q, num_warps=4, num_stages=1)
-    if itemsize == 4:  # products without tensor cores, which take more registers
-        return Tiles(tile_m=32, tile_k=32, tile_q=32, num_warps=4, num_stages=3)
-    tile_k = max(16, min(128, pl.next_power_of_2(in_dim)))
-    return Tiles(tile_m=32, tile_k=tile_k, tile_q=tile_k, num_warps=4, num_stages=4)
+        tile_k = min(1024 // itemsize, pl.next_power_of_2(in_dim))
+        tiles = Tiles(tile_m=4 if gated else 8, tile_k=tile_k, num_warps=4, num_stages=1)
+    elif itemsize == 4:  # products without tensor cores, which take more registers
+        tiles = Tiles(tile_m=32, tile_k=32, num_warps=4, num_stages=3)
+    else:
+        tile_k = max(16, min(128, pl.next_power_of_2(in_dim)))
+        tiles = Tiles(tile_m=32, tile_k=tile_k, num_warps=4, num_stages=4)
+    if layout is None:
+        return tiles
+    size = layout.group_size or 1
+    tile_q = min(1024, pl.next_power_of_2(in_dim // size) * size) if batch == 1 else layout.group_size or tiles.tile_k
+    return replace(tiles, tile_q=tile_q)
 
 
 def unsupported_reason(batch: int, a: dict[str, Array]) -> str | None:
@@ -91,7 +96,7 @@ def pregated_linear(
     refs |= {"norm": norm, "residual": residual}
     first = next(iter(weights.values()))
     if isinstance(first, QuantArray):
-        refs["w"] = {name: for_kernel(weight) for name, weight in weights.items()}
+        refs["w"] = {name: for_kernel(w) for name, w in weights.items() if isinstance(w, QuantArray)}
         refs |= {"x_halves": in_halves(x, first), "norm_halves": None if norm is None else in_halves(norm, first)}
     num_shrink = 0
     if mixture is not None and a:
