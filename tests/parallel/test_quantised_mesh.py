@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tiny
 
 from adafuse_jax.models.config import LINEARS
@@ -13,6 +14,7 @@ from adafuse_jax.models.config import LINEARS
 PROGRAM = Path(__file__).with_name("quantised_run.py")
 
 
+@pytest.mark.slow
 def test_codes_and_scales_are_sharded():
     found = json.loads(tiny.with_devices(2, PROGRAM))
     for quantize in ("int4-g64", "int8"):
