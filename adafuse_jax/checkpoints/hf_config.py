@@ -50,7 +50,7 @@ class HFConfig:
     form: WeightForm | None = None
     """The form of quantised weights; None: they are not."""
     base_identity: str | None = None
-    """Of quantised weights, the identity of those they were made of, if it is known."""
+    """Identity of the weights that quantised ones were made of, if it is known."""
 
 
 def parse_hf_config(directory: Path) -> HFConfig:
