@@ -23,10 +23,10 @@ def dequantise_np(codes: np.ndarray, scales: np.ndarray, layout: QuantLayout) ->
     return weight
 
 
-def scales_np(weight: np.ndarray, layout: QuantLayout) -> np.ndarray:
+def scales_np(weight: np.ndarray, layout: QuantLayout, factor: float = 1.0) -> np.ndarray:
     """Scales [out, groups] of a matrix [out, in], before they are rounded to their type."""
     grouped = weight.astype(np.float64).reshape(len(weight), -1, layout.group_size or weight.shape[1])
-    return 2 * abs(grouped).max(axis=2) / (2**layout.bits - 1)
+    return factor * abs(grouped).max(axis=2) / (2 ** (layout.bits - 1) - 1)
 
 
 def integers_np(weight: np.ndarray, scales: np.ndarray, layout: QuantLayout) -> np.ndarray:
@@ -34,3 +34,10 @@ def integers_np(weight: np.ndarray, scales: np.ndarray, layout: QuantLayout) -> 
     steps = np.repeat(np.asarray(scales, np.float64), layout.group_size or weight.shape[1], axis=1)
     quotients = np.divide(weight, steps, out=np.zeros(weight.shape), where=steps != 0)
     return np.round(quotients).clip(-layout.offset, layout.offset - 1).astype(np.int64)
+
+
+def errors_np(weight: np.ndarray, scales: np.ndarray, layout: QuantLayout) -> np.ndarray:
+    """Squared error [out, groups] with given scales."""
+    size = layout.group_size or weight.shape[1]
+    found = integers_np(weight, scales, layout) * np.repeat(np.asarray(scales, np.float64), size, axis=1)
+    return ((found - weight) ** 2).reshape(len(weight), -1, size).sum(axis=2)
