@@ -176,9 +176,9 @@ async def _disconnect(request: Request) -> None:
         pass
 
 
-def check_number(rows: int, max_queue: int, param: str) -> None:
-    """Refuse a request whose rows never fit the queue."""
-    if rows > max_queue:
+def check_number(rows: int, places: int, param: str) -> None:
+    """Refuse a request with more rows than slots and queue have places."""
+    if rows > places:
         raise invalid(
-            f"{param}: the request asks for {rows} answers, and {max_queue} may wait at most; split it", param
+            f"{param}: the request asks for {rows} answers, and the server holds {places} at most; split it", param
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import secrets
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from adafuse_jax.serving.text import Answer, special_ids, token_bytes, token_text
@@ -83,6 +86,8 @@ class CompletionReply(Reply):
         super().__init__(model, **options)
         self._prompts, self._per_prompt = prompts, per_prompt
         self._offsets: dict[int, int] = {}
+        decoder = codecs.getincrementaldecoder("utf-8")  # of characters that several tokens make
+        self._characters: dict[int, codecs.IncrementalDecoder] = defaultdict(partial(decoder, "replace"))
         self._joined: set[int] = set()  # answers whose text follows their prompt's
 
     def first(self, index: int, answer: Answer) -> dict[str, Any] | None:
@@ -132,8 +137,9 @@ class CompletionReply(Reply):
             found["token_logprobs"].append(None if entry is None else finite(entry.logprob))
             found["top_logprobs"].append(None if entry is None else self._top(answer, entry))
             found["text_offset"].append(self._offsets.get(index, 0))
-            length = 0 if token in special_ids(answer.tokenizer) else len(text)
-            self._offsets[index] = self._offsets.get(index, 0) + length
+            if token not in special_ids(answer.tokenizer):
+                whole = self._characters[index].decode(token_bytes(answer.tokenizer, token))
+                self._offsets[index] = self._offsets.get(index, 0) + len(whole)
         return found
 
     def _top(self, answer: Answer, entry: Any) -> dict[str, float]:

@@ -36,7 +36,7 @@ class Scheduler:
 
     Args:
       slots: makes the slots, again after a step that failed.
-      max_queue: rows that may wait.
+      max_queue: rows that may wait while all slots are taken.
       warm_up: called with the first slots.
       on_end: called in the event loop when the thread has ended; its argument says whether it gave up.
     """
@@ -52,10 +52,11 @@ class Scheduler:
     ):
         self._make_slots, self._slots = slots, slots()
         warm_up(self._slots)
+        self._places = self._slots.num_slots + max_queue
         self._max_queue, self._metrics, self._on_end = max_queue, metrics, on_end
         self._wakes = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
-        self._pending = 0  # submitted and not yet in a slot; changed under the condition's lock
+        self._open = 0  # rows submitted and not over; changed under the condition's lock
         self._waiting: deque[Work] = deque()
         self._running: dict[int, Work] = {}
         self._handed: list[tuple[Work, Event]] = []
@@ -72,10 +73,10 @@ class Scheduler:
     def submit(self, works: Sequence[Work]) -> None:
         """Queue the rows of a request, all or none. Raises `APIError` 429 where the queue has no room for them."""
         with self._wakes:
-            if self._pending + len(works) > self._max_queue:
+            if self._open + len(works) > self._places:
                 self._metrics.refused.inc()
                 raise queue_full(self._max_queue)
-            self._pending += len(works)
+            self._open += len(works)
             self._commands.append(lambda: self._waiting.extend(works))
             self._wakes.notify()
 
@@ -153,7 +154,6 @@ class Scheduler:
         """Put waiting rows into free slots."""
         while self._waiting and self._slots.free:
             work = self._waiting.popleft()
-            self._leave_queue()
             if not work.model.is_loaded:  # another one may have its name by now
                 self._end(work, "failed", Failed(404, f"the adapter {work.model.name} has been unloaded"))
                 continue
@@ -196,17 +196,17 @@ class Scheduler:
         work.is_over = True
         if event is not None:
             self._hand(work, event)
+        self._over(work, outcome)
         if work.slot is not None:
             del self._running[work.slot]
             self._slots.evict(work.slot)
         elif work in self._waiting:
             self._waiting.remove(work)
-            self._leave_queue()
-        self._metrics.ended(work, outcome)
 
-    def _leave_queue(self) -> None:
+    def _over(self, work: Work, outcome: str) -> None:
         with self._wakes:
-            self._pending -= 1
+            self._open -= 1
+        self._metrics.ended(work, outcome)
 
     def _fail(self, error: Exception) -> None:
         """A step failed and took the rows with it: they end, and other slots take their place."""
@@ -215,7 +215,7 @@ class Scheduler:
         for work in self._running.values():
             work.is_over = True
             self._hand(work, STEP_FAILED)
-            self._metrics.ended(work, "failed")
+            self._over(work, "failed")
         self._running.clear()
         self._slots.close()
         del self._slots  # its cache, before another one is made

@@ -58,6 +58,11 @@ class Service:
         self._text.shutdown(cancel_futures=True)
 
     @property
+    def places(self) -> int:
+        """Rows that run and wait, at most."""
+        return self.config.max_slots + self.config.max_queue
+
+    @property
     def is_serving(self) -> bool:
         return not self.is_draining and self.scheduler.is_alive
 
@@ -69,7 +74,7 @@ class Service:
 
     async def completion(self, body: CompletionRequest, request: Request) -> Response:
         model, per_prompt = self.find(body.model), body.n or 1
-        check_number(len(body.prompts) * per_prompt, self.config.max_queue, "prompt")
+        check_number(len(body.prompts) * per_prompt, self.places, "prompt")
 
         def asked() -> Asked:
             prompts = [prompt_ids(model, prompt, **self._limits) for prompt in body.prompts]
@@ -89,7 +94,7 @@ class Service:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         model, per_prompt, context = self.find(body.model), body.n or 1, self.models.context_length
-        check_number(per_prompt, self.config.max_queue, "n")
+        check_number(per_prompt, self.places, "n")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
 
         def asked() -> Asked:
@@ -112,7 +117,7 @@ class Service:
         slots and queue have places, before their text costs anything."""
         if not self.is_serving:
             raise APIError(503, "the server stops; try again later")
-        if self.open_requests >= self.config.max_slots + self.config.max_queue:
+        if self.open_requests >= self.places:
             self.metrics.refused.inc()
             raise queue_full(self.config.max_queue)
         self.open_requests += 1

@@ -31,6 +31,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "inductor": {},
     "inductor, max-autotune without CUDA graphs": {"mode": "max-autotune-no-cudagraphs"},
 }
+COMPARED_STEPS = 4
+"""One on each batch. On a batch seen before, the loss depends on how the updates of bf16 factors were rounded."""
 LOSS_TOLERANCE = 0.02
 """Largest difference of a compiled step's losses, near ln V, from the eager ones, both in bf16."""
 
@@ -121,7 +123,8 @@ def measure(job: dict[str, Any], report: Report) -> None:
                 tried[name] = first_line(error)
                 continue
             wanted = losses.get("eager")
-            off = max((abs(a - b) for a, b in zip(row["losses"], wanted or [], strict=False)), default=None)
+            pairs = zip(row["losses"][:COMPARED_STEPS], wanted or [], strict=False)
+            off = max((abs(a - b) for a, b in pairs), default=None)
             tried[name] = f"{row['tokens_per_second']:.0f} tokens/s, losses differ by {off}"
             if (off is None or off < LOSS_TOLERANCE) and (best is None or row["ms"] < best["ms"]):
                 best = row | {"configuration": name}

@@ -22,9 +22,9 @@ from pallas_kernels.devices import triton_unsupported_reason
 from pallas_kernels.grouped_experts.groups import TILE, Groups, max_items
 from pallas_kernels.grouped_experts.kernel_triton import expand, outer, project
 
-LEAST_SAVED = 2**21
-"""Tokens × columns of E·R below which the dense products are as fast: the kernels gather rows, and their tiles are narrow.
-`python -m benchmarks.training.experts` compares both."""
+ITEM_COLUMNS = 130
+"""Columns of the dense products, of E·R, that take as long as one item of a tile, of rank 64 or less: an item reads and
+writes the tile's rows whatever its rank. Fitted to the shapes of `python -m benchmarks.training.experts`."""
 
 
 def unsupported_reason(
@@ -50,8 +50,8 @@ def unsupported_reason(
 
 def saves(tokens: int, num_experts: int, rank: int, top_k: int) -> bool:
     """True where the products of the chosen experts take less time than those of all."""
-    columns = max_items(tokens, num_experts, top_k) * rank / (tokens // TILE)  # a tile's, at most
-    return tokens * (num_experts * rank - columns) >= LEAST_SAVED
+    items = max_items(tokens, num_experts, top_k) / (tokens // TILE)  # a tile's, at most
+    return items * ITEM_COLUMNS * max(1, rank / 64) < num_experts * rank
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from benchmarks.decode import layer, merged_step, models, report, rows, token_st
 from benchmarks.decode.costs import SIZES, costs
 from benchmarks.decode.prompts import make_prompts
 from benchmarks.kernels import streaming
+from benchmarks.training.shapes import SHAPES
 
 REPOSITORY = tiny.REPOSITORY
 RESULTS = REPOSITORY / "benchmarks" / "results" / "nvidia_h200"
@@ -290,10 +292,26 @@ def test_unfused_step(capsys):
     assert "% over bare" in lines[3]
 
 
-def test_unfused_step_ends_where_the_forms_differ(monkeypatch):
-    monkeypatch.setattr(unfused_step, "logits", lambda backend, batch: np.full((batch, 4), 1.0 + (backend == "xla")))
-    with pytest.raises(SystemExit, match=r"the logits of 3 rows differ by 5\.0e-01"):
-        unfused_step.check({"kernels": "kernels", "xla": "xla"}, 3)
+def test_unfused_step_ends_where_the_kernels_round_more(monkeypatch):
+    """The exact logits are 1, those of XLA 1.25."""
+    forms = {"kernels": SimpleNamespace(off=0.5), "xla": SimpleNamespace(off=0.25, model=None, adapter=None)}
+    monkeypatch.setattr(unfused_step, "exact_logits", lambda model, adapter, batch: np.ones((batch, 4)))
+    monkeypatch.setattr(unfused_step, "logits", lambda backend, batch: np.full((batch, 4), 1 + backend.off))
+    with pytest.raises(SystemExit, match=r"the logits of 3 rows are off by 5\.0e-01, those of XLA 2\.5e-01"):
+        unfused_step.check(forms, 3)
+    forms["kernels"].off = 0.3
+    assert unfused_step.check(forms, 3) == pytest.approx({"kernels": 0.3, "xla": 0.25})
+
+
+def test_exact_logits_of_unfused_step():
+    """In float32 whatever the type of the weights: those in bfloat16 are off by its rounding, and by no more."""
+    config = unfused_step.config_of(SHAPES["tiny"])
+    model = models.random_backbone(config)
+    found = unfused_step.exact_logits(model, None, 2)
+    assert found.dtype == np.float32
+    rounded = np.asarray(unfused_step.logits(unfused_step.Unfused(model, None), 2), np.float32)
+    error = np.linalg.norm(rounded - found) / np.linalg.norm(found)
+    assert 1e-4 < error < 0.05
 
 
 class TestTokenStep:

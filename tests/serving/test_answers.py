@@ -14,7 +14,11 @@ from serving import BASE, Expected, ServerProcess
 
 from adafuse_jax.data.examples import Chat, Message
 from adafuse_jax.data.tokenizer import load_tokenizer
-from adafuse_jax.serving.text import token_bytes
+from adafuse_jax.inference.logprobs import TokenLogprobs
+from adafuse_jax.serving.models import ServedModel
+from adafuse_jax.serving.replies import CompletionReply
+from adafuse_jax.serving.text import Answer, token_bytes
+from adafuse_jax.serving.work import Token
 
 PROMPTS = ("Once upon a time", "Lily and Tom went to", "The dog was")
 NAMES = (BASE, "tales", "verse", "plain")
@@ -199,6 +203,26 @@ class TestLogprobs:
             parts = [token_bytes(tokenizer, token_id) for token_id in ids["input_ids"]]
             assert b"".join(parts) == text.encode()
             assert len(parts) > len(text)
+
+    def test_offsets_of_parts_of_a_character(self, tmp_path: Path):
+        """A token begins where the characters that are complete before it end, as in the text of the answer."""
+        write_tokenizer(tmp_path)
+        tokenizer = load_tokenizer(tmp_path)
+        text = "a\U0001f600b\u0102c"
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        model = ServedModel(name="m", adapter=None, tokenizer=tokenizer, stop_ids=(), created=0)
+        answer = Answer(model, (), [0])
+        for token_id in ids:
+            entry = TokenLogprobs(token=token_id, logprob=-1.0, top=())
+            answer.take(Token(id=token_id, finish_reason=None, logprobs=entry))
+        reply = CompletionReply("m", None, 1, logprobs=0, with_experts=False)
+        (choice,) = reply.whole([answer], 1)["choices"]
+        offsets = choice["logprobs"]["text_offset"]
+        ends = [
+            len(b"".join(token_bytes(tokenizer, i) for i in ids[:n]).decode(errors="ignore")) for n in range(len(ids))
+        ]
+        assert offsets == ends
+        assert len(ids) > len(text), "some characters have several tokens"
 
 
 class TestExperts:

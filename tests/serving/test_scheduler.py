@@ -137,7 +137,7 @@ def test_a_cancelled_row_leaves_before_the_next_step():
 
     async def run() -> None:
         slots = FakeSlots(1)
-        test = Run(slots, max_queue=3)
+        test = Run(slots, max_queue=2)
         running, waiting, last = test.work(10, 10**6), test.work(20), test.work(30)
         test.scheduler.submit([running, waiting, last])
         with pytest.raises(APIError) as refusal:
@@ -156,6 +156,24 @@ def test_a_cancelled_row_leaves_before_the_next_step():
         test.scheduler.submit([test.work(50), test.work(60)])
         assert await test.answers(3) == {30: [30, 31, 32], 50: [50, 51, 52], 60: [60, 61, 62]}
         assert slots.order == [10, 30, 50, 60]
+        await test.end()
+
+    asyncio.run(run())
+
+
+def test_free_slots_are_places_too():
+    """Two slots and no queue take two rows, and no third one until one of them has ended."""
+
+    async def run() -> None:
+        test = Run(FakeSlots(2), max_queue=0)
+        test.scheduler.submit([test.work(10), test.work(20)])
+        with pytest.raises(APIError) as refusal:
+            test.scheduler.submit([test.work(30)])
+        assert refusal.value.status == 429
+        test.scheduler.start(asyncio.get_running_loop())
+        await test.answers(2)
+        test.scheduler.submit([test.work(30)])
+        assert (await test.answers(1)).keys() == {30}
         await test.end()
 
     asyncio.run(run())
