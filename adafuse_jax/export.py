@@ -1,7 +1,7 @@
 """Export an adapter for other programs: `python -m adafuse_jax.export --model DIR --adapter DIR --output DIR`.
 
-    huggingface    the backbone with a LoRA merged in, W + (α/R) B A: a plain model directory for any program; its
-                   linears in 8 or 4 bits with --quantize, which needs no LoRA
+    huggingface    the backbone with a LoRA, or whatever else PEFT adapts, merged in: a plain model directory for any
+                   program; its linears in 8 or 4 bits with --quantize, which needs no adapter
     peft           a LoRA as PEFT's two files
     adafuse-jax    any adapter as train.py writes it; ties a LoRA of PEFT to this backbone
 
@@ -63,10 +63,12 @@ def export(config: ExportConfig) -> None:
     from safetensors import SafetensorError
 
     from adafuse_jax.adapters.lora import LoRA, merged
+    from adafuse_jax.adapters.registry import AnyAdapter
     from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter, trained_quantization
     from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
     from adafuse_jax.checkpoints.hf_export import export_backbone
-    from adafuse_jax.checkpoints.peft import save_peft_lora
+    from adafuse_jax.checkpoints.peft import merged_peft, read_mergeable, save_peft_lora
+    from adafuse_jax.checkpoints.peft_files import PeftAdapter
     from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files, write_tokenizer
     from adafuse_jax.models.quantised import LAYOUTS, quantised, require_layout
 
@@ -79,12 +81,17 @@ def export(config: ExportConfig) -> None:
             f"{checkpoint.directory}: the weights are {form.layout.name}, whose codes cannot hold what is merged into them; "
             "give the model that they were made of, or --format peft"
         )
-    adapter = None
-    if config.adapter is not None:
+    adapter: AnyAdapter | PeftAdapter | None = None
+    if config.adapter is not None and config.format == "huggingface":
+        adapter = read_mergeable(config.adapter, checkpoint.config)
+    if config.adapter is not None and adapter is None:
         adapter = load_adapter(
             config.adapter, checkpoint.config, backbone_identity=identity, dtype=jnp.dtype("float32"),
             quantization=checkpoint.layout(None),
         )  # fmt: skip
+    layout = config.quantize and LAYOUTS[config.quantize]
+    if layout is not None:
+        require_layout(checkpoint.config, layout)
     own = tokenizer_files(checkpoint.directory)
     tokenizer = own
     if config.adapter is not None:
@@ -95,6 +102,10 @@ def export(config: ExportConfig) -> None:
         if adapter is None:
             model = load_backbone(checkpoint, config.dtype, quantize=config.quantize)
             export_backbone(model, out, source=checkpoint, tokenizer=tokenizer, base_identity=identity)
+        elif isinstance(adapter, PeftAdapter):
+            model = merged_peft(load_backbone(checkpoint, config.dtype), adapter)
+            model = model if layout is None else quantised(model, layout)
+            export_backbone(model, out, source=checkpoint, tokenizer=tokenizer)
         elif config.format == "adafuse-jax":
             trained = trained_quantization(Path(str(config.adapter)).expanduser())
             save_adapter(adapter, out, backbone_name=config.model, backbone_identity=identity, quantization=trained)
@@ -104,11 +115,8 @@ def export(config: ExportConfig) -> None:
                 "whose experts change from token to token; decode it with decode.py"
             )
         elif config.format == "peft":
-            save_peft_lora(adapter, out, backbone_name=config.model)
+            save_peft_lora(adapter, out, checkpoint.config, backbone_name=config.model)
         else:
-            layout = config.quantize and LAYOUTS[config.quantize]
-            if layout is not None:
-                require_layout(checkpoint.config, layout)
             model = merged(load_backbone(checkpoint, config.dtype), adapter)
             model = model if layout is None else quantised(model, layout)
             export_backbone(model, out, source=checkpoint, tokenizer=tokenizer)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def optimised() -> None:
 def real_models_are_optimised(request: pytest.FixtureRequest) -> None:
     """Compile tests of real models as for a user: they compute for longer than they compile. Fixtures of a module are made
     before, with most optimisations off."""
-    optimised = not {"smollm2_dir", "stories260k_dir", "optimised"}.isdisjoint(request.fixturenames)
+    optimised = not {"smollm2_dir", "stories260k_dir", "packaged_dir", "optimised"}.isdisjoint(request.fixturenames)
     if FAST_COMPILATION and optimised == jax.config.values["jax_disable_most_optimizations"]:
         compile_anew(jax_disable_most_optimizations=not optimised)
 
@@ -131,15 +132,16 @@ def shared_dir() -> Path:
     return path
 
 
-def built_model(shared: Path, name: str, tool: str) -> Path:
-    """CACHE/name, made once per machine by `tool`; the rename makes a half-built directory impossible."""
+def built_model(shared: Path, name: str, tool: str, *arguments: str, python: str | Path = sys.executable) -> Path:
+    """CACHE/name, made once per machine by `tool`, given `arguments` and the directory. The rename makes a half-built one
+    impossible."""
     out = CACHE / name
     if out.is_dir():
         return out
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix=f".{name}-") as scratch:
         built = Path(scratch) / name
-        done = subprocess.run([sys.executable, shared / "tools" / tool, built], capture_output=True, text=True)
+        done = subprocess.run([python, shared / "tools" / tool, *arguments, built], capture_output=True, text=True)
         if done.returncode:
             pytest.fail(f"{tool} failed: {done.stderr[-500:]}")
         try:
@@ -160,3 +162,17 @@ def stories260k_dir(shared_dir: Path) -> Path:
 def smollm2_dir(shared_dir: Path) -> Path:
     """A Hugging Face directory of SmolLM2-135M-Instruct (bfloat16, ChatML, no BOS of its own)."""
     return built_model(shared_dir, "smollm2", "smollm2_hf.py")
+
+
+@pytest.fixture(scope="session")
+def packaged_dir(shared_dir: Path) -> Callable[[str], Path]:
+    """Hugging Face directories of the models that `packaged_hf.py` builds, by name. It needs PyTorch, which is in the
+    environment of `make goldens`."""
+    python = Path(__file__).resolve().parents[1] / ".venv-torch" / "bin" / "python"
+
+    def directory(name: str) -> Path:
+        if not (CACHE / name).is_dir() and not python.exists():
+            pytest.skip(f"{name} is not built; `make goldens` builds it")
+        return built_model(shared_dir, name, "packaged_hf.py", name, python=python)
+
+    return directory

@@ -4,7 +4,7 @@ adapter_config.json          the method and its settings, the identity of its ba
 adapter_model.safetensors    the module's leaves by their path; of AdaFuse router.weight [E, in],
                              experts.<target>.A [L, E, R, in], experts.<target>.B [L, E, out, R]
 
-A LoRA of PEFT, in files of the same two names, is read too.
+A LoRA of PEFT, in files of the same two names, is read too, from the only folder with them if the directory has none.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ from adafuse_jax.checkpoints.adapter_files import (
 from adafuse_jax.checkpoints.hf_config import MAX_LAYERS
 from adafuse_jax.checkpoints.peft import load_peft_lora
 from adafuse_jax.checkpoints.safetensors_files import read_tensors
+from adafuse_jax.core.adapter_folder import adapter_folder
 from adafuse_jax.core.atomic_files import sha256
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.layout import ONE_DEVICE, Layout
 from pallas_kernels.quantised import QuantLayout
+
+log = logging.getLogger(__name__)
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +130,9 @@ def load_adapter(
       UserError: a missing, truncated or mismatched file, or an adapter of another backbone (PEFT does not record which
         backbone, beyond the shapes of its linears).
     """
-    directory = Path(directory).expanduser()
+    given, directory = Path(directory).expanduser(), adapter_folder(directory)
+    if directory != given:
+        log.info("%s: its adapter %s is used", given, directory.name)
     table = read_adapter_table(directory)
     if "peft_type" in table:
         return load_peft_lora(directory, table, model, dtype=dtype)

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from adafuse_jax.checkpoints.safetensors_files import write_tensors
+from adafuse_jax.core.adapter_folder import ADAPTER_CONFIG
 from adafuse_jax.core.atomic_files import new_directory, sha256, write_json
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.tables import Table
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = ADAPTER_CONFIG, "adapter_model.safetensors"
 DIGEST = "weights_sha256"
 """Key of adapter_config.json, absent in adapters of earlier versions: a safetensors file has no checksum of its own."""
 MAX_SIZE = 2**20

@@ -22,6 +22,7 @@ from flax import nnx
 from adafuse_jax.checkpoints.hf_config import HFConfig, parse_hf_config
 from adafuse_jax.checkpoints.placement import Placement, Stacked
 from adafuse_jax.checkpoints.safetensors_files import DTYPES, Tensors, require_float
+from adafuse_jax.checkpoints.tensor_names import stored_names
 from adafuse_jax.checkpoints.weight_forms import FLOAT, Dense, WeightForm
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.data.tokenizer import PATTERNS
@@ -82,9 +83,13 @@ class HFCheckpoint:
         """
         directory = model_directory(path_or_id)
         hf_config = parse_hf_config(directory)
-        tensors = Tensors(directory)
+        tensors, model = Tensors(directory), hf_config.model
+        names = stored_names(
+            tensors.shapes, str(directory), is_part=hf_config.is_part, is_tied=model.tie_word_embeddings
+        )
+        tensors.rename(names.of)
         _check_tensors(tensors, hf_config.model, hf_config.form)
-        for remark in (*hf_config.remarks, *tensors.remarks):
+        for remark in (*hf_config.remarks, *tensors.remarks, *names.remarks):
             log.info("%s", remark)
         dtype = hf_config.dtype or DTYPES[next(name for name in tensors.dtypes.values() if name in DTYPES)]
         dtype = "float32" if dtype == "float64" else dtype
@@ -162,10 +167,12 @@ def load_backbone(
 
     def fill(index: int) -> tuple[Any, Any]:
         path, leaf = leaves[index]
+        rows = family.fused_rows(path, config) or slice(None)
         if form is not None and isinstance(leaf[...], QuantArray):
-            of_layers = (tuple(tensors.view(part_name(name, part)) for part in form.parts) for name in names[index])
+            parts = ([tensors.view(part_name(name, part)) for part in form.parts] for name in names[index])
+            of_layers = (form.of_rows(of_layer, rows) for of_layer in parts)
             return place.fill_quantised(leaf[...], logical_axes(path), of_layers, form)
-        return place.fill(leaf[...], logical_axes(path), map(tensors.view, names[index]))
+        return place.fill(leaf[...], logical_axes(path), (tensors.view(name)[rows] for name in names[index]))
 
     with ThreadPoolExecutor(place.num_threads) as threads:
         try:
@@ -228,20 +235,21 @@ def _dtype_remark(checkpoint: HFCheckpoint, dtype: str) -> str | None:
 def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Hugging Face names and shapes of all tensors of a model, one after the other."""
     embed, tensor_name = config.embed_dim, FAMILIES[config.model_type].tensor_name
-    heads = {"q_norm": config.head_dim, "k_norm": config.head_dim}
-    norms = {"input_layernorm": embed, "post_attention_layernorm": embed} | (heads if config.qk_norm else {})
     yield tensor_name(("embed_tokens",)), (config.vocab_size, embed)
     yield tensor_name(("norm", "weight")), (embed,)
     if not config.tie_word_embeddings:
         yield tensor_name(("lm_head",)), (config.vocab_size, embed)
+    of_layer = {tensor_name(("layers", name, "weight")): shape for name, shape in config.norm_shapes().items()}
+    for name in LINEARS:
+        out, into = config.linear_shape(name)
+        for leaf, rest in (("weight", (into,)), ("bias", ())):
+            if leaf == "weight" or config.has_bias(name):
+                pattern = tensor_name(("layers", name, leaf))
+                rows = of_layer[pattern][0] if pattern in of_layer else 0  # of linears in the same tensor
+                of_layer[pattern] = (rows + out, *rest)
     for layer in range(config.num_layers):
-        for name, size in norms.items():
-            yield tensor_name(("layers", name, "weight")).format(layer), (size,)
-        for name in LINEARS:
-            shape = config.linear_shape(name)
-            yield tensor_name(("layers", name, "weight")).format(layer), shape
-            if config.has_bias(name):
-                yield tensor_name(("layers", name, "bias")).format(layer), shape[:1]
+        for pattern, shape in of_layer.items():
+            yield pattern.format(layer), shape
 
 
 def _weights(config: ModelConfig) -> Iterator[tuple[str, str]]:

@@ -13,14 +13,15 @@ from typing import Any
 
 from adafuse_jax.checkpoints.inert_keys import GENERATION_INERT, INERT, INERT_VALUES, SUPPORTED_VALUES
 from adafuse_jax.checkpoints.quantised_config import BASE_IDENTITY, parse_weight_form
+from adafuse_jax.checkpoints.tensor_names import text_table
 from adafuse_jax.checkpoints.weight_forms import WeightForm
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
-from adafuse_jax.models.config import ModelConfig, RopeConfig
-from adafuse_jax.models.families.family import Family
+from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.families.family import ACTIVATION_NAMES, Family
+from adafuse_jax.models.families.rope import GLOBAL, LOCAL
 from adafuse_jax.models.registry import FAMILIES
 
-ROPE_KINDS = ("default", "linear", "llama3")
 DTYPE_NAMES = {
     "float32": "float32", "float": "float32", "bfloat16": "bfloat16", "float16": "float16", "half": "float16",
     "float64": "float64", "double": "float64",
@@ -28,10 +29,9 @@ DTYPE_NAMES = {
 """Spellings of `dtype` that transformers takes → the types that weights are stored in."""
 MAX_LAYERS = 10_000
 NOT_NULL = (
-    "model_type", "hidden_act", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
-    "attention_bias", "mlp_bias", "use_sliding_window", "max_window_layers", "rope_type", "factor", "low_freq_factor",
-    "high_freq_factor", "original_max_position_embeddings",
+    "model_type", "hidden_act", "hidden_activation", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias",
+    "use_sliding_window", "max_window_layers",
 )  # fmt: skip
 """Keys that may be absent, but not null."""
 
@@ -40,13 +40,14 @@ NOT_NULL = (
 class HFConfig:
     """config.json and generation_config.json, each read once. `dtype` is the one that config.json names, None if it names
     none; `remarks` are log lines about keys that nothing uses; `table` and `generation` hold the files as they are, the
-    latter empty if it is absent."""
+    latter empty if it is absent. Of a model of several parts (`is_part`) `table` is the text part's."""
 
     model: ModelConfig
     dtype: str | None
     remarks: tuple[str, ...]
     table: Table
     generation: Table
+    is_part: bool = False
     form: WeightForm | None = None
     """The form of quantised weights; None: they are not."""
     base_identity: str | None = None
@@ -69,10 +70,14 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
       UserError: a missing key; a value of a wrong type or range; a model type, rope type, activation,
         quantisation or other key that is not supported.
     """
+    part = text_table(table)
+    table = part or table
     _refuse_null(table)
     model_type = table.choice("model_type", tuple(FAMILIES))
     family = FAMILIES[model_type]
-    table.choice("hidden_act", ("silu", "swish"), "silu")
+    if part is not None:
+        table.values = {"architectures": [family.architecture], **family.text_defaults, **table.values}
+    activation = ACTIVATION_NAMES[table.choice(family.key("hidden_act"), tuple(ACTIVATION_NAMES), family.activation)]
     for name, supported in SUPPORTED_VALUES.items():
         if name in table and table.get(name) not in supported:
             raise table.error(name, f"supported: {', '.join(map(str, supported)) or 'none'}")
@@ -85,13 +90,22 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
         raise UserError(
             f"{table.where}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
         )
-    head_dim = table.integer("head_dim", family.head_dim or embed_dim // num_heads, low=2)
+    own = None if "head_dim" in table.values else family.head_dim
+    head_dim = table.integer("head_dim", own or embed_dim // num_heads, low=2)
     if head_dim < 2 or head_dim % 2:
         raise UserError(f"{table.where}: heads have {head_dim} dimensions; RoPE needs an even number of them")
     vocab_size = table.integer("vocab_size", low=1)
     max_positions = table.integer("max_position_embeddings", family.max_positions, low=1)
-    rope, rope_unused = _rope(table, max_positions)
+    layer_type = None if family.local_rope is None else GLOBAL
+    rope, rope_unused = family.rope.read(table, max_positions, head_dim, layer_type=layer_type)
+    local_rope = None
+    if family.local_rope is not None:
+        local_rope, unused = family.local_rope.read(table, max_positions, head_dim, layer_type=LOCAL)
+        rope_unused = [*dict.fromkeys(rope_unused + unused)]
     tokens, remarks = _special_tokens(table, generation, family, vocab_size)
+    own_fields = family.read(table, num_layers, max_positions)
+    if own_fields.get("attention_multiplier") == head_dim**-0.5:
+        own_fields["attention_multiplier"] = None
     model = ModelConfig(
         model_type=model_type,
         vocab_size=vocab_size,
@@ -102,14 +116,22 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=max_positions,
-        norm_eps=table.number("rms_norm_eps", 1e-6, low=0, high=1e6),
+        norm_eps=table.number(family.key("rms_norm_eps"), family.norm_eps, low=0, high=1e6),
+        activation=activation,
         rope=rope,
-        tie_word_embeddings=table.boolean("tie_word_embeddings", False),
+        local_rope=local_rope if any(own_fields["sliding_windows"]) and local_rope != rope else None,
+        tie_word_embeddings=table.boolean("tie_word_embeddings", family.tied),
         bos_token_id=next(iter(tokens["bos_token_id"]), None),
         eos_token_ids=tokens["eos_token_id"],
         pad_token_id=next(iter(tokens["pad_token_id"]), None),
-        **family.read(table, num_layers, max_positions),
+        **own_fields,
     )
+    if rope.kind == "longrope":
+        original = rope.original_max_position_embeddings
+        remarks.append(
+            f"{table.where}: longrope: an answer to a prompt of up to {original} tokens ends where both have "
+            f"{original + 1}, as the angles change there"
+        )
     dtype, form = _dtype(table), parse_weight_form(table, tied=model.tie_word_embeddings)
     base = None if form is None else table.text(BASE_IDENTITY, None)
     unused = [*(name for name in table.unread() if not _is_inert(name, table.values[name])), *rope_unused]
@@ -117,7 +139,8 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
         names = ", ".join(shortened(name, 60) for name in unused)
         remarks.insert(0, shortened(f"{table.where}: keys that are not used: {names}", 400))
     return HFConfig(
-        model=model, dtype=dtype, remarks=tuple(remarks), table=table, generation=generation, form=form, base_identity=base
+        model=model, dtype=dtype, remarks=tuple(remarks), table=table, generation=generation, is_part=part is not None,
+        form=form, base_identity=base,
     )  # fmt: skip
 
 
@@ -166,8 +189,10 @@ def _special_tokens(
     """The BOS, EOS and padding ids, each as a tuple, and remarks about those that are no token of the model."""
     tokens, remarks = {}, []
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        default = getattr(family, name, None)
-        own = _ids(table, name) if name in table.values else () if default is None else (default,)
+        default = getattr(family, name)
+        if not isinstance(default, tuple):
+            default = () if default is None else (default,)
+        own = _ids(table, name) if name in table.values else default
         ids, where = (_ids(generation, name), generation) if name in generation.values else (own, table)
         tokens[name] = tuple(i for i in ids if 0 <= i < vocab_size)
         wrong = [i for i in ids if i not in tokens[name]]
@@ -185,36 +210,3 @@ def _ids(table: Table, name: str) -> tuple[int, ...]:
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise table.error(name, f"it must be an integer{' or a list of them' if several else ''}")
     return tuple(ids)
-
-
-def _rope(table: Table, max_positions: int) -> tuple[RopeConfig, list[str]]:
-    """RoPE in both spellings, `rope_theta` + `rope_scaling` and the newer `rope_parameters`; the older one wins.
-    The second value names the keys that are not used."""
-    scaling, parameters = table.get("rope_scaling"), table.get("rope_parameters")
-    name = "rope_scaling" if scaling else "rope_parameters"
-    values = scaling or parameters or {}
-    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
-        raise UserError(
-            f"{table.where}: rope parameters {quoted(values)} are not supported; give one table for all layers"
-        )
-    rope = Table(values, f"{table.where}: {name}")
-    _refuse_null(rope)
-    kind = rope.choice("type", ROPE_KINDS, "default")
-    kind = rope.choice("rope_type", ROPE_KINDS, kind)
-    for place in (table, rope):
-        if place.number("partial_rotary_factor", 1.0) != 1.0:
-            raise place.error("partial_rotary_factor", "supported: 1")
-    theta = table.number("rope_theta", 10000.0, low=0, high=1e30, above=True)
-    settings: dict[str, Any] = {"theta": rope.number("rope_theta", theta, low=0, high=1e30, above=True)}
-    if kind in ("linear", "llama3"):
-        settings["factor"] = rope.number("factor", low=0, high=1e30, above=True)
-    if kind == "llama3":
-        low = rope.number("low_freq_factor", low=0, high=1e30, above=True)
-        high = rope.number("high_freq_factor", low=0, high=1e30)
-        if high <= low:
-            raise rope.error("high_freq_factor", f"it must be greater than low_freq_factor, which is {low:g}")
-        original = rope.integer("original_max_position_embeddings", max_positions, low=1)
-        original = table.integer("original_max_position_embeddings", original, low=1)
-        settings |= {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
-    unused = [f"{name}.{key}" for key in rope.unread()] + (["rope_parameters"] if scaling and parameters else [])
-    return RopeConfig(kind=kind, **settings), unused

@@ -22,8 +22,9 @@ from adafuse_jax.core.atomic_files import new_directory, write_json
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.tables import Table, read_json
 from adafuse_jax.data.tokenizer import tokenizer_files, write_tokenizer
-from adafuse_jax.models.config import ModelConfig, RopeConfig, flat_fields
+from adafuse_jax.models.config import ModelConfig, flat_fields
 from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.families.family import Family
 from adafuse_jax.models.layout import ONE_DEVICE, Layout
 from adafuse_jax.models.quantised import quantisation_of
 from adafuse_jax.models.registry import FAMILIES
@@ -119,7 +120,7 @@ def config_table(config: ModelConfig, dtype: str) -> dict[str, Any]:
     return {
         "architectures": [family.architecture],
         "model_type": config.model_type,
-        "hidden_act": "silu",
+        family.key("hidden_act"): config.activation,
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed_dim,
         "intermediate_size": config.hidden_dim,
@@ -128,9 +129,8 @@ def config_table(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": _rope_scaling(config.rope),
+        family.key("rms_norm_eps"): config.norm_eps,
+        **_rope_keys(config, family),
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
@@ -139,11 +139,19 @@ def config_table(config: ModelConfig, dtype: str) -> dict[str, Any]:
     } | family.write(config)
 
 
-def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
-    if rope.kind == "default":
-        return None
-    names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings") if rope.kind == "llama3" else ()
-    return {"rope_type": rope.kind, "factor": rope.factor} | {name: getattr(rope, name) for name in names}
+def _rope_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """RoPE in the form of transformers 4 or, of families with two, `rope_parameters` by the kind of layer."""
+    keys = family.rope.write(config.rope)
+    if family.local_rope is None:
+        return keys
+    local = family.local_rope.write(config.local_rope or config.rope)
+    tables = {"full_attention": keys, "sliding_attention": local}
+    return {
+        "rope_parameters": {
+            kind: {"rope_theta": table["rope_theta"], **(table["rope_scaling"] or {"rope_type": "default"})}
+            for kind, table in tables.items()
+        }
+    }
 
 
 def _require_described(config: ModelConfig, table: dict[str, Any], generation: dict[str, Any]) -> None:
@@ -154,6 +162,8 @@ def _require_described(config: ModelConfig, table: dict[str, Any], generation: d
     vocab = range(config.vocab_size)
     wanted = replace(
         config,
+        rope=config.rope.canonical(),
+        local_rope=config.local_rope and config.local_rope.canonical(),
         sliding_windows=config.sliding_windows or (None,) * config.num_layers,
         bos_token_id=config.bos_token_id if config.bos_token_id in vocab else None,
         pad_token_id=config.pad_token_id if config.pad_token_id in vocab else None,
@@ -182,26 +192,37 @@ def _write_weights(model: Backbone, out: Path, layout: Layout) -> None:
 
 def _files(model: Backbone, layout: Layout) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Name and tensors of each file of weights; the host holds those of one file at a time."""
-    shards: list[list[tuple[str, Any, int | None]]] = [[]]
+    shards: list[list[tuple[str, list[Any], int | None]]] = [[]]
     size = 0
-    for name, leaf, layer, num_bytes in _tensors(model):
+    for name, leaves, layer, num_bytes in _tensors(model):
         if shards[-1] and size + num_bytes > SHARD_BYTES:
             shards.append([])
             size = 0
-        shards[-1].append((name, leaf, layer))
+        shards[-1].append((name, leaves, layer))
         size += num_bytes
     for i, shard in enumerate(shards):
         file_name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        yield file_name, {name: layout.host(leaf if layer is None else leaf[layer]) for name, leaf, layer in shard}
+        yield file_name, {name: _on_host(leaves, layer, layout) for name, leaves, layer in shard}
 
 
-def _tensors(model: Backbone) -> Iterator[tuple[str, jax.Array, int | None, int]]:
-    """(name, leaf, layer, bytes) of every tensor; layer None: the whole leaf."""
+def _on_host(leaves: list[jax.Array], layer: int | None, layout: Layout) -> np.ndarray:
+    parts = [layout.host(leaf if layer is None else leaf[layer]) for leaf in leaves]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _tensors(model: Backbone) -> Iterator[tuple[str, list[jax.Array], int | None, int]]:
+    """(name, leaves, layer, bytes) of every tensor, which holds one leaf or several; layer None: the whole leaf."""
     family = FAMILIES[model.config.model_type]
+    leaves: dict[str, dict[int, jax.Array]] = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        name, leaf = family.tensor_name(path), variable[...]
+        rows = family.fused_rows(path, model.config) or slice(0, None)
+        leaves.setdefault(family.tensor_name(path), {})[rows.start] = variable[...]
+    for name, parts in leaves.items():
+        in_order = [parts[start] for start in sorted(parts)]
+        num_bytes = sum(leaf.nbytes for leaf in in_order)
         if "{}" not in name:
-            yield name, leaf, None, leaf.nbytes
+            yield name, in_order, None, num_bytes
             continue
-        for layer in range(leaf.shape[0]):
-            yield name.format(layer), leaf, layer, leaf.nbytes // leaf.shape[0]
+        num_layers = len(in_order[0])
+        for layer in range(num_layers):
+            yield name.format(layer), in_order, layer, num_bytes // num_layers

@@ -24,13 +24,14 @@ INERT = frozenset({
 INERT_VALUES: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,), "attention_bias": (False,), "attention_dropout": (0,),
     "embd_pdrop": (0,), "hidden_dropout": (0,), "is_encoder_decoder": (False,), "mlp_bias": (False,), "pruned_heads": ({},),
-    "resid_pdrop": (0,), "use_mrope": (False,), "auto_map": ({},),
+    "resid_pdrop": (0,), "residual_dropout": (0,), "use_mrope": (False,), "auto_map": ({},),
     "quantization_config": ({}, False), "quantization": ({}, False), "compression_config": ({}, False),
 }  # fmt: skip
 """Keys of config.json → the values with which they have no effect."""
 
 SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
-    "is_causal": (True,), "per_layer_config": ({},), "attention_chunk_size": (), "configuration_files": ([],),
+    "is_causal": (True,), "use_bidirectional_attention": (False,),
+    "per_layer_config": ({},), "attention_chunk_size": (), "configuration_files": ([],),
 }  # fmt: skip
 """Keys of config.json that transformers reads for every family, and that change the function → the values that do not."""
 

@@ -1,17 +1,13 @@
-"""A LoRA from and to the two files of a PEFT directory (huggingface/peft).
+"""Adapters of PEFT: as a LoRA, merged into a backbone, and a LoRA written as PEFT's two files.
 
-adapter_config.json          r, lora_alpha, target_modules, …
-adapter_model.safetensors    base_model.model.model.layers.<l>.mlp.up_proj.lora_A.weight [R, in], .lora_B.weight [out, R]
-
-In both, y = W x + (α/R) · B A x; rank-stabilised LoRA, (α/√R) · B A x, becomes α·√R here.
+LoRA         W' = W + s B A
+DoRA         W' = diag(m / ‖W + s B A‖) (W + s B A), norms over each row        (arXiv 2402.09353)
+lora_bias    b' = b + s b_B
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import os
-import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,155 +15,130 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
-from adafuse_jax.adapters.config import AdapterConfig
-from adafuse_jax.adapters.lora import LoRA
-from adafuse_jax.checkpoints.adapter_files import CONFIG_FILE, MAX_SIZE, WEIGHTS_FILE, write_adapter_files
-from adafuse_jax.checkpoints.safetensors_files import read_tensors
-from adafuse_jax.core.errors import UserError, quoted, shortened
+from adafuse_jax.adapters.lora import LoRA, merged
+from adafuse_jax.checkpoints.adapter_files import read_adapter_table, write_adapter_files
+from adafuse_jax.checkpoints.peft_files import (
+    PeftAdapter,
+    beyond_lora,
+    modules_of,
+    read_peft,
+    require_lora,
+    tensor_name,
+)
+from adafuse_jax.core.adapter_folder import adapter_folder
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.tables import Table
-from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig
-
-log = logging.getLogger(__name__)
-
-NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
-PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False,), "lora_bias": (False,), "bias": ("none",), "modules_to_save": ([],), "rank_pattern": ({},),
-    "alpha_pattern": ({},), "layer_replication": ([],), "trainable_token_indices": ([], {}), "target_parameters": ([],),
-    "fan_in_fan_out": (False,), "use_qalora": (False,), "use_bdlora": (False,), "alora_invocation_tokens": ([],),
-    "arrow_config": (), "kasa_config": (), "monteclora_config": (),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the backbone
-}  # fmt: skip
-"""Variants of LoRA that have other mathematics → the values that leave it plain; None and absence do too."""
-
-INERT = frozenset({
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
-    "inference_mode", "layers_pattern", "loftq_config", "lora_ga_config", "megatron_config",
-    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
-})  # fmt: skip
-"""Keys that leave the function as it is."""
-
-
-def tensor_name(layer: int, linear: str, factor: str) -> str:
-    block = "self_attn" if linear in ATTENTION_LINEARS else "mlp"
-    return f"base_model.model.model.layers.{layer}.{block}.{linear}.lora_{factor}.weight"
+from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.decoder import Backbone
 
 
 def load_peft_lora(directory: Path, table: Table, model: ModelConfig, *, dtype: jnp.dtype) -> LoRA:
-    """The LoRA in a PEFT directory whose adapter_config.json is `table`, its factors cast to `dtype`. Keys of the file that
-    are not known are named in the log.
+    """The LoRA in a PEFT directory whose adapter_config.json is `table`, its factors cast to `dtype`. Raises `UserError` as
+    `read_peft`, and for an adapter that is more than a LoRA."""
+    require_lora(table)
+    if beyond := beyond_lora(table):  # before its tensors are read
+        raise _only_merged(table.where, beyond[0], directory)
+    adapter = read_peft(directory, table, model)
+    if adapter.beyond:
+        raise _only_merged(table.where, adapter.beyond[0], directory)
+    return _lora(adapter, model, dtype)
 
-    Raises:
-      UserError: another kind of adapter or a variant of LoRA; tensors that are missing, no part of a LoRA, not finite, or do
-        not fit the backbone.
-    """
-    if table.get("peft_type") != "LORA":
-        kind = quoted(table.get("peft_type"))
-        raise UserError(f"{table.where}: peft_type {kind} is not supported; supported: LORA")
-    for name, plain in PLAIN.items():
-        value = table.get(name)
-        if value is not None and value not in plain:
-            raise UserError(f"{table.where}: {name} {quoted(value)} is not supported; give a plain LoRA")
-    rank, alpha = table.integer("r", low=1, high=MAX_SIZE), table.number("lora_alpha", low=0, high=1e6, above=True)
-    selection = {name: table.get(name) for name in ("target_modules", "layers_to_transform", "exclude_modules")}
-    stabilised, dropout = table.boolean("use_rslora", False), table.number("lora_dropout", 0.0, low=0, high=1)
-    if unknown := [name for name in table.unread() if name not in INERT]:
-        log.info("%s", shortened(f"{table.where}: keys that are not used: {', '.join(unknown)}", 400))
-    path = directory / WEIGHTS_FILE
-    if not os.path.lexists(path) and any(directory.glob("*.bin")):
-        raise UserError(f"{directory}: has no {WEIGHTS_FILE}; convert its .bin file to safetensors first")
-    tensors = read_tensors(path)
-    targets = _targets(tensors, path)
-    _require_selected(selection, tensors, table, path)
-    try:
-        config = AdapterConfig(
-            adapter="lora", targets=targets, rank=rank, dropout=dropout,
-            alpha=alpha * (math.sqrt(rank) if stabilised else 1.0),
-        )  # fmt: skip
-    except UserError as error:
-        raise UserError(f"{table.where}: {error}") from error
-    factors: dict[str, dict[str, np.ndarray]] = {}
-    for linear in config.targets:
-        out_dim, in_dim = model.linear_shape(linear)
-        for factor, shape in (("A", (rank, in_dim)), ("B", (out_dim, rank))):
-            layers = [
-                _take(tensors, tensor_name(layer, linear, factor), shape, directory)
-                for layer in range(model.num_layers)
-            ]
-            factors.setdefault(linear, {})[factor] = np.stack(layers).astype(np.float32)
-    if tensors:
-        raise UserError(
-            f"{path}: tensor {shortened(sorted(tensors)[0], 120)} is of no layer of the backbone, which has "
-            f"{model.num_layers}; give --model the one that it was trained on"
-        )
-    lora = jax.eval_shape(lambda: LoRA(config, model, rngs=nnx.Rngs(0)))
+
+def _only_merged(where: str, name: str, directory: Path) -> UserError:
+    return UserError(
+        f"{where}: {name}: changes the backbone's own weights; merge it: python -m adafuse_jax.export --model … "
+        f"--adapter {directory} --output OUT, and give OUT as --model"
+    )
+
+
+def _lora(adapter: PeftAdapter, model: ModelConfig, dtype: jnp.dtype) -> LoRA:
+    lora = jax.eval_shape(lambda: LoRA(adapter.config, model, rngs=nnx.Rngs(0)))
     for linear, expert in lora.experts.items():
-        for factor, stack in factors[linear].items():
+        for factor, stack in adapter.factors[linear].items():
             setattr(expert, factor, getattr(expert, factor).replace(jnp.asarray(stack[:, None], dtype)))
     return lora
 
 
-def _targets(tensors: dict[str, np.ndarray], path: Path) -> tuple[str, ...]:
-    found = set()
-    for name in tensors:
-        match = NAME.fullmatch(name)
-        if match is None or match[2] not in LINEARS:
+def read_mergeable(directory: str | Path, model: ModelConfig) -> PeftAdapter | None:
+    """The adapter in a PEFT directory, whatever it changes; None if the directory is no PEFT's. Raises `UserError` as
+    `read_peft`."""
+    folder = adapter_folder(directory)
+    table = read_adapter_table(folder)
+    return read_peft(folder, table, model) if "peft_type" in table else None
+
+
+def merged_peft(model: Backbone, adapter: PeftAdapter) -> Backbone:
+    """The backbone with the adapter in its weights, each rounded once; the others are reused without a copy. Raises
+    `UserError` for a bias of a linear that has none, and for an embedding and a head of different sizes."""
+    lora = _lora(adapter, model.config, jnp.dtype("float32"))
+    if adapter.magnitudes:
+        model = jax.tree.map(lambda leaf: leaf, model)
+        for name, expert in lora.experts.items():
+            linear, magnitude = getattr(model.layers, name), jnp.asarray(adapter.magnitudes[name])
+            new = _dora(linear.weight[...], expert.A[:, 0], expert.B[:, 0], magnitude, lora.config.scale)
+            linear.weight = linear.weight.replace(new)
+    else:
+        model = merged(model, lora)
+    for name, bias in adapter.biases.items():
+        linear = getattr(model.layers, name)
+        if linear.bias is None:
             raise UserError(
-                f"{path}: tensor {shortened(name, 120)} is not of a LoRA of {' '.join(LINEARS)}; no other is supported"
+                f"{adapter.where}: lora_bias: {name} of the backbone has no bias to add it to; use PEFT itself"
             )
-        found.add(match[2])
-    if not found:
-        raise UserError(f"{path}: holds no tensor; restore the file")
-    return tuple(found)
+        linear.bias = linear.bias.replace((linear.bias[...] + bias).astype(linear.bias.dtype))
+    return _with_saved(model, adapter) if adapter.saved else model
 
 
-def _require_selected(selection: dict[str, Any], tensors: dict[str, np.ndarray], table: Table, path: Path) -> None:
-    """Raise `UserError` for a tensor of a linear that the config does not select: PEFT leaves it out. Patterns, which may
-    take for ever to match, are not compared, with a line in the log."""
-    if patterns := [key for key, value in selection.items() if isinstance(value, str) and value != "all-linear"]:
-        log.info("%s: %s: a pattern is not used; the tensors say what is adapted", table.where, " and ".join(patterns))
-    layers = selection["layers_to_transform"]
-    layers = (
-        {str(layer) for layer in layers} if isinstance(layers, list) else layers if layers is None else {str(layers)}
-    )
-
-    def is_named(module: str, names: list[Any]) -> bool:
-        return any(module == name or module.endswith(f".{name}") for name in names)
-
-    for key in ("target_modules", "exclude_modules"):
-        if not isinstance(selection[key], list | str | None):
-            raise table.error(key, "it must be a list of names, or a pattern")
-    targets, excluded = selection["target_modules"], selection["exclude_modules"]
-    for tensor in sorted(tensors):
-        module = tensor.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
-        fault = "target_modules" if isinstance(targets, list) and not is_named(module, targets) else ""
-        fault = "exclude_modules" if isinstance(excluded, list) and is_named(module, excluded) else fault
-        if layers is not None and NAME.fullmatch(tensor)[1] not in layers:  # type: ignore[index] # `_targets` has matched
-            fault = "layers_to_transform"
-        if fault:
-            raise UserError(
-                f"{path}: tensor {shortened(tensor, 120)} is of a module that {fault} in {CONFIG_FILE} leaves out; restore "
-                "the files of one adapter"
-            )
+@jax.jit
+def _dora(
+    weight: Float[Array, "L out in"],
+    a: Float[Array, "L R in"],
+    b: Float[Array, "L out R"],
+    magnitude: Float[Array, "L out"],
+    scale: float,
+) -> Float[Array, "L out in"]:
+    delta = jnp.einsum("lor,lri->loi", b, a, precision=jax.lax.Precision.HIGHEST)
+    direction = weight.astype(jnp.float32) + scale * delta
+    stretch = magnitude / jnp.linalg.norm(direction, axis=-1)
+    return jnp.where(jnp.isnan(magnitude)[..., None], weight, direction * stretch[..., None]).astype(weight.dtype)
 
 
-def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], directory: Path) -> np.ndarray:
-    where = f"{directory / WEIGHTS_FILE}: tensor {name}"
-    if name not in tensors:
-        raise UserError(f"{where} is missing; only LoRAs of all layers are supported")
-    tensor = tensors.pop(name)
-    if tensor.shape != shape:
+def _with_saved(model: Backbone, adapter: PeftAdapter) -> Backbone:
+    """The backbone with the embedding and head that the adapter has; they stay tied if they are equal."""
+    saved = {name: jnp.asarray(value, model.dtype) for name, value in adapter.saved.items()}
+    embedding = saved.get("embed_tokens", model.embed_tokens[...])
+    head = saved.get("lm_head")
+    if head is None:
+        is_same = model.lm_head is None and not adapter.keeps_tied_head
+        head = embedding if is_same else model.head
+    is_tied = model.lm_head is None and head.shape == embedding.shape and bool((head == embedding).all())
+    if len(head) != len(embedding):
         raise UserError(
-            f"{where} has shape {quoted(list(tensor.shape))}, {CONFIG_FILE} and the backbone say {list(shape)}; give "
-            "--model the one that it was trained on"
+            f"{adapter.where}: embeddings of {len(embedding)} tokens and a head of {len(head)}; restore the adapter's files"
         )
-    return tensor
+    config = replace(model.config, vocab_size=len(embedding), tie_word_embeddings=is_tied)
+    new = jax.eval_shape(lambda: Backbone(config, dtype=model.dtype, rngs=nnx.Rngs(0)))
+    new.layers, new.norm = model.layers, model.norm
+    new.embed_tokens = new.embed_tokens.replace(embedding)
+    if new.lm_head is not None:
+        new.lm_head = new.lm_head.replace(head)
+    return new
 
 
-def save_peft_lora(lora: LoRA, out: Path, *, backbone_name: str) -> None:
-    """Write `lora` as a directory that PEFT loads. Raises `UserError` if `out` exists and is not an empty directory."""
-    config = lora.config
-    table = {
+def save_peft_lora(lora: LoRA, out: Path, model: ModelConfig, *, backbone_name: str) -> None:
+    """Write `lora`, of the backbone `model`, as a directory that PEFT loads. Raises `UserError` if `out` exists and is not
+    an empty directory."""
+    config, tensors, ranks = lora.config, {}, {}
+    for module, linears in modules_of(model.model_type).items():
+        if any(linear in lora.experts for linear in linears):
+            a, b = _as_one_module(lora, model, linears)
+            ranks[module.rsplit(".", 1)[-1]] = a.shape[1]
+            for layer in range(model.num_layers):
+                for factor, stack in (("A", a), ("B", b)):
+                    tensors[tensor_name(layer, module, factor)] = np.ascontiguousarray(stack[layer])
+    table: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": backbone_name,
@@ -175,17 +146,35 @@ def save_peft_lora(lora: LoRA, out: Path, *, backbone_name: str) -> None:
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": sorted(config.targets),
+        "target_modules": sorted(ranks),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
         "use_dora": False,
         "modules_to_save": None,
     }
-    tensors = {
-        tensor_name(layer, linear, factor): np.ascontiguousarray(stack[layer, 0])
-        for linear, expert in lora.experts.items()
-        for factor, stack in (("A", np.asarray(expert.A[...])), ("B", np.asarray(expert.B[...])))
-        for layer in range(len(stack))
-    }
+    if larger := {name: rank for name, rank in ranks.items() if rank != config.rank}:
+        table["rank_pattern"] = larger
+        table["alpha_pattern"] = {name: config.scale * rank for name, rank in larger.items()}
     write_adapter_files(out, table, tensors, metadata={"format": "pt"})
+
+
+def _as_one_module(lora: LoRA, model: ModelConfig, linears: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """A [L, R', in] and B [L, Σ out, R'] of a module of several linears, one below the other: those of a common A stack
+    their B; others have [A_1; A_2] and [B_1 0; 0 B_2]. One that is not adapted has B = 0."""
+    factors = {
+        factor: {
+            name: np.asarray(getattr(lora.experts[name], factor)[...])[:, 0] for name in linears if name in lora.experts
+        }
+        for factor in "AB"
+    }
+    a, b = list(factors["A"].values()), factors["B"]
+    if len(linears) == 1:
+        return a[0], b[linears[0]]
+    is_common, rank = all(np.array_equal(a[0], other) for other in a), lora.config.rank
+    rows = np.cumsum([0, *(model.linear_shape(name)[0] for name in linears)])
+    stacked = np.zeros((len(a[0]), rows[-1], rank if is_common else rank * len(a)), a[0].dtype)
+    for number, (name, of_linear) in enumerate(b.items()):
+        start, at = 0 if is_common else rank * number, linears.index(name)
+        stacked[:, rows[at] : rows[at + 1], start : start + rank] = of_linear
+    return a[0] if is_common else np.concatenate(a, axis=1), stacked

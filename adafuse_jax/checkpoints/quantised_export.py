@@ -11,21 +11,26 @@ from flax import nnx
 from adafuse_jax.checkpoints.weight_forms import to_words
 from adafuse_jax.models.config import LINEARS
 from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.registry import FAMILIES
 from pallas_kernels.quantised import QuantArray, QuantLayout
 
 
 def as_stored(model: Backbone) -> Backbone:
     """The backbone with the tensors of the format in the place of each quantised weight; it cannot run."""
-    model = jax.tree.map(lambda leaf: leaf, model)
+    config, model = model.config, jax.tree.map(lambda leaf: leaf, model)
+    fused = {name: names for names in FAMILIES[config.model_type].fused for name in names}
     for name in LINEARS:
         linear = getattr(model.layers, name)
         weight = linear.weight[...]
         if isinstance(weight, QuantArray):
-            num_layers, *shape = weight.shape
+            num_layers, _, into = weight.shape
+            in_tensor = fused.get(name, (name,))
             del linear.weight
             linear.weight_packed = nnx.Param(jax.jit(to_words, static_argnums=1)(weight.codes, weight.layout))
             linear.weight_scale = nnx.Param(weight.scales)
-            linear.weight_shape = nnx.Param(np.tile(np.array(shape, np.int64), (num_layers, 1)))
+            if name == in_tensor[0]:
+                shape = [sum(config.linear_shape(other)[0] for other in in_tensor), into]
+                linear.weight_shape = nnx.Param(np.tile(np.array(shape, np.int64), (num_layers, 1)))
     return model
 
 

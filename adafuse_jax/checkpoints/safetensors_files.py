@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -111,6 +111,7 @@ class Tensors:
         self.dtypes: dict[str, str] = {}
         self._open: dict[str, Any] = {}
         self._mapped: dict[str, MappedFile] = {}
+        self._stored: dict[str, str] = {}
         self._is_stopped = False
         files = _weight_files(directory)
         for name in files:
@@ -124,7 +125,7 @@ class Tensors:
                         )
                     entry = file.get_slice(tensor)
                     self.shapes[tensor], self.dtypes[tensor] = tuple(entry.get_shape()), entry.get_dtype()
-                    self._open[tensor], self._mapped[tensor] = file, mapped
+                    self._open[tensor], self._mapped[tensor], self._stored[tensor] = file, mapped, tensor
         if not self._open:
             raise UserError(f"{directory}: its safetensors files hold no tensor; restore them")
         others = sorted(
@@ -140,9 +141,17 @@ class Tensors:
             read = files[0] if len(files) == 1 else f"{files[0]} … {files[-1]}"
             self.remarks = (shortened(f"{directory}: weights are read from {read}, not from {', '.join(others)}", 400),)
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give the tensors other names, new → present one. Those that have none are left out."""
+        tables: list[dict[str, Any]] = [self.shapes, self.dtypes, self._open, self._mapped, self._stored]
+        for by_name in tables:
+            renamed = {new: by_name[old] for new, old in names.items()}
+            by_name.clear()
+            by_name.update(renamed)
+
     def read(self, name: str) -> np.ndarray:
         with safetensors_errors(self.directory, name):
-            return self._open[name].get_tensor(name)
+            return self._open[name].get_tensor(self._stored[name])
 
     def stop(self) -> None:
         """End threads that read, at their next `view`."""
@@ -152,14 +161,14 @@ class Tensors:
         """`read` without a copy: the pages of the file, mapped into memory. Raises `CancelledError` after `stop`."""
         if self._is_stopped:
             raise CancelledError
-        return self._mapped[name].view(name)
+        return self._mapped[name].view(self._stored[name])
 
     def identity(self) -> str:
         """SHA-256 over every tensor's name, type, shape and up to eight evenly spaced rows: another backbone differs."""
         digest = hashlib.sha256()
         for name in sorted(self.shapes):
             with safetensors_errors(self.directory, name):
-                rows = self._open[name].get_slice(name)
+                rows = self._open[name].get_slice(self._stored[name])
                 digest.update(f"{name} {rows.get_dtype()} {self.shapes[name]}".encode())
                 count = self.shapes[name][0] if self.shapes[name] else 0
                 for i in np.linspace(0, count - 1, num=min(8, count), dtype=int):

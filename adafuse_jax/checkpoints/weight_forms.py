@@ -11,7 +11,7 @@ Packed are words of 32 bits, the first code in the lowest; codes and scales are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,6 +48,9 @@ class WeightForm(Protocol):
     def axes(self, axes: Axes) -> tuple[Axes, ...]:
         """Logical axes of `parts`, from those of W [out, in]."""
 
+    def of_rows(self, parts: Sequence[np.ndarray], rows: slice) -> tuple[np.ndarray, ...]:
+        """The parts of some outputs, where one tensor holds several linears."""
+
     def convert(self, *parts: Array) -> QuantArray:
         """Codes and scales of one layer."""
 
@@ -69,6 +72,9 @@ class Dense:
 
     def axes(self, axes: Axes) -> tuple[Axes, ...]:
         return (axes,)
+
+    def of_rows(self, parts: Sequence[np.ndarray], rows: slice) -> tuple[np.ndarray, ...]:
+        return tuple(part[rows] for part in parts)
 
     def convert(self, *parts: Array) -> QuantArray:
         return quantise(parts[0], self.layout, self.scale_dtype)
@@ -94,6 +100,9 @@ class PackQuantized:
 
     def axes(self, axes: Axes) -> tuple[Axes, ...]:
         return axes, axes if self.layout.group_size else axes[:1]
+
+    def of_rows(self, parts: Sequence[np.ndarray], rows: slice) -> tuple[np.ndarray, ...]:
+        return tuple(part[rows] for part in parts)
 
     def convert(self, *parts: Array) -> QuantArray:
         return _from_words(parts[0], parts[1], self.layout)
@@ -124,6 +133,9 @@ class GPTQ:
 
     def axes(self, axes: Axes) -> tuple[Axes, ...]:
         return axes[::-1], axes[::-1] if self.layout.group_size else (None, axes[0])
+
+    def of_rows(self, parts: Sequence[np.ndarray], rows: slice) -> tuple[np.ndarray, ...]:
+        return tuple(part[:, rows] for part in parts)
 
     def convert(self, *parts: Array) -> QuantArray:
         return _from_words(parts[0].T, parts[1].T, self.layout)

@@ -7,13 +7,16 @@ import hashlib
 import json
 import logging
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from adafuse_jax.core.adapter_folder import adapter_folder
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.runtime import native_stdout_on_stderr
 from adafuse_jax.core.tables import read_json, read_text
@@ -35,6 +38,7 @@ PATTERNS = (
     "merges.txt", "chat_template*", "additional_chat_templates/*",
 )  # fmt: skip
 """Patterns of the files that transformers reads tokenizers and chat templates from."""
+OLDEST_TRANSFORMERS = "5.24"
 
 
 def load_tokenizer(path_or_hub_id: str | Path, adapter: str | Path | None = None) -> Any:
@@ -51,7 +55,7 @@ def load_tokenizer(path_or_hub_id: str | Path, adapter: str | Path | None = None
     if tokenizer.chat_template is None and os.path.exists(Path(path_or_hub_id) / PROCESSOR_TEMPLATE_FILE):
         tokenizer.chat_template = _template_in(Path(path_or_hub_id) / PROCESSOR_TEMPLATE_FILE)
         log.info("%s: the chat template of %s is used", path_or_hub_id, PROCESSOR_TEMPLATE_FILE)
-    own = None if adapter is None else Path(adapter).expanduser()
+    own = None if adapter is None else _place(adapter)
     if own is None or (not os.path.exists(own / TOKENIZER_FILE) and _own_template(own) is None):
         return tokenizer
     if os.path.exists(own / TOKENIZER_FILE):
@@ -65,6 +69,7 @@ def load_tokenizer(path_or_hub_id: str | Path, adapter: str | Path | None = None
 
 def tokenizer_files(model: Path, adapter: Path | None = None) -> dict[str, bytes]:
     """The files, by their names in a directory, of the tokenizer that `load_tokenizer` gives for two directories."""
+    adapter = None if adapter is None else _place(adapter)
     files, own = _files(model), {} if adapter is None else _files(adapter)
     if adapter is None or TOKENIZER_FILE in own:
         return own or files
@@ -89,6 +94,14 @@ def _files(directory: Path) -> dict[str, bytes]:
         for path in sorted(directory.glob(pattern))
         if path.is_file() and path.suffix not in (".py", ".safetensors")
     }
+
+
+def _place(adapter: str | Path) -> Path:
+    """The folder of an adapter, or the directory that it is in, whichever has a tokenizer or else a chat template."""
+    places = adapter_folder(adapter), Path(adapter).expanduser()
+    with_tokenizer = (place for place in places if os.path.exists(place / TOKENIZER_FILE))
+    with_template = (place for place in places if _own_template(place) is not None)
+    return next(with_tokenizer, None) or next(with_template, None) or places[0]
 
 
 def _own_template(adapter: Path) -> str | None:
@@ -157,6 +170,12 @@ def _load(path_or_hub_id: str | Path) -> Any:
 
 
 def _by_transformers(name: str, local: bool) -> Any:
+    installed = version("transformers")
+    if _numbers(installed) < _numbers(OLDEST_TRANSFORMERS):
+        raise UserError(
+            f"{name}: its tokenizer is read by transformers, and transformers {installed} reads some wrongly; install "
+            f"transformers>={OLDEST_TRANSFORMERS}"
+        )
     try:
         with _silent():
             return _without_code(name, local)
@@ -166,6 +185,11 @@ def _by_transformers(name: str, local: bool) -> Any:
         reason = " ".join(str(error)[:2000].split())[:160] or type(error).__name__
         advice = "it needs tokenizer.json and tokenizer_config.json" if local else "check the name and the connection"
         raise UserError(f"cannot load the tokenizer: {name}: {reason}: {advice}") from None
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """(5, 24) of 5.24.0.dev0."""
+    return tuple(int(number) for number in re.findall(r"\d+", release)[:2])
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def run(config: EvaluationConfig) -> dict[str, Any]:
     from adafuse_jax.evaluation.multiple_choice import Questions, evaluate, mean_of
 
     checkpoint = HFCheckpoint.open(config.model)
-    directory, context = checkpoint.directory, checkpoint.config.max_position_embeddings
+    directory, context = checkpoint.directory, checkpoint.config.context_length
     if config.max_length is not None and config.max_length > context:
         raise UserError(f"--max-length {config.max_length} exceeds the {context} positions of {config.model}; lower it")
     tokenizer, token_budget = load_tokenizer(directory, config.adapter), config.max_new_tokens if config.generate else 0

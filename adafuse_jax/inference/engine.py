@@ -53,7 +53,7 @@ class Engine:
     ):
         self.config, self._dtype, self._mesh = model.config, model.dtype, mesh_of(model)
         self.backend = choose_backend(strategy, model, adapter)
-        self.context_length = self.config.max_position_embeddings
+        self.context_length = self.config.context_length
         vocab = range(self.config.vocab_size)
         self.eos_ids = tuple(i for i in (self.config.eos_token_ids if eos_ids is None else eos_ids) if i in vocab)
         self._warm: set[Any] = set()
@@ -82,7 +82,7 @@ class Engine:
 
     def max_new_tokens(self, prompt_tokens: int, wanted: int) -> int:
         """`wanted`, or what the context has left after the prompt. Raises `UserError` if the prompt alone fills it."""
-        return fitting_tokens(prompt_tokens, wanted, self.context_length)
+        return fitting_tokens(prompt_tokens, wanted, self.config.context_after(prompt_tokens))
 
     def slots(self, num_slots: int, context_length: int | None = None) -> Slots:
         """Slots for rows that are decoded together, each with a cache of `context_length` tokens from the start on; by

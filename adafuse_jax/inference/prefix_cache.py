@@ -1,22 +1,26 @@
 """The tokens whose keys and values are in the cache of each slot, and the longest beginning of a prompt among them.
 
 Keys and values depend on the adapter that read the tokens, so that only prompts with the same adapter, in the same version,
-begin alike. A running row is a source as well as a slot that is free.
+begin alike. A running row is a source as well as a slot that is free. Where RoPE depends on the length of the prompt, so do
+keys: prompts longer than the original length share nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from adafuse_jax.inference.adapter_bank import Loaded
 from adafuse_jax.inference.prefill import common_length
 from adafuse_jax.inference.rows import Row
+from adafuse_jax.models.config import RopeConfig
 
 
 class PrefixCache:
     """Tokens that free slots hold, by slot."""
 
-    def __init__(self, num_slots: int):
+    def __init__(self, num_slots: int, rope: RopeConfig):
+        self._max_prompt = rope.original_max_position_embeddings if rope.depends_on_length else math.inf
         self._tokens: list[list[int]] = [[] for _ in range(num_slots)]
         self._adapters: list[Loaded | None] = [None] * num_slots
         self._kept_at, self._clock = [0] * num_slots, 0
@@ -25,7 +29,7 @@ class PrefixCache:
         """The row leaves its slot, and its tokens stay there."""
         self._clock += 1
         self._kept_at[row.slot], self._adapters[row.slot] = self._clock, row.adapter
-        self._tokens[row.slot] = [] if row.finish_reason == "not_finite" else row.tokens_in_cache()
+        self._tokens[row.slot] = row.tokens_in_cache() if self._is_shared(row) else []
 
     def forget(self, slot: int) -> None:
         self._tokens[slot] = []
@@ -36,15 +40,21 @@ class PrefixCache:
 
     def common(self, slot: int, prompt: Sequence[int], adapter: Loaded | None) -> int:
         """Tokens that the prompt and a free slot begin with."""
-        return common_length(prompt, self._tokens[slot]) if self._adapters[slot] == adapter else 0
+        if self._adapters[slot] != adapter or len(prompt) > self._max_prompt:
+            return 0
+        return common_length(prompt, self._tokens[slot])
+
+    def _is_shared(self, row: Row) -> bool:
+        """True if other prompts may begin with the row's keys and values."""
+        return row.finish_reason != "not_finite" and len(row.prompt) <= self._max_prompt
 
     def source_of(self, row: Row, running: Iterable[Row]) -> tuple[int, int]:
         """(slot, number of tokens): where most of a row's prompt is; its own slot, if no other has more."""
         found = [
             (self.common(slot, row.prompt, row.adapter), slot == row.slot, slot) for slot in range(len(self._tokens))
         ]
-        for other in running:
-            if other.issued and other.adapter == row.adapter and other.finish_reason != "not_finite":
+        for other in running if len(row.prompt) <= self._max_prompt else ():
+            if other.issued and other.adapter == row.adapter and self._is_shared(other):
                 found.append((common_length(row.prompt, other.tokens_in_cache()), False, other.slot))
         length, _, slot = max(found)
         return slot, length

@@ -49,10 +49,12 @@ def prefill_chunk(
     pad_id: int,
     adapters: Int[Array, " R"] | None = None,
     following: Int[Array, "R T"] | None = None,
+    totals: Int[Array, " R"] | None = None,
 ) -> tuple[DecodeState, Float[Array, "R V"], LogProbs | None]:
     """Put tokens[r, :lengths[r]] into the cache of slot rows[r] (None: of every slot, R = B), from position starts[r] on.
     `logits` of rows that have tokens here are replaced. Until `start`, steps write nothing into these slots. `adapters`: the
-    rows' ids in a bank. Returns (state, logits, log-probabilities of the tokens `following` each, if they are given)."""
+    rows' ids in a bank. `totals`: tokens of each whole prompt, for RoPE that depends on them. Returns (state, logits,
+    log-probabilities of the tokens `following` each, if they are given)."""
     at: Any = slice(None) if rows is None else rows
     cache = state.cache if rows is None else state.cache.rows(rows)
     offset = jnp.arange(tokens.shape[1])
@@ -60,7 +62,8 @@ def prefill_chunk(
     positions = jnp.where(inside, starts[:, None] + offset, cache.slots)
     ids = state.adapter if state.adapter is None or adapters is None else state.adapter.at[at].set(adapters)
     adapter = of_rows(adapter, adapters)
-    out = model.run(jnp.where(inside, tokens, pad_id), adapter=adapter, positions=positions, cache=cache)
+    tokens_in = jnp.where(inside, tokens, pad_id)
+    out = model.run(tokens_in, adapter=adapter, positions=positions, cache=cache, lengths=totals)
     last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]  # [R, D]
     assert out.cache is not None
     seen = state.seen

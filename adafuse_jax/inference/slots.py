@@ -74,7 +74,7 @@ class Slots:
         warm: set[Any],
         context_length: int | None = None,
     ):
-        limit = config.max_position_embeddings
+        limit = config.context_length
         if context_length is not None and not 2 <= context_length <= limit:
             raise UserError(f"the context is {context_length} tokens, and the model has {limit}; give 2 to {limit}")
         self._backend, self.num_slots = backend.for_batch(num_slots), num_slots
@@ -84,7 +84,7 @@ class Slots:
         self._stop_ids, self._pad_id, self._warm = stop_ids, pad_id, warm
         self._state: DecodeState | None = None
         self._rows: list[Row | None] = [None] * num_slots
-        self._prefixes = PrefixCache(num_slots)
+        self._prefixes = PrefixCache(num_slots, config.rope)
         self._waiting: deque[Row] = deque()
         self._prefill: Prefill | None = None
         self._prompt_logprobs: list[tuple[int, LogProbs]] = []
@@ -104,7 +104,9 @@ class Slots:
 
     def max_new_tokens(self, prompt_tokens: int, wanted: int) -> int:
         """`wanted`, or what a slot has left after the prompt. Raises `UserError` if the prompt alone fills it."""
-        return fitting_tokens(prompt_tokens, wanted, self.context_length)
+        return fitting_tokens(
+            prompt_tokens, wanted, min(self.context_length, self._config.context_after(prompt_tokens))
+        )
 
     def insert(
         self,
@@ -272,7 +274,7 @@ class Slots:
             self._waiting.remove(row)
         length = max(cache_length(len(row.prompt) + row.budget, self._fixed_length) for row in rows)
         if self._state is None and not running:
-            self._prefixes = PrefixCache(self.num_slots)
+            self._prefixes = PrefixCache(self.num_slots, self._config.rope)
             self._state = DecodeState.empty(
                 self._config, self.num_slots, length, self._dtype, with_bank=self._bank is not None
             )
@@ -320,14 +322,16 @@ class Slots:
 
     def _run_chunk(self, prefill: Prefill, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
         model, adapter, rows = self._backend.model, self._backend.adapter, None if prefill.whole else prefill.slots
-        ids, following = None, None
+        ids, following, totals = None, None, None
         if self._bank is not None:
             ids = np.array([row.adapter.id if row.adapter else NO_ADAPTER for row in prefill.rows], np.int32)
         if any(row.wanted_prompt_logprobs is not None for row in prefill.rows):
             following = following_tokens([row.prompt for row in prefill.rows], starts, tokens.shape[1])
+        if self._config.rope.depends_on_length:
+            totals = np.array([len(row.prompt) for row in prefill.rows], np.int32)
         self._state, prefill.logits, logprobs = prefill_chunk(
             model, adapter, self._take_state(), prefill.logits, tokens, starts, lengths, rows, pad_id=self._pad_id,
-            adapters=ids, following=following,
+            adapters=ids, following=following, totals=totals,
         )  # fmt: skip
         if logprobs is not None and lengths.any():
             self._prompt_logprobs.append((sum(prefill.sizes[: prefill.done]), logprobs))  # such rows reuse no cache

@@ -1,6 +1,6 @@
 """Grouped-query attention over a sequence or over a cache, by cuDNN's kernels where they run and by XLA elsewhere.
 
-    out_t = Σ_s softmax_s(q_t · k_s / √H) v_s        over the keys s that query t sees
+    out_t = Σ_s softmax_s(cap(m q_t · k_s)) v_s        over the keys s that query t sees; by default m = 1/√H, cap(z) = z
 
     implementation   needs                                              [B, T, S] mask
     cudnn_causal     a sequence of one segment, any sliding window      no
@@ -8,19 +8,22 @@
     cudnn_masked     anything                                           yes
     xla              anything, on every device                          yes, and [B, N, T, S] scores
 
-cuDNN needs an NVIDIA GPU, 16-bit inputs, T and S even, and head_dim a multiple of 8 up to 128. `implementation_of`
-chooses.
+cuDNN needs an NVIDIA GPU, 16-bit inputs, T and S even, head_dim a multiple of 8 up to 128, and no soft cap.
+`implementation_of` chooses.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from adafuse_jax.models.layers import softcapped
 
 Implementation = Literal["cudnn_causal", "cudnn_packed", "cudnn_masked", "xla"]
 MAX_HEAD_DIM = 128
@@ -73,6 +76,7 @@ def implementation_of(
     k: Float[Array, "B S K H"] | jax.ShapeDtypeStruct,
     visibility: Visibility,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> Implementation:
     """The implementation that `attention` uses for these shapes and types on the default device.
 
@@ -80,7 +84,7 @@ def implementation_of(
     """
     sixteen_bit, even = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
     fits = sixteen_bit and even and q.shape[3] % 8 == 0 and q.shape[3] <= MAX_HEAD_DIM
-    if jax.default_backend() != "gpu" or not fits:
+    if jax.default_backend() != "gpu" or not fits or softcap is not None:
         return "xla"
     if visibility.is_sequence:
         segments = 1 if visibility.segment_ids is None else visibility.max_segments
@@ -104,8 +108,11 @@ def attention(
     visibility: Visibility,
     window: int | None = None,
     implementation: Implementation | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q kᵀ / √H) v, each group of N/K query heads sharing one key/value head; softmax in fp32.
+    """softmax(cap(scale · q kᵀ)) v, each group of N/K query heads sharing one key/value head; softmax in fp32.
 
     A query that sees no key (padding) gets some finite average, never NaN.
 
@@ -114,26 +121,46 @@ def attention(
       visibility: the keys that each query sees.
       window: a query sees the last `window` positions, itself included; None is all.
       implementation: one of the table above; None is that of `implementation_of`.
+      scale: of the scores; None is 1/√H.
+      softcap: c of c · tanh(score / c), by `xla` alone; None is none.
     """
     if window is not None and window >= k.shape[1]:
         window = None
-    implementation = implementation or implementation_of(q, k, visibility, window)
+    implementation = implementation or implementation_of(q, k, visibility, window, softcap)
+    attend, dtype = partial(jax.nn.dot_product_attention, scale=scale), q.dtype
     if implementation == "cudnn_causal":
         left = None if window is None else (window - 1, 0)
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=left, implementation="cudnn")
+        return attend(q, k, v, is_causal=True, local_window_size=left, implementation="cudnn")
     if implementation == "cudnn_packed":
-        return _packed(q, k, v, visibility)
+        return _packed(q, k, v, visibility, scale)
     mask = visibility.mask(window)[:, None]  # [B or 1, 1, T, S]
     mask = jnp.broadcast_to(mask, (q.shape[0], 1, q.shape[1], k.shape[1]))
     if implementation == "cudnn_masked":
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+        return attend(q, k, v, mask=mask, implementation="cudnn")
     if q.dtype == jnp.float16 and jax.default_backend() == "cpu":  # where XLA has no float16 product with sums in fp32
-        q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
-        return jax.nn.dot_product_attention(q32, k32, v32, mask=mask, implementation="xla").astype(q.dtype)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    if softcap is not None:
+        return _softcapped(q, k, v, mask[:, 0], scale, softcap).astype(dtype)
+    return attend(q, k, v, mask=mask, implementation="xla").astype(dtype)
 
 
-def _packed(q: Array, k: Array, v: Array, visibility: Visibility) -> Array:
+def _softcapped(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
+    scale: float | None,
+    softcap: float,
+) -> Float[Array, "B T N H"]:
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])  # [B, T, K, N/K, H]
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = product("btkgh,bskh->bkgts", grouped, k) * (q.shape[3] ** -0.5 if scale is None else scale)
+    scores = jnp.where(mask[:, None, None], softcapped(scores, softcap), jnp.finfo(jnp.float32).min)
+    out = product("bkgts,bskh->btkgh", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    return out.reshape(q.shape)
+
+
+def _packed(q: Array, k: Array, v: Array, visibility: Visibility, scale: float | None) -> Array:
     # Its packed form has no public name
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
@@ -142,7 +169,7 @@ def _packed(q: Array, k: Array, v: Array, visibility: Visibility) -> Array:
     lengths, starts = segments(visibility.segment_ids, visibility.max_segments + 1)  # padding is one more
     return dot_product_attention(
         q, k, v, q_seqlen=lengths, kv_seqlen=lengths, q_offsets=starts, kv_offsets=starts,
-        scale=q.shape[-1] ** -0.5, mask_type=MaskType.PADDING_CAUSAL,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale, mask_type=MaskType.PADDING_CAUSAL,
     )  # fmt: skip
 
 

@@ -1,7 +1,10 @@
-"""The Llama-family decoder: one scan over stacked layers, with one hook through which every adapter acts.
+"""The decoder: one scan over stacked layers, with one hook through which every adapter acts.
 
-    h = attention_norm(x);  x ← x + o_proj(attention(q_proj h, k_proj h, v_proj h))
-    h = ffn_norm(x);        x ← x + down_proj(silu(gate_proj h) · up_proj h)
+    h = norm(x);  x ← x + m · norm(o_proj(attention(q_proj h, k_proj h, v_proj h)))
+    h = norm(x);  x ← x + m · norm(down_proj(act(gate_proj h) · up_proj h))
+
+A family has the norm in front of a block, behind it or both, and m = 1 but in Granite. In a parallel block both parts read
+the same h. Layers may differ in their window and their rotary embedding, `ModelConfig.rope_of`.
 
 The hook is called as `adapt(name, linear, x)` in place of every `linear(x)`, and as `adapt.ffn(block, h)` in place of the
 feed-forward block.
@@ -9,7 +12,7 @@ feed-forward block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,20 +24,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from adafuse_jax.models.attention import Visibility, attention
-from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig, Remat
+from adafuse_jax.models.config import LINEARS, ModelConfig, Remat
 from adafuse_jax.models.hooks import Adapter, Hook
 from adafuse_jax.models.kv_cache import KVCache
-from adafuse_jax.models.layers import (
-    Linear,
-    RMSNorm,
-    apply_rope,
-    logit_product,
-    rope_frequencies,
-    rope_tables,
-    silu_product,
-)
+from adafuse_jax.models.layers import Linear, Norm, gated_product, logit_product, scaled, softcapped
 from adafuse_jax.models.layout import ONE_DEVICE, Layout
 from adafuse_jax.models.remat import ATTENTION, FFN, kept, rematerialized
+from adafuse_jax.models.rotary import layer_rotations, sequence_lengths
 
 
 @jax.tree_util.register_dataclass
@@ -53,15 +49,22 @@ class Output:
 
 class DecoderLayer(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        layers, eps = config.num_layers, config.norm_eps
+        layers, shapes = config.num_layers, config.norm_shapes()
         for name in LINEARS:
             out_dim, in_dim = config.linear_shape(name)
             setattr(self, name, Linear(layers, out_dim, in_dim, bias=config.has_bias(name), dtype=dtype, rngs=rngs))
-        self.input_layernorm = RMSNorm((layers, config.embed_dim), eps=eps, dtype=dtype)
-        self.post_attention_layernorm = RMSNorm((layers, config.embed_dim), eps=eps, dtype=dtype)
-        self.q_norm = RMSNorm((layers, config.head_dim), eps=eps, dtype=dtype) if config.qk_norm else None
-        self.k_norm = RMSNorm((layers, config.head_dim), eps=eps, dtype=dtype) if config.qk_norm else None
-        self.head_dim = config.head_dim
+
+        def norm(name: str) -> Norm | None:
+            if name not in shapes:
+                return None
+            return Norm((layers, *shapes[name]), kind=config.norm, eps=config.norm_eps, dtype=dtype)
+
+        self.input_layernorm = norm("input_layernorm")
+        self.post_self_attn_layernorm = norm("post_self_attn_layernorm")
+        self.post_attention_layernorm = norm("post_attention_layernorm")
+        self.post_mlp_layernorm = norm("post_mlp_layernorm")
+        self.q_norm, self.k_norm = norm("q_norm"), norm("k_norm")
+        self.config = config
 
     def __call__(
         self,
@@ -76,21 +79,33 @@ class DecoderLayer(nnx.Module):
             module, h = (getattr(self, name), h) if slice_linear is None else slice_linear(name, h)
             return adapt(name, module, h)
 
-        def heads(h: Array) -> Array:
-            return h.reshape(*h.shape[:2], -1, self.head_dim)  # [B, T, heads, H]
+        def heads(name: str, norm: Norm | None, h: Array) -> Array:
+            y, shape = linear(name, h), (*h.shape[:2], -1, config.head_dim)  # [B, T, heads, H]
+            if norm is None or config.qk_norm_full:
+                return normed(norm, y if norm is None else kept(y, ATTENTION)).reshape(shape)
+            return norm(kept(y.reshape(shape), ATTENTION))
 
-        h = self.input_layernorm(x)
-        q, k, v = (heads(linear(name, h)) for name in ATTENTION_LINEARS[:3])
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(kept(q, ATTENTION)), self.k_norm(kept(k, ATTENTION))
-        context = attend(q, k, v)
-        x = kept(x + linear("o_proj", context.reshape(*h.shape[:2], -1)), ATTENTION)
+        def attention(h: Array) -> Array:
+            q, k, v = heads("q_proj", self.q_norm, h), heads("k_proj", self.k_norm, h), heads("v_proj", None, h)
+            return linear("o_proj", attend(q, k, v).reshape(*h.shape[:2], -1))
 
         def ffn(h: Array) -> Array:
             gate, up = (kept(linear(name, h), FFN) for name in ("gate_proj", "up_proj"))
-            return linear("down_proj", silu_product(gate, up))
+            return linear("down_proj", gated_product(gate, up, config.activation))
 
-        return x + adapt.ffn(ffn, self.post_attention_layernorm(x))
+        config = self.config
+        h = normed(self.input_layernorm, x)
+        y = normed(self.post_self_attn_layernorm, attention(h))
+        x = kept(x + scaled(y, config.residual_multiplier), ATTENTION)
+        if not config.parallel_block:
+            h = normed(self.post_attention_layernorm, x)
+        y = normed(self.post_mlp_layernorm, adapt.ffn(ffn, h))
+        return x + scaled(y, config.residual_multiplier)
+
+
+def normed(norm: Norm | None, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    """norm(x), or x where a family has no norm."""
+    return x if norm is None else norm(x)
 
 
 class Backbone(nnx.Module):
@@ -109,7 +124,7 @@ class Backbone(nnx.Module):
         self.config = config
         self.embed_tokens = nnx.Param(init(rngs.params(), shape, dtype))
         self.layers = DecoderLayer(config, dtype=dtype, rngs=rngs)
-        self.norm = RMSNorm((config.embed_dim,), eps=config.norm_eps, dtype=dtype)
+        self.norm = Norm((config.embed_dim,), kind=config.norm, eps=config.norm_eps, dtype=dtype)
         self.lm_head = None if config.tie_word_embeddings else nnx.Param(init(rngs.params(), shape, dtype))
 
     @property
@@ -126,9 +141,20 @@ class Backbone(nnx.Module):
         out = self.run(tokens, **options)
         return replace(out, logits=self.logits(out.hidden))
 
-    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """The head applied to hidden states; fp32."""
-        return logit_product(hidden, self.head)
+    def embed(self, tokens: Int[Array, "B T"], layout: Layout = ONE_DEVICE) -> Float[Array, "B T D"]:
+        """The input of layer 0."""
+        x, multiplier = layout.embedded(self.embed_tokens[...], tokens), self.config.embedding_multiplier
+        return x if multiplier == 1 else x * jnp.asarray(multiplier, x.dtype)
+
+    def logits(
+        self, hidden: Float[Array, "*batch D"], head: Float[Array, "V D"] | None = None
+    ) -> Float[Array, "*batch V"]:
+        """The head, the model's own if none is given, applied to hidden states; fp32."""
+        return self.finished(logit_product(hidden, self.head if head is None else head))
+
+    def finished(self, logits: Float[Array, "*batch V"]) -> Float[Array, "*batch V"]:
+        """The logits, from the head's product in fp32."""
+        return softcapped(scaled(logits, self.config.logit_multiplier), self.config.logit_softcap)
 
     def run(
         self,
@@ -138,11 +164,12 @@ class Backbone(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
+        lengths: Int[Array, " B"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
         max_segments: int | None = None,
         remat: Remat = "none",
         unroll: bool = False,
-        attention: Callable[[Array, Array, Array, Visibility, int | None], Array] = attention,
+        attention: Callable[..., Array] = attention,
         layout: Layout = ONE_DEVICE,
     ) -> Output:
         """Run the layers.
@@ -154,11 +181,14 @@ class Backbone(nnx.Module):
           segment_ids: attention stays within equal ids, 0 is padding; None is one segment. Not with a cache, where
             every row is one sequence.
           cache: keys and values of the positions before; the returned cache holds these tokens too.
+          lengths: with a cache, tokens of each row's prompt, all chunks of it; None: each token is decoded after those
+            before it. Only RoPE of a kind that depends on it reads it.
           dropout_key: randomness of the adapter's dropout; None means none.
           max_segments: most segments of a row, not counting padding, which must come last; None is unknown.
           remat: what the backward pass computes again, see `models.remat`.
           unroll: unroll the layers instead of scanning (XLA then reads the stacked weights without copying slices).
-          attention: of (q, k, v, visibility, window); under `jax.vmap` on a GPU it must have a batching rule of its own.
+          attention: with the signature of `models.attention.attention`, of which `implementation` is not given; under
+            `jax.vmap` on a GPU it must have a batching rule of its own.
           layout: of weights and activations over devices.
         """
         config = self.config
@@ -168,11 +198,18 @@ class Backbone(nnx.Module):
             visibility, num_keys = Visibility.of_sequence(tokens.shape[1], segment_ids, max_segments), tokens.shape[1]
         else:
             visibility, num_keys = Visibility.of_cache(positions, cache.slots), cache.slots
-        cos, sin = rope_tables(positions, rope_frequencies(config.rope, config.head_dim))
-        windows = [w if w and w < num_keys else None for w in config.sliding_windows or (None,) * config.num_layers]
-        distinct = list(dict.fromkeys(windows))
-        window_of_layer = jnp.array([distinct.index(w) for w in windows])
-        attention = layout.attention(attention)
+        if cache is None and config.rope.depends_on_length:
+            of_tokens: Array | None = sequence_lengths(positions, segment_ids)
+        else:
+            if lengths is None and tokens.shape[1] > 1 and config.rope.depends_on_length:
+                raise ValueError(f"rope {config.rope.kind} depends on the length of a prompt; give lengths")
+            of_tokens = None if lengths is None else lengths[:, None]
+        rotation_of = layer_rotations(config, positions, of_tokens)
+        layer_windows = [
+            w if w and w < num_keys else None for w in config.sliding_windows or (None,) * config.num_layers
+        ]
+        windows, window_of_layer = distinct(layer_windows)
+        attention = layout.attention(partial(attention, **score_options(config)))
 
         def run_layer(carry: tuple, layer: DecoderLayer, experts: Any, index: int | Array) -> tuple[tuple, Any]:
             x, cache, routing = carry
@@ -180,21 +217,24 @@ class Backbone(nnx.Module):
 
             def attend(q: Array, k: Array, v: Array) -> Array:
                 nonlocal cache
-                q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+                rotation = rotation_of(index)
+                q, k = rotation.of_queries(q), rotation.of_keys(k)
                 if cache is not None:
                     cache = cache.write(index, positions, k, v)
                     k, v = cache.k[index], cache.v[index]
                 if not config.qk_norm:  # whose derivatives need them as they were before
                     q, k = kept((q, k), ATTENTION)
                 v = kept(v, ATTENTION)
-                if isinstance(index, int) or len(distinct) == 1:
-                    window = windows[index] if isinstance(index, int) else distinct[0]
+                if isinstance(index, int) or len(windows) == 1:
+                    window = windows[window_of_layer[index] if isinstance(index, int) else 0]
                     return attention(q, k, v, visibility, window)
 
                 def within(window: int | None) -> Callable[[Array, Array, Array], Array]:
                     return lambda q, k, v: attention(q, k, v, visibility, window)
 
-                return jax.lax.switch(window_of_layer[index], [within(window) for window in distinct], q, k, v)
+                return jax.lax.switch(
+                    jnp.array(window_of_layer)[index], [within(window) for window in windows], q, k, v
+                )
 
             def slice_linear(name: str, h: Array) -> tuple[Linear, Array]:
                 # Once its input is computed: a scan copies each slice, and would copy all linears of a layer at once.
@@ -206,7 +246,7 @@ class Backbone(nnx.Module):
             x = layout.activations(layer(x, attend, hook, None if unroll or cache is None else slice_linear))
             return (x, cache, hook.routing), hook.layer_routing
 
-        x = layout.embedded(self.embed_tokens[...], tokens)  # [B, T, D]
+        x = self.embed(tokens, layout)  # [B, T, D]
         routing = None if adapter is None else adapter.initial_routing(tokens.shape[0], tokens.shape[1])
         experts = None if adapter is None else adapter.experts
         carry, stacked = (x, cache, routing), (self.layers, experts)
@@ -226,6 +266,19 @@ class Backbone(nnx.Module):
             carry, layer_routings = jax.lax.scan(body, carry, (*stacked, jnp.arange(config.num_layers)))
         x, cache, routing = carry
         return Output(self.norm(x), layer_routings if routing is None else routing, cache)
+
+
+def score_options(config: ModelConfig) -> dict[str, Any]:
+    """The options of `attention` that a model needs."""
+    options = {"scale": config.attention_multiplier, "softcap": config.attention_softcap}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def distinct[T](of_layers: Iterable[T]) -> tuple[list[T], list[int]]:
+    """The different values of the layers, and the index of each layer's among them."""
+    values = list(of_layers)
+    different = list(dict.fromkeys(values))
+    return different, [different.index(value) for value in values]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

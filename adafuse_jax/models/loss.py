@@ -8,7 +8,6 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from adafuse_jax.models.decoder import Backbone
-from adafuse_jax.models.layers import logit_product
 from adafuse_jax.models.layout import ONE_DEVICE, Layout
 
 LOSS_CHUNK = 256
@@ -40,7 +39,7 @@ def token_losses(
     @jax.checkpoint
     def add_chunk(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
         hidden, targets, mask = chunk
-        losses = optax.softmax_cross_entropy_with_integer_labels(logit_product(hidden, head), targets)
+        losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden, head), targets)
         return total + jnp.sum(losses * mask, axis=-1), None
 
     inputs = chunked(hidden[:, :-1]), chunked(tokens[:, 1:]), chunked(loss_mask[:, 1:])

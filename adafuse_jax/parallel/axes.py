@@ -25,6 +25,8 @@ from typing import Any
 from jax.sharding import PartitionSpec
 from jax.tree_util import keystr
 
+from adafuse_jax.models.config import BLOCK_NORMS
+
 Axes = tuple[str | None, ...]
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
@@ -45,7 +47,7 @@ LINEARS: dict[str, tuple[str, str]] = {
 """(out, in) of the seven linears."""
 TABLES: dict[str, Axes] = {"embed_tokens": ("input_vocab", "embed"), "lm_head": ("vocab", "embed")}
 NORMS: dict[str, Axes] = {
-    "input_layernorm": ("layers", "norm"), "post_attention_layernorm": ("layers", "norm"), "norm": ("norm",),
+    **dict.fromkeys(BLOCK_NORMS, ("layers", "norm")), "norm": ("norm",),
     "q_norm": ("layers", "head_dim"), "k_norm": ("layers", "head_dim"),
 }  # fmt: skip
 CACHE: Axes = ("layers", "batch", "length", "kv_heads", "head_dim")

@@ -6,13 +6,14 @@ from __future__ import annotations
 import logging
 import math
 import re
+from dataclasses import fields
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adafuse_jax.core.errors import UserError, quoted
-from adafuse_jax.models.config import ModelConfig, unsupported_field
+from adafuse_jax.models.config import ModelConfig, RopeConfig, unsupported_field
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.parallel.axes import CACHE, DATA, FSDP, MESH_AXES, TENSOR, logical_axes, partition_spec
 from pallas_kernels.quantised import QuantLayout
@@ -21,19 +22,24 @@ log = logging.getLogger(__name__)
 
 CONSUMED_FIELDS = frozenset({
     "vocab_size", "embed_dim", "hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim",  # sizes of the axes
-    "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm",  # which arrays there are
+    "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "qk_norm_full", "norm_placement",
+    "parallel_block",  # which arrays there are
 })  # fmt: skip
 """Fields of `ModelConfig` that decide the arrays and how they are sharded; a model with any other is refused."""
 IRRELEVANT_FIELDS = {
     "model_type": "families differ in the other fields",
     "norm_eps": "norms are over axes that are whole, those of activations and head_dim",
     "sliding_windows": "masks are over positions, which are whole",
+    "norm": "norms are over axes that are whole", "local_rope": "as rope", "nope_layers": "as rope",
     **dict.fromkeys(
         (
-            "rope.theta", "rope.kind", "rope.factor", "rope.low_freq_factor", "rope.high_freq_factor",
-            "rope.original_max_position_embeddings",
+            "activation", "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logit_multiplier",
+            "attention_softcap", "logit_softcap",
         ),
-        "angles are of positions and head_dim, which are whole",
+        "it acts on each element on its own",
+    ),
+    **dict.fromkeys(
+        (f"rope.{field.name}" for field in fields(RopeConfig)), "angles are of positions and head_dim, which are whole"
     ),
     "max_position_embeddings": "the engine bounds the cache",
     "bos_token_id": "of prompts", "eos_token_ids": "the engine stops", "pad_token_id": "of batches",

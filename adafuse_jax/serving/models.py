@@ -168,7 +168,7 @@ def load_models(config: ServeConfig, *, now: int) -> tuple[Models, AdapterReader
     dtype = config.dtype or checkpoint.dtype
     if dtype == "float32":
         runtime.exact_float32()
-    context = checkpoint.config.max_position_embeddings
+    context = checkpoint.config.context_length
     if (config.max_model_len or 0) > context:
         raise UserError(
             f"--max-model-len {config.max_model_len} exceeds the {context} positions of {config.model}; lower it"

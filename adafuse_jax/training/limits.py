@@ -21,10 +21,9 @@ BYTES_PER_TOKEN = 13
 
 def require_context(config: TrainConfig, model: ModelConfig) -> None:
     """Raise `UserError` for rows longer than the model's context."""
-    if config.max_length > model.max_position_embeddings:
+    if config.max_length > model.context_length:
         raise UserError(
-            f"--max-length {config.max_length} exceeds the {model.max_position_embeddings} positions of "
-            f"{config.model}; lower it"
+            f"--max-length {config.max_length} exceeds the {model.context_length} positions of {config.model}; lower it"
         )
 
 

@@ -62,13 +62,16 @@ def replica_attention(
     v: Float[Array, "B S K H"],
     visibility: Visibility,
     window: int | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """`attention` under `jax.vmap`: the mapped axis becomes rows of one larger batch.
 
     cuDNN's own batching rule takes no mask that the heads share. The backward pass computes the forward one again.
     """
     rows, ids = q.shape[:2], visibility.segment_ids
-    form = _Form(window, visibility.max_segments, visibility.is_sequence, ids is not None)
+    form = _Form(window, scale, softcap, visibility.max_segments, visibility.is_sequence, ids is not None)
     index = jnp.broadcast_to(visibility.query_index, rows)
     return _attention(q, k, v, index, jnp.zeros(rows, jnp.int32) if ids is None else ids, form)
 
@@ -110,9 +113,11 @@ def _over_rows(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """Everything about a `Visibility` that is no array, and the window."""
+    """Everything about a `Visibility` that is no array, and the window, scale and soft cap of `attention`."""
 
     window: int | None
+    scale: float | None
+    softcap: float | None
     max_segments: int | None
     is_sequence: bool
     has_segments: bool
@@ -122,7 +127,7 @@ def _rows_attention(q: Array, k: Array, v: Array, index: Array, ids: Array, form
     visibility = Visibility(
         index, jnp.arange(k.shape[1]), ids if form.has_segments else None, form.max_segments, form.is_sequence
     )
-    return attention(q, k, v, visibility, form.window)
+    return attention(q, k, v, visibility, form.window, scale=form.scale, softcap=form.softcap)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))

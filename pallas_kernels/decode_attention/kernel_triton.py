@@ -1,6 +1,6 @@
 """Attention of one token of every row to its cache, in one kernel launch on any NVIDIA GPU since Ampere (Pallas, Triton).
 
-    q, k ← rope(norm(q)), rope(norm(k));   cache[position] ← k, v;   out = Σ_s softmax_s(q · k_s / √H) v_s
+    q, k ← rope(norm(q)), rope(norm(k));   cache[position] ← k, v;   out = Σ_s softmax_s(cap(m q · k_s)) v_s
 
 over the positions s that the token sees, position − window < s ≤ position: what the cache has besides is not read. Programs
 share the positions of a key-value head (flash-decoding): each has a maximum m, a sum of exponentials and an output of its
@@ -53,7 +53,16 @@ def unsupported_reason(head_dim: int) -> str | None:
     return None
 
 
-def _attend_to_cache(refs: dict[str, Any], outs: dict[str, Any], *, tiles: Tiles, eps: float, interpret: bool) -> None:
+def _attend_to_cache(
+    refs: dict[str, Any],
+    outs: dict[str, Any],
+    *,
+    tiles: Tiles,
+    eps: float,
+    scale: float,
+    softcap: float | None,
+    interpret: bool,
+) -> None:
     row, head, split = (pl.program_id(axis) for axis in range(3))
     cache_k, cache_v, layer = outs["cache_k"], outs["cache_v"], refs["layer"][0]
     slots, head_dim = cache_k.shape[2], cache_k.shape[4]
@@ -76,10 +85,10 @@ def _attend_to_cache(refs: dict[str, Any], outs: dict[str, Any], *, tiles: Tiles
         ]  # fmt: skip
         if (norm := refs[f"{name}_norm"]) is not None:
             squares = sum(jnp.sum(x * x, axis=-1, keepdims=True) for x in parts)
-            scale = lax.rsqrt(squares / head_dim + eps)
+            inverse = lax.rsqrt(squares / head_dim + eps)
             dtype = refs[name].dtype
             parts = [
-                ((x * scale).astype(dtype) * norm[layer, pl.ds(i * half, half)]).astype(jnp.float32)
+                ((x * inverse).astype(dtype) * norm[layer, pl.ds(i * half, half)]).astype(jnp.float32)
                 for i, x in enumerate(parts)
             ]
         first, second = parts
@@ -102,7 +111,12 @@ def _attend_to_cache(refs: dict[str, Any], outs: dict[str, Any], *, tiles: Tiles
 
         mask = jnp.broadcast_to(in_group[:, None], (padded, half))
         q = [part.astype(dtype) for part in rotated("q", (row, pl.ds(head * group, padded)), mask)]  # 2 · [padded, H/2]
-        scale = LOG2_E * head_dim**-0.5
+
+        def exponents(scores: Array) -> Array:
+            """log₂ of what the softmax adds up."""
+            if softcap is None:
+                return scores * (LOG2_E * scale)
+            return jnp.tanh(scores * (scale / softcap)) * (LOG2_E * softcap)
 
         def block(i: Array, carry: tuple) -> tuple:
             m, sum_p, total = carry
@@ -113,7 +127,7 @@ def _attend_to_cache(refs: dict[str, Any], outs: dict[str, Any], *, tiles: Tiles
             for at, part in enumerate(q):
                 keys = cache_k.at[layer, row, pl.ds(begin, tiles.block), head, pl.ds(at * half, half)]
                 scores += dot(part, load(keys, wide), trans_b=True)
-            scores = jnp.where(inside[None], scores * scale, LOWEST)
+            scores = jnp.where(inside[None], exponents(scores), LOWEST)
             new_m = jnp.maximum(m, jnp.max(scores, axis=1))
             p = jnp.exp2(scores - new_m[:, None])
             kept = jnp.exp2(m - new_m)
@@ -154,7 +168,7 @@ def _attend_to_cache(refs: dict[str, Any], outs: dict[str, Any], *, tiles: Tiles
                 plgpu.store(out, (total / sum_p[:, None]).astype(outs["out"].dtype), mask=mask)
 
 
-@partial(jax.jit, static_argnames=("tiles", "eps", "interpret"))
+@partial(jax.jit, static_argnames=("eps", "scale", "softcap", "tiles", "interpret"))
 def decode_attention(
     q: Float[Array, "B N H"],
     k: Float[Array, "B K H"],
@@ -171,6 +185,8 @@ def decode_attention(
     q_norm: Float[Array, "L H"] | None = None,
     k_norm: Float[Array, "L H"] | None = None,
     eps: float = 0.0,
+    scale: float | None = None,
+    softcap: float | None = None,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B N H"], Array, Array, Array]:
@@ -180,6 +196,7 @@ def decode_attention(
       windows: positions that a token of each layer sees, itself included.
       ended: zeros, before and after.
       q_norm, k_norm: weights of an RMS norm of every head, before the rotation.
+      scale: m, None is 1/√H; `softcap`: c in cap(z) = c · tanh(z / c), None is none.
     """
     batch, num_kv_heads, head_dim = k.shape
     tiles = tiles or tiles_for(batch, num_kv_heads, cache_k.shape[2], head_dim * cache_k.dtype.itemsize)
@@ -199,7 +216,8 @@ def decode_attention(
     outs |= {"ended": jax.ShapeDtypeStruct(ended.shape, ended.dtype), "out": jax.ShapeDtypeStruct(q.shape, q.dtype)}
     outs |= {name: jax.ShapeDtypeStruct(parts, jnp.float32) for name in ("m", "sum_p")}
     outs["total"] = jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32)
-    kernel = partial(_attend_to_cache, tiles=tiles, eps=eps, interpret=interpret)
+    scale = head_dim**-0.5 if scale is None else scale
+    kernel = partial(_attend_to_cache, tiles=tiles, eps=eps, scale=scale, softcap=softcap, interpret=interpret)
     found = launch(
         kernel, refs, outs, grid=(batch, num_kv_heads, tiles.max_splits), updated=("cache_k", "cache_v", "ended"),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, interpret=interpret,

@@ -1,6 +1,6 @@
 """One token's attention to its cache in plain XLA: the definition that the kernel is tested against.
 
-q, k ← rope(norm(q)), rope(norm(k));   cache[position] ← k, v;   out = Σ_s softmax_s(q · k_s / √H) v_s
+q, k ← rope(norm(q)), rope(norm(k));   cache[position] ← k, v;   out = Σ_s softmax_s(cap(m q · k_s)) v_s
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ def decode_attention_xla(
     q_norm: Float[Array, "L H"] | None = None,
     k_norm: Float[Array, "L H"] | None = None,
     eps: float = 0.0,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[Float[Array, "B N H"], Array, Array]:
     """(out, cache_k, cache_v); see `kernel_triton.decode_attention`."""
     batch, num_kv_heads, head_dim = k.shape
@@ -46,7 +48,8 @@ def decode_attention_xla(
     exact = jax.lax.Precision.HIGHEST
     scores = jnp.einsum(
         "bkgh,bskh->bkgs", grouped, cache_k[at_layer], preferred_element_type=jnp.float32, precision=exact
-    ) * head_dim**-0.5  # fmt: skip
+    ) * (head_dim**-0.5 if scale is None else scale)  # fmt: skip
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
     distance = position[:, None] - jnp.arange(slots)  # [B, S]
     seen = (distance >= 0) & (distance < windows[at_layer])
     p = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)

@@ -1,7 +1,7 @@
 """The programs of a launch: linears that share an input, with their experts (Pallas, Triton; NVIDIA Ampere and newer).
 
     y = W h + bias + Σ_u B[e_u] t_u  (+ residual)        t_u = round(g_u · A[e_u] h)        h = x or x / rms(x) · norm
-    y = silu(y_gate) · y_up                              of a gated pair
+    y = act(y_gate) · y_up                               of a gated pair
 
 A program has `tile_m` rows of one matrix, or the same rows of a gated pair, and takes `tile_k` columns at a time. The first
 programs shrink: their matrices are the A of the experts in use, and they publish t and count themselves in `ready`. The
@@ -17,7 +17,7 @@ and B are the stacks of all layers, so a layer costs no copy of its slice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,13 @@ from jaxtyping import Array
 from pallas_kernels.pregated_linear import kernel_quantised
 from pallas_kernels.pregated_linear.triton_call import dot, load
 from pallas_kernels.quantised import QuantArray
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": lambda x: jax.nn.sigmoid(x) * x,
+    "gelu_pytorch_tanh": lambda x: 0.5 * x * (1 + jnp.tanh((2 / jnp.pi) ** 0.5 * (x + 0.044715 * x * x * x))),
+    "relu": lambda x: jnp.maximum(x, 0),
+}
+"""Activations that the kernel has; an exact GELU needs erf, which Pallas does not lower to Triton."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +55,14 @@ class Tiles:
 class Group:
     """Settings of a launch besides its operands' shapes and types.
 
-    `gated`: (gate, up), the two linears that make one output, silu(gate) · up. `eps`: of the norm in front. `counter`: the
-    group's place among the `counters` that a layer has in `ready`.
+    `gated`: (gate, up), the two linears that make one output, activation(gate) · up, the activation one of `ACTIVATIONS`.
+    `eps`: of the norm in front. `counter`: the group's place among the `counters` that a layer has in `ready`.
     """
 
     tiles: Tiles
     out_dtype: Any
     gated: tuple[str, str] | None = None
+    activation: str = "silu"
     eps: float = 0.0
     counter: int = 0
     counters: int = 1
@@ -214,7 +222,7 @@ def linear(launch: Launch, names: Sequence[str], tile: Array, num_shrink: int) -
     for i, name in enumerate(names):
         if (bias := refs["bias"].get(name)) is not None:
             totals[i] += load(bias.at[layer, pl.ds(row, tile_m)], in_rows).astype(jnp.float32)[:, None]
-    y = totals[0] if not group.gated else jax.nn.sigmoid(totals[0]) * totals[0] * totals[1]
+    y = totals[0] if not group.gated else ACTIVATIONS[group.activation](totals[0]) * totals[1]
     mask = (jnp.arange(launch.columns) < launch.batch)[:, None] & in_rows[None]
     here = pl.ds(launch.zero, launch.columns), pl.ds(row, tile_m)
     y = y.T

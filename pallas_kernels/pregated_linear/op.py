@@ -4,7 +4,7 @@
 
 The experts are known before layer 0 (arXiv 2603.11873, Eq. 2), so their factors are read beside the backbone's weights, in
 the same launch. Ids, gates and the layer are device arrays; no value of them is read on the host. A norm in front, biases, a
-residual and silu(gate) · up are in the launch too. `reference.pregated_linear_xla` is the definition.
+residual and activation(gate) · up are in the launch too. `reference.pregated_linear_xla` is the definition.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ from adafuse_jax.adapters.registry import make_adapter
 from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter
 from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
 from adafuse_jax.checkpoints.hf_config import parse_hf_config
-from adafuse_jax.checkpoints.peft import INERT, save_peft_lora
+from adafuse_jax.checkpoints.peft import save_peft_lora
+from adafuse_jax.checkpoints.peft_files import INERT
 from adafuse_jax.core.errors import MAX_MESSAGE, UserError
 from adafuse_jax.export import ExportConfig, export
 from adafuse_jax.models.config import LINEARS, ModelConfig
@@ -201,7 +202,7 @@ class TestExportOfTokenizers:
         folder = tiny.write_folder(tmp_path)
         checkpoint = HFCheckpoint.open(folder / "model")
         lora = make_adapter(AdapterConfig(adapter="lora", rank=2), checkpoint.config, rngs=nnx.Rngs(0))
-        save_peft_lora(lora, folder / "lora", backbone_name="tiny")
+        save_peft_lora(lora, folder / "lora", checkpoint.config, backbone_name="tiny")
         return folder
 
     def exported(self, folder: Path) -> Path:

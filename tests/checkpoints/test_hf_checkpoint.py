@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_model(folder / "model", num_shards=3)
     config = HFCheckpoint.open(folder / "model").config
     lora = make_adapter(AdapterConfig(adapter="lora", rank=2), config, rngs=nnx.Rngs(0))
-    save_peft_lora(lora, folder / "lora", backbone_name="tiny")
+    save_peft_lora(lora, folder / "lora", config, backbone_name="tiny")
     return folder
 
 

@@ -48,8 +48,8 @@ TRAIN = [
     ),
     Case(
         "activation",
-        ("{}/model/config.json", "'gelu'", "supported: silu"),
-        damage=edit_json("model/config.json", hidden_act="gelu"),
+        ("{}/model/config.json", "'mish'", "supported: silu"),
+        damage=edit_json("model/config.json", hidden_act="mish"),
     ),
     Case(
         "quantised",
@@ -58,8 +58,8 @@ TRAIN = [
     ),
     Case(
         "rope type",
-        ("{}/model/config.json", "'yarn'", "supported"),
-        damage=edit_json("model/config.json", rope_scaling={"rope_type": "yarn", "factor": 2}),
+        ("{}/model/config.json", "'proportional'", "supported"),
+        damage=edit_json("model/config.json", rope_scaling={"rope_type": "proportional", "factor": 2}),
     ),
     Case(
         "rope is no table",

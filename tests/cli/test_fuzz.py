@@ -116,7 +116,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adafuse = make_adapter(AdapterConfig(rank=2, num_experts=4), model, rngs=nnx.Rngs(0))
     save_adapter(adafuse, folder / "adapter", backbone_name="tiny", backbone_identity=identity)
     lora = make_adapter(AdapterConfig(adapter="lora", rank=2), model, rngs=nnx.Rngs(0))
-    save_peft_lora(lora, folder / "peft", backbone_name="tiny")
+    save_peft_lora(lora, folder / "peft", model, backbone_name="tiny")
     return folder
 
 

@@ -39,8 +39,9 @@ def write_adapter(out: Path, model_dir: Path, *, replace: bool) -> None:
 
 
 def write_peft(out: Path, model_dir: Path, *, replace: bool) -> None:
-    lora = make_adapter(AdapterConfig(adapter="lora", rank=2), parse_hf_config(model_dir).model, rngs=nnx.Rngs(0))
-    save_peft_lora(lora, out, backbone_name="tiny")
+    model = parse_hf_config(model_dir).model
+    lora = make_adapter(AdapterConfig(adapter="lora", rank=2), model, rngs=nnx.Rngs(0))
+    save_peft_lora(lora, out, model, backbone_name="tiny")
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import tiny
 from data_fixtures import CHATML, write_tokenizer
 
 from adafuse_jax.core.errors import UserError
+from adafuse_jax.data import tokenizer as tokenizer_module
 from adafuse_jax.data.tokenizer import load_tokenizer
 
 EVIL = """
@@ -206,3 +207,19 @@ class TestAdapters:
         assert prompt_tokens(model=tmp_path / "huggingface") == len("user: Hi;bot: ")
         for name in ("peft", "adafuse-jax"):
             assert prompt_tokens(model=model, adapter=tmp_path / name) == len("user: Hi;bot: ")
+
+
+@pytest.mark.parametrize(
+    ("installed", "is_old"), [("5.3.0", True), ("4.57.1", True), ("5.24.0.dev0", False), ("6.0", False)]
+)
+def test_an_old_transformers_is_refused(monkeypatch, tmp_path, installed, is_old):
+    """Such a version reads some tokenizers wrongly without a word; one that needs no transformers is read."""
+    directory = tiny.write_model(tmp_path / "model")
+    monkeypatch.setattr(tokenizer_module, "version", lambda name: installed)
+    load_tokenizer(directory)
+    edit(directory / "tokenizer_config.json", image_token="<image>")
+    if not is_old:
+        load_tokenizer(directory)
+        return
+    with pytest.raises(UserError, match=rf"transformers {installed} .* install transformers>=5\.24"):
+        load_tokenizer(directory)

@@ -31,8 +31,10 @@ if [ $# -gt 0 ]; then
     exec "$venv/bin/python" "$here/make_lm_eval.py" "$@"
 fi
 "$venv/bin/python" "$here/make_goldens.py" --check
+"$venv/bin/python" "$here/make_families.py" --check
 "$venv/bin/python" "$here/make_lm_eval.py" --check
 "$venv/bin/python" "$here/make_peft.py" --check
+"$venv/bin/python" "$here/make_rope.py" --check
 
 # What the project exports, read by the programs that it is for.
 exports=$(mktemp -d)

@@ -19,7 +19,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import tiny  # noqa: E402
-from tiny_loras import LORAS  # noqa: E402
+from goldens import family_models  # noqa: E402
+from tiny_loras import EXPORTED, LORAS, VARIANTS  # noqa: E402
 from tiny_models import CASES, write_model_dir  # noqa: E402
 from training_runs import train_here  # noqa: E402
 
@@ -29,8 +30,12 @@ from adafuse_jax.export import ExportConfig, export  # noqa: E402
 
 
 def main(out: Path) -> None:
-    for name, case in LORAS.items():
-        model = write_model_dir(CASES[case.model], out / name / "model")
+    for name in EXPORTED:
+        case = (LORAS | VARIANTS)[name]
+        if case.model in CASES:
+            model = write_model_dir(CASES[case.model], out / name / "model")
+        else:
+            model = family_models.write_model_dir(family_models.CASES[case.model], out / name / "model")
         for form in ("peft", "huggingface"):
             export(
                 ExportConfig(

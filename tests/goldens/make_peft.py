@@ -23,33 +23,47 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from make_goldens import ATOL, Golden, differences, forward, load
+from make_goldens import ATOL, HERE, Golden, differences, forward, load
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
-from tiny_loras import LORAS, factors
-from tiny_models import CASES, tensor_shapes, write_model_dir
+from tiny_loras import EXPORTED, LORAS, WITH_ARGUMENTS, Variant, drawn
+from tiny_models import CASES, write_model_dir
 
-HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # the tests import these models by the same name
+from goldens import family_models
+
 BATCH, LENGTH = 2, 16
+MODELS = {name: (case, write_model_dir) for name, case in CASES.items()}
+MODELS |= {name: (case, family_models.write_model_dir) for name, case in family_models.CASES.items()}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def write_model(name: str, out: Path) -> Path:
+    """The directory of a tiny model, of either set."""
+    case, write = MODELS[name]
+    return write(case, out)
 
 
 def make(name: str, out: Path) -> Golden:
     """Save the LoRA to `out` as PEFT does; returns the outputs."""
-    case = LORAS[name]
+    case = LORAS[name] if name in LORAS else WITH_ARGUMENTS[name]
     rng = np.random.default_rng(zlib.crc32(f"{name}/inputs".encode()))
-    tokens = rng.integers(3, CASES[case.model].config["vocab_size"], (BATCH, LENGTH))
+    tokens = rng.integers(3, MODELS[case.model][0].config["vocab_size"], (BATCH, LENGTH))
     with tempfile.TemporaryDirectory() as folder:
-        model = load(write_model_dir(CASES[case.model], Path(folder)))
-    config = LoraConfig(
-        r=case.rank, lora_alpha=case.alpha, target_modules=list(case.targets), use_rslora=case.rslora, lora_dropout=0.1,
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
+        model = load(write_model(case.model, Path(folder)))
+    if isinstance(case, Variant):
+        arguments = case.arguments
+    else:
+        arguments = {
+            "r": case.rank, "lora_alpha": case.alpha, "target_modules": list(case.targets), "use_rslora": case.rslora,
+        }  # fmt: skip
     model.name_or_path = case.model
-    adapted = get_peft_model(model, config).eval()
-    parameters = dict(adapted.named_parameters())
-    for key, value in factors(name, tensor_shapes(CASES[case.model].config)).items():
-        parameters[f"base_model.model.{key.removesuffix('.weight')}.default.weight"].data = torch.from_numpy(value)
+    adapted = get_peft_model(model, LoraConfig(lora_dropout=0.1, task_type="CAUSAL_LM", **arguments)).eval()
+    for path, parameter in adapted.named_parameters():
+        if ".lora_" in path or ".modules_to_save." in path:
+            key = path.removeprefix("base_model.model.").replace(".default", "")
+            value = torch.from_numpy(drawn(name, key, tuple(parameter.shape)))
+            parameter.data = parameter.data * (1 + value) if "magnitude" in path else value
     adapted.save_pretrained(out)
     logits = forward(adapted, tokens)
     merged = forward(adapted.merge_and_unload(), tokens)
@@ -68,8 +82,9 @@ def check(name: str) -> list[str]:
             f"peft/{name}", load_file(HERE / "peft" / name / WEIGHTS), load_file(Path(folder) / WEIGHTS)
         )
         old, new = (json.loads((where / CONFIG).read_text()) for where in (HERE / "peft" / name, Path(folder)))
-        for table in (old, new):
-            table["target_modules"].sort()
+        for value in (table[key] for table in (old, new) for key in ("target_modules", "exclude_modules")):
+            if isinstance(value, list):
+                value.sort()  # of sets
         found += [f"peft/{name}: {CONFIG} differs in {k}" for k in old.keys() | new.keys() if old.get(k) != new.get(k)]
     return found
 
@@ -78,7 +93,7 @@ def check_export(name: str, exports: Path) -> list[str]:
     """Compare this project's PEFT directory (loaded by PEFT) and merged model (loaded by transformers) with the golden."""
     with np.load(HERE / "peft" / name / "outputs.npz") as committed, tempfile.TemporaryDirectory() as folder:
         wanted = dict(committed)
-        backbone = load(write_model_dir(CASES[LORAS[name].model], Path(folder)))
+        backbone = load(write_model((LORAS | WITH_ARGUMENTS)[name].model, Path(folder)))
         found = {
             "tokens": wanted["tokens"],
             "merged": forward(load(exports / name / "huggingface"), wanted["tokens"]),
@@ -109,18 +124,21 @@ def main() -> int:
     torch.set_grad_enabled(False)
     torch.set_num_threads(2)
     if args.exports or args.check:
-        found = [line for name in LORAS for line in (check_export(name, args.exports) if args.exports else check(name))]
         if args.exports:
+            found = [line for name in EXPORTED for line in check_export(name, args.exports)]
             found += check_trained(args.exports / "trained")
+        else:
+            found = [line for name in (*LORAS, *WITH_ARGUMENTS) for line in check(name)]
         for line in found:
             print(f"goldens: {line}", file=sys.stderr)
         if not found:
             what = "agree with PEFT"
             if args.exports:
                 what = "exports, and one of a run over eight devices, answer the same in PEFT and transformers"
-            print(f"goldens: {len(LORAS)} LoRAs: {what}")
+            count = len(EXPORTED) if args.exports else len(LORAS | WITH_ARGUMENTS)
+            print(f"goldens: {count} LoRAs: {what}")
         return 1 if found else 0
-    for name in LORAS:
+    for name in (*LORAS, *WITH_ARGUMENTS):
         out = HERE / "peft" / name
         outputs = make(name, out)
         (out / "README.md").unlink(missing_ok=True)

@@ -37,6 +37,8 @@ class Case:
     bias: bool = False
     qk_norm: bool = False
     tied: bool = False
+    features: tuple[tuple[str, Any], ...] = ()
+    """Other fields of `ModelConfig`."""
 
 
 def make(case: Case, seed: int = 0) -> tuple[Backbone, AdaFuse | None, KVCache, jax.Array, jax.Array]:
@@ -47,7 +49,7 @@ def make(case: Case, seed: int = 0) -> tuple[Backbone, AdaFuse | None, KVCache, 
         num_layers=case.num_layers, num_heads=heads, num_kv_heads=kv, head_dim=head_dim, max_position_embeddings=4096,
         norm_eps=1e-5, qkv_bias=case.bias, o_bias=case.bias, mlp_bias=case.bias, qk_norm=case.qk_norm,
         tie_word_embeddings=case.tied,
-        sliding_windows=(case.window,) * case.num_layers if case.window else (),
+        **{"sliding_windows": (case.window,) * case.num_layers if case.window else ()} | dict(case.features),
     )  # fmt: skip
     rng = np.random.default_rng(seed)
 

@@ -19,23 +19,37 @@ def f64(x) -> np.ndarray:
 def hidden_states(model: Backbone, tokens: np.ndarray, adapted: Adapted) -> np.ndarray:
     """Final hidden states [T, D] of tokens [T]; `adapted` is called in execution order."""
     c = model.config
-    half = c.head_dim // 2
-    frequency = c.rope.theta ** (-np.arange(half) * 2 / c.head_dim)
+    windows = c.sliding_windows or (None,) * c.num_layers
     keys = [[] for _ in range(c.num_layers)]
     values = [[] for _ in range(c.num_layers)]
     hidden = []
 
     def norm(x, module, layer=None):
+        if module is None:
+            return x
         weight = f64(module.weight[...] if layer is None else module.weight[layer])
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps) * weight
+        x = x - x.mean(-1, keepdims=True) if c.norm == "layer" else x
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps) * (weight + (c.norm == "rms_1p"))
 
-    def rope(heads, position):
-        cos, sin = np.cos(position * frequency), np.sin(position * frequency)
-        first, second = heads[:, :half], heads[:, half:]
-        return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    def rope(heads, position, layer):
+        rope = c.local_rope if c.local_rope and windows[layer] else c.rope
+        size = rope.rotary_dim(c.head_dim)
+        heads, rest = heads[:, :size], heads[:, size:]
+        angles = position * rope.theta ** (-np.arange(size // 2) * 2 / size) * (layer not in c.nope_layers)
+        cos, sin = np.cos(angles), np.sin(angles)
+        pairs = (heads[:, 0::2], heads[:, 1::2]) if rope.interleaved else np.split(heads, 2, axis=-1)
+        parts = pairs[0] * cos - pairs[1] * sin, pairs[1] * cos + pairs[0] * sin
+        rotated = np.stack(parts, -1).reshape(heads.shape) if rope.interleaved else np.concatenate(parts, -1)
+        return np.concatenate([rotated, rest], -1)
+
+    def activation(z):
+        if c.activation == "silu":
+            return z / (1 + np.exp(-z))
+        assert c.activation == "gelu_pytorch_tanh"
+        return z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))) / 2
 
     for position, token in enumerate(tokens):
-        x = f64(model.embed_tokens[token])
+        x = c.embedding_multiplier * f64(model.embed_tokens[token])
         for layer in range(c.num_layers):
 
             def linear(name, h, layer=layer):
@@ -46,23 +60,30 @@ def hidden_states(model: Backbone, tokens: np.ndarray, adapted: Adapted) -> np.n
                 return adapted(layer, name, h, y)
 
             h = norm(x, model.layers.input_layernorm, layer)
-            q, k, v = (linear(n, h).reshape(-1, c.head_dim) for n in ("q_proj", "k_proj", "v_proj"))
-            if c.qk_norm:
-                q, k = norm(q, model.layers.q_norm, layer), norm(k, model.layers.k_norm, layer)
-            keys[layer].append(rope(k, position))
+            q, k, v = (linear(n, h) for n in ("q_proj", "k_proj", "v_proj"))
+            if not c.qk_norm_full:
+                q, k = q.reshape(-1, c.head_dim), k.reshape(-1, c.head_dim)
+            q, k = norm(q, model.layers.q_norm, layer), norm(k, model.layers.k_norm, layer)
+            q, k, v = (y.reshape(-1, c.head_dim) for y in (q, k, v))
+            keys[layer].append(rope(k, position, layer))
             values[layer].append(v)
-            window = c.sliding_windows[layer] or len(tokens)
+            window = windows[layer] or len(tokens)
             context = []
-            for head, row in enumerate(rope(q, position)):
+            for head, row in enumerate(rope(q, position, layer)):
                 group = head // (c.num_heads // c.num_kv_heads)
-                scores = np.array([row @ key[group] for key in keys[layer][-window:]]) / np.sqrt(c.head_dim)
+                scale = c.head_dim**-0.5 if c.attention_multiplier is None else c.attention_multiplier
+                scores = np.array([row @ key[group] for key in keys[layer][-window:]]) * scale
+                if c.attention_softcap is not None:
+                    scores = c.attention_softcap * np.tanh(scores / c.attention_softcap)
                 p = np.exp(scores - scores.max())
                 context.append((p / p.sum()) @ np.array([value[group] for value in values[layer][-window:]]))
-            x = x + linear("o_proj", np.concatenate(context))
-            h = norm(x, model.layers.post_attention_layernorm, layer)
+            y = norm(linear("o_proj", np.concatenate(context)), model.layers.post_self_attn_layernorm, layer)
+            x = x + c.residual_multiplier * y
+            if not c.parallel_block:
+                h = norm(x, model.layers.post_attention_layernorm, layer)
             gate = linear("gate_proj", h)
-            out = linear("down_proj", gate / (1 + np.exp(-gate)) * linear("up_proj", h))
-            x = x + adapted(layer, "ffn", h, out)
+            out = adapted(layer, "ffn", h, linear("down_proj", activation(gate) * linear("up_proj", h)))
+            x = x + c.residual_multiplier * norm(out, model.layers.post_mlp_layernorm, layer)
         hidden.append(norm(x, model.norm))
     return np.array(hidden)
 

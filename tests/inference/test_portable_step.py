@@ -25,7 +25,7 @@ from adafuse_jax.inference.adapter_bank import AdapterBank, Bucket
 from adafuse_jax.inference.backends import portable
 from adafuse_jax.inference.backends.portable import portable_step, shape_unsupported_reason, unsupported_reason
 from adafuse_jax.inference.backends.unfused import LayerKernels, Unfused
-from adafuse_jax.models.config import LINEARS
+from adafuse_jax.models.config import LINEARS, RopeConfig
 from adafuse_jax.models.kv_cache import KVCache
 from pallas_kernels.devices import triton_unsupported_reason
 
@@ -40,6 +40,21 @@ CASES = {
     "first position": replace(SMALL, targets=("k_proj",), position=0),
     "rows": replace(SMALL, targets=LINEARS, batch=3),
     "bare, tied": replace(SMALL, tied=True, bias=True),
+}
+GEMMA = (
+    ("norm", "rms_1p"), ("norm_placement", "both"), ("activation", "gelu_pytorch_tanh"), ("embedding_multiplier", 1.5),
+    ("sliding_windows", (8, None)), ("local_rope", RopeConfig(theta=50.0)), ("attention_multiplier", 0.4),
+    ("attention_softcap", 2.0), ("logit_softcap", 1.5),
+)  # fmt: skip
+OLMO = (("norm_placement", "post"), ("qk_norm_full", True))
+COHERE = (
+    ("norm", "layer"), ("parallel_block", True), ("nope_layers", (1,)), ("residual_multiplier", 0.7),
+    ("logit_multiplier", 0.3), ("activation", "relu"),
+)  # fmt: skip
+FEATURES = {
+    "Gemma's": replace(SMALL, targets=("q_proj", "down_proj"), qk_norm=True, features=GEMMA),
+    "OLMo's, rows": replace(SMALL, num_layers=1, targets=("o_proj", "gate_proj"), batch=2, qk_norm=True, features=OLMO),
+    "Cohere's": replace(SMALL, targets=("k_proj", "up_proj"), features=COHERE),
 }
 WIDE = Case(num_layers=2, embed_dim=1024, hidden_dim=2816, heads=(8, 2, 128), targets=LINEARS)
 ODD = replace(CASES["biases, norms of q and k, a window"], num_layers=2, embed_dim=1000, hidden_dim=1400)
@@ -82,6 +97,11 @@ def check(case: Case, dtype: str, tolerance: float, **options: Any) -> None:
 @pytest.mark.parametrize("case", quick.first(CASES, 2))
 def test_interpreted(case):
     check(CASES[case], "float32", 1e-5, interpret=True)
+
+
+@pytest.mark.parametrize("case", quick.first(FEATURES))
+def test_features_of_other_families(case):
+    check(FEATURES[case], "float32", 2e-5, interpret=True)
 
 
 @pytest.mark.slow

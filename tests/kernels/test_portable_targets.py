@@ -6,7 +6,7 @@ An A100 is sm_80, an RTX 4090 or L40S sm_89, an H100 sm_90, a B200 sm_100, an RT
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -34,6 +34,8 @@ def linears(
     dtype: str,
     rank: int = 64,
     gated: bool = False,
+    activation: str = "silu",
+    norm_dtype: str | None = None,
     layout: QuantLayout | None = None,
 ) -> Kernel:
     """All of them with 8 experts, quantised with a `layout`; one row with a norm in front."""
@@ -43,23 +45,26 @@ def linears(
     mixture = Mixture(of((used,), "int32"), of((used, batch), "float32"))
     names = tuple(outs) if gated else None
     tiles = tiles_for(batch, in_dim, jnp.dtype(dtype).itemsize, gated, layout)
-    group = Group(tiles=tiles, out_dtype=jnp.dtype(dtype), gated=names, eps=1e-5)  # type: ignore[arg-type]
+    group = Group(
+        tiles=tiles, out_dtype=jnp.dtype(dtype), gated=names, activation=activation, eps=1e-5,  # type: ignore[arg-type]
+    )  # fmt: skip
     weights: dict[str, Any] = {name: of((LAYERS, out, in_dim), dtype) for name, out in outs.items()}
     if layout is not None:
         weights = {name: jax.eval_shape(lambda w: quantise(w, layout, dtype), w) for name, w in weights.items()}
-    one, norm = of((1,), "int32"), of((LAYERS, in_dim), dtype) if batch == 1 else None
+    one, norm = of((1,), "int32"), of((LAYERS, in_dim), norm_dtype or dtype) if batch == 1 else None
     return kernel_of(
         lambda *operands: pregated_linear(*operands[:-1], group=group, norm=operands[-1]),
         of((batch, in_dim), dtype), weights, a, b, mixture, one, one, of((LAYERS,), "int32"), norm,
     )  # fmt: skip
 
 
-def attention(batch: int, heads: tuple[int, int, int], slots: int, dtype: str) -> Kernel:
+def attention(batch: int, heads: tuple[int, int, int], slots: int, dtype: str, **options: float) -> Kernel:
     num_heads, num_kv, head_dim = heads
     new, cached = of((batch, num_kv, head_dim), dtype), of((LAYERS, batch, slots, num_kv, head_dim), dtype)
     angles = of((batch, head_dim // 2), "float32")
     return kernel_of(
-        decode_attention, of((batch, num_heads, head_dim), dtype), new, new, cached, cached, of((1,), "int32"),
+        partial(decode_attention, **options), of((batch, num_heads, head_dim), dtype), new, new, cached, cached,
+        of((1,), "int32"),
         of((batch,), "int32"), angles, angles, of((LAYERS,), "int32"), of((batch, num_kv), "int32"),
     )  # fmt: skip
 
@@ -69,6 +74,10 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "7B gate, up": lambda: linears(1, GATE_UP_7B, 4096, "bfloat16", gated=True),
     "7B gate, up, 32 rows": lambda: linears(32, GATE_UP_7B, 4096, "bfloat16", gated=True),
     "7B attention": lambda: attention(1, (32, 32, 128), 512, "bfloat16"),
+    "GeGLU behind a norm in float32": lambda: linears(
+        1, {"gate": 2048, "up": 2048}, 640, "bfloat16", gated=True, activation="gelu_pytorch_tanh", norm_dtype="float32"
+    ),
+    "wide heads, a soft cap": lambda: attention(1, (8, 4, 256), 512, "bfloat16", scale=0.0625, softcap=50.0),
     "small q, k, v": lambda: linears(1, {"q": 576, "k": 192, "v": 192}, 576, "float32", rank=16),
     "small gate, up, 8 rows": lambda: linears(8, GATE_UP_SMOL, 576, "float32", rank=16, gated=True),
     "small attention, 32 rows": lambda: attention(32, (9, 3, 64), 512, "float16"),
@@ -80,9 +89,14 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "7B down, int8, 32 rows": lambda: linears(32, {"down": 4096}, 11008, "bfloat16", layout=INT8),
     "small gate, up, int4, 8 rows": lambda: linears(8, GATE_UP_SMOL, 576, "float32", 16, gated=True, layout=INT4_G64),
 }
-EVERYWHERE, ONCE = [*KERNELS][:3], [*KERNELS][3:6] + [*KERNELS][8:12]
+EVERYWHERE, FEATURES, ONCE = (
+    [*KERNELS][:3],
+    ("GeGLU behind a norm in float32", "wide heads, a soft cap"),
+    [*KERNELS][5:8] + [*KERNELS][-5:-1],
+)
 QUICK = [(name, c) for name in EVERYWHERE for c in SHARED_MEMORY] + [(name, 120) for name in ONCE]
-SLOW = [(name, c) for name in KERNELS for c in SHARED_MEMORY if (name, c) not in QUICK]
+SLOW = [(name, c) for name in KERNELS if name not in FEATURES for c in SHARED_MEMORY if (name, c) not in QUICK]
+SLOW += [(name, 89) for name in FEATURES]
 
 
 @cache
@@ -102,8 +116,8 @@ def test_compiles(monkeypatch, tmp_path, name, capability):
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= SHARED_MEMORY[capability] * 1024
     assert ".local" not in ptx
-    is_32_bit = name.startswith(("small q", "small gate", "widest"))
-    is_one_row = name in ("7B gate, up", "7B gate, up, int4", "7B down, int8")
-    assert ("mma" in ptx) == (not is_32_bit and not is_one_row)  # tf32 would lose 13 bits
+    is_16_bit = not name.startswith(("small q", "small gate", "widest"))
+    is_vector = name in ("7B gate, up", "GeGLU behind a norm in float32", "7B gate, up, int4", "7B down, int8")
+    assert ("mma" in ptx) == (is_16_bit and not is_vector)  # tf32 would lose 13 bits
     assert "atom.global.gpu.acq_rel.add" in ptx  # what one program publishes, another sees
     assert "ld.global.v4.b32" in ptx or "cp.async.cg.shared.global" in ptx

@@ -4,8 +4,10 @@ until each of them does either."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,11 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from goldens.family_models import CASES, FAMILIES
 
 from adafuse_jax import Backbone, ModelConfig, UserError, export_backbone
-from adafuse_jax.checkpoints.hf_config import parse_hf_config
+from adafuse_jax.checkpoints.hf_config import parse_hf_config, parse_tables
+from adafuse_jax.checkpoints.hf_export import _require_described, config_table
 from adafuse_jax.core.errors import MAX_MESSAGE
-from adafuse_jax.inference.backends import megakernel
+from adafuse_jax.core.tables import Table
+from adafuse_jax.inference.backends import megakernel, portable
 from adafuse_jax.models.config import RopeConfig, flat_fields
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.parallel import mesh
@@ -38,21 +43,56 @@ FAMILY_BASES = {
 }
 OTHERS: dict[str, Any] = {
     "model_type": "mistral", "vocab_size": 16, "embed_dim": 32, "hidden_dim": 32, "num_layers": 3, "num_heads": 2,
-    "num_kv_heads": 4, "head_dim": 8, "max_position_embeddings": 32, "norm_eps": 1e-3, "rope.theta": 500.0,
+    "num_kv_heads": 4, "head_dim": 8, "max_position_embeddings": 32, "norm_eps": 1e-3, "norm": "layer",
+    "norm_placement": "both", "parallel_block": True, "activation": "gelu", "rope.theta": 500.0,
     "rope.kind": "linear", "rope.factor": 2.0, "rope.low_freq_factor": 0.5, "rope.high_freq_factor": 3.0,
-    "rope.original_max_position_embeddings": 8, "tie_word_embeddings": True, "qkv_bias": True, "o_bias": True,
-    "mlp_bias": True, "qk_norm": False, "sliding_windows": (None, 3), "bos_token_id": 3, "eos_token_ids": (4, 5),
-    "pad_token_id": 6,
+    "rope.original_max_position_embeddings": 8, "rope.beta_fast": 9.0, "rope.beta_slow": 2.0, "rope.truncate": False,
+    "rope.short_factor": (1.0, 3.0), "rope.long_factor": (2.0, 3.0), "rope.attention_factor": 1.5,
+    "rope.partial_rotary_factor": 0.5, "rope.interleaved": True, "rope.query_scaling_beta": 0.25,
+    "local_rope": RopeConfig(theta=77.0), "nope_layers": (1,), "tie_word_embeddings": True, "qkv_bias": True, "o_bias": True,
+    "mlp_bias": True, "qk_norm": False, "qk_norm_full": True, "sliding_windows": (None, 3), "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5, "attention_multiplier": 0.125, "logit_multiplier": 0.125, "attention_softcap": 20.0,
+    "logit_softcap": 30.0, "bos_token_id": 3, "eos_token_ids": (4, 5), "pad_token_id": 6,
 }  # fmt: skip
 """Field → a value that `BASE` does not have."""
 NAMES = [name for name, *_ in flat_fields(BASE)]
+NOT_IN_KERNELS = {"activation", "rope.partial_rotary_factor", "rope.interleaved", "rope.query_scaling_beta"}
+"""Fields that the megakernel and the layer kernels refuse unless they have their defaults."""
+NOT_IN_MEGAKERNEL = NOT_IN_KERNELS | {
+    "norm", "norm_placement", "parallel_block", "local_rope", "nope_layers", "qk_norm_full",
+    "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logit_multiplier", "attention_softcap",
+    "logit_softcap",
+}  # fmt: skip
+"""Fields that the megakernel refuses."""
+OF_FAMILIES = {
+    model_type: dataclasses.replace(
+        parse_tables(Table(CASES[f"{model_type}_0"].config, "config.json"), Table({}, "generation_config.json")).model,
+        bos_token_id=1,
+    )
+    for model_type in FAMILIES
+}
+"""The families whose blocks are not Llama's: a model of each."""
+YARN = RopeConfig(kind="yarn", theta=100.0, factor=8.0, original_max_position_embeddings=64)
+LONGROPE = RopeConfig(
+    kind="longrope", original_max_position_embeddings=32, short_factor=(2.0, 1.0), long_factor=(1.0, 1.0)
+)
+ROPE_BASES = dict.fromkeys(("rope.beta_slow", "rope.truncate", "rope.attention_factor"), YARN) | {
+    "rope.beta_fast": dataclasses.replace(YARN, truncate=False), "rope.short_factor": LONGROPE,
+    "rope.long_factor": dataclasses.replace(LONGROPE, original_max_position_embeddings=4),
+}  # fmt: skip
+"""Field → RoPE of a kind that reads it, where `ROPE` does not."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Softcapped(ModelConfig):
+class Streamed(ModelConfig):
     """A family of tomorrow, which no consumer knows."""
 
-    logit_softcap: float | None = None
+    residual_streams: int = 1
+
+
+def base_of(name: str) -> ModelConfig:
+    """`BASE`, with RoPE of a kind that reads the field."""
+    return dataclasses.replace(BASE, rope=ROPE_BASES.get(name, ROPE))
 
 
 def perturbed(config: ModelConfig, *names: str) -> ModelConfig:
@@ -72,7 +112,8 @@ def test_every_field_has_another_value():
 
 @pytest.mark.parametrize("consumer", [megakernel, mesh], ids=["megakernel", "sharding"])
 def test_every_field_is_declared_once(consumer: Any):
-    assert consumer.CONSUMED_FIELDS | consumer.IRRELEVANT_FIELDS.keys() == set(NAMES)
+    refused = NOT_IN_MEGAKERNEL if consumer is megakernel else set()
+    assert consumer.CONSUMED_FIELDS | consumer.IRRELEVANT_FIELDS.keys() == set(NAMES) - refused
     assert not consumer.CONSUMED_FIELDS & consumer.IRRELEVANT_FIELDS.keys()
 
 
@@ -112,14 +153,25 @@ def equal(mine: tuple[Any, list[np.ndarray]], theirs: tuple[Any, list[np.ndarray
 
 
 @pytest.fixture(scope="module")
-def base_inputs() -> tuple[Any, list[np.ndarray]]:
-    return kernel_inputs(BASE)
+def inputs_of() -> Callable[[ModelConfig], tuple[Any, list[np.ndarray]]]:
+    return functools.cache(kernel_inputs)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_megakernel_gets_what_it_consumes(name: str, base_inputs: tuple[Any, list[np.ndarray]]):
-    unchanged = equal(kernel_inputs(perturbed(BASE, name)), base_inputs)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_IN_MEGAKERNEL])
+def test_the_megakernel_gets_what_it_consumes(name: str, inputs_of: Callable):
+    base = base_of(name)
+    unchanged = equal(kernel_inputs(perturbed(base, name)), inputs_of(base))
     assert unchanged == (name in megakernel.IRRELEVANT_FIELDS)
+
+
+@pytest.mark.parametrize("name", sorted(NOT_IN_MEGAKERNEL))
+def test_kernels_refuse_by_name(name: str):
+    config = perturbed(dataclasses.replace(BASE, head_dim=32), name)
+    model = jax.tree.map(jnp.asarray, backbone(config))
+    value = "" if name == "local_rope" else f" {OTHERS[name]!r}"
+    wanted = f"the model has {name}{value}, which it does not take"
+    assert megakernel.fused_unsupported_reason(model) == wanted
+    assert portable.shape_unsupported_reason(model, None, 1) == (wanted if name in NOT_IN_KERNELS else None)
 
 
 def sharded(config: ModelConfig) -> dict[str, tuple]:
@@ -142,21 +194,19 @@ def test_a_leaf_that_no_table_has_is_refused():
 
 def test_an_unknown_field_is_refused_unless_it_has_its_default(tmp_path: Path):
     """The megakernel, the mesh and export each refuse it; they are silent as long as the field changes nothing."""
-    plain = Softcapped(**{field.name: getattr(BASE, field.name) for field in dataclasses.fields(ModelConfig)})
-    capped = dataclasses.replace(plain, logit_softcap=30.0)
-    models = [jax.tree.map(jnp.asarray, backbone(config)) for config in (plain, capped)]
+    plain = Streamed(**{field.name: getattr(BASE, field.name) for field in dataclasses.fields(ModelConfig)})
+    several = dataclasses.replace(plain, residual_streams=4)
+    models = [jax.tree.map(jnp.asarray, backbone(config)) for config in (plain, several)]
     reasons = [megakernel.fused_unsupported_reason(model) for model in models]
     assert "Hopper" in (reasons[0] or "")
-    assert reasons[1] == "the model has logit_softcap 30.0, which it does not take"
+    assert reasons[1] == "the model has residual_streams 4, which it does not take"
     mesh.make_mesh(1, plain)
-    with pytest.raises(
-        UserError, match=r"--tensor-parallel: the model has logit_softcap 30\.0, which it does not take"
-    ):
-        mesh.make_mesh(1, capped)
+    with pytest.raises(UserError, match=r"--tensor-parallel: the model has residual_streams 4, which it does not take"):
+        mesh.make_mesh(1, several)
     assert parse_hf_config(exported(plain, tmp_path / "plain")).model == BASE_READ
-    with pytest.raises(UserError, match=r"logit_softcap 30\.0 of the model cannot be written"):
-        exported(capped, tmp_path / "capped")
-    assert not (tmp_path / "capped").exists()
+    with pytest.raises(UserError, match=r"residual_streams 4 of the model cannot be written"):
+        exported(several, tmp_path / "several")
+    assert not (tmp_path / "several").exists()
 
 
 BASE_READ = dataclasses.replace(BASE, sliding_windows=(None,) * BASE.num_layers)
@@ -171,7 +221,8 @@ def exported(config: ModelConfig, out: Path) -> Path:
 def round_trip(config: ModelConfig, out: Path) -> dict[str, Any]:
     """The two files of an export, which is read as `config`."""
     exported(config, out)
-    wanted = dataclasses.replace(config, sliding_windows=config.sliding_windows or (None,) * config.num_layers)
+    windows = config.sliding_windows or (None,) * config.num_layers
+    wanted = dataclasses.replace(config, sliding_windows=windows, rope=config.rope.canonical())
     assert parse_hf_config(out).model == wanted
     return {name: json.loads((out / f"{name}.json").read_text()) for name in ("config", "generation_config")}
 
@@ -187,11 +238,17 @@ WITH: dict[str, dict[str, Any]] = {
 """Field → others that the same key of config.json decides, or a family that has the field."""
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_IN_MEGAKERNEL])
 def test_export_writes_the_field(tmp_path: Path, name: str):
     """Another value gives other files, from which it is read again."""
-    changed = dataclasses.replace(perturbed(BASE, name), **WITH.get(name, {}))
-    assert round_trip(changed, tmp_path / "changed") != round_trip(BASE, tmp_path / "base")
+    base = base_of(name)
+    changed = dataclasses.replace(perturbed(base, name), **WITH.get(name, {}))
+    assert round_trip(changed, tmp_path / "changed") != round_trip(base, tmp_path / "base")
+
+
+def test_export_leaves_out_what_the_kind_of_rope_does_not_read(tmp_path: Path):
+    config = dataclasses.replace(BASE, rope=RopeConfig(factor=2.0, beta_fast=3.0))
+    assert round_trip(config, tmp_path / "out")["config"]["rope_scaling"] is None
 
 
 @pytest.mark.parametrize("family", FAMILY_BASES)
@@ -205,6 +262,38 @@ def test_export_of_each_family_is_read_again_or_refused(tmp_path: Path, family: 
         assert named or name in ("model_type", "num_kv_heads", "rope.kind"), message  # these contradict other fields
         assert len(message) <= MAX_MESSAGE
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", OF_FAMILIES)
+def test_export_writes_or_refuses_each_field_of_other_families(family: str):
+    """config.json alone, without weights: it is read as the changed model, or export names the field."""
+    base, written = OF_FAMILIES[family], set()
+    for name in (name for name in NAMES if name not in ("model_type", "num_layers", "sliding_windows")):
+        if (changed := perturbed(base, name)) == base:
+            continue
+        table = config_table(changed, "float32")
+        tokens = {"bos_token_id": changed.bos_token_id, "eos_token_id": [*changed.eos_token_ids]}
+        try:
+            _require_described(changed, table, tokens | {"pad_token_id": changed.pad_token_id})
+            written.add(name)
+        except UserError as error:
+            message, part = str(error), name.split(".")[-1]
+            assert part in message or part in ("embed_dim", "num_kv_heads", "kind", "o_bias", "qkv_bias"), message
+    assert {"vocab_size", "rope.theta", "norm_eps", "activation"} <= written
+    assert written & NOT_IN_MEGAKERNEL - {"activation"} == WRITTEN.get(family, set())
+
+
+WRITTEN = {
+    "gemma2": {"attention_multiplier", "attention_softcap", "logit_softcap"},
+    "gemma3_text": {"attention_multiplier", "logit_softcap", "local_rope"},
+    "granite": {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logit_multiplier"},
+    "olmo3": {"local_rope"},
+    "smollm3": {"nope_layers"},
+    "cohere2": {"logit_multiplier"},
+    "phi3": {"rope.partial_rotary_factor"},
+    "ministral3": {"rope.query_scaling_beta"},
+}
+"""Family → the fields that its config.json can say, of those that the megakernel refuses."""
 
 
 def test_special_tokens_are_the_models_and_the_rest_the_sources(tmp_path: Path):
@@ -238,7 +327,11 @@ def test_special_ids_that_are_no_tokens_are_exported(tmp_path: Path):
         ("qwen2", {"mlp_bias": True}, "mlp_bias True"),
         ("qwen2", {"qkv_bias": False}, "qkv_bias False"),
         ("qwen3", {"qk_norm": False}, "qk_norm False"),
-        ("qwen3", {"rope": RopeConfig(factor=2.0)}, "rope.factor 2.0"),
+        ("qwen3", {"rope": RopeConfig(attention_factor=2.0)}, "rope.attention_factor 2.0"),
+        ("qwen3", {"rope": RopeConfig(kind="dynamic", factor=2.0)}, "rope.original_max_position_embeddings 8192"),
+        ("llama", {"rope": RopeConfig(partial_rotary_factor=0.5)}, "rope.partial_rotary_factor 0.5"),
+        ("mistral", {"rope": RopeConfig(interleaved=True)}, "rope.interleaved True"),
+        ("qwen2", {"rope": RopeConfig(query_scaling_beta=0.25)}, "rope.query_scaling_beta 0.25"),
     ],
 )
 def test_export_refuses_what_the_family_cannot_say(tmp_path: Path, family: str, changes: dict[str, Any], expected: str):

@@ -49,11 +49,10 @@ class TestMistakes:
     @pytest.mark.parametrize(
         "changes",
         [
-            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0}},
+            {"rope_scaling": {"type": "su", "factor": 4.0}},
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 10000.0}},
         ],
-        ids=["yarn", "dynamic", "longrope"],
+        ids=["su", "proportional"],
     )
     def test_unsupported_rope_type(self, tmp_path: Path, changes: dict, request: pytest.FixtureRequest):
         refuse(model_dir(tmp_path, **changes), "config.json", request.node.callspec.id, "llama3")
@@ -90,7 +89,7 @@ class TestMistakes:
         assert load_backbone(tmp_path).lm_head is None
 
     def test_unsupported_activation(self, tmp_path: Path):
-        refuse(model_dir(tmp_path, hidden_act="gelu"), "config.json", "gelu")
+        refuse(model_dir(tmp_path, hidden_act="mish"), "config.json", "mish", "silu")
 
     def test_quantised_weights(self, tmp_path: Path):
         refuse(model_dir(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4}), "config.json", "quantised")

@@ -93,10 +93,11 @@ def test_none_is_the_backbone_and_a_run_may_begin_from_a_lora_of_peft(folder):
     """Comparison of first held-out losses: that of a new LoRA is the backbone's, with --init-lora it is the LoRA's,
     whatever the method."""
     config = AdapterConfig(adapter="lora", rank=2, targets=("q_proj", "down_proj"))
-    lora = make_adapter(config, parse_hf_config(folder / "model").model, rngs=nnx.Rngs(0))
+    model = parse_hf_config(folder / "model").model
+    lora = make_adapter(config, model, rngs=nnx.Rngs(0))
     for expert in lora.experts.values():
         expert.B[...] = expert.B[...] + 0.3
-    save_peft_lora(lora, folder / "peft", backbone_name="tiny")
+    save_peft_lora(lora, folder / "peft", model, backbone_name="tiny")
     runs = {
         "none": {"adapter": "none", "num_experts": None, "rank": None},
         "new": {"adapter": "lora", **SETTINGS["lora"]},

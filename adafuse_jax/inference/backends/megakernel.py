@@ -26,10 +26,10 @@ from adafuse_jax.inference.adapter_bank import AdapterBank, Bucket
 from adafuse_jax.inference.backends.base import Backend, StepOutput, dispatch_log_level
 from adafuse_jax.models.attention import Visibility, attention
 from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig, unsupported_field
-from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.decoder import Backbone, score_options
 from adafuse_jax.models.hooks import TokenExperts
 from adafuse_jax.models.kv_cache import KVCache
-from adafuse_jax.models.layers import apply_rope, rope_frequencies, rope_tables
+from adafuse_jax.models.rotary import TABLE_FIELDS, layer_rotations, rotation
 from adafuse_jax.parallel.axes import CACHE, TABLES, TENSOR, linear_axes, partition_spec
 from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels.megakernel import Experts, Shape, Weights, decode_token, unsupported_reason
@@ -45,8 +45,7 @@ TRIED_DEVICES = 2
 CONSUMED_FIELDS = frozenset({
     *Shape.__dataclass_fields__,
     "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "sliding_windows",  # `weights_of`
-    "rope.theta", "rope.kind", "rope.factor", "rope.low_freq_factor", "rope.high_freq_factor",
-    "rope.original_max_position_embeddings",  # cos and sin
+    *TABLE_FIELDS,  # cos and sin
 })  # fmt: skip
 """Fields of `ModelConfig` that reach the kernel; a model with any other is decoded by its own modules."""
 IRRELEVANT_FIELDS = {
@@ -88,7 +87,8 @@ class Fused:
         """`merged`: the experts will be in the weights, so their factors are not read."""
         adapter = None if isinstance(adapter, AdapterBank) else adapter
         layers, dtype = model.layers, model.dtype
-        norms = jnp.stack([layers.input_layernorm.weight[...], layers.post_attention_layernorm.weight[...]], axis=1)
+        of_blocks = (layers.input_layernorm, layers.post_attention_layernorm)
+        norms = jnp.stack([norm.weight[...] for norm in of_blocks if norm is not None], axis=1)
         experts = {} if adapter is None or merged else dict(adapter.experts.items())
         more = {name: -e.A.shape[2] % TILE_K for name, e in experts.items()}
         mesh, head = mesh_of(model), None
@@ -195,17 +195,18 @@ def route(
         return TokenExperts(table.experts[token], table.gates[token])
     layer, experts = jax.tree.map(lambda leaf: leaf[0], (model.layers, adapter.experts))
     hook = adapter.hook(experts, 0, adapter.initial_routing(len(token), 1), None)
-    rope = rope_tables(positions[:, None], rope_frequencies(model.config.rope, model.config.head_dim))
+    rotated = layer_rotations(model.config, positions[:, None])(0)
     windows = model.config.sliding_windows
     window = windows[0] if windows else None
     rows = jnp.arange(len(token))
 
     def attend(q: Array, k: Array, v: Array) -> Array:
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = rotated.of_queries(q), rotated.of_keys(k)
         k, v = (old[0].at[rows, positions].set(new[:, 0], mode="drop") for old, new in ((cache.k, k), (cache.v, v)))
-        return attention(q, k, v, Visibility.of_cache(positions[:, None], cache.slots), window)
+        visibility = Visibility.of_cache(positions[:, None], cache.slots)
+        return attention(q, k, v, visibility, window, **score_options(model.config))
 
-    layer(model.embed_tokens[...][token][:, None], attend, hook)
+    layer(model.embed(token[:, None]), attend, hook)
     return hook.routing.of_first_token()
 
 
@@ -235,13 +236,13 @@ def fused_step(
             a, b = ({name: getattr(e, factor)[...] for name, e in adapter.experts.items()} for factor in "AB")
         experts = Experts(a=a, b=b, mixture=mixture_of(adapter, chosen)) if a else None
     weights = weights_of(model, fused)
-    cos, sin = rope_tables(positions, rope_frequencies(config.rope, config.head_dim))
+    rotated = rotation(config.rope, config.head_dim, positions[:, None])
     x = model.embed_tokens[...][token]
     if fused.mesh is None:
         run: Callable[..., Any] = partial(decode_token, shape_of(config), **options)
     else:
         run = _over_devices(fused.mesh, config, weights, experts, **options)
-    logits, k, v = run(weights, experts, x, cache.k, cache.v, positions, cos[:, 0], sin[:, 0])
+    logits, k, v = run(weights, experts, x, cache.k, cache.v, positions, rotated.cos[:, 0, 0], rotated.sin[:, 0, 0])
     at = slice(None), jnp.arange(len(token)), positions
     written = (old.at[at].set(new, mode="drop") for old, new in ((cache.k, k), (cache.v, v)))
     return logits, chosen, KVCache(*written)

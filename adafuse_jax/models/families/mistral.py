@@ -1,4 +1,4 @@
-"""Mistral: one window for all layers, or for those of `layer_types`."""
+"""Mistral and Ministral 3: one window for all layers; in Mistral also for those of `layer_types`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.families.family import Family, layer_types, layer_windows, read_layer_types, read_window
+from adafuse_jax.models.families.rope import RopeKeys
 
 
 def _read(table: Table, num_layers: int, max_positions: int) -> dict[str, Any]:
@@ -24,4 +25,19 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 MISTRAL = Family(
     architecture="MistralForCausalLM", num_kv_heads=8, max_positions=131072, bos_token_id=1, eos_token_id=2,
     read=_read, write=_write,
+)  # fmt: skip
+
+
+def _read_ministral3(table: Table, num_layers: int, max_positions: int) -> dict[str, Any]:
+    return {"sliding_windows": (table.integer("sliding_window", None, low=1),) * num_layers}
+
+
+def _write_ministral3(config: ModelConfig) -> dict[str, Any]:
+    return {"sliding_window": next(filter(None, config.sliding_windows), None)}
+
+
+MINISTRAL3 = Family(
+    architecture="Ministral3ForCausalLM", num_kv_heads=8, max_positions=262144, head_dim=128, bos_token_id=1,
+    eos_token_id=2, pad_token_id=11, norm_eps=1e-5, rope=RopeKeys(scales_queries=True),
+    read=_read_ministral3, write=_write_ministral3,
 )  # fmt: skip

@@ -1,0 +1,112 @@
+"""Families whose blocks are not Llama's, against transformers: logits, greedy tokens after prompts of many lengths, and
+tensors that go in and out unchanged. The references are `goldens/families`, made by goldens/make_families.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import quick
+import tiny
+from flax import nnx
+from generation import generate
+from goldens.family_models import CASES, lengths, write_model_dir
+from goldens.tiny_models import Case, read_tensors
+from transformers import AutoConfig
+
+from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
+from adafuse_jax.checkpoints.hf_export import export_backbone
+from adafuse_jax.data.tokenizer import load_tokenizer
+from adafuse_jax.inference.engine import Engine
+
+GOLDENS = tiny.GOLDENS / "families"
+TOLERANCE = 1e-4  # largest logit difference over the standard deviation of the logits, float32
+QUICK = [pytest.param(case, marks=() if name.endswith("_0") else pytest.mark.slow) for name, case in CASES.items()]
+
+
+def golden_of(case: Case) -> dict[str, np.ndarray]:
+    with np.load(GOLDENS / f"{case.name}.npz") as golden:
+        return dict(golden)
+
+
+def test_every_case_has_a_golden():
+    assert {path.stem for path in GOLDENS.glob("*.npz")} == CASES.keys()
+
+
+@pytest.mark.parametrize("case", QUICK, ids=CASES)
+def test_logits_and_greedy_tokens(case: Case, tmp_path: Path):
+    """The logits of every step of a greedy continuation, from one forward pass of prompts and continuations."""
+    golden, model = golden_of(case), load_backbone(write_model_dir(case, tmp_path))
+    rows = [np.concatenate([golden[f"prompt_{n}"], golden[f"greedy_{n}"]]) for n in lengths(case)]
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for line, row in zip(tokens, rows, strict=True):
+        line[: len(row)] = row
+    logits = np.asarray(nnx.jit(lambda model, tokens: model(tokens).logits)(model, jnp.asarray(tokens)))
+    for n, of_row in zip(lengths(case), logits, strict=True):
+        expected, greedy = golden[f"logits_{n}"], golden[f"greedy_{n}"]
+        found = of_row[n - 1 : n - 1 + len(greedy)]
+        error = np.abs(found - expected).max() / expected.std()
+        assert error <= TOLERANCE, f"after {n} tokens logits differ by {error:.1e} of their standard deviation"
+        np.testing.assert_array_equal(found.argmax(-1), greedy)
+
+
+@pytest.mark.parametrize("name", quick.first(["gemma3_text_0", "cohere2_0", "ministral3_1", "phi3_1", "glm4_1"]))
+def test_decoding_from_the_cache(name: str, tmp_path: Path):
+    """Prompts in chunks, all rows together, then token by token."""
+    case = CASES[name]
+    golden, model = golden_of(case), load_backbone(write_model_dir(case, tmp_path))
+    prompts = [golden[f"prompt_{n}"].tolist() for n in lengths(case)]
+    assert generate(Engine(model, eos_ids=()), *prompts, n=8) == [golden[f"greedy_{n}"].tolist() for n in lengths(case)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gemma-3-270m", "qwen2.5-coder-0.5b"])
+def test_real_models(packaged_dir: Callable[[str], Path], model: str):
+    """64 greedy tokens after ten prompts, in float32."""
+    directory = packaged_dir(model)
+    golden = json.loads((GOLDENS / "real.json").read_text())[model]
+    tokenizer, prompts = load_tokenizer(directory), [row["prompt"] for row in golden]
+    texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
+    assert [tokenizer(text)["input_ids"] for text in texts] == prompts
+    engine = Engine(load_backbone(directory, "float32"), eos_ids=())
+    assert generate(engine, *prompts, n=64) == [row["greedy"] for row in golden]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_export_gives_the_same_tensors_and_config(case: Case, tmp_path: Path):
+    """With config.json at hand it is kept; without, transformers reads the new one as the same model."""
+    source = write_model_dir(case, tmp_path / "source")
+    model = load_backbone(source)
+    export_backbone(model, tmp_path / "with", source=source)
+    export_backbone(model, tmp_path / "without")
+    tensors = read_tensors(source)
+    for out in (tmp_path / "with", tmp_path / "without"):
+        exported, again = read_tensors(out), load_backbone(out)
+        assert exported.keys() == tensors.keys()
+        assert all(exported[name].tobytes() == tensor.tobytes() for name, tensor in tensors.items())
+        assert again.config == model.config
+        equal = jax.tree.map(lambda x, y: bool((x == y).all()), nnx.state(again), nnx.state(model))
+        assert all(jax.tree.leaves(equal))
+    wanted, copied, written = (
+        AutoConfig.from_pretrained(path).to_dict() for path in (source, tmp_path / "with", tmp_path / "without")
+    )
+    own = ("_name_or_path", "transformers_version", "dtype")
+    assert {k: v for k, v in copied.items() if k not in own} == {k: v for k, v in wanted.items() if k not in own}
+    # Keys that only files of other versions have, and that nothing reads where others say the same.
+    spare = {"sliding_window_pattern", "_sliding_window_pattern", "no_rope_layer_interval", "head_dim", "hidden_act"}
+    defaults = {
+        "attention_factor",
+        "beta_slow",
+        "truncate",
+        "mscale",
+        "mscale_all_dim",
+    }  # written out, or what they give
+    for table in (wanted, written):
+        table["rope_parameters"] = {k: v for k, v in table["rope_parameters"].items() if k not in defaults}
+    for name in wanted.keys() - spare - set(own):
+        assert written[name] == wanted[name], name
