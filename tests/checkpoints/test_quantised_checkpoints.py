@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from goldens import family_models
 from goldens.tiny_models import CASES, Case, write_model_dir
 from safetensors.numpy import load_file, save_file
 
@@ -80,6 +81,21 @@ def test_export_and_import(folder: Path, tmp_path: Path, name: Quantize):
     )
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] == bits
+
+
+def test_tensors_of_several_linears(tmp_path: Path):
+    """q, k and v in one tensor, gate and up in another: rows of codes and scales, read and written."""
+    directory = family_models.write_model_dir(family_models.CASES["phi3_1"], tmp_path / "model")
+    model = load_backbone(directory, "float32", quantize="int8")
+    wanted = quantised(load_backbone(directory, "float32"), LAYOUTS["int8"])
+    assert_same(model, wanted)
+    export_backbone(model, tmp_path / "out", source=directory)
+    assert_same(load_backbone(tmp_path / "out", "float32"), model)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    prefix = "model.layers.0.self_attn.qkv_proj."
+    rows = sum(getattr(model.layers, f"{linear}_proj").weight.shape[1] for linear in "qkv")
+    assert tensors[f"{prefix}weight_shape"].tolist() == [rows, model.config.embed_dim]
+    assert len(tensors[f"{prefix}weight_packed"]) == len(tensors[f"{prefix}weight_scale"]) == rows
 
 
 def write_gptq(source: Path, out: Path, *, zero: int = 7, spread: bool = False, **config: Any) -> Path:
