@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,10 @@ from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.evaluation.__main__ import run as evaluate
 from adafuse_jax.evaluation.config import EvaluationConfig
+from adafuse_jax.models.quantised import quantisation_of
+from adafuse_jax.serving.config import ServeConfig
+from adafuse_jax.serving.models import load_models
+from pallas_kernels.quantised import INT8
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +110,14 @@ def test_evaluation(folder: Path, lora: Path):
         quantize="int8", generate=False,
     )  # fmt: skip
     assert evaluate(config)["settings"]["quantize"] == "int8"
+
+
+def test_serving(folder: Path, lora: Path):
+    config = ServeConfig(model=str(folder / "model"), adapters=(f"a={lora}",), quantize="int8", max_slots=2)
+    models, _ = load_models(config, now=0)
+    assert quantisation_of(models._engine.model) == INT8
+    with pytest.raises(UserError, match="strategy fused cannot run: the megakernel does not read int8 weights"):
+        load_models(replace(config, strategy="fused"), now=0)
 
 
 def test_refusals(folder: Path, tmp_path: Path):
