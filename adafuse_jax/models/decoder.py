@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from adafuse_jax.models.attention import Visibility, attention
-from adafuse_jax.models.config import LINEARS, ModelConfig, Remat
+from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig, Remat
 from adafuse_jax.models.hooks import Adapter, Hook
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.models.layers import Linear, Norm, gated_product, logit_product, scaled, softcapped
@@ -79,15 +79,16 @@ class DecoderLayer(nnx.Module):
             module, h = (getattr(self, name), h) if slice_linear is None else slice_linear(name, h)
             return adapt(name, module, h)
 
-        def heads(name: str, norm: Norm | None, h: Array) -> Array:
-            y, shape = linear(name, h), (*h.shape[:2], -1, config.head_dim)  # [B, T, heads, H]
-            if norm is None or config.qk_norm_full:
-                return normed(norm, y if norm is None else kept(y, ATTENTION)).reshape(shape)
-            return norm(kept(y.reshape(shape), ATTENTION))
+        def heads(y: Array) -> Array:
+            return y.reshape(*y.shape[:2], -1, config.head_dim)  # [B, T, heads, H]
 
         def attention(h: Array) -> Array:
-            q, k, v = heads("q_proj", self.q_norm, h), heads("k_proj", self.k_norm, h), heads("v_proj", None, h)
-            return linear("o_proj", attend(q, k, v).reshape(*h.shape[:2], -1))
+            q, k, v = (linear(name, h) for name in ATTENTION_LINEARS[:3])
+            if config.qk_norm:
+                q, k = (kept(y if config.qk_norm_full else heads(y), ATTENTION) for y in (q, k))
+                q, k = normed(self.q_norm, q), normed(self.k_norm, k)
+            context = attend(heads(q), heads(k), heads(v))
+            return linear("o_proj", context.reshape(*h.shape[:2], -1))
 
         def ffn(h: Array) -> Array:
             gate, up = (kept(linear(name, h), FFN) for name in ("gate_proj", "up_proj"))

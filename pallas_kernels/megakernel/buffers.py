@@ -57,7 +57,7 @@ TABLE = (
     Row(
         "device_partials", "[2, devices, P, M, 2, N / 8, 64, 8]", "fp32", "o, down of all devices", "o, down: epilogue"
     ),
-    Row("t_partials", "[P, targets, T, N / 8, 64, 8]", "fp32", "every group: A x", "the same group: h"),
+    Row("t_partials", "[1 or 2, P, targets, T, N / 8, 64, 8]", "fp32", "every group: A x", "the same group: h"),
     Row("h", "K-tiles of targets · U · R", "bf16", "every group: h (N > 1 row)", "the same group: B h"),
     Row("inverse_rms", "[CTAs, N]", "fp32", "qkv, gate_up, head", "the same CTA"),
     Row("q_raw", "[heads + 8, N, 128]", "bf16", "qkv", "attention"),
@@ -137,7 +137,8 @@ def partial_sums(groups: Sequence[Group], plan: Any, dtype: Any) -> Shapes:
     buffers = {"y_partials": shape(split_k + bool(targets), max(group.num_tiles for group in groups), 2)}
     if targets:
         partials = max(group.a_partials for group in groups)
-        buffers["t_partials"] = shape(partials, targets, plan.max_rank_tiles + plan.max_rank_tiles % 2)
+        tiles, kind = shape(partials, targets, plan.max_rank_tiles + plan.max_rank_tiles % 2)
+        buffers["t_partials"] = (plan.t_buffers, *tiles), kind
     if targets and not plan.is_batch_one:
         rank_tiles = targets * plan.max_rank_tiles + -plan.max_rank_tiles % plan.h_rank_tiles  # the last piece is whole
         buffers["h"] = ((rank_tiles * plan.padded_batch + WGMMA_M, TILE_K), dtype)

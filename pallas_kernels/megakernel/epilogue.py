@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import batched
 from typing import Any, Protocol
 
 import jax.numpy as jnp
@@ -172,14 +173,17 @@ class Epilogue:
         first, *others = group.passes
         first_stores = None if others else start_stores(first)  # before the wait, if it is certain
         inverse_rms = buffers.inverse_rms
-        r = [load(inverse_rms.at[self.schedule.cta, some], COLUMNS) if self.has_norm else None for some in columns]
-        pl.when(n == 0)(lambda: self.semaphores.wait_units(layer))
-        values: list[list[Any]] = [[] for _ in n_tiles]  # [N-tile][linear]: all of them are loading at once
-        for sums, i, r_i in zip(values, n_tiles, r, strict=True):
-            for place in range(group.width):
-                number = self.schedule.tile_number(linear + place, tile)
-                y = self.partial_sums.sum_y((number, half), i, self.schedule.is_adapted(linear + place))
-                sums.append(y if r_i is None else y * over_rows(r_i, shape))
+        r = [load(inverse_rms.at[self.schedule.cta, some], COLUMNS) for some in columns] if self.has_norm else []
+        if not self.partial_sums.polls_y:
+            pl.when(n == 0)(lambda: self.semaphores.wait_units(layer))
+        places = [
+            ((self.schedule.tile_number(linear + i, tile), half), n_tile, self.schedule.is_adapted(linear + i))
+            for n_tile in n_tiles
+            for i in range(group.width)
+        ]
+        values = [list(sums) for sums in batched(self.partial_sums.sums_y(places), group.width)]  # [N-tile][linear]
+        if self.has_norm:
+            values = [[y * over_rows(r_i, shape) for y in sums] for sums, r_i in zip(values, r, strict=True)]
 
         def finish(names):
             stores, rows = first_stores or start_stores(names), pl.ds(row_of(names), WGMMA_M)

@@ -49,7 +49,8 @@ class ExpertHidden:
             tile, n_tile = div_rem(first + n * group.reducer_ctas, self.schedule.n_tiles)
             adapted_index, rank_tile = div_rem(tile, self.schedule.used_rank_tiles)
             row = (adapted_index * plan.max_rank_tiles + rank_tile) * plan.padded_batch + n_tile * WGMMA_N
-            store_transposed(buffers.h.at[pl.ds(row, WGMMA_N)], self._tile(adapted_index, rank_tile, n_tile))
+            (h,) = self._tiles(adapted_index, [rank_tile], n_tile)
+            store_transposed(buffers.h.at[pl.ds(row, WGMMA_N)], h)
 
         @pl.when(number > 0)
         def _():
@@ -75,17 +76,15 @@ class ExpertHidden:
         rows = smem_rows(plan.h_rank_tiles, plan.padded_batch)
         self.to_smem(self.buffers.h, start, rows, operand_smem, plan.x_smem_rows)
 
-    def reduce_own(self, layer, operand_smem):
+    def reduce_own(self, operand_smem):
         """For a batch of one, reduce h of each linear of which this CTA has tiles of B, and store it behind x."""
-        self.semaphores.wait_a_x(layer)
 
         def of_tile(n, _):
             _, _, adapted_index, number = self.schedule.b_tile(n)
 
             def reduce_pair(pair, _):
                 rank_tiles = [jnp.minimum(2 * pair + i, number - 1) for i in (0, 1)]
-                pair_of_h = [self._tile(adapted_index, tile, 0) for tile in rank_tiles]  # both are loading at once
-                for tile, h in zip(rank_tiles, pair_of_h, strict=True):
+                for tile, h in zip(rank_tiles, self._tiles(adapted_index, rank_tiles, 0), strict=True):
                     row = self.plan.x_smem_rows + (adapted_index * self.plan.max_rank_tiles + tile) * WGMMA_N
                     store_transposed(operand_smem.at[pl.ds(row, WGMMA_N)], h)
 
@@ -94,9 +93,9 @@ class ExpertHidden:
         lax.fori_loop(0, self.schedule.num_b, of_tile, None)
         plgpu.commit_smem()
 
-    def _tile(self, adapted_index, rank_tile, n_tile):
-        """[TILE_K, WGMMA_N] of h, in fp32."""
-        t = self.partial_sums.sum_t((adapted_index, rank_tile), n_tile)
-        expert = div_rem(rank_tile, self.plan.rank_tiles)[0]
-        gate = load(self.buffers.gates.at[expert, pl.ds(n_tile * WGMMA_N, WGMMA_N)], COLUMNS)
-        return t * over_rows(gate, t.shape)
+    def _tiles(self, adapted_index, rank_tiles, n_tile):
+        """Tiles [TILE_K, WGMMA_N] of h, in fp32."""
+        experts = [div_rem(tile, self.plan.rank_tiles)[0] for tile in rank_tiles]
+        gates = [load(self.buffers.gates.at[e, pl.ds(n_tile * WGMMA_N, WGMMA_N)], COLUMNS) for e in experts]
+        sums = self.partial_sums.sums_t([((adapted_index, tile), n_tile) for tile in rank_tiles])
+        return [t * over_rows(gate, t.shape) for t, gate in zip(sums, gates, strict=True)]

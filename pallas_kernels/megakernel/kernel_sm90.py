@@ -37,9 +37,10 @@ from pallas_kernels.megakernel.attention import Attention
 from pallas_kernels.megakernel.buffers import Buffers, scratch_and_outputs
 from pallas_kernels.megakernel.epilogue import AddResidual, Store, StoreHeads, StoreLogits, SwiGLU
 from pallas_kernels.megakernel.gemm import Gemm, steps_of
-from pallas_kernels.megakernel.l2_hints import EVICT_LAST, EVICT_NORMAL, resident, set_priority
+from pallas_kernels.megakernel.l2_hints import EVICT_LAST, EVICT_NORMAL, partial_sums_of_layers, resident, set_priority
 from pallas_kernels.megakernel.pipeline import Pipeline
 from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_N, Group, Plan, Profile
+from pallas_kernels.megakernel.polling import mark_not_stored
 from pallas_kernels.megakernel.schedule import Scalars
 
 COMPILER_PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
@@ -155,11 +156,11 @@ def _kernel(*refs, names, plan, model, span, axis, compiled, **scratch):
     layer_phases, last_phases = layer_phases[slice(*these)], last_phases[slice(*last)]
 
     def barrier(number):
-        """The `number`-th time, all CTAs have come here, and see what all have stored before."""
+        """All CTAs have come here the `number`-th time, from 0 on, and see what all have stored before."""
         if compiled:  # the interpreter runs one phase in a launch, or one CTA
             with jax.named_scope("barrier"):
                 plgpu.semaphore_signal(grid_barrier, 1, memory_scope="gpu")
-                plgpu.semaphore_wait(grid_barrier, plan.num_ctas * number, decrement=False, memory_scope="gpu")
+                plgpu.semaphore_wait(grid_barrier, plan.num_ctas * (number + 1), decrement=False, memory_scope="gpu")
 
     def run(do, so_far, between):
         """do(phase, layer, so_far) → so_far of all phases in order, with between(number of phases done) after each but
@@ -189,7 +190,9 @@ def _kernel(*refs, names, plan, model, span, axis, compiled, **scratch):
     @pl.when(jnp.logical_not(is_producer))
     def _():
         refs = resident(buffers, plan) if compiled else []
+        mark_not_stored(partial_sums_of_layers(buffers, plan) if compiled and plan.is_batch_one else [], plan.num_ctas)
         set_priority(EVICT_LAST, refs, plan.num_ctas)
+        barrier(0)
         run(compute, jnp.int32(0), barrier)
         if all_reduce is not None:
             all_reduce.wait_for_all(plan.num_ctas)

@@ -31,11 +31,16 @@ EVICT_NORMAL = f"applypriority.global.L2::evict_normal [$0], {LINE_BYTES};"
 
 def resident(buffers: Buffers, plan: Plan) -> list[Any]:
     """Buffers that get the hint *evict last*: x, and the partial sums of a layer."""
-    refs = [buffers.x] if buffers.t_partials is None else [buffers.x, buffers.t_partials]
-    refs += [buffers.y_partials.at[number, pl.ds(0, tiles)] for number, tiles in enumerate(plan.tiles_by_partial())]
+    refs = [buffers.x, *partial_sums_of_layers(buffers, plan)]
     if buffers.device_partials is not None:
         refs += [buffers.device_partials.at[index] for index in np.ndindex(*buffers.device_partials.shape[:3])]
     return refs
+
+
+def partial_sums_of_layers(buffers: Buffers, plan: Plan) -> list[Any]:
+    """The places of a layer's partial sums: the head has more."""
+    y = [buffers.y_partials.at[number, pl.ds(0, tiles)] for number, tiles in enumerate(plan.tiles_by_partial())]
+    return y if buffers.t_partials is None else [buffers.t_partials.at[i] for i in range(plan.t_buffers)] + y
 
 
 def set_priority(instruction: str, refs: list[Any], num_ctas: int):

@@ -31,8 +31,9 @@ RESERVED_SMEM_BYTES = 3 * 1024
 ALL_REDUCED = "o_proj", "down_proj"
 """Linears whose outputs are partial sums where several devices share the model."""
 MAX_SPLIT_K, MAX_STAGES, MAX_A_SPLIT_K = 16, 13, 8
-PREFERRED_INPUT_BYTES, MAX_INPUT_BYTES = 24 * 1024, 48 * 1024
-"""Preferred and largest size of a slice of the input in shared memory."""
+PREFERRED_INPUT_BYTES, MAX_INPUT_BYTES, MAX_WIDE_INPUT_BYTES = 24 * 1024, 48 * 1024, 112 * 1024
+"""Preferred and largest size of a slice of the input in shared memory; and the largest of an input that is so wide that no
+slice of it is smaller. That leaves five stages beside h."""
 MIN_STAGES = 2
 """A chunk is released when the next one has come. Attention takes all chunks of a tile together."""
 H_PIECE_BYTES = 32 * 1024
@@ -171,6 +172,16 @@ class Plan:
         return self.qkv, self.o, self.gate_up, self.down, self.head
 
     @property
+    def layer_groups(self) -> tuple[Group, ...]:
+        """Groups of a layer, in order."""
+        return self.groups[:-1]
+
+    @property
+    def t_buffers(self) -> int:
+        """Buffers for partial sums of A x. In a batch of one several CTAs read each, so groups use two in turn."""
+        return 2 if self.is_batch_one else 1
+
+    @property
     def max_rank_tiles(self) -> int:
         """Rank tiles of all experts in use, at most."""
         return self.max_experts_used * self.rank_tiles
@@ -191,8 +202,8 @@ class Plan:
     def tiles_by_partial(self) -> list[int]:
         """Largest number of tiles in a group of a layer that have partial sum i, for every i; for a batch of one, that have
         one of the `WGMMA_N` partial sums from i · WGMMA_N on."""
-        step, layer = WGMMA_N if self.is_batch_one else 1, self.groups[:-1]
-        partials = [(group.num_tiles, group.split_k + bool(group.adapted)) for group in layer]
+        step = WGMMA_N if self.is_batch_one else 1
+        partials = [(group.num_tiles, group.split_k + bool(group.adapted)) for group in self.layer_groups]
         most = max(number for _, number in partials)
         return [max(tiles for tiles, number in partials if number > i) for i in range(0, most, step)]
 
@@ -238,7 +249,7 @@ def no_smem_reason(max_experts_used: int, rank: int, batch: int) -> str:
 
 def max_in_dim(batch: int, itemsize: int = 2) -> int:
     """The widest input whose slices fit the shared memory."""
-    return MAX_SPLIT_K * (MAX_INPUT_BYTES // (padded(batch) * itemsize) // TILE_K * TILE_K)
+    return MAX_SPLIT_K * (MAX_WIDE_INPUT_BYTES // (padded(batch) * itemsize) // TILE_K * TILE_K)
 
 
 def make_group(
@@ -255,7 +266,8 @@ def make_group(
     attention_units: int = 0,
 ) -> Group:
     """The group with the least split_k whose busiest CTA is within a twentieth of the best there is, if possible with
-    `preferred_input_bytes` of a slice of the input at most, and with `MAX_INPUT_BYTES` at any rate.
+    `preferred_input_bytes` of a slice of the input at most, else with `MAX_INPUT_BYTES`. Where neither is possible, the
+    one with the smallest slices.
 
     `max_rank_tiles`: of all experts in use. `attention_units`: units of attention whose context is the input, if a CTA
     may compute one itself; it does if the busiest CTA gets no more than a quarter busier.
@@ -271,13 +283,15 @@ def make_group(
         return -(-chunks // split_k) * TILE_K * padded_batch * itemsize
 
     candidates = range(1, min(chunks, num_ctas, MAX_SPLIT_K) + 1)
-    costs = {s: busiest(s) for s in candidates if slice_bytes(s) <= MAX_INPUT_BYTES}
+    is_wide = all(slice_bytes(s) > MAX_INPUT_BYTES for s in candidates)
+    limit = MAX_WIDE_INPUT_BYTES if is_wide else MAX_INPUT_BYTES
+    costs = {s: busiest(s) for s in candidates if slice_bytes(s) <= limit}
     if not costs:
         raise ValueError(f"{names[0]} has {in_dim} columns: slices for {num_ctas} CTAs do not fit the shared memory")
     good = [s for s in costs if costs[s] <= 1.05 * min(costs.values())]
     small = [s for s in good if slice_bytes(s) <= preferred_input_bytes]
     fused_attention = 0 < attention_units <= num_ctas and busiest(attention_units) <= 1.25 * min(costs.values())
-    split_k = attention_units if fused_attention else (small or good)[0]
+    split_k = attention_units if fused_attention else (small or good)[-1 if is_wide else 0]
     cta_groups, adapted = num_ctas // split_k, tuple(name for name in names if name in adapted)
     underloaded = -units % cta_groups
     slice_chunks, pairs, loaded = (

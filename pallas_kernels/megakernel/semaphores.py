@@ -1,11 +1,11 @@
-"""The semaphores of a group of linears: one for A x, one for h, and one for each CTA group's partial sums.
+"""The semaphores of a group of linears, where partial sums are not polled: one for A x, one for h, and one for each CTA
+group's partial sums.
 
 They are never reset in a launch: a wait counts the signals of this layer and of all layers that ran before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -18,18 +18,11 @@ A_X, H, FIRST_CTA_GROUP = 0, 1, 2
 
 
 class GroupSemaphores:
-    """`refs`: of the whole launch, or None where CTAs do not run at the same time. `turn(layer)`: how many layers have
-    run in this launch before this one. `all_reduce`: the devices whose partial sums are waited for, too, or None."""
+    """`refs`: of the whole launch, or None where CTAs do not run at the same time. `all_reduce`: the devices whose partial
+    sums are waited for, too, or None."""
 
-    def __init__(
-        self,
-        refs: Any,
-        group: Group,
-        schedule: TileSchedule,
-        all_reduce: AllReduce | None,
-        turn: Callable[[Any], Any] = lambda layer: layer,
-    ):
-        self.refs, self.group, self.schedule, self.all_reduce, self.turn = refs, group, schedule, all_reduce, turn
+    def __init__(self, refs: Any, group: Group, schedule: TileSchedule, all_reduce: AllReduce | None):
+        self.refs, self.group, self.schedule, self.all_reduce = refs, group, schedule, all_reduce
 
     def _signal(self, number):
         if self.refs is not None:
@@ -38,7 +31,7 @@ class GroupSemaphores:
     def _wait(self, number, signals, layer):
         if self.refs is not None:
             semaphore = self.refs.at[self.group.first_semaphore + number]
-            plgpu.semaphore_wait(semaphore, signals * (self.turn(layer) + 1), decrement=False, memory_scope="gpu")
+            plgpu.semaphore_wait(semaphore, signals * (layer + 1), decrement=False, memory_scope="gpu")
 
     def signal_a_x(self):
         """Signal that this CTA's partial sums of A x are stored."""
@@ -70,5 +63,5 @@ class GroupSemaphores:
         if self.all_reduce is None:
             self._wait(number, split_k, layer)
         else:
-            signals = self.all_reduce.num_devices * split_k * (self.turn(layer) + 1)
+            signals = self.all_reduce.num_devices * split_k * (layer + 1)
             self.all_reduce.wait(self.refs.at[self.group.first_semaphore + number], signals)

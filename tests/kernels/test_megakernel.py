@@ -26,6 +26,7 @@ from adafuse_jax.models.config import LINEARS
 from adafuse_jax.parallel.mesh import make_mesh, place_state, shard
 from pallas_kernels.megakernel import Shape, buffers, executor_np, kernel_sm90, unsupported_reason
 from pallas_kernels.megakernel import plan as plan_module
+from pallas_kernels.megakernel.plan import MAX_INPUT_BYTES, MAX_SPLIT_K
 from pallas_kernels.megakernel.schedule import TileSchedule
 
 interpreted = pytest.mark.skipif(
@@ -96,6 +97,9 @@ INTERPRETED = {
     "two blocks attend to the same heads": (
         Case(heads=(4, 2, 64), embed_dim=448, targets=("o_proj", "v_proj")), {"num_ctas": 5, "one_launch": False}
     ),
+    "a wide FFN": (
+        Case(batch=32, hidden_dim=2560, targets=("up_proj", "down_proj")), {"num_ctas": 3, "one_launch": False}
+    ),
     "nothing in the cache yet": (Case(position=0, targets=LINEARS, top_k=3), {"num_ctas": 2, "one_launch": False}),
 }  # fmt: skip
 COMPILED = {
@@ -116,6 +120,8 @@ COMPILED = {
     "32 rows": Case(
         num_layers=2, batch=32, slots=512, position=400, embed_dim=576, hidden_dim=1536, heads=(9, 3, 64), targets=LINEARS
     ),
+    "a wide FFN, 32 rows": Case(batch=32, hidden_dim=14336, targets=LINEARS),
+    "a wide FFN, 16 rows": Case(batch=16, hidden_dim=25600),
 }  # fmt: skip
 
 
@@ -286,6 +292,12 @@ def attended(cases: dict[str, tuple[Case, int]], devices: int = 1) -> set[str]:
     return found
 
 
+def test_cases_have_slices_of_wide_inputs():
+    """Slices that are larger than those of other inputs, in compiled and interpreted cases."""
+    for case, num_ctas in ((*INTERPRETED["a wide FFN"][:1], 3), (COMPILED["a wide FFN, 32 rows"], 132)):
+        assert case.hidden_dim // 64 * case.batch * 64 * 2 > min(num_ctas, MAX_SPLIT_K) * MAX_INPUT_BYTES
+
+
 def test_cases_have_blocks_that_attend_themselves():
     assert attended({name: (case, options["num_ctas"]) for name, (case, options) in INTERPRETED.items()}) == {
         "two blocks attend to the same heads", "two groups of a key's queries, three experts", "nothing in the cache yet",
@@ -313,7 +325,7 @@ def test_what_it_cannot_do_is_said():
         ({"head_dim": 96}, jnp.bfloat16, {}, "96 dimensions"),
         ({"vocab_size": 32001}, jnp.bfloat16, {}, "lm_head is"),
         ({}, jnp.bfloat16, {"batch": 33}, "33 rows"),
-        ({"hidden_dim": 28672}, jnp.bfloat16, {"batch": 32}, "with 32 rows"),
+        ({"hidden_dim": 28736}, jnp.bfloat16, {"batch": 32}, "with 32 rows"),
         ({}, jnp.bfloat16, {"rank": 40}, "rank 40"),
         ({}, jnp.bfloat16, {"max_experts_used": 64}, "64 experts of rank 64 in use by 1 rows do not fit"),
     ):
@@ -323,11 +335,12 @@ def test_what_it_cannot_do_is_said():
         for rank in (64, 512):
             used = {"rank": rank, "max_experts_used": 8 * batch}
             assert unsupported_reason(LLAMA2_7B, jnp.bfloat16, batch, LINEARS, **used) is None
-    assert (
-        unsupported_reason(replace(LLAMA2_7B, hidden_dim=28672), jnp.bfloat16, 8, LINEARS, rank=128, max_experts_used=8)
-        is None
-    )
-    with pytest.raises(ValueError, match="q_proj has 4096 columns: slices for 3 CTAs do not fit"):
+    for hidden_dim in (14336, 17408, 25600, 28672):
+        wide = replace(LLAMA2_7B, hidden_dim=hidden_dim)
+        for batch in (8, 16, 32):
+            for used in ({"rank": 128, "max_experts_used": 8}, {"rank": 64, "max_experts_used": 64}):
+                assert unsupported_reason(wide, jnp.bfloat16, batch, LINEARS, **used) is None
+    with pytest.raises(ValueError, match="down_proj has 11008 columns: slices for 3 CTAs do not fit"):
         plan_of(LLAMA2_7B, batch=17, num_ctas=3)
     model, adapter, cache, tokens, positions = make(Case())
     with pytest.raises(ValueError, match="float32"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from pallas_kernels.megakernel.plan import SMEM_BYTES, num_tiles
 from pallas_kernels.megakernel.schedule import Scalars, TileSchedule
 
 
-@pytest.mark.parametrize("shape", [LLAMA2_7B, SMOLLM2])
+@pytest.mark.parametrize(
+    "shape", [LLAMA2_7B, SMOLLM2, replace(LLAMA2_7B, hidden_dim=25600)], ids=["7B", "135M", "wide"]
+)
 @pytest.mark.parametrize("batch", [1, 8, 32])
 @pytest.mark.parametrize("num_ctas", [78, 114, 132])
 def test_plan_covers_every_chunk_once_and_fits(shape, batch, num_ctas):
@@ -110,3 +113,11 @@ def test_every_part_that_a_layer_stores_is_kept_in_the_cache(batch, adapted):
 def test_long_contexts_are_shared_by_blocks_that_batches_do_not_need():
     assert [plan_of(LLAMA2_7B, cache_slots=n).context_splits for n in (512, 1024, 4096)] == [1, 2, 4]
     assert plan_of(LLAMA2_7B, cache_slots=4096, batch=8).context_splits == 1
+
+
+def test_groups_in_a_row_use_different_places_for_polled_partial_sums():
+    """A group marks the places that the one before it has read, also the first of a layer those of the last."""
+    plan = plan_of(LLAMA2_7B)
+    buffers = [turn % plan.t_buffers for turn, _ in enumerate(plan.layer_groups)]
+    assert all(one != other for one, other in itertools.pairwise([*buffers, buffers[0]]))
+    assert plan_of(LLAMA2_7B, batch=2).t_buffers == 1

@@ -162,6 +162,17 @@ class TestDecoding:
             assert answer == as_transformers(dynamic.model, prompt[:length], 6)
 
 
+@pytest.mark.parametrize("rope", [DYNAMIC, LONG], ids=["dynamic", "longrope"])
+def test_packed_segments_have_the_angles_of_their_own_lengths(rope: RopeConfig):
+    """A row of a segment past the original length and one within it gives the logits of each alone."""
+    backbone, (long, short) = model(rope, 60), (prompt_of(model(rope, 60), n) for n in (26, 12))
+    run = nnx.jit(lambda model, tokens, **options: model(tokens, **options).logits[0])
+    ids, at = jnp.repeat(jnp.array([1, 2]), jnp.array([26, 12])), jnp.concatenate([jnp.arange(26), jnp.arange(12)])
+    packed = run(backbone, jnp.array([[*long, *short]]), positions=at[None], segment_ids=ids[None])
+    for found, alone in ((packed[:26], long), (packed[26:], short)):
+        np.testing.assert_allclose(found, run(backbone, jnp.array([alone])), atol=1e-4 * float(packed.std()))
+
+
 def test_contexts_are_as_long_as_the_kind_reaches():
     yarn = RopeConfig(kind="yarn", factor=4.0, original_max_position_embeddings=64)
     for rope, wanted in ((DYNAMIC, 40), (LONG, 60), (yarn, 256), (RopeConfig(kind="linear", factor=4.0), 60)):

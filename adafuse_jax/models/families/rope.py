@@ -19,7 +19,6 @@ from adafuse_jax.models.config import ROPE_FIELDS, RopeConfig
 
 NOT_NULL = (
     "rope_theta", "rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-    "partial_rotary_factor", "short_factor", "long_factor",
 )  # fmt: skip
 """Keys that may be absent, but not null."""
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
@@ -65,28 +64,17 @@ class RopeKeys:
             theta = table.number(self.theta_key, theta, low=0, high=1e30, above=True)
         settings: dict[str, Any] = {"theta": rope.number("rope_theta", theta, low=0, high=1e30, above=True)}
         settings["partial_rotary_factor"] = self._partial(table, rope, head_dim)
-        dim = int(head_dim * settings["partial_rotary_factor"])
-        if kind in ("linear", "llama3", "yarn", "dynamic"):
+        if "factor" in ROPE_FIELDS[kind]:
             settings["factor"] = rope.number("factor", low=0, high=1e30, above=True)
         if kind in ("llama3", "yarn", "longrope"):
             original = rope.integer("original_max_position_embeddings", max_positions, low=1)
             if layer_type is None:  # transformers takes the outer one before the inner one, unless there are several
                 original = table.integer("original_max_position_embeddings", self.original or original, low=1)
             settings["original_max_position_embeddings"] = original
-        if kind == "llama3":
-            low = rope.number("low_freq_factor", low=0, high=1e30, above=True)
-            high = rope.number("high_freq_factor", low=0, high=1e30)
-            if high <= low:
-                raise rope.error("high_freq_factor", f"it must be greater than low_freq_factor, which is {low:g}")
-            settings |= {"low_freq_factor": low, "high_freq_factor": high}
-        elif kind == "yarn":
-            settings |= _yarn(rope, settings, is_nested=layer_type is not None)
-        elif kind == "longrope":
-            settings |= _longrope(rope, original, max_positions, dim)
         elif kind == "dynamic":
-            if dim == 2:
-                raise rope.error("rope_type", "it needs more than 2 rotated dimensions; restore the file")
             settings["original_max_position_embeddings"] = max_positions
+        dim = int(head_dim * settings["partial_rotary_factor"])
+        settings |= _of_kind(kind, rope, settings, max_positions, dim, is_nested=layer_type is not None)
         if self.scales_queries:
             settings["query_scaling_beta"] = rope.number("llama_4_scaling_beta", low=0, high=1e6)
             if "original_max_position_embeddings" not in settings:
@@ -146,6 +134,25 @@ def _parameters(table: Table, layer_type: str | None) -> tuple[str, dict[str, An
             f"{table.where}: rope parameters {quoted(values)} are not supported; give one table for all layers"
         )
     return name, values
+
+
+def _of_kind(
+    kind: str, rope: Table, settings: dict[str, Any], max_positions: int, dim: int, *, is_nested: bool
+) -> dict[str, Any]:
+    """The fields of one kind alone, given the others and the number of rotated dimensions."""
+    if kind == "llama3":
+        low = rope.number("low_freq_factor", low=0, high=1e30, above=True)
+        high = rope.number("high_freq_factor", low=0, high=1e30)
+        if high <= low:
+            raise rope.error("high_freq_factor", f"it must be greater than low_freq_factor, which is {low:g}")
+        return {"low_freq_factor": low, "high_freq_factor": high}
+    if kind == "yarn":
+        return _yarn(rope, settings, is_nested=is_nested)
+    if kind == "longrope":
+        return _longrope(rope, settings["original_max_position_embeddings"], max_positions, dim)
+    if kind == "dynamic" and dim == 2:
+        raise rope.error("rope_type", "it needs more than 2 rotated dimensions; restore the file")
+    return {}
 
 
 def _yarn(rope: Table, settings: dict[str, Any], *, is_nested: bool) -> dict[str, Any]:
