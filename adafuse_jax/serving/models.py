@@ -20,6 +20,7 @@ from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import stop_tokens
 from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files
 from adafuse_jax.inference.adapter_bank import AdapterBank, Prepared
+from adafuse_jax.inference.backends.registry import require_reads_quantised
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.prefill import CHUNKS
 from adafuse_jax.inference.sampling import Sampling
@@ -27,6 +28,7 @@ from adafuse_jax.inference.slots import Slots
 from adafuse_jax.models.config import DType
 from adafuse_jax.parallel.mesh import make_mesh, shard
 from adafuse_jax.serving.config import ServeConfig
+from pallas_kernels.quantised import QuantLayout
 
 log = logging.getLogger(__name__)
 
@@ -128,9 +130,9 @@ class Models:
 class AdapterReader:
     """Reads adapters of one backbone from their directories."""
 
-    def __init__(self, checkpoint: HFCheckpoint, dtype: DType, mesh: Mesh | None):
+    def __init__(self, checkpoint: HFCheckpoint, dtype: DType, mesh: Mesh | None, layout: QuantLayout | None = None):
         """Raises `UserError` for what `load_tokenizer` refuses."""
-        self._checkpoint, self._dtype, self._mesh = checkpoint, dtype, mesh
+        self._checkpoint, self._dtype, self._mesh, self._layout = checkpoint, dtype, mesh, layout
         self._directory = Path(checkpoint.directory)
         self._files = tokenizer_files(self._directory)
         self.tokenizer = load_tokenizer(self._directory)
@@ -141,8 +143,9 @@ class AdapterReader:
         `load_tokenizer` refuse."""
         checkpoint, path = self._checkpoint, Path(directory).expanduser()
         weights = load_adapter(
-            path, checkpoint.config, backbone_identity=checkpoint.identity(), dtype=jnp.dtype(self._dtype)
-        )
+            path, checkpoint.config, backbone_identity=checkpoint.identity(), dtype=jnp.dtype(self._dtype),
+            quantization=self._layout,
+        )  # fmt: skip
         if self._mesh is not None:
             weights = shard(weights, self._mesh)
         tokenizer, stop_ids = self.tokenizer, self.stop_ids
@@ -170,15 +173,18 @@ def load_models(config: ServeConfig, *, now: int) -> tuple[Models, AdapterReader
         raise UserError(
             f"--max-model-len {config.max_model_len} exceeds the {context} positions of {config.model}; lower it"
         )
-    mesh = None if config.tensor_parallel == 1 else make_mesh(config.tensor_parallel, checkpoint.config)
-    reader = AdapterReader(checkpoint, dtype, mesh)
+    layout = checkpoint.layout(config.quantize)
+    if config.strategy is not None:
+        require_reads_quantised(config.strategy, layout)
+    mesh = None if config.tensor_parallel == 1 else make_mesh(config.tensor_parallel, checkpoint.config, layout)
+    reader = AdapterReader(checkpoint, dtype, mesh, layout)
     read = [reader.read(name, directory) for name, directory in config.adapter_directories().items()]
     given = sum(adapter.weights.config.max_experts or 1 for adapter in read)
     if given > (config.max_experts or given):
         raise UserError(
             f"--max-experts {config.max_experts}: the --adapters have {given} experts; give at least so many"
         )
-    model = load_backbone(checkpoint, dtype, place=Stacked(mesh))
+    model = load_backbone(checkpoint, dtype, place=Stacked(mesh), quantize=config.quantize)
     room = config.max_experts or max(given, DEFAULT_EXPERTS if config.adapter_folders else 0)
     bank = AdapterBank(model, max_experts=room) if room else None
     name, ids = config.model_name, reader.stop_ids
