@@ -48,7 +48,9 @@ class Shapes:
         """(out, in)."""
         d, f = self.embed_dim, self.hidden_dim
         kv = d * (self.num_kv_heads or self.num_heads) // self.num_heads
-        return {"k_proj": (kv, d), "v_proj": (kv, d), "gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}.get(name, (d, d))
+        return {"k_proj": (kv, d), "v_proj": (kv, d), "gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}.get(
+            name, (d, d)
+        )
 
     def elements(self, targets: tuple[str, ...]) -> int:
         """Weights of these linears in all layers."""
@@ -81,10 +83,17 @@ SIZES = {
         name="llama2-13b", num_layers=40, embed_dim=5120, hidden_dim=13824, num_heads=40, vocab_size=32000
     ),
     "llama2-70b": Shapes(
-        name="llama2-70b", num_layers=80, embed_dim=8192, hidden_dim=28672, num_heads=64, num_kv_heads=8,
+        name="llama2-70b",
+        num_layers=80,
+        embed_dim=8192,
+        hidden_dim=28672,
+        num_heads=64,
+        num_kv_heads=8,
         vocab_size=32000,
     ),
-    "small": Shapes(name="small", num_layers=12, embed_dim=1024, hidden_dim=2816, num_heads=16, vocab_size=32000, rank=16),
+    "small": Shapes(
+        name="small", num_layers=12, embed_dim=1024, hidden_dim=2816, num_heads=16, vocab_size=32000, rank=16
+    ),
     "tiny": Shapes(name="tiny", num_layers=2, embed_dim=32, hidden_dim=48, num_heads=4, vocab_size=256, rank=8),
 }
 

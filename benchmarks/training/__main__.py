@@ -142,7 +142,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=2, help="of --part devices")
     parser.add_argument("--models", nargs="+", choices=SHAPES, help="of --part devices")
     parser.add_argument("--meshes", nargs="+", metavar="MESH", help="of --part devices, as data=2,fsdp=4")
-    parser.add_argument("--warm-up", type=int, default=0, metavar="N", help="of --part devices: compile, N rows at once")
+    parser.add_argument(
+        "--warm-up", type=int, default=0, metavar="N", help="of --part devices: compile, N rows at once"
+    )
     parser.add_argument("--steps", type=int, default=8, help="of one repeat")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-profile", action="store_true", help="no times by kind of kernel")

@@ -1,13 +1,13 @@
 """Rows of `--part devices`: meshes of several devices of one host beside one device.
 
-    scaling   Llama-2-7B shapes: each mesh, one device with a part of the batch, whose speed, and one device with all of it in
-              micro-batches, whose losses the meshes are compared with
-    too large for one   Llama-2-13B shapes without remat, of two devices: one runs out of memory, which is recorded
-    largest   Llama-2-70B shapes with remat, of four or more
+    7B     each mesh; one device with a device's part of the batch, whose speed it is compared with; and one device with all
+           of the batch in micro-batches, whose losses it is compared with
+    13B    without remat, on two devices: one alone runs out of memory, which is recorded
+    70B    with remat, on four and on eight
 
-`--models` takes other shapes or fewer, `--meshes` other meshes. Weights are made in their shards. A row that was measured at
-the same commit is not measured again, so a call that was stopped continues. `--warm-up N` only compiles, N rows at once, into
-the cache of compiled programs (`JAX_COMPILATION_CACHE_DIR`), from which the measuring calls then take them.
+Shapes are Llama-2's; `--models` takes some of them, `--meshes` other meshes. Weights are made in their shards. A row that was
+measured at the same commit is not measured again, so a call that was stopped continues. `--warm-up N` only compiles, N rows
+at once, into the cache of compiled programs (`JAX_COMPILATION_CACHE_DIR`), from which the measuring calls take them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ LOSS_STEPS = {"steps": 10, "repeats": 1}
 """Of the row whose losses count: with the repeat that warms up, 20 steps."""
 
 
-def rows_of_devices(size: str, devices: int, models: list[str] | None, meshes: list[str] | None) -> list[dict[str, Any]]:
+def rows_of_devices(
+    size: str, devices: int, models: list[str] | None, meshes: list[str] | None
+) -> list[dict[str, Any]]:
     if size == "tiny":
         return scaling_rows("tiny", devices, meshes, batch=1, length=128)
     rows = []
@@ -96,5 +98,5 @@ def warm_up(jobs: list[Job], arguments: argparse.Namespace) -> None:
         for job, (found, problem) in zip(
             jobs, pool.map(lambda job: run_job(job, only_compile, arguments.job_seconds, sys.executable), jobs), strict=True
         ):  # fmt: skip
-            planned = f"{found['compile_seconds']:.0f} s, {found['planned_gib']} GiB" if not problem else problem
+            planned = problem or f"{found['compile_seconds']:.0f} s, {found['planned_gib']} GiB"
             print(f"{job.name}: {planned}", flush=True)

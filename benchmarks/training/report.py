@@ -105,7 +105,9 @@ def mesh_lines(rows: list[dict[str, Any]]) -> list[str]:
         if row["devices"] == 1 or "losses" not in row:
             continue
         alone = [
-            r for r in rows if r["devices"] == 1 and "losses" in r and all(r[key] == row[key] for key in same) and "mesh" in r
+            r
+            for r in rows
+            if r["devices"] == 1 and "losses" in r and all(r[key] == row[key] for key in same) and "mesh" in r
         ]
         speed = f"{name_of(row)}: {row['tokens_per_second'] / row['devices']:,.0f} tokens/s per device"
         if part := [r for r in alone if r["batch"] * row["devices"] == row["batch"] and r.get("accum", 1) == 1]:
