@@ -5,9 +5,9 @@
     13B    without remat, on two devices: one alone runs out of memory, which is recorded
     70B    with remat, on four and on eight
 
-Shapes are Llama-2's; `--models` takes some of them, `--meshes` other meshes. Weights are made in their shards. A row that was
-measured at the same commit is not measured again, so a call that was stopped continues. `--warm-up N` only compiles, N rows
-at once, into the cache of compiled programs (`JAX_COMPILATION_CACHE_DIR`), from which the measuring calls take them.
+Shapes are Llama-2's; `--models` takes some of them, `--meshes` other meshes. Weights are made in their shards. A row that
+was measured at the same commit is not measured again, so a call that was stopped continues. `--warm-up N` only compiles, N
+rows at once, into the cache of compiled programs (`JAX_COMPILATION_CACHE_DIR`), from which the measuring calls take them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ from typing import Any
 
 from benchmarks.common.jobs import Job, run_job
 
-MESHES = {
-    2: ("data=2", "fsdp=2"), 4: ("fsdp=4", "data=2,fsdp=2", "fsdp=2,tensor=2"),
+MESHES: dict[int, tuple[str, ...]] = {
+    2: ("data=2", "fsdp=2"),
+    4: ("fsdp=4", "data=2,fsdp=2", "fsdp=2,tensor=2"),
     8: ("fsdp=8", "data=2,fsdp=4", "fsdp=4,tensor=2"),
 }  # fmt: skip
 """Number of devices → meshes of the scaling rows; of others data and fsdp alone."""
-MODELS = {2: ("llama2-7b", "llama2-13b"), 4: ("llama2-7b", "llama2-70b"), 8: ("llama2-7b", "llama2-70b")}
+MODELS: dict[int, tuple[str, ...]] = {
+    2: ("llama2-7b", "llama2-13b"),
+    4: ("llama2-7b", "llama2-70b"),
+    8: ("llama2-7b", "llama2-70b"),
+}
 BATCH, LENGTH = 4, 2048
 """Of one device."""
 NO_COMPARISON = {"llama2-13b": ("none", ("adafuse",)), "llama2-70b": ("full", ("adafuse", "lora"))}
