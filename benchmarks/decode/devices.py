@@ -87,8 +87,9 @@ def logits_of(backend: Backend) -> np.ndarray:
     model = backend.model
     state, mesh = DecodeState.empty(model.config, 1, cache_length(CHECKED_TOKENS), model.dtype), mesh_of(model)
     state = state if mesh is None else place_state(state, mesh)
-    step = jax.jit(lambda reads, token, position, cache: backend.step(reads, None, token, position, cache, held)[::2])
-    held, cache, rows = jnp.zeros(1, bool), state.cache, []
+    hold = jnp.zeros(1, bool)
+    step = jax.jit(lambda reads, token, position, cache: backend.step(reads, None, token, position, cache, hold)[::2])
+    cache, rows = state.cache, []
     for position in range(CHECKED_TOKENS):
         token, at = jnp.full(1, 7 * position + 3, jnp.int32), jnp.full(1, position, jnp.int32)
         logits, cache = step(backend.reads, token, at, cache)
