@@ -126,7 +126,7 @@ def _parameters(table: Table, layer_type: str | None, absent: Mapping[str, Any])
     if layer_type is not None:
         if not isinstance(parameters, dict | None) or not (parameters or {}).keys() <= {GLOBAL, LOCAL}:
             raise table.error("rope_parameters", f"give it a table {GLOBAL} and a table {LOCAL}")
-        of_type = (parameters or {}).get(layer_type)
+        of_type = {"rope_type": "default"} if parameters is None else parameters.get(layer_type)
         if not scaling or layer_type == LOCAL:
             name, values = f"rope_parameters.{layer_type}", of_type
         elif isinstance(scaling, dict) and isinstance(of_type, dict):
