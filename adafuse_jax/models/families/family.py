@@ -149,8 +149,8 @@ def patterned_windows(table: Table, num_layers: int, pattern: int) -> tuple[int 
 def write_pattern(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `patterned_windows`. Without windows their size is left out: transformers needs one, its default."""
     windows = config.sliding_windows or (None,) * config.num_layers
-    sizes = {"sliding_window": window for window in windows if window is not None}
-    return sizes | {"layer_types": layer_types(windows)}
+    keys = {"sliding_window": next(filter(None, windows), None), "layer_types": layer_types(windows)}
+    return {name: value for name, value in keys.items() if value is not None}
 
 
 def layer_types(windows: tuple[int | None, ...]) -> list[str]:
