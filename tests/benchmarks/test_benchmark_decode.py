@@ -57,7 +57,7 @@ class TestCosts:
         assert switch - golden == pytest.approx(factors, abs=1e-3)
 
     def test_bytes_of_quantised_weights(self):
-        """Bytes of the arrays themselves."""
+        """The bytes of the arrays themselves."""
         bare, config = costs(SEVEN_B, "backbone", "-", "-", 1, 0).bytes_gb, models.model_config(SEVEN_B)
         whole = [jax.ShapeDtypeStruct(config.linear_shape(name), "bfloat16") for name in LINEARS]
         for name, layout in LAYOUTS.items():

@@ -15,14 +15,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-from triton_compiler import Kernel, kernel_of
+from triton_compiler import SHARED_MEMORY, Kernel, kernel_of
 
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.pregated_linear import Group, Mixture, pregated_linear, tiles_for
 from pallas_kernels.quantised import INT4, INT4_G64, INT8, QuantLayout, quantise
 
-SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
-"""KiB that a program can have, by compute capability (CUDA C++ programming guide)."""
 LAYERS = 2
 of = jax.ShapeDtypeStruct
 
