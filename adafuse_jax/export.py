@@ -1,6 +1,7 @@
 """Export an adapter for other programs: `python -m adafuse_jax.export --model DIR --adapter DIR --output DIR`.
 
-    huggingface    the backbone with a LoRA, or whatever else PEFT adapts, merged in: a plain model directory for any program
+    huggingface    the backbone with a LoRA, or whatever else PEFT adapts, merged in: a plain model directory for any
+                   program; its linears in 8 or 4 bits with --quantize, which needs no adapter
     peft           a LoRA as PEFT's two files
     adafuse-jax    any adapter as train.py writes it; ties a LoRA of PEFT to this backbone
 
@@ -22,7 +23,7 @@ from adafuse_jax.core.cli import run_cli
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.core.fields import check, flag
 from adafuse_jax.core.flags import parse_flags
-from adafuse_jax.models.config import DType
+from adafuse_jax.models.config import DType, Quantize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,17 +31,30 @@ class ExportConfig:
     """Model, adapter, and the form and place of the export."""
 
     model: str = flag("Hugging Face model directory or hub id of the adapter's backbone", metavar="DIR|ID", text="path")
-    adapter: str = flag("adapter directory written by train.py, or a LoRA of PEFT", metavar="DIR", text="path")
+    adapter: str | None = flag(
+        "adapter directory written by train.py, or a LoRA of PEFT; with --quantize it may be left out",
+        None,
+        "DIR",
+        text="path",
+    )
     output: str = flag("directory to write; it must not exist, or be empty", metavar="DIR", text="path")
     format: Literal["huggingface", "peft", "adafuse-jax"] = flag(
         "a plain model with the LoRA merged in, a LoRA for PEFT, or an adapter of this project", "huggingface"
     )
     dtype: DType | None = flag("type of the merged model's weights; default: the backbone's own", None)
+    quantize: Quantize | None = flag(
+        "write the linears' weights in 8 bits, or in 4 with groups of 128 (int4) or 64 (int4-g64) inputs; default: plain",
+        None,
+    )
 
     def __post_init__(self) -> None:
         check(self)
+        if self.adapter is None and self.quantize is None:
+            raise UserError("there is nothing to export; give --adapter, or --quantize for a smaller model")
         if self.dtype is not None and self.format != "huggingface":
             raise UserError(f"--dtype is for --format huggingface; adapters are written as {self.format} in float32")
+        if self.quantize is not None and self.format != "huggingface":
+            raise UserError(f"--quantize is for --format huggingface; {self.format} holds no backbone; leave it out")
 
 
 def export(config: ExportConfig) -> None:
@@ -50,33 +64,51 @@ def export(config: ExportConfig) -> None:
 
     from adafuse_jax.adapters.lora import LoRA, merged
     from adafuse_jax.adapters.registry import AnyAdapter
-    from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter
+    from adafuse_jax.checkpoints.adapter_directory import load_adapter, save_adapter, trained_quantization
     from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
     from adafuse_jax.checkpoints.hf_export import export_backbone
     from adafuse_jax.checkpoints.peft import merged_peft, read_mergeable, save_peft_lora
     from adafuse_jax.checkpoints.peft_files import PeftAdapter
     from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files, write_tokenizer
+    from adafuse_jax.models.quantised import LAYOUTS, quantised, require_layout
 
     out = Path(config.output)
     require_free(out, "--output")
     checkpoint = HFCheckpoint.open(config.model)
-    identity = checkpoint.identity()
+    identity, merges = checkpoint.identity(), config.adapter is not None and config.format == "huggingface"
+    if merges and (form := checkpoint.hf_config.form) is not None:
+        raise UserError(
+            f"{checkpoint.directory}: the weights are {form.layout.name}, whose codes cannot hold what is merged into them; "
+            "give the model that they were made of, or --format peft"
+        )
     adapter: AnyAdapter | PeftAdapter | None = None
-    if config.format == "huggingface":
+    if config.adapter is not None and config.format == "huggingface":
         adapter = read_mergeable(config.adapter, checkpoint.config)
-    if adapter is None:
-        dtype = jnp.dtype("float32")
-        adapter = load_adapter(config.adapter, checkpoint.config, backbone_identity=identity, dtype=dtype)
+    if config.adapter is not None and adapter is None:
+        adapter = load_adapter(
+            config.adapter, checkpoint.config, backbone_identity=identity, dtype=jnp.dtype("float32"),
+            quantization=checkpoint.layout(None),
+        )  # fmt: skip
+    layout = config.quantize and LAYOUTS[config.quantize]
+    if layout is not None:
+        require_layout(checkpoint.config, layout)
     own = tokenizer_files(checkpoint.directory)
-    tokenizer = tokenizer_files(checkpoint.directory, Path(config.adapter).expanduser())
+    tokenizer = own
+    if config.adapter is not None:
+        tokenizer = tokenizer_files(checkpoint.directory, Path(config.adapter).expanduser())
     if tokenizer != own:  # the adapter's: it must be of this model's tokens
         load_tokenizer(checkpoint.directory, config.adapter)
     try:
-        if isinstance(adapter, PeftAdapter):
+        if adapter is None:
+            model = load_backbone(checkpoint, config.dtype, quantize=config.quantize)
+            export_backbone(model, out, source=checkpoint, tokenizer=tokenizer, base_identity=identity)
+        elif isinstance(adapter, PeftAdapter):
             model = merged_peft(load_backbone(checkpoint, config.dtype), adapter)
+            model = model if layout is None else quantised(model, layout)
             export_backbone(model, out, source=checkpoint, tokenizer=tokenizer)
         elif config.format == "adafuse-jax":
-            save_adapter(adapter, out, backbone_name=config.model, backbone_identity=identity)
+            trained = trained_quantization(Path(str(config.adapter)).expanduser())
+            save_adapter(adapter, out, backbone_name=config.model, backbone_identity=identity, quantization=trained)
         elif not isinstance(adapter, LoRA):
             raise UserError(
                 f"--format {config.format} is for a LoRA, and {config.adapter} is an adapter of {adapter.config.adapter}, "
@@ -86,6 +118,7 @@ def export(config: ExportConfig) -> None:
             save_peft_lora(adapter, out, checkpoint.config, backbone_name=config.model)
         else:
             model = merged(load_backbone(checkpoint, config.dtype), adapter)
+            model = model if layout is None else quantised(model, layout)
             export_backbone(model, out, source=checkpoint, tokenizer=tokenizer)
         if config.format != "huggingface" and tokenizer != own:
             write_tokenizer(tokenizer, out)

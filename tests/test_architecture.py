@@ -13,8 +13,9 @@ import tiny
 
 REPOSITORY = tiny.REPOSITORY
 FLOORS = (
-    "pallas_kernels.devices", "pallas_kernels.grouped_experts", "pallas_kernels.sgmm", "pallas_kernels.megakernel",
-    "pallas_kernels.pregated_linear", "pallas_kernels.decode_attention", "adafuse_jax.core",
+    "pallas_kernels.devices", "pallas_kernels.quantised", "pallas_kernels.grouped_experts", "pallas_kernels.sgmm",
+    "pallas_kernels.megakernel", "pallas_kernels.pregated_linear", "pallas_kernels.decode_attention",
+    "pallas_kernels.prefill_attention", "pallas_kernels.prompt_experts", "adafuse_jax.core",
     "adafuse_jax.data", "adafuse_jax.models", "adafuse_jax.parallel", "adafuse_jax.adapters", "adafuse_jax.checkpoints",
     "adafuse_jax.inference", "adafuse_jax.evaluation", "adafuse_jax.training", "adafuse_jax.serving",
 )  # fmt: skip

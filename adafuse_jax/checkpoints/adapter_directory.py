@@ -40,6 +40,9 @@ from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.layout import ONE_DEVICE, Layout
+from pallas_kernels.quantised import QuantLayout
+
+log = logging.getLogger(__name__)
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +55,26 @@ def save_adapter(
     backbone_identity: str,
     replace: bool = False,
     layout: Layout = ONE_DEVICE,
+    quantization: QuantLayout | None = None,
 ) -> None:
     """Write `adapter` to the directory `out`, which appears complete or not at all. It must not exist or be empty, unless
     `replace` puts it in place of what is there, whose files of other names stay. Of several processes all call this, and the
-    first one writes. Raises as `new_directory`."""
-    table = {**adapter.config.table(), "backbone": {"name": backbone_name, "identity": backbone_identity}}
+    first one writes. `quantization`: that of the backbone it was trained on. Raises as `new_directory`."""
+    backbone = {"name": backbone_name, "identity": backbone_identity}
+    if quantization is not None:
+        backbone["quantization"] = quantization.name
+    table = {**adapter.config.table(), "backbone": backbone}
     leaves = nnx.to_flat_state(nnx.state(adapter))
     tensors = {".".join(map(str, path)): layout.host(leaf[...]) for path, leaf in leaves}
     if jax.process_index() == 0:
         write_adapter_files(out, table, tensors, metadata={"format": "adafuse-jax"}, replace=replace, with_digest=True)
+
+
+def trained_quantization(directory: Path) -> QuantLayout | None:
+    """The quantisation of the backbone that the adapter in `directory` was trained on, if it is recorded."""
+    backbone = read_adapter_table(directory).get("backbone")
+    name = backbone.get("quantization") if isinstance(backbone, dict) else None
+    return QuantLayout.of_name(name) if isinstance(name, str) else None
 
 
 def _parse(table: Table) -> tuple[AdapterConfig, dict[str, Any]]:
@@ -101,8 +115,16 @@ def _setting(table: Table, name: str, hint: Any) -> Any:
     return getters[hint](name)
 
 
-def load_adapter(directory: str | Path, model: ModelConfig, *, backbone_identity: str, dtype: jnp.dtype) -> AnyAdapter:
-    """The adapter in `directory`, its experts cast to `dtype` (routers stay in fp32).
+def load_adapter(
+    directory: str | Path,
+    model: ModelConfig,
+    *,
+    backbone_identity: str,
+    dtype: jnp.dtype,
+    quantization: QuantLayout | None = None,
+) -> AnyAdapter:
+    """The adapter in `directory`, its experts cast to `dtype` (routers stay in fp32). It fits its backbone in any
+    quantisation; a log line says if the present one, `quantization`, is not the one that it was trained on.
 
     Raises:
       UserError: a missing, truncated or mismatched file, or an adapter of another backbone (PEFT does not record which
@@ -120,6 +142,10 @@ def load_adapter(directory: str | Path, model: ModelConfig, *, backbone_identity
             f"{directory}: was trained on another backbone ({quoted(backbone['name'])}, identity "
             f"{backbone['identity'][:12]}, this one is {backbone_identity[:12]}); give --model that one"
         )
+    trained, present = backbone.get("quantization"), None if quantization is None else quantization.name
+    if trained != present:
+        one, other = (quoted(name) if name else "plain weights" for name in (trained, present))
+        log.info("%s: was trained on a backbone of %s, this one has %s", directory, one, other)
     path = directory / WEIGHTS_FILE
     tensors = read_tensors(path)
     sizes = {size for tensor in tensors.values() for size in tensor.shape}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -22,12 +23,15 @@ from adafuse_jax.checkpoints.hf_config import HFConfig, parse_hf_config
 from adafuse_jax.checkpoints.placement import Placement, Stacked
 from adafuse_jax.checkpoints.safetensors_files import DTYPES, Tensors, require_float
 from adafuse_jax.checkpoints.tensor_names import stored_names
+from adafuse_jax.checkpoints.weight_forms import FLOAT, GPTQ, Dense, WeightForm
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.data.tokenizer import PATTERNS
-from adafuse_jax.models.config import LINEARS, DType, ModelConfig
+from adafuse_jax.models.config import LINEARS, DType, ModelConfig, Quantize
 from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.quantised import LAYOUTS, quantised, require_layout, uneven_groups
 from adafuse_jax.models.registry import FAMILIES
 from adafuse_jax.parallel.axes import logical_axes
+from pallas_kernels.quantised import QuantArray, QuantLayout
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +88,7 @@ class HFCheckpoint:
             tensors.shapes, str(directory), is_part=hf_config.is_part, is_tied=model.tie_word_embeddings
         )
         tensors.rename(names.of)
-        _check_tensors(tensors, hf_config.model)
+        _check_tensors(tensors, hf_config.model, hf_config.form)
         for remark in (*hf_config.remarks, *tensors.remarks, *names.remarks):
             log.info("%s", remark)
         dtype = hf_config.dtype or DTYPES[next(name for name in tensors.dtypes.values() if name in DTYPES)]
@@ -95,9 +99,36 @@ class HFCheckpoint:
     def config(self) -> ModelConfig:
         return self.hf_config.model
 
+    def layout(self, quantize: Quantize | None) -> QuantLayout | None:
+        """The layout that the linears' weights get when they are loaded so; None for plain ones.
+
+        Raises:
+          UserError: `quantize` does not fit the shapes, or the weights are quantised in another way.
+        """
+        stored = self.hf_config.form
+        if quantize is None or (stored is not None and stored.layout == LAYOUTS[quantize]):
+            return None if stored is None else stored.layout
+        if stored is not None:
+            raise UserError(
+                f"--quantize {quantize}: the weights in {self.directory} are {stored.layout.name} already; leave it out, or "
+                "give the unquantised model"
+            )
+        layout = LAYOUTS[quantize]
+        require_layout(self.config, layout)
+        return layout
+
+    def form(self, dtype: DType, quantize: Quantize | None) -> WeightForm | None:
+        """The form in which the linears' weights are read for a model of `dtype`; None for plain ones that stay so. Raises
+        as `layout`."""
+        layout = self.layout(quantize)
+        if layout is None or self.hf_config.form is not None:
+            return self.hf_config.form
+        return Dense(layout, layout.scale_dtype(dtype))
+
     def identity(self) -> str:
-        """Identity of the weights, to distinguish an adapter's backbone from any other."""
-        return self.tensors.identity()
+        """Identity of the weights, to distinguish an adapter's backbone from any other; of an export that is quantised, that
+        of the weights it was made of."""
+        return self.hf_config.base_identity or self.tensors.identity()
 
 
 def load_backbone(
@@ -106,22 +137,26 @@ def load_backbone(
     *,
     place: Placement | None = None,
     into: Backbone | None = None,
+    quantize: Quantize | None = None,
 ) -> Backbone:
     """Stream a model directory, hub id or opened `HFCheckpoint`, tensor by tensor, to where `place` puts it (default: whole
     arrays on the default device), casting every weight to `dtype` (default: the checkpoint's). A cast that rounds, and a
     config.json that names another type than that of the tensors, are logged. `into`: the arrays of an `empty_backbone` of
-    this type and place, which are consumed.
+    this type and place, which are consumed. `quantize`: the linears' weights become codes and scales, each as it is read.
 
     Raises:
       UserError: as `HFCheckpoint.open`, before the first weight is read; weights that are NaN or infinite, in the file or in
         `dtype`.
     """
     checkpoint = source if isinstance(source, HFCheckpoint) else HFCheckpoint.open(source)
-    config, tensors, name = checkpoint.config, checkpoint.tensors, dtype or checkpoint.dtype
-    if remark := _dtype_remark(checkpoint, name):
+    config, tensors, dtype = checkpoint.config, checkpoint.tensors, dtype or checkpoint.dtype
+    if remark := _dtype_remark(checkpoint, dtype):
         log.info("%s", remark)
-    family, place = FAMILIES[config.model_type], place or Stacked()
-    model = empty_backbone(checkpoint, name, place=place) if into is None else into
+    family, place, form = FAMILIES[config.model_type], place or Stacked(), checkpoint.form(dtype, quantize)
+    if form is not None:
+        done = "are quantised to" if isinstance(form, Dense) else "are"
+        log.info("%s: the linears' weights %s %s", checkpoint.directory, done, form.layout.name)
+    model = empty_backbone(checkpoint, dtype, place=place, quantize=quantize) if into is None else into
     graphdef, state = nnx.split(model)
     leaves = nnx.to_flat_state(state)
     patterns = [family.tensor_name(path) for path, _ in leaves]
@@ -133,6 +168,10 @@ def load_backbone(
     def fill(index: int) -> tuple[Any, Any]:
         path, leaf = leaves[index]
         rows = family.fused_rows(path, config) or slice(None)
+        if form is not None and isinstance(leaf[...], QuantArray):
+            parts = ([tensors.view(part_name(name, part)) for part in form.parts] for name in names[index])
+            of_layers = (form.of_rows(of_layer, rows) for of_layer in parts)
+            return place.fill_quantised(leaf[...], logical_axes(path), of_layers, form)
         return place.fill(leaf[...], logical_axes(path), (tensors.view(name)[rows] for name in names[index]))
 
     with ThreadPoolExecutor(place.num_threads) as threads:
@@ -143,25 +182,45 @@ def load_backbone(
             raise
     for (_, leaf), of_leaf, finite in zip(leaves, names, jax.device_get([finite for _, finite in filled]), strict=True):
         if not np.all(finite):
-            raise _not_finite(tensors, of_leaf[int(np.argmin(finite))], leaf.dtype)
+            name = of_leaf[int(np.argmin(finite))]
+            if form is not None and isinstance(leaf[...], QuantArray):  # by its scales
+                name = part_name(name, form.parts[-1])
+            raise _not_finite(tensors, name, leaf.dtype)
     arrays = [(path, leaf.replace(array)) for (path, leaf), (array, _) in zip(leaves, filled, strict=True)]
     return nnx.merge(graphdef, nnx.from_flat_state(arrays))
 
 
-def empty_backbone(checkpoint: HFCheckpoint, dtype: DType, *, place: Placement | None = None) -> Backbone:
+def part_name(name: str, part: str) -> str:
+    """The tensor that a form has in the place of a linear's weight, or beside it."""
+    return name.removesuffix("weight") + part
+
+
+def empty_backbone(
+    checkpoint: HFCheckpoint, dtype: DType, *, place: Placement | None = None, quantize: Quantize | None = None
+) -> Backbone:
     """A backbone of zeros that `load_backbone` fills."""
-    config = checkpoint.config
-    graphdef, abstract = nnx.split(jax.eval_shape(lambda: Backbone(config, dtype=dtype, rngs=nnx.Rngs(0))))
-    leaves = nnx.to_flat_state(abstract)
-    shapes = [(logical_axes(path), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)) for path, leaf in leaves]
-    arrays = (place or Stacked()).empty(shapes)
-    filled = [(path, leaf.replace(array)) for (path, leaf), array in zip(leaves, arrays, strict=True)]
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+    form = checkpoint.form(dtype, quantize)
+
+    def make() -> Backbone:
+        model = Backbone(checkpoint.config, dtype=dtype, rngs=nnx.Rngs(0))
+        return model if form is None else quantised(model, form.layout, _scale_dtype(checkpoint, form))
+
+    leaves, structure = jax.tree_util.tree_flatten_with_path(jax.eval_shape(make))
+    arrays = (place or Stacked()).empty([(logical_axes(path), leaf) for path, leaf in leaves])
+    return jax.tree.unflatten(structure, arrays)
+
+
+def _scale_dtype(checkpoint: HFCheckpoint, form: WeightForm) -> jnp.dtype:
+    """Type of the scales: those of files stay as they are."""
+    if isinstance(form, Dense):
+        return form.scale_dtype
+    first = next(_weights(checkpoint.config))[0]
+    return jnp.dtype(DTYPES[checkpoint.tensors.dtypes[part_name(first, form.parts[1])]])
 
 
 def _dtype_remark(checkpoint: HFCheckpoint, dtype: str) -> str | None:
     types = checkpoint.tensors.dtypes
-    stored = sorted({DTYPES[types[name]] for name, _ in tensor_shapes(checkpoint.config)})
+    stored = sorted({DTYPES[types[name]] for name, _ in tensor_shapes(checkpoint.config) if name in types})
     rounded = [name for name in stored if name != dtype and (dtype != "float32" or name == "float64")]
     if rounded:
         return f"{checkpoint.directory}: weights stored as {' and '.join(rounded)} are rounded to {dtype}"
@@ -193,19 +252,25 @@ def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield pattern.format(layer), shape
 
 
-def _check_tensors(tensors: Tensors, config: ModelConfig) -> None:
+def _weights(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    """Hugging Face's name of each linear's weight, and the linear's."""
+    tensor_name = FAMILIES[config.model_type].tensor_name
+    for layer in range(config.num_layers):
+        for linear in LINEARS:
+            yield tensor_name(("layers", linear, "weight")).format(layer), linear
+
+
+def _check_tensors(tensors: Tensors, config: ModelConfig, form: WeightForm | None) -> None:
     expected = set()
     where = f"{tensors.directory}: tensor"
+    linears = {} if form is None else dict(_weights(config))
+    if form is not None and (reason := uneven_groups(config, form.layout)):
+        raise UserError(f"{tensors.directory}: config.json: {reason}; restore the file")
     for name, shape in tensor_shapes(config):  # ends at the first that is missing, however many config.json asks for
-        if name not in tensors.shapes:
-            raise UserError(
-                f"{where} {name} is missing; of the {config.num_layers} layers in config.json it must have shape "
-                f"{list(shape)}, restore the weights"
-            )
-        require_float(tensors.dtypes[name], f"{where} {name}")
-        if tensors.shapes[name] != shape:
-            found = quoted(list(tensors.shapes[name]))
-            raise UserError(f"{where} {name} has shape {found}, config.json says {list(shape)}; one of them is wrong")
+        if form is not None and name in linears:
+            expected |= _check_quantised(tensors, name, shape, form, config)
+            continue
+        _check_tensor(tensors, name, shape, FLOAT, config.num_layers)
         expected.add(name)
     extra = [n for n in tensors.shapes if n not in expected and not n.endswith("rotary_emb.inv_freq")]
     if config.tie_word_embeddings and "lm_head.weight" in extra:
@@ -221,6 +286,39 @@ def _check_tensors(tensors: Tensors, config: ModelConfig) -> None:
             f"{where} {shortened(extra[0], 120)} is no part of the {config.model_type} model that config.json describes "
             f"({len(extra)} such); check config.json"
         )
+
+
+def _check_tensor(tensors: Tensors, name: str, shape: tuple[int, ...], dtype: str, num_layers: int) -> None:
+    where = f"{tensors.directory}: tensor"
+    if name not in tensors.shapes:
+        raise UserError(
+            f"{where} {name} is missing; of the {num_layers} layers in config.json it must have shape {list(shape)}, "
+            "restore the weights"
+        )
+    if dtype == FLOAT:
+        require_float(tensors.dtypes[name], f"{where} {name}")
+    elif tensors.dtypes[name] != dtype:
+        found = shortened(tensors.dtypes[name], 40)
+        raise UserError(f"{where} {name} is of type {found}, config.json says {dtype}; one of them is wrong")
+    if tensors.shapes[name] != shape:
+        found = quoted(list(tensors.shapes[name]))
+        raise UserError(f"{where} {name} has shape {found}, config.json says {list(shape)}; one of them is wrong")
+
+
+def _check_quantised(
+    tensors: Tensors, name: str, shape: tuple[int, ...], form: WeightForm, config: ModelConfig
+) -> set[str]:
+    """Names of the tensors of a quantised weight."""
+    expected = form.tensors(*shape)
+    for part, (part_shape, dtype) in expected.items():
+        _check_tensor(tensors, part_name(name, part), part_shape, dtype, config.num_layers)
+    ends = {part for part in ("g_idx", "weight_g_idx", "weight_zero_point") if part_name(name, part) in tensors.shapes}
+    where = f"{tensors.directory}: tensor {part_name(name, '')}".removesuffix(".")
+    form.check(lambda part: tensors.read(part_name(name, part)), where, ends, shape[1])
+    bias = part_name(name, "bias")
+    if isinstance(form, GPTQ) and bias in tensors.shapes and not tensors.read(bias).any():
+        ends.add("bias")  # AutoGPTQ writes zeros for a linear that has none
+    return {part_name(name, part) for part in expected | dict.fromkeys(ends)}
 
 
 def _not_finite(tensors: Tensors, name: str, dtype: np.dtype) -> UserError:

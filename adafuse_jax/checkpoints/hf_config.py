@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from adafuse_jax.checkpoints.inert_keys import GENERATION_INERT, INERT, INERT_VALUES, SUPPORTED_VALUES
+from adafuse_jax.checkpoints.quantised_config import BASE_IDENTITY, parse_weight_form
 from adafuse_jax.checkpoints.tensor_names import text_table
+from adafuse_jax.checkpoints.weight_forms import WeightForm
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ModelConfig
@@ -46,6 +48,10 @@ class HFConfig:
     table: Table
     generation: Table
     is_part: bool = False
+    form: WeightForm | None = None
+    """The form of quantised weights; None: they are not."""
+    base_identity: str | None = None
+    """Identity of the weights that quantised ones were made of, if it is known."""
 
 
 def parse_hf_config(directory: Path) -> HFConfig:
@@ -72,11 +78,6 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
     if part is not None:
         table.values = {"architectures": [family.architecture], **family.text_defaults, **table.values}
     activation = ACTIVATION_NAMES[table.choice(family.key("hidden_act"), tuple(ACTIVATION_NAMES), family.activation)]
-    for name in ("quantization_config", "quantization", "compression_config"):
-        if table.get(name):
-            raise UserError(
-                f"{table.where}: {name}: the weights are quantised; give an unquantised (bf16, fp16 or fp32) model"
-            )
     for name, supported in SUPPORTED_VALUES.items():
         if name in table and table.get(name) not in supported:
             raise table.error(name, f"supported: {', '.join(map(str, supported)) or 'none'}")
@@ -130,14 +131,16 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
             f"{table.where}: longrope: an answer to a prompt of up to {original} tokens ends where both have "
             f"{original + 1}, as the angles change there"
         )
-    dtype = _dtype(table)
+    dtype, form = _dtype(table), parse_weight_form(table, tied=model.tie_word_embeddings)
+    base = None if form is None else table.text(BASE_IDENTITY, None)
     unused = [*(name for name in table.unread() if not _is_inert(name, table.values[name])), *rope_unused]
     if unused:
         names = ", ".join(shortened(name, 60) for name in unused)
         remarks.insert(0, shortened(f"{table.where}: keys that are not used: {names}", 400))
     return HFConfig(
-        model=model, dtype=dtype, remarks=tuple(remarks), table=table, generation=generation, is_part=part is not None
-    )
+        model=model, dtype=dtype, remarks=tuple(remarks), table=table, generation=generation, is_part=part is not None,
+        form=form, base_identity=base,
+    )  # fmt: skip
 
 
 def generation_remark(generation: Table) -> str | None:

@@ -15,6 +15,8 @@ from flax import nnx
 
 from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, model_directory
 from adafuse_jax.checkpoints.hf_config import HFConfig, parse_hf_config, parse_tables
+from adafuse_jax.checkpoints.quantised_config import BASE_IDENTITY, KEYS
+from adafuse_jax.checkpoints.quantised_export import as_stored, quantization_table
 from adafuse_jax.checkpoints.safetensors_files import INDEX_FILE, write_tensors
 from adafuse_jax.core.atomic_files import new_directory, write_json
 from adafuse_jax.core.errors import UserError, quoted
@@ -24,6 +26,7 @@ from adafuse_jax.models.config import ModelConfig, flat_fields
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.families.family import Family
 from adafuse_jax.models.layout import ONE_DEVICE, Layout
+from adafuse_jax.models.quantised import quantisation_of
 from adafuse_jax.models.registry import FAMILIES
 
 log = logging.getLogger(__name__)
@@ -39,9 +42,12 @@ def export_backbone(
     tokenizer: Mapping[str, bytes] | None = None,
     replace: bool = False,
     layout: Layout = ONE_DEVICE,
+    base_identity: str | None = None,
 ) -> None:
-    """Write `model` as a Hugging Face directory, in shards of at most 5 GB. generation_config.json, the tokenizer's
-    files and what else config.json holds come from `source`; the tokenizer's are those of `tokenizer`, by name, if given.
+    """Write `model` as a Hugging Face directory, in shards of at most 5 GB; quantised linears as compressed-tensors.
+    generation_config.json, the tokenizer's files and what else config.json holds come from `source`; the tokenizer's are
+    those of `tokenizer`, by name, if given. `base_identity`: of a quantised model, the identity of the weights it was made
+    of, whose adapters it takes.
 
     The directory appears complete or not at all. Of several processes all call this, and the first one writes.
 
@@ -49,16 +55,17 @@ def export_backbone(
       UserError: `out` exists and is not an empty directory, unless `replace` puts the export in place of the old files, of
         which files of other names stay; a weight that is not finite; a model that config.json cannot describe.
     """
+    stored = as_stored(model)
     if jax.process_index() > 0:
-        for _ in _files(model, layout):
+        for _ in _files(stored, layout):
             pass
         return
     with new_directory(Path(out), replace=replace, keep_others=True) as partial_out:
         directory, hf_config = _source_config(source)
-        _write_configs(model, partial_out, directory, hf_config)
+        _write_configs(model, partial_out, directory, hf_config, base_identity)
         if directory is not None:
             write_tokenizer(tokenizer_files(directory) if tokenizer is None else tokenizer, partial_out)
-        _write_weights(model, partial_out, layout)
+        _write_weights(stored, partial_out, layout)
 
 
 def _source_config(source: str | Path | HFCheckpoint | None) -> tuple[Path | None, HFConfig | None]:
@@ -71,7 +78,9 @@ def _source_config(source: str | Path | HFCheckpoint | None) -> tuple[Path | Non
     return directory, parse_hf_config(directory) if (directory / "config.json").exists() else None
 
 
-def _write_configs(model: Backbone, out: Path, directory: Path | None, source: HFConfig | None) -> None:
+def _write_configs(
+    model: Backbone, out: Path, directory: Path | None, source: HFConfig | None, base_identity: str | None
+) -> None:
     """config.json is the source's, keys that are not read included, if it describes the same function; so is
     generation_config.json, but for special tokens that are not the model's."""
     config, dtype, file = model.config, str(model.dtype), "generation_config.json"
@@ -92,6 +101,10 @@ def _write_configs(model: Backbone, out: Path, directory: Path | None, source: H
     else:
         table = config_table(config, dtype)
         _require_described(config, table, read_json(out / file))
+    table = {name: value for name, value in table.items() if name not in (*KEYS, BASE_IDENTITY)}
+    if (layout := quantisation_of(model)) is not None:
+        base = {} if base_identity is None else {BASE_IDENTITY: base_identity}
+        table |= {"quantization_config": quantization_table(layout), **base}
     write_json(out / "config.json", table)
 
 

@@ -2,6 +2,7 @@
 
 stacked leaf [L, …] ← the tensors […] of layers 0 … L−1
 other leaf    […]   ← one tensor […]
+quantised     codes and scales [L, …] ← those that a form makes of each layer's tensors, on the device
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool
 
+from adafuse_jax.checkpoints.weight_forms import WeightForm
 from adafuse_jax.parallel.axes import Axes, partition_spec
+from pallas_kernels.quantised import QuantArray
 
 MAX_THREADS = 4
 """Leaves that are filled at a time, at most: one tensor of each is in flight."""
@@ -47,6 +50,11 @@ class Placement(Protocol):
     def fill(self, leaf: Array, axes: Axes, tensors: Iterator[np.ndarray]) -> tuple[Array, Finite]:
         """Consume an empty leaf, and return it with its tensors in it, cast to its type, and whether all values of each
         tensor are finite in that type."""
+
+    def fill_quantised(
+        self, leaf: QuantArray, axes: Axes, tensors: Iterator[tuple[np.ndarray, ...]], form: WeightForm
+    ) -> tuple[QuantArray, Finite]:
+        """`fill` of codes and scales, from the `form.parts` of each layer. `axes` are those of W."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +87,22 @@ class Stacked:
                 _set_layer(leaf, finite, np.int32(layer), self._placed(tensor, axes[1:]))
             )
         return leaf if self.mesh is None else jax.device_put(leaf, self._sharding(axes)), finite
+
+    def fill_quantised(
+        self, leaf: QuantArray, axes: Axes, tensors: Iterator[tuple[np.ndarray, ...]], form: WeightForm
+    ) -> tuple[QuantArray, Finite]:
+        finite: Finite = np.ones(leaf.shape[0], bool)
+        part_axes = form.axes(axes[1:])
+        for layer, parts in enumerate(tensors):
+            placed = tuple(map(self._placed, parts, part_axes))
+            leaf, finite = jax.block_until_ready(_set_quantised(leaf, finite, np.int32(layer), placed, form))
+        if self.mesh is None:
+            return leaf, finite
+        scale_axes = axes if leaf.layout.group_size else axes[:-1]
+        codes, scales = (
+            jax.device_put(x, self._sharding(of)) for x, of in ((leaf.codes, axes), (leaf.scales, scale_axes))
+        )
+        return QuantArray(codes, scales, leaf.layout), finite
 
     def _placed(self, tensor: np.ndarray, axes: Axes) -> Array:
         """The tensor on the devices. Over a mesh this process, which has read all of it, places the parts of its devices."""
@@ -150,3 +174,13 @@ def _set_layer(
     cast = tensor.astype(stack.dtype)
     stack = jax.lax.dynamic_update_index_in_dim(stack, cast, layer, axis=0)
     return stack, finite.at[layer].set(jnp.isfinite(cast).all())
+
+
+@partial(jax.jit, static_argnums=4, donate_argnums=0)
+def _set_quantised(
+    stack: QuantArray, finite: Bool[Array, " L"], layer: np.int32, parts: tuple[Array, ...], form: WeightForm
+) -> tuple[QuantArray, Bool[Array, " L"]]:
+    """Write the codes and scales of a layer; a weight that is not finite has a scale that is not."""
+    of_layer = form.convert(*parts)
+    stack = jax.tree.map(lambda to, x: jax.lax.dynamic_update_index_in_dim(to, x, layer, axis=0), stack, of_layer)
+    return stack, finite.at[layer].set(jnp.isfinite(of_layer.scales).all())

@@ -24,6 +24,8 @@ from adafuse_jax.core.tables import Table
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 """Types of tensors that are read, by their names in the files."""
+INTEGERS = {"I32": "int32", "I64": "int64"}
+"""Types of what describes quantised weights."""
 
 
 @contextmanager
@@ -91,7 +93,9 @@ class MappedFile:
         entry = self._header[name]
         first, end = entry["data_offsets"]
         data = self._bytes[self._begin + first : self._begin + end]
-        return np.require(data.view(jnp.dtype(DTYPES[entry["dtype"]])), requirements="A").reshape(entry["shape"])
+        return np.require(data.view(jnp.dtype((DTYPES | INTEGERS)[entry["dtype"]])), requirements="A").reshape(
+            entry["shape"]
+        )
 
 
 class Tensors:

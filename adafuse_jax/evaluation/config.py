@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adafuse_jax.core.fields import MAX_COUNT, MAX_ROWS, MAX_TOKENS, check, flag, require
-from adafuse_jax.models.config import DType
+from adafuse_jax.models.config import QUANTIZE_HELP, DType, Quantize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,7 @@ class EvaluationConfig:
     max_new_tokens: int = flag("tokens of a generated answer, at most", 16, low=1, high=MAX_COUNT)
     out: str | None = flag("JSON file for the results", None, "FILE", text="path")
     dtype: DType | None = flag("type of weights and activations; default: the model's own", None)
+    quantize: Quantize | None = flag(QUANTIZE_HELP, None)
 
     def __post_init__(self) -> None:
         check(self)

@@ -28,7 +28,7 @@ from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.data.examples import Message
 from adafuse_jax.data.rendering import render
-from adafuse_jax.models.config import DType
+from adafuse_jax.models.config import DType, Quantize
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -46,7 +46,7 @@ from adafuse_jax.inference.detokenizer import TextStream
 from adafuse_jax.inference.engine import Engine, occurrences
 from adafuse_jax.inference.sampling import Sampling
 
-ARGUMENTS = ("model", "adapter", "batch_size", "max_length", "dtype")
+ARGUMENTS = ("model", "adapter", "batch_size", "max_length", "dtype", "quantize")
 DEFAULTS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "seed": 0}
 BOUNDS = {
     "temperature": (0, 1e30),
@@ -68,6 +68,7 @@ class AdaFuseLM(TemplateLM):
       batch_size: sequences scored or continued together; results do not depend on it.
       max_length: tokens the model sees at most; default: its context.
       dtype: of weights and activations; default: the model's own.
+      quantize: int8, int4 or int4-g64, as the flag of decode.py; default: as the files have the weights.
     """
 
     def __init__(
@@ -78,16 +79,17 @@ class AdaFuseLM(TemplateLM):
         batch_size: int | str = 8,
         max_length: int | None = None,
         dtype: DType | None = None,
+        quantize: Quantize | None = None,
     ):
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise UserError(f"batch_size is {batch_size!r}: it must be a number greater than 0")
         if isinstance(model, Loaded):
-            if adapter is not None or dtype is not None:
-                raise UserError("a loaded model has its adapter and its dtype; leave the two out")
+            if (adapter, dtype, quantize) != (None, None, None):
+                raise UserError("a loaded model has its adapter, its dtype and its quantisation; leave these out")
             self.loaded = model
         else:
-            self.loaded = load(model, adapter, dtype)
+            self.loaded = load(model, adapter, dtype, quantize=quantize)
         self.tokenizer, self.batch_size = self.loaded.tokenizer, int(batch_size)
         self._engine = Engine(self.loaded.model, self.loaded.adapter)
         context = self._engine.context_length

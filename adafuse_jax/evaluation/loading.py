@@ -12,7 +12,7 @@ from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
 from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.data.tokenizer import load_tokenizer
-from adafuse_jax.models.config import DType
+from adafuse_jax.models.config import DType, Quantize
 from adafuse_jax.models.decoder import Backbone
 
 
@@ -27,7 +27,12 @@ class Loaded:
 
 
 def load(
-    model: str | HFCheckpoint, adapter: str | None = None, dtype: DType | None = None, *, tokenizer: Any = None
+    model: str | HFCheckpoint,
+    adapter: str | None = None,
+    dtype: DType | None = None,
+    *,
+    tokenizer: Any = None,
+    quantize: Quantize | None = None,
 ) -> Loaded:
     """Load from directories (a hub id or an opened checkpoint, for the model); float32 models multiply in float32.
     `tokenizer`: the model's and the adapter's, if it is loaded already.
@@ -37,6 +42,8 @@ def load(
     """
     if dtype is not None and dtype not in get_args(DType):
         raise UserError(f"dtype is {quoted(dtype)}: choose from {', '.join(get_args(DType))}")
+    if quantize is not None and quantize not in get_args(Quantize):
+        raise UserError(f"quantize is {quoted(quantize)}: choose from {', '.join(get_args(Quantize))}")
     checkpoint = model if isinstance(model, HFCheckpoint) else HFCheckpoint.open(model)
     if tokenizer is None:
         tokenizer = load_tokenizer(checkpoint.directory, adapter)
@@ -46,5 +53,9 @@ def load(
     adapted = None
     if adapter is not None:
         identity = checkpoint.identity()
-        adapted = load_adapter(adapter, checkpoint.config, backbone_identity=identity, dtype=jnp.dtype(dtype))
-    return Loaded(model=load_backbone(checkpoint, dtype), adapter=adapted, tokenizer=tokenizer, dtype=dtype)
+        adapted = load_adapter(
+            adapter, checkpoint.config, backbone_identity=identity, dtype=jnp.dtype(dtype),
+            quantization=checkpoint.layout(quantize),
+        )  # fmt: skip
+    backbone = load_backbone(checkpoint, dtype, quantize=quantize)
+    return Loaded(model=backbone, adapter=adapted, tokenizer=tokenizer, dtype=dtype)

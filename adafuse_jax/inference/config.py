@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from adafuse_jax.core.fields import MAX_COUNT, MAX_ROWS, MAX_SEED, check, flag, require
-from adafuse_jax.models.config import DType
+from adafuse_jax.models.config import QUANTIZE_HELP, DType, Quantize
 
 Strategy = Literal["fused", "unmerged", "golden", "switch", "merged"]
 TOKEN_STRATEGIES = ("golden", "switch")
@@ -71,6 +71,7 @@ class DecodeConfig:
     stats: bool = flag("print ms/token, tokens/s and the experts used", False)
     json: bool = flag("print one JSON object a line per prompt instead of streaming text", False)
     dtype: DType | None = flag("type of weights and activations; default: the model's own", None)
+    quantize: Quantize | None = flag(QUANTIZE_HELP, None)
 
     def __post_init__(self) -> None:
         check(self)

@@ -19,10 +19,20 @@ from adafuse_jax.adapters.stacked import NO_ADAPTER, of_rows
 from adafuse_jax.inference.ahead import Program
 from adafuse_jax.inference.backends.base import Backend
 from adafuse_jax.inference.logprobs import LogProbs, log_probabilities, of_prompt
+from adafuse_jax.inference.prefill import adapter_of_prompts
 from adafuse_jax.inference.sampling import Sampling, sample
 from adafuse_jax.inference.state import DecodeState
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.hooks import TokenExperts
+from adafuse_jax.models.kv_cache import KVCache, PromptCache
+
+PREFILL_OPTIONS = {
+    "xla_gpu_enable_dynamic_slice_fusion": True,
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
+"""XLA's options of a prefill, on GPUs: products are cuBLAS', one for each linear, and read the weights of a layer in place.
+XLA's own, or one for several linears, would need a copy of them."""
 
 
 class StepResult(NamedTuple):
@@ -36,7 +46,12 @@ class StepResult(NamedTuple):
     logprobs: LogProbs | None
 
 
-@partial(Program, static_argnames="pad_id", donate_argnames=("state", "logits"))
+@partial(
+    Program,
+    static_argnames=("pad_id", "by_kernels"),
+    donate_argnames=("state", "logits"),
+    compiler_options=PREFILL_OPTIONS,
+)
 def prefill_chunk(
     model: Backbone,
     adapter: Any,
@@ -50,22 +65,35 @@ def prefill_chunk(
     adapters: Int[Array, " R"] | None = None,
     following: Int[Array, "R T"] | None = None,
     totals: Int[Array, " R"] | None = None,
+    by_kernels: bool = False,
 ) -> tuple[DecodeState, Float[Array, "R V"], LogProbs | None]:
     """Put tokens[r, :lengths[r]] into the cache of slot rows[r] (None: of every slot, R = B), from position starts[r] on.
     `logits` of rows that have tokens here are replaced. Until `start`, steps write nothing into these slots. `adapters`: the
-    rows' ids in a bank. `totals`: tokens of each whole prompt, for RoPE that depends on them. Returns (state, logits,
-    log-probabilities of the tokens `following` each, if they are given)."""
+    rows' ids in a bank. `totals`: tokens of each whole prompt, for RoPE that depends on them. `by_kernels`: see
+    `prefill.kernels_unsupported_reason`. Returns (state, logits, log-probabilities of the tokens `following` each, if they
+    are given)."""
     at: Any = slice(None) if rows is None else rows
-    cache = state.cache if rows is None else state.cache.rows(rows)
+    cache: KVCache
+    if by_kernels:
+        slots = jnp.arange(len(lengths)) if rows is None else rows
+        cache = PromptCache.of(state.cache, model.config, rows=slots, starts=starts, lengths=lengths)
+    else:
+        cache = state.cache if rows is None else state.cache.of_rows(rows)
     offset = jnp.arange(tokens.shape[1])
     inside = offset < lengths[:, None]  # [R, T]
     positions = jnp.where(inside, starts[:, None] + offset, cache.slots)
     ids = state.adapter if state.adapter is None or adapters is None else state.adapter.at[at].set(adapters)
     adapter = of_rows(adapter, adapters)
+    if by_kernels:
+        adapter = adapter_of_prompts(model, adapter, tokens)
     tokens_in = jnp.where(inside, tokens, pad_id)
     out = model.run(tokens_in, adapter=adapter, positions=positions, cache=cache, lengths=totals)
     last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]  # [R, D]
     assert out.cache is not None
+    if isinstance(out.cache, PromptCache):
+        new_cache = out.cache.whole
+    else:
+        new_cache = out.cache if rows is None else state.cache.with_rows(rows, out.cache)
     seen = state.seen
     if seen is not None:
         before = jnp.where((starts > 0)[:, None], seen[at], 0)
@@ -73,14 +101,16 @@ def prefill_chunk(
         seen = seen.at[at].set(before.at[jnp.arange(len(lengths))[:, None], new].set(1, mode="drop"))
     state = replace(
         state,
-        cache=out.cache if rows is None else state.cache.with_rows(rows, out.cache),
+        cache=new_cache,
         position=state.position.at[at].set(cache.slots),
         done=state.done.at[at].set(True),
         seen=seen,
         adapter=ids,
     )
     logprobs = None if following is None else of_prompt(model, out.hidden, following)
-    return state, jnp.where((lengths > 0)[:, None], model.logits(last), logits), logprobs
+    # Of one row alone cuBLAS has no product with fp32 results: XLA would convert the head.
+    new_logits = model.logits(jnp.concatenate([last, last]))[: len(last)]
+    return state, jnp.where((lengths > 0)[:, None], new_logits, logits), logprobs
 
 
 @partial(Program, static_argnames=("pad_id", "with_logprobs"), donate_argnames="state")

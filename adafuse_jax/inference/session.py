@@ -26,7 +26,7 @@ from adafuse_jax.data.templates import start_rendering
 from adafuse_jax.data.tokenizer import load_tokenizer
 from adafuse_jax.inference import backends
 from adafuse_jax.inference.ahead import compiled_ahead
-from adafuse_jax.inference.backends.registry import require_strategy
+from adafuse_jax.inference.backends.registry import require_reads_quantised, require_strategy
 from adafuse_jax.inference.config import DecodeConfig
 from adafuse_jax.inference.detokenizer import TextStream
 from adafuse_jax.inference.engine import Engine
@@ -95,6 +95,9 @@ class Session:
         dtype = config.dtype or checkpoint.dtype
         if dtype == "float32":
             runtime.exact_float32()
+        layout = checkpoint.layout(config.quantize)
+        if config.strategy is not None:
+            require_reads_quantised(config.strategy, layout)
         adapter = None
         if config.adapter is not None:  # before the backbone: a mistake here shows before the large files are read
             adapter = load_adapter(
@@ -103,10 +106,11 @@ class Session:
                 backbone_identity=checkpoint.identity(),
                 # Merged once, a LoRA is rounded once.
                 dtype=jnp.dtype("float32" if config.strategy == "merged" else dtype),
+                quantization=layout,
             )
             if config.strategy is not None:
                 require_strategy(adapter.config, config.strategy)
-        mesh = None if config.tensor_parallel == 1 else make_mesh(config.tensor_parallel, checkpoint.config)
+        mesh = None if config.tensor_parallel == 1 else make_mesh(config.tensor_parallel, checkpoint.config, layout)
         if mesh is not None and adapter is not None:
             adapter = shard(adapter, mesh)
         self.adapted, self.num_experts = adapter is not None, adapter.config.max_experts if adapter else 0
@@ -119,13 +123,13 @@ class Session:
         eos_ids = sorted({*checkpoint.config.eos_token_ids, *stops})
         prepare = partial(Engine, adapter=adapter, strategy=config.strategy, eos_ids=eos_ids)
         place = Stacked(mesh)
-        empty = empty_backbone(checkpoint, dtype, place=place)
+        empty = empty_backbone(checkpoint, dtype, place=place, quantize=config.quantize)
         # A strategy that merges would take the empty weights over.
         can_compile = bool(first) and mesh is None and config.strategy in (None, "unmerged", "fused")
         with _backends_not_logged():
             slots = self._waiting(prepare(empty), first) if can_compile else None
         with ThreadPoolExecutor(1, "load") as thread:
-            loading = thread.submit(load_backbone, checkpoint, dtype, place=place, into=empty)
+            loading = thread.submit(load_backbone, checkpoint, dtype, place=place, into=empty, quantize=config.quantize)
             try:
                 with compiled_ahead(slots.compile if slots is not None else None):
                     self.engine = prepare(loading.result())

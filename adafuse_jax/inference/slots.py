@@ -31,7 +31,7 @@ from adafuse_jax.core.fields import MAX_SEED
 from adafuse_jax.inference.adapter_bank import Loaded
 from adafuse_jax.inference.backends.base import Backend
 from adafuse_jax.inference.logprobs import MAX_TOP_LOGPROBS, LogProbs, following_tokens, prompt_logprobs
-from adafuse_jax.inference.prefill import Prefill
+from adafuse_jax.inference.prefill import Prefill, largest_chunk, prefills_by_kernels
 from adafuse_jax.inference.prefix_cache import PrefixCache
 from adafuse_jax.inference.programs import StepResult, advance, clear, copy_prefix, prefill_chunk, release, start
 from adafuse_jax.inference.row_settings import RowSettings
@@ -81,6 +81,7 @@ class Slots:
         self._fixed_length, self.context_length = context_length, context_length or limit
         self._bank = self._backend.bank
         self._config, self._dtype, self._mesh = config, dtype, mesh
+        self._by_kernels = prefills_by_kernels(config, dtype, mesh)
         self._stop_ids, self._pad_id, self._warm = stop_ids, pad_id, warm
         self._state: DecodeState | None = None
         self._rows: list[Row | None] = [None] * num_slots
@@ -280,14 +281,15 @@ class Slots:
             )
         state = self._take_state()
         self._settings.begin(rows, running)
-        penalize = self._settings.variant.penalize
-        self._state = self._placed(state.grown(length).with_seen(self._config.vocab_size if penalize else None))
+        counts = self._settings.variant.penalize or self._fixed_length is not None  # fixed slots keep their programs
+        self._state = self._placed(state.grown(length).with_seen(self._config.vocab_size if counts else None))
         for row in rows:
             if row.reuse_cache and not row.sampling.penalize and row.wanted_prompt_logprobs is None:
                 self._reuse(row)
             self._prefixes.forget(row.slot)
         self._prompt_logprobs = []
-        self._prefill = Prefill.of(rows, self._config.vocab_size, whole=whole, beside_rows=bool(running))
+        most = largest_chunk(len(rows), beside_rows=bool(running), by_kernels=self._by_kernels)
+        self._prefill = Prefill.of(rows, self._config.vocab_size, whole=whole, most=most)
         self._prefill.logits = self._placed(self._prefill.logits)
         self._warm_up(self._prefill, running)
         for row in rows:
@@ -331,7 +333,7 @@ class Slots:
             totals = np.array([len(row.prompt) for row in prefill.rows], np.int32)
         self._state, prefill.logits, logprobs = prefill_chunk(
             model, adapter, self._take_state(), prefill.logits, tokens, starts, lengths, rows, pad_id=self._pad_id,
-            adapters=ids, following=following, totals=totals,
+            adapters=ids, following=following, totals=totals, by_kernels=self._by_kernels,
         )  # fmt: skip
         if logprobs is not None and lengths.any():
             self._prompt_logprobs.append((sum(prefill.sizes[: prefill.done]), logprobs))  # such rows reuse no cache
@@ -350,12 +352,13 @@ class Slots:
         without tokens for each length. Nothing of it stays."""
         assert self._state is not None
         bucket = None if self._bank is None else self._bank.bucket
-        step = "step", self.num_slots, prefill.whole, self._state.cache.slots, self._settings.variant, bucket
+        shapes = self.num_slots, self._state.cache.slots, self._state.seen is not None, bucket
+        first = "start", prefill.whole, self._settings.variant, *shapes
+        step, copy = ("step", self._settings.variant, *shapes), ("copy", *shapes)
         of_prompts = any(row.wanted_prompt_logprobs is not None for row in prefill.rows)
-        copy = ("copy", self.num_slots, self._state.cache.slots)
         copies = [copy] if self.num_slots > 1 and any(row.reuse_cache for row in prefill.rows) else []
-        steps = [] if running else [step]
-        new = {*steps, *((*step, size, of_prompts) for size in prefill.sizes), *copies} - self._warm
+        chunks = {("chunk", prefill.whole, size, of_prompts, *shapes) for size in prefill.sizes}
+        new = {first, *([] if running else [step]), *chunks, *copies} - self._warm
         if not new:
             return
         if not running:

@@ -7,6 +7,11 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 DType = Literal["float32", "bfloat16", "float16"]
+Quantize = Literal["int8", "int4", "int4-g64"]
+QUANTIZE_HELP = (
+    "keep the linears' weights in 8 bits with a scale for each output, or in 4 bits with one for each 128 (int4) or 64 "
+    "(int4-g64) inputs; embeddings, head, norms and adapters stay; default: as the model's files have them"
+)
 Remat = Literal["none", "products", "attention", "full"]
 """Rematerialisation policies of training, see `models.remat`."""
 

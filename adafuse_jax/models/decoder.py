@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int, Key
 from adafuse_jax.models.attention import Visibility, attention
 from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig, Remat
 from adafuse_jax.models.hooks import Adapter, Hook
-from adafuse_jax.models.kv_cache import KVCache
+from adafuse_jax.models.kv_cache import KVCache, PromptCache
 from adafuse_jax.models.layers import Linear, Norm, gated_product, logit_product, scaled, softcapped
 from adafuse_jax.models.layout import ONE_DEVICE, Layout
 from adafuse_jax.models.remat import ATTENTION, FFN, kept, rematerialized
@@ -92,7 +92,11 @@ class DecoderLayer(nnx.Module):
 
         def ffn(h: Array) -> Array:
             gate, up = (kept(linear(name, h), FFN) for name in ("gate_proj", "up_proj"))
-            return linear("down_proj", gated_product(gate, up, config.activation))
+
+            def product(gate: Array, up: Array) -> Array:
+                return gated_product(gate, up, config.activation)
+
+            return linear("down_proj", adapt.gated(product, config.activation, gate, up))
 
         config = self.config
         h = normed(self.input_layernorm, x)
@@ -222,6 +226,8 @@ class Backbone(nnx.Module):
                 q, k = rotation.of_queries(q), rotation.of_keys(k)
                 if cache is not None:
                     cache = cache.write(index, positions, k, v)
+                    if isinstance(cache, PromptCache):
+                        return cache.attention(index, q)
                     k, v = cache.k[index], cache.v[index]
                 if not config.qk_norm:  # whose derivatives need them as they were before
                     q, k = kept((q, k), ATTENTION)
@@ -244,7 +250,8 @@ class Backbone(nnx.Module):
 
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             hook = Hook() if adapter is None else adapter.hook(experts, index, routing, key)
-            x = layout.activations(layer(x, attend, hook, None if unroll or cache is None else slice_linear))
+            in_place = unroll or cache is None or isinstance(cache, PromptCache)  # see `programs.PREFILL_OPTIONS`
+            x = layout.activations(layer(x, attend, hook, None if in_place else slice_linear))
             return (x, cache, hook.routing), hook.layer_routing
 
         x = self.embed(tokens, layout)  # [B, T, D]

@@ -94,6 +94,16 @@ class Hook:
         """The adapted output of `linear`, which the layer calls `name`."""
         return linear(x)
 
+    def gated(
+        self,
+        product: Callable[[Array, Array], Array],
+        activation: str,
+        gate: Float[Array, "B T F"],
+        up: Float[Array, "B T F"],
+    ) -> Float[Array, "B T F"]:
+        """`product(gate, up)`, which is activation(gate) · up, of what the hook has returned for gate_proj and up_proj."""
+        return product(gate, up)
+
     def ffn(
         self, block: Callable[[Float[Array, "B T D"]], Float[Array, "B T D"]], x: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:

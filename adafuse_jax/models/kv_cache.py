@@ -5,13 +5,15 @@ A row's token at position p lives in slot p, so padding never enters the cache a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from adafuse_jax.models.config import ModelConfig
+from pallas_kernels.prefill_attention import prefill_attention
 
 COPIED_POSITIONS = 128
 """Positions that are copied together from one row to another."""
@@ -37,7 +39,7 @@ class KVCache:
         more = max(0, slots - self.slots)
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))) if more else x, self)
 
-    def rows(self, rows: Int[Array, " R"]) -> KVCache:
+    def of_rows(self, rows: Int[Array, " R"]) -> KVCache:
         """A copy of some rows, [L, R, S, K, H]."""
         return jax.tree.map(lambda x: x[:, rows], self)
 
@@ -62,14 +64,70 @@ class KVCache:
     def write(
         self,
         layer: Int[Array, ""],
-        positions: Int[Array, "B T"],
-        k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
-    ) -> KVCache:
-        """Store one layer's keys and values; a position ≥ S (padding) is dropped."""
-        rows = jnp.arange(positions.shape[0])[:, None]
-        at = (layer, rows, positions)
-        return KVCache(
-            self.k.at[at].set(k.astype(self.k.dtype), mode="drop"),
-            self.v.at[at].set(v.astype(self.v.dtype), mode="drop"),
-        )
+        positions: Int[Array, "R T"],
+        k: Float[Array, "R T K H"],
+        v: Float[Array, "R T K H"],
+    ) -> Self:
+        """Store one layer's keys and values; a position ≥ S (padding) is dropped. No two tokens of a row have the same
+        position below S."""
+        padding = self.slots + jnp.arange(positions.shape[1])
+        rows = self._token_rows(positions.shape[0])[:, None]
+        at = (layer, rows, jnp.where(positions < self.slots, positions, padding))
+
+        def written(cached: Array, new: Array) -> Array:  # in any order, else a GPU stores each number atomically
+            return cached.at[at].set(new.astype(cached.dtype), mode="drop", unique_indices=True)
+
+        return replace(self, k=written(self.k, k), v=written(self.v, v))
+
+    def _token_rows(self, count: int) -> Int[Array, " R"]:
+        """Slot of every row of tokens."""
+        return jnp.arange(count)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptCache(KVCache):
+    """A cache that the next tokens of some prompts enter: lengths[r] of them, from position starts[r] of slot rows[r] on.
+
+    In a forward pass attention is then the kernel's, which reads what a token sees and nothing else of the cache.
+    `windows`: positions that a token of each layer sees; None is all. `scale`, `softcap`: of the scores, see the kernel.
+    """
+
+    rows: Int[Array, " R"]
+    starts: Int[Array, " R"]
+    lengths: Int[Array, " R"]
+    windows: Int[Array, " L"] | None
+    scale: float | None = field(metadata={"static": True})
+    softcap: float | None = field(metadata={"static": True})
+
+    @classmethod
+    def of(
+        cls,
+        cache: KVCache,
+        config: ModelConfig,
+        *,
+        rows: Int[Array, " R"],
+        starts: Int[Array, " R"],
+        lengths: Int[Array, " R"],
+    ) -> PromptCache:
+        windows = [min(window or cache.slots, cache.slots) for window in config.sliding_windows]
+        of_layers = jnp.array(windows, jnp.int32) if any(window < cache.slots for window in windows) else None
+        return cls(
+            k=cache.k, v=cache.v, rows=rows, starts=starts, lengths=lengths, windows=of_layers,
+            scale=config.attention_multiplier, softcap=config.attention_softcap,
+        )  # fmt: skip
+
+    @property
+    def whole(self) -> KVCache:
+        """The cache alone."""
+        return KVCache(self.k, self.v)
+
+    def attention(self, layer: int | Int[Array, ""], q: Float[Array, "R T N H"]) -> Float[Array, "R T N H"]:
+        """Attention of the tokens to their rows, whose keys and values have been written."""
+        return prefill_attention(
+            q, self.k, self.v, jnp.asarray(layer, jnp.int32)[None], self.rows, self.starts, self.lengths, self.windows,
+            scale=self.scale, softcap=self.softcap, interpret=jax.default_backend() == "cpu",
+        )  # fmt: skip
+
+    def _token_rows(self, count: int) -> Int[Array, " R"]:
+        return self.rows

@@ -15,10 +15,11 @@ from jaxtyping import Array, Float
 
 from adafuse_jax.models.config import Activation
 from adafuse_jax.models.config import Norm as NormKind
+from pallas_kernels.quantised import QuantArray, quantised_product
 
 
 class Linear(nnx.Module):
-    """y = x Wᵀ + b with W [out, in], Hugging Face's layout; stacked as [L, out, in]."""
+    """y = x Wᵀ + b with W [out, in], Hugging Face's layout; stacked as [L, out, in], or a `QuantArray` of that shape."""
 
     def __init__(self, num_layers: int, out_dim: int, in_dim: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(0.02)
@@ -29,7 +30,8 @@ class Linear(nnx.Module):
         self, x: Float[Array, "*batch in"], weight: Float[Array, "out in"] | None = None
     ) -> Float[Array, "*batch out"]:
         """y = W x + bias, with `weight` instead of the layer's own W if given."""
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...] if weight is None else weight)
+        weight = self.weight[...] if weight is None else weight
+        y = quantised_product(x, weight) if isinstance(weight, QuantArray) else jnp.einsum("...i,oi->...o", x, weight)
         return y if self.bias is None else y + self.bias[...]
 
 

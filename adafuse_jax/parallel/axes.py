@@ -74,9 +74,18 @@ def logical_axes(path: tuple[Any, ...]) -> Axes:
 
 
 def linear_axes(linear: str, leaf: str) -> Axes:
-    """Logical axes of a linear's stacked `weight` or `bias`, or of the factors `A` and `B` of its experts."""
+    """Logical axes of a linear's stacked `weight` or `bias`, of a quantised weight's codes and scales, or of the factors `A`
+    and `B` of its experts."""
     out, into = LINEARS[linear]
-    return {"weight": ("layers", out, into), "bias": ("layers", out), **_factor_axes(out, into)}[leaf]
+    whole, rows = ("layers", out, into), ("layers", out)
+    leaves: dict[str, Axes] = {
+        "weight": whole,
+        "codes": whole,
+        "group_scales": whole,
+        "channel_scales": rows,
+        "bias": rows,
+    }
+    return (leaves | _factor_axes(out, into))[leaf]
 
 
 def _factor_axes(out: str, into: str) -> dict[str, Axes]:

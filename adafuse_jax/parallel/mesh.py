@@ -16,6 +16,7 @@ from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.models.config import ModelConfig, RopeConfig, unsupported_field
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.parallel.axes import CACHE, DATA, FSDP, MESH_AXES, TENSOR, logical_axes, partition_spec
+from pallas_kernels.quantised import QuantLayout
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +47,8 @@ IRRELEVANT_FIELDS = {
 """Field → the reason why it cannot matter to sharding."""
 
 
-def make_mesh(num_devices: int, model: ModelConfig) -> Mesh:
-    """The first `num_devices` devices, for tensor parallelism.
+def make_mesh(num_devices: int, model: ModelConfig, layout: QuantLayout | None = None) -> Mesh:
+    """The first `num_devices` devices, for tensor parallelism. `layout`: of quantised linears.
 
     Raises:
       UserError: there are fewer, they cannot share the model evenly, or it has a field that sharding does not know.
@@ -59,7 +60,7 @@ def make_mesh(num_devices: int, model: ModelConfig) -> Mesh:
         raise UserError(
             f"--tensor-parallel {num_devices} needs as many devices, and there are {len(devices)}; give at most that"
         )
-    if reason := _uneven_share(model, {TENSOR: num_devices}):
+    if reason := _uneven_share(model, {TENSOR: num_devices}, layout=layout):
         raise UserError(f"--tensor-parallel {num_devices}: {reason}; give a number that divides it")
     return Mesh(devices[:num_devices], (TENSOR,))
 
@@ -82,9 +83,11 @@ def parse_mesh(text: str) -> dict[str, int]:
     return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
 
 
-def training_mesh(text: str | None, model: ModelConfig, batch_size: int) -> Mesh | None:
+def training_mesh(
+    text: str | None, model: ModelConfig, batch_size: int, layout: QuantLayout | None = None
+) -> Mesh | None:
     """The mesh of `--mesh`; by default all devices as fsdp if they can share batch and model evenly, else one. None for one
-    device. A log line says which.
+    device. A log line says which. `layout`: of quantised linears.
 
     Raises:
       UserError: a size that does not fit the devices, the processes, the batch or the model.
@@ -93,7 +96,7 @@ def training_mesh(text: str | None, model: ModelConfig, batch_size: int) -> Mesh
     if text is not None:
         sizes = _filled_in(parse_mesh(text), len(devices), f"--mesh {text}")
     unknown = unsupported_field(model, CONSUMED_FIELDS | IRRELEVANT_FIELDS.keys())
-    reason = unknown or _uneven_share(model, sizes, batch_size)
+    reason = unknown or _uneven_share(model, sizes, batch_size, layout)
     size = math.prod(sizes.values())
     if reason is None and jax.process_count() > 1 and size != len(devices):
         reason = f"{jax.process_count()} processes have {len(devices)} devices, and the mesh takes {size}"
@@ -125,7 +128,9 @@ def _written(sizes: dict[str, int]) -> str:
     return ",".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
-def _uneven_share(model: ModelConfig, sizes: dict[str, int], batch_size: int | None = None) -> str | None:
+def _uneven_share(
+    model: ModelConfig, sizes: dict[str, int], batch_size: int | None = None, layout: QuantLayout | None = None
+) -> str | None:
     """The reason why a mesh of these sizes cannot share the model, or the rows of a batch; None if it can."""
     tensor, fsdp = sizes[TENSOR], sizes.get(FSDP, 1)
     rows = sizes.get(DATA, 1) * fsdp
@@ -141,6 +146,14 @@ def _uneven_share(model: ModelConfig, sizes: dict[str, int], batch_size: int | N
     ):
         if size % devices:
             return f"{devices} devices cannot share the model's {size} {what} evenly"
+    group = (layout.group_size if layout is not None else None) or 1
+    for what, size, devices in (  # the inputs of o, of down, and of the others
+        ("queries", model.num_heads * model.head_dim, tensor),
+        ("hidden units of the FFN", model.hidden_dim, tensor),
+        ("components of its embedding", model.embed_dim, fsdp),
+    ):
+        if size // group % devices:
+            return f"{devices} devices cannot share the {size // group} groups of the model's {what} evenly"
     return None
 
 

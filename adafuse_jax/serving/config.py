@@ -9,7 +9,7 @@ from pathlib import Path
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.fields import MAX_COUNT, MAX_TOKENS, check, checked_path, flag, require
 from adafuse_jax.inference.config import Strategy
-from adafuse_jax.models.config import DType
+from adafuse_jax.models.config import QUANTIZE_HELP, DType, Quantize
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
 """Names of models, as clients write them in `model`."""
@@ -47,11 +47,12 @@ class ServeConfig:
         high=MAX_EXPERTS,
     )
     max_queue: int = flag("rows that wait for a slot, at most; more get 429", 256, low=0, high=MAX_COUNT)
-    warm_up: bool = flag("compile the programs of greedy and sampled rows before the first request", True)
+    warm_up: bool = flag("compile what requests need before the first one", True)
     drain_seconds: int = flag("time that running requests get after SIGTERM or Ctrl-C", 30, low=0, high=86400)
     strategy: Strategy | None = flag("how a token's experts act, as in decode.py; default: decode.py's", None)
     tensor_parallel: int = flag("devices that share the model and decode together", 1, low=1, high=4096)
     dtype: DType | None = flag("type of weights and activations; default: the model's own", None)
+    quantize: Quantize | None = flag(QUANTIZE_HELP, None)
 
     def __post_init__(self) -> None:
         check(self)

@@ -20,6 +20,7 @@ from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import stop_tokens
 from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files
 from adafuse_jax.inference.adapter_bank import AdapterBank, Prepared
+from adafuse_jax.inference.backends.registry import require_reads_quantised
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.prefill import CHUNKS
 from adafuse_jax.inference.sampling import Sampling
@@ -27,6 +28,7 @@ from adafuse_jax.inference.slots import Slots
 from adafuse_jax.models.config import DType
 from adafuse_jax.parallel.mesh import make_mesh, shard
 from adafuse_jax.serving.config import ServeConfig
+from pallas_kernels.quantised import QuantLayout
 
 log = logging.getLogger(__name__)
 
@@ -75,22 +77,27 @@ class Models:
         return self._engine.slots(self._num_slots, context_length=self.context_length)
 
     def warm_up(self, slots: Slots) -> None:
-        """Compile what rows without penalties and log-probabilities need: greedy and sampled, with the stop ids of each
-        model, prompts of every length of a chunk, alone and, where all slots are prefilled together, as many as these."""
+        """Compile what rows need: prompts of every length of a chunk, alone and, where all slots are prefilled together, as
+        many as these; then greedy and sampled tokens, with and without penalties and log-probabilities, with the stop ids of
+        each model. Log-probabilities of prompts are left to the first request."""
         lengths = sorted({max(1, min(size, self.context_length - WARM_UP_TOKENS)) for size in CHUNKS})
         widths = {len(model.stop_ids): model.stop_ids for model in self.all()}  # programs depend on no more of them
         numbers = {1} if self.bank is not None else {1, slots.num_slots}
+        settings = [
+            {"sampling": Sampling.of(temperature=temperature, presence_penalty=penalty), "logprobs": logprobs}
+            for temperature, penalty, logprobs in product((0.0, 1.0), (0.0, 1.0), (None, 0))
+        ]
+        prompts = [(lengths[0], more) for more in settings] + [(length, settings[0]) for length in lengths[1:]]
         is_first = True
-        for sampling in (Sampling.of(), Sampling.of(temperature=1.0)):
-            for stop_ids, length, number in product(widths.values(), lengths, numbers):
-                prompt: dict[str, Any] = {"max_new_tokens": WARM_UP_TOKENS, "sampling": sampling, "stop_ids": stop_ids}
-                # Later prompts would find theirs in the cache, and need no chunks.
-                rows = [slots.insert([0] * length, reuse_cache=is_first, **prompt) for _ in range(number)]
-                is_first = False
-                while slots.step() is not None:
-                    pass
-                for slot in rows:
-                    slots.evict(slot)
+        for stop_ids, (length, more), number in product(widths.values(), prompts, numbers):
+            # Later prompts would find theirs in the cache, and need no chunks.
+            options: Any = {"max_new_tokens": WARM_UP_TOKENS, "stop_ids": stop_ids, "reuse_cache": is_first, **more}
+            rows = [slots.insert([0] * length, **options) for _ in range(number)]
+            is_first = False
+            while slots.step() is not None:
+                pass
+            for slot in rows:
+                slots.evict(slot)
 
     def prepare(self, read: ReadAdapter) -> Prepared:
         """The adapter checked and on the device: the slow part of `add`, for any thread. Raises as `AdapterBank.prepare`."""
@@ -128,9 +135,9 @@ class Models:
 class AdapterReader:
     """Reads adapters of one backbone from their directories."""
 
-    def __init__(self, checkpoint: HFCheckpoint, dtype: DType, mesh: Mesh | None):
+    def __init__(self, checkpoint: HFCheckpoint, dtype: DType, mesh: Mesh | None, layout: QuantLayout | None = None):
         """Raises `UserError` for what `load_tokenizer` refuses."""
-        self._checkpoint, self._dtype, self._mesh = checkpoint, dtype, mesh
+        self._checkpoint, self._dtype, self._mesh, self._layout = checkpoint, dtype, mesh, layout
         self._directory = Path(checkpoint.directory)
         self._files = tokenizer_files(self._directory)
         self.tokenizer = load_tokenizer(self._directory)
@@ -141,8 +148,9 @@ class AdapterReader:
         `load_tokenizer` refuse."""
         checkpoint, path = self._checkpoint, Path(directory).expanduser()
         weights = load_adapter(
-            path, checkpoint.config, backbone_identity=checkpoint.identity(), dtype=jnp.dtype(self._dtype)
-        )
+            path, checkpoint.config, backbone_identity=checkpoint.identity(), dtype=jnp.dtype(self._dtype),
+            quantization=self._layout,
+        )  # fmt: skip
         if self._mesh is not None:
             weights = shard(weights, self._mesh)
         tokenizer, stop_ids = self.tokenizer, self.stop_ids
@@ -170,15 +178,18 @@ def load_models(config: ServeConfig, *, now: int) -> tuple[Models, AdapterReader
         raise UserError(
             f"--max-model-len {config.max_model_len} exceeds the {context} positions of {config.model}; lower it"
         )
-    mesh = None if config.tensor_parallel == 1 else make_mesh(config.tensor_parallel, checkpoint.config)
-    reader = AdapterReader(checkpoint, dtype, mesh)
+    layout = checkpoint.layout(config.quantize)
+    if config.strategy is not None:
+        require_reads_quantised(config.strategy, layout)
+    mesh = None if config.tensor_parallel == 1 else make_mesh(config.tensor_parallel, checkpoint.config, layout)
+    reader = AdapterReader(checkpoint, dtype, mesh, layout)
     read = [reader.read(name, directory) for name, directory in config.adapter_directories().items()]
     given = sum(adapter.weights.config.max_experts or 1 for adapter in read)
     if given > (config.max_experts or given):
         raise UserError(
             f"--max-experts {config.max_experts}: the --adapters have {given} experts; give at least so many"
         )
-    model = load_backbone(checkpoint, dtype, place=Stacked(mesh))
+    model = load_backbone(checkpoint, dtype, place=Stacked(mesh), quantize=config.quantize)
     room = config.max_experts or max(given, DEFAULT_EXPERTS if config.adapter_folders else 0)
     bank = AdapterBank(model, max_experts=room) if room else None
     name, ids = config.model_name, reader.stop_ids

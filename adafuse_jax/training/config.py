@@ -10,7 +10,7 @@ from typing import Literal
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.fields import MAX_COUNT, MAX_ROWS, MAX_SEED, MAX_TOKENS, check, flag, require
-from adafuse_jax.models.config import Remat
+from adafuse_jax.models.config import QUANTIZE_HELP, Quantize, Remat
 from adafuse_jax.parallel.mesh import parse_mesh
 from adafuse_jax.training.trackers import TrackerName
 
@@ -99,6 +99,7 @@ class TrainConfig:
     beta1: float = flag("AdamW first-moment decay", 0.9, low=0, below=1)
     beta2: float = flag("AdamW second-moment decay", 0.999, low=0, below=1)
     dtype: TrainDType = flag("type of the backbone and of the activations; adapters train in float32", "bfloat16")
+    quantize: Quantize | None = flag(QUANTIZE_HELP, None)
     remat: Remat = flag(
         "what the backward pass computes again to save memory: nothing, all but the linears' products, also the "
         "feed-forward block, or the whole layer",
@@ -167,6 +168,10 @@ def require_compatible(config: TrainConfig, adapter: AdapterConfig) -> None:
         raise UserError("--adapter none trains nothing that --resume could continue; leave one of them out")
     if adapter.adapter == "none" and config.eval_examples == 0:
         raise UserError("--adapter none only evaluates, and --eval-examples 0 leaves nothing to do; raise it")
+    if config.quantize is not None and adapter.adapter == "full":
+        raise UserError(
+            f"--quantize {config.quantize}: --adapter full trains every weight, and codes do not train; leave one out"
+        )
     if config.tied_share > 0 and adapter.adapter != "adafuse":
         raise UserError(
             f"--tied-share {config.tied_share}: is for --adapter adafuse, this is {adapter.adapter}; leave it out"

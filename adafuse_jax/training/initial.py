@@ -25,6 +25,7 @@ from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.training.schedules import Phases
 from adafuse_jax.training.step import TrainState
+from pallas_kernels.quantised import QuantLayout
 
 
 def initial_state(
@@ -64,14 +65,23 @@ def initial_weights(
     return adapter
 
 
-def read_initial_lora(directory: str, config: AdapterConfig, model: ModelConfig, *, backbone_identity: str) -> LoRA:
+def read_initial_lora(
+    directory: str,
+    config: AdapterConfig,
+    model: ModelConfig,
+    *,
+    backbone_identity: str,
+    quantization: QuantLayout | None = None,
+) -> LoRA:
     """The LoRA of `--init-lora`. Raises `UserError` if it is none, or does not fit the adapter."""
     where = f"--init-lora {directory}"
     if config.adapter in ("pesc", "full", "none"):
         raise UserError(
             f"{where}: --adapter {config.adapter} has no linear experts that could begin as a LoRA; leave it out"
         )
-    lora = load_adapter(directory, model, backbone_identity=backbone_identity, dtype=jnp.dtype("float32"))
+    lora = load_adapter(
+        directory, model, backbone_identity=backbone_identity, dtype=jnp.dtype("float32"), quantization=quantization
+    )
     if not isinstance(lora, LoRA):
         raise UserError(f"{where}: is an adapter of {lora.config.adapter}; give a LoRA")
     if lora.config.rank != config.rank:

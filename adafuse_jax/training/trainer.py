@@ -100,7 +100,13 @@ def _train(
     checkpoint = HFCheckpoint.open(config.model)
     directory, model_config = checkpoint.directory, checkpoint.config
     require_context(config, model_config)
-    mesh = training_mesh(config.mesh, model_config, config.batch_size)
+    quantization = checkpoint.layout(config.quantize)
+    if quantization is not None and adapter_config.adapter == "full":
+        raise UserError(
+            f"{directory}: the weights are {quantization.name}, and --adapter full trains every weight, but codes do not "
+            "train; give the unquantised model, or another --adapter"
+        )
+    mesh = training_mesh(config.mesh, model_config, config.batch_size, quantization)
     layout = ONE_DEVICE if mesh is None else MeshLayout(mesh)
     require_memory(config, model_config, mesh)
     if adapter_config.top_k == 1 and adapter_config.renormalize:
@@ -119,7 +125,9 @@ def _train(
         )
     backbone, lora = checkpoint.identity(), None
     if config.init_lora is not None:
-        lora = read_initial_lora(config.init_lora, adapter_config, model_config, backbone_identity=backbone)
+        lora = read_initial_lora(
+            config.init_lora, adapter_config, model_config, backbone_identity=backbone, quantization=quantization
+        )
     if config.dtype == "float32":
         runtime.exact_float32()
     settings = {
@@ -133,9 +141,8 @@ def _train(
         return tracker and held.enter_context(contextlib.closing(tracker))
 
     if adapter_config.adapter == "none":
-        held_out = _evaluate_backbone(
-            config, load_backbone(checkpoint, config.dtype, place=Stacked(mesh)), data, layout
-        )
+        model = load_backbone(checkpoint, config.dtype, place=Stacked(mesh), quantize=config.quantize)
+        held_out = _evaluate_backbone(config, model, data, layout)
         held.enter_context(new_run(output, settings))
 
         def write_held_out() -> dict[str, Any]:
@@ -162,10 +169,10 @@ def _train(
     like = jax.eval_shape(initial, abstract, lora)
     num_checkpoints = min(config.keep_checkpoints, -(-steps // config.checkpoint_every))
     check_space(output, like.adapter, like.moments, keep=num_checkpoints)
-    model = load_backbone(checkpoint, config.dtype, place=Stacked(mesh))
+    model = load_backbone(checkpoint, config.dtype, place=Stacked(mesh), quantize=config.quantize)
     identity = run_identity(
         config, adapter_config, backbone=backbone, data=data.fingerprint, total_steps=steps, initial=digest(lora),
-        padded_from=data.padded_from,
+        padded_from=data.padded_from, quantization=quantization and quantization.name,
     )  # fmt: skip
     begin_with = lora if lora is None or mesh is None else shard(lora, mesh)
     state = jax.jit(lambda model, lora: layout.state(initial(model, lora)))(model, begin_with)
@@ -212,7 +219,9 @@ def _train(
             export_backbone(trained, output / MODEL_DIR, source=checkpoint, replace=True, layout=layout)
         else:
             names = {"backbone_name": config.model, "backbone_identity": backbone}
-            save_adapter(state.adapter, output / ADAPTER_DIR, **names, replace=True, layout=layout)
+            save_adapter(
+                state.adapter, output / ADAPTER_DIR, **names, replace=True, layout=layout, quantization=quantization
+            )
         return on_first(
             lambda: _write_summary(
                 output, steps=int(state.step), parameters=num_parameters(state.adapter), seconds=seconds

@@ -29,7 +29,7 @@ from typing import Any
 
 from benchmarks.common.jobs import Job, run_job
 from benchmarks.common.records import command_line, commit, write_json
-from benchmarks.decode.costs import SIZES
+from benchmarks.decode.costs import QUANTISED, SIZES
 from benchmarks.decode.prompts import make_prompts
 from benchmarks.decode.report import EXTRA, merge_parts
 
@@ -81,6 +81,9 @@ def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
             jobs += [
                 rows_job(f"{strategy}-{targets}", "adafuse", targets, strategy, some) for targets in ("qv", "all7")
             ]
+        for name in arguments.quantize:
+            jobs.append(rows_job(f"backbone-{name}", "backbone", "-", f"unmerged-{name}", batches))
+            jobs.append(rows_job(f"unmerged-{name}", "adafuse", "all7", f"unmerged-{name}", batches))
         return jobs
     if part == "methods":
         return [
@@ -148,6 +151,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--part", choices=("all", *PARTS, "merge"), default="all")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the part's jobs, those that begin with a name")
     parser.add_argument("--forms", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
+    parser.add_argument(
+        "--quantize", nargs="+", choices=QUANTISED, default=[], help="also rows of part jax with such weights, unmerged"
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument(
         "--batch-queries", type=int, default=3, help="batches decoded where a batch is more than one row"

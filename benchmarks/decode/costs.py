@@ -21,6 +21,11 @@ MOLA_EXPERTS = (2, 4, 6, 8)
 TARGETS: dict[str, tuple[str, ...]] = {"qv": ("q_proj", "v_proj"), "all7": LINEARS, "-": ()}
 
 
+QUANTISED = {"int8": 1.0, "int4": 0.5 + 2 / 128, "int4-g64": 0.5 + 2 / 64}
+"""`--quantize` → bytes of a weight with its part of a bfloat16 scale; that of a row of int8 is left out. The strategy of
+such a row is unmerged-int8 and so on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
     """A Llama without grouped queries, and its mixture of experts."""
@@ -104,8 +109,11 @@ def costs(
     elif strategy != "merged":  # merged once, before decoding, a LoRA costs nothing
         moved += one_expert * used
         flops += 2 * one_expert * k
+    saved = 0.0
+    if bytes_of_weight := QUANTISED.get(strategy.removeprefix("unmerged-")):
+        saved = shapes.elements(LINEARS) * (shapes.itemsize - bytes_of_weight)
     return Costs(
         params_b=(backbone + head + one_expert * num_experts + routers) / 1e9,
-        bytes_gb=(moved * shapes.itemsize + 4 * routers) / 1e9,
+        bytes_gb=(moved * shapes.itemsize - saved + 4 * routers) / 1e9,
         flops_g=flops / 1e9,
     )

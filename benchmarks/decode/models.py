@@ -18,8 +18,9 @@ from jaxtyping import Array
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.presets import PRESETS
 from adafuse_jax.adapters.registry import make_adapter
-from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.config import ModelConfig, Quantize
 from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.quantised import LAYOUTS, quantised
 from benchmarks.common.timing import wait
 from benchmarks.decode.costs import MOLA_EXPERTS, TARGETS, Shapes
 
@@ -58,6 +59,12 @@ def draw(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     ).reshape(shape)
 
 
+@partial(jax.jit, static_argnames=("shape",))
+def draw_codes(key: Array, shape: tuple[int, ...]) -> Array:
+    """Random bytes, matrix by matrix."""
+    return jax.lax.map(lambda key: jax.random.bits(key, shape[1:], jnp.uint8), jax.random.split(key, shape[0]))
+
+
 def random_module[Module](make: Callable[[], Module], dtype: Any, seed: int) -> Module:
     """The module that `make` makes, with random leaves: norms are 1, routers stay in fp32, the rest is of `dtype`.
 
@@ -71,13 +78,22 @@ def random_module[Module](make: Callable[[], Module], dtype: Any, seed: int) -> 
         leaf_dtype = jnp.dtype(jnp.float32 if "router" in name else dtype)
         if "norm" in name:
             leaves[at] = jnp.ones(leaf.shape, leaf_dtype)
+        elif leaf.dtype == jnp.uint8:
+            leaves[at] = draw_codes(jax.random.key(1000 * seed + at, impl="rbg"), leaf.shape)
+        elif name.endswith(("group_scales", "channel_scales")):  # of codes that are uniform
+            steps = 2 ** (4 if name.endswith("group_scales") else 8)
+            leaves[at] = jnp.full(leaf.shape, 0.02 * 12**0.5 / steps, leaf_dtype)
         else:
             leaves[at] = draw(jax.random.key(1000 * seed + at, impl="rbg"), leaf.shape, leaf_dtype)
     return wait(jax.tree.unflatten(tree, [leaves[at] for at in range(len(named))]))
 
 
-def random_backbone(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Backbone:
-    return random_module(lambda: Backbone(config, dtype=dtype, rngs=nnx.Rngs(0)), dtype, seed=1)
+def random_backbone(config: ModelConfig, dtype: Any = jnp.bfloat16, quantize: Quantize | None = None) -> Backbone:
+    def make() -> Backbone:
+        model = Backbone(config, dtype=dtype, rngs=nnx.Rngs(0))
+        return model if quantize is None else quantised(model, LAYOUTS[quantize])
+
+    return random_module(make, dtype, seed=1)
 
 
 def random_adapter(config: AdapterConfig, model: ModelConfig, dtype: Any = jnp.bfloat16, seed: int = 3) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.common.records import write_json
 from benchmarks.common.reports import number, picture, table
-from benchmarks.decode.costs import SIZES, Shapes, costs
+from benchmarks.decode.costs import QUANTISED, SIZES, Shapes, costs
 
 KEY = ("method", "targets", "strategy", "batch")
 FIELDS = (
@@ -17,7 +17,16 @@ FIELDS = (
 EXTRA = ("breakdown", "contexts", "devices")
 """Lists of a part that are tables of their own; one measured later stands for those before."""
 METHODS = ("backbone", "adafuse", "lora", "moral", "mola", "pesc")
-STRATEGIES = ("-", "fused", "unmerged", "golden", "switch", "simple", "merged")
+STRATEGIES = (
+    "-",
+    "fused",
+    "unmerged",
+    *(f"unmerged-{name}" for name in QUANTISED),
+    "golden",
+    "switch",
+    "simple",
+    "merged",
+)
 PEERS = ("hf", "hf-compiled", "peft-lora", "peft-lora-compiled", "lora-moe", "lora-moe-compiled")
 NOTES = (
     "ms/token is the time of a step after the first token, which prefill makes: a token of every row of the batch. It is "
@@ -25,7 +34,7 @@ NOTES = (
     "Bytes are computed, per step: weights, norms and head, the cache up to its mean length, the factors of the experts in "
     "use, and what a merge writes and reads again. The share of the read bandwidth is these bytes over the time.",
     "Over backbone: over the row of the same batch without an adapter, by the megakernel where that can run; of unmerged "
-    "and simple, over the unfused one; of a peer, over hf in the same form.",
+    "and simple, over the unfused one, in bfloat16 also of quantised weights; of a peer, over hf in the same form.",
     "Our rows decode greedily among the tokens that the text does not have yet, through Engine.generate, which hands every "
     "token to the host; the peers take the likeliest token and hand over none.",
     "Peak memory includes prefill; of our rows it is the process's from its start, of the peers that of the timed queries.",
@@ -64,7 +73,7 @@ def rank_of(row: dict[str, Any]) -> tuple[int, ...]:
 def baseline_of(row: dict[str, Any]) -> tuple[Any, ...]:
     if row["method"] in PEERS:
         return "hf-compiled" if row["method"].endswith("-compiled") else "hf", "-", "-", 1
-    unfused = row["strategy"] in ("unmerged", "simple")
+    unfused = row["strategy"].startswith(("unmerged", "simple"))
     return "backbone", "-", "unmerged" if unfused else "-", row["batch"]
 
 

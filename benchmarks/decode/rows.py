@@ -173,8 +173,11 @@ def measure_rows(job: dict[str, Any], report: Report) -> None:
     watch = Stopwatch()
     config = model_config(shapes)
     adapter = None if method == "backbone" else random_adapter(adapter_config(shapes, targets, None, method), config)
-    options = {} if strategy == "-" else {"strategy": strategy}
-    engine = Engine(random_backbone(config), adapter, eos_ids=(), **options)
+    words: list[Any] = strategy.split("-", 1)  # of a quantised model unmerged-int4
+    engine = Engine(
+        random_backbone(config, quantize=words[1] or None if len(words) > 1 else None), adapter, eos_ids=(),
+        strategy=words[0] or None,
+    )  # fmt: skip
     del adapter
     print(f"  {name}: model made in {watch.seconds:.1f} s", flush=True)
     for batch in job["batches"]:

@@ -1,7 +1,7 @@
 """The unfused decode step by itself, also on a GPU that has the megakernel: by the layer kernels, and in XLA ops.
 
     python -m benchmarks.decode.unfused_step --sizes llama2-7b smollm2-135m
-    python -m benchmarks.decode.unfused_step --cases bare all7:32 --forms kernels
+    python -m benchmarks.decode.unfused_step --cases bare all7:32 --forms kernels --quantize none int8 int4
 
 Random bfloat16 weights, 8 experts, 2 of them per token, rows with experts of their own, 128 tokens in a cache of 512 slots.
 A step is routing, layers and sampling; steps are chained without waiting for their tokens. Correct first: logits are
@@ -23,8 +23,9 @@ import numpy as np
 from adafuse_jax.core import runtime
 from adafuse_jax.inference.backends import portable
 from adafuse_jax.inference.backends.unfused import LayerKernels, Unfused
-from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.config import ModelConfig, Quantize
 from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.quantised import LAYOUTS
 from benchmarks.common.timing import Stopwatch
 from benchmarks.decode.merged_step import PROMPT, SLOTS, lower, time_steps
 from benchmarks.decode.models import adapter_config, model_config, random_adapter, random_backbone
@@ -51,7 +52,9 @@ def logits(backend: Unfused, batch: int) -> jax.Array:
 
 def exact_logits(model: Backbone, adapter: Any, batch: int) -> np.ndarray:
     """[B, V] of a step in float32."""
-    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (model, adapter))
+    exact = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, (model, adapter)
+    )
     with jax.default_matmul_precision("highest"):
         return np.asarray(logits(Unfused(*exact), batch))
 
@@ -71,12 +74,17 @@ def check(backends: dict[str, Unfused], batch: int) -> dict[str, float]:
 
 
 def run(
-    size: str, cases: Sequence[tuple[str, int]], forms: Sequence[str], steps: int, repeats: int
+    size: str,
+    cases: Sequence[tuple[str, int]],
+    forms: Sequence[str],
+    steps: int,
+    repeats: int,
+    quantize: Quantize | None = None,
 ) -> dict[tuple[str, int, str], float]:
     """(targets, rows, form) → ms of a step; a line for each."""
     shapes, found = SHAPES[size], {}
     config = config_of(shapes)
-    model, made = random_backbone(config), {}
+    model, made, name = random_backbone(config, quantize=quantize), {}, " ".join(filter(None, (size, quantize)))
     for targets, batch in cases:
         if targets not in made:
             adapter = None if targets == "bare" else random_adapter(adapter_config(shapes, targets), config)
@@ -84,7 +92,7 @@ def run(
         backends = dict(made[targets])
         reason = portable.unsupported_reason(model, backends[forms[0]].adapter, batch)
         if reason is not None and "kernels" in backends:
-            print(f"{size} {targets}:{batch} kernels: they cannot run, as {reason}", flush=True)
+            print(f"{name} {targets}:{batch} kernels: they cannot run, as {reason}", flush=True)
             del backends["kernels"]
         errors = check(backends, batch) if len(backends) == 2 else {}
         for form, backend in backends.items():  # not while another is compiled: that delays the steps
@@ -96,7 +104,7 @@ def run(
             bare = found.get(("bare", batch, form))
             over = "" if bare is None or targets == "bare" else f", {100 * (timing.ms / bare - 1):+.1f}% over bare"
             off = f", logits off by {errors[form]:.1e}" if errors else ""
-            print(f"{size} {targets}:{batch} {form}: {timing}{over}{off}, compiled in {seconds:.0f} s", flush=True)
+            print(f"{name} {targets}:{batch} {form}: {timing}{over}{off}, compiled in {seconds:.0f} s", flush=True)
     return found
 
 
@@ -107,6 +115,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--cases", nargs="+", type=case_of, default=usual, metavar="CASE", help="targets, or targets:rows"
     )
+    parser.add_argument(
+        "--quantize",
+        nargs="+",
+        choices=("none", *LAYOUTS),
+        default=["none"],
+        help="the linears' weights",
+    )
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=[*FORMS])
     parser.add_argument("--steps", type=int, default=60, help="of one repeat")
     parser.add_argument("--repeats", type=int, default=5)
@@ -116,7 +131,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     runtime.set_up()
     print(jax.devices()[0].device_kind, jax.__version__, flush=True)
     for size in arguments.sizes:
-        run(size, arguments.cases, arguments.forms, arguments.steps, arguments.repeats)
+        for name in arguments.quantize:
+            quantize = None if name == "none" else name
+            run(size, arguments.cases, arguments.forms, arguments.steps, arguments.repeats, quantize)
 
 
 if __name__ == "__main__":

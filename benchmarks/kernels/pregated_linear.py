@@ -1,6 +1,6 @@
 """Linears with pre-gated experts at the shapes of Llama-2-7B on one GPU: time and bandwidth, for a token and for batches.
 
-    python -m benchmarks.kernels.pregated_linear [--sweep]
+    python -m benchmarks.kernels.pregated_linear [--sweep] [--quantize int4]
 
 8 experts of rank 64, top-2, bfloat16, random numbers. y = W x + Σ_u g_u B[e_u] (A[e_u] x) of the linears that share an
 input reads
@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from adafuse_jax.models.config import Quantize
+from adafuse_jax.models.quantised import LAYOUTS
 from benchmarks.common.records import first_line
 from benchmarks.common.timing import Timing, time_calls
 from pallas_kernels.pregated_linear import (
@@ -36,6 +38,7 @@ from pallas_kernels.pregated_linear import (
     pregated_linear_xla,
     tiles_for,
 )
+from pallas_kernels.quantised import QuantArray, QuantLayout, quantise
 
 DTYPE = jnp.bfloat16
 NUM_EXPERTS, RANK, TOP_K, SCALE = 8, 64, 2, 2.0
@@ -76,7 +79,7 @@ def moved_bytes(weights: dict[str, Array], a: dict[str, Array], b: dict[str, Arr
     """Bytes that one layer reads: W, and the factors of the experts in use."""
     used = 0 if mixture is None else len({*np.asarray(mixture.experts)[np.any(np.asarray(mixture.gates) != 0, axis=1)]})
     factors = sum(x.nbytes for x in (*a.values(), *b.values())) * used / NUM_EXPERTS
-    return (sum(w.nbytes for w in weights.values()) + factors) / next(iter(weights.values())).shape[0]
+    return (sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) + factors) / next(iter(weights.values())).shape[0]
 
 
 Linear = Callable[..., dict[str, Array]]
@@ -86,7 +89,8 @@ def by_xla(
     x: Array, weights: dict[str, Array], a: dict[str, Array], b: dict[str, Array], mixture: Mixture | None, layer: Array
 ) -> dict[str, Array]:
     """The definition, in XLA ops."""
-    return {name: pregated_linear_xla(x, w, a.get(name), b.get(name), mixture, layer) for name, w in weights.items()}
+    whole = {name: w.dequantised(jnp.float32) if isinstance(w, QuantArray) else w for name, w in weights.items()}
+    return {name: pregated_linear_xla(x, w, a.get(name), b.get(name), mixture, layer) for name, w in whole.items()}
 
 
 def by_kernel(
@@ -99,11 +103,12 @@ def by_kernel(
     tiles: Tiles | None = None,
 ) -> dict[str, Array]:
     """One launch, as in the decode step."""
-    group = Group(tiles=tiles or tiles_for(len(x), x.shape[1], x.dtype.itemsize), out_dtype=x.dtype)
+    layout = getattr(next(iter(weights.values())), "layout", None)
+    group = Group(tiles=tiles or tiles_for(len(x), x.shape[1], x.dtype.itemsize, layout=layout), out_dtype=x.dtype)
     num_used = jnp.zeros(1, jnp.int32)
     if mixture is not None:
         num_used = (mixture.gates != 0).any(axis=1).sum(dtype=jnp.int32)[None]
-    ready = jnp.zeros(len(next(iter(weights.values()))), jnp.int32)
+    ready = jnp.zeros(next(iter(weights.values())).shape[0], jnp.int32)
     return pregated_linear(x, weights, a, b, mixture, num_used, layer[None], ready, group=group)[0]
 
 
@@ -153,8 +158,20 @@ def measure(linear: Linear, label: str, x: Array, *arguments: Any, repeats: int)
     return True
 
 
-def swept_tiles(batch: int) -> list[Tiles]:
+def swept_tiles(batch: int, layout: QuantLayout | None = None) -> list[Tiles]:
     """Tiles around the ones that the decode step takes."""
+    if layout is not None:
+        choices = (
+            product((4, 8, 16), (512, 1024, 2048), (2, 4), (1, 2))
+            if batch == 1
+            else product((16, 32, 64), (64, 128), (4, 8), (2, 4))
+        )
+        tile_k = 512 if batch == 1 else 128
+        return [
+            Tiles(tile_m=m, tile_k=tile_k, tile_q=q, num_warps=warps, num_stages=stages)
+            for m, q, warps, stages in choices
+            if batch == 1 or q == (layout.group_size or q)  # of several rows a group is a step
+        ]
     if batch == 1:
         choices = product((2, 4, 8, 16, 32), (256, 512, 1024), (2, 4, 8), (1, 2))
     else:
@@ -169,13 +186,17 @@ def run(
     batches: tuple[int, ...] = (1, 8, 32),
     implementations: tuple[str, ...] = tuple(IMPLEMENTATIONS),
     sweep: bool = False,
+    quantize: Quantize | None = None,
 ) -> None:
     """Print a line for every group, batch and implementation. Raises `SystemExit` if a result was wrong."""
-    wrong = 0
+    wrong, layout = 0, quantize and LAYOUTS[quantize]
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}", flush=True)
     linears = {f"{name:6}": IMPLEMENTATIONS[name] for name in implementations}
     for (group, (outs, in_dim)), batch in product(groups.items(), batches):
         factors = draw(outs, in_dim, num_layers)
+        if layout is not None:
+            whole = jax.jit(quantise, static_argnums=(1, 2))
+            factors = {name: whole(w, layout, DTYPE) for name, w in factors[0].items()}, *factors[1:]
         x = jax.random.normal(jax.random.key(1), (batch, in_dim), DTYPE)
         experts: tuple = (*factors, mixture_of(batch))
         plain: tuple = (factors[0], {}, {}, None)
@@ -185,7 +206,7 @@ def run(
             for kind, arguments in (("plain", plain), ("experts", experts))
         ]
         if sweep:
-            cases += [(str(tiles), partial(by_kernel, tiles=tiles), experts) for tiles in swept_tiles(batch)]
+            cases += [(str(tiles), partial(by_kernel, tiles=tiles), experts) for tiles in swept_tiles(batch, layout)]
         for name, linear, arguments in cases:
             label = f"{group:8}   B {batch:2}   {name}"
             try:
@@ -199,10 +220,16 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="try many tiles of the Triton kernel too")
+    parser.add_argument("--quantize", choices=LAYOUTS, help="the weights in codes and scales")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=[*IMPLEMENTATIONS])
     parser.add_argument("--layers", type=int, default=16, help="layers that a call runs through (default: 16)")
     parser.add_argument("--group", choices=GROUPS, action="append", help="these only")
     arguments = parser.parse_args()
-    run({name: GROUPS[name] for name in arguments.group or GROUPS}, arguments.layers, repeats=7, sweep=arguments.sweep)
+    run(
+        {name: GROUPS[name] for name in arguments.group or GROUPS}, arguments.layers, repeats=7, sweep=arguments.sweep,
+        batches=tuple(arguments.batches), implementations=tuple(arguments.implementations), quantize=arguments.quantize,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

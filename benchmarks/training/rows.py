@@ -24,6 +24,7 @@ from adafuse_jax.data.batches import Batch
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.layout import ONE_DEVICE
+from adafuse_jax.models.quantised import LAYOUTS, quantised
 from adafuse_jax.parallel.layout import MeshLayout
 from adafuse_jax.parallel.mesh import training_mesh
 from adafuse_jax.training.initial import initial_state
@@ -68,9 +69,13 @@ def constant_rate_optimizer(rate: float = LEARNING_RATE) -> optax.GradientTransf
 
 def measure(job: dict[str, Any], report: Report) -> None:
     """`job`: size, method, targets, batch, length, remat, unroll, segments, steps, repeats, profile; mesh, for several
-    devices; products, where they are not to be chosen."""
+    devices; products, where they are not to be chosen; rank, where it is not the shapes'; quantize, of the
+    backbone's linears."""
     shapes = SHAPES[job["size"]]
-    backbone, adapter = model_config(shapes), adapter_config(shapes, job["targets"], method=job["method"])
+    backbone, adapter = (
+        model_config(shapes),
+        adapter_config(shapes, job["targets"], job.get("rank"), method=job["method"]),
+    )
     adapter = replace(adapter, dropout=0.0)  # as the peers
     optimizer = constant_rate_optimizer()
     initial = partial(initial_state, adapter, optimizer=optimizer, phases=Phases(), key=jax.random.key(0))
@@ -84,7 +89,12 @@ def measure(job: dict[str, Any], report: Report) -> None:
     }
     batches = [random_batch(shapes.vocab_size, job["batch"], job["length"], job["segments"], seed) for seed in range(4)]
     batches = [layout.batch(batch, job["batch"], axis=1) for batch in batches]
-    make_model = lambda: Backbone(backbone, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))  # noqa: E731
+    quantize = job.get("quantize")
+
+    def make_model() -> Backbone:
+        model = Backbone(backbone, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        return model if quantize is None else quantised(model, LAYOUTS[quantize])
+
     model: Any = jax.eval_shape(make_model)
     state: Any = jax.eval_shape(initial, model, None)
     if "mesh" in job:  # the same weights on every mesh
@@ -98,7 +108,7 @@ def measure(job: dict[str, Any], report: Report) -> None:
     compiled = train_step.lower(state, model, batches[0], optimizer=optimizer, **options).compile()
     compile_seconds = watch.seconds
     if "mesh" not in job:
-        model = random_backbone(backbone)
+        model = random_backbone(backbone, quantize=quantize)
         state = jax.jit(initial)(model, None)
     losses: list[Any] = []
 

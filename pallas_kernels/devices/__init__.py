@@ -13,6 +13,11 @@ def is_recent(capability: str) -> bool:
     return major.isdecimal() and int(major) >= MIN_CAPABILITY
 
 
+def default_capability() -> str:
+    """Compute capability of the default device; empty where it is no GPU."""
+    return str(getattr(jax.devices()[0], "compute_capability", ""))
+
+
 def triton_unsupported_reason(device: jax.Device) -> str | None:
     """The reason why kernels in Pallas' Triton are not for this device, or None."""
     if device.platform == "gpu" and is_recent(str(getattr(device, "compute_capability", ""))):

@@ -61,7 +61,7 @@ def group_tokens(chosen: Int[Array, "T k"], num_experts: int) -> Groups:
     tokens, top_k = chosen.shape
     bound = max_items(tokens, num_experts, top_k)
     if num_passes(tokens, num_experts, top_k) == 1:
-        order, choices = _order_of_sets(jnp.sort(chosen, axis=-1))[None], chosen[None]
+        order, choices = order_of_sets(jnp.sort(chosen, axis=-1))[None], chosen[None]
     else:
         order, choices = jnp.argsort(chosen.T, axis=-1), chosen.T[..., None]
     sorted_choices = jnp.take_along_axis(choices, order[..., None], axis=1).reshape(-1, TILE * choices.shape[-1])
@@ -91,7 +91,7 @@ def gates_of_items(gates: Float[Array, "T k"], chosen: Int[Array, "T k"], groups
     return jnp.where(mine, gates[rows], 0).sum(axis=-1)
 
 
-def _order_of_sets(members: Int[Array, "T k"]) -> Int[Array, " T"]:
+def order_of_sets(members: Int[Array, "T k"]) -> Int[Array, " T"]:
     """Order of sets, each sorted, in which the next set mostly differs in one expert: the last expert goes up and down."""
     *first, last = members.T
     if first:

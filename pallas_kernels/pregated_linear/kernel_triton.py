@@ -28,7 +28,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
+from pallas_kernels.pregated_linear import kernel_quantised
 from pallas_kernels.pregated_linear.triton_call import dot, load
+from pallas_kernels.quantised import QuantArray
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": lambda x: jax.nn.sigmoid(x) * x,
@@ -40,10 +42,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles:
-    """A program has `tile_m` rows of a matrix and takes `tile_k` columns of it at a time."""
+    """A program has `tile_m` rows of a matrix and takes `tile_k` columns of it at a time, of a quantised one `tile_q`."""
 
     tile_m: int
     tile_k: int
+    tile_q: int = 0
     num_warps: int
     num_stages: int
 
@@ -197,11 +200,16 @@ def shrink(launch: Launch, name: str, tile: Array) -> None:
 def linear(launch: Launch, names: Sequence[str], tile: Array, num_shrink: int) -> None:
     """Compute `tile_m` rows of one linear, or of a gated pair."""
     refs, group = launch.refs, launch.group
-    tile_m, layer, out = group.tiles.tile_m, refs["layer"][0], refs["w"][names[0]].shape[1]
+    weights = [refs["w"][name] for name in names]
+    is_quantised = isinstance(weights[0], QuantArray)
+    tile_m, layer, out = group.tiles.tile_m, refs["layer"][0], jax.tree.leaves(weights[0])[0].shape[1]
     row = tile * tile_m
     adapted = [name for name in names if name in refs["a"]]
     early = {name: _factors_of_one_row(launch, name, row) for name in adapted if launch.columns == 1}
-    totals = launch.times_h([(refs["w"][name], (layer,)) for name in names], row)
+    if is_quantised:
+        totals = kernel_quantised.times_h(launch, weights, row)
+    else:
+        totals = launch.times_h([(weight, (layer,)) for weight in weights], row)
     if adapted:
         at, zero = launch.counter(), launch.zero
         lax.while_loop(lambda n: n < num_shrink, lambda _: launch.count(at, zero), zero)

@@ -10,6 +10,7 @@ residual and activation(gate) · up are in the launch too. `reference.pregated_l
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,20 +21,31 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.megakernel.mixture import Mixture
 from pallas_kernels.pregated_linear import triton_call
+from pallas_kernels.pregated_linear.kernel_quantised import for_kernel, in_halves
 from pallas_kernels.pregated_linear.kernel_triton import Group, Launch, Tiles, linear, shrink
+from pallas_kernels.quantised import QuantArray, QuantLayout
 
 MAX_BATCH = 32
 MAX_RANK = 256
+GROUP_SIZES = (32, 64, 128)
 
 
-def tiles_for(batch: int, in_dim: int, itemsize: int, gated: bool = False) -> Tiles:
-    """Rows few enough that a small linear fills the GPU, columns enough that loads are long."""
+def tiles_for(batch: int, in_dim: int, itemsize: int, gated: bool = False, layout: QuantLayout | None = None) -> Tiles:
+    """Rows few enough that a small linear fills the GPU, columns enough that loads are long. `layout`: of quantised weights,
+    of which several rows take a group at a time, if there are groups."""
     if batch == 1:
         tile_k = min(1024 // itemsize, pl.next_power_of_2(in_dim))
-        return Tiles(tile_m=4 if gated else 8, tile_k=tile_k, num_warps=4, num_stages=1)
-    if itemsize == 4:  # products without tensor cores, which take more registers
-        return Tiles(tile_m=32, tile_k=32, num_warps=4, num_stages=3)
-    return Tiles(tile_m=32, tile_k=max(16, min(128, pl.next_power_of_2(in_dim))), num_warps=4, num_stages=4)
+        tiles = Tiles(tile_m=4 if gated else 8, tile_k=tile_k, num_warps=4, num_stages=1)
+    elif itemsize == 4:  # products without tensor cores, which take more registers
+        tiles = Tiles(tile_m=32, tile_k=32, num_warps=4, num_stages=3)
+    else:
+        tile_k = max(16, min(128, pl.next_power_of_2(in_dim)))
+        tiles = Tiles(tile_m=32, tile_k=tile_k, num_warps=4, num_stages=4)
+    if layout is None:
+        return tiles
+    size = layout.group_size or 1
+    tile_q = min(1024, pl.next_power_of_2(in_dim // size) * size) if batch == 1 else layout.group_size or tiles.tile_k
+    return replace(tiles, tile_q=tile_q)
 
 
 def unsupported_reason(batch: int, a: dict[str, Array]) -> str | None:
@@ -49,7 +61,7 @@ def unsupported_reason(batch: int, a: dict[str, Array]) -> str | None:
 @partial(jax.jit, static_argnames=("group", "interpret"))
 def pregated_linear(
     x: Float[Array, "B in"],
-    weights: dict[str, Float[Array, "L out in"]],
+    weights: dict[str, Float[Array, "L out in"] | QuantArray],
     a: dict[str, Float[Array, "L E R in"]],
     b: dict[str, Float[Array, "L E out R"]],
     mixture: Mixture | None,
@@ -66,7 +78,8 @@ def pregated_linear(
     """(name → y [B, out], ready). The y of a gated pair has the gate's name.
 
     Args:
-      x: bf16, fp16 or fp32, and so are the weights and the factors. `a`, `b`: of the linears that have experts.
+      x: bf16, fp16 or fp32, and so are the weights, unless all of them are quantised in one layout, and the factors. `a`,
+        `b`: of the linears that have experts.
       mixture: the experts of the batch, those in use in front, and the gates of its rows; None if no linear has experts.
       num_used: how many of its experts are in use.
       ready: zeros at the beginning of every step, and made anew for it. A launch counts in the element `layer · counters +
@@ -81,6 +94,10 @@ def pregated_linear(
     programs: list[tuple[int, Callable]] = []
     refs: dict[str, Any] = {"ready": ready, "x": x, "layer": layer, "w": weights, "a": a, "b": b, "bias": biases or {}}
     refs |= {"norm": norm, "residual": residual}
+    first = next(iter(weights.values()))
+    if isinstance(first, QuantArray):
+        refs["w"] = {name: for_kernel(w) for name, w in weights.items() if isinstance(w, QuantArray)}
+        refs |= {"x_halves": in_halves(x, first), "norm_halves": None if norm is None else in_halves(norm, first)}
     num_shrink = 0
     if mixture is not None and a:
         refs |= {"experts": mixture.experts, "gates": mixture.gates, "num_used": num_used}
@@ -112,7 +129,7 @@ def pregated_linear(
 
 def _validate(
     x: Array,
-    weights: dict[str, Array],
+    weights: dict[str, Any],
     a: dict[str, Array],
     b: dict[str, Array],
     mixture: Mixture | None,
@@ -129,9 +146,15 @@ def _validate(
     if norm is not None and len(x) > 1:
         raise ValueError(f"the norm is for one row, and there are {len(x)}")
     (batch, in_dim), num_layers = x.shape, next(iter(weights.values())).shape[0]
-    expected: list[tuple[str, str, Array, tuple[int, ...]]] = [
+    expected: list[tuple[str, str, Array | QuantArray, tuple[int, ...]]] = [
         ("W", name, w, (num_layers, w.shape[1], in_dim)) for name, w in weights.items()
     ]
+    layouts = {w.layout if isinstance(w, QuantArray) else None for w in weights.values()}
+    if len(layouts) > 1 or not layouts <= {None, QuantLayout(8), *(QuantLayout(4, size) for size in GROUP_SIZES)}:
+        names = [layout and layout.name for layout in layouts]
+        raise ValueError(
+            f"weights are {names}; they must have one layout: plain, int8, or int4 in groups of {GROUP_SIZES}"
+        )
     if a:
         num_used = () if mixture is None else jnp.shape(mixture.experts)
         if mixture is None or len(num_used) != 1 or not num_used[0] or mixture.gates.shape != (*num_used, batch):
@@ -142,7 +165,7 @@ def _validate(
             expected.append(("A", name, a[name], (num_layers, num_experts, rank, in_dim)))
             expected.append(("B", name, b[name], (num_layers, num_experts, weights[name].shape[1], rank)))
     for label, name, array, shape in expected:
-        if array.shape != shape or array.dtype != x.dtype:
+        if array.shape != shape or (array.dtype != x.dtype and not isinstance(array, QuantArray)):
             raise ValueError(
                 f"{name}: {label} is {array.dtype}{array.shape}; beside x and the others it must be {x.dtype}{shape}"
             )

@@ -18,6 +18,7 @@ import tiny
 
 from adafuse_jax.adapters.registry import num_parameters
 from adafuse_jax.models.config import LINEARS
+from adafuse_jax.models.quantised import LAYOUTS
 from benchmarks.common.jobs import Job, run_job
 from benchmarks.decode import __main__ as decode
 from benchmarks.decode import costs as decode_costs
@@ -26,6 +27,7 @@ from benchmarks.decode.costs import SIZES, costs
 from benchmarks.decode.prompts import make_prompts
 from benchmarks.kernels import streaming
 from benchmarks.training.shapes import SHAPES
+from pallas_kernels.quantised import quantise
 
 REPOSITORY = tiny.REPOSITORY
 RESULTS = REPOSITORY / "benchmarks" / "results" / "nvidia_h200"
@@ -53,6 +55,17 @@ class TestCosts:
         golden, switch = (costs(SEVEN_B, "adafuse", targets, s, 1, 0).bytes_gb for s in ("golden", "switch"))
         assert golden - unmerged == pytest.approx(merge, abs=1e-3)
         assert switch - golden == pytest.approx(factors, abs=1e-3)
+
+    def test_bytes_of_quantised_weights(self):
+        """The bytes of the arrays themselves."""
+        bare, config = costs(SEVEN_B, "backbone", "-", "-", 1, 0).bytes_gb, models.model_config(SEVEN_B)
+        whole = [jax.ShapeDtypeStruct(config.linear_shape(name), "bfloat16") for name in LINEARS]
+        for name, layout in LAYOUTS.items():
+            shapes = jax.eval_shape(lambda weights: [quantise(w, layout, "bfloat16") for w in weights], whole)  # noqa: B023
+            found = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) * config.num_layers
+            saved = 2 * SEVEN_B.elements(LINEARS) - found
+            computed = costs(SEVEN_B, "backbone", "-", f"unmerged-{name}", 1, 0).bytes_gb
+            assert bare - computed == pytest.approx(saved / 1e9, rel=1e-3)
 
     def test_parameters_are_those_of_the_modules(self):
         shapes = SIZES["tiny"]
@@ -124,6 +137,19 @@ def run(out: Path, *flags: str) -> dict:
 
 
 class TestDecode:
+    @pytest.mark.slow
+    def test_quantised_rows(self, in_process, tmp_path):
+        only = ("--only", "backbone-unmerged", "backbone-int8", "unmerged-int8")
+        result = run(tmp_path, "--part=jax", "--batches", "1", "--batch-queries=1", "--quantize", "int8", *only)
+        plain, *quantised = result["rows"]
+        assert [(row["method"], row["strategy"]) for row in quantised] == [
+            ("backbone", "unmerged-int8"), ("adafuse", "unmerged-int8")
+        ]  # fmt: skip
+        assert all(row["bytes_gb"] < plain["bytes_gb"] for row in quantised[:1])
+        for row in quantised:
+            over = 100 * (row["ms_per_token"] / plain["ms_per_token"] - 1)
+            assert row["overhead_pct"] == pytest.approx(over, abs=0.1)
+
     @pytest.mark.slow
     def test_rows_and_files(self, in_process, tmp_path):
         only = ("--only", "backbone", "unmerged-all7", "golden-qv", "simple-qv")

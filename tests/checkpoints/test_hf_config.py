@@ -235,7 +235,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
         ("high_freq_factor is 1.0", "greater than low_freq_factor"),
     ),
-    "MLX quantisation": ("llama_mha", {"quantization": {"bits": 4}}, ("quantization: the weights are quantised",)),
+    "MLX quantisation": (
+        "llama_mha",
+        {"quantization": {"bits": 4}},
+        ("quantization: quant_method is None; supported: compressed-tensors",),
+    ),
     "type of the weights": ("llama_mha", {"torch_dtype": "float8_e4m3fn"}, ("torch_dtype is 'float8_e4m3fn'",)),
     "eos in a list of lists": ("llama_mha", {"eos_token_id": [[2]]}, ("eos_token_id is [[2]]", "integer")),
     "several bos": ("llama_mha", {"bos_token_id": [1, 2]}, ("bos_token_id is [1, 2]", "integer")),

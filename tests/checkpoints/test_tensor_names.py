@@ -101,7 +101,7 @@ def test_the_whole_model_s_keys_count(tmp_path: Path):
     assert found.tie_word_embeddings
     assert found.eos_token_ids == (2, 7)
     write_json(config | {"quantization_config": {"bits": 4}}, directory / "config.json")
-    with pytest.raises(UserError, match="quantization_config: the weights are quantised"):
+    with pytest.raises(UserError, match="quantization_config: quant_method is None; supported"):
         load_backbone(directory)
 
 

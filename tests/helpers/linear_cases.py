@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.pregated_linear import make_mixture
+from pallas_kernels.quantised import QuantArray, QuantLayout, quantise
+from pallas_kernels.quantised.reference import dequantise_np
 
 HALF_ULP = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 """Half a unit in the last place of 1, which is all that one rounding may lose."""
@@ -39,6 +41,7 @@ class Case:
     layer: int = 1
     dtype: str = "bfloat16"
     choices: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    layout: QuantLayout | None = None
 
     def choose(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Experts and gates, [B, k] each."""
@@ -66,15 +69,24 @@ class Case:
         for stack in (*weights.values(), *a.values(), *b.values()):
             stack[others] = np.nan
         x, weights, a, b = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), (x, weights, a, b))
+        if self.layout is not None:
+            weights = {name: quantise(w, self.layout, jnp.bfloat16) for name, w in weights.items()}
         mixture = jax.jit(make_mixture, static_argnums=(2, 3))(experts, gates, SCALE, self.num_experts)
         return x, weights, a, b, mixture if a else None
+
+
+def in_float64(weight) -> np.ndarray:
+    """A matrix, exactly."""
+    if not isinstance(weight, QuantArray):
+        return np.asarray(weight, np.float64)
+    return dequantise_np(np.asarray(weight.codes), np.asarray(weight.scales), weight.layout)
 
 
 def assert_near(y, x, weights, a, b, mixture, layer):
     assert y.keys() == weights.keys()
     half = HALF_ULP[x.dtype.name]
     for name, w in weights.items():
-        x64, w64 = np.asarray(x, np.float64), np.asarray(w[layer], np.float64)
+        x64, w64 = np.asarray(x, np.float64), in_float64(w[layer])
         additions, exact, inexact = x64.shape[1], x64 @ w64.T, 0.0
         size = abs(x64) @ abs(w64).T
         if name in a:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-from triton_compiler import Kernel, kernel_of
+from triton_compiler import SHARED_MEMORY, Kernel, kernel_of
 
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.pregated_linear import Group, Mixture, pregated_linear, tiles_for
+from pallas_kernels.quantised import INT4, INT4_G64, INT8, QuantLayout, quantise
 
-SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
-"""KiB that a program can have, by compute capability (CUDA C++ programming guide)."""
 LAYERS = 2
 of = jax.ShapeDtypeStruct
 
@@ -34,18 +34,21 @@ def linears(
     gated: bool = False,
     activation: str = "silu",
     norm_dtype: str | None = None,
+    layout: QuantLayout | None = None,
 ) -> Kernel:
-    """All of them with 8 experts; one row with a norm in front."""
+    """All of them with 8 experts, quantised with a `layout`; one row with a norm in front."""
     a = {name: of((LAYERS, 8, rank, in_dim), dtype) for name in outs}
     b = {name: of((LAYERS, 8, out, rank), dtype) for name, out in outs.items()}
     used = min(8, 2 * batch)
     mixture = Mixture(of((used,), "int32"), of((used, batch), "float32"))
     names = tuple(outs) if gated else None
-    tiles = tiles_for(batch, in_dim, jnp.dtype(dtype).itemsize, gated)
+    tiles = tiles_for(batch, in_dim, jnp.dtype(dtype).itemsize, gated, layout)
     group = Group(
         tiles=tiles, out_dtype=jnp.dtype(dtype), gated=names, activation=activation, eps=1e-5,  # type: ignore[arg-type]
     )  # fmt: skip
-    weights = {name: of((LAYERS, out, in_dim), dtype) for name, out in outs.items()}
+    weights: dict[str, Any] = {name: of((LAYERS, out, in_dim), dtype) for name, out in outs.items()}
+    if layout is not None:
+        weights = {name: jax.eval_shape(lambda w: quantise(w, layout, dtype), w) for name, w in weights.items()}
     one, norm = of((1,), "int32"), of((LAYERS, in_dim), norm_dtype or dtype) if batch == 1 else None
     return kernel_of(
         lambda *operands: pregated_linear(*operands[:-1], group=group, norm=operands[-1]),
@@ -78,11 +81,16 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "small attention, 32 rows": lambda: attention(32, (9, 3, 64), 512, "float16"),
     "largest rank, 32 rows": lambda: linears(32, GATE_UP_7B, 4096, "float16", rank=256, gated=True),
     "widest heads, 32 rows": lambda: attention(32, (8, 4, 256), 512, "float32"),
+    "7B gate, up, int4": lambda: linears(1, GATE_UP_7B, 4096, "bfloat16", gated=True, layout=INT4),
+    "7B gate, up, int4, 32 rows": lambda: linears(32, GATE_UP_7B, 4096, "bfloat16", gated=True, layout=INT4),
+    "7B down, int8": lambda: linears(1, {"down": 4096}, 11008, "bfloat16", layout=INT8),
+    "7B down, int8, 32 rows": lambda: linears(32, {"down": 4096}, 11008, "bfloat16", layout=INT8),
+    "small gate, up, int4, 8 rows": lambda: linears(8, GATE_UP_SMOL, 576, "float32", 16, gated=True, layout=INT4_G64),
 }
 EVERYWHERE, FEATURES, ONCE = (
     [*KERNELS][:3],
     ("GeGLU behind a norm in float32", "wide heads, a soft cap"),
-    [*KERNELS][5:8],
+    [*KERNELS][5:8] + [*KERNELS][-5:-1],
 )
 QUICK = [(name, c) for name in EVERYWHERE for c in SHARED_MEMORY] + [(name, 120) for name in ONCE]
 SLOW = [(name, c) for name in KERNELS if name not in FEATURES for c in SHARED_MEMORY if (name, c) not in QUICK]
@@ -106,8 +114,8 @@ def test_compiles(monkeypatch, tmp_path, name, capability):
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= SHARED_MEMORY[capability] * 1024
     assert ".local" not in ptx
-    is_16_bit = name not in ("small q, k, v", "small gate, up, 8 rows", "widest heads, 32 rows")
-    is_vector = name in ("7B gate, up", "GeGLU behind a norm in float32")
+    is_16_bit = not name.startswith(("small q", "small gate", "widest"))
+    is_vector = name in ("7B gate, up", "GeGLU behind a norm in float32", "7B gate, up, int4", "7B down, int8")
     assert ("mma" in ptx) == (is_16_bit and not is_vector)  # tf32 would lose 13 bits
     assert "atom.global.gpu.acq_rel.add" in ptx  # what one program publishes, another sees
     assert "ld.global.v4.b32" in ptx or "cp.async.cg.shared.global" in ptx

@@ -28,6 +28,7 @@ from pallas_kernels.pregated_linear import (
     triton_call,
     unsupported_reason,
 )
+from pallas_kernels.quantised import QuantLayout, quantise
 
 SMALL = Tiles(tile_m=16, tile_k=32, num_warps=4, num_stages=1)
 
@@ -44,7 +45,7 @@ def by_kernel(x, weights, a, b, mixture, layer, tiles: Tiles | None = None, **op
     group = Group(
         tiles=tiles or tiles_for(len(x), x.shape[1], x.dtype.itemsize), out_dtype=x.dtype, counter=1, counters=2
     )
-    ready = jnp.zeros(2 * len(next(iter(weights.values()), x)), jnp.int32)
+    ready = jnp.zeros(2 * next(iter(weights.values()), x).shape[0], jnp.int32)
     at = jnp.asarray(layer, jnp.int32)[None]
     y, ready = pregated_linear(x, weights, a, b, mixture, num_used, at, ready, group=group, **options)
     num_shrink = sum(len(mixture.experts) * -(-f.shape[2] // group.tiles.tile_m) for f in a.values())
@@ -179,11 +180,17 @@ def test_every_field_of_tiles_and_group_is_read(monkeypatch):
     x, weights, a, b, mixture = Case(outs={"q": 64}, in_dim=64).draw()
     rest = mixture, jnp.ones(1, jnp.int32), jnp.ones(1, jnp.int32), jnp.zeros(4, jnp.int32)
     group = Group(tiles=SMALL, out_dtype=x.dtype)
-    changed = [replace(group, tiles=replace(SMALL, **{f.name: 2 * getattr(SMALL, f.name)})) for f in fields(SMALL)]
+    names = [f.name for f in fields(SMALL) if f.name != "tile_q"]  # of quantised weights
+    changed = [replace(group, tiles=replace(SMALL, **{name: 2 * getattr(SMALL, name)})) for name in names]
     for g in (group, group, *changed, replace(group, counter=1), replace(group, counters=2)):
         pregated_linear.__wrapped__(x, weights, a, b, *rest, group=g)
     assert launches[0] == launches[1]
     assert all(launch != launches[0] for launch in launches[2:])
+    quantised = {name: quantise(w, QuantLayout(4, 32), x.dtype) for name, w in weights.items()}
+    for tile_q in (32, 64):
+        tiles = replace(SMALL, tile_q=tile_q)
+        pregated_linear.__wrapped__(x, quantised, a, b, *rest, group=replace(group, tiles=tiles))
+    assert launches[-1] != launches[-2]
 
 
 def invalid(**changes):

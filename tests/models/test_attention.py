@@ -14,17 +14,19 @@ from random_models import random_adapter, tokens_of
 
 from adafuse_jax.models import attention as module
 from adafuse_jax.models.attention import Visibility, attention, implementation_of, segments
+from adafuse_jax.training.replicas import replica_attention
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 2, 2, 2, 2, 2, 3, 3], [1, 1, 1, 1, 1, 1, 1, 1]])
 
 
-def exact(q, k, v, seen):
-    """softmax(q kᵀ / √H) v in float64, a key for each query from a table of what it sees."""
+def exact(q, k, v, seen, scale=None, softcap=np.inf):
+    """softmax(cap(scale · q kᵀ)) v in float64, a key for each query from a table of what it sees."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
     for b, t, n in np.ndindex(q.shape[:3]):
         keys, head = np.flatnonzero(seen[b, t]), n // (q.shape[2] // k.shape[2])
-        scores = k[b, keys, head] @ q[b, t, n] / np.sqrt(q.shape[3])
+        scores = k[b, keys, head] @ q[b, t, n] * (q.shape[3] ** -0.5 if scale is None else scale)
+        scores = scores if softcap == np.inf else softcap * np.tanh(scores / softcap)
         weights = np.exp(scores - scores.max())
         out[b, t, n] = weights @ v[b, keys, head] / weights.sum()
     return out
@@ -42,6 +44,24 @@ def test_values(segmented: bool, window: int | None):
     ])  # fmt: skip
     visibility = Visibility.of_sequence(8, jnp.asarray(ids) if segmented else None)
     np.testing.assert_allclose(attention(q, k, v, visibility, window), exact(q, k, v, seen), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"scale": 0.9}, {"softcap": 0.7}, {"scale": 0.9, "softcap": 0.7}], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 2e-3), ("bfloat16", 2e-2)])
+def test_scale_and_soft_cap(options: dict[str, float], dtype: str, tolerance: float):
+    """Also of replicas, and where padding sees no key."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = (2 * jax.random.normal(keys[0], (3, 8, 4, 6))).astype(dtype)
+    k, v = (jax.random.normal(key, (3, 8, 2, 6)).astype(dtype) for key in keys[1:])
+    seen = np.array([[[s <= t and t - s < 3 for s in range(8)] for t in range(8)]] * 3)
+    wanted, visibility = exact(q, k, v, seen, **options), Visibility.of_sequence(8)
+    found = attention(q, k, v, visibility, 3, **options)
+    assert found.dtype == q.dtype
+    np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+    mapped = jax.vmap(lambda q, k, v: replica_attention(q[None], k[None], v[None], visibility, 3, **options)[0])
+    np.testing.assert_allclose(np.float32(mapped(q, k, v)), np.float32(found), atol=tolerance)
+    unseen = attention(q, k, v, Visibility.of_cache(jnp.full((3, 8), -1), 8), **options)
+    assert jnp.isfinite(unseen).all()
 
 
 def test_segments_are_runs_of_equal_ids():

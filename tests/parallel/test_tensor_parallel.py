@@ -81,3 +81,11 @@ def test_uneven_shares_are_refused(monkeypatch):
     )  # fmt: skip
     with pytest.raises(UserError, match="cannot share the model's 2 key-value heads evenly"):
         make_mesh(3, config)
+
+
+@pytest.mark.slow
+def test_blocks_of_other_families():
+    """Norms over sharded heads, behind blocks and of parallel blocks give what one device gives."""
+    found = json.loads(tiny.with_devices(2, Path(__file__).with_name("families_run.py")))
+    assert found.keys() == {"olmo2_0", "gemma3_text_0", "cohere2_0"}
+    assert max(found.values()) < 1e-5

@@ -23,6 +23,7 @@ from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
 from adafuse_jax.checkpoints.hf_export import export_backbone
 from adafuse_jax.data.tokenizer import load_tokenizer
 from adafuse_jax.inference.engine import Engine
+from adafuse_jax.models.loss import token_losses
 
 GOLDENS = tiny.GOLDENS / "families"
 TOLERANCE = 1e-4  # largest logit difference over the standard deviation of the logits, float32
@@ -62,6 +63,25 @@ def test_decoding_from_the_cache(name: str, tmp_path: Path):
     golden, model = golden_of(case), load_backbone(write_model_dir(case, tmp_path))
     prompts = [golden[f"prompt_{n}"].tolist() for n in lengths(case)]
     assert generate(Engine(model, eos_ids=()), *prompts, n=8) == [golden[f"greedy_{n}"].tolist() for n in lengths(case)]
+
+
+@pytest.mark.parametrize("name", quick.first(["gemma2_0", "granite_0"]))
+def test_loss_and_its_gradient_are_those_of_the_logits(name: str, tmp_path: Path):
+    """Multipliers and soft caps are in the loss, which makes logits a part at a time."""
+    model = load_backbone(write_model_dir(CASES[name], tmp_path))
+    tokens = jnp.asarray(golden_of(CASES[name])["prompt_65"])[None]
+
+    def in_parts(model):
+        return token_losses(model, model.run(tokens).hidden, tokens, jnp.ones(tokens.shape))[0]
+
+    def at_once(model):
+        log_p = jax.nn.log_softmax(model(tokens).logits[0, :-1])
+        return -jnp.take_along_axis(log_p, tokens[0, 1:, None], axis=-1).sum()
+
+    (loss, gradient), (wanted, exact) = (jax.jit(jax.value_and_grad(f))(model) for f in (in_parts, at_once))
+    np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+    for mine, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5 * float(jnp.abs(theirs).max()))
 
 
 @pytest.mark.slow

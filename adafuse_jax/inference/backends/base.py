@@ -35,6 +35,7 @@ class Backend(Protocol):
       needs_adapter: there is nothing to do without one.
       one_row: one set of weights serves one token, so it decodes one row, on one device.
       takes_bank: rows may have adapters of their own.
+      reads_quantised: the backbone's linears may be codes and scales.
       model, adapter: of the prefill.
       reads: what every step reads.
     """
@@ -44,6 +45,7 @@ class Backend(Protocol):
     needs_adapter: ClassVar[bool] = False
     one_row: ClassVar[bool] = False
     takes_bank: ClassVar[bool] = False
+    reads_quantised: ClassVar[bool] = False
     _model: Backbone
     _adapter: Adapter | AdapterBank | None
     _reads: tuple[Any, ...]

@@ -206,6 +206,7 @@ class MergedLoRA(Unfused):
 
     requires = "static"
     needs_adapter = True
+    reads_quantised = False
 
     @classmethod
     def prepare(cls, model: Backbone, adapter: LoRA) -> Backend:

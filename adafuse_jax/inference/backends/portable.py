@@ -30,6 +30,7 @@ from adafuse_jax.models.decoder import Backbone, normed
 from adafuse_jax.models.hooks import TokenExperts
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.models.layers import Norm, scaled
+from adafuse_jax.models.quantised import quantisation_of
 from adafuse_jax.models.rotary import TABLE_FIELDS, layer_rotations
 from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels import decode_attention as attention_kernel
@@ -99,7 +100,7 @@ def portable_step(
     config, layers, batch = model.config, model.layers, len(token)
     chosen, mixture, num_used = _mixture(model, adapter, token, position, cache)
     experts = {} if adapter is None else dict(adapter.experts.items())
-    linears = {name: getattr(layers, name) for name in LINEARS}
+    linears, layout = {name: getattr(layers, name) for name in LINEARS}, quantisation_of(model)
     counters: list[tuple[str, ...]] = [names for names in GROUPS if any(name in experts for name in names)]
     ready = jnp.zeros(config.num_layers * max(1, len(counters)), jnp.int32)
 
@@ -113,7 +114,7 @@ def portable_step(
         if norm is not None and not _is_folded(norm, batch):
             x, norm = normed(_of_layer(norm, layer), x), None
         settings = Group(
-            tiles=tiles_for(batch, x.shape[1], x.dtype.itemsize, bool(gated)), out_dtype=x.dtype, gated=gated,
+            tiles=tiles_for(batch, x.shape[1], x.dtype.itemsize, bool(gated), layout), out_dtype=x.dtype, gated=gated,
             activation=config.activation, eps=config.norm_eps,
             counter=counters.index(names) if adapted else 0, counters=max(1, len(counters)),
         )  # fmt: skip

@@ -14,7 +14,9 @@ from adafuse_jax.inference.backends.megakernel import Megakernel, default_unsupp
 from adafuse_jax.inference.backends.merged import Golden, MergedLoRA, Switch
 from adafuse_jax.inference.backends.unfused import Unfused
 from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.quantised import quantisation_of
 from adafuse_jax.parallel.mesh import mesh_of
+from pallas_kernels.quantised import QuantLayout
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,21 @@ def require_strategy(config: AdapterConfig, strategy: str) -> None:
         raise UserError(
             f"--strategy {strategy} does not fit an adapter of {config.adapter}; it decodes {' or '.join(fitting)}"
         )
+
+
+def require_reads_quantised(strategy: str, layout: QuantLayout | None) -> None:
+    """Raise `UserError` if the backbone's linears are quantised, and the strategy needs them whole."""
+    if reason := _quantised_reason(strategy, layout):
+        raise UserError(f"strategy {strategy} cannot run: {reason}; decode unmerged, or without --quantize")
+
+
+def _quantised_reason(strategy: str, layout: QuantLayout | None) -> str | None:
+    if layout is None or BACKENDS[strategy].reads_quantised:
+        return None
+    name = layout.name
+    if strategy == "fused":
+        return f"the megakernel does not read {name} weights"
+    return f"it would merge experts into {name} weights, whose codes cannot hold them"
 
 
 def choose_backend(strategy: str | None, model: Backbone, adapter: AnyAdapter | AdapterBank | None) -> Backend:
@@ -62,6 +79,7 @@ def choose_backend(strategy: str | None, model: Backbone, adapter: AnyAdapter | 
         require_strategy(adapter.config, strategy)
     elif backend.needs_adapter:
         raise UserError(f"strategy {strategy} merges the experts of an adapter; give one, or decode unmerged")
+    require_reads_quantised(strategy, quantisation_of(model))
     if (reason := backend.unsupported_reason(model, adapter)) is not None:
         raise UserError(f"strategy {strategy} cannot run: {reason}; decode unmerged")
     return backend.prepare(model, adapter)
@@ -72,7 +90,8 @@ def _default(model: Backbone, adapter: AnyAdapter | AdapterBank | None) -> Backe
     if isinstance(adapter, AnyAdapter) and "fused" not in strategies_of(adapter.config):
         log.log(dispatch_log_level(), "decoding unmerged")
         return unfused
-    if (reason := default_unsupported_reason(model, adapter)) is not None:
+    reason = _quantised_reason("fused", quantisation_of(model)) or default_unsupported_reason(model, adapter)
+    if reason is not None:
         log.log(dispatch_log_level(), "decoding unmerged: fused is not used, as %s", reason)
         return unfused
     log.log(dispatch_log_level(), "decoding fused")

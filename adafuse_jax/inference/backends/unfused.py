@@ -28,6 +28,7 @@ class Unfused(Backend):
     """Any model, any adapter, any number of rows and devices. `for_batch` gives the kernels where they can run."""
 
     takes_bank = True
+    reads_quantised = True
 
     def __init__(self, model: Backbone, adapter: Adapter | AdapterBank | None, strategy: str = "unmerged"):
         self._model, self._adapter, self.strategy = model, adapter, strategy

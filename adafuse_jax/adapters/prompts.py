@@ -1,0 +1,142 @@
+"""AdaFuse while it reads prompts: tokens are routed before the layers, and multiplied with their chosen experts only.
+
+A router inside a scan over layers makes a GPU wait for the host in every layer, to ask whether it is the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from adafuse_jax.adapters.adafuse import AdaFuse, AdaFuseLayer
+from adafuse_jax.adapters.stacked import ROUTER_INPUTS
+from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig
+from adafuse_jax.models.hooks import Hook, Routing
+from adafuse_jax.models.layers import Linear
+from pallas_kernels.grouped_experts import TILE
+from pallas_kernels.prompt_experts import (
+    Pairs,
+    expand_gated,
+    expand_into,
+    pair_tokens,
+    shrink,
+    unsupported_reason,
+)
+
+LEAST_TOKENS, LEAST_COLUMNS, LEAST_SPARSITY = 512, 256, 4
+"""Prompt tokens, columns E·R and E / k below which the products of all experts are taken to be as fast.
+`python -m benchmarks.decode.prefill --targets all7 all7-dense` compares both."""
+GATED = ("gate_proj", "up_proj")
+
+
+def is_routed_by_token(adapter: AdaFuse) -> bool:
+    """Return whether x^1, the router's input, depends on the token alone."""
+    return adapter.first_target in ATTENTION_LINEARS[:3]
+
+
+def all_experts_reason(adapter: AdaFuse, model: ModelConfig, tokens: int, dtype: jnp.dtype) -> str | None:
+    """The reason why prompts' tokens, so many together, are multiplied with all experts, or None."""
+    config = adapter.config
+    widths = sorted({width for name in config.targets for width in model.linear_shape(name)})
+    if not is_routed_by_token(adapter):
+        return f"the router sees {adapter.first_target}'s input, which is not known before the layers"
+    if reason := unsupported_reason(config.rank, widths, dtype):
+        return reason
+    if any(leaf.dtype != dtype for leaf in jax.tree.leaves(adapter.experts)):
+        return f"the experts are not {jnp.dtype(dtype).name}"
+    if tokens % TILE or tokens < LEAST_TOKENS:
+        return f"{tokens} tokens are few, or no multiple of {TILE}"
+    if (columns := config.num_experts * config.rank) < LEAST_COLUMNS:
+        return f"E·R = {columns} columns are few"
+    if config.num_experts < LEAST_SPARSITY * config.top_k:
+        return f"a token uses {config.top_k} of {config.num_experts} experts"
+    return None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(slots=True)
+class PromptAdaFuse:
+    """An `Adapter`: AdaFuse whose routing of the tokens is known. `pairs`: their orders, for the products of the chosen
+    experts; None: all experts are multiplied."""
+
+    adapter: AdaFuse
+    experts: Any
+    routing: Routing
+    pairs: Pairs | None
+
+    @classmethod
+    def of(cls, adapter: AdaFuse, x: Float[Array, "B T in"], *, only_chosen: bool) -> PromptAdaFuse:
+        """Route the tokens by x^1."""
+        routing, config, pairs = adapter.route(x), adapter.config, None
+        if only_chosen:
+            chosen, gates = (value.reshape(-1, config.top_k) for value in (routing.experts, routing.gates))
+            pairs = pair_tokens(chosen, gates, config.num_experts, config.scale)
+        return cls(adapter, adapter.experts, routing, pairs)
+
+    def initial_routing(self, batch: int, length: int) -> Routing:
+        return self.routing
+
+    def hook(self, experts: Any, layer: int | Int[Array, ""], routing: Routing, key: Key[Array, ""] | None) -> Hook:
+        if self.pairs is None:
+            return AdaFuseLayer(self.adapter, experts, 1, self.routing, key)  # no layer is the one that routes
+        return PromptLayer(self, layer)
+
+
+class PromptLayer(Hook):
+    """The hook of one layer: linears that share an input share one launch of A's products, and what the experts give to
+    gate_proj and up_proj is added where these are multiplied."""
+
+    def __init__(self, prompts: PromptAdaFuse, layer: int | Int[Array, ""]):
+        self.prompts, self.layer, self.routing = prompts, jnp.asarray(layer, jnp.int32)[None], prompts.routing
+        self._h: dict[str, Float[Array, "n P R"]] = {}
+        self._options: Any = {"interpret": jax.default_backend() == "cpu"}
+
+    def __call__(self, name: str, linear: Linear, x: Array) -> Array:
+        y = linear(x)
+        if name not in self.prompts.experts:
+            return y
+        self._shrink(name, x)
+        return y if name in GATED and self._adapts_both() else self._expanded(name, y)
+
+    def gated(self, product: Callable[[Array, Array], Array], activation: str, gate: Array, up: Array) -> Array:
+        if not self._adapts_both():
+            return product(gate, up)
+        if activation != "silu":
+            return product(self._expanded("gate_proj", gate), self._expanded("up_proj", up))
+        experts = self.prompts.experts
+        flat_gate, flat_up = (y.reshape(-1, y.shape[-1]) for y in (gate, up))
+        factors = [experts[name].B[...] for name in GATED]
+        found = expand_gated(flat_gate, flat_up, self._h[GATED[0]], factors, self.layer, self._pairs, **self._options)
+        return found.reshape(gate.shape)
+
+    @property
+    def _pairs(self) -> Pairs:
+        assert self.prompts.pairs is not None
+        return self.prompts.pairs
+
+    def _adapts_both(self) -> bool:
+        return all(name in self.prompts.experts for name in GATED)
+
+    def _sharing(self, name: str) -> list[str]:
+        """The adapted linears that share an input with this one, in order."""
+        return [
+            other for other in LINEARS if other in self.prompts.experts and ROUTER_INPUTS[other] == ROUTER_INPUTS[name]
+        ]
+
+    def _shrink(self, name: str, x: Array) -> None:
+        """Compute h of the linears that share x, unless one of them has come already."""
+        source = ROUTER_INPUTS[name]
+        if source not in self._h:
+            factors = [self.prompts.experts[other].A[...] for other in self._sharing(name)]
+            self._h[source] = shrink(x.reshape(-1, x.shape[-1]), factors, self.layer, self._pairs, **self._options)
+
+    def _expanded(self, name: str, y: Array) -> Array:
+        h, factor = self._h[ROUTER_INPUTS[name]], self.prompts.experts[name].B[...]
+        place = self._sharing(name).index(name)
+        flat = y.reshape(-1, y.shape[-1])
+        return expand_into(flat, h, factor, self.layer, self._pairs, linear=place, **self._options).reshape(y.shape)

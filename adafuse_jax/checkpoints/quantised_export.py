@@ -1,0 +1,48 @@
+"""Quantised weights as exported: the format `pack-quantized` of compressed-tensors, read by vLLM and transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from adafuse_jax.checkpoints.weight_forms import to_words
+from adafuse_jax.models.config import LINEARS
+from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.registry import FAMILIES
+from pallas_kernels.quantised import QuantArray, QuantLayout
+
+
+def as_stored(model: Backbone) -> Backbone:
+    """The backbone with the tensors of the format in the place of each quantised weight; it cannot run."""
+    config, model = model.config, jax.tree.map(lambda leaf: leaf, model)
+    fused = {name: names for names in FAMILIES[config.model_type].fused for name in names}
+    for name in LINEARS:
+        linear = getattr(model.layers, name)
+        weight = linear.weight[...]
+        if isinstance(weight, QuantArray):
+            num_layers, _, into = weight.shape
+            in_tensor = fused.get(name, (name,))
+            del linear.weight
+            linear.weight_packed = nnx.Param(jax.jit(to_words, static_argnums=1)(weight.codes, weight.layout))
+            linear.weight_scale = nnx.Param(weight.scales)
+            if name == in_tensor[0]:
+                shape = [sum(config.linear_shape(other)[0] for other in in_tensor), into]
+                linear.weight_shape = nnx.Param(np.tile(np.array(shape, np.int64), (num_layers, 1)))
+    return model
+
+
+def quantization_table(layout: QuantLayout) -> dict[str, Any]:
+    """`quantization_config` of an exported model: compressed-tensors' `pack-quantized`."""
+    weights = {
+        "num_bits": layout.bits, "type": "int", "symmetric": True, "dynamic": False, "actorder": None, "observer": "minmax",
+        "strategy": "group" if layout.group_size else "channel", "group_size": layout.group_size, "block_structure": None,
+        "observer_kwargs": {},
+    }  # fmt: skip
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ["lm_head"], "kv_cache_scheme": None,
+    }  # fmt: skip

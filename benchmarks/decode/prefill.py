@@ -1,0 +1,244 @@
+"""Prefill: milliseconds and memory by the length of the prompt, bare and with AdaFuse on all 7 linears.
+
+    python -m benchmarks.decode.prefill --out benchmarks/results/nvidia_h200 --lengths 128 512 2048 8192 32768
+
+writes prefill.json and prefill.md, row by row. Run again with the same commit it measures what is missing. `ms` is the time
+of the prompt's programs, one after the other, into a cache that holds the prompt; with --first-token also what a user waits
+for, `Engine.generate` up to its first token. all7-dense multiplies all experts where all7 may multiply the chosen ones only.
+The share of the matmul ceiling, measured in the same process, counts the products of the backbone's weights alone,
+2 · tokens · weights. Peak memory is the process's, which has one method and goes from short to long prompts.
+
+Before it is timed, a length of --check is computed by separate XLA ops too, with masked attention and the products of all
+experts; the logits may differ by a relative error of 0.05, about that of two orders of sums in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from adafuse_jax.adapters import prompts
+from adafuse_jax.core import runtime
+from adafuse_jax.inference.engine import Engine
+from adafuse_jax.inference.prefill import chunk_lengths, largest_chunk, prefills_by_kernels
+from adafuse_jax.inference.programs import prefill_chunk
+from adafuse_jax.inference.state import DecodeState, cache_length
+from adafuse_jax.models.decoder import Backbone
+from benchmarks.common.ceilings import measure_ceilings
+from benchmarks.common.jobs import Job, Report, run_as_job, run_job
+from benchmarks.common.records import command_line, commit, facts, first_line, write_json
+from benchmarks.common.reports import number, table
+from benchmarks.common.timing import Stopwatch, time_calls
+from benchmarks.decode.costs import LINEARS, SIZES
+from benchmarks.decode.models import adapter_config, model_config, random_adapter, random_backbone
+
+MODULE = "benchmarks.decode.prefill"
+TOLERANCE = 0.05
+METHODS = {"-": "bare", "all7": "all 7", "all7-dense": "all 7, all experts"}
+KEY = ("size", "targets", "tokens")
+
+Carry = tuple[DecodeState, Float[Array, "1 V"]]
+
+
+def prompt_programs(model: Backbone, adapter: Any, prompt: np.ndarray, *, by_kernels: bool) -> Callable[[Carry], Carry]:
+    """The programs of a prompt [T], as `Slots` runs them for a row alone."""
+    sizes = chunk_lengths(len(prompt), largest_chunk(1, beside_rows=False, by_kernels=by_kernels))
+    chunks, start = [], 0
+    for size in sizes:
+        part = prompt[start : start + size]
+        tokens = np.zeros((1, size), np.int32)
+        tokens[0, : len(part)] = part
+        chunks.append(jax.device_put((tokens, np.array([start], np.int32), np.array([len(part)], np.int32))))
+        start += len(part)
+
+    def run(carry: Carry) -> Carry:
+        state, logits = carry
+        for chunk in chunks:
+            state, logits, _ = prefill_chunk(
+                model, adapter, state, logits, *chunk, None, pad_id=0, by_kernels=by_kernels
+            )
+        return state, logits
+
+    return run
+
+
+def empty(model: Backbone, tokens: int) -> Carry:
+    config = model.config
+    return DecodeState.empty(config, 1, cache_length(tokens), model.dtype), jnp.zeros((1, config.vocab_size))
+
+
+def relative_error(model: Backbone, adapter: Any, prompt: np.ndarray) -> float:
+    """Difference of the logits from those of separate XLA ops, relative to these."""
+    found, wanted = (
+        prompt_programs(model, adapter, prompt, by_kernels=by)(empty(model, len(prompt)))[1] for by in (True, False)
+    )
+    return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
+
+
+def measure_length(engine: Engine, prompt: np.ndarray, job: dict[str, Any]) -> dict[str, Any]:
+    """A row without its key."""
+    model, adapter = engine.model, engine.adapter
+    by_kernels = prefills_by_kernels(model.config, model.dtype, None)
+    row: dict[str, Any] = {"by_kernels": by_kernels}
+    if by_kernels and len(prompt) in job["check"]:
+        row["relative_error"] = relative_error(model, adapter, prompt)
+    watch, programs = Stopwatch(), prompt_programs(model, adapter, prompt, by_kernels=by_kernels)
+    carry = jax.block_until_ready(programs(empty(model, len(prompt))))
+    row["compile_s"] = watch.seconds
+    timing, carry = time_calls(programs, carry, seconds=job["seconds"], repeats=job["repeats"])
+    row |= {"ms": timing.ms, "spread_ms": timing.spread_ms}
+    row["finite"] = bool(jnp.isfinite(carry[1]).all())
+    del carry
+    weights = sum(np.prod(model.config.linear_shape(name)) for name in LINEARS) * model.config.num_layers
+    row["tflops"] = float(2 * len(prompt) * weights / timing.ms / 1e9)
+    row["peak_gib"] = runtime.peak_device_gib()
+    if job["first_token"]:
+        waits = [next(engine.generate([prompt.tolist()], max_new_tokens=1)).seconds for _ in range(4)]
+        row["first_token_ms"] = 1e3 * statistics.median(waits[1:])  # the first compiles
+    return row
+
+
+def measure_method(job: dict[str, Any], report: Report) -> None:
+    """Rows of one method, from short to long prompts."""
+    ceilings = measure_ceilings(2**12, job["matmul_dim"], seconds=job["seconds"] / 10)
+    lengths, targets = sorted(job["lengths"]), job["targets"]
+    shapes = replace(SIZES[job["size"]], max_position_embeddings=max(lengths) + 1)
+    config, rows, watch = model_config(shapes), [], Stopwatch()
+    adapter = None
+    if targets != "-":
+        adapter = random_adapter(adapter_config(shapes, "all7"), config)
+    if targets == "all7-dense":
+        prompts.LEAST_TOKENS = sys.maxsize
+    engine = Engine(random_backbone(config), adapter, eos_ids=())
+    del adapter
+    print(f"  model made in {watch.seconds:.0f} s", flush=True)
+    rng = np.random.default_rng(0)
+    for tokens in lengths:
+        row: dict[str, Any] = dict(zip(KEY, (job["size"], targets, tokens), strict=True))
+        try:
+            row |= measure_length(engine, rng.integers(3, config.vocab_size, tokens, np.int32), job)
+            row["ceiling_tflops"] = ceilings["best_matmul"]
+            text = "{ms:.2f} ± {spread_ms:.2f} ms, {tflops:.0f} of {ceiling_tflops:.0f} TFLOP/s, compiled {compile_s:.0f} s"
+            text = text.format(**row) + f", error {row.get('relative_error', float('nan')):.3g}"
+        except Exception as error:
+            text = row["error"] = first_line(error)
+        rows.append(row)
+        print(f"  {job['size']} {targets}, {tokens} tokens: {text}", flush=True)
+        report({"rows": rows})
+
+
+def merged(old: Iterable[dict[str, Any]], new: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows by their key, the new ones in place of old ones."""
+    by_key = {tuple(row[key] for key in KEY): row for row in (*old, *new)}
+    return [by_key[key] for key in sorted(by_key)]
+
+
+def error_text(error: float | None) -> str:
+    """A cell of the table: not compared, or the error, which may be too large."""
+    return number(error, ".3f") + ("" if error is None or error < TOLERANCE else f", **more than {TOLERANCE}**")
+
+
+def report_of(record: dict[str, Any]) -> str:
+    lines = [f"# Prefill: {record['device']}, JAX {record['jax']}", "", f"    {record['command']}", ""]
+    lines += [
+        "One row, bf16, random weights. TFLOP/s count the backbone's products; the ceiling is that of the process.",
+        "",
+    ]
+    head = (
+        "model",
+        "adapted",
+        "tokens",
+        "ms",
+        "TFLOP/s",
+        "of the ceiling",
+        "over bare, ms",
+        "first token, ms",
+        "peak, GiB",
+        "error",
+    )
+    rows: list[Sequence[Any]] = []
+    bare = {(row["size"], row["tokens"]): row["ms"] for row in record["rows"] if row["targets"] == "-" and "ms" in row}
+    for row in record["rows"]:
+        name = row["size"], METHODS[row["targets"]], row["tokens"]
+        if "error" in row:
+            rows.append((*name, row["error"]))
+            continue
+        of_bare = bare.get((row["size"], row["tokens"])) if row["targets"] != "-" else None
+        rows.append((
+            *name, f"{row['ms']:.2f} ± {row['spread_ms']:.2f}", f"{row['tflops']:.0f}",
+            f"{100 * row['tflops'] / row['ceiling_tflops']:.0f}%", number(of_bare and row["ms"] - of_bare, "+.2f"),
+            number(row.get("first_token_ms"), ".2f"), number(row["peak_gib"], ".1f"),
+            error_text(row.get("relative_error")),
+        ))  # fmt: skip
+    return "\n".join([*lines, *table(head, rows)])
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory of prefill.json and prefill.md")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["llama2-7b"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512, 2048, 8192, 32768])
+    parser.add_argument("--targets", nargs="+", choices=METHODS, default=["-", "all7"], help="- is the bare backbone")
+    parser.add_argument(
+        "--check", nargs="*", type=int, default=[128, 512, 2048], help="lengths whose logits are compared"
+    )
+    parser.add_argument("--first-token", action="store_true", help="through the engine, too")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--job-seconds", type=float, default=240, help="a process is stopped after these")
+    arguments = parser.parse_args(argv)
+    path = arguments.out / "prefill.json"
+    record = record_of_commit(path) | {"command": command_line(MODULE, argv)}
+    is_tiny = arguments.sizes == ["tiny"]
+    common = {
+        "seconds": 2e-4 if is_tiny else 0.2, "matmul_dim": 64 if is_tiny else 8192, "repeats": arguments.repeats,
+        "check": arguments.check, "first_token": arguments.first_token,
+    }  # fmt: skip
+    for size, targets in product(arguments.sizes, arguments.targets):
+        missing = [n for n in arguments.lengths if not is_measured(record, (size, targets, n))]
+        if not missing:
+            continue
+        rows = [dict(zip(KEY, (size, targets, n), strict=True)) for n in missing]
+        settings = {"size": size, "targets": targets, "lengths": missing}
+        job = Job(name=f"{size} {targets}", module=MODULE, settings=settings, rows=rows)
+        result, problem = run_job(job, common, arguments.job_seconds, sys.executable)
+        found = result.get("rows", [])
+        done = {tuple(row[key] for key in KEY) for row in found}
+        found += [row | {"error": problem or "no result"} for row in rows if tuple(row.values()) not in done]
+        record |= {key: result[key] for key in ("device", "jax") if key in result}
+        record["rows"] = merged(record["rows"], found)
+        if "device" in record:
+            write_json(path, record)
+            (arguments.out / "prefill.md").write_text(report_of(record) + "\n", encoding="utf-8")
+    if "device" in record:
+        print(report_of(record), flush=True)
+
+
+def record_of_commit(path: Path) -> dict[str, Any]:
+    """The record at `path` if it is of this commit, else a new one."""
+    if path.exists() and (old := json.loads(path.read_text()))["commit"] == commit():
+        return old
+    return {"commit": commit(), "rows": []}
+
+
+def is_measured(record: dict[str, Any], key: tuple[str, str, int]) -> bool:
+    return any(tuple(row[name] for name in KEY) == key and "error" not in row for row in record["rows"])
+
+
+if __name__ == "__main__":
+    if "--job" in sys.argv:
+        runtime.set_up()
+        run_as_job(__doc__, measure_method, facts)
+    else:
+        main(sys.argv[1:])

@@ -1,0 +1,59 @@
+"""Perplexity in torch and transformers of weights rounded to b bits in groups, written out plainly:
+
+    s = f · max|w| / (2^(b−1) − 1),   w ← s · clamp(round(w / s), −2^(b−1), 2^(b−1) − 1)        of every linear of the layers
+
+f is 1 for 8 bits, for 4 bits the one of `FACTORS` that makes the least squared error of a group.
+
+    python -m benchmarks.peers.quantised_perplexity --model DIR --tokens tokens.json --bits 4 --group-size 64
+
+The rows are those that `benchmarks.quantised_quality` writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+FACTORS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
+
+
+def rounded(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
+    """[out, in]; a group size of 0 is a whole row."""
+    grouped, half = weight.reshape(weight.shape[0], -1, group_size or weight.shape[1]), 2 ** (bits - 1)
+    best, least = grouped, torch.full((*grouped.shape[:2], 1), math.inf)
+    for factor in FACTORS if bits == 4 else (1.0,):
+        scale = grouped.abs().amax(dim=-1, keepdim=True) / (half - 1) * factor
+        found = torch.clamp(torch.round(grouped / scale), -half, half - 1) * scale
+        error = ((found - grouped) ** 2).sum(dim=-1, keepdim=True)
+        best, least = torch.where(error < least, found, best), torch.minimum(error, least)
+    return best.reshape(weight.shape)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--tokens", type=Path, required=True)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    arguments = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            module.weight.copy_(rounded(module.weight, arguments.bits, arguments.group_size))
+    rows, total = json.loads(arguments.tokens.read_text()), 0.0
+    for row in rows:
+        ids = torch.tensor([row])
+        losses = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+        total += float(losses)
+    count = sum(map(len, rows)) - len(rows)
+    print(f"{arguments.bits} bits, groups of {arguments.group_size}: {math.exp(total / count):.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""benchmarks.decode.prefill on tiny shapes: its rows, its table, and a second run that measures what is missing."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from adafuse_jax.inference.prefill import CHUNKS
+from benchmarks.decode import prefill
+
+
+def job(targets: str, lengths: list[int]) -> dict:
+    timing = {"seconds": 1e-4, "repeats": 2, "matmul_dim": 64, "check": [], "first_token": targets == "-"}
+    return {"size": "tiny", "targets": targets, "lengths": lengths, **timing}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    found: list[dict] = []
+    for targets in ("-", "all7"):
+        prefill.measure_method(job(targets, [24, 12]), lambda report: found.append(report["rows"][-1]))
+    return found
+
+
+def test_rows(rows):
+    assert [(row["targets"], row["tokens"]) for row in rows] == [("-", 12), ("-", 24), ("all7", 12), ("all7", 24)]
+    assert all(row["finite"] and row["ms"] > 0 for row in rows)
+    assert all(row["first_token_ms"] > 0 for row in rows[:2])
+    weights = 2 * (4 * 32 * 32 + 3 * 32 * 48)
+    assert rows[1]["tflops"] == pytest.approx(2 * 24 * weights / rows[1]["ms"] / 1e9)
+
+
+def test_table(rows):
+    record = {"device": "a", "jax": "b", "command": "c", "rows": [*map(dict, rows)]}
+    record["rows"][3]["relative_error"] = 0.07
+    record["rows"][3]["ms"] = record["rows"][1]["ms"] + 1.5
+    record["rows"][0] = {key: rows[0][key] for key in prefill.KEY} | {"error": "no memory"}
+    lines = prefill.report_of(record).splitlines()[-4:]
+    assert "no memory" in lines[0]
+    share = 100 * rows[1]["tflops"] / rows[1]["ceiling_tflops"]
+    assert f"| {share:.0f}% |" in lines[1]
+    assert "| +1.50 |" in lines[3]
+    assert "0.070, **more than 0.05**" in lines[3]
+    assert "+" not in lines[2], "its bare row failed"
+
+
+def test_a_second_run_measures_what_is_missing(rows, monkeypatch, tmp_path):
+    asked = []
+
+    def run_job(job, common, timeout, python):
+        asked.append((job.name, job.settings["lengths"]))
+        of_job = [row for row in rows if row["targets"] == job.settings["targets"]]
+        facts = {"device": "a", "jax": "b"}
+        done = [row for row in of_job if row["tokens"] in job.settings["lengths"]]
+        if len(asked) == 2:
+            return facts | {"rows": done[:1]}, "stopped after 1 s"
+        return facts | {"rows": done}, None
+
+    monkeypatch.setattr(prefill, "run_job", run_job)
+    flags = ["--out", str(tmp_path), "--sizes", "tiny", "--lengths", "12", "24"]
+    prefill.main(flags)
+    first = json.loads((tmp_path / "prefill.json").read_text())["rows"]
+    assert [row.get("error") for row in first] == [None, None, None, "stopped after 1 s"]
+    prefill.main(flags)
+    assert asked == [("tiny -", [12, 24]), ("tiny all7", [12, 24]), ("tiny all7", [24])]
+
+    assert not any("error" in row for row in json.loads((tmp_path / "prefill.json").read_text())["rows"])
+
+
+def test_programs_are_those_of_the_slots():
+    """A prompt of more than one chunk gets the logits that the engine has after it."""
+    shapes = prefill.SIZES["tiny"]
+    config = prefill.model_config(shapes)
+    model = prefill.random_backbone(config)
+    prompt = np.arange(3, 3 + CHUNKS[0] + 5, dtype=np.int32)
+    _, logits = prefill.prompt_programs(model, None, prompt, by_kernels=False)(prefill.empty(model, len(prompt)))
+    (step,) = prefill.Engine(model, eos_ids=()).generate([prompt.tolist()], max_new_tokens=1)
+    assert int(np.argmax(logits)) == step.ids[0]

@@ -1,0 +1,81 @@
+"""Decoding with a quantised backbone: the layer kernels against the modules, and the strategies that refuse it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+import quick
+from flax import nnx
+from fused_cases import Case, by_modules, in_fp32, make
+from generation import generate, prompt_of
+
+from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.adapters.lora import LoRA
+from adafuse_jax.core.errors import UserError
+from adafuse_jax.inference.backends import portable
+from adafuse_jax.inference.backends.portable import portable_step
+from adafuse_jax.inference.backends.registry import choose_backend
+from adafuse_jax.inference.backends.unfused import LayerKernels
+from adafuse_jax.inference.engine import Engine
+from adafuse_jax.models.config import LINEARS
+from adafuse_jax.models.quantised import quantised
+from pallas_kernels.quantised import INT8, QuantLayout
+
+SMALL = Case(
+    num_layers=2, slots=64, position=40, embed_dim=96, hidden_dim=160, heads=(4, 2, 32), vocab_size=250, rank=8
+)
+CASES = {
+    "int8": (replace(SMALL, num_layers=1, targets=("q_proj", "up_proj")), INT8),
+    "int4, rows": (replace(SMALL, num_layers=1, targets=LINEARS, batch=3, bias=True), QuantLayout(4, 32)),
+}
+
+
+@pytest.mark.parametrize("name", quick.first(CASES))
+def test_layer_kernels(name: str):
+    case, layout = CASES[name]
+    model, adapter, cache, tokens, positions = in_fp32(make(case))
+    model = quantised(model, layout)
+    wanted, routing, wanted_cache = jax.jit(by_modules)(model, adapter, cache, tokens, positions)
+    step = jax.jit(partial(portable_step, interpret=True))
+    logits, experts, found = step(model, adapter, tokens, positions, cache)
+    np.testing.assert_allclose(logits, wanted, atol=1e-5 * abs(wanted).max(), rtol=0)
+    np.testing.assert_array_equal(experts.experts, routing.experts[:, 0])
+    for x, y in ((found.k, wanted_cache.k), (found.v, wanted_cache.v)):
+        np.testing.assert_allclose(x, y, atol=1e-5 * abs(np.asarray(y)).max(), rtol=0)
+
+
+def test_tokens_are_those_of_the_dequantised_weights(caplog):
+    """By the default strategy, which is unmerged, with the reason in the log."""
+    model, adapter, *_ = in_fp32(make(replace(SMALL, num_layers=1, targets=("q_proj", "down_proj"))))
+    model = quantised(model, INT8)
+    plain = jax.tree.map(lambda leaf: leaf, model)
+    for name in LINEARS:
+        linear = getattr(plain.layers, name)
+        linear.weight = nnx.Param(linear.weight[...].dequantised("float32"))
+    caplog.set_level(logging.DEBUG, "adafuse_jax.inference.backends.registry")
+    engine = Engine(model, adapter, eos_ids=())
+    assert engine.strategy == "unmerged"
+    assert "fused is not used, as the megakernel does not read int8 weights" in caplog.text
+    prompt = prompt_of(model, 9)
+    assert generate(engine, prompt, n=8) == generate(Engine(plain, adapter, eos_ids=()), prompt, n=8)
+
+
+def test_strategies_that_need_whole_weights(monkeypatch):
+    model, adapter, *_ = make(replace(SMALL, num_layers=1, targets=("q_proj",)))
+    model = quantised(model, INT8)
+    lora = LoRA(AdapterConfig(adapter="lora", rank=2, targets=("q_proj",)), model.config, rngs=nnx.Rngs(0))
+    for strategy, of, reason in (
+        ("fused", adapter, "the megakernel does not read int8 weights"),
+        ("golden", adapter, "it would merge experts into int8 weights, whose codes cannot hold them"),
+        ("switch", adapter, "it would merge experts into int8 weights"),
+        ("merged", lora, "it would merge experts into int8 weights"),
+    ):
+        with pytest.raises(UserError, match=f"strategy {strategy} cannot run: {reason}.*; decode unmerged, or without"):
+            choose_backend(strategy, model, of)
+    monkeypatch.setattr(portable, "device_unsupported_reason", lambda model: None)
+    assert isinstance(choose_backend("unmerged", model, adapter).for_batch(4), LayerKernels)
