@@ -77,7 +77,7 @@ def test_rope_by_kind_of_layer(family: str, keys: dict[str, Any], tmp_path: Path
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo3", "cohere2", "exaone4"])
 def test_a_model_without_windows_is_written_as_one_that_transformers_runs(family: str, tmp_path: Path):
-    """It needs a window's size where its class has one; in EXAONE 4 a size means that these layers have no RoPE."""
+    """A size of windows is needed where the class has one; in EXAONE 4 it means that these layers have no RoPE."""
     table = SIZES | {"model_type": family, "layer_types": ["full_attention"] * SIZES["num_hidden_layers"]}
     for changes in ({}, {"sliding_window": None})[: 1 + (family == "exaone4")]:
         mine = by_us(table | changes)
