@@ -85,7 +85,7 @@ class Slots:
         self._stop_ids, self._pad_id, self._warm = stop_ids, pad_id, warm
         self._state: DecodeState | None = None
         self._rows: list[Row | None] = [None] * num_slots
-        self._prefixes = PrefixCache(num_slots, config.rope)
+        self._prefixes = PrefixCache(num_slots, config)
         self._waiting: deque[Row] = deque()
         self._prefill: Prefill | None = None
         self._prompt_logprobs: list[tuple[int, LogProbs]] = []
@@ -275,14 +275,14 @@ class Slots:
             self._waiting.remove(row)
         length = max(cache_length(len(row.prompt) + row.budget, self._fixed_length) for row in rows)
         if self._state is None and not running:
-            self._prefixes = PrefixCache(self.num_slots, self._config.rope)
+            self._prefixes = PrefixCache(self.num_slots, self._config)
             self._state = DecodeState.empty(
                 self._config, self.num_slots, length, self._dtype, with_bank=self._bank is not None
             )
         state = self._take_state()
         self._settings.begin(rows, running)
-        penalize = self._settings.variant.penalize
-        self._state = self._placed(state.grown(length).with_seen(self._config.vocab_size if penalize else None))
+        counts = self._settings.variant.penalize or self._fixed_length is not None  # fixed slots keep their programs
+        self._state = self._placed(state.grown(length).with_seen(self._config.vocab_size if counts else None))
         for row in rows:
             if row.reuse_cache and not row.sampling.penalize and row.wanted_prompt_logprobs is None:
                 self._reuse(row)
@@ -329,7 +329,7 @@ class Slots:
             ids = np.array([row.adapter.id if row.adapter else NO_ADAPTER for row in prefill.rows], np.int32)
         if any(row.wanted_prompt_logprobs is not None for row in prefill.rows):
             following = following_tokens([row.prompt for row in prefill.rows], starts, tokens.shape[1])
-        if self._config.rope.depends_on_length:
+        if self._config.length_limits:
             totals = np.array([len(row.prompt) for row in prefill.rows], np.int32)
         self._state, prefill.logits, logprobs = prefill_chunk(
             model, adapter, self._take_state(), prefill.logits, tokens, starts, lengths, rows, pad_id=self._pad_id,
@@ -352,12 +352,13 @@ class Slots:
         without tokens for each length. Nothing of it stays."""
         assert self._state is not None
         bucket = None if self._bank is None else self._bank.bucket
-        step = "step", self.num_slots, prefill.whole, self._state.cache.slots, self._settings.variant, bucket
+        shapes = self.num_slots, self._state.cache.slots, self._state.seen is not None, bucket
+        first = "start", prefill.whole, self._settings.variant, *shapes
+        step, copy = ("step", self._settings.variant, *shapes), ("copy", *shapes)
         of_prompts = any(row.wanted_prompt_logprobs is not None for row in prefill.rows)
-        copy = ("copy", self.num_slots, self._state.cache.slots)
         copies = [copy] if self.num_slots > 1 and any(row.reuse_cache for row in prefill.rows) else []
-        steps = [] if running else [step]
-        new = {*steps, *((*step, size, of_prompts) for size in prefill.sizes), *copies} - self._warm
+        chunks = {("chunk", prefill.whole, size, of_prompts, *shapes) for size in prefill.sizes}
+        new = {first, *([] if running else [step]), *chunks, *copies} - self._warm
         if not new:
             return
         if not running:
