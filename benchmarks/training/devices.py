@@ -33,11 +33,11 @@ MODELS: dict[int, tuple[str, ...]] = {
     8: ("llama2-7b", "llama2-70b"),
 }
 BATCH, LENGTH = 4, 2048
-"""Of one device."""
+"""Sequences of one device, and their tokens."""
 NO_COMPARISON = {"llama2-13b": ("none", ("adafuse",)), "llama2-70b": ("full", ("adafuse", "lora"))}
 """Shapes that do not train on one device → remat, methods."""
 LOSS_STEPS = {"steps": 10, "repeats": 1}
-"""Of the row whose losses count: with the repeat that warms up, 20 steps."""
+"""Steps of the row whose losses count: with the repeat that warms up, 20."""
 
 
 def rows_of_devices(

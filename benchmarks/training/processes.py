@@ -35,7 +35,7 @@ from benchmarks.full_size import write_texts
 
 BATCH, LENGTH = 8, 128
 TOLERANCE = 1e-3
-"""Of losses, in nats: sums over devices are in another order, and differences grow from step to step."""
+"""Largest difference of losses, in nats: sums over devices are in another order, and differences grow from step to step."""
 RUN_SECONDS = 300
 
 

@@ -86,6 +86,8 @@ def measure(job: dict[str, Any], report: Report) -> None:
     """`job`: size, method, targets, batch, length, remat, unroll, segments, steps, repeats, profile; mesh, for several
     devices; accum, micro-batches of a step; only_compile; products, where they are not to be chosen; rank, where it is not
     the shapes'; quantize, of the backbone's linears."""
+    if "mesh" in job:
+        runtime.set_up()  # before anything is compiled, or the cache is not used
     found: dict[str, Any] = {}
 
     def add(values: dict[str, Any]) -> None:
@@ -132,7 +134,6 @@ def measure_row(job: dict[str, Any], add: Report) -> None:
     state: Any = jax.eval_shape(initial, model, None)
     make_state, place = jax.jit(lambda model: layout.state(initial(model, None))), None
     if "mesh" in job:  # the same weights on every mesh, made in their shards
-        runtime.set_up()
         place = place_on(mesh)
         model = with_shardings(model, jax.tree_util.tree_map_with_path(lambda path, _: place(path), model))
         state = with_shardings(state, make_state.lower(model).compile().output_shardings)
