@@ -211,11 +211,12 @@ def empty_backbone(
 
 
 def _scale_dtype(checkpoint: HFCheckpoint, form: WeightForm) -> jnp.dtype:
-    """Type of the scales: those of files stay as they are."""
+    """Type of the scales: of files the one that holds all of theirs exactly; float64 becomes float32."""
     if isinstance(form, Dense):
         return form.scale_dtype
-    first = next(_weights(checkpoint.config))[0]
-    return jnp.dtype(DTYPES[checkpoint.tensors.dtypes[part_name(first, form.parts[1])]])
+    types = checkpoint.tensors.dtypes
+    stored = {DTYPES[types[part_name(name, form.parts[1])]] for name, _ in _weights(checkpoint.config)}
+    return jax.dtypes.canonicalize_dtype(jnp.result_type(*sorted(stored)))
 
 
 def _dtype_remark(checkpoint: HFCheckpoint, dtype: str) -> str | None:

@@ -140,6 +140,21 @@ def test_gptq(folder: Path, tmp_path: Path, zero: int, version: dict[str, str]):
         np.testing.assert_array_equal(weight.layout.unpack(weight.codes), codes[prefix].T)
 
 
+def test_scales_of_several_types(exported: Path, tmp_path: Path):
+    """One linear's are in another type: all are kept exactly. An order in which columns were rounded changes nothing."""
+    tensors, up = load_file(exported / "model.safetensors"), "model.layers.1.mlp.up_proj.weight_scale"
+    tensors[up] = tensors[up].astype(np.float32) * np.float32(1 + 2**-20)
+    table = json.loads((exported / "config.json").read_text())
+    table["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = "static"
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    save_file(tensors, tmp_path / "model.safetensors")
+    found, before = weights(load_backbone(tmp_path)), weights(load_backbone(exported))
+    np.testing.assert_array_equal(found["up_proj"][1].scales, tensors[up])
+    for linear, weight in found.items():
+        assert weight.scales.dtype == np.float32
+        np.testing.assert_array_equal(weight[0].scales, before[linear][0].scales.astype(np.float32))
+
+
 def refusal(change: Callable[[Path], Any], folder: Path, tmp_path: Path) -> str:
     directory = change(tmp_path) or tmp_path
     with pytest.raises(UserError) as refused:
@@ -189,11 +204,18 @@ class TestRefusals:
             (("format",), "float-quantized", "format is 'float-quantized'; supported: pack-quantized"),
             (("config_groups", "group_0", "weights", "symmetric"), False, "zero points"),
             (("config_groups", "group_0", "weights", "actorder"), "group", "act-order"),
+            (("config_groups", "group_0", "weights", "actorder"), "dynamic", "act-order"),
+            (("config_groups", "group_0", "weights", "actorder"), "random", "actorder is 'random'; supported: weight"),
+            (("config_groups", "group_0", "format"), "nvfp4-pack-quantized", "format is 'nvfp4-pack-quantized'"),
             (("config_groups", "group_0", "weights", "group_size"), 100, "4 bits in groups of 100"),
             (("config_groups", "group_0", "weights", "type"), "float", "type is 'float'; supported: int"),
             (("config_groups", "group_0", "targets"), ["re:.*mlp.*"], "targets is"),
             (("config_groups", "group_0", "input_activations"), {"num_bits": 8}, "input_activations is quantised"),
             (("config_groups",), {}, "config_groups is"),
+            (("kv_cache_scheme",), {"num_bits": 8}, "kv_cache_scheme is quantised"),
+            (("sparsity_config",), {"format": "sparse-24-bitmask"}, "it is not supported"),
+            (("sparsity_config",), "dense", "it must be an object"),
+            (("transform_config",), {"config_groups": {"u": {}}}, "it is not supported"),
             (("ignore",), [], "the head is quantised"),
             (("ignore",), ["lm_head", "model.layers.0.mlp.up_proj"], "'model.layers.0.mlp.up_proj' is not quantised"),
             (("config_groups", "group_0", "weights", "group_size"), 32, "has shape"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,7 +101,8 @@ def test_export(folder: Path, lora: Path, capsys):
     with pytest.raises(UserError, match="the weights are int4-g64, whose codes cannot hold what is merged into them"):
         export(str(small), "--adapter", str(lora), "--output", str(folder / "no"))
     export(str(small), "--adapter", str(lora), "--output", str(folder / "peft"), "--format", "peft")
-    export(model, "--adapter", str(lora), "--output", str(folder / "again"), "--format", "adafuse-jax")
+    shutil.copytree(lora, folder / "outer" / "named")  # found from the folder around it, as PEFT's are
+    export(model, "--adapter", str(folder / "outer"), "--output", str(folder / "again"), "--format", "adafuse-jax")
     assert json.loads((folder / "again" / "adapter_config.json").read_text())["backbone"]["quantization"] == "int4-g64"
 
 

@@ -75,7 +75,9 @@ def test_strategies_that_need_whole_weights(monkeypatch):
         ("switch", adapter, "it would merge experts into int8 weights"),
         ("merged", lora, "it would merge experts into int8 weights"),
     ):
-        with pytest.raises(UserError, match=f"strategy {strategy} cannot run: {reason}.*; decode unmerged, or without"):
+        with pytest.raises(
+            UserError, match=f"strategy {strategy} cannot run: {reason}.*; decode unmerged, or give the"
+        ):
             choose_backend(strategy, model, of)
     monkeypatch.setattr(portable, "device_unsupported_reason", lambda model: None)
     assert isinstance(choose_backend("unmerged", model, adapter).for_batch(4), LayerKernels)
