@@ -265,6 +265,12 @@ def _check_tensors(tensors: Tensors, config: ModelConfig, form: WeightForm | Non
     expected = set()
     where = f"{tensors.directory}: tensor"
     linears = {} if form is None else dict(_weights(config))
+    packed = next((name for name in tensors.shapes if name.endswith((".qweight", ".weight_packed"))), None)
+    if form is None and packed is not None:
+        raise UserError(
+            f"{where} {shortened(packed, 120)} is quantised, and config.json has no quantization_config; restore the "
+            "file, or give the unquantised model"
+        )
     if form is not None and (reason := uneven_groups(config, form.layout)):
         raise UserError(f"{tensors.directory}: config.json: {reason}; restore the file")
     for name, shape in tensor_shapes(config):  # ends at the first that is missing, however many config.json asks for

@@ -254,6 +254,22 @@ class TestRefusals:
         text = refusal(write(weight_g_idx=np.zeros(128, np.int32)), exported, tmp_path)
         assert "weight_g_idx: act-order" in text
 
+    def test_without_its_description(self, exported: Path, tmp_path: Path):
+        def change(out: Path) -> None:
+            (out / "model.safetensors").symlink_to(exported / "model.safetensors")
+            table = json.loads((exported / "config.json").read_text())
+            (out / "config.json").write_text(json.dumps(table | {"quantization_config": None}))
+
+        text = refusal(change, exported, tmp_path)
+        assert "weight_packed is quantised, and config.json has no quantization_config" in text
+
+    def test_rows_that_are_no_words(self, tmp_path: Path):
+        narrow = replace(WIDE, config=WIDE.config | {"hidden_size": 66, "head_dim": 32})
+        model = load_backbone(write_model_dir(narrow, tmp_path / "model"), quantize="int8")
+        with pytest.raises(UserError, match="q_proj has 66 inputs of int8, no whole words of 32 bits"):
+            export_backbone(model, tmp_path / "out", source=tmp_path / "model")
+        assert not (tmp_path / "out").exists()
+
     def test_another_quantisation(self, exported: Path, tmp_path: Path):
         with pytest.raises(UserError, match=r"--quantize int8: the weights in .* are int4 already"):
             load_backbone(exported, quantize="int8")
