@@ -265,6 +265,7 @@ def _check_tensors(tensors: Tensors, config: ModelConfig, form: WeightForm | Non
     expected = set()
     where = f"{tensors.directory}: tensor"
     linears = {} if form is None else dict(_weights(config))
+    biases = {part_name(name, "bias") for name in linears}
     packed = next((name for name in tensors.shapes if name.endswith((".qweight", ".weight_packed"))), None)
     if form is None and packed is not None:
         raise UserError(
@@ -288,6 +289,10 @@ def _check_tensors(tensors: Tensors, config: ModelConfig, form: WeightForm | Non
                 f"{where} lm_head.weight differs from the embedding config.json ties it to; correct config.json"
             )
         extra.remove("lm_head.weight")
+    zeros = [name for name in extra if name in biases and not tensors.read(name).any()]
+    if zeros:  # GPTQ's programs write one for every linear
+        log.info("%s %s is a bias of 0, and not used (%d such)", where, zeros[0], len(zeros))
+        extra = [name for name in extra if name not in zeros]
     if extra:
         raise UserError(
             f"{where} {shortened(extra[0], 120)} is no part of the {config.model_type} model that config.json describes "

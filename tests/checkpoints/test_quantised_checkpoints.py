@@ -155,6 +155,20 @@ def test_scales_of_several_types(exported: Path, tmp_path: Path):
         np.testing.assert_array_equal(weight[0].scales, before[linear][0].scales.astype(np.float32))
 
 
+def test_biases_of_gptq(folder: Path, tmp_path: Path, caplog):
+    """Those of 0 that a model does not have change nothing; another would."""
+    directory = write_gptq(folder, tmp_path / "gptq")
+    tensors, name = load_file(directory / "model.safetensors"), "model.layers.1.mlp.up_proj.bias"
+    wanted = load_backbone(directory)
+    save_file(tensors | {name: np.zeros(256, np.float16)}, directory / "model.safetensors")
+    caplog.set_level("INFO")
+    assert_same(load_backbone(directory), wanted)
+    assert f"{name} is a bias of 0, and not used (1 such)" in caplog.text
+    save_file(tensors | {name: np.ones(256, np.float16)}, directory / "model.safetensors")
+    with pytest.raises(UserError, match="up_proj.bias is no part of the llama model"):
+        load_backbone(directory)
+
+
 def refusal(change: Callable[[Path], Any], folder: Path, tmp_path: Path) -> str:
     directory = change(tmp_path) or tmp_path
     with pytest.raises(UserError) as refused:

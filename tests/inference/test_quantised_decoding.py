@@ -76,7 +76,7 @@ def test_strategies_that_need_whole_weights(monkeypatch):
         ("merged", lora, "it would merge experts into int8 weights"),
     ):
         with pytest.raises(
-            UserError, match=f"strategy {strategy} cannot run: {reason}.*; decode unmerged, or give the"
+            UserError, match=f"strategy {strategy} cannot run: {reason}.*; decode unmerged, or with plain weights"
         ):
             choose_backend(strategy, model, of)
     monkeypatch.setattr(portable, "device_unsupported_reason", lambda model: None)
