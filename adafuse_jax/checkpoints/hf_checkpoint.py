@@ -23,7 +23,7 @@ from adafuse_jax.checkpoints.hf_config import HFConfig, parse_hf_config
 from adafuse_jax.checkpoints.placement import Placement, Stacked
 from adafuse_jax.checkpoints.safetensors_files import DTYPES, Tensors, require_float
 from adafuse_jax.checkpoints.tensor_names import stored_names
-from adafuse_jax.checkpoints.weight_forms import FLOAT, Dense, WeightForm
+from adafuse_jax.checkpoints.weight_forms import FLOAT, GPTQ, Dense, WeightForm
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.data.tokenizer import PATTERNS
 from adafuse_jax.models.config import LINEARS, DType, ModelConfig, Quantize
@@ -315,6 +315,9 @@ def _check_quantised(
     ends = {part for part in ("g_idx", "weight_g_idx", "weight_zero_point") if part_name(name, part) in tensors.shapes}
     where = f"{tensors.directory}: tensor {part_name(name, '')}".removesuffix(".")
     form.check(lambda part: tensors.read(part_name(name, part)), where, ends, shape[1])
+    bias = part_name(name, "bias")
+    if isinstance(form, GPTQ) and bias in tensors.shapes and not tensors.read(bias).any():
+        ends.add("bias")  # AutoGPTQ writes zeros for a linear that has none
     return {part_name(name, part) for part in expected | dict.fromkeys(ends)}
 
 

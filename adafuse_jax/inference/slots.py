@@ -285,8 +285,8 @@ class Slots:
             )
         state = self._take_state()
         self._settings.begin(rows, running)
-        penalize = self._settings.variant.penalize
-        self._state = self._placed(state.grown(length).with_seen(self._config.vocab_size if penalize else None))
+        counts = self._settings.variant.penalize or self._fixed_length is not None  # fixed slots keep their programs
+        self._state = self._placed(state.grown(length).with_seen(self._config.vocab_size if counts else None))
         for row in rows:
             if row.reuse_cache and not row.sampling.penalize and row.wanted_prompt_logprobs is None:
                 self._reuse(row)
@@ -357,12 +357,13 @@ class Slots:
         without tokens for each length. Nothing of it stays."""
         assert self._state is not None
         bucket = None if self._bank is None else self._bank.bucket
-        step = "step", self.num_slots, prefill.whole, self._state.cache.slots, self._settings.variant, bucket
+        shapes = self.num_slots, self._state.cache.slots, self._state.seen is not None, bucket
+        first = "start", prefill.whole, self._settings.variant, *shapes
+        step, copy = ("step", self._settings.variant, *shapes), ("copy", *shapes)
         of_prompts = any(row.wanted_prompt_logprobs is not None for row in prefill.rows)
-        copy = ("copy", self.num_slots, self._state.cache.slots)
         copies = [copy] if self.num_slots > 1 and any(row.reuse_cache for row in prefill.rows) else []
-        steps = [] if running else [step]
-        new = {*steps, *((*step, size, of_prompts) for size in prefill.sizes), *copies} - self._warm
+        chunks = {("chunk", prefill.whole, size, of_prompts, *shapes) for size in prefill.sizes}
+        new = {first, *([] if running else [step]), *chunks, *copies} - self._warm
         if not new:
             return
         if not running:

@@ -77,22 +77,27 @@ class Models:
         return self._engine.slots(self._num_slots, context_length=self.context_length)
 
     def warm_up(self, slots: Slots) -> None:
-        """Compile what rows without penalties and log-probabilities need: greedy and sampled, with the stop ids of each
-        model, prompts of every length of a chunk, alone and, where all slots are prefilled together, as many as these."""
+        """Compile what rows need: prompts of every length of a chunk, alone and, where all slots are prefilled together, as
+        many as these; then greedy and sampled tokens, with and without penalties and log-probabilities, with the stop ids of
+        each model. Log-probabilities of prompts are left to the first request."""
         lengths = sorted({max(1, min(size, self.context_length - WARM_UP_TOKENS)) for size in CHUNKS})
         widths = {len(model.stop_ids): model.stop_ids for model in self.all()}  # programs depend on no more of them
         numbers = {1} if self.bank is not None else {1, slots.num_slots}
+        settings = [
+            {"sampling": Sampling.of(temperature=temperature, presence_penalty=penalty), "logprobs": logprobs}
+            for temperature, penalty, logprobs in product((0.0, 1.0), (0.0, 1.0), (None, 0))
+        ]
+        prompts = [(lengths[0], more) for more in settings] + [(length, settings[0]) for length in lengths[1:]]
         is_first = True
-        for sampling in (Sampling.of(), Sampling.of(temperature=1.0)):
-            for stop_ids, length, number in product(widths.values(), lengths, numbers):
-                prompt: dict[str, Any] = {"max_new_tokens": WARM_UP_TOKENS, "sampling": sampling, "stop_ids": stop_ids}
-                # Later prompts would find theirs in the cache, and need no chunks.
-                rows = [slots.insert([0] * length, reuse_cache=is_first, **prompt) for _ in range(number)]
-                is_first = False
-                while slots.step() is not None:
-                    pass
-                for slot in rows:
-                    slots.evict(slot)
+        for stop_ids, (length, more), number in product(widths.values(), prompts, numbers):
+            # Later prompts would find theirs in the cache, and need no chunks.
+            options: Any = {"max_new_tokens": WARM_UP_TOKENS, "stop_ids": stop_ids, "reuse_cache": is_first, **more}
+            rows = [slots.insert([0] * length, **options) for _ in range(number)]
+            is_first = False
+            while slots.step() is not None:
+                pass
+            for slot in rows:
+                slots.evict(slot)
 
     def prepare(self, read: ReadAdapter) -> Prepared:
         """The adapter checked and on the device: the slow part of `add`, for any thread. Raises as `AdapterBank.prepare`."""

@@ -113,6 +113,7 @@ def write_gptq(source: Path, out: Path, *, zero: int = 7, spread: bool = False, 
         word = np.uint32(int(f"{zero:x}" * 8, 16))
         tensors[f"{prefix}qzeros"] = np.full((columns // 64, rows // 8), word).view(np.int32)
         groups = np.arange(columns, dtype=np.int32) // 64
+        tensors[f"{prefix}bias"] = np.zeros(rows, np.float16)
         tensors[f"{prefix}g_idx"] = rng.permutation(groups) if spread else groups
         tensors[f"codes {prefix}"] = codes
     settings = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True} | config
@@ -138,6 +139,15 @@ def test_gptq(folder: Path, tmp_path: Path, zero: int, version: dict[str, str]):
         assert weight.scales.dtype == jnp.float16
         np.testing.assert_array_equal(weight.scales, tensors[f"{prefix}scales"].T)
         np.testing.assert_array_equal(weight.layout.unpack(weight.codes), codes[prefix].T)
+
+
+def test_a_bias_that_is_not_zero(folder: Path, tmp_path: Path):
+    directory = write_gptq(folder, tmp_path / "gptq")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.bias"][3] = 1
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(UserError, match=r"model.layers.0.mlp.up_proj.bias is no part of the llama model"):
+        load_backbone(directory)
 
 
 def refusal(change: Callable[[Path], Any], folder: Path, tmp_path: Path) -> str:

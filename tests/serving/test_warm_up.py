@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 from random_models import random_adapter
 
-from adafuse_jax.inference import prefill
+from adafuse_jax.inference import prefill, programs
 from adafuse_jax.inference.adapter_bank import AdapterBank
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.serving import models as models_module
 from adafuse_jax.serving.models import Models, ServedModel
 
+PROGRAMS = programs.prefill_chunk, programs.start, programs.decode_step, programs.copy_prefix, programs.release
 CONTEXT = 24
 """Below the largest chunk."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_bank", [False, True])
 def test_no_request_compiles(models: Any, with_bank: bool, monkeypatch: pytest.MonkeyPatch):
-    """Prompts of all lengths, greedy and sampled, with the model's three stop ids, one by one and filling all slots."""
+    """Prompts of all lengths, greedy and sampled, with penalties and log-probabilities, with the model's three stop ids, one
+    by one and filling all slots."""
     for module in (models_module, prefill):
         monkeypatch.setattr(module, "CHUNKS", (4, 64))
     model = models("llama_gqa")
@@ -34,18 +38,20 @@ def test_no_request_compiles(models: Any, with_bank: bool, monkeypatch: pytest.M
     slots = served.slots()
     served.warm_up(slots)
     assert slots.free == 2
-    warm = {*engine._warm}
+    warm, compiled = {*engine._warm}, [program._cache_size() for program in PROGRAMS]
     prompts = np.random.default_rng(0).integers(5, 90, (2, CONTEXT)).tolist()
-    for sampling in (Sampling.of(), Sampling.of(temperature=0.7)):
+    samplings = Sampling.of(), Sampling.of(temperature=0.7), Sampling.of(temperature=0.7, repetition_penalty=1.2)
+    for sampling, logprobs in product(samplings, (None, 3)):
         for length in (1, 10, CONTEXT - 1):
             for number in (1, 2):
                 for row in prompts[:number]:
                     adapter = "a" if with_bank else None
                     slots.insert(
                         row[:length], max_new_tokens=3, sampling=sampling, stop_ids=base.stop_ids, reuse_cache=True,
-                        adapter=adapter,
+                        adapter=adapter, logprobs=logprobs,
                     )  # fmt: skip
                 while slots.step() is not None:
                     pass
                 slots.close()
     assert engine._warm == warm
+    assert [program._cache_size() for program in PROGRAMS] == compiled
