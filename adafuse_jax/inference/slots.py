@@ -34,6 +34,7 @@ from adafuse_jax.inference.backends.base import Backend
 from adafuse_jax.inference.logprobs import MAX_TOP_LOGPROBS, LogProbs, following_tokens, prompt_logprobs
 from adafuse_jax.inference.prefill import Prefill, largest_chunk, prefills_by_kernels
 from adafuse_jax.inference.prefix_cache import PrefixCache
+from adafuse_jax.inference.programs import StepResult
 from adafuse_jax.inference.row_settings import RowSettings
 from adafuse_jax.inference.rows import Row, Step, check_prompt, fitting_tokens
 from adafuse_jax.inference.sampling import Sampling
@@ -89,7 +90,7 @@ class Slots:
         self._waiting: deque[Row] = deque()
         self._prefill: Prefill | None = None
         self._prompt_logprobs: list[tuple[int, LogProbs]] = []
-        self._queue: deque[tuple[list[Row], programs.StepResult, list[tuple[int, LogProbs]]]] = deque()
+        self._queue: deque[tuple[list[Row], StepResult, list[tuple[int, LogProbs]]]] = deque()
         self._settings = RowSettings(num_slots)
         self._clock = 0.0
 
@@ -256,16 +257,12 @@ class Slots:
             self._emit(running, self._advance(running))
         return prefilling or bool(running)
 
-    def _advance(self, rows: list[Row]) -> programs.StepResult:
-        with_logprobs, settings = self._settings.variant.with_logprobs, self._settings.of_slots(rows)
-        result, self._state = programs.advance(
-            self._backend, self._take_state(), *settings, self._pad_id, with_logprobs
-        )
+    def _advance(self, rows: list[Row]) -> StepResult:
+        logprobs, settings = self._settings.variant.with_logprobs, self._settings.of_slots(rows)
+        result, self._state = programs.advance(self._backend, self._take_state(), *settings, self._pad_id, logprobs)
         return result
 
-    def _emit(
-        self, rows: list[Row], result: programs.StepResult, of_prompts: Sequence[tuple[int, LogProbs]] = ()
-    ) -> None:
+    def _emit(self, rows: list[Row], result: StepResult, of_prompts: Sequence[tuple[int, LogProbs]] = ()) -> None:
         for row in rows:
             row.issued += 1
         self._queue.append((rows, result, [*of_prompts]))
