@@ -80,12 +80,15 @@ def largest_chunk(num_rows: int, *, beside_rows: bool, by_kernels: bool) -> int:
 def adapter_of_prompts(model: Backbone, adapter: Adapter | None, tokens: Int[Array, "R T"]) -> Adapter | None:
     """The adapter as prompts are read with it by kernels: AdaFuse is routed before the layers where the router sees the
     token alone, and its products are those of the chosen experts where that is faster; logged when the program is made."""
-    if not isinstance(adapter, AdaFuse):
-        return adapter
-    reason = all_experts_reason(adapter, model.config, tokens.size, model.dtype)
+    if adapter is None:
+        return None
+    if isinstance(adapter, AdaFuse):
+        reason = all_experts_reason(adapter, model.config, tokens.size, model.dtype)
+    else:
+        reason = f"{type(adapter).__name__} has products of its own"
     what = "the chosen experts" if reason is None else f"all experts ({reason})"
     log.log(dispatch_log_level(), "%d prompt tokens: products of %s", tokens.size, what)
-    if not is_routed_by_token(adapter):
+    if not isinstance(adapter, AdaFuse) or not is_routed_by_token(adapter):
         return adapter
     norm = jax.tree.map(lambda leaf: leaf[0], model.layers.input_layernorm)
     return PromptAdaFuse.of(adapter, normed(norm, model.embed(tokens)), only_chosen=reason is None)

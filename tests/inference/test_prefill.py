@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from dataclasses import replace
 from typing import Any
@@ -20,11 +21,12 @@ from random_models import POSITIONS, random_adapter
 from adafuse_jax import load_backbone
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.prompts import all_experts_reason
 from adafuse_jax.inference import prefill as prefill_module
 from adafuse_jax.inference import slots as slots_module
 from adafuse_jax.inference.engine import Engine
-from adafuse_jax.inference.prefill import CHUNKS, MAX_TOKENS, Prefill, chunk_lengths, largest_chunk
+from adafuse_jax.inference.prefill import CHUNKS, MAX_TOKENS, Prefill, adapter_of_prompts, chunk_lengths, largest_chunk
 from adafuse_jax.inference.programs import prefill_chunk, prefill_chunk_by_kernels
 from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.sampling import Sampling
@@ -147,6 +149,14 @@ def test_all_experts_are_multiplied_where_that_is_as_fast(models):
     assert "o_proj's input" in reason(targets=("o_proj",))
     assert "E·R = 128 columns are few" in reason(rank=16)
     assert "a token uses 3 of 8 experts" in reason(top_k=3)
+
+
+def test_other_adapters_keep_their_products_and_the_log_says_so(models, caplog):
+    model = models("llama_gqa")
+    lora = LoRA(AdapterConfig(adapter="lora", rank=2, targets=("q_proj",)), model.config, rngs=nnx.Rngs(0))
+    caplog.set_level(logging.DEBUG, "adafuse_jax.inference.prefill")
+    assert adapter_of_prompts(model, lora, jnp.zeros((1, 16), int)) is lora
+    assert "16 prompt tokens: products of all experts (LoRA has products of its own)" in caplog.text
 
 
 def compiled(slots: int, targets: tuple[str, ...], sharding: Any = None) -> tuple[str, int]:
