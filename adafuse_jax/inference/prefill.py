@@ -136,10 +136,15 @@ class Prefill:
         return tokens, starts, np.array([len(part) for part in rest], np.int32)
 
 
+def chunks_up_to(most: int) -> list[int]:
+    """Chunks of at most `most` tokens, or the smallest."""
+    return [c for c in CHUNKS if c <= most] or [CHUNKS[0]]
+
+
 def chunk_lengths(length: int, most: int | None = None) -> list[int]:
     """Chunks, of at most `most` tokens if that is given, that hold a prompt: the largest as often as it is filled, then
     those that take the least time for the rest."""
-    allowed = [c for c in CHUNKS if most is None or c <= most] or [CHUNKS[0]]
+    allowed = chunks_up_to(CHUNKS[-1] if most is None else most)
     whole, rest = divmod(length, allowed[-1])
     return [allowed[-1]] * whole + (_fastest(rest, allowed) if rest else [])
 

@@ -82,7 +82,7 @@ class Slots:
         self._fixed_length, self.context_length = context_length, context_length or limit
         self._bank = self._backend.bank
         self._config, self._dtype, self._mesh = config, dtype, mesh
-        self._by_kernels = prefills_by_kernels(config, dtype, mesh)
+        self.by_kernels = prefills_by_kernels(config, dtype, mesh)
         self._stop_ids, self._pad_id, self._warm = stop_ids, pad_id, warm
         self._state: DecodeState | None = None
         self._rows: list[Row | None] = [None] * num_slots
@@ -289,7 +289,7 @@ class Slots:
                 self._reuse(row)
             self._prefixes.forget(row.slot)
         self._prompt_logprobs = []
-        most = largest_chunk(len(rows), beside_rows=bool(running), by_kernels=self._by_kernels)
+        most = largest_chunk(len(rows), beside_rows=bool(running), by_kernels=self.by_kernels)
         self._prefill = Prefill.of(rows, self._config.vocab_size, whole=whole, most=most)
         self._prefill.logits = self._placed(self._prefill.logits)
         self._warm_up(self._prefill, running)
@@ -332,7 +332,7 @@ class Slots:
             following = following_tokens([row.prompt for row in prefill.rows], starts, tokens.shape[1])
         if self._config.rope.depends_on_length:
             totals = np.array([len(row.prompt) for row in prefill.rows], np.int32)
-        run = programs.prefill_chunk_by_kernels if self._by_kernels else programs.prefill_chunk
+        run = programs.prefill_chunk_by_kernels if self.by_kernels else programs.prefill_chunk
         self._state, prefill.logits, logprobs = run(
             model, adapter, self._take_state(), prefill.logits, tokens, starts, lengths, rows, pad_id=self._pad_id,
             adapters=ids, following=following, totals=totals,
