@@ -86,7 +86,7 @@ class Slots:
         self._stop_ids, self._pad_id, self._warm = stop_ids, pad_id, warm
         self._state: DecodeState | None = None
         self._rows: list[Row | None] = [None] * num_slots
-        self._prefixes = PrefixCache(num_slots, config.rope)
+        self._prefixes = PrefixCache(num_slots, config)
         self._waiting: deque[Row] = deque()
         self._prefill: Prefill | None = None
         self._prompt_logprobs: list[tuple[int, LogProbs]] = []
@@ -276,7 +276,7 @@ class Slots:
             self._waiting.remove(row)
         length = max(cache_length(len(row.prompt) + row.budget, self._fixed_length) for row in rows)
         if self._state is None and not running:
-            self._prefixes = PrefixCache(self.num_slots, self._config.rope)
+            self._prefixes = PrefixCache(self.num_slots, self._config)
             self._state = DecodeState.empty(
                 self._config, self.num_slots, length, self._dtype, with_bank=self._bank is not None
             )
@@ -330,7 +330,7 @@ class Slots:
             ids = np.array([row.adapter.id if row.adapter else NO_ADAPTER for row in prefill.rows], np.int32)
         if any(row.wanted_prompt_logprobs is not None for row in prefill.rows):
             following = following_tokens([row.prompt for row in prefill.rows], starts, tokens.shape[1])
-        if self._config.rope.depends_on_length:
+        if self._config.length_limits:
             totals = np.array([len(row.prompt) for row in prefill.rows], np.int32)
         run = programs.prefill_chunk_by_kernels if self.by_kernels else programs.prefill_chunk
         self._state, prefill.logits, logprobs = run(
