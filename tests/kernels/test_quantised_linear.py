@@ -101,7 +101,7 @@ def test_layouts_that_do_not_fit():
 
 @pytest.mark.parametrize(("layers", "is_refused"), [(24, False), (25, True), (48, True), (49, False)])
 def test_codes_at_places_that_the_kernel_cannot_tell(layers, is_refused):
-    """Those behind the first 2 GiB of an array that has no more than 4; Qwen3-14B has 3.3 GiB of gate_proj in int8."""
+    """Places behind the first 2 GiB of an array that has no more than 4; Qwen3-14B has 3.3 GiB of gate_proj in int8."""
     shape = layers, 17408, 5120
     weight = QuantArray(jax.ShapeDtypeStruct(shape, "uint8"), jax.ShapeDtypeStruct((*shape[:2], 1), "float32"), INT8)
     assert bool(unsupported_reason(1, {}, {"gate_proj": weight})) == is_refused

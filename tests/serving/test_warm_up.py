@@ -67,7 +67,7 @@ def test_no_request_compiles(models: Any, with_bank: bool, monkeypatch: pytest.M
     ("num_slots", "by_kernels", "longest"), [(2, False, {1: 1024, 2: 1024}), (32, True, {1: 2048, 32: 256})]
 )
 def test_no_prompt_is_longer_than_its_chunks(num_slots: int, by_kernels: bool, longest: dict[int, int]):
-    """Of one row, and of rows that fill all slots."""
+    """Prompts of one row, and of rows that fill all slots."""
     together: list[list[int]] = [[]]
     slots: Any = SimpleNamespace(num_slots=num_slots, by_kernels=by_kernels)
     slots.insert = lambda prompt, **_: together[-1].append(len(prompt))
