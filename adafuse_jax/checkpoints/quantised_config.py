@@ -47,15 +47,16 @@ def _pack_quantized(config: Table, *, tied: bool) -> PackQuantized:
     if group is None or weights is None:
         raise config.error("config_groups", f"supported: one group, of all linears; {UNQUANTISED}")
     config.choice("format", ("pack-quantized",))
+    group.choice("format", ("pack-quantized",), None)
     if group.items("targets") != ["Linear"]:
         raise group.error("targets", f"supported: ['Linear']; {UNQUANTISED}")
     for place, name in ((group, "input_activations"), (group, "output_activations"), (config, "kv_cache_scheme")):
         if place.get(name):
             raise UserError(f"{place.where}: {name} is quantised; supported: weights alone; {UNQUANTISED}")
     for name in ("sparsity_config", "transform_config"):
-        values = config.get(name) or {}
-        if values and values.get("format") != "dense":
-            raise UserError(f"{config.where}: {name} {quoted(values)} is not supported; {UNQUANTISED}")
+        values = config.table(name)
+        if values is not None and values.values and values.get("format") != "dense":
+            raise config.error(name, f"it is not supported; {UNQUANTISED}")
     ignored = config.items("ignore", [])
     others = [name for name in ignored if name not in HEAD]
     if others or (not tied and not ignored):
@@ -64,8 +65,9 @@ def _pack_quantized(config: Table, *, tied: bool) -> PackQuantized:
     weights.choice("type", ("int",), "int")
     if not weights.boolean("symmetric", True):
         raise UserError(asymmetric(weights.where))
-    if weights.get("actorder") in ("group", "dynamic"):
+    if weights.get("actorder") in ("group", "dynamic", True):
         raise UserError(act_order(weights.where))
+    weights.choice("actorder", ("weight", "static", False), None)  # orders of rounding, not of columns
     strategy = weights.choice("strategy", ("channel", "group"), "group")
     size = weights.integer("group_size", low=1) if strategy == "group" else None
     return PackQuantized(_layout(weights, "num_bits", size))

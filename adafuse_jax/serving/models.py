@@ -22,7 +22,7 @@ from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files
 from adafuse_jax.inference.adapter_bank import AdapterBank, Prepared
 from adafuse_jax.inference.backends.registry import require_reads_quantised
 from adafuse_jax.inference.engine import Engine
-from adafuse_jax.inference.prefill import CHUNKS
+from adafuse_jax.inference.prefill import chunks_up_to, largest_chunk
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.inference.slots import Slots
 from adafuse_jax.models.config import DType
@@ -80,16 +80,20 @@ class Models:
         """Compile what rows need: prompts of every length of a chunk, alone and, where all slots are prefilled together, as
         many as these; then greedy and sampled tokens, with and without penalties and log-probabilities, with the stop ids of
         each model. Log-probabilities of prompts are left to the first request."""
-        lengths = sorted({max(1, min(size, self.context_length - WARM_UP_TOKENS)) for size in CHUNKS})
         widths = {len(model.stop_ids): model.stop_ids for model in self.all()}  # programs depend on no more of them
         numbers = {1} if self.bank is not None else {1, slots.num_slots}
         settings = [
             {"sampling": Sampling.of(temperature=temperature, presence_penalty=penalty), "logprobs": logprobs}
             for temperature, penalty, logprobs in product((0.0, 1.0), (0.0, 1.0), (None, 0))
         ]
-        prompts = [(lengths[0], more) for more in settings] + [(length, settings[0]) for length in lengths[1:]]
+        prompts: list[tuple[int, int, dict[str, Any]]] = []
+        for number in numbers:
+            chunks = chunks_up_to(largest_chunk(number, beside_rows=False, by_kernels=slots.by_kernels))
+            first, *others = sorted({max(1, min(size, self.context_length - WARM_UP_TOKENS)) for size in chunks})
+            prompts += [(number, first, more) for more in settings]
+            prompts += [(number, length, settings[0]) for length in others]
         is_first = True
-        for stop_ids, (length, more), number in product(widths.values(), prompts, numbers):
+        for stop_ids, (number, length, more) in product(widths.values(), prompts):
             # Later prompts would find theirs in the cache, and need no chunks.
             options: Any = {"max_new_tokens": WARM_UP_TOKENS, "stop_ids": stop_ids, "reuse_cache": is_first, **more}
             rows = [slots.insert([0] * length, **options) for _ in range(number)]

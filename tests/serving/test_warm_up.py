@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,16 @@ from adafuse_jax.inference import prefill, programs
 from adafuse_jax.inference.adapter_bank import AdapterBank
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.sampling import Sampling
-from adafuse_jax.serving import models as models_module
 from adafuse_jax.serving.models import Models, ServedModel
 
-PROGRAMS = programs.prefill_chunk, programs.start, programs.decode_step, programs.copy_prefix, programs.release
+PROGRAMS = (
+    programs.prefill_chunk,
+    programs.prefill_chunk_by_kernels,
+    programs.start,
+    programs.decode_step,
+    programs.copy_prefix,
+    programs.release,
+)
 CONTEXT = 24
 """Below the largest chunk."""
 
@@ -26,8 +33,7 @@ CONTEXT = 24
 def test_no_request_compiles(models: Any, with_bank: bool, monkeypatch: pytest.MonkeyPatch):
     """Prompts of all lengths, greedy and sampled, with penalties and log-probabilities, with the model's three stop ids, one
     by one and filling all slots."""
-    for module in (models_module, prefill):
-        monkeypatch.setattr(module, "CHUNKS", (4, 64))
+    monkeypatch.setattr(prefill, "CHUNKS", (4, 64))
     model = models("llama_gqa")
     bank = AdapterBank(model, max_experts=4) if with_bank else None
     if bank is not None:
@@ -55,3 +61,20 @@ def test_no_request_compiles(models: Any, with_bank: bool, monkeypatch: pytest.M
                 slots.close()
     assert engine._warm == warm
     assert [program._cache_size() for program in PROGRAMS] == compiled
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "by_kernels", "longest"), [(2, False, {1: 1024, 2: 1024}), (32, True, {1: 2048, 32: 256})]
+)
+def test_no_prompt_is_longer_than_its_chunks(num_slots: int, by_kernels: bool, longest: dict[int, int]):
+    """Prompts of one row, and of rows that fill all slots."""
+    together: list[list[int]] = [[]]
+    slots: Any = SimpleNamespace(num_slots=num_slots, by_kernels=by_kernels)
+    slots.insert = lambda prompt, **_: together[-1].append(len(prompt))
+    slots.step = lambda: together.append([])
+    slots.evict = lambda slot: None
+    engine: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=9))
+    base = ServedModel(name="m", adapter=None, tokenizer=None, stop_ids=(), created=0)
+    Models(engine, None, base, num_slots=num_slots, context_length=8192).warm_up(slots)
+    for number, length in longest.items():
+        assert max(rows[0] for rows in together if len(rows) == number) == length
