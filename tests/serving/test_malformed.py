@@ -25,7 +25,7 @@ SHARED: list[dict[str, Any]] = [
     {"model": None}, {"model": ""}, {"model": 3}, {"model": ["a"]}, {"model": "x" * 300}, {"model": "\ud800"},
     {"temperature": -0.1}, {"temperature": 2.1}, {"temperature": "0.5"}, {"temperature": True}, {"temperature": [1]},
     {"top_p": -0.1}, {"top_p": 1.1}, {"top_p": "1"}, {"top_k": -2}, {"top_k": 1.5}, {"top_k": 2**31}, {"top_k": "all"},
-    {"n": 0}, {"n": -1}, {"n": 129}, {"n": 97}, {"n": 1.5}, {"n": "2"}, {"n": True},
+    {"n": 0}, {"n": -1}, {"n": 129}, {"n": 101}, {"n": 1.5}, {"n": "2"}, {"n": True},
     {"max_tokens": -1}, {"max_tokens": 1.5}, {"max_tokens": "16"}, {"max_tokens": 2**40}, {"max_tokens": True},
     {"seed": 1.5}, {"seed": "1"}, {"seed": 2**63}, {"seed": -(2**63) - 1},
     {"stop": ""}, {"stop": ["a", ""]}, {"stop": 5}, {"stop": [5]}, {"stop": ["a"] * 17}, {"stop": "a" * 257}, {"stop": {}},
@@ -43,7 +43,7 @@ SHARED: list[dict[str, Any]] = [
 OF_COMPLETIONS: list[dict[str, Any]] = [
     {"prompt": None}, {"prompt": 5}, {"prompt": {}}, {"prompt": []}, {"prompt": [[]]}, {"prompt": [True]}, {"prompt": [1.5]},
     {"prompt": [-1]}, {"prompt": [512]}, {"prompt": [2**40]}, {"prompt": ["a", 1]}, {"prompt": [[1], "a"]},
-    {"prompt": [[[1]]]}, {"prompt": ["a"] * 1025}, {"prompt": ["a"] * 97}, {"prompt": "a\0b"}, {"prompt": "\ud800"},
+    {"prompt": [[[1]]]}, {"prompt": ["a"] * 1025}, {"prompt": ["a"] * 101}, {"prompt": "a\0b"}, {"prompt": "\ud800"},
     {"prompt": ["a", "\udfff"]}, {"prompt": "word " * 600}, {"prompt": "a" * 2**20}, {"prompt": [3] * 512},
     {"max_tokens": 0}, {"logprobs": -1}, {"logprobs": 21}, {"logprobs": True}, {"logprobs": "5"}, {"echo": "yes"},
     {"suffix": "end"}, {"messages": CHAT["messages"]},
