@@ -7,12 +7,11 @@ than its windows.
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from goldens.tiny_models import Case, write_json, write_tensors
+from goldens.tiny_models import Case, drawn, model_shapes, write_json, write_tensors
 
 VOCAB_SIZE = 64
 LENGTHS = ((15, 16, 17, 63, 65), (64, 127, 129, 257), (513, 1023, 1025))
@@ -125,7 +124,7 @@ def lengths(case: Case) -> tuple[int, ...]:
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Hugging Face tensor names of a `config.json` -> shapes ([out, in] for linears)."""
     family = config["model_type"]
-    d, f, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    d, f = config["hidden_size"], config["intermediate_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config["head_dim"] or d // heads
     q, kv = heads * head_dim, kv_heads * head_dim
@@ -156,34 +155,13 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     elif family in ("gemma3_text", "exaone4"):
         norms |= {"self_attn.q_norm": head_dim, "self_attn.k_norm": head_dim}
 
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, d), "model.norm.weight": (d,)}
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        for name, (shape, has_bias) in linears.items():
-            shapes[f"{prefix}{name}.weight"] = shape
-            if has_bias:
-                shapes[f"{prefix}{name}.bias"] = shape[:1]
-        shapes |= {f"{prefix}{name}.weight": (size,) for name, size in norms.items()}
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (vocab, d)
-    return shapes
+    return model_shapes(config, linears, norms)
 
 
 def weights(case: Case) -> dict[str, np.ndarray]:
     """Weights of a case; each depends on (case name, tensor name) alone."""
-    tensors = {}
-    for name, shape in tensor_shapes(case.config).items():
-        rng = np.random.default_rng(zlib.crc32(f"{case.name}/{name}".encode()))
-        draw = rng.standard_normal(shape, dtype=np.float32)
-        if name.endswith(".bias"):
-            draw *= 0.3
-        elif name.endswith("norm.weight"):
-            draw = 0.2 * draw + (not case.config["model_type"].startswith("gemma"))
-        elif name != "model.embed_tokens.weight" or case.config["tie_word_embeddings"]:
-            gain = 1.5 if "layers" in name else 1.0
-            draw *= gain / np.sqrt(shape[1], dtype=np.float32)
-        tensors[name] = draw.astype(np.float32)
-    return tensors
+    norm_mean = 0 if case.config["model_type"].startswith("gemma") else 1
+    return drawn(case, tensor_shapes(case.config), norm_mean=norm_mean)
 
 
 def write_model_dir(case: Case, out: Path) -> Path:

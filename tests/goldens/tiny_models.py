@@ -153,7 +153,7 @@ CASES: dict[str, Case] = {
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Hugging Face tensor names of a `config.json` -> shapes ([out, in] for linears)."""
     family = config["model_type"]
-    d, f, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    d, f = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads", heads)
     head_dim = config.get("head_dim", d // heads)
@@ -170,7 +170,14 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     norms = {"input_layernorm": d, "post_attention_layernorm": d}
     if family == "qwen3":
         norms |= {"self_attn.q_norm": head_dim, "self_attn.k_norm": head_dim}
+    return model_shapes(config, linears, norms)
 
+
+def model_shapes(
+    config: dict[str, Any], linears: dict[str, tuple[tuple[int, int], bool]], norms: dict[str, int]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model by Hugging Face's names: `linears` of a layer, with whether they have a bias, and its `norms`."""
+    d, vocab = config["hidden_size"], config["vocab_size"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, d), "model.norm.weight": (d,)}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
@@ -188,18 +195,23 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def weights(case: Case) -> dict[str, np.ndarray]:
     """Weights of a case, of its dtype; each depends on (case name, tensor name) alone."""
     dtype = np.dtype(ml_dtypes.bfloat16 if case.dtype == "bfloat16" else case.dtype)
+    return {name: draw.astype(dtype) for name, draw in drawn(case, tensor_shapes(case.config)).items()}
+
+
+def drawn(case: Case, shapes: dict[str, tuple[int, ...]], norm_mean: int = 1) -> dict[str, np.ndarray]:
+    """Random tensors in float32, each from (case name, tensor name) alone; norms are `norm_mean` + 0.2 · N(0, 1)."""
     tensors = {}
-    for name, shape in tensor_shapes(case.config).items():
+    for name, shape in shapes.items():
         rng = np.random.default_rng(zlib.crc32(f"{case.name}/{name}".encode()))
         draw = rng.standard_normal(shape, dtype=np.float32)
         if name.endswith(".bias"):
             draw *= 0.3
         elif name.endswith("norm.weight"):
-            draw = 1 + 0.2 * draw
+            draw = norm_mean + 0.2 * draw
         elif name != "model.embed_tokens.weight" or case.config["tie_word_embeddings"]:
             gain = 1.5 if "layers" in name else 1.0
             draw *= gain / np.sqrt(shape[1], dtype=np.float32)
-        tensors[name] = draw.astype(dtype)
+        tensors[name] = draw
     return tensors
 
 
