@@ -95,6 +95,11 @@ class Slots:
         self._clock = 0.0
 
     @property
+    def can_compile_ahead(self) -> bool:
+        """Whether `compile` traces the programs that rows will run: over several devices their arguments have places too."""
+        return self._mesh is None
+
+    @property
     def rows(self) -> dict[int, Row]:
         """The rows by slot."""
         return {slot: row for slot, row in enumerate(self._rows) if row is not None}
@@ -219,8 +224,9 @@ class Slots:
         return row
 
     def compile(self) -> None:
-        """Trace what the waiting prompts need, inside `ahead.compiled_ahead`. Nothing runs: afterwards the slots are of no
-        use."""
+        """Trace what the waiting prompts need, inside `ahead.compiled_ahead`, once for all prompts that need the same.
+        Nothing runs: afterwards these slots can but be evicted, and compile for other prompts."""
+        self._warm = set(self._warm)  # other slots run their programs, once, before rows do
         self._begin([])
 
     def close(self) -> None:
@@ -272,8 +278,6 @@ class Slots:
         Compile what it needs, so that times hold no compilation."""
         whole = len(self._waiting) == self.num_slots and (self._bank is None or self.num_slots == 1)
         rows = sorted(self._waiting, key=lambda row: row.slot) if whole else [self._waiting[0]]
-        for row in rows:
-            self._waiting.remove(row)
         length = max(cache_length(len(row.prompt) + row.budget, self._fixed_length) for row in rows)
         if self._state is None and not running:
             self._prefixes = PrefixCache(self.num_slots, self._config)
@@ -290,10 +294,12 @@ class Slots:
             self._prefixes.forget(row.slot)
         self._prompt_logprobs = []
         most = largest_chunk(len(rows), beside_rows=bool(running), by_kernels=self.by_kernels)
-        self._prefill = Prefill.of(rows, self._config.vocab_size, whole=whole, most=most)
-        self._prefill.logits = self._placed(self._prefill.logits)
-        self._warm_up(self._prefill, running)
-        for row in rows:
+        prefill = Prefill.of(rows, self._config.vocab_size, whole=whole, most=most)
+        prefill.logits = self._placed(prefill.logits)
+        self._warm_up(prefill, running)
+        self._prefill = prefill
+        for row in rows:  # one that fails before waits on
+            self._waiting.remove(row)
             row.begin()
         if not running:
             self._clock = time.perf_counter()
@@ -350,8 +356,8 @@ class Slots:
         return result
 
     def _warm_up(self, prefill: Prefill, running: list[Row]) -> None:
-        """Run what will be run, on rows that have not begun: a step, unless rows run already, the first token, and a chunk
-        without tokens for each length. Nothing of it stays."""
+        """Run what will be run and has not been, on rows that have not begun: a step, unless rows run already, the first
+        token, and a chunk without tokens for each length. Nothing of it stays."""
         assert self._state is not None
         bucket = None if self._bank is None else self._bank.bucket
         shapes = self.num_slots, self._state.cache.slots, self._state.seen is not None, bucket
@@ -359,17 +365,18 @@ class Slots:
         step, copy = ("step", self._settings.variant, *shapes), ("copy", *shapes)
         of_prompts = any(row.wanted_prompt_logprobs is not None for row in prefill.rows)
         copies = [copy] if self.num_slots > 1 and any(row.reuse_cache for row in prefill.rows) else []
-        chunks = {("chunk", prefill.whole, size, of_prompts, *shapes) for size in prefill.sizes}
+        chunks = {("chunk", prefill.whole, size, of_prompts, *shapes): size for size in sorted({*prefill.sizes})}
         new = {first, *([] if running else [step]), *chunks, *copies} - self._warm
         if not new:
             return
-        if not running:
+        if step in new:
             self._advance(prefill.rows)
             self._backend.restore()
         if copy in new:
             self._copy(prefill.rows[0].slot, prefill.rows[0].slot, 0)
-        self._start(prefill)
-        for size in sorted(set(prefill.sizes)):
+        if first in new:
+            self._start(prefill)
+        for size in [size for chunk, size in chunks.items() if chunk in new]:
             tokens, starts, lengths = prefill.chunk(0, size)
             self._run_chunk(prefill, tokens, starts, np.zeros_like(lengths))
         self._state = self._placed(programs.release(self._take_state(), prefill.rows[0].slot))
