@@ -6,15 +6,18 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from adafuse_jax.inference.backends.megakernel import shape_of
 from adafuse_jax.models.config import LINEARS
 from adafuse_jax.models.decoder import Backbone
 from benchmarks.common.records import commit
 from benchmarks.decode import shapes
 from benchmarks.decode.popular import POPULAR
+from pallas_kernels.megakernel import unsupported_reason
 
 PARAMETERS = {
     "Llama-2-7B": 6_738_415_616, "SmolLM2-135M": 134_515_008, "Qwen2.5-0.5B": 494_032_768, "Llama-3.2-1B": 1_235_814_400,
@@ -30,6 +33,13 @@ def test_parameters_are_those_of_the_published_models(name: str):
     model = jax.eval_shape(lambda: Backbone(config, dtype="bfloat16", rngs=nnx.Rngs(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == PARAMETERS[name]
     assert [POPULAR[name].linear_shape(linear) for linear in LINEARS] == [config.linear_shape(n) for n in LINEARS]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_megakernel_takes_them_with_32_rows(name: str):
+    """All linears adapted, all 8 experts in use; the docs say so."""
+    shape, rank = shape_of(POPULAR[name].config()), -(-POPULAR[name].rank // 64) * 64
+    assert unsupported_reason(shape, jnp.bfloat16, 32, LINEARS, rank=rank, max_experts_used=8) is None
 
 
 def row(backend: str, targets: str, **found: Any) -> dict[str, Any]:
