@@ -154,11 +154,11 @@ def test_interpreted_in_bfloat16():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
-@pytest.mark.parametrize("case", [*CASES, *COMPILED])
+@pytest.mark.parametrize("case", [*CASES, *FEATURES, *COMPILED])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_compiled(case, dtype):
     with jax.default_matmul_precision("highest"):
-        check((CASES | COMPILED)[case], dtype, 2e-2 if dtype == "bfloat16" else 1e-5)
+        check((CASES | FEATURES | COMPILED)[case], dtype, 2e-2 if dtype == "bfloat16" else 1e-5)
 
 
 class TestChoice:
