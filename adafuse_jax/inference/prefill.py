@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 CHUNKS = (16, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 """Prompt tokens per prefill program. Below 64 a program costs what reading the weights does, whatever it holds."""
 SCORED_CHUNKS = (64, 256, 1024)
-"""Those of prompts whose log-probabilities are wanted: few, as each is a program of its own."""
+"""Chunks of prompts whose log-probabilities are wanted: few, as each is a program of its own."""
 LARGEST_WITHOUT_KERNELS = 1024
 """Prompt tokens per program, at most, where attention has a mask, or scores in memory."""
 MAX_TOKENS = 8192
@@ -140,13 +140,13 @@ class Prefill:
 
 
 def chunks_up_to(most: int, chunks: Sequence[int] | None = None) -> list[int]:
-    """Those of `chunks`, by default `CHUNKS`, of at most `most` tokens, or the smallest."""
+    """Chunks of at most `most` tokens among `chunks`, by default `CHUNKS`, or the smallest."""
     chunks = CHUNKS if chunks is None else chunks
     return [c for c in chunks if c <= most] or [chunks[0]]
 
 
 def chunk_lengths(length: int, most: int | None = None, chunks: Sequence[int] | None = None) -> list[int]:
-    """Those of `chunks`, of at most `most` tokens if that is given, that hold a prompt: the largest as often as it is
+    """Chunks among `chunks`, of at most `most` tokens if that is given, that hold a prompt: the largest as often as it is
     filled, then those that take the least time for the rest."""
     allowed = chunks_up_to(CHUNKS[-1] if most is None else most, chunks)
     whole, rest = divmod(length, allowed[-1])

@@ -96,7 +96,7 @@ class Slots:
 
     @property
     def can_compile_ahead(self) -> bool:
-        """Whether `compile` traces the programs that rows will run: over several devices their arguments have places too."""
+        """True where `compile` traces what rows will run: over several devices, arguments have places too."""
         return self._mesh is None
 
     @property

@@ -31,7 +31,14 @@ from adafuse_jax.parallel.mesh import make_mesh, mesh_of, place_state
 from benchmarks.common.jobs import Job, Report, run_as_job
 from benchmarks.common.records import facts, first_line
 from benchmarks.decode.costs import SIZES, Shapes, costs
-from benchmarks.decode.models import adapter_config, model_config, place_on, random_adapter, random_backbone
+from benchmarks.decode.models import (
+    adapter_config,
+    in_float32,
+    model_config,
+    place_on,
+    random_adapter,
+    random_backbone,
+)
 from benchmarks.decode.rows import time_steps
 
 CONTEXT, TINY_CONTEXT = 236, 16
@@ -104,18 +111,10 @@ def logits_of(backend: Backend, batch: int = 1, step: Any = None) -> np.ndarray:
     return np.stack(found)
 
 
-def in_float32(model: Backbone, adapter: Any) -> Unfused:
-    """The model and its adapter in separate XLA ops; exact if traced with the highest precision of products."""
-    wide = jax.tree.map(
-        lambda leaf: leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, (model, adapter)
-    )
-    return Unfused(*wide)
-
-
 def exact(model: Backbone, adapter: Any) -> np.ndarray:
     """Logits in float32."""
     with jax.default_matmul_precision("highest"):
-        return logits_of(in_float32(model, adapter))
+        return logits_of(Unfused(*in_float32((model, adapter))))
 
 
 def check(job: dict[str, Any]) -> dict[str, dict[str, float]]:

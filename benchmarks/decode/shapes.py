@@ -43,9 +43,9 @@ from benchmarks.common.records import command_line, facts, first_line, write_jso
 from benchmarks.common.reports import number, table
 from benchmarks.common.timing import Stopwatch
 from benchmarks.decode.costs import costs
-from benchmarks.decode.devices import TOLERANCE, in_float32, logits_of, text_step
+from benchmarks.decode.devices import TOLERANCE, logits_of, text_step
 from benchmarks.decode.merged_step import PROMPT, SLOTS, lower, time_steps
-from benchmarks.decode.models import adapter_config, random_adapter, random_backbone
+from benchmarks.decode.models import adapter_config, in_float32, random_adapter, random_backbone
 from benchmarks.decode.popular import POPULAR, ModelShapes
 from benchmarks.decode.prefill import record_of_commit
 from benchmarks.decode.rows import running_state
@@ -92,9 +92,11 @@ def check(shapes: ModelShapes, cases: Sequence[Case]) -> dict[tuple[Any, ...], d
     backends: dict[tuple[str, str], Backend] = {}
     for name in ("float32", "xla", *{case["backend"]: None for case in cases}):
         for targets in TARGETS:
-            of_float32 = name == "float32"
             adapter = made.adapters[targets]
-            backends[name, targets] = in_float32(made.model, adapter) if of_float32 else made.backend(name, targets)
+            if name == "float32":
+                backends[name, targets] = Unfused(*in_float32((made.model, adapter)))
+            else:
+                backends[name, targets] = made.backend(name, targets)
     logits = logits_of_all(backends, places)
     found = {}
     for case in cases:

@@ -24,7 +24,7 @@ PARAMETERS = {
     "Qwen3-4B": 4_022_468_096, "Mistral-7B": 7_248_023_552, "Llama-3-8B": 8_030_261_248, "Qwen3-8B": 8_190_735_360,
     "Qwen3-14B": 14_768_307_200, "Qwen3-32B": 32_762_123_264,
 }  # fmt: skip
-"""As their model cards and the headers of their files have them."""
+"""Numbers of their model cards and of the headers of their files."""
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -108,7 +108,6 @@ def test_rows_of_a_backend_that_rounds_more_are_wrong(monkeypatch):
     case = dict(zip(shapes.KEY, ("tiny", 2, "kernels", "-"), strict=True))
     right = np.full((1, 2, 4), 1.0)
     off = {"float32": 0.0, "xla": 0.01, "kernels": 0.02}
-    monkeypatch.setattr(shapes, "in_float32", lambda model, adapter: None)
     monkeypatch.setattr(
         shapes, "logits_of_all", lambda backends, places: {(n, *p): right + off[n] for n, _ in backends for p in places}
     )
