@@ -55,7 +55,7 @@ class Attention:
     ):
         self.plan, self.buffers, self.scalars, self.pipeline = plan, buffers, scalars, pipeline
         self.group_size, self.eps = group_size, eps
-        _, self.batch, _, self.num_kv_heads, self.head_dim = buffers.cache_k.shape
+        self.batch, (*_, self.num_kv_heads, self.head_dim) = buffers.positions.shape[0], buffers.cache_k.shape
         self.parts = self.head_dim // TILE_K
         self.schedule = AttentionSchedule(plan, self.batch, self.num_kv_heads, group_size, lax.axis_index("cta"))
         self.groups = self.schedule.groups
