@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.inference.backends.megakernel import Fused, fused_step, fused_unsupported_reason, route, tabulate
 from adafuse_jax.inference.engine import Engine
-from adafuse_jax.models.config import LINEARS
+from adafuse_jax.models.config import LINEARS, RopeConfig
 from adafuse_jax.parallel.mesh import make_mesh, place_state, shard
 from pallas_kernels.megakernel import Shape, buffers, executor_np, kernel_sm90, unsupported_reason
 from pallas_kernels.megakernel import plan as plan_module
@@ -69,6 +69,23 @@ def check(case: Case, *, compiled: bool, devices: int = 1, **options: Any) -> No
         np.testing.assert_array_equal(experts.experts, routing.experts[:, 0])
 
 
+GRANITE = Case(
+    vocab_size=259, tied=True, targets=("o_proj", "down_proj"),
+    features=(
+        ("embedding_multiplier", 12.0), ("residual_multiplier", 0.22), ("attention_multiplier", 0.05),
+        ("logit_multiplier", 0.2),
+    ),
+)  # fmt: skip
+"""No multiple of 64 tokens: the head's last tile has rows beyond them."""
+GEMMA = Case(
+    num_layers=2, heads=(4, 1, 256), qk_norm=True, tied=True, targets=("q_proj", "o_proj", "gate_proj", "down_proj"),
+    features=(
+        ("norm", "rms_1p"), ("norm_placement", "both"), ("activation", "gelu_pytorch_tanh"), ("embedding_multiplier", 11.3),
+        ("attention_multiplier", 0.05), ("attention_softcap", 2.0), ("logit_softcap", 3.0),
+        ("sliding_windows", (40, None)), ("local_rope", RopeConfig(theta=100.0)), ("rope", RopeConfig(theta=1e6)),
+    ),
+)  # fmt: skip
+"""Those of Gemma 3, and the soft caps of Gemma 2."""
 INTERPRETED = {
     "bare, one launch": (Case(num_layers=2), {"num_ctas": 1}),
     "all 7, two rows": (Case(batch=2, targets=LINEARS), {"num_ctas": 3, "one_launch": False}),
@@ -100,10 +117,17 @@ INTERPRETED = {
     "a wide FFN": (
         Case(batch=17, hidden_dim=1600, heads=(2, 1, 64), targets=("down_proj",)), {"num_ctas": 2, "one_launch": False}
     ),
+    "Granite": (GRANITE, {"num_ctas": 3, "one_launch": False}),
+    "Gemma": (GEMMA, {"num_ctas": 1}),
+    "Gemma, two rows": (replace(GEMMA, batch=2), {"num_ctas": 3, "one_launch": False}),
     "nothing in the cache yet": (Case(position=0, targets=LINEARS, top_k=3), {"num_ctas": 2, "one_launch": False}),
 }  # fmt: skip
 COMPILED = {
     "bare": Case(num_layers=3),
+    "Granite, two rows": replace(GRANITE, num_layers=2, batch=2),
+    "Gemma": replace(GEMMA, heads=(8, 4, 256)),
+    "Gemma, context in parts, three rows": replace(GEMMA, batch=3, slots=1024, position=900),
+    "Gemma, as many keys as queries": replace(GEMMA, heads=(16, 16, 256), targets=()),
     "one piece of ranks": Case(num_layers=2, targets=LINEARS, top_k=1),
     "q, v": Case(num_layers=2, targets=("q_proj", "v_proj")),
     "all 7, two rows": Case(num_layers=2, batch=2, targets=LINEARS),
@@ -153,7 +177,8 @@ def test_scratch_buffers_are_in_the_table(devices):
     with the table's shape."""
     plan = plan_of(LLAMA2_7B, cache_slots=4096)
     made = buffers.scratch_and_outputs(plan, LLAMA2_7B, jnp.bfloat16, devices)
-    batch = buffers.scratch_and_outputs(plan_of(LLAMA2_7B, batch=8), LLAMA2_7B, jnp.bfloat16, devices)
+    normed = replace(LLAMA2_7B, norm_placement="both")
+    batch = buffers.scratch_and_outputs(plan_of(LLAMA2_7B, batch=8), normed, jnp.bfloat16, devices)
     filled = {row.name for row in buffers.TABLE if "caller" not in row.writer}
     assert {*made, *batch} == filled - ({"device_partials"} if devices is None else set())
 
@@ -303,8 +328,11 @@ def test_cases_have_slices_of_wide_inputs():
 def test_cases_have_blocks_that_attend_themselves():
     assert attended({name: (case, options["num_ctas"]) for name, (case, options) in INTERPRETED.items()}) == {
         "two blocks attend to the same heads", "two groups of a key's queries, three experts", "nothing in the cache yet",
+        "Granite", "Gemma",
     }  # fmt: skip
-    assert attended({name: (case, 132) for name, case in COMPILED.items()}) == {"as many keys as queries", "33 heads"}
+    assert attended({name: (case, 132) for name, case in COMPILED.items()}) == {
+        "as many keys as queries", "33 heads", "Gemma, as many keys as queries",
+    }  # fmt: skip
     assert attended({name: (case, 132) for name, case in TOGETHER.items()}, devices=2) == {"as many keys as queries"}
 
 
@@ -325,7 +353,9 @@ def test_what_it_cannot_do_is_said():
         ({}, jnp.float32, {}, "float32"),
         ({}, jnp.float16, {}, "float16"),
         ({"head_dim": 96}, jnp.bfloat16, {}, "96 dimensions"),
-        ({"vocab_size": 32001}, jnp.bfloat16, {}, "lm_head is"),
+        ({"embed_dim": 4100}, jnp.bfloat16, {}, "q_proj is [4096, 4100]"),
+        ({"activation": "gelu"}, jnp.bfloat16, {}, "activation 'gelu'"),
+        ({"norm_placement": "post"}, jnp.bfloat16, {}, "norm_placement 'post'"),
         ({}, jnp.bfloat16, {"batch": 33}, "33 rows"),
         ({"hidden_dim": 28736}, jnp.bfloat16, {"batch": 32}, "with 32 rows"),
         ({}, jnp.bfloat16, {"rank": 40}, "rank 40"),
