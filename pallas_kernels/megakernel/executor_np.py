@@ -39,8 +39,6 @@ def run(inputs: dict[str, Any], plan: Plan, model: Any, **_: Any) -> tuple[jax.A
     dtype = inputs["x"].dtype
     inputs = {name: fp32(value) for name, value in inputs.items()}
     n, k_tiles = plan.padded_batch, model.embed_dim // TILE_K
-    head = inputs["weights"]["lm_head"]
-    inputs["weights"]["lm_head"] = np.pad(head, ((0, model.head_rows - len(head)), (0, 0)))
     inputs["x"] = inputs["x"][: k_tiles * n].reshape(k_tiles, n, TILE_K).swapaxes(0, 1).reshape(n, -1)
     logits, k_new, v_new = Executor(inputs, plan, model).run()
     return jnp.asarray(logits.T), jnp.asarray(k_new, dtype), jnp.asarray(v_new, dtype)

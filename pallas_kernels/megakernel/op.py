@@ -65,7 +65,7 @@ class Shape:
 
     @property
     def head_rows(self) -> int:
-        """Rows of the head as the kernel computes them: past the vocabulary they are 0."""
+        """Rows of the head, padded to a multiple of `WGMMA_M`."""
         return -(-self.vocab_size // WGMMA_M) * WGMMA_M
 
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -83,10 +83,11 @@ class Shape:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """Weights of the decoder, stacked over layers: `linears` W [L, out, in] by name and `lm_head` [V, D]; `biases` [L, out]
-    of those linears that have one; `norms` [2L + 1, D], of attention and FFN in turn and the last one; `output_norms`
-    [2L, D] of what they add, or None; `q_norm`, `k_norm` [L, H] or None. Norms are the factor of x / rms(x), in fp32 if it
-    is 1 + w. `windows` [L], positions that a query sees; `ropes` [L], the table of cos and sin, None if there is but one."""
+    """Weights of the decoder, stacked over layers: `linears` W [L, out, in] by name and `lm_head` [V, D], padded to
+    `Shape.head_rows`; `biases` [L, out] of those linears that have one; `norms` [2L + 1, D], of attention and FFN in turn
+    and the last one; `output_norms` [2L, D] of what they add, or None; `q_norm`, `k_norm` [L, H] or None. Norms are the
+    factor of x / rms(x), in fp32 if it is 1 + w. `windows` [L], positions that a query sees; `ropes` [L], the table of cos
+    and sin, None if there is but one."""
 
     linears: dict[str, Array]
     biases: dict[str, Array]

@@ -25,12 +25,12 @@ from adafuse_jax.core.errors import UserError
 from adafuse_jax.inference.adapter_bank import AdapterBank, Bucket
 from adafuse_jax.inference.backends.base import Backend, StepOutput, dispatch_log_level
 from adafuse_jax.models.attention import Visibility, attention
-from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig, RopeConfig, unsupported_field
-from adafuse_jax.models.decoder import Backbone, distinct, score_options
+from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig, unsupported_field
+from adafuse_jax.models.decoder import Backbone, score_options
 from adafuse_jax.models.hooks import TokenExperts
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.models.layers import Norm
-from adafuse_jax.models.rotary import TABLE_FIELDS, layer_rotations
+from adafuse_jax.models.rotary import TABLE_FIELDS, layer_ropes, layer_rotations, rope_tables
 from adafuse_jax.parallel.axes import CACHE, TABLES, TENSOR, linear_axes, partition_spec
 from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels.megakernel import Experts, Shape, Weights, decode_token, unsupported_reason
@@ -80,8 +80,9 @@ class Fused:
 
     `norms`: all norms in front of blocks and the last one, stacked; `output_norms`: those behind blocks, if there are any.
     `a`, `b`: the experts' factors, the adapter's own arrays or, if they have another dtype or the rank is no multiple of 64,
-    copies padded with zeros. `table`: the gates of every token, if the router sees the token alone. Of a sharded model,
-    `mesh`, and `head`: a copy of tied embeddings, sharded over the vocabulary. The factors of a bank are read from it."""
+    copies padded with zeros. `table`: the gates of every token, if the router sees the token alone. `head`: a copy, if the
+    vocabulary is no multiple of 64, padded with zeros; of a sharded model with tied embeddings, sharded over the vocabulary.
+    `mesh`: of a sharded model. The factors of a bank are read from it."""
 
     norms: Float[Array, "2L+1 D"]
     a: dict[str, Float[Array, "L E R in"]]
@@ -103,6 +104,8 @@ class Fused:
         mesh, head = mesh_of(model), None
         if mesh is not None and model.lm_head is None:
             head = jax.device_put(model.embed_tokens[...], NamedSharding(mesh, partition_spec(TABLES["lm_head"])))
+        if missing := shape_of(model.config).head_rows - model.config.vocab_size:
+            head = _padded(model.head, 0, missing)
         return cls(
             norms=jnp.concatenate(norms),
             output_norms=_in_turn(layers.post_self_attn_layernorm, layers.post_mlp_layernorm),
@@ -147,22 +150,6 @@ def _in_turn(*norms: Norm | None) -> Float[Array, "NL D"] | None:
     return jnp.stack(factors, axis=1).reshape(-1, factors[0].shape[-1]) if factors else None
 
 
-def layer_ropes(config: ModelConfig) -> tuple[list[RopeConfig | None], list[int]]:
-    """The rotary embeddings of the layers, and the index of each layer's."""
-    return distinct(config.rope_of(layer) for layer in range(config.num_layers))
-
-
-def rope_tables(config: ModelConfig, positions: Int[Array, " B"]) -> tuple[Array, Array]:
-    """cos and sin [B, H/2], or of several rotary embeddings [ropes, B, H/2]."""
-    ropes, rope_of_layer = layer_ropes(config)
-    rotation_of = layer_rotations(config, positions[:, None])
-    rotations = [rotation_of(rope_of_layer.index(rope)) for rope in range(len(ropes))]
-    cos, sin = (
-        [table[:, 0, 0] for table in tables] for tables in zip(*((r.cos, r.sin) for r in rotations), strict=True)
-    )
-    return (cos[0], sin[0]) if len(ropes) == 1 else (jnp.stack(cos), jnp.stack(sin))
-
-
 def _padded(x: Array, axis: int, more: int) -> Array:
     return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)]) if more else x
 
@@ -198,6 +185,8 @@ def fused_unsupported_reason(
     if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
         return f"it needs a Hopper GPU, this is {device.device_kind}"
     shape, num_ctas = shape_of(model.config, 1 if mesh is None else mesh.size), device.core_count
+    if mesh is not None and shape.vocab_size != shape.head_rows:
+        return f"each device has {shape.vocab_size} tokens of the vocabulary, and on several it takes multiples of 64"
     if adapter is None:
         return unsupported_reason(shape, model.dtype, batch, num_ctas=num_ctas)
     if isinstance(adapter, AdapterBank):
