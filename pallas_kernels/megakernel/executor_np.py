@@ -192,7 +192,7 @@ class Executor:
         self, layer: int, names: tuple[str, ...], rows: slice, columns: slice, values: list[Array]
     ) -> None:
         gate, up = values
-        self.hidden[columns, rows] = (np.asarray(ACTIVATIONS[self.model.activation](gate)) * up).T
+        self.hidden[columns, rows] = (np.asarray(ACTIVATIONS[self.model.activation](jnp.asarray(gate))) * up).T
 
     def store_logits(
         self, layer: int, names: tuple[str, ...], rows: slice, columns: slice, values: list[Array]

@@ -144,7 +144,11 @@ def unsupported_reason(
         cache_slots=TILE_M, max_experts_used=max_experts_used, rank=rank, num_ctas=num_ctas,
     )  # fmt: skip
     if plan.stages < min_stages(shape.head_dim):
-        return no_smem_reason(max_experts_used, rank, batch)
+        if targets:
+            bare = unsupported_reason(shape, dtype, batch, num_ctas=num_ctas)
+            return bare or no_smem_reason(max_experts_used, rank, batch)
+        needed = f"heads of {shape.head_dim} dimensions need {min_stages(shape.head_dim)}"
+        return f"inputs of {batch} rows leave room for {plan.stages} chunks of weights, and {needed}"
     return None
 
 

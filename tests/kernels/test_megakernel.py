@@ -258,6 +258,7 @@ TOGETHER = {
     "32 rows": Case(batch=32, targets=LINEARS, hidden_dim=1024, num_layers=3, embed_dim=512, heads=(8, 4, 64)),
     "biases, context router": Case(batch=3, targets=("o_proj", "up_proj"), hidden_dim=256, bias=True, rank=40),
     "as many keys as queries": Case(num_layers=3, heads=(8, 8, 64), hidden_dim=256, targets=LINEARS),
+    "Gemma": replace(GEMMA, heads=(4, 2, 256), hidden_dim=256),
 }  # fmt: skip
 
 
@@ -356,6 +357,7 @@ def test_what_it_cannot_do_is_said():
         ({"embed_dim": 4100}, jnp.bfloat16, {}, "q_proj is [4096, 4100]"),
         ({"activation": "gelu"}, jnp.bfloat16, {}, "activation 'gelu'"),
         ({"norm_placement": "post"}, jnp.bfloat16, {}, "norm_placement 'post'"),
+        ({"hidden_dim": 25600, "head_dim": 256}, jnp.bfloat16, {"batch": 32}, "heads of 256 dimensions need 8"),
         ({}, jnp.bfloat16, {"batch": 33}, "33 rows"),
         ({"hidden_dim": 28736}, jnp.bfloat16, {"batch": 32}, "with 32 rows"),
         ({}, jnp.bfloat16, {"rank": 40}, "rank 40"),
