@@ -85,7 +85,7 @@ GEMMA = Case(
         ("sliding_windows", (40, None)), ("local_rope", RopeConfig(theta=100.0)), ("rope", RopeConfig(theta=1e6)),
     ),
 )  # fmt: skip
-"""Those of Gemma 3, and the soft caps of Gemma 2."""
+"""The equations of Gemma 3, and the soft caps of Gemma 2."""
 INTERPRETED = {
     "bare, one launch": (Case(num_layers=2), {"num_ctas": 1}),
     "all 7, two rows": (Case(batch=2, targets=LINEARS), {"num_ctas": 3, "one_launch": False}),

@@ -190,7 +190,7 @@ def test_the_megakernel_refuses_rope_of_some_layers_by_name():
 
 @pytest.mark.parametrize("model_type", [*OF_FAMILIES])
 def test_families_of_the_megakernel(model_type: str):
-    """Those of docs/models.md; others are refused by name."""
+    """The families of docs/models.md are taken, the others refused by name."""
     reason = megakernel.field_unsupported_reason(OF_FAMILIES[model_type])
     assert (reason is None) == (model_type in TAKEN), reason
 
