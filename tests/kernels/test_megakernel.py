@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
-from fused_cases import LLAMA2_7B, Case, by_modules, in_fp32, make, plan_of
+from fused_cases import GEMMA, GRANITE, LLAMA2_7B, Case, by_modules, in_fp32, make, plan_of
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.inference.backends.megakernel import Fused, fused_step, fused_unsupported_reason, route, tabulate
 from adafuse_jax.inference.engine import Engine
-from adafuse_jax.models.config import LINEARS, RopeConfig
+from adafuse_jax.models.config import LINEARS
 from adafuse_jax.parallel.mesh import make_mesh, place_state, shard
 from pallas_kernels.megakernel import Shape, buffers, executor_np, kernel_sm90, unsupported_reason
 from pallas_kernels.megakernel import plan as plan_module
@@ -69,23 +69,6 @@ def check(case: Case, *, compiled: bool, devices: int = 1, **options: Any) -> No
         np.testing.assert_array_equal(experts.experts, routing.experts[:, 0])
 
 
-GRANITE = Case(
-    vocab_size=259, tied=True, targets=("o_proj", "down_proj"),
-    features=(
-        ("embedding_multiplier", 12.0), ("residual_multiplier", 0.22), ("attention_multiplier", 0.05),
-        ("logit_multiplier", 0.2),
-    ),
-)  # fmt: skip
-"""No multiple of 64 tokens: the head's last tile has rows beyond them."""
-GEMMA = Case(
-    num_layers=2, heads=(4, 1, 256), qk_norm=True, tied=True, targets=("q_proj", "o_proj", "gate_proj", "down_proj"),
-    features=(
-        ("norm", "rms_1p"), ("norm_placement", "both"), ("activation", "gelu_pytorch_tanh"), ("embedding_multiplier", 11.3),
-        ("attention_multiplier", 0.05), ("attention_softcap", 2.0), ("logit_softcap", 3.0),
-        ("sliding_windows", (40, None)), ("local_rope", RopeConfig(theta=100.0)), ("rope", RopeConfig(theta=1e6)),
-    ),
-)  # fmt: skip
-"""The equations of Gemma 3, and the soft caps of Gemma 2."""
 INTERPRETED = {
     "bare, one launch": (Case(num_layers=2), {"num_ctas": 1}),
     "all 7, two rows": (Case(batch=2, targets=LINEARS), {"num_ctas": 3, "one_launch": False}),

@@ -9,9 +9,11 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fused_cases import LLAMA2_7B, SMOLLM2, plan_of
+from fused_cases import LLAMA2_7B, SMOLLM2, Case, make, plan_of
 
+from adafuse_jax.inference.backends.megakernel import fused_unsupported_reason
 from adafuse_jax.models.config import LINEARS
+from adafuse_jax.parallel.mesh import make_mesh, shard
 from pallas_kernels.megakernel import unsupported_reason
 from pallas_kernels.megakernel.plan import SMEM_BYTES, num_tiles
 from pallas_kernels.megakernel.schedule import Scalars, TileSchedule
@@ -109,6 +111,12 @@ def test_models_are_planned(name):
         for targets in ((), LINEARS):
             used = {"rank": 128, "max_experts_used": 2 * batch}
             assert unsupported_reason(shape, jnp.bfloat16, batch, targets, **used) is None
+
+
+def test_a_padded_head_is_refused_on_a_mesh():
+    model, *_ = make(Case(vocab_size=259))
+    assert "each device has 259 tokens" in (fused_unsupported_reason(shard(model, make_mesh(1, model.config))) or "")
+    assert "each device" not in (fused_unsupported_reason(model) or "")
 
 
 def test_plan_counts_tiles_and_semaphores_once():

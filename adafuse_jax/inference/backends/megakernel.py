@@ -182,11 +182,12 @@ def fused_unsupported_reason(
     device, mesh = next(iter(model.embed_tokens[...].devices())), mesh_of(model)
     if mesh is not None and (mesh.axis_names != (TENSOR,) or [*mesh.devices] != jax.local_devices()[: mesh.size]):
         return f"it runs on a mesh of one axis over the first devices of one process, and this is {mesh}"
+    shape = shape_of(model.config, 1 if mesh is None else mesh.size)
+    if mesh is not None and shape.vocab_size != shape.head_rows:
+        return f"each device has {shape.vocab_size} tokens of the vocabulary, and on a mesh it takes multiples of 64"
     if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
         return f"it needs a Hopper GPU, this is {device.device_kind}"
-    shape, num_ctas = shape_of(model.config, 1 if mesh is None else mesh.size), device.core_count
-    if mesh is not None and shape.vocab_size != shape.head_rows:
-        return f"each device has {shape.vocab_size} tokens of the vocabulary, and on several it takes multiples of 64"
+    num_ctas = device.core_count
     if adapter is None:
         return unsupported_reason(shape, model.dtype, batch, num_ctas=num_ctas)
     if isinstance(adapter, AdapterBank):
