@@ -37,7 +37,7 @@ from pallas_kernels.megakernel.experts import ExpertHidden
 from pallas_kernels.megakernel.partial_sums import PartialSums
 from pallas_kernels.megakernel.pipeline import Pipeline, ProducerState
 from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_M, WGMMA_N, Group, Plan, smem_rows
-from pallas_kernels.megakernel.register_tiles import load, store
+from pallas_kernels.megakernel.register_tiles import inverse_rms, load, store
 from pallas_kernels.megakernel.schedule import Scalars, TileSchedule, div, expert_ranks
 from pallas_kernels.megakernel.semaphores import GroupSemaphores
 
@@ -271,10 +271,5 @@ class Gemm:
         """r [N] of the group's input, where it has a norm."""
         if self.norm_dim is None:
             return
-        total: Any = 0.0
-        for start in range(0, self.buffers.square_sums.shape[0], WGMMA_M):
-            part = load(self.buffers.square_sums.at[pl.ds(start, WGMMA_M)])
-            numbers = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA) + start
-            part = jnp.where(numbers < self.norm_dim // WGMMA_M, part, 0).sum(axis=0)
-            total += part
-        store(self.buffers.inverse_rms.at[self.schedule.cta], lax.rsqrt(total / self.norm_dim + self.eps))
+        r = inverse_rms(self.buffers.square_sums, self.norm_dim, self.eps)
+        store(self.buffers.inverse_rms.at[self.schedule.cta], r)

@@ -11,10 +11,11 @@ on working.
     q, k, v      the norm of x                    q, k, v                                        (gemm.py, epilogue.py)
     attention    q, k, v, the cache               the context                                    (attention.py)
     o, down      the context, the hidden          x + y, its norm
-    gate, up     the norm of x                    silu(gate) · up
+    gate, up     the norm of x                    act(gate) · up
     head         the norm of x                    logits
 
-If the plan has fused attention, there is no phase for it: o's begins with it.
+If the plan has fused attention, there is no phase for it: o's begins with it. Where what o and down add has a norm, each
+has one more phase, which adds it (output_norm.py).
 
 Several devices run it together on their shards of the model: then o and down are all-reduced (all_reduce.py).
 """
@@ -35,9 +36,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.megakernel.all_reduce import AllReduce
 from pallas_kernels.megakernel.attention import Attention
 from pallas_kernels.megakernel.buffers import Buffers, scratch_and_outputs
-from pallas_kernels.megakernel.epilogue import AddResidual, Store, StoreHeads, StoreLogits, SwiGLU
+from pallas_kernels.megakernel.epilogue import AddResidual, GatedProduct, Store, StoreHeads, StoreLogits
 from pallas_kernels.megakernel.gemm import Gemm, steps_of
 from pallas_kernels.megakernel.l2_hints import EVICT_LAST, EVICT_NORMAL, partial_sums_of_layers, resident, set_priority
+from pallas_kernels.megakernel.output_norm import OutputNorm, StoreOutput
 from pallas_kernels.megakernel.pipeline import Pipeline
 from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_N, Group, Plan, Profile
 from pallas_kernels.megakernel.polling import mark_not_stored
@@ -86,9 +88,8 @@ def _phases(
     compiled: bool,
 ) -> tuple[list[Phase], list[Phase]]:
     """(of a layer, after the last layer)."""
-    head_dim, embed_dim = model.head_dim, model.embed_dim
-    group_size = model.num_heads // model.num_kv_heads
-    attention = Attention(plan, buffers, scalars, pipeline, group_size=group_size, eps=model.norm_eps)
+    embed_dim, eps = model.embed_dim, model.norm_eps
+    attention = Attention(plan, buffers, scalars, pipeline, model)
 
     def phases_of(group: Group, x: Any, store: Store, *, has_norm: bool) -> list[Phase]:
         """One phase; where CTAs do not run at the same time, one for each of its steps."""
@@ -105,7 +106,7 @@ def _phases(
                 steps=these,
                 store=store,
                 norm_dim=embed_dim if has_norm else None,
-                eps=model.norm_eps,
+                eps=eps,
                 all_reduce=all_reduce if group.all_reduced else None,
                 attention=attention,
             )
@@ -124,16 +125,29 @@ def _phases(
         attention.combine()
         return count
 
-    after_attention = AddResidual(buffers, plan, lambda layer: 2 * layer + 1)
-    after_ffn = AddResidual(buffers, plan, lambda layer: 2 * layer + 2)
-    logits = StoreLogits(buffers, model.vocab_size, all_reduce)
+    def residual(group: Group, x: Any, number: int) -> list[Phase]:
+        """x + m · W …, or with a norm x + m · norm(W …); `number`: 0 after attention, 1 after the FFN."""
+        add = AddResidual(buffers, plan, lambda layer: 2 * layer + 1 + number, model.residual_multiplier)
+        if not model.has_output_norms:
+            return phases_of(group, x, add, has_norm=False)
+        norm = OutputNorm(buffers, plan, add, lambda layer: 2 * layer + number, embed_dim, eps)
+
+        def finish(layer, count):
+            norm.run(layer)
+            return count
+
+        stored = phases_of(group, x, StoreOutput(buffers, plan), has_norm=False)
+        return [*stored, Phase(lambda layer, state: state, finish)]
+
+    hidden = GatedProduct(buffers, plan, model.activation)
+    logits = StoreLogits(buffers, model.head_rows, all_reduce)
     layer_phases = [
-        *phases_of(plan.qkv, buffers.x_weighted, StoreHeads(buffers, head_dim), has_norm=True),
+        *phases_of(plan.qkv, buffers.x_weighted, StoreHeads(buffers, model.head_dim), has_norm=True),
         *([] if plan.o.fused_attention else [Phase(attention.copy, attend)]),
         *([Phase(lambda layer, state: state, combine)] if plan.context_splits > 1 else []),
-        *phases_of(plan.o, buffers.context, after_attention, has_norm=False),
-        *phases_of(plan.gate_up, buffers.x_weighted, SwiGLU(buffers, plan), has_norm=True),
-        *phases_of(plan.down, buffers.hidden, after_ffn, has_norm=False),
+        *residual(plan.o, buffers.context, 0),
+        *phases_of(plan.gate_up, buffers.x_weighted, hidden, has_norm=True),
+        *residual(plan.down, buffers.hidden, 1),
     ]
     return layer_phases, phases_of(plan.head, buffers.x_weighted, logits, has_norm=True)
 
@@ -266,7 +280,8 @@ def run_megakernel(
         # One launch for each step of each phase: between launches all CTAs have stored what they had to.
         *of_layer, of_head = (len(steps_of(group, plan.is_batch_one)) for group in plan.groups)
         for layer in range(model.num_layers):
-            for phase in range(sum(of_layer) + (not plan.o.fused_attention) + (plan.context_splits > 1)):
+            phases = sum(of_layer) + (not plan.o.fused_attention) + (plan.context_splits > 1)
+            for phase in range(phases + 2 * model.has_output_norms):
                 launch((layer, layer + 1, (phase, phase + 1), (0, 0)))
         for phase in range(of_head):
             launch((0, 0, (0, 0), (phase, phase + 1)))

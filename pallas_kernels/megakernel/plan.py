@@ -225,6 +225,12 @@ def h_smem_rows(groups: Sequence[Group], rank_tiles: int, padded_batch: int, is_
     return smem_rows(rank_tiles * (most if is_batch_one else 1), padded_batch) if most else WGMMA_N
 
 
+def stored_head_dim(head_dim: int) -> int:
+    """Dimensions of a head of q or k in device memory before it is rotated: one of `TILE_K` stands there twice, so that
+    what it is rotated with is `TILE_K` numbers in a row."""
+    return max(head_dim, 2 * TILE_K)
+
+
 def min_stages(head_dim: int) -> int:
     """Stages that the pipeline needs."""
     return max(MIN_STAGES, 2 * head_dim // TILE_K)

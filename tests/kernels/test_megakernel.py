@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
-from fused_cases import LLAMA2_7B, Case, by_modules, in_fp32, make, plan_of
+from fused_cases import GEMMA, GRANITE, LLAMA2_7B, Case, by_modules, in_fp32, make, plan_of
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from adafuse_jax.core.errors import UserError
@@ -100,10 +100,17 @@ INTERPRETED = {
     "a wide FFN": (
         Case(batch=17, hidden_dim=1600, heads=(2, 1, 64), targets=("down_proj",)), {"num_ctas": 2, "one_launch": False}
     ),
+    "Granite": (GRANITE, {"num_ctas": 3, "one_launch": False}),
+    "Gemma": (GEMMA, {"num_ctas": 1}),
+    "Gemma, two rows": (replace(GEMMA, batch=2), {"num_ctas": 3, "one_launch": False}),
     "nothing in the cache yet": (Case(position=0, targets=LINEARS, top_k=3), {"num_ctas": 2, "one_launch": False}),
 }  # fmt: skip
 COMPILED = {
     "bare": Case(num_layers=3),
+    "Granite, two rows": replace(GRANITE, num_layers=2, batch=2),
+    "Gemma": replace(GEMMA, heads=(8, 4, 256)),
+    "Gemma, context in parts, three rows": replace(GEMMA, batch=3, slots=1024, position=900),
+    "Gemma, as many keys as queries": replace(GEMMA, heads=(16, 16, 256), targets=()),
     "one piece of ranks": Case(num_layers=2, targets=LINEARS, top_k=1),
     "q, v": Case(num_layers=2, targets=("q_proj", "v_proj")),
     "all 7, two rows": Case(num_layers=2, batch=2, targets=LINEARS),
@@ -153,7 +160,8 @@ def test_scratch_buffers_are_in_the_table(devices):
     with the table's shape."""
     plan = plan_of(LLAMA2_7B, cache_slots=4096)
     made = buffers.scratch_and_outputs(plan, LLAMA2_7B, jnp.bfloat16, devices)
-    batch = buffers.scratch_and_outputs(plan_of(LLAMA2_7B, batch=8), LLAMA2_7B, jnp.bfloat16, devices)
+    normed = replace(LLAMA2_7B, norm_placement="both")
+    batch = buffers.scratch_and_outputs(plan_of(LLAMA2_7B, batch=8), normed, jnp.bfloat16, devices)
     filled = {row.name for row in buffers.TABLE if "caller" not in row.writer}
     assert {*made, *batch} == filled - ({"device_partials"} if devices is None else set())
 
@@ -244,6 +252,7 @@ TOGETHER = {
     "32 rows": Case(batch=32, targets=LINEARS, hidden_dim=1024, num_layers=3, embed_dim=512, heads=(8, 4, 64)),
     "biases, context router": Case(batch=3, targets=("o_proj", "up_proj"), hidden_dim=256, bias=True, rank=40),
     "as many keys as queries": Case(num_layers=3, heads=(8, 8, 64), hidden_dim=256, targets=LINEARS),
+    "Gemma": replace(GEMMA, heads=(4, 2, 256), hidden_dim=256),
 }  # fmt: skip
 
 
@@ -314,8 +323,11 @@ def test_cases_have_slices_of_wide_inputs():
 def test_cases_have_blocks_that_attend_themselves():
     assert attended({name: (case, options["num_ctas"]) for name, (case, options) in INTERPRETED.items()}) == {
         "two blocks attend to the same heads", "two groups of a key's queries, three experts", "nothing in the cache yet",
+        "Granite", "Gemma",
     }  # fmt: skip
-    assert attended({name: (case, 132) for name, case in COMPILED.items()}) == {"as many keys as queries", "33 heads"}
+    assert attended({name: (case, 132) for name, case in COMPILED.items()}) == {
+        "as many keys as queries", "33 heads", "Gemma, as many keys as queries",
+    }  # fmt: skip
     assert attended({name: (case, 132) for name, case in TOGETHER.items()}, devices=2) == {"as many keys as queries"}
 
 
@@ -336,7 +348,10 @@ def test_what_it_cannot_do_is_said():
         ({}, jnp.float32, {}, "float32"),
         ({}, jnp.float16, {}, "float16"),
         ({"head_dim": 96}, jnp.bfloat16, {}, "96 dimensions"),
-        ({"vocab_size": 32001}, jnp.bfloat16, {}, "lm_head is"),
+        ({"embed_dim": 4100}, jnp.bfloat16, {}, "q_proj is [4096, 4100]"),
+        ({"activation": "gelu"}, jnp.bfloat16, {}, "activation 'gelu'"),
+        ({"norm_placement": "post"}, jnp.bfloat16, {}, "norm_placement 'post'"),
+        ({"hidden_dim": 25600, "head_dim": 256}, jnp.bfloat16, {"batch": 32}, "heads of 256 dimensions need 8"),
         ({}, jnp.bfloat16, {"batch": 33}, "33 rows"),
         ({"hidden_dim": 28736}, jnp.bfloat16, {"batch": 32}, "with 32 rows"),
         ({}, jnp.bfloat16, {"rank": 40}, "rank 40"),
