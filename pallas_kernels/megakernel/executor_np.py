@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_M, WGMMA_N, Group, Plan
 from pallas_kernels.megakernel.schedule import AttentionSchedule, Scalars, Tile, TileSchedule
+from pallas_kernels.quantised.reference import dequantise_np
 
 Array = np.ndarray
 Store = Callable[[int, tuple[str, ...], slice, slice, list[Array]], None]
@@ -98,8 +99,9 @@ class Executor:
     def _tile(self, schedule: TileSchedule, n: int) -> Tile:
         return Tile(*map(int, schedule.tile(n)))
 
-    def _columns(self, tile: Tile) -> slice:
-        return slice(tile.first * TILE_K, (tile.first + tile.chunks) * TILE_K)
+    def _columns(self, tile: Tile, k_tiles: int = 1) -> slice:
+        """Columns of a tile whose chunks have so many K-tiles."""
+        return slice(tile.first * k_tiles * TILE_K, (tile.first + tile.chunks) * k_tiles * TILE_K)
 
     def _ranks(self, rank_tile: int) -> tuple[int, slice]:
         """(expert, its ranks)."""
@@ -131,7 +133,12 @@ class Executor:
         height = min(TILE_M, group.outs[name] - rows.start)
         if not tile.is_b:
             w = self.inputs["weights"][name]
-            y[:height] = (w if name == "lm_head" else w[layer])[rows, self._columns(tile)] @ x[:, self._columns(tile)].T
+            columns = self._columns(tile, group.chunk_k_tiles)
+            if group.layout is not None:
+                w = dequantise_np(w[layer, rows], self.inputs["scales"][name][layer, :, rows].T, group.layout)
+                y[:height] = w[:, columns] @ x[:, columns].T
+            else:
+                y[:height] = (w if name == "lm_head" else w[layer])[rows, columns] @ x[:, columns].T
         elif tile.chunks:
             products: Any = 0
             for piece in range(int(schedule.num_h_pieces(True, tile.chunks))):

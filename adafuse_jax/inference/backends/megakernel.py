@@ -29,12 +29,14 @@ from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig, u
 from adafuse_jax.models.decoder import Backbone, score_options
 from adafuse_jax.models.hooks import TokenExperts
 from adafuse_jax.models.kv_cache import KVCache
+from adafuse_jax.models.quantised import quantisation_of
 from adafuse_jax.models.rotary import TABLE_FIELDS, layer_rotations, rotation
 from adafuse_jax.parallel.axes import CACHE, TABLES, TENSOR, linear_axes, partition_spec
 from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels.megakernel import Experts, Shape, Weights, decode_token, unsupported_reason
 from pallas_kernels.megakernel.mixture import Mixture, make_mixture
 from pallas_kernels.megakernel.plan import TILE_K
+from pallas_kernels.quantised import QuantArray
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +74,14 @@ class Fused:
 
     `norms`: all norms, stacked. `a`, `b`: the experts' factors, the adapter's own arrays or, if they have another dtype or
     the rank is no multiple of 64, copies padded with zeros. `table`: the gates of every token, if the router sees the token
-    alone. Of a sharded model, `mesh`, and `head`: a copy of tied embeddings, sharded over the vocabulary. The factors of a
+    alone. `scales`: those of quantised linears, transposed, so that a tile's are in a row. Of a sharded model, `mesh`, and `head`: a copy of tied embeddings, sharded over the vocabulary. The factors of a
     bank are read from it."""
 
     norms: Float[Array, "2L+1 D"]
     a: dict[str, Float[Array, "L E R in"]]
     b: dict[str, Float[Array, "L E out R"]]
     table: GateTable | None
+    scales: dict[str, Float[Array, "L groups out"]] = field(default_factory=dict)
     head: Float[Array, "V D"] | None = None
     mesh: Mesh | None = field(default=None, metadata={"static": True})
 
@@ -99,6 +102,11 @@ class Fused:
             a={name: _padded(e.A[...].astype(dtype), 2, more[name]) for name, e in experts.items()},
             b={name: _padded(e.B[...].astype(dtype), 3, more[name]) for name, e in experts.items()},
             table=None if adapter is None or not sees_token_alone(adapter) else tabulate(model, adapter),
+            scales={
+                name: weight.scales.swapaxes(1, 2)
+                for name in LINEARS
+                if isinstance(weight := getattr(layers, name).weight[...], QuantArray)
+            },
             head=head,
             mesh=mesh,
         )
@@ -112,13 +120,16 @@ def weights_of(model: Backbone, fused: Fused) -> Weights:
         head = model.head
     windows = config.sliding_windows or (None,) * config.num_layers
     linears = {name: getattr(layers, name) for name in LINEARS}
+    weights = {name: linear.weight[...] for name, linear in linears.items()}
     return Weights(
-        linears={name: linear.weight[...] for name, linear in linears.items()} | {"lm_head": head},
+        linears={n: w.codes if isinstance(w, QuantArray) else w for n, w in weights.items()} | {"lm_head": head},
         biases={name: linear.bias[...] for name, linear in linears.items() if linear.bias is not None},
         norms=fused.norms,
         q_norm=None if layers.q_norm is None else layers.q_norm.weight[...],
         k_norm=None if layers.k_norm is None else layers.k_norm.weight[...],
         windows=jnp.array([w or jnp.iinfo(jnp.int32).max // 2 for w in windows], jnp.int32),
+        scales=fused.scales,
+        layout=quantisation_of(model),
     )
 
 
@@ -145,9 +156,10 @@ def fused_unsupported_reason(
         return f"it runs on a mesh of one axis over the first devices of one process, and this is {mesh}"
     if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
         return f"it needs a Hopper GPU, this is {device.device_kind}"
-    shape, num_ctas = shape_of(model.config, 1 if mesh is None else mesh.size), device.core_count
+    shape = shape_of(model.config, 1 if mesh is None else mesh.size)
+    options: dict[str, Any] = {"num_ctas": device.core_count, "layout": quantisation_of(model)}
     if adapter is None:
-        return unsupported_reason(shape, model.dtype, batch, num_ctas=num_ctas)
+        return unsupported_reason(shape, model.dtype, batch, **options)
     if isinstance(adapter, AdapterBank):
         bucket = bucket or adapter.bucket
         settings: Any = bucket
@@ -157,7 +169,7 @@ def fused_unsupported_reason(
         num_experts, targets = adapter.config.num_experts, tuple(adapter.experts)
     return unsupported_reason(
         shape, model.dtype, batch, targets, rank=-(-settings.rank // TILE_K) * TILE_K,
-        max_experts_used=min(num_experts, batch * settings.top_k), num_ctas=num_ctas,
+        max_experts_used=min(num_experts, batch * settings.top_k), **options,
     )  # fmt: skip
 
 
@@ -261,6 +273,10 @@ def _over_devices(
     of_weights, of_experts = jax.tree.map(lambda _: whole, (weights, experts))
     of_weights.linears.update(specs("weight", weights.linears))
     of_weights.biases.update(specs("bias", weights.biases))
+    for name in weights.scales:
+        *layers_out, into = linear_axes(name, "weight")
+        is_grouped = weights.layout is not None and weights.layout.group_size is not None
+        of_weights.scales[name] = partition_spec((layers_out[0], into if is_grouped else "", layers_out[1]))
     if experts is not None:
         of_experts.a.update(specs("A", experts.a))
         of_experts.b.update(specs("B", experts.b))
@@ -293,6 +309,7 @@ class Megakernel(Backend):
 
     requires = "pre_gated"
     takes_bank = True
+    reads_quantised = True
 
     def __init__(self, model: Backbone, adapter: Any, strategy: str = "fused", fallback: Backend | None = None):
         self._model, self._adapter, self.strategy, self._fallback = model, adapter, strategy, fallback

@@ -1,0 +1,170 @@
+"""Products with quantised weights, whose codes are dequantised between shared memory and the tensor cores.
+
+    y += Σ_g s_g ∘ ((C_g − 2^(bits−1)) x_g)        over the groups g of columns that share a scale
+
+A code less its offset is exact in bfloat16, so the tensor cores multiply it from registers, and the scale multiplies what
+they find of a group, in fp32: W is never rounded. Codes have one byte or half of one (`pallas_kernels.quantised`); a group
+of 4 bits has the codes of its first half of columns in the low halves of its bytes, those of the second in the high ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array, utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, vector
+
+from pallas_kernels.megakernel.pipeline import CodesAndScales, Pipeline
+from pallas_kernels.megakernel.plan import CODE_BYTES, TILE_K, TILE_M, WGMMA_M, chunk_groups, chunk_k_tiles
+from pallas_kernels.megakernel.register_tiles import ROWS, load, over_columns
+from pallas_kernels.quantised import QuantLayout
+
+BYTES_TO_BF16 = """{
+    .reg .b32 both, low, high;
+    prmt.b32 both, $1, 0x43, PLACES;
+    and.b32 low, both, 0xff7fff7f;
+    lop3.b32 high, both, 0xff80ff80, 0x00800080, 0x6a;
+    sub.bf16x2 $0, low, high;
+}"""
+"""Two of the bytes of $1, less 128. 0x43.. is a bfloat16 of 128 and more, by its last 7 bits; the code's first bit is the
+exponent's last, and says whether 128 or 256 is subtracted: lop3 is (both & 0xff80) ^ 0x0080."""
+HALVES_TO_BF16 = """{
+    .reg .b32 both;
+    prmt.b32 both, $1, 0, PLACES;
+    lop3.b32 both, both, 0x000f000f, 0x43004300, 0xea;
+    sub.bf16x2 $0, both, $2;
+}"""
+"""The low halves of two of the bytes of $1, less 8: 0x430. is 128 + the code, and $2 is 136 twice."""
+PLACES = {8: ("0x4140", "0x4342"), 4: ("0x4140", "0x4342")}
+"""Which bytes: the first and second, or the third and fourth; the bytes between them come from the constant."""
+EIGHT_MORE = 0x43084308
+
+
+class QuantisedProduct:
+    """Tiles of quantised weights times the input, chunk by chunk."""
+
+    def __init__(self, layout: QuantLayout, pipeline: Pipeline, padded_batch: int, *, compiled: bool):
+        self.layout, self.pipeline, self.padded_batch, self.compiled = layout, pipeline, padded_batch, compiled
+
+    def add(self, halves: list[Any], count, number, operand_smem):
+        """(halves + W x of the next `number` chunks, the new count). `halves` [WGMMA_M, N] in fp32, of a tile; the right
+        operands are the K-tiles of `operand_smem`, from its first row on."""
+
+        def add_chunk(c, state):
+            halves, count = state
+            rows = c * chunk_k_tiles(self.layout) * self.padded_batch
+            rights = [
+                operand_smem.at[pl.ds(rows + i * self.padded_batch, self.padded_batch)]
+                for i in range(chunk_k_tiles(self.layout))
+            ]
+            halves = self._add_chunk(halves, self.pipeline.take_codes(count), rights)
+            self.pipeline.release(count)
+            return halves, count + 1
+
+        return lax.fori_loop(0, number, add_chunk, (halves, count))
+
+    def _add_chunk(self, halves: list[Any], chunk: CodesAndScales, rights: list[Any]) -> list[Any]:
+        groups = chunk_groups(self.layout)
+        k_tiles_each = len(rights) // groups
+
+        def multiply(*accs):
+            """[half · groups + group]."""
+            for half in range(len(halves)):
+                for i, left in enumerate(self._left(chunk.codes, half)):
+                    acc = accs[half * groups + i // k_tiles_each]
+                    plgpu.wgmma(acc, left, rights[i].transpose((1, 0)))
+            return [acc[...] for acc in accs]
+
+        if self.compiled:
+            acc = plgpu.ACC(halves[0].shape, jnp.float32)
+            products = pl.run_scoped(multiply, *[acc] * (len(halves) * groups))
+        else:  # the interpreter multiplies from shared memory only
+            products = [
+                sum(
+                    jnp.dot(left.astype(jnp.float32), rights[i][...].astype(jnp.float32).T)
+                    for i, left in enumerate(self._left(chunk.codes, half))
+                    if i // k_tiles_each == group
+                )
+                for half in range(len(halves))
+                for group in range(groups)
+            ]
+
+        def scaled(half: int, group: int):
+            rows = chunk.scales.at[group, pl.ds(half * WGMMA_M, WGMMA_M)]
+            product = products[half * groups + group]
+            return over_columns(load(rows, ROWS).astype(jnp.float32), product.shape) * product
+
+        return [sum((scaled(i, group) for group in range(groups)), start=half) for i, half in enumerate(halves)]
+
+    def _left(self, codes: Any, half: int) -> list[Any]:
+        """K-tiles [WGMMA_M, TILE_K] of codes less their offset, in bfloat16."""
+        tiles: list[Any] = []
+        for start in range(0, CODE_BYTES[self.layout.bits], TILE_K):
+            part = codes.at[pl.ds(half * WGMMA_M, WGMMA_M), pl.ds(start, TILE_K)]
+            packed = plgpu.load(part, layout=plgpu.Layout.WGMMA_UPCAST_2X)
+            tiles += _in_registers(packed, self.layout) if self.compiled else _by_definition(packed, self.layout)
+        return tiles
+
+
+def _by_definition(packed: Any, layout: QuantLayout) -> list[Any]:
+    """What `_in_registers` does, where there are no registers."""
+    codes = layout.unpack(packed).astype(jnp.int32) - layout.offset
+    return jnp.split(codes.astype(jnp.bfloat16), codes.shape[1] // TILE_K, axis=1)
+
+
+def _in_registers(packed: Any, layout: QuantLayout) -> list[Any]:
+    """Bytes [WGMMA_M, TILE_K] → one or two K-tiles of codes less their offset, as the tensor cores take them.
+
+    A thread has four bytes in a row of each 16 columns; the tensor cores want two, and two eight columns later. So it
+    changes two of them with its neighbour, as `FragmentedArray.to_layout` does, and then makes bfloat16 of each pair."""
+    tile = plgpu.ShapeDtypeStruct((WGMMA_M, TILE_K), jnp.dtype(jnp.bfloat16), layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA_UPCAST_2X,), return_type=[tile] * (8 // layout.bits))
+    def convert(_, packed):
+        i32, wgmma = ir.IntegerType.get_signless(32), fragmented_array.WGMMA_LAYOUT
+        pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        one_word = ir.VectorType.get((1,), i32)
+        is_even = arith.cmpi(
+            arith.CmpIPredicate.eq, arith.remui(utils.thread_idx(), utils.c(2, i32)), utils.c(0, i32)
+        )
+        order = arith.select(is_even, utils.c(0x5410, i32), utils.c(0x3276, i32))
+        registers = [
+            np.full(wgmma.registers_shape((WGMMA_M, TILE_K)), None, dtype=object) for _ in range(8 // layout.bits)
+        ]
+
+        def place(block: int, high: bool) -> tuple[int, int]:
+            """(K-tile, block of 16 columns) of the codes in the low or high halves of a block of bytes."""
+            if layout.bits == 8:
+                return 0, block
+            of_half = (layout.group_size or 0) // 32  # blocks of the group's first columns
+            group, at = divmod(block, of_half)
+            return divmod((2 * group + high) * of_half + at, TILE_K // 16)
+
+        for index, four in np.ndenumerate(packed.registers):
+            word = vector.extract(vector.bitcast(one_word, four), [], [0])
+            word = utils.prmt(word, utils.shfl_bfly(word, 1), order)
+            for high in range(8 // layout.bits):
+                some = arith.shrui(word, utils.c(4, i32)) if high else word
+                tile_number, block = place(index[1], bool(high))
+                for i, places in enumerate(PLACES[layout.bits]):
+                    constants = [] if layout.bits == 8 else [utils.c(EIGHT_MORE, i32)]
+                    code = (BYTES_TO_BF16 if layout.bits == 8 else HALVES_TO_BF16).replace("PLACES", places)
+                    two = utils.inline_ptx(code, some, *constants, result_types=(i32,))
+                    two = vector.bitcast(pair, vector.broadcast(one_word, two))
+                    registers[tile_number][(index[0], 2 * block + i, *index[2:-1])] = two
+        return [fragmented_array.FragmentedArray(_registers=r, _layout=wgmma, _is_signed=None) for r in registers]
+
+    return convert(packed)
+
+
+def codes_shape(stages: int, layout: QuantLayout, stage_bytes: int) -> tuple[int, int, int]:
+    """Shape of the stages as bytes: a chunk of codes is the first TILE_M rows of one."""
+    size = CODE_BYTES[layout.bits]
+    assert TILE_M * size <= stage_bytes
+    return stages, stage_bytes // size, size
