@@ -21,7 +21,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
 
 from pallas_kernels.megakernel.pipeline import CodesAndScales, Pipeline
-from pallas_kernels.megakernel.plan import CODE_BYTES, TILE_K, TILE_M, WGMMA_M, chunk_groups, chunk_k_tiles
+from pallas_kernels.megakernel.plan import CODE_BYTES, TILE_K, TILE_M, WGMMA_M
 from pallas_kernels.megakernel.register_tiles import ROWS, load, over_columns
 from pallas_kernels.quantised import QuantLayout
 
@@ -47,69 +47,70 @@ EIGHT_MORE = 0x43084308
 
 
 class QuantisedProduct:
-    """Tiles of quantised weights times the input, chunk by chunk."""
+    """Tiles of quantised weights times the input, chunk by chunk, and of a chunk TILE_K bytes of every row at once."""
 
     def __init__(self, layout: QuantLayout, pipeline: Pipeline, padded_batch: int, *, compiled: bool):
         self.layout, self.pipeline, self.padded_batch, self.compiled = layout, pipeline, padded_batch, compiled
+        self.blocks = CODE_BYTES[layout.bits] // TILE_K
+        self.k_tiles = 8 // layout.bits
+        self.groups = 1 if layout.group_size is None else self.k_tiles * TILE_K // layout.group_size
+        """Blocks of bytes of a chunk; K-tiles and groups of a block."""
 
     def add(self, halves: list[Any], count, number, operand_smem):
         """(halves + W x of the next `number` chunks, the new count). `halves` [WGMMA_M, N] in fp32, of a tile; the right
         operands are the K-tiles of `operand_smem`, from its first row on."""
+        n = self.padded_batch
 
         def add_chunk(c, state):
             halves, count = state
-            rows = c * chunk_k_tiles(self.layout) * self.padded_batch
-            rights = [
-                operand_smem.at[pl.ds(rows + i * self.padded_batch, self.padded_batch)]
-                for i in range(chunk_k_tiles(self.layout))
-            ]
-            halves = self._add_chunk(halves, self.pipeline.take_codes(count), rights)
+            chunk = self.pipeline.take_codes(count)
+
+            def add_block(block, halves):
+                first = (c * self.blocks + block) * self.k_tiles
+                rights = [operand_smem.at[pl.ds((first + i) * n, n)] for i in range(self.k_tiles)]
+                return self._add_block(halves, chunk, block, rights)
+
+            # A loop, for the sake of the instruction cache.
+            halves = lax.fori_loop(0, self.blocks, add_block, halves) if self.blocks > 1 else add_block(0, halves)
             self.pipeline.release(count)
             return halves, count + 1
 
         return lax.fori_loop(0, number, add_chunk, (halves, count))
 
-    def _add_chunk(self, halves: list[Any], chunk: CodesAndScales, rights: list[Any]) -> list[Any]:
-        groups = chunk_groups(self.layout)
-        k_tiles_each = len(rights) // groups
+    def _add_block(self, halves: list[Any], chunk: CodesAndScales, block, rights: list[Any]) -> list[Any]:
+        pairs = [(half, group) for half in range(len(halves)) for group in range(self.groups)]
 
         def multiply(*accs):
-            """[half · groups + group]."""
+            """For each of `pairs`."""
             for half in range(len(halves)):
-                for i, left in enumerate(self._left(chunk.codes, half)):
-                    acc = accs[half * groups + i // k_tiles_each]
+                for i, left in enumerate(self._left(chunk.codes, half, block)):
+                    acc = accs[half * self.groups + i * self.groups // self.k_tiles]
                     plgpu.wgmma(acc, left, rights[i].transpose((1, 0)))
             return [acc[...] for acc in accs]
 
-        if self.compiled:
-            acc = plgpu.ACC(halves[0].shape, jnp.float32)
-            products = pl.run_scoped(multiply, *[acc] * (len(halves) * groups))
-        else:  # the interpreter multiplies from shared memory only
-            products = [
-                sum(
-                    jnp.dot(left.astype(jnp.float32), rights[i][...].astype(jnp.float32).T)
-                    for i, left in enumerate(self._left(chunk.codes, half))
-                    if i // k_tiles_each == group
-                )
-                for half in range(len(halves))
-                for group in range(groups)
-            ]
+        def multiply_interpreted():
+            """The interpreter multiplies from shared memory only."""
+            products = [jnp.zeros(halves[0].shape, jnp.float32) for _ in pairs]
+            for half in range(len(halves)):
+                for i, left in enumerate(self._left(chunk.codes, half, block)):
+                    product = jnp.dot(left, rights[i][...].T, preferred_element_type=jnp.float32)
+                    products[half * self.groups + i * self.groups // self.k_tiles] += product
+            return products
 
-        def scaled(half: int, group: int):
-            rows = chunk.scales.at[group, pl.ds(half * WGMMA_M, WGMMA_M)]
-            product = products[half * groups + group]
-            return over_columns(load(rows, ROWS).astype(jnp.float32), product.shape) * product
+        acc = plgpu.ACC(halves[0].shape, jnp.float32)
+        products = pl.run_scoped(multiply, *[acc] * len(pairs)) if self.compiled else multiply_interpreted()
+        halves = list(halves)
+        for (half, group), product in zip(pairs, products, strict=True):
+            number = 0 if self.layout.group_size is None else block * self.groups + group
+            scales = load(chunk.scales.at[number, pl.ds(half * WGMMA_M, WGMMA_M)], ROWS).astype(jnp.float32)
+            halves[half] += over_columns(scales, product.shape) * product
+        return halves
 
-        return [sum((scaled(i, group) for group in range(groups)), start=half) for i, half in enumerate(halves)]
-
-    def _left(self, codes: Any, half: int) -> list[Any]:
-        """K-tiles [WGMMA_M, TILE_K] of codes less their offset, in bfloat16."""
-        tiles: list[Any] = []
-        for start in range(0, CODE_BYTES[self.layout.bits], TILE_K):
-            part = codes.at[pl.ds(half * WGMMA_M, WGMMA_M), pl.ds(start, TILE_K)]
-            packed = plgpu.load(part, layout=plgpu.Layout.WGMMA_UPCAST_2X)
-            tiles += _in_registers(packed, self.layout) if self.compiled else _by_definition(packed, self.layout)
-        return tiles
+    def _left(self, codes: Any, half: int, block) -> list[Any]:
+        """K-tiles [WGMMA_M, TILE_K] of a block's codes less their offset, in bfloat16."""
+        part = codes.at[pl.ds(half * WGMMA_M, WGMMA_M), pl.ds(block * TILE_K, TILE_K)]
+        packed = plgpu.load(part, layout=plgpu.Layout.WGMMA_UPCAST_2X)
+        return _in_registers(packed, self.layout) if self.compiled else _by_definition(packed, self.layout)
 
 
 def _by_definition(packed: Any, layout: QuantLayout) -> list[Any]:
@@ -155,7 +156,7 @@ def _in_registers(packed: Any, layout: QuantLayout) -> list[Any]:
                 for i, places in enumerate(PLACES[layout.bits]):
                     constants = [] if layout.bits == 8 else [utils.c(EIGHT_MORE, i32)]
                     code = (BYTES_TO_BF16 if layout.bits == 8 else HALVES_TO_BF16).replace("PLACES", places)
-                    two = utils.inline_ptx(code, some, *constants, result_types=(i32,))
+                    (two,) = utils.inline_ptx(code, some, *constants, result_types=(i32,))
                     two = vector.bitcast(pair, vector.broadcast(one_word, two))
                     registers[tile_number][(index[0], 2 * block + i, *index[2:-1])] = two
         return [fragmented_array.FragmentedArray(_registers=r, _layout=wgmma, _is_signed=None) for r in registers]

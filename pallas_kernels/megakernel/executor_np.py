@@ -39,6 +39,9 @@ def run(inputs: dict[str, Any], plan: Plan, model: Any, **_: Any) -> tuple[jax.A
     dtype = inputs["x"].dtype
     inputs = {name: fp32(value) for name, value in inputs.items()}
     n, k_tiles = plan.padded_batch, model.embed_dim // TILE_K
+    for name, scales in inputs["scales"].items():
+        layers = zip(inputs["weights"][name], scales.swapaxes(1, 2), strict=True)
+        inputs["weights"][name] = np.stack([dequantise_np(*layer, plan.layout) for layer in layers]).astype(np.float32)
     inputs["x"] = inputs["x"][: k_tiles * n].reshape(k_tiles, n, TILE_K).swapaxes(0, 1).reshape(n, -1)
     logits, k_new, v_new = Executor(inputs, plan, model).run()
     return jnp.asarray(logits.T), jnp.asarray(k_new, dtype), jnp.asarray(v_new, dtype)
@@ -134,11 +137,7 @@ class Executor:
         if not tile.is_b:
             w = self.inputs["weights"][name]
             columns = self._columns(tile, group.chunk_k_tiles)
-            if group.layout is not None:
-                w = dequantise_np(w[layer, rows], self.inputs["scales"][name][layer, :, rows].T, group.layout)
-                y[:height] = w[:, columns] @ x[:, columns].T
-            else:
-                y[:height] = (w if name == "lm_head" else w[layer])[rows, columns] @ x[:, columns].T
+            y[:height] = (w if name == "lm_head" else w[layer])[rows, columns] @ x[:, columns].T
         elif tile.chunks:
             products: Any = 0
             for piece in range(int(schedule.num_h_pieces(True, tile.chunks))):
