@@ -17,7 +17,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.megakernel.plan import ALL_REDUCED, TILE_K, WGMMA_M, WGMMA_N, Group, Plan
+from pallas_kernels.megakernel.plan import ALL_REDUCED, Group, Plan
+from pallas_kernels.megakernel.sizes import TILE_K, WGMMA_M, WGMMA_N
 
 Shapes = dict[str, tuple[tuple[int, ...], Any]]
 """Name → (shape, dtype)."""

@@ -21,8 +21,8 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
 
 from pallas_kernels.megakernel.pipeline import CodesAndScales, Pipeline
-from pallas_kernels.megakernel.plan import CODE_BYTES, TILE_K, TILE_M, WGMMA_M
 from pallas_kernels.megakernel.register_tiles import ROWS, load, over_columns
+from pallas_kernels.megakernel.sizes import CODE_BYTES, TILE_K, TILE_M, WGMMA_M
 from pallas_kernels.quantised import QuantLayout
 
 BYTES_TO_BF16 = """{
@@ -131,9 +131,7 @@ def _in_registers(packed: Any, layout: QuantLayout) -> list[Any]:
         i32, wgmma = ir.IntegerType.get_signless(32), fragmented_array.WGMMA_LAYOUT
         pair = ir.VectorType.get((2,), ir.BF16Type.get())
         one_word = ir.VectorType.get((1,), i32)
-        is_even = arith.cmpi(
-            arith.CmpIPredicate.eq, arith.remui(utils.thread_idx(), utils.c(2, i32)), utils.c(0, i32)
-        )
+        is_even = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(utils.thread_idx(), utils.c(2, i32)), utils.c(0, i32))
         order = arith.select(is_even, utils.c(0x5410, i32), utils.c(0x3276, i32))
         registers = [
             np.full(wgmma.registers_shape((WGMMA_M, TILE_K)), None, dtype=object) for _ in range(8 // layout.bits)

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_M, WGMMA_N, Group, Plan
+from pallas_kernels.megakernel.plan import Group, Plan
 from pallas_kernels.megakernel.schedule import AttentionSchedule, Scalars, Tile, TileSchedule
+from pallas_kernels.megakernel.sizes import TILE_K, TILE_M, WGMMA_M, WGMMA_N
 from pallas_kernels.quantised.reference import dequantise_np
 
 Array = np.ndarray

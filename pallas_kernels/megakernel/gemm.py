@@ -38,10 +38,11 @@ from pallas_kernels.megakernel.epilogue import Epilogue, Store
 from pallas_kernels.megakernel.experts import ExpertHidden
 from pallas_kernels.megakernel.partial_sums import PartialSums
 from pallas_kernels.megakernel.pipeline import CodesAndScales, Pipeline, ProducerState
-from pallas_kernels.megakernel.plan import CODE_BYTES, TILE_K, TILE_M, WGMMA_M, WGMMA_N, Group, Plan, chunk_groups, smem_rows
+from pallas_kernels.megakernel.plan import Group, Plan
 from pallas_kernels.megakernel.register_tiles import load, store
 from pallas_kernels.megakernel.schedule import Scalars, TileSchedule, div, expert_ranks, where
 from pallas_kernels.megakernel.semaphores import GroupSemaphores
+from pallas_kernels.megakernel.sizes import CODE_BYTES, TILE_K, TILE_M, WGMMA_M, WGMMA_N, chunk_groups, smem_rows
 
 STEPS = "shrink", "reduce_h", "gemm", "epilogue"
 

@@ -40,9 +40,10 @@ from pallas_kernels.megakernel.epilogue import AddResidual, Store, StoreHeads, S
 from pallas_kernels.megakernel.gemm import Gemm, steps_of
 from pallas_kernels.megakernel.l2_hints import EVICT_LAST, EVICT_NORMAL, partial_sums_of_layers, resident, set_priority
 from pallas_kernels.megakernel.pipeline import Pipeline
-from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_N, Group, Plan, Profile, chunk_groups
+from pallas_kernels.megakernel.plan import Group, Plan, Profile
 from pallas_kernels.megakernel.polling import mark_not_stored
 from pallas_kernels.megakernel.schedule import Scalars
+from pallas_kernels.megakernel.sizes import TILE_K, TILE_M, WGMMA_N, chunk_groups
 
 COMPILER_PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 """Lowering with explicit layouts, as inferring them takes most of the time to compile."""

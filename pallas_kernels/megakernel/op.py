@@ -19,18 +19,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.megakernel.mixture import Mixture, used_first
-from pallas_kernels.megakernel.plan import (
+from pallas_kernels.megakernel.plan import Plan, Profile, make_plan, no_smem_reason
+from pallas_kernels.megakernel.sizes import (
     SMEM_BYTES,
     TILE_K,
     TILE_M,
     WGMMA_M,
-    Plan,
-    Profile,
     chunk_k_tiles,
-    make_plan,
     max_in_dim,
     min_stages,
-    no_smem_reason,
     to_k_tiles,
 )
 from pallas_kernels.quantised import QuantLayout

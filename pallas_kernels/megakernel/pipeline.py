@@ -11,8 +11,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.megakernel.plan import COPIES_DURING_EXCHANGE, TILE_M, WGMMA_M
+from pallas_kernels.megakernel.plan import COPIES_DURING_EXCHANGE
 from pallas_kernels.megakernel.schedule import rem
+from pallas_kernels.megakernel.sizes import TILE_M, WGMMA_M
 
 
 class ProducerState(NamedTuple):
@@ -69,8 +70,9 @@ class Pipeline:
         self, state: ProducerState, number: Any, sources_of: Callable[[Any], tuple[Sequence[Any], Any]]
     ) -> ProducerState:
         """Fill stages with the next `number` chunks. `sources_of(c)` gives, of the c-th, sources and the index of the
-        right one; a source gives the chunk, its two halves, or `CodesAndScales`. Each time round either one copy has landed or one more
-        begins: a loop of its own for waiting would be unrolled, and be a tenth of the kernel's instructions."""
+        right one; a source gives the chunk, its two halves, or `CodesAndScales`. Each time round either one copy has
+        landed or one more begins: a loop of its own for waiting would be unrolled, and be a tenth of the kernel's
+        instructions."""
         begin = state.count
 
         def must_land(state):
@@ -96,7 +98,9 @@ class Pipeline:
                     places = self._codes_and_scales(stage)
                 elif len(parts) > 1:
                     places = [self.stages_smem.at[stage, pl.ds(half * WGMMA_M, WGMMA_M)] for half in (0, 1)]
-                for part_gmem, part_smem, barriers in zip(parts, places, (self.full, self.second_half_full), strict=False):
+                for part_gmem, part_smem, barriers in zip(
+                    parts, places, (self.full, self.second_half_full), strict=False
+                ):
                     plgpu.copy_gmem_to_smem(part_gmem, part_smem, barriers.at[stage])
 
             sources, index = sources_of(state.count - begin)

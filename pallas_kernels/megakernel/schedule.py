@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_N, Group, Plan
+from pallas_kernels.megakernel.plan import Group, Plan
+from pallas_kernels.megakernel.sizes import TILE_K, TILE_M, WGMMA_N
 
 
 def div(n: Any, d: Any) -> Any:

@@ -116,8 +116,8 @@ def test_serving(folder: Path, lora: Path):
     config = ServeConfig(model=str(folder / "model"), adapters=(f"a={lora}",), quantize="int8", max_slots=2)
     models, _ = load_models(config, now=0)
     assert quantisation_of(models._engine.model) == INT8
-    with pytest.raises(UserError, match="strategy fused cannot run: the megakernel does not read int8 weights"):
-        load_models(replace(config, strategy="fused"), now=0)
+    with pytest.raises(UserError, match="strategy golden cannot run: it would merge experts into int8 weights"):
+        load_models(replace(config, strategy="golden"), now=0)
 
 
 def test_refusals(folder: Path, tmp_path: Path):

@@ -11,8 +11,9 @@ import pytest
 from fused_cases import LLAMA2_7B, SMOLLM2, plan_of
 
 from adafuse_jax.models.config import LINEARS
-from pallas_kernels.megakernel.plan import SMEM_BYTES, num_tiles
+from pallas_kernels.megakernel.plan import num_tiles
 from pallas_kernels.megakernel.schedule import Scalars, TileSchedule
+from pallas_kernels.megakernel.sizes import SMEM_BYTES
 
 
 @pytest.mark.parametrize(

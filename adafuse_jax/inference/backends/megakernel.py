@@ -35,7 +35,7 @@ from adafuse_jax.parallel.axes import CACHE, TABLES, TENSOR, linear_axes, partit
 from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels.megakernel import Experts, Shape, Weights, decode_token, unsupported_reason
 from pallas_kernels.megakernel.mixture import Mixture, make_mixture
-from pallas_kernels.megakernel.plan import TILE_K
+from pallas_kernels.megakernel.sizes import TILE_K
 from pallas_kernels.quantised import QuantArray
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,8 @@ class Fused:
 
     `norms`: all norms, stacked. `a`, `b`: the experts' factors, the adapter's own arrays or, if they have another dtype or
     the rank is no multiple of 64, copies padded with zeros. `table`: the gates of every token, if the router sees the token
-    alone. `scales`: those of quantised linears, transposed, so that a tile's are in a row. Of a sharded model, `mesh`, and `head`: a copy of tied embeddings, sharded over the vocabulary. The factors of a
-    bank are read from it."""
+    alone. `scales`: those of quantised linears, transposed: a tile's stand in a row. Of a sharded model, `mesh`, and
+    `head`: a copy of tied embeddings, sharded over the vocabulary. The factors of a bank are read from it."""
 
     norms: Float[Array, "2L+1 D"]
     a: dict[str, Float[Array, "L E R in"]]
