@@ -84,6 +84,8 @@ def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
         for name in arguments.quantize:
             jobs.append(rows_job(f"backbone-{name}", "backbone", "-", f"unmerged-{name}", batches))
             jobs.append(rows_job(f"unmerged-{name}", "adafuse", "all7", f"unmerged-{name}", batches))
+            jobs.append(rows_job(f"fused-bare-{name}", "backbone", "-", f"fused-{name}", batches))
+            jobs.append(rows_job(f"fused-{name}", "adafuse", "all7", f"fused-{name}", batches))
         return jobs
     if part == "methods":
         return [
@@ -152,7 +154,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the part's jobs, those that begin with a name")
     parser.add_argument("--forms", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
     parser.add_argument(
-        "--quantize", nargs="+", choices=QUANTISED, default=[], help="also rows of part jax with such weights, unmerged"
+        "--quantize", nargs="+", choices=QUANTISED, default=[], help="also rows of part jax with such weights"
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument(

@@ -41,6 +41,7 @@ def run(inputs: dict[str, Any], plan: Plan, model: Any, **_: Any) -> tuple[jax.A
     inputs = {name: fp32(value) for name, value in inputs.items()}
     n, k_tiles = plan.padded_batch, model.embed_dim // TILE_K
     for name, scales in inputs["scales"].items():
+        assert plan.layout is not None
         layers = zip(inputs["weights"][name], scales.swapaxes(1, 2), strict=True)
         inputs["weights"][name] = np.stack([dequantise_np(*layer, plan.layout) for layer in layers]).astype(np.float32)
     inputs["x"] = inputs["x"][: k_tiles * n].reshape(k_tiles, n, TILE_K).swapaxes(0, 1).reshape(n, -1)

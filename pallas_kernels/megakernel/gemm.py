@@ -207,7 +207,8 @@ class Gemm:
             if reduce_at is not None:
                 pl.when(n == reduce_at)(lambda: self.hidden.reduce(layer))
             wanted = True if reduce_at is None else n < end
-            row, chunks, codes = 0, tile.chunks, 0
+            row: Any = 0
+            chunks, codes = tile.chunks, 0
             if group.adapted:
                 row = jnp.where(tile.is_a, (tile.first - schedule.first_k_tile) * plan.padded_batch, 0)
                 wanted &= tile.chunks > 0

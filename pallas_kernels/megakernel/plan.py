@@ -87,7 +87,7 @@ class Group:
     reducer_ctas: int
     """CTAs, the last ones, that reduce the partial sums of A x, unless the batch is one row."""
     layout: QuantLayout | None = None
-    """Of the linears' codes, if they are quantised."""
+    """Layout of the linears' codes, if they are quantised."""
     first_semaphore: int = 0
 
     @property
@@ -181,7 +181,7 @@ class Plan:
 
     @property
     def layout(self) -> QuantLayout | None:
-        """Of the codes of a layer's linears, if they are quantised; the head never is."""
+        """Layout of the codes of a layer's linears, if they are quantised; the head never is."""
         return self.qkv.layout
 
     @property

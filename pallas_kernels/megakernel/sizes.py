@@ -15,6 +15,7 @@ CODE_BYTES = {8: 128, 4: 64}
 """Bits of a code → bytes of codes of one row in a chunk of quantised weights; both are 128 columns, a head of o's input.
 They are multiples of TILE_K, the bytes that are dequantised together."""
 MAX_SCALE_BYTES = 4
+"""Bytes of a scale, at most."""
 WGMMA_N = 8
 """Columns that the tensor cores multiply at least: rows of the batch, or query heads of one key in attention."""
 SMEM_BYTES = 227 * 1024

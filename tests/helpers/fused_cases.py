@@ -40,7 +40,7 @@ class Case:
     qk_norm: bool = False
     tied: bool = False
     layout: QuantLayout | None = None
-    """Of the linears' codes."""
+    """Layout of the linears' codes, if they are quantised."""
     features: tuple[tuple[str, Any], ...] = ()
     """Other fields of `ModelConfig`."""
 
