@@ -41,9 +41,10 @@ HALVES_TO_BF16 = """{
     sub.bf16x2 $0, both, $2;
 }"""
 """The low halves of two of the bytes of $1, less 8: 0x430. is 128 + the code, and $2 is 136 twice."""
-PLACES = {8: ("0x4140", "0x4342"), 4: ("0x4140", "0x4342")}
-"""Which bytes: the first and second, or the third and fourth; the bytes between them come from the constant."""
+PLACES = "0x4140", "0x4342"
+"""Selectors of the first and second, and of the third and fourth byte, each with a byte of the constant above it."""
 EIGHT_MORE = 0x43084308
+"""136 in bfloat16, twice."""
 
 
 class QuantisedProduct:
@@ -114,7 +115,7 @@ class QuantisedProduct:
 
 
 def _by_definition(packed: Any, layout: QuantLayout) -> list[Any]:
-    """What `_in_registers` does, where there are no registers."""
+    """The same as `_in_registers` for the interpreter, which has no registers."""
     codes = layout.unpack(packed).astype(jnp.int32) - layout.offset
     return jnp.split(codes.astype(jnp.bfloat16), codes.shape[1] // TILE_K, axis=1)
 
@@ -151,7 +152,7 @@ def _in_registers(packed: Any, layout: QuantLayout) -> list[Any]:
             for high in range(8 // layout.bits):
                 some = arith.shrui(word, utils.c(4, i32)) if high else word
                 tile_number, block = place(index[1], bool(high))
-                for i, places in enumerate(PLACES[layout.bits]):
+                for i, places in enumerate(PLACES):
                     constants = [] if layout.bits == 8 else [utils.c(EIGHT_MORE, i32)]
                     code = (BYTES_TO_BF16 if layout.bits == 8 else HALVES_TO_BF16).replace("PLACES", places)
                     (two,) = utils.inline_ptx(code, some, *constants, result_types=(i32,))

@@ -116,8 +116,8 @@ def test_serving(folder: Path, lora: Path):
     config = ServeConfig(model=str(folder / "model"), adapters=(f"a={lora}",), quantize="int8", max_slots=2)
     models, _ = load_models(config, now=0)
     assert quantisation_of(models._engine.model) == INT8
-    with pytest.raises(UserError, match="strategy golden cannot run: it would merge experts into int8 weights"):
-        load_models(replace(config, strategy="golden"), now=0)
+    with pytest.raises(UserError, match="strategy fused cannot run: it needs a Hopper GPU"):
+        load_models(replace(config, strategy="fused"), now=0)
 
 
 def test_refusals(folder: Path, tmp_path: Path):
@@ -129,7 +129,7 @@ def test_refusals(folder: Path, tmp_path: Path):
         train_script.main([*tiny.train_flags(folder, "no", **full), f"--model={tmp_path / 'int8'}"])
     with pytest.raises(UserError, match="q_proj has 64 inputs, no multiple of 128; give --quantize int8 or"):
         decode_script.main(tiny.decode_flags(folder, quantize="int4"))
-    with pytest.raises(UserError, match="strategy golden cannot run: it would merge experts into int8 weights"):
+    with pytest.raises(UserError, match="strategy fused cannot run: it needs a Hopper GPU"):
         decode_script.main(tiny.decode_flags(folder, quantize="int8", strategy="golden", adapter=folder / "none"))
     for flags, fault in (
         ((), "there is nothing to export; give --adapter, or --quantize"),
