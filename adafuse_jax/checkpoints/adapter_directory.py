@@ -44,8 +44,6 @@ from pallas_kernels.quantised import QuantLayout
 
 log = logging.getLogger(__name__)
 
-log = logging.getLogger(__name__)
-
 
 def save_adapter(
     adapter: AnyAdapter,
@@ -72,7 +70,7 @@ def save_adapter(
 
 def trained_quantization(directory: Path) -> QuantLayout | None:
     """The quantisation of the backbone that the adapter in `directory` was trained on, if it is recorded."""
-    backbone = read_adapter_table(directory).get("backbone")
+    backbone = read_adapter_table(adapter_folder(directory)).get("backbone")
     name = backbone.get("quantization") if isinstance(backbone, dict) else None
     return QuantLayout.of_name(name) if isinstance(name, str) else None
 

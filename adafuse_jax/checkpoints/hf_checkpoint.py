@@ -211,11 +211,12 @@ def empty_backbone(
 
 
 def _scale_dtype(checkpoint: HFCheckpoint, form: WeightForm) -> jnp.dtype:
-    """Type of the scales: those of files stay as they are."""
+    """Type of the scales: of files the one that holds all of theirs exactly; float64 becomes float32."""
     if isinstance(form, Dense):
         return form.scale_dtype
-    first = next(_weights(checkpoint.config))[0]
-    return jnp.dtype(DTYPES[checkpoint.tensors.dtypes[part_name(first, form.parts[1])]])
+    types = checkpoint.tensors.dtypes
+    stored = {DTYPES[types[part_name(name, form.parts[1])]] for name, _ in _weights(checkpoint.config)}
+    return jax.dtypes.canonicalize_dtype(jnp.result_type(*sorted(stored)))
 
 
 def _dtype_remark(checkpoint: HFCheckpoint, dtype: str) -> str | None:
@@ -264,6 +265,13 @@ def _check_tensors(tensors: Tensors, config: ModelConfig, form: WeightForm | Non
     expected = set()
     where = f"{tensors.directory}: tensor"
     linears = {} if form is None else dict(_weights(config))
+    biases = {part_name(name, "bias") for name in linears}
+    packed = next((name for name in tensors.shapes if name.endswith((".qweight", ".weight_packed"))), None)
+    if form is None and packed is not None:
+        raise UserError(
+            f"{where} {shortened(packed, 120)} is quantised, and config.json has no quantization_config; restore the "
+            "file, or give the unquantised model"
+        )
     if form is not None and (reason := uneven_groups(config, form.layout)):
         raise UserError(f"{tensors.directory}: config.json: {reason}; restore the file")
     for name, shape in tensor_shapes(config):  # ends at the first that is missing, however many config.json asks for
@@ -281,6 +289,10 @@ def _check_tensors(tensors: Tensors, config: ModelConfig, form: WeightForm | Non
                 f"{where} lm_head.weight differs from the embedding config.json ties it to; correct config.json"
             )
         extra.remove("lm_head.weight")
+    zeros = [name for name in extra if name in biases and not tensors.read(name).any()]
+    if zeros:  # GPTQ's programs write one for every linear
+        log.info("%s %s is a bias of 0, and not used (%d such)", where, zeros[0], len(zeros))
+        extra = [name for name in extra if name not in zeros]
     if extra:
         raise UserError(
             f"{where} {shortened(extra[0], 120)} is no part of the {config.model_type} model that config.json describes "

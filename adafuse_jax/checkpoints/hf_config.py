@@ -126,8 +126,7 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
         pad_token_id=next(iter(tokens["pad_token_id"]), None),
         **own_fields,
     )
-    if rope.kind == "longrope":
-        original = rope.original_max_position_embeddings
+    if original := model.length_limits.get("longrope"):
         remarks.append(
             f"{table.where}: longrope: an answer to a prompt of up to {original} tokens ends where both have "
             f"{original + 1}, as the angles change there"

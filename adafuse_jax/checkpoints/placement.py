@@ -182,5 +182,7 @@ def _set_quantised(
 ) -> tuple[QuantArray, Bool[Array, " L"]]:
     """Write the codes and scales of a layer; a weight that is not finite has a scale that is not."""
     of_layer = form.convert(*parts)
-    stack = jax.tree.map(lambda to, x: jax.lax.dynamic_update_index_in_dim(to, x, layer, axis=0), stack, of_layer)
+    stack = jax.tree.map(
+        lambda to, x: jax.lax.dynamic_update_index_in_dim(to, x.astype(to.dtype), layer, axis=0), stack, of_layer
+    )
     return stack, finite.at[layer].set(jnp.isfinite(of_layer.scales).all())

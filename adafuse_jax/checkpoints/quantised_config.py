@@ -11,6 +11,8 @@ KEYS = ("quantization_config", "compression_config", "quantization")
 """Names of the description, the older ones last."""
 BASE_IDENTITY = "adafuse_base_identity"
 """Key of config.json: the identity of the weights that were quantised, whose adapters these take."""
+HEAD = ("lm_head", "re:.*lm_head", "re:.*lm_head.*")
+"""Names of the head in `ignore`."""
 GROUP_SIZES = (32, 64, 128)
 UNQUANTISED = "give the unquantised model (bf16, fp16 or fp32), with --quantize if it is to be quantised"
 
@@ -45,24 +47,27 @@ def _pack_quantized(config: Table, *, tied: bool) -> PackQuantized:
     if group is None or weights is None:
         raise config.error("config_groups", f"supported: one group, of all linears; {UNQUANTISED}")
     config.choice("format", ("pack-quantized",))
+    group.choice("format", ("pack-quantized",), None)
     if group.items("targets") != ["Linear"]:
         raise group.error("targets", f"supported: ['Linear']; {UNQUANTISED}")
     for place, name in ((group, "input_activations"), (group, "output_activations"), (config, "kv_cache_scheme")):
         if place.get(name):
             raise UserError(f"{place.where}: {name} is quantised; supported: weights alone; {UNQUANTISED}")
     for name in ("sparsity_config", "transform_config"):
-        values = config.get(name) or {}
-        if values and values.get("format") != "dense":
-            raise UserError(f"{config.where}: {name} {quoted(values)} is not supported; {UNQUANTISED}")
-    others = [name for name in config.items("ignore", []) if name != "lm_head"]
-    if others or (not tied and "lm_head" not in config.items("ignore", [])):
+        values = config.table(name)
+        if values is not None and values.values and values.get("format") != "dense":
+            raise config.error(name, f"it is not supported; {UNQUANTISED}")
+    ignored = config.items("ignore", [])
+    others = [name for name in ignored if name not in HEAD]
+    if others or (not tied and not ignored):
         fault = f"{quoted(others[0])} is not quantised" if others else "the head is quantised"
         raise UserError(f"{config.where}: {fault}; supported: all linears but the head, ignore: lm_head; {UNQUANTISED}")
     weights.choice("type", ("int",), "int")
     if not weights.boolean("symmetric", True):
         raise UserError(asymmetric(weights.where))
-    if weights.get("actorder") == "group":
+    if weights.get("actorder") in ("group", "dynamic", True):
         raise UserError(act_order(weights.where))
+    weights.choice("actorder", ("weight", "static", False), None)  # orders of rounding, not of columns
     strategy = weights.choice("strategy", ("channel", "group"), "group")
     size = weights.integer("group_size", low=1) if strategy == "group" else None
     return PackQuantized(_layout(weights, "num_bits", size))

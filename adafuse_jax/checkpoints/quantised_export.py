@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from adafuse_jax.checkpoints.weight_forms import to_words
+from adafuse_jax.checkpoints.weight_forms import WORD_BITS, to_words
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.models.config import LINEARS
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.registry import FAMILIES
@@ -16,7 +17,8 @@ from pallas_kernels.quantised import QuantArray, QuantLayout
 
 
 def as_stored(model: Backbone) -> Backbone:
-    """The backbone with the tensors of the format in the place of each quantised weight; it cannot run."""
+    """The backbone with the tensors of the format in the place of each quantised weight; it cannot run. Raises `UserError`
+    for rows that do not fill their words."""
     config, model = model.config, jax.tree.map(lambda leaf: leaf, model)
     fused = {name: names for names in FAMILIES[config.model_type].fused for name in names}
     for name in LINEARS:
@@ -24,6 +26,10 @@ def as_stored(model: Backbone) -> Backbone:
         weight = linear.weight[...]
         if isinstance(weight, QuantArray):
             num_layers, _, into = weight.shape
+            if into * weight.layout.bits % WORD_BITS:
+                raise UserError(
+                    f"{name} has {into} inputs of {weight.layout.name}, no whole words of 32 bits; export it plain"
+                )
             in_tensor = fused.get(name, (name,))
             del linear.weight
             linear.weight_packed = nnx.Param(jax.jit(to_words, static_argnums=1)(weight.codes, weight.layout))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ class Program:
 
     def __init__(self, function: Callable[..., Any], **options: Any):
         self._jitted = jax.jit(function, **options)
-        update_wrapper(self, function)
+        update_wrapper(self, function.func if isinstance(function, partial) else function)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         ahead = _current.get()

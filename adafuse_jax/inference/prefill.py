@@ -80,12 +80,15 @@ def largest_chunk(num_rows: int, *, beside_rows: bool, by_kernels: bool) -> int:
 def adapter_of_prompts(model: Backbone, adapter: Adapter | None, tokens: Int[Array, "R T"]) -> Adapter | None:
     """The adapter as prompts are read with it by kernels: AdaFuse is routed before the layers where the router sees the
     token alone, and its products are those of the chosen experts where that is faster; logged when the program is made."""
-    if not isinstance(adapter, AdaFuse):
-        return adapter
-    reason = all_experts_reason(adapter, model.config, tokens.size, model.dtype)
+    if adapter is None:
+        return None
+    if isinstance(adapter, AdaFuse):
+        reason = all_experts_reason(adapter, model.config, tokens.size, model.dtype)
+    else:
+        reason = f"{type(adapter).__name__} has products of its own"
     what = "the chosen experts" if reason is None else f"all experts ({reason})"
     log.log(dispatch_log_level(), "%d prompt tokens: products of %s", tokens.size, what)
-    if not is_routed_by_token(adapter):
+    if not isinstance(adapter, AdaFuse) or not is_routed_by_token(adapter):
         return adapter
     norm = jax.tree.map(lambda leaf: leaf[0], model.layers.input_layernorm)
     return PromptAdaFuse.of(adapter, normed(norm, model.embed(tokens)), only_chosen=reason is None)
@@ -133,10 +136,15 @@ class Prefill:
         return tokens, starts, np.array([len(part) for part in rest], np.int32)
 
 
+def chunks_up_to(most: int) -> list[int]:
+    """Chunks of at most `most` tokens, or the smallest."""
+    return [c for c in CHUNKS if c <= most] or [CHUNKS[0]]
+
+
 def chunk_lengths(length: int, most: int | None = None) -> list[int]:
     """Chunks, of at most `most` tokens if that is given, that hold a prompt: the largest as often as it is filled, then
     those that take the least time for the rest."""
-    allowed = [c for c in CHUNKS if most is None or c <= most] or [CHUNKS[0]]
+    allowed = chunks_up_to(CHUNKS[-1] if most is None else most)
     whole, rest = divmod(length, allowed[-1])
     return [allowed[-1]] * whole + (_fastest(rest, allowed) if rest else [])
 

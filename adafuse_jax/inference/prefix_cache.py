@@ -13,14 +13,14 @@ from collections.abc import Iterable, Sequence
 from adafuse_jax.inference.adapter_bank import Loaded
 from adafuse_jax.inference.prefill import common_length
 from adafuse_jax.inference.rows import Row
-from adafuse_jax.models.config import RopeConfig
+from adafuse_jax.models.config import ModelConfig
 
 
 class PrefixCache:
     """Tokens that free slots hold, by slot."""
 
-    def __init__(self, num_slots: int, rope: RopeConfig):
-        self._max_prompt = rope.original_max_position_embeddings if rope.depends_on_length else math.inf
+    def __init__(self, num_slots: int, config: ModelConfig):
+        self._max_prompt = min(config.length_limits.values(), default=math.inf)
         self._tokens: list[list[int]] = [[] for _ in range(num_slots)]
         self._adapters: list[Loaded | None] = [None] * num_slots
         self._kept_at, self._clock = [0] * num_slots, 0

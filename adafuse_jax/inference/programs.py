@@ -1,6 +1,7 @@
 """The jitted programs of generation, over one donated state.
 
-prefill   prefill_chunk: prompts into the cache, a chunk at a time, every token with its own gates; start: their first token
+prefill   prefill_chunk, prefill_chunk_by_kernels: prompts into the cache, a chunk at a time, every token with its own gates;
+          start: their first token
 step      decode_step: one token of every row through the backend; cache, position and merged weights change in place
 """
 
@@ -31,8 +32,8 @@ PREFILL_OPTIONS = {
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_dot_merger_threshold_mb": 0,
 }
-"""XLA's options of a prefill, on GPUs: products are cuBLAS', one for each linear, and read the weights of a layer in place.
-XLA's own, or one for several linears, would need a copy of them."""
+"""XLA's options of a prefill by kernels: products are cuBLAS', one for each linear, and read the weights of a layer in
+place. XLA's own, or one for several linears, would need a copy of them."""
 
 
 class StepResult(NamedTuple):
@@ -46,13 +47,7 @@ class StepResult(NamedTuple):
     logprobs: LogProbs | None
 
 
-@partial(
-    Program,
-    static_argnames=("pad_id", "by_kernels"),
-    donate_argnames=("state", "logits"),
-    compiler_options=PREFILL_OPTIONS,
-)
-def prefill_chunk(
+def _prefill_chunk(
     model: Backbone,
     adapter: Any,
     state: DecodeState,
@@ -65,13 +60,13 @@ def prefill_chunk(
     adapters: Int[Array, " R"] | None = None,
     following: Int[Array, "R T"] | None = None,
     totals: Int[Array, " R"] | None = None,
-    by_kernels: bool = False,
+    *,
+    by_kernels: bool,
 ) -> tuple[DecodeState, Float[Array, "R V"], LogProbs | None]:
     """Put tokens[r, :lengths[r]] into the cache of slot rows[r] (None: of every slot, R = B), from position starts[r] on.
     `logits` of rows that have tokens here are replaced. Until `start`, steps write nothing into these slots. `adapters`: the
-    rows' ids in a bank. `totals`: tokens of each whole prompt, for RoPE that depends on them. `by_kernels`: see
-    `prefill.kernels_unsupported_reason`. Returns (state, logits, log-probabilities of the tokens `following` each, if they
-    are given)."""
+    rows' ids in a bank. `totals`: tokens of each whole prompt, for RoPE that depends on them. Returns (state, logits,
+    log-probabilities of the tokens `following` each, if they are given)."""
     at: Any = slice(None) if rows is None else rows
     cache: KVCache
     if by_kernels:
@@ -108,9 +103,17 @@ def prefill_chunk(
         adapter=ids,
     )
     logprobs = None if following is None else of_prompt(model, out.hidden, following)
-    # Of one row alone cuBLAS has no product with fp32 results: XLA would convert the head.
-    new_logits = model.logits(jnp.concatenate([last, last]))[: len(last)]
+    if len(last) == 1:  # of one row alone cuBLAS has no product with fp32 results: XLA would convert the head
+        new_logits = model.logits(jnp.concatenate([last, last]))[:1]
+    else:
+        new_logits = model.logits(last)
     return state, jnp.where((lengths > 0)[:, None], new_logits, logits), logprobs
+
+
+_prefill_program = partial(Program, static_argnames="pad_id", donate_argnames=("state", "logits"))
+prefill_chunk = _prefill_program(partial(_prefill_chunk, by_kernels=False))
+prefill_chunk_by_kernels = _prefill_program(partial(_prefill_chunk, by_kernels=True), compiler_options=PREFILL_OPTIONS)
+"""`prefill_chunk` where `prefill.kernels_unsupported_reason` has no reason against it."""
 
 
 @partial(Program, static_argnames=("pad_id", "with_logprobs"), donate_argnames="state")

@@ -28,12 +28,13 @@ from jax.sharding import Mesh
 from adafuse_jax.adapters.stacked import NO_ADAPTER
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.fields import MAX_SEED
+from adafuse_jax.inference import programs
 from adafuse_jax.inference.adapter_bank import Loaded
 from adafuse_jax.inference.backends.base import Backend
 from adafuse_jax.inference.logprobs import MAX_TOP_LOGPROBS, LogProbs, following_tokens, prompt_logprobs
 from adafuse_jax.inference.prefill import Prefill, largest_chunk, prefills_by_kernels
 from adafuse_jax.inference.prefix_cache import PrefixCache
-from adafuse_jax.inference.programs import StepResult, advance, clear, copy_prefix, prefill_chunk, release, start
+from adafuse_jax.inference.programs import StepResult
 from adafuse_jax.inference.row_settings import RowSettings
 from adafuse_jax.inference.rows import Row, Step, check_prompt, fitting_tokens
 from adafuse_jax.inference.sampling import Sampling
@@ -81,11 +82,11 @@ class Slots:
         self._fixed_length, self.context_length = context_length, context_length or limit
         self._bank = self._backend.bank
         self._config, self._dtype, self._mesh = config, dtype, mesh
-        self._by_kernels = prefills_by_kernels(config, dtype, mesh)
+        self.by_kernels = prefills_by_kernels(config, dtype, mesh)
         self._stop_ids, self._pad_id, self._warm = stop_ids, pad_id, warm
         self._state: DecodeState | None = None
         self._rows: list[Row | None] = [None] * num_slots
-        self._prefixes = PrefixCache(num_slots, config.rope)
+        self._prefixes = PrefixCache(num_slots, config)
         self._waiting: deque[Row] = deque()
         self._prefill: Prefill | None = None
         self._prompt_logprobs: list[tuple[int, LogProbs]] = []
@@ -257,8 +258,8 @@ class Slots:
         return prefilling or bool(running)
 
     def _advance(self, rows: list[Row]) -> StepResult:
-        with_logprobs, settings = self._settings.variant.with_logprobs, self._settings.of_slots(rows)
-        result, self._state = advance(self._backend, self._take_state(), *settings, self._pad_id, with_logprobs)
+        logprobs, settings = self._settings.variant.with_logprobs, self._settings.of_slots(rows)
+        result, self._state = programs.advance(self._backend, self._take_state(), *settings, self._pad_id, logprobs)
         return result
 
     def _emit(self, rows: list[Row], result: StepResult, of_prompts: Sequence[tuple[int, LogProbs]] = ()) -> None:
@@ -275,20 +276,20 @@ class Slots:
             self._waiting.remove(row)
         length = max(cache_length(len(row.prompt) + row.budget, self._fixed_length) for row in rows)
         if self._state is None and not running:
-            self._prefixes = PrefixCache(self.num_slots, self._config.rope)
+            self._prefixes = PrefixCache(self.num_slots, self._config)
             self._state = DecodeState.empty(
                 self._config, self.num_slots, length, self._dtype, with_bank=self._bank is not None
             )
         state = self._take_state()
         self._settings.begin(rows, running)
-        penalize = self._settings.variant.penalize
-        self._state = self._placed(state.grown(length).with_seen(self._config.vocab_size if penalize else None))
+        counts = self._settings.variant.penalize or self._fixed_length is not None  # fixed slots keep their programs
+        self._state = self._placed(state.grown(length).with_seen(self._config.vocab_size if counts else None))
         for row in rows:
             if row.reuse_cache and not row.sampling.penalize and row.wanted_prompt_logprobs is None:
                 self._reuse(row)
             self._prefixes.forget(row.slot)
         self._prompt_logprobs = []
-        most = largest_chunk(len(rows), beside_rows=bool(running), by_kernels=self._by_kernels)
+        most = largest_chunk(len(rows), beside_rows=bool(running), by_kernels=self.by_kernels)
         self._prefill = Prefill.of(rows, self._config.vocab_size, whole=whole, most=most)
         self._prefill.logits = self._placed(self._prefill.logits)
         self._warm_up(self._prefill, running)
@@ -304,7 +305,7 @@ class Slots:
             self._copy(source, row.slot, row.cached)
 
     def _copy(self, source: int, target: int, length: int) -> None:
-        state = copy_prefix(self._take_state(), np.int32(source), np.int32(target), np.int32(length))
+        state = programs.copy_prefix(self._take_state(), np.int32(source), np.int32(target), np.int32(length))
         self._state = self._placed(state)
 
     def _next_chunk(self) -> None:
@@ -329,11 +330,12 @@ class Slots:
             ids = np.array([row.adapter.id if row.adapter else NO_ADAPTER for row in prefill.rows], np.int32)
         if any(row.wanted_prompt_logprobs is not None for row in prefill.rows):
             following = following_tokens([row.prompt for row in prefill.rows], starts, tokens.shape[1])
-        if self._config.rope.depends_on_length:
+        if self._config.length_limits:
             totals = np.array([len(row.prompt) for row in prefill.rows], np.int32)
-        self._state, prefill.logits, logprobs = prefill_chunk(
+        run = programs.prefill_chunk_by_kernels if self.by_kernels else programs.prefill_chunk
+        self._state, prefill.logits, logprobs = run(
             model, adapter, self._take_state(), prefill.logits, tokens, starts, lengths, rows, pad_id=self._pad_id,
-            adapters=ids, following=following, totals=totals, by_kernels=self._by_kernels,
+            adapters=ids, following=following, totals=totals,
         )  # fmt: skip
         if logprobs is not None and lengths.any():
             self._prompt_logprobs.append((sum(prefill.sizes[: prefill.done]), logprobs))  # such rows reuse no cache
@@ -343,7 +345,7 @@ class Slots:
         settings = self._settings.of_slots if prefill.whole else self._settings.stacked
         given = prefill.logits, prefill.slots, positions, prefill.keys, *settings(prefill.rows)
         with_logprobs = self._settings.variant.with_logprobs
-        result, state = start(self._take_state(), *given, pad_id=self._pad_id, with_logprobs=with_logprobs)
+        result, state = programs.start(self._take_state(), *given, pad_id=self._pad_id, with_logprobs=with_logprobs)
         self._state = self._placed(state)
         return result
 
@@ -352,12 +354,13 @@ class Slots:
         without tokens for each length. Nothing of it stays."""
         assert self._state is not None
         bucket = None if self._bank is None else self._bank.bucket
-        step = "step", self.num_slots, prefill.whole, self._state.cache.slots, self._settings.variant, bucket
+        shapes = self.num_slots, self._state.cache.slots, self._state.seen is not None, bucket
+        first = "start", prefill.whole, self._settings.variant, *shapes
+        step, copy = ("step", self._settings.variant, *shapes), ("copy", *shapes)
         of_prompts = any(row.wanted_prompt_logprobs is not None for row in prefill.rows)
-        copy = ("copy", self.num_slots, self._state.cache.slots)
         copies = [copy] if self.num_slots > 1 and any(row.reuse_cache for row in prefill.rows) else []
-        steps = [] if running else [step]
-        new = {*steps, *((*step, size, of_prompts) for size in prefill.sizes), *copies} - self._warm
+        chunks = {("chunk", prefill.whole, size, of_prompts, *shapes) for size in prefill.sizes}
+        new = {first, *([] if running else [step]), *chunks, *copies} - self._warm
         if not new:
             return
         if not running:
@@ -369,7 +372,7 @@ class Slots:
         for size in sorted(set(prefill.sizes)):
             tokens, starts, lengths = prefill.chunk(0, size)
             self._run_chunk(prefill, tokens, starts, np.zeros_like(lengths))
-        self._state = self._placed(release(self._take_state(), prefill.rows[0].slot))
+        self._state = self._placed(programs.release(self._take_state(), prefill.rows[0].slot))
         jax.block_until_ready(self._state)
         self._warm |= new
 
@@ -378,7 +381,7 @@ class Slots:
         leaves nothing."""
         row.is_released = True
         if self._state is not None:
-            end = clear if row.finish_reason == "not_finite" else release
+            end = programs.clear if row.finish_reason == "not_finite" else programs.release
             self._state = self._placed(end(self._take_state(), row.slot))
 
     def _take_state(self) -> DecodeState:

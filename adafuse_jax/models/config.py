@@ -154,11 +154,22 @@ class ModelConfig:
             extended = self.rope.original_max_position_embeddings * self.rope.factor
         return min(MAX_CONTEXT, max(self.max_position_embeddings, int(extended)))
 
+    @property
+    def length_limits(self) -> dict[RopeKind, int]:
+        """Kinds of RoPE whose angles depend on the length of the sequence → the smallest original length, up to which they
+        do not."""
+        limits: dict[RopeKind, int] = {}
+        for rope in (self.rope, self.local_rope or self.rope):
+            if rope.depends_on_length:
+                length = rope.original_max_position_embeddings
+                limits[rope.kind] = min(length, limits.get(rope.kind, length))
+        return limits
+
     def context_after(self, prompt_tokens: int) -> int:
         """Positions of a sequence that decodes from a cache after a prompt of so many tokens. The angles of longrope are
         others in a sequence longer than the original length, so the cache of a shorter one is of no use from there on."""
-        original = self.rope.original_max_position_embeddings
-        if self.rope.kind == "longrope" and prompt_tokens <= original:
+        original = self.length_limits.get("longrope", 0)
+        if prompt_tokens <= original:
             return min(original + 1, self.context_length)  # the last token is not read
         return self.context_length
 

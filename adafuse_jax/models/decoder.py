@@ -203,11 +203,11 @@ class Backbone(nnx.Module):
             visibility, num_keys = Visibility.of_sequence(tokens.shape[1], segment_ids, max_segments), tokens.shape[1]
         else:
             visibility, num_keys = Visibility.of_cache(positions, cache.slots), cache.slots
-        if cache is None and config.rope.depends_on_length:
+        if cache is None and config.length_limits:
             of_tokens: Array | None = sequence_lengths(positions, segment_ids)
         else:
-            if lengths is None and tokens.shape[1] > 1 and config.rope.depends_on_length:
-                raise ValueError(f"rope {config.rope.kind} depends on the length of a prompt; give lengths")
+            if lengths is None and tokens.shape[1] > 1 and config.length_limits:
+                raise ValueError(f"rope {', '.join(config.length_limits)} depends on a prompt's length; give lengths")
             of_tokens = None if lengths is None else lengths[:, None]
         rotation_of = layer_rotations(config, positions, of_tokens)
         layer_windows = [

@@ -48,14 +48,17 @@ class KVCache:
         return jax.tree.map(lambda x, y: x.at[:, rows].set(y), self, new)
 
     def with_prefix(self, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""]) -> KVCache:
-        """The first `length` positions of one row copied to another, in blocks: what lies behind them there is replaced
-        up to the end of a block."""
+        """The first `length` positions of one row copied to another, in blocks. What lies behind them there becomes 0 up to
+        the end of a block: what the source has there may not be finite, and is multiplied by 0."""
         block = min(COPIED_POSITIONS, self.slots)
 
         def copy_block(i: Int[Array, ""], cache: KVCache) -> KVCache:
+            first = jnp.minimum(i * block, self.slots - block)
+            is_copied = (first + jnp.arange(block) < length)[:, None, None]
+
             def copy(x: Array) -> Array:
-                part = jax.lax.dynamic_slice(x, (0, source, i * block, 0, 0), (x.shape[0], 1, block, *x.shape[3:]))
-                return jax.lax.dynamic_update_slice(x, part, (0, target, i * block, 0, 0))
+                part = jax.lax.dynamic_slice(x, (0, source, first, 0, 0), (x.shape[0], 1, block, *x.shape[3:]))
+                return jax.lax.dynamic_update_slice(x, jnp.where(is_copied, part, 0), (0, target, first, 0, 0))
 
             return jax.tree.map(copy, cache)
 

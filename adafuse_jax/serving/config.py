@@ -47,7 +47,7 @@ class ServeConfig:
         high=MAX_EXPERTS,
     )
     max_queue: int = flag("rows that wait for a slot, at most; more get 429", 256, low=0, high=MAX_COUNT)
-    warm_up: bool = flag("compile the programs of greedy and sampled rows before the first request", True)
+    warm_up: bool = flag("compile what requests need before the first one", True)
     drain_seconds: int = flag("time that running requests get after SIGTERM or Ctrl-C", 30, low=0, high=86400)
     strategy: Strategy | None = flag("how a token's experts act, as in decode.py; default: decode.py's", None)
     tensor_parallel: int = flag("devices that share the model and decode together", 1, low=1, high=4096)

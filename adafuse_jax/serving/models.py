@@ -22,7 +22,7 @@ from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files
 from adafuse_jax.inference.adapter_bank import AdapterBank, Prepared
 from adafuse_jax.inference.backends.registry import require_reads_quantised
 from adafuse_jax.inference.engine import Engine
-from adafuse_jax.inference.prefill import CHUNKS
+from adafuse_jax.inference.prefill import chunks_up_to, largest_chunk
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.inference.slots import Slots
 from adafuse_jax.models.config import DType
@@ -77,22 +77,31 @@ class Models:
         return self._engine.slots(self._num_slots, context_length=self.context_length)
 
     def warm_up(self, slots: Slots) -> None:
-        """Compile what rows without penalties and log-probabilities need: greedy and sampled, with the stop ids of each
-        model, prompts of every length of a chunk, alone and, where all slots are prefilled together, as many as these."""
-        lengths = sorted({max(1, min(size, self.context_length - WARM_UP_TOKENS)) for size in CHUNKS})
+        """Compile what rows need: prompts of every length of a chunk, alone and, where all slots are prefilled together, as
+        many as these; then greedy and sampled tokens, with and without penalties and log-probabilities, with the stop ids of
+        each model. Log-probabilities of prompts are left to the first request."""
         widths = {len(model.stop_ids): model.stop_ids for model in self.all()}  # programs depend on no more of them
         numbers = {1} if self.bank is not None else {1, slots.num_slots}
+        settings = [
+            {"sampling": Sampling.of(temperature=temperature, presence_penalty=penalty), "logprobs": logprobs}
+            for temperature, penalty, logprobs in product((0.0, 1.0), (0.0, 1.0), (None, 0))
+        ]
+        prompts: list[tuple[int, int, dict[str, Any]]] = []
+        for number in numbers:
+            chunks = chunks_up_to(largest_chunk(number, beside_rows=False, by_kernels=slots.by_kernels))
+            first, *others = sorted({max(1, min(size, self.context_length - WARM_UP_TOKENS)) for size in chunks})
+            prompts += [(number, first, more) for more in settings]
+            prompts += [(number, length, settings[0]) for length in others]
         is_first = True
-        for sampling in (Sampling.of(), Sampling.of(temperature=1.0)):
-            for stop_ids, length, number in product(widths.values(), lengths, numbers):
-                prompt: dict[str, Any] = {"max_new_tokens": WARM_UP_TOKENS, "sampling": sampling, "stop_ids": stop_ids}
-                # Later prompts would find theirs in the cache, and need no chunks.
-                rows = [slots.insert([0] * length, reuse_cache=is_first, **prompt) for _ in range(number)]
-                is_first = False
-                while slots.step() is not None:
-                    pass
-                for slot in rows:
-                    slots.evict(slot)
+        for stop_ids, (number, length, more) in product(widths.values(), prompts):
+            # Later prompts would find theirs in the cache, and need no chunks.
+            options: Any = {"max_new_tokens": WARM_UP_TOKENS, "stop_ids": stop_ids, "reuse_cache": is_first, **more}
+            rows = [slots.insert([0] * length, **options) for _ in range(number)]
+            is_first = False
+            while slots.step() is not None:
+                pass
+            for slot in rows:
+                slots.evict(slot)
 
     def prepare(self, read: ReadAdapter) -> Prepared:
         """The adapter checked and on the device: the slow part of `add`, for any thread. Raises as `AdapterBank.prepare`."""

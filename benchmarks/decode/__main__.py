@@ -14,13 +14,14 @@ are made. The parts can run at different times, and parts of parts, by the names
     methods the methods that AdaFuse is compared with, in the same engine
     context a step by the length of its context, to the model's longest
     layer   one adapted layer: its backbone part and its adapter part, over rank and sequence length
-    devices a step of one row on one GPU, and on two over which the model is sharded
+    devices a step of one row on one GPU, and on --devices over which the model is sharded; continues at the same commit
     hf, peft, moe    the peers, see `benchmarks.peers`
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from typing import Any
 from benchmarks.common.jobs import Job, run_job
 from benchmarks.common.records import command_line, commit, write_json
 from benchmarks.decode.costs import QUANTISED, SIZES
+from benchmarks.decode.devices import jobs_of_devices
 from benchmarks.decode.prompts import make_prompts
 from benchmarks.decode.report import EXTRA, merge_parts
 
@@ -68,7 +70,7 @@ def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
     if part == "context":
         return [rows_module_job("context", "contexts", contexts=[16, 64] if is_tiny else [128, 472, 984, 2008, 4056])]
     if part == "devices":
-        return [rows_module_job("devices", "devices", devices=[1, 2], context=16 if is_tiny else 236)]
+        return jobs_of_devices(arguments.size, arguments.devices, arguments.quantize)
     if part == "jax":
         elements, matmul_dim, seconds = (2**12, 64, 2e-4) if is_tiny else (2**30, 8192, 0.06)
         jobs = [rows_module_job("ceilings", "ceilings", elements=elements, matmul_dim=matmul_dim, seconds=seconds)]
@@ -117,7 +119,7 @@ def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
     if not [job for job in jobs if job.name != "ceilings"] and arguments.only != ["ceilings"]:
         print(f"part {part} has nothing of {arguments.only}", flush=True)
         return
-    name = "-".join(["part", part, *(arguments.only or ())])
+    name = "-".join(["part", part + (str(arguments.devices) if part == "devices" else ""), *(arguments.only or ())])
     found: dict[str, Any] = {
         "part": part, "command": command, "commit": commit(), "size": arguments.size, "prompts": description,
         "versions": {}, "rows": [],
@@ -127,11 +129,20 @@ def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
         "batch_queries": arguments.batch_queries, "row_seconds": arguments.row_seconds,
         "compile_seconds": arguments.compile_seconds,
     }  # fmt: skip
+    path = arguments.out / f"{name}.json"
+    if part == "devices" and path.exists() and (before := json.loads(path.read_text()))["commit"] == found["commit"]:
+        found = before | {"devices": [row for row in before.get("devices", []) if "ms" in row]}
     python = arguments.torch_python if part in ("hf", "peft", "moe") else sys.executable
     for job in jobs:
+        if any(job.settings.items() <= row.items() for row in found.get("devices", [])):
+            print(f"{job.name}: measured before", flush=True)
+            continue
         result, problem = run_job(job, common, arguments.job_seconds, python)
         found["versions"] |= {name: result[name] for name in ("jax", "torch", "transformers") if name in result}
-        found |= {key: result[key] for key in ("device", "ceilings", *EXTRA) if key in result}
+        found |= {key: result[key] for key in ("device", "ceilings") if key in result}
+        for table in EXTRA:
+            if table in result:
+                found[table] = found.get(table, []) + result[table]
         rows = result.get("rows", [])
         measured = [{key: row[key] for key in place("", "")} for row in rows]
         rows += [row | {"error": problem or "no result"} for row in job.rows if row not in measured]
@@ -139,7 +150,7 @@ def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
         if problem and not job.rows:
             found.setdefault("problems", []).append(f"{job.name}: {problem}")
         found["finished"] = time.time()
-        write_json(arguments.out / f"{name}.json", found)
+        write_json(path, found)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -151,10 +162,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=50, help="prompts, decoded one by one")
     parser.add_argument("--new-tokens", type=int, default=200, help="tokens decoded after each")
     parser.add_argument("--part", choices=("all", *PARTS, "merge"), default="all")
+    parser.add_argument("--devices", type=int, default=2, help="of --part devices")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the part's jobs, those that begin with a name")
     parser.add_argument("--forms", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
     parser.add_argument(
-        "--quantize", nargs="+", choices=QUANTISED, default=[], help="also rows of part jax with such weights"
+        "--quantize",
+        nargs="+",
+        choices=QUANTISED,
+        default=[],
+        help="also rows of parts jax and devices with such weights",
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument(

@@ -28,13 +28,14 @@ such a row is fused-int8, unmerged-int8 and so on."""
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """A Llama without grouped queries, and its mixture of experts."""
+    """A Llama and its mixture of experts. `num_kv_heads` of 0: as many as heads."""
 
     name: str
     num_layers: int
     embed_dim: int
     hidden_dim: int
     num_heads: int
+    num_kv_heads: int = 0
     vocab_size: int
     max_position_embeddings: int = 4096
     num_experts: int = 8
@@ -46,7 +47,10 @@ class Shapes:
     def linear_shape(self, name: str) -> tuple[int, int]:
         """(out, in)."""
         d, f = self.embed_dim, self.hidden_dim
-        return {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}.get(name, (d, d))
+        kv = d * (self.num_kv_heads or self.num_heads) // self.num_heads
+        return {"k_proj": (kv, d), "v_proj": (kv, d), "gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}.get(
+            name, (d, d)
+        )
 
     def elements(self, targets: tuple[str, ...]) -> int:
         """Weights of these linears in all layers."""
@@ -75,6 +79,21 @@ SIZES = {
     "llama2-7b": Shapes(
         name="llama2-7b", num_layers=32, embed_dim=4096, hidden_dim=11008, num_heads=32, vocab_size=32000
     ),
+    "llama2-13b": Shapes(
+        name="llama2-13b", num_layers=40, embed_dim=5120, hidden_dim=13824, num_heads=40, vocab_size=32000
+    ),
+    "llama2-70b": Shapes(
+        name="llama2-70b",
+        num_layers=80,
+        embed_dim=8192,
+        hidden_dim=28672,
+        num_heads=64,
+        num_kv_heads=8,
+        vocab_size=32000,
+    ),
+    "small": Shapes(
+        name="small", num_layers=12, embed_dim=1024, hidden_dim=2816, num_heads=16, vocab_size=32000, rank=16
+    ),
     "tiny": Shapes(name="tiny", num_layers=2, embed_dim=32, hidden_dim=48, num_heads=4, vocab_size=256, rank=8),
 }
 
@@ -101,7 +120,7 @@ def costs(
     used = 1 if method in STATIC else distinct or min(batch * k, num_experts)
     products = {"golden": k, "simple": k, "switch": 2 * k}.get(strategy, 0)
 
-    moved = backbone + batch * d + batch * 2 * layers * d * (context + 1)
+    moved = backbone + batch * d + batch * 2 * layers * shapes.linear_shape("k_proj")[0] * (context + 1)
     flops = 2 * (backbone - norms) + 4 * layers * d * context + 2 * routers
     if products:  # switch reads and writes in place, then reads; the others write a copy that is then read
         moved += products * one_expert + 2 * shapes.elements(adapted)

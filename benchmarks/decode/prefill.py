@@ -33,7 +33,7 @@ from adafuse_jax.adapters import prompts
 from adafuse_jax.core import runtime
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.prefill import chunk_lengths, largest_chunk, prefills_by_kernels
-from adafuse_jax.inference.programs import prefill_chunk
+from adafuse_jax.inference.programs import prefill_chunk, prefill_chunk_by_kernels
 from adafuse_jax.inference.state import DecodeState, cache_length
 from adafuse_jax.models.decoder import Backbone
 from benchmarks.common.ceilings import measure_ceilings
@@ -63,12 +63,12 @@ def prompt_programs(model: Backbone, adapter: Any, prompt: np.ndarray, *, by_ker
         chunks.append(jax.device_put((tokens, np.array([start], np.int32), np.array([len(part)], np.int32))))
         start += len(part)
 
+    program = prefill_chunk_by_kernels if by_kernels else prefill_chunk
+
     def run(carry: Carry) -> Carry:
         state, logits = carry
         for chunk in chunks:
-            state, logits, _ = prefill_chunk(
-                model, adapter, state, logits, *chunk, None, pad_id=0, by_kernels=by_kernels
-            )
+            state, logits, _ = program(model, adapter, state, logits, *chunk, None, pad_id=0)
         return state, logits
 
     return run

@@ -15,7 +15,7 @@ FIELDS = (
     *KEY, "ms_per_token", "spread_ms", "overhead_pct", "bytes_gb", "read_bandwidth_pct", "peak_gib", "params_b", "flops_g",
 )  # fmt: skip
 EXTRA = ("breakdown", "contexts", "devices")
-"""Lists of a part that are tables of their own; one measured later stands for those before."""
+"""Lists of a part that are tables of their own; one measured later stands for those before, of devices row by row."""
 METHODS = ("backbone", "adafuse", "lora", "moral", "mola", "pesc")
 STRATEGIES = (
     "-",
@@ -117,6 +117,12 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
     tables: dict[str, list[Any]] = {
         name: next((part[name] for part in reversed(parts) if name in part), []) for name in EXTRA
     }
+    by_place = {
+        tuple(row.get(key) for key in ("size", *KEY[:3], "devices")): row
+        for part in parts
+        for row in part.get("devices", [])
+    }
+    tables["devices"] = [*by_place.values()]
     notes = [*(f"Prompts: {text}." for text in prompts), *NOTES]
     for of in measured[-1:]:
         speeds = (f"{kind} by {name} {speed:.2f}" for kind in ("read", "copy") for name, speed in of[kind].items())
@@ -193,16 +199,28 @@ def context_table(contexts: list[dict[str, Any]], read: float | None) -> list[st
     return table(head, cells)
 
 
-def device_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Comparison of each step with that of one device by default, and by the same strategy."""
+def device_table(rows: list[dict[str, Any]], read: float | None) -> list[str]:
+    """Comparison of each step with that of one device by default, and by the same strategy; its share of what the devices
+    can read together, `read` TB/s each; and the logits' error over that of one device."""
 
     def cells(row: dict[str, Any]) -> list[Any]:
-        alone = [r for r in rows if r["devices"] == 1 and r["method"] == row["method"]]
+        name = " ".join(filter(None, (row.get("size"), name_of(row))))
+        if "ms" not in row:
+            return [name, row["devices"], row["error"], "", "", "", ""]
+        alone = [
+            r
+            for r in rows
+            if r["devices"] == 1 and "ms" in r and all(r.get(k) == row.get(k) for k in ("size", "method", "quantize"))
+        ]
         same = next((r for r in alone if r["strategy"] == row["strategy"]), None)
         speeds = [f"{base['ms'] / row['ms']:.2f}×" if base else "" for base in (alone[0] if alone else None, same)]
-        return [name_of(row), row["devices"], f"{row['ms']:.3f}", *speeds]
+        share = 100 * row["bytes_gb"] / row["ms"] / read / row["devices"] if read and "bytes_gb" in row else None
+        end = "×" if row.get("correct", True) else "× WRONG"
+        error = row["logits_off"] / row["logits_off_one"] if row.get("logits_off_one") else None
+        return [name, row["devices"], f"{row['ms']:.3f}", *speeds, number(share, ".0f", "%"), number(error, ".2f", end)]
 
-    return table(("", "GPUs", "ms", "speed over one, its default", "over one, the same strategy"), map(cells, rows))
+    head = "", "GPUs", "ms", "speed over one, its default", "over one, the same strategy", "of read", "logits' error"
+    return table(head, map(cells, rows))
 
 
 def provenance(result: dict[str, Any]) -> str:
@@ -223,7 +241,7 @@ def to_markdown(result: dict[str, Any]) -> str:
     if result["contexts"]:
         lines += ["## Longer contexts, batch 1, steps alone", "", *context_table(result["contexts"], read), ""]
     if result["devices"]:
-        lines += ["## Several GPUs, batch 1, steps alone", "", *device_table(result["devices"]), ""]
+        lines += ["## Several GPUs, batch 1, steps alone", "", *device_table(result["devices"], read), ""]
     if result["breakdown"]:
         lines += ["## One layer, all seven linears adapted", "", *layer_table(result["breakdown"]), ""]
     lines += ["## Notes", "", *(f"- {note}" for note in result["notes"])]

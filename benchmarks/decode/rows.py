@@ -1,4 +1,4 @@
-"""Jobs of `benchmarks.decode` in JAX, each in a process of its own: ceilings, decoding rows, contexts, devices, one layer.
+"""Jobs of `benchmarks.decode` in JAX, each in a process of its own: ceilings, decoding rows, contexts, one layer.
 
     python -m benchmarks.decode.rows --job JOB.json --result RESULT.json
 
@@ -22,13 +22,12 @@ import numpy as np
 import benchmarks.simple_merging  # noqa: F401 - registers the strategy
 from adafuse_jax.core import runtime
 from adafuse_jax.inference.backends.base import Backend
-from adafuse_jax.inference.backends.megakernel import fused_unsupported_reason
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.programs import advance
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.inference.state import DecodeState, cache_length
 from adafuse_jax.models.config import ModelConfig
-from adafuse_jax.parallel.mesh import make_mesh, mesh_of, place_state, shard
+from adafuse_jax.parallel.mesh import mesh_of, place_state
 from benchmarks.common.ceilings import measure_ceilings
 from benchmarks.common.jobs import Report, run_as_job
 from benchmarks.common.records import facts, first_line
@@ -139,31 +138,6 @@ def measure_contexts(job: dict[str, Any], report: Report) -> None:
             report({"contexts": found})
 
 
-def measure_devices(job: dict[str, Any], report: Report) -> None:
-    """ms of a step of one row, by the megakernel where it can run, and unfused: on one device, and on several over which the
-    model is sharded."""
-    shapes, found, most = SIZES[job["size"]], [], max(job["devices"])
-    if jax.device_count() < most:
-        raise SystemExit(f"{most} devices are needed, and there are {jax.device_count()}")
-    config = model_config(shapes)
-    model = random_backbone(config)
-    for method, targets in (("backbone", "-"), ("adafuse", "all7")):
-        adapter = None if method == "backbone" else random_adapter(adapter_config(shapes, targets), config)
-        for devices in job["devices"]:
-            sharded = model, adapter
-            if devices > 1:
-                mesh = make_mesh(devices, config)
-                sharded = shard(model, mesh), adapter and shard(adapter, mesh)
-            fastest = "unmerged" if fused_unsupported_reason(sharded[0], adapter=sharded[1]) else "fused"
-            for strategy in (fastest, "unmerged"):
-                engine = Engine(*sharded, strategy=strategy, eos_ids=())
-                row = {"method": method, "targets": targets, "strategy": engine.strategy, "devices": devices}
-                row["ms"] = time_steps(engine.backend, 1, job["context"])
-                found.append(row)
-                print("  {method} {targets} {strategy}, {devices} devices: {ms:.3f} ms".format(**row), flush=True)
-                report({"devices": found})
-
-
 def measure_rows(job: dict[str, Any], report: Report) -> None:
     """Rows of one strategy and its targets, batch by batch; `report` gets all rows so far."""
     shapes, prompts, method = SIZES[job["size"]], job["prompts"], job["method"]
@@ -202,8 +176,7 @@ def report_ceilings(job: dict[str, Any], report: Report) -> None:
 
 
 KINDS: dict[str, Callable[[dict[str, Any], Report], None]] = {
-    "ceilings": report_ceilings, "rows": measure_rows, "contexts": measure_contexts, "devices": measure_devices,
-    "layer": measure_layer,
+    "ceilings": report_ceilings, "rows": measure_rows, "contexts": measure_contexts, "layer": measure_layer,
 }  # fmt: skip
 
 

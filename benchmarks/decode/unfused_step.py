@@ -39,7 +39,7 @@ TOLERANCE = 1.25
 
 
 def config_of(shapes: TrainingShapes) -> ModelConfig:
-    return replace(model_config(shapes), num_kv_heads=shapes.num_kv_heads, tie_word_embeddings=shapes.tied)
+    return replace(model_config(shapes), tie_word_embeddings=shapes.tied)
 
 
 def logits(backend: Unfused, batch: int) -> jax.Array:

@@ -80,7 +80,7 @@ def measure_case(case: str, arguments: argparse.Namespace, part: dict[str, Any],
     job = {
         "size": arguments.size, "dtype": arguments.dtype, "targets": arguments.targets, "adapters": ADAPTERS[case],
         "slots": arguments.slots, "context": arguments.context, "alone": arguments.alone,
-        "requests": [asked.table() for asked in requests()],
+        "tensor_parallel": arguments.tensor_parallel, "requests": [asked.table() for asked in requests()],
     }  # fmt: skip
     with host(job, arguments.job_seconds) as found:
         port = found.pop("port")
@@ -139,6 +139,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--size", choices=tuple(SIZES), default="llama2-7b")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--targets", choices=tuple(TARGETS), default="all7")
+    parser.add_argument(
+        "--tensor-parallel", type=int, default=1, help="devices that share the model and decode together"
+    )
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--context", type=int, default=4096, help="tokens of a slot")
     parser.add_argument("--requests", type=int, default=128, help="of a load")

@@ -20,6 +20,7 @@ from adafuse_jax.core import runtime
 from adafuse_jax.inference.adapter_bank import AdapterBank
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.slots import Slots
+from adafuse_jax.parallel.mesh import make_mesh
 from adafuse_jax.serving.config import ServeConfig
 from adafuse_jax.serving.models import Models, ReadAdapter, ServedModel
 from adafuse_jax.serving.server import Server, bound_socket
@@ -27,7 +28,7 @@ from benchmarks.common.jobs import Report, run_as_job
 from benchmarks.common.records import facts
 from benchmarks.common.timing import Stopwatch
 from benchmarks.decode.costs import SIZES
-from benchmarks.decode.models import adapter_config, model_config, random_adapter, random_backbone
+from benchmarks.decode.models import adapter_config, model_config, place_on, random_adapter, random_backbone
 from benchmarks.serving.client import percentiles
 from benchmarks.serving.requests import Asked
 
@@ -47,7 +48,10 @@ def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
 def make_models(job: dict[str, Any]) -> tuple[Models, Any, Any]:
     """(models, backbone, the first adapter or None); no token ends a row."""
     shapes, dtype = SIZES[job["size"]], jnp.dtype(job["dtype"])
-    model = random_backbone(model_config(shapes), dtype)
+    backbone, place = model_config(shapes), None
+    if job["tensor_parallel"] > 1:
+        place = place_on(make_mesh(job["tensor_parallel"], backbone))
+    model = random_backbone(backbone, dtype, place=place)
     config = adapter_config(shapes, job["targets"])
     names = adapter_names(job["adapters"])
     bank = AdapterBank(model, max_experts=shapes.num_experts * len(names)) if names else None
@@ -57,7 +61,7 @@ def make_models(job: dict[str, Any]) -> tuple[Models, Any, Any]:
     models = Models(engine, bank, base, num_slots=job["slots"], context_length=job["context"])
     first = None
     for number, name in enumerate(names):
-        adapter = random_adapter(config, model.config, dtype, seed=number + 3)
+        adapter = random_adapter(config, model.config, dtype, seed=number + 3, place=place)
         first = adapter if first is None else first
         models.add(ReadAdapter(name=name, weights=adapter, tokenizer=tokenizer, stop_ids=()), now=0)
     return models, model, first

@@ -9,13 +9,15 @@ training-part-*.json, from which the three files are made. The parts can run at 
     curve   correct first: losses of a small model over 20 steps, in float32, beside PEFT's from the same weights
     jax     this project's rows
     peers   PEFT's LoRA, eager and compiled
-    devices meshes of --devices devices, and one, at the same batch a device and at the same batch; not of `all`
+    devices meshes of --devices devices beside one, see `benchmarks.training.devices`; not of `all`
     merge   measures nothing
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 import tempfile
 import time
@@ -25,7 +27,9 @@ from typing import Any
 
 from benchmarks.common.jobs import Job, run_job
 from benchmarks.common.records import command_line, commit, write_json
+from benchmarks.training.devices import is_finished, rows_of_devices, warm_up
 from benchmarks.training.report import merge_parts
+from benchmarks.training.shapes import SHAPES
 
 PARTS = ("curve", "jax", "peers")
 KEYS = ("size", "method", "targets", "batch", "length", "remat", "unroll", "segments")
@@ -54,24 +58,11 @@ def rows_of(size: str) -> list[dict[str, Any]]:
     return [*rows, rows[0] | {"products": "dense"}]  # beside the products that are chosen
 
 
-def rows_of_devices(size: str, devices: int) -> list[dict[str, Any]]:
-    """One device with a part of the batch, whose speed, and with all of it, whose losses, the meshes are compared with."""
-    name, batch, length = ("tiny", 1, 128) if size == "tiny" else ("llama2-7b", 4, 2048)
-    meshes = [
-        (batch, "fsdp=1", 1), (batch * devices, "fsdp=1", 1),
-        (batch * devices, f"data={devices}", devices), (batch * devices, f"fsdp={devices}", devices),
-    ]  # fmt: skip
-    return [
-        row(method, "products", rows, length, unroll=False, size=name) | {"mesh": mesh, "devices": count}
-        for method in ("adafuse", "lora")
-        for rows, mesh, count in meshes
-    ]
-
-
 def name_of(row: dict[str, Any]) -> str:
     form = "unrolled" if row["unroll"] else "scanned"
     packed = f"-{row['segments']}segments" if row["segments"] > 1 else ""
-    mesh = f"-{row['mesh']}-batch{row['batch']}" if "mesh" in row else ""
+    accum = f"x{row['accum']}" if row.get("accum", 1) > 1 else ""
+    mesh = f"-{row['mesh']}-batch{row['batch']}{accum}" if "mesh" in row else ""
     products = f"-{row['products']}" if "products" in row else ""
     return f"{row['method']}-{row['remat']}-{form}{packed}-{row['size']}{mesh}{products}"
 
@@ -79,9 +70,10 @@ def name_of(row: dict[str, Any]) -> str:
 def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
     common = {"steps": arguments.steps, "repeats": arguments.repeats, "profile": not arguments.no_profile}
     if part in ("jax", "devices"):
-        rows = rows_of(arguments.size) if part == "jax" else rows_of_devices(arguments.size, arguments.devices)
+        several = arguments.size, arguments.devices, arguments.models, arguments.meshes
+        rows = rows_of(arguments.size) if part == "jax" else rows_of_devices(*several)
         return [
-            Job(name=name_of(row), module="benchmarks.training.rows", settings=row | common, rows=[row]) for row in rows
+            Job(name=name_of(row), module="benchmarks.training.rows", settings=common | row, rows=[row]) for row in rows
         ]
     wanted = next(row for row in rows_of(arguments.size) if row["method"] == "lora")
     rows = [wanted | {"method": f"peft-lora{end}", "remat": "none", "unroll": None} for end in ("", "-compiled")]
@@ -110,12 +102,26 @@ def measure_curve(arguments: argparse.Namespace) -> dict[str, Any]:
 def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
     """Measure; training-part-*.json is written again after every job."""
     found: dict[str, Any] = {"part": part, "command": command, "commit": commit(), "rows": [], "versions": {}}
-    path = arguments.out / f"training-part-{'-'.join([part, *(arguments.only or ())])}.json"
+    name = f"devices{arguments.devices}" if part == "devices" else part
+    path = arguments.out / f"training-part-{'-'.join([name, *(arguments.only or ())])}.json"
     if part == "curve":
         write_json(path, found | {"curve": measure_curve(arguments), "finished": time.time()})
         return
-    for job in jobs_of(part, arguments):
-        if arguments.only and not any(job.name.startswith(name) for name in arguments.only):
+    jobs = [
+        job
+        for job in jobs_of(part, arguments)
+        if not arguments.only or any(job.name.startswith(name) for name in arguments.only)
+    ]
+    if part == "devices":  # XLA's own limit is three quarters of the device
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
+    if arguments.warm_up:
+        warm_up(jobs, arguments)
+        return
+    if part == "devices" and path.exists() and (before := json.loads(path.read_text()))["commit"] == found["commit"]:
+        found |= before | {"rows": [row for row in before["rows"] if is_finished(row)]}
+    for job in jobs:
+        if all(any(wanted.items() <= row.items() for row in found["rows"]) for wanted in job.rows):
+            print(f"{job.name}: measured before", flush=True)
             continue
         python = arguments.torch_python if part == "peers" else sys.executable
         result, problem = run_job(job, {}, arguments.job_seconds, python)
@@ -125,7 +131,8 @@ def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
         for index, keys in enumerate(job.rows):
             values = measured[index] if index < len(measured) and "ms" in measured[index] else {}
             values = {name: value for name, value in values.items() if name not in ("device", "jax", "commit")}
-            error = {} if values else {"error": problem or "no result"}
+            error = {} if values else {"error": result.get("error") or problem or "no result"}
+            error |= {"planned_gib": result["planned_gib"]} if error and "planned_gib" in result else {}
             found["rows"].append({"devices": 1} | keys | values | error)
         write_json(path, found | {"finished": time.time()})
 
@@ -136,6 +143,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--part", choices=("all", *PARTS, "devices", "merge"), default="all")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the part's jobs, those that begin with a name")
     parser.add_argument("--devices", type=int, default=2, help="of --part devices")
+    parser.add_argument("--models", nargs="+", choices=SHAPES, help="of --part devices")
+    parser.add_argument("--meshes", nargs="+", metavar="MESH", help="of --part devices, as data=2,fsdp=4")
+    parser.add_argument(
+        "--warm-up", type=int, default=0, metavar="N", help="of --part devices: compile, N rows at once"
+    )
     parser.add_argument("--steps", type=int, default=8, help="of one repeat")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-profile", action="store_true", help="no times by kind of kernel")
@@ -147,6 +159,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if min(arguments.steps, arguments.repeats) < 1:
         parser.error("--steps and --repeats must be at least 1")
+    if arguments.part != "devices" and (arguments.models or arguments.meshes or arguments.warm_up):
+        parser.error("--models, --meshes and --warm-up are of --part devices")
     return arguments
 
 
@@ -155,6 +169,8 @@ def main(argv: Sequence[str]) -> None:
     command = command_line("benchmarks.training", argv)
     for part in PARTS if arguments.part == "all" else () if arguments.part == "merge" else (arguments.part,):
         run_part(part, arguments, command)
+    if arguments.warm_up:
+        return
     print(merge_parts(arguments.out), flush=True)
 
 

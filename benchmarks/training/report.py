@@ -9,7 +9,10 @@ from typing import Any
 from benchmarks.common.records import write_json
 from benchmarks.common.reports import number, picture, table
 
-KEYS = ("size", "method", "targets", "batch", "length", "remat", "unroll", "segments", "devices", "mesh", "products")
+KEYS = (
+    "size", "method", "targets", "batch", "length", "remat", "unroll", "segments", "devices", "mesh", "products",
+    "accum",
+)  # fmt: skip
 REACHABLE_FLOPS = {"NVIDIA H200": 790e12}
 """FLOP/s that products of random bf16 matrices reach, the denominator of `mfu_4n_pct`. That of `train.py`'s MFU is the peak
 that the vendor names, 989 TFLOP/s."""
@@ -94,13 +97,23 @@ def curve_lines(curve: dict[str, Any] | None) -> list[str]:
 
 
 def mesh_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for every row over several devices: its losses beside those of one device with the same batch."""
-    same = ("size", "method", "targets", "batch", "length", "remat", "unroll", "segments")
+    """A line for every row over several devices: its losses beside those of one device with the same batch, and its speed
+    over that of one device with a device's part of the batch."""
+    same = ("size", "method", "targets", "length", "remat", "unroll", "segments")
     lines = []
     for row in rows:
         if row["devices"] == 1 or "losses" not in row:
             continue
-        one = [r for r in rows if r["devices"] == 1 and "losses" in r and all(r[key] == row[key] for key in same)]
+        alone = [
+            r
+            for r in rows
+            if r["devices"] == 1 and "losses" in r and all(r[key] == row[key] for key in same) and "mesh" in r
+        ]
+        speed = f"{name_of(row)}: {row['tokens_per_second'] / row['devices']:,.0f} tokens/s per device"
+        if part := [r for r in alone if r["batch"] * row["devices"] == row["batch"] and r.get("accum", 1) == 1]:
+            speed += f", {row['tokens_per_second'] / part[0]['tokens_per_second']:.2f}× one device"
+        lines.append(f"{speed}, peak {number(row.get('peak_gib'), '.1f')} GiB per device.")
+        one = [r for r in alone if r["batch"] * r.get("accum", 1) == row["batch"]]
         if not one:
             lines.append(f"Losses of {name_of(row)}: not compared, one device has not run the same batch.")
             continue
@@ -113,7 +126,8 @@ def mesh_lines(rows: list[dict[str, Any]]) -> list[str]:
 def name_of(row: dict[str, Any]) -> str:
     form = {True: "unrolled", False: "scanned", None: ""}[row["unroll"]]
     packed = f"{row['segments']} segments" if row["segments"] > 1 else ""
-    shape, mesh = f"B{row['batch']} T{row['length']}", row.get("mesh", "")
+    accum = f"×{row['accum']}" if row.get("accum", 1) > 1 else ""
+    shape, mesh = f"B{row['batch']}{accum} T{row['length']}", row.get("mesh", "")
     products = "grouped" if row.get("products") == "grouped" else ""
     words = (row["method"], row["size"], shape, row["remat"], form, packed, products, mesh)
     return " ".join(word for word in words if word)

@@ -32,9 +32,9 @@ from adafuse_jax.training.schedules import Phases
 from adafuse_jax.training.step import TrainState, forward_with, train_step
 from adafuse_jax.training.utilisation import linear_parameters
 from benchmarks.common.jobs import Report, run_as_job
-from benchmarks.common.records import facts
+from benchmarks.common.records import facts, first_line
 from benchmarks.common.timing import Stopwatch, time_calls
-from benchmarks.decode.models import adapter_config, random_backbone
+from benchmarks.decode.models import adapter_config, place_on, random_backbone
 from benchmarks.training.profile import profile
 from benchmarks.training.shapes import CURVE_STEPS, LEARNING_RATE, SHAPES, TrainingShapes
 
@@ -44,15 +44,16 @@ PROFILED_STEPS = 3
 def model_config(shapes: TrainingShapes) -> ModelConfig:
     return ModelConfig(
         model_type="llama", vocab_size=shapes.vocab_size, embed_dim=shapes.embed_dim, hidden_dim=shapes.hidden_dim,
-        num_layers=shapes.num_layers, num_heads=shapes.num_heads, num_kv_heads=shapes.num_kv_heads,
+        num_layers=shapes.num_layers, num_heads=shapes.num_heads, num_kv_heads=shapes.num_kv_heads or shapes.num_heads,
         head_dim=shapes.embed_dim // shapes.num_heads, tie_word_embeddings=shapes.tied, norm_eps=1e-5,
         max_position_embeddings=shapes.max_position_embeddings,
     )  # fmt: skip
 
 
-def random_batch(vocab_size: int, batch: int, length: int, segments: int, seed: int) -> Batch:
-    """Rows of `segments` equal segments without padding; every token but the first of a segment is a target."""
-    tokens = np.random.default_rng(seed).integers(0, vocab_size, (1, batch, length), dtype=np.int32)
+def random_batch(vocab_size: int, batch: int, length: int, segments: int, seed: int, accum: int = 1) -> Batch:
+    """Rows of `segments` equal segments without padding, in `accum` micro-batches of `batch`; every token but the first of a
+    segment is a target."""
+    tokens = np.random.default_rng(seed).integers(0, vocab_size, (accum, batch, length), dtype=np.int32)
     ids = np.arange(length) * segments // length
     positions = np.arange(length) - np.searchsorted(ids, ids)
     rows = partial(np.broadcast_to, shape=tokens.shape)
@@ -67,10 +68,41 @@ def constant_rate_optimizer(rate: float = LEARNING_RATE) -> optax.GradientTransf
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Shapes of arrays that are placed so."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+
+
+def planned_gib(compiled: Any) -> float:
+    """Memory of a device while the program runs, its arguments included, as the compiler has planned it."""
+    plan = compiled.memory_analysis()
+    total = plan.argument_size_in_bytes + plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return round(total / 2**30, 3)
+
+
 def measure(job: dict[str, Any], report: Report) -> None:
     """`job`: size, method, targets, batch, length, remat, unroll, segments, steps, repeats, profile; mesh, for several
-    devices; products, where they are not to be chosen; rank, where it is not the shapes'; quantize, of the
-    backbone's linears."""
+    devices; accum, micro-batches of a step; only_compile; products, where they are not to be chosen; rank, where it is not
+    the shapes'; quantize, of the backbone's linears."""
+    if "mesh" in job:
+        runtime.set_up()  # before anything is compiled, or the cache is not used
+    found: dict[str, Any] = {}
+
+    def add(values: dict[str, Any]) -> None:
+        found.update(values)
+        report(found)
+
+    try:
+        measure_row(job, add)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        add({"error": first_line(error)})
+
+
+def measure_row(job: dict[str, Any], add: Report) -> None:
     shapes = SHAPES[job["size"]]
     backbone, adapter = (
         model_config(shapes),
@@ -87,7 +119,10 @@ def measure(job: dict[str, Any], report: Report) -> None:
         "max_segments": job["segments"],
         "layout": layout,
     }
-    batches = [random_batch(shapes.vocab_size, job["batch"], job["length"], job["segments"], seed) for seed in range(4)]
+    batches = [
+        random_batch(shapes.vocab_size, job["batch"], job["length"], job["segments"], seed, job.get("accum", 1))
+        for seed in range(4)
+    ]
     batches = [layout.batch(batch, job["batch"], axis=1) for batch in batches]
     quantize = job.get("quantize")
 
@@ -97,19 +132,22 @@ def measure(job: dict[str, Any], report: Report) -> None:
 
     model: Any = jax.eval_shape(make_model)
     state: Any = jax.eval_shape(initial, model, None)
-    if "mesh" in job:  # the same weights on every mesh
-        model = jax.jit(lambda: layout.state(make_model()))()
-        state = jax.jit(lambda model: layout.state(initial(model, None)))(model)
+    make_state, place = jax.jit(lambda model: layout.state(initial(model, None))), None
+    if "mesh" in job:  # the same weights on every mesh, made in their shards
+        place = place_on(mesh)
+        model = with_shardings(model, jax.tree_util.tree_map_with_path(lambda path, _: place(path), model))
+        state = with_shardings(state, make_state.lower(model).compile().output_shardings)
     products = job.get("products", "dense")
     if job["method"] == "adafuse" and "mesh" not in job and "products" not in job:
         products, _ = choose_products(adapter, backbone, job["batch"] * job["length"], "bfloat16")
     options["forward"] = forward_with(products)
     watch = Stopwatch()
     compiled = train_step.lower(state, model, batches[0], optimizer=optimizer, **options).compile()
-    compile_seconds = watch.seconds
-    if "mesh" not in job:
-        model = random_backbone(backbone, quantize=quantize)
-        state = jax.jit(initial)(model, None)
+    add({"compile_seconds": watch.seconds, "planned_gib": planned_gib(compiled), "products": products})
+    if job.get("only_compile"):
+        return
+    model = random_backbone(backbone, quantize=quantize, place=place)
+    state = make_state(model)
     losses: list[Any] = []
 
     def step(state: TrainState) -> TrainState:
@@ -118,13 +156,12 @@ def measure(job: dict[str, Any], report: Report) -> None:
         return state
 
     timing, state = time_calls(step, state, repeats=job["repeats"], calls=job["steps"])
-    tokens = job["batch"] * job["length"]
-    found = {
+    tokens = job.get("accum", 1) * job["batch"] * job["length"]
+    add({
         "ms": timing.ms, "spread_ms": timing.spread_ms, "tokens_per_second": 1e3 * tokens / timing.ms,
-        "flops_4n": 4 * linear_parameters(backbone) * tokens, "compile_seconds": compile_seconds, "products": products,
-        "peak_gib": runtime.peak_device_gib(), "losses": [float(loss) for loss in losses[:CURVE_STEPS]],
-    }  # fmt: skip
-    report(found)
+        "flops_4n": 4 * linear_parameters(backbone) * tokens, "peak_gib": runtime.peak_device_gib(),
+        "losses": [float(loss) for loss in losses[:CURVE_STEPS]],
+    })  # fmt: skip
     if job["profile"]:
 
         def run() -> None:
@@ -133,7 +170,7 @@ def measure(job: dict[str, Any], report: Report) -> None:
                 state = step(state)
             jax.block_until_ready(state)
 
-        report(found | {"profile": profile(run, PROFILED_STEPS)})
+        add({"profile": profile(run, PROFILED_STEPS)})
 
 
 def main() -> None:

@@ -14,16 +14,14 @@ CURVE_STEPS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingShapes(Shapes):
-    num_kv_heads: int = 0
     tied: bool = False
 
 
-LLAMA2 = SIZES["llama2-7b"]
 SHAPES = {
-    "llama2-7b": TrainingShapes(**vars(LLAMA2), num_kv_heads=LLAMA2.num_heads),
+    **{name: TrainingShapes(**vars(SIZES[name])) for name in ("llama2-7b", "llama2-13b", "llama2-70b")},
     "smollm2-135m": TrainingShapes(
         name="smollm2-135m", num_layers=30, embed_dim=576, hidden_dim=1536, num_heads=9, num_kv_heads=3, vocab_size=49152,
         tied=True, rank=16, alpha=32.0,
     ),
-    "tiny": TrainingShapes(**vars(SIZES["tiny"]) | {"alpha": 16.0}, num_kv_heads=2),
+    "tiny": TrainingShapes(**vars(SIZES["tiny"]) | {"alpha": 16.0, "num_kv_heads": 2}),
 }  # fmt: skip

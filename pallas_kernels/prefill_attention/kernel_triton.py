@@ -80,10 +80,7 @@ def _attend_to_prefix(refs: dict[str, Any], out: Any, *, tiles: Tiles, scale: fl
         position = start + token
         stop = start + jnp.minimum(first + tiles.block_q, valid)
         window = None if windows is None else windows[layer]
-        begin, whole = (
-            start * 0,
-            start + first + 1,
-        )  # of the positions up to `whole`, all tokens see those in their window
+        begin, whole = start * 0, start + first + 1  # all tokens see the positions before `whole` in their window
         if window is not None:
             begin = jnp.maximum(whole - window, 0)
         masked_blocks = 0 if window is None else pl.cdiv(jnp.clip(stop - window, begin, stop) - begin, tiles.block_k)

@@ -9,7 +9,7 @@ residual and activation(gate) · up are in the launch too. `reference.pregated_l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -48,13 +48,17 @@ def tiles_for(batch: int, in_dim: int, itemsize: int, gated: bool = False, layou
     return replace(tiles, tile_q=tile_q)
 
 
-def unsupported_reason(batch: int, a: dict[str, Array]) -> str | None:
-    """The reason why the kernel does not support so many rows or experts A [L, E, R, in], or None."""
+def unsupported_reason(batch: int, a: dict[str, Array], weights: Mapping[str, Array | QuantArray]) -> str | None:
+    """The reason why the kernel does not support so many rows, experts A [L, E, R, in] or weights, or None."""
     if batch > MAX_BATCH:
         return f"there are {batch} rows, and a program takes {MAX_BATCH}"
     for name, factor in a.items():
         if factor.shape[2] > MAX_RANK:
             return f"{name} has rank {factor.shape[2]}, and a program takes {MAX_RANK}"
+    for name, weight in weights.items():
+        if isinstance(weight, QuantArray) and 2**31 < weight.codes.size <= 2**32:
+            # Pallas' Triton has places of 64 bits in arrays above 4 GiB, else of 32 bits, one of which is the sign.
+            return f"{name} has {weight.codes.size:,} bytes of codes, and it takes no 2 to 4 GiB of bytes"
     return None
 
 
@@ -141,7 +145,7 @@ def _validate(
         )
     if x.ndim != 2 or x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"x is {x.dtype}{x.shape}; it must be [B, in] in bfloat16, float16 or float32")
-    if reason := unsupported_reason(len(x), a):
+    if reason := unsupported_reason(len(x), a, weights):
         raise ValueError(f"pregated_linear cannot run: {reason}")
     if norm is not None and len(x) > 1:
         raise ValueError(f"the norm is for one row, and there are {len(x)}")

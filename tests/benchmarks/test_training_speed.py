@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import tiny
 
 from adafuse_jax.training.utilisation import linear_parameters
 from benchmarks.common.records import write_json
+from benchmarks.training import __main__ as training
 from benchmarks.training import experts
 from benchmarks.training.__main__ import jobs_of, parse, rows_of
 from benchmarks.training.profile import kind_of
@@ -53,7 +55,7 @@ def test_a_row():
     settings = rows_of("tiny")[1] | {"steps": 1, "repeats": 2, "profile": False}
     assert settings["segments"] == 8
     measure(settings, found.append)
-    (row,) = found
+    *_, row = found
     tokens = settings["batch"] * settings["length"]
     assert row["tokens_per_second"] == pytest.approx(1e3 * tokens / row["ms"])
     assert len(row["losses"]) == 3  # one repeat before those that count
@@ -65,20 +67,62 @@ def test_jobs_name_every_row():
     jobs = [job for part in ("jax", "devices", "peers") for job in jobs_of(part, arguments)]
     assert len({job.name for job in jobs}) == len(jobs)
     assert [row["method"] for row in jobs[-1].rows] == ["peft-lora", "peft-lora-compiled"]
-    meshes = [(row["mesh"], row["devices"], row["batch"]) for job in jobs_of("devices", arguments) for row in job.rows]
-    assert meshes[:4] == [("fsdp=1", 1, 4), ("fsdp=1", 1, 16), ("data=4", 4, 16), ("fsdp=4", 4, 16)]
+
+
+def meshes_of(*flags: str) -> list[tuple[Any, ...]]:
+    jobs = jobs_of("devices", parse(["--out", "x", "--part", "devices", *flags]))
+    assert all(job.settings["steps"] == 10 for job in jobs if job.settings["accum"] > 1)
+    return [tuple(job.settings[key] for key in ("size", "mesh", "devices", "batch", "accum")) for job in jobs]
+
+
+def test_rows_of_meshes():
+    of_two, of_four, of_eight = (meshes_of("--devices", count) for count in "248")
+    assert of_two[:4] == [
+        ("llama2-7b", "fsdp=1", 1, 4, 1), ("llama2-7b", "fsdp=1", 1, 4, 2),
+        ("llama2-7b", "data=2", 2, 8, 1), ("llama2-7b", "fsdp=2", 2, 8, 1),
+    ]  # fmt: skip
+    assert of_two[-2:] == [("llama2-13b", "fsdp=1", 1, 8, 1), ("llama2-13b", "fsdp=2", 2, 8, 1)]
+    assert of_four[-1] == ("llama2-70b", "fsdp=4", 4, 16, 1)
+    assert {"data=2,fsdp=4", "fsdp=4,tensor=2", "fsdp=8"} <= {mesh for _, mesh, *_ in of_eight}
+    assert meshes_of("--devices", "8", "--models", "llama2-70b", "--meshes", "fsdp=4,tensor=2") == 2 * [
+        ("llama2-70b", "fsdp=4,tensor=2", 8, 32, 1)
+    ]
+
+
+def test_a_stopped_call_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Rows with a result, that of too little memory included, are not measured again; one that failed is."""
+    flags = ["--out", str(tmp_path), "--part", "devices", "--size", "tiny"]
+    answers = [({"ms": 2.0}, None), ({"error": "RESOURCE_EXHAUSTED: 1 GiB", "planned_gib": 9.0}, None), ({}, "killed")]
+    measured: list[str] = []
+
+    def answer(job: Any, *_: Any) -> Any:
+        measured.append(job.name)
+        return answers[(len(measured) - 1) % 3]
+
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # which it would set
+    monkeypatch.setattr(training, "run_job", answer)
+    monkeypatch.setattr(training, "merge_parts", lambda out: "")
+    training.main(flags)
+    first = [*measured]
+    training.main(flags)
+    assert len(first) == 8
+    assert measured[8:] == first[2::3]
+    rows = json.loads((tmp_path / "training-part-devices2.json").read_text())["rows"]
+    assert [row["planned_gib"] for row in rows if "planned_gib" in row] == [9.0] * 3
 
 
 @pytest.mark.slow
 def test_rows_of_several_devices():
-    """Fully sharded, two devices have the losses of one with the same batch."""
+    """Fully sharded, two devices have the losses of one with the same batch in two micro-batches."""
     program = """
 import json
-from benchmarks.training.__main__ import rows_of_devices
+from benchmarks.training.devices import rows_of_devices
 from benchmarks.training.rows import measure
 found = []
-for row in rows_of_devices("tiny", 2)[1::2][:2]:
-    measure(row | {"steps": 2, "repeats": 1, "profile": False}, lambda values: found.append([row["mesh"], values["losses"]]))
+for row in rows_of_devices("tiny", 2, None, None)[1:4:2]:
+    values = {}
+    measure(row | {"steps": 2, "repeats": 1, "profile": False}, values.update)
+    found.append([row["mesh"], values["losses"]])
 print(json.dumps(found))
 """
     (one, alone), (two, together) = json.loads(tiny.with_devices(2, "-c", program))
@@ -150,6 +194,7 @@ def test_chosen_experts_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_losses_of_a_mesh_are_compared(tmp_path: Path, off: float, verdict: str):
     one, both = (part()["rows"][0] | {"mesh": f"fsdp={count}", "devices": count} for count in (1, 2))
     other = part()["rows"][0] | {"mesh": "fsdp=2", "devices": 2, "batch": 64}
+    one |= {"batch": 2, "accum": 2}  # `both` has 4 at once
     rows = [one, both | {"losses": [10.0 + off]}, other]
     write_json(tmp_path / "training-part-devices.json", part(rows=rows))
     text = merge_parts(tmp_path)

@@ -113,6 +113,7 @@ def write_gptq(source: Path, out: Path, *, zero: int = 7, spread: bool = False, 
         word = np.uint32(int(f"{zero:x}" * 8, 16))
         tensors[f"{prefix}qzeros"] = np.full((columns // 64, rows // 8), word).view(np.int32)
         groups = np.arange(columns, dtype=np.int32) // 64
+        tensors[f"{prefix}bias"] = np.zeros(rows, np.float16)
         tensors[f"{prefix}g_idx"] = rng.permutation(groups) if spread else groups
         tensors[f"codes {prefix}"] = codes
     settings = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True} | config
@@ -128,9 +129,11 @@ def write_gptq(source: Path, out: Path, *, zero: int = 7, spread: bool = False, 
 
 
 @pytest.mark.parametrize(("zero", "version"), [(7, {}), (8, {"checkpoint_format": "gptq_v2"})])
-def test_gptq(folder: Path, tmp_path: Path, zero: int, version: dict[str, str]):
+def test_gptq(folder: Path, tmp_path: Path, caplog, zero: int, version: dict[str, str]):
     directory = write_gptq(folder, tmp_path / "gptq", zero=zero, **version)
+    caplog.set_level("INFO")
     model, tensors = load_backbone(directory, "bfloat16"), load_file(directory / "model.safetensors")
+    assert "down_proj.bias is a bias of 0, and not used (21 such)" in caplog.text
     codes = np.load(directory / "codes.npz")
     assert quantisation_of(model) == QuantLayout(4, 64)
     for linear, block in (("k_proj", "self_attn"), ("down_proj", "mlp")):
@@ -138,6 +141,30 @@ def test_gptq(folder: Path, tmp_path: Path, zero: int, version: dict[str, str]):
         assert weight.scales.dtype == jnp.float16
         np.testing.assert_array_equal(weight.scales, tensors[f"{prefix}scales"].T)
         np.testing.assert_array_equal(weight.layout.unpack(weight.codes), codes[prefix].T)
+
+
+def test_scales_of_several_types(exported: Path, tmp_path: Path):
+    """One linear's are in another type: all are kept exactly. An order in which columns were rounded changes nothing."""
+    tensors, up = load_file(exported / "model.safetensors"), "model.layers.1.mlp.up_proj.weight_scale"
+    tensors[up] = tensors[up].astype(np.float32) * np.float32(1 + 2**-20)
+    table = json.loads((exported / "config.json").read_text())
+    table["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = "static"
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    save_file(tensors, tmp_path / "model.safetensors")
+    found, before = weights(load_backbone(tmp_path)), weights(load_backbone(exported))
+    np.testing.assert_array_equal(found["up_proj"][1].scales, tensors[up])
+    for linear, weight in found.items():
+        assert weight.scales.dtype == np.float32
+        np.testing.assert_array_equal(weight[0].scales, before[linear][0].scales.astype(np.float32))
+
+
+def test_a_bias_that_is_not_zero(folder: Path, tmp_path: Path):
+    directory = write_gptq(folder, tmp_path / "gptq")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.bias"][3] = 1
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(UserError, match=r"model.layers.0.mlp.up_proj.bias is no part of the llama model"):
+        load_backbone(directory)
 
 
 def refusal(change: Callable[[Path], Any], folder: Path, tmp_path: Path) -> str:
@@ -189,11 +216,18 @@ class TestRefusals:
             (("format",), "float-quantized", "format is 'float-quantized'; supported: pack-quantized"),
             (("config_groups", "group_0", "weights", "symmetric"), False, "zero points"),
             (("config_groups", "group_0", "weights", "actorder"), "group", "act-order"),
+            (("config_groups", "group_0", "weights", "actorder"), "dynamic", "act-order"),
+            (("config_groups", "group_0", "weights", "actorder"), "random", "actorder is 'random'; supported: weight"),
+            (("config_groups", "group_0", "format"), "nvfp4-pack-quantized", "format is 'nvfp4-pack-quantized'"),
             (("config_groups", "group_0", "weights", "group_size"), 100, "4 bits in groups of 100"),
             (("config_groups", "group_0", "weights", "type"), "float", "type is 'float'; supported: int"),
             (("config_groups", "group_0", "targets"), ["re:.*mlp.*"], "targets is"),
             (("config_groups", "group_0", "input_activations"), {"num_bits": 8}, "input_activations is quantised"),
             (("config_groups",), {}, "config_groups is"),
+            (("kv_cache_scheme",), {"num_bits": 8}, "kv_cache_scheme is quantised"),
+            (("sparsity_config",), {"format": "sparse-24-bitmask"}, "it is not supported"),
+            (("sparsity_config",), "dense", "it must be an object"),
+            (("transform_config",), {"config_groups": {"u": {}}}, "it is not supported"),
             (("ignore",), [], "the head is quantised"),
             (("ignore",), ["lm_head", "model.layers.0.mlp.up_proj"], "'model.layers.0.mlp.up_proj' is not quantised"),
             (("config_groups", "group_0", "weights", "group_size"), 32, "has shape"),
@@ -231,6 +265,22 @@ class TestRefusals:
         assert "model.layers.0.mlp.up_proj.weight_scale holds NaN or infinite values" in text
         text = refusal(write(weight_g_idx=np.zeros(128, np.int32)), exported, tmp_path)
         assert "weight_g_idx: act-order" in text
+
+    def test_without_its_description(self, exported: Path, tmp_path: Path):
+        def change(out: Path) -> None:
+            (out / "model.safetensors").symlink_to(exported / "model.safetensors")
+            table = json.loads((exported / "config.json").read_text())
+            (out / "config.json").write_text(json.dumps(table | {"quantization_config": None}))
+
+        text = refusal(change, exported, tmp_path)
+        assert "weight_packed is quantised, and config.json has no quantization_config" in text
+
+    def test_rows_that_are_no_words(self, tmp_path: Path):
+        narrow = replace(WIDE, config=WIDE.config | {"hidden_size": 66, "head_dim": 32})
+        model = load_backbone(write_model_dir(narrow, tmp_path / "model"), quantize="int8")
+        with pytest.raises(UserError, match="q_proj has 66 inputs of int8, no whole words of 32 bits"):
+            export_backbone(model, tmp_path / "out", source=tmp_path / "model")
+        assert not (tmp_path / "out").exists()
 
     def test_another_quantisation(self, exported: Path, tmp_path: Path):
         with pytest.raises(UserError, match=r"--quantize int8: the weights in .* are int4 already"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.evaluation.__main__ import run as evaluate
 from adafuse_jax.evaluation.config import EvaluationConfig
+from adafuse_jax.evaluation.lm_eval import AdaFuseLM
 from adafuse_jax.models.quantised import quantisation_of
 from adafuse_jax.serving.config import ServeConfig
 from adafuse_jax.serving.models import load_models
@@ -100,16 +102,20 @@ def test_export(folder: Path, lora: Path, capsys):
     with pytest.raises(UserError, match="the weights are int4-g64, whose codes cannot hold what is merged into them"):
         export(str(small), "--adapter", str(lora), "--output", str(folder / "no"))
     export(str(small), "--adapter", str(lora), "--output", str(folder / "peft"), "--format", "peft")
-    export(model, "--adapter", str(lora), "--output", str(folder / "again"), "--format", "adafuse-jax")
+    shutil.copytree(lora, folder / "outer" / "named")  # found from the folder around it, as PEFT's are
+    export(model, "--adapter", str(folder / "outer"), "--output", str(folder / "again"), "--format", "adafuse-jax")
     assert json.loads((folder / "again" / "adapter_config.json").read_text())["backbone"]["quantization"] == "int4-g64"
 
 
-def test_evaluation(folder: Path, lora: Path):
+def test_evaluation(folder: Path, lora: Path, caplog):
+    caplog.set_level(logging.INFO)
     config = EvaluationConfig(
         model=str(folder / "model"), adapter=str(lora), dataset=(str(folder / "choices.jsonl"),), limit=2, split="train",
         quantize="int8", generate=False,
     )  # fmt: skip
     assert evaluate(config)["settings"]["quantize"] == "int8"
+    assert "the linears' weights are quantised to int8" in caplog.text
+    assert quantisation_of(AdaFuseLM(str(folder / "model"), quantize="int8").loaded.model) == INT8
 
 
 def test_serving(folder: Path, lora: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from dataclasses import replace
 from typing import Any
@@ -20,17 +21,19 @@ from random_models import POSITIONS, random_adapter
 from adafuse_jax import load_backbone
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.config import AdapterConfig
+from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.prompts import all_experts_reason
 from adafuse_jax.inference import prefill as prefill_module
 from adafuse_jax.inference import slots as slots_module
 from adafuse_jax.inference.engine import Engine
-from adafuse_jax.inference.prefill import CHUNKS, MAX_TOKENS, Prefill, chunk_lengths, largest_chunk
-from adafuse_jax.inference.programs import prefill_chunk
+from adafuse_jax.inference.prefill import CHUNKS, MAX_TOKENS, Prefill, adapter_of_prompts, chunk_lengths, largest_chunk
+from adafuse_jax.inference.programs import prefill_chunk, prefill_chunk_by_kernels
 from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.inference.state import DecodeState
 from adafuse_jax.models.config import LINEARS, ModelConfig
 from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.kv_cache import KVCache
 
 
 def test_little_is_padding_and_no_chunk_is_needless():
@@ -83,11 +86,10 @@ def prefilled(model, adapter, chunks, slots, *, by_kernels):
     old = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), state.cache)
     state, logits = replace(state, cache=old), jnp.zeros((2, model.config.vocab_size))
     rows, starts = jnp.array([2, 0]), np.zeros(2, np.int32)
+    program = prefill_chunk_by_kernels if by_kernels else prefill_chunk
     for size, lengths in chunks:
         tokens = rng.integers(0, model.config.vocab_size, (2, size), np.int32)
-        state, logits, _ = prefill_chunk(
-            model, adapter, state, logits, tokens, starts, lengths, rows, pad_id=0, by_kernels=by_kernels
-        )
+        state, logits, _ = program(model, adapter, state, logits, tokens, starts, lengths, rows, pad_id=0)
         starts = starts + lengths
     return logits, state.cache
 
@@ -149,6 +151,14 @@ def test_all_experts_are_multiplied_where_that_is_as_fast(models):
     assert "a token uses 3 of 8 experts" in reason(top_k=3)
 
 
+def test_other_adapters_keep_their_products_and_the_log_says_so(models, caplog):
+    model = models("llama_gqa")
+    lora = LoRA(AdapterConfig(adapter="lora", rank=2, targets=("q_proj",)), model.config, rngs=nnx.Rngs(0))
+    caplog.set_level(logging.DEBUG, "adafuse_jax.inference.prefill")
+    assert adapter_of_prompts(model, lora, jnp.zeros((1, 16), int)) is lora
+    assert "16 prompt tokens: products of all experts (LoRA has products of its own)" in caplog.text
+
+
 def compiled(slots: int, targets: tuple[str, ...], sharding: Any = None) -> tuple[str, int]:
     """(HLO, bytes of temporaries) of a chunk of 512 tokens by kernels, with a cache of so many slots."""
     config = ModelConfig(
@@ -165,7 +175,7 @@ def compiled(slots: int, targets: tuple[str, ...], sharding: Any = None) -> tupl
         return Backbone(config, dtype=sixteen, rngs=nnx.Rngs(0)), adapter, state, jnp.zeros((1, 1000)), *ints
 
     given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(make))
-    program = prefill_chunk.lower(*given, None, pad_id=0, by_kernels=True).compile()
+    program = prefill_chunk_by_kernels.lower(*given, None, pad_id=0).compile()
     return program.as_text(), program.memory_analysis().temp_size_in_bytes
 
 
@@ -210,5 +220,19 @@ def test_rows_by_kernels_get_the_same_tokens(models, monkeypatch):
     wanted = answers()
     monkeypatch.setattr(slots_module, "prefills_by_kernels", lambda *_: True)
     engine._warm.clear()
+    programs = prefill_chunk_by_kernels._cache_size()
     assert answers() == wanted
     assert len({*map(tuple, wanted)}) == 2
+    assert prefill_chunk_by_kernels._cache_size() > programs, "prefilled without kernels"
+
+
+@pytest.mark.parametrize(("slots", "length"), [(200, 150), (256, 128), (64, 1)])
+def test_nothing_behind_a_copied_prefix_is_copied(slots, length):
+    """The row that it is copied from may have NaN there; the last block of a cache may overlap the one before."""
+    values = np.random.default_rng(0).standard_normal((2, 3, slots, 1, 4)).astype(np.float32)
+    values[:, 0, length:] = np.nan
+    cache = KVCache(jnp.asarray(values), jnp.asarray(values)).with_prefix(*map(jnp.int32, (0, 1, length)))
+    for found in (np.asarray(cache.k), np.asarray(cache.v)):
+        np.testing.assert_array_equal(found[:, 1, :length], values[:, 0, :length])
+        assert np.isfinite(found[:, 1]).all()
+        np.testing.assert_array_equal(found[:, [0, 2]], values[:, [0, 2]])

@@ -13,6 +13,7 @@ import quick
 from flax import nnx
 from fused_cases import Case, by_modules, in_fp32, make
 from generation import generate, prompt_of
+from test_adapter_bank import CONTEXT, Traffic, adapters_of, bank_of, check
 
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.lora import LoRA
@@ -23,6 +24,7 @@ from adafuse_jax.inference.backends.registry import choose_backend
 from adafuse_jax.inference.backends.unfused import LayerKernels
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.models.config import LINEARS
+from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.quantised import quantised
 from pallas_kernels.quantised import INT8, QuantLayout
 
@@ -33,6 +35,15 @@ CASES = {
     "int8": (replace(SMALL, num_layers=1, targets=("q_proj", "up_proj")), INT8),
     "int4, rows": (replace(SMALL, num_layers=1, targets=LINEARS, batch=3, bias=True), QuantLayout(4, 32)),
 }
+
+
+def dequantised(model: Backbone) -> Backbone:
+    """The plain model with its weights, in float32."""
+    plain = jax.tree.map(lambda leaf: leaf, model)
+    for name in LINEARS:
+        linear = getattr(plain.layers, name)
+        linear.weight = nnx.Param(linear.weight[...].dequantised("float32"))
+    return plain
 
 
 @pytest.mark.parametrize("name", quick.first(CASES))
@@ -53,16 +64,26 @@ def test_tokens_are_those_of_the_dequantised_weights(caplog):
     """By the default strategy, which is unmerged, with the reason in the log."""
     model, adapter, *_ = in_fp32(make(replace(SMALL, num_layers=1, targets=("q_proj", "down_proj"))))
     model = quantised(model, INT8)
-    plain = jax.tree.map(lambda leaf: leaf, model)
-    for name in LINEARS:
-        linear = getattr(plain.layers, name)
-        linear.weight = nnx.Param(linear.weight[...].dequantised("float32"))
+    plain = dequantised(model)
     caplog.set_level(logging.DEBUG, "adafuse_jax.inference.backends.registry")
     engine = Engine(model, adapter, eos_ids=())
     assert engine.strategy == "unmerged"
     assert "fused is not used, as it needs a Hopper GPU" in caplog.text
     prompt = prompt_of(model, 9)
     assert generate(engine, prompt, n=8) == generate(Engine(plain, adapter, eos_ids=()), prompt, n=8)
+
+
+@pytest.mark.slow
+def test_rows_with_adapters_of_their_own(models):
+    """A bank over the quantised backbone; each row against a full forward pass of the dequantised one."""
+    model = quantised(models("llama_gqa"), INT8)
+    adapters = {name: adapter for name, adapter in adapters_of(model).items() if name in ("all", "lora", None)}
+    slots = Engine(model, bank_of(model, adapters, 12), eos_ids=()).slots(3, context_length=CONTEXT)
+    traffic, plain = Traffic(model, slots, [*adapters]), dequantised(model)
+    traffic.run(6)
+    assert {name for name, _ in traffic.left} == {*adapters}
+    for name, row in traffic.left:
+        check(plain, adapters[name], row)
 
 
 def test_strategies_that_need_whole_weights(monkeypatch):
@@ -74,7 +95,9 @@ def test_strategies_that_need_whole_weights(monkeypatch):
         ("switch", adapter, "it would merge experts into int8 weights"),
         ("merged", lora, "it would merge experts into int8 weights"),
     ):
-        with pytest.raises(UserError, match=f"strategy {strategy} cannot run: {reason}.*; decode unmerged, or without"):
+        with pytest.raises(
+            UserError, match=f"strategy {strategy} cannot run: {reason}.*; decode unmerged, or with plain weights"
+        ):
             choose_backend(strategy, model, of)
     monkeypatch.setattr(portable, "device_unsupported_reason", lambda model: None)
     assert isinstance(choose_backend("unmerged", model, adapter).for_batch(4), LayerKernels)

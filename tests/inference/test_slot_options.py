@@ -238,7 +238,7 @@ class TestPrefixes:
             sizes.append(given[4].shape[1])
             return chunk(*given, **options)
 
-        monkeypatch.setattr("adafuse_jax.inference.slots.prefill_chunk", recorded)
+        monkeypatch.setattr(programs, "prefill_chunk", recorded)
         prompt = prompt_of(model, 40)
         slots.insert(prompt, max_new_tokens=12)
         slots.step()

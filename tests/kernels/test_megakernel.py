@@ -189,6 +189,17 @@ def test_compiled_with_few_blocks():
     check(COMPILED["32 rows"], compiled=True, num_ctas=2)
 
 
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("batch", [1, 2])
+def test_compiled_with_nan(batch):
+    """Activations that are NaN are no partial sums that are not stored: the launch ends, and the logits are NaN."""
+    model, adapter, cache, tokens, positions = make(Case(num_layers=2, batch=batch, targets=LINEARS))
+    model.embed_tokens[...] = model.embed_tokens[...].at[tokens].set(jnp.nan)
+    logits, *_ = jax.jit(fused_step)(model, adapter, Fused.of(model, adapter), tokens, positions, cache)
+    assert jnp.isnan(logits).all()
+
+
 TOGETHER = {
     "bare, tied": Case(embed_dim=192, hidden_dim=256, num_layers=2, tied=True),
     "all 7": Case(targets=LINEARS, hidden_dim=1024, num_layers=6, embed_dim=512, heads=(8, 4, 128), vocab_size=1024),

@@ -153,9 +153,9 @@ class TestMixture:
 
 
 def test_unsupported_reasons():
-    assert unsupported_reason(32, {"q": jnp.zeros((1, 1, 256, 1))}) is None
-    assert "there are 33 rows" in str(unsupported_reason(33, {}))
-    assert "q has rank 257" in str(unsupported_reason(1, {"q": jnp.zeros((1, 1, 257, 1))}))
+    assert unsupported_reason(32, {"q": jnp.zeros((1, 1, 256, 1))}, {}) is None
+    assert "there are 33 rows" in str(unsupported_reason(33, {}, {}))
+    assert "q has rank 257" in str(unsupported_reason(1, {"q": jnp.zeros((1, 1, 257, 1))}, {}))
     case = Case(outs={"q": 8}, in_dim=8, batch=33)
     with pytest.raises(ValueError, match="cannot run: there are 33 rows"):
         by_kernel(*case.draw(), case.layer)

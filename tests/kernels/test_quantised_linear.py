@@ -12,8 +12,8 @@ import quick
 from linear_cases import Case, assert_near
 from test_pregated_linear import by_kernel
 
-from pallas_kernels.pregated_linear import Group, Tiles, pregated_linear, tiles_for
-from pallas_kernels.quantised import INT4, INT4_G64, INT8, QuantLayout, quantise
+from pallas_kernels.pregated_linear import Group, Tiles, pregated_linear, tiles_for, unsupported_reason
+from pallas_kernels.quantised import INT4, INT4_G64, INT8, QuantArray, QuantLayout, quantise
 
 QKV = {"q": 64, "k": 37, "v": 32}
 CASES = {
@@ -97,3 +97,11 @@ def test_layouts_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match="they must have one layout: plain, int8, or int4 in groups of"):
             pregated_linear(x, weights, {}, {}, None, zero, zero, zero, group=group)
+
+
+@pytest.mark.parametrize(("layers", "is_refused"), [(24, False), (25, True), (48, True), (49, False)])
+def test_codes_at_places_that_the_kernel_cannot_tell(layers, is_refused):
+    """Places behind the first 2 GiB of an array that has no more than 4; Qwen3-14B has 3.3 GiB of gate_proj in int8."""
+    shape = layers, 17408, 5120
+    weight = QuantArray(jax.ShapeDtypeStruct(shape, "uint8"), jax.ShapeDtypeStruct((*shape[:2], 1), "float32"), INT8)
+    assert bool(unsupported_reason(1, {}, {"gate_proj": weight})) == is_refused

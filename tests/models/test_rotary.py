@@ -162,6 +162,27 @@ class TestDecoding:
             assert answer == as_transformers(dynamic.model, prompt[:length], 6)
 
 
+@pytest.mark.usefixtures("small_chunks")
+def test_the_rope_of_layers_with_a_window_may_depend_on_the_length(dynamic: Engine):
+    """Windows wider than the context, in all layers: as the same RoPE in layers without."""
+    local = nnx.merge(nnx.graphdef(with_local(DYNAMIC)), nnx.state(dynamic.model))
+    prompt = prompt_of(local, 30)
+    logits = [backbone(jnp.array([prompt])).logits for backbone in (local, dynamic.model)]
+    np.testing.assert_array_equal(*logits)
+    engine = Engine(local, eos_ids=())
+    for length in (30, 18, 26):
+        (answer,) = generate(engine, prompt[:length], n=6, keep_cache=True)
+        assert answer == as_transformers(dynamic.model, prompt[:length], 6)
+    assert with_local(LONG).config.context_after(20) == 21
+
+
+def with_local(rope: RopeConfig) -> Backbone:
+    changed = dataclasses.replace(
+        SMALL, local_rope=rope, sliding_windows=(50, 50), max_position_embeddings=40, rope=RopeConfig(theta=7.0)
+    )
+    return Backbone(changed, rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize("rope", [DYNAMIC, LONG], ids=["dynamic", "longrope"])
 def test_packed_segments_have_the_angles_of_their_own_lengths(rope: RopeConfig):
     """A row of a segment past the original length and one within it gives the logits of each alone."""
@@ -183,7 +204,7 @@ def test_contexts_are_as_long_as_the_kind_reaches():
 
 
 def test_a_chunk_of_a_prompt_needs_its_length():
-    with pytest.raises(ValueError, match="rope dynamic depends on the length of a prompt"):
+    with pytest.raises(ValueError, match="rope dynamic depends on a prompt's length"):
         model(DYNAMIC, 20)(jnp.ones((1, 4), int), cache=KVCache.empty(SMALL, 1, 8, jnp.dtype("float32")))
 
 

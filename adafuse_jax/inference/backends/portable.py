@@ -80,7 +80,9 @@ def shape_unsupported_reason(model: Backbone, adapter: Any, batch: int) -> str |
     factors = {} if adapter is None else {name: e.A[...] for name, e in adapter.experts.items()}
     if model.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"the model is {model.dtype}"
-    return linear_kernel.unsupported_reason(batch, factors) or attention_kernel.unsupported_reason(config.head_dim)
+    weights = {name: getattr(model.layers, name).weight[...] for name in LINEARS}
+    reason = linear_kernel.unsupported_reason(batch, factors, weights)
+    return reason or attention_kernel.unsupported_reason(config.head_dim)
 
 
 def portable_step(

@@ -44,7 +44,7 @@ def require_strategy(config: AdapterConfig, strategy: str) -> None:
 def require_reads_quantised(strategy: str, layout: QuantLayout | None) -> None:
     """Raise `UserError` if the backbone's linears are quantised, and the strategy needs them whole."""
     if reason := _quantised_reason(strategy, layout):
-        raise UserError(f"strategy {strategy} cannot run: {reason}; decode unmerged, or without --quantize")
+        raise UserError(f"strategy {strategy} cannot run: {reason}; decode unmerged, or with plain weights")
 
 
 def _quantised_reason(strategy: str, layout: QuantLayout | None) -> str | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from adafuse_jax.core.tables import Table
+from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.families.family import POST_NORM_NAMES, Family, patterned_windows, write_pattern
 
 
@@ -19,7 +20,11 @@ def _read(table: Table, num_layers: int, max_positions: int) -> dict[str, Any]:
     return {"norm_placement": "post", "qk_norm": True, "sliding_windows": windows, "nope_layers": nope}
 
 
+def _write(config: ModelConfig) -> dict[str, Any]:
+    return ({} if config.nope_layers else {"sliding_window": None}) | write_pattern(config)
+
+
 EXAONE4 = Family(
     architecture="Exaone4ForCausalLM", num_kv_heads=32, max_positions=2048, bos_token_id=0, eos_token_id=2, norm_eps=1e-5,
-    tensor_names=POST_NORM_NAMES, read=_read, write=write_pattern,
+    tensor_names=POST_NORM_NAMES, read=_read, write=_write,
 )  # fmt: skip

@@ -124,6 +124,19 @@ def layer_windows(
     return tuple(window if windowed else None for windowed in is_windowed)
 
 
+def no_windows(table: Table, num_layers: int, max_positions: int) -> tuple[None, ...]:
+    """The layers of a family whose class has no windows. Raises `UserError` for keys of windows: with them, transformers
+    windows the cache of such a model and not its prompt, so that its answers depend on their split."""
+    is_windowed, used = read_layer_types(table, num_layers), table.boolean("use_sliding_window", True)
+    window = read_window(table, used=used)
+    table.integer("max_window_layers", 28, low=-(2**31))
+    stated = used and "sliding_window" in table and window is not None and window < max_positions
+    if stated or (is_windowed is not None and any(is_windowed)):
+        key = "sliding_window" if stated else "layer_types"
+        raise table.error(key, f"{table.get('model_type')} has no windows; leave it out")
+    return (None,) * num_layers
+
+
 def patterned_windows(table: Table, num_layers: int, pattern: int) -> tuple[int | None, ...]:
     """Each layer's window: of the layers that `layer_types` names, else of all but every `pattern`-th; 0 is none."""
     is_windowed = read_layer_types(table, num_layers)
@@ -134,9 +147,10 @@ def patterned_windows(table: Table, num_layers: int, pattern: int) -> tuple[int 
 
 
 def write_pattern(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `patterned_windows`."""
+    """The inverse of `patterned_windows`. Without windows their size is left out: transformers needs one, its default."""
     windows = config.sliding_windows or (None,) * config.num_layers
-    return {"sliding_window": next(filter(None, windows), None), "layer_types": layer_types(windows)}
+    keys = {"sliding_window": next(filter(None, windows), None), "layer_types": layer_types(windows)}
+    return {name: value for name, value in keys.items() if value is not None}
 
 
 def layer_types(windows: tuple[int | None, ...]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ModelConfig, RopeConfig
-from adafuse_jax.models.families.family import TENSOR_NAMES, Family
+from adafuse_jax.models.families.family import TENSOR_NAMES, Family, no_windows
 from adafuse_jax.models.families.rope import RopeKeys
 
 NAMES = TENSOR_NAMES | dict.fromkeys(("gate_proj", "up_proj"), "model.layers.{layer}.mlp.gate_up_proj.{leaf}")
@@ -15,7 +15,11 @@ NAMES = TENSOR_NAMES | dict.fromkeys(("gate_proj", "up_proj"), "model.layers.{la
 
 def _read(table: Table, num_layers: int, max_positions: int) -> dict[str, Any]:
     biased = table.boolean("attention_bias", True)
-    return {"norm_placement": "both", "qkv_bias": biased, "sliding_windows": (None,) * num_layers}
+    return {
+        "norm_placement": "both",
+        "qkv_bias": biased,
+        "sliding_windows": no_windows(table, num_layers, max_positions),
+    }
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:

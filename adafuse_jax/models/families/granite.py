@@ -6,7 +6,7 @@ from typing import Any
 
 from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ModelConfig
-from adafuse_jax.models.families.family import Family
+from adafuse_jax.models.families.family import Family, no_windows
 
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier")
 
@@ -19,7 +19,7 @@ def _read(table: Table, num_layers: int, max_positions: int) -> dict[str, Any]:
         "o_bias": biased,
         "mlp_bias": mlp_bias,
         "logit_multiplier": 1 / table.number("logits_scaling", 1.0, low=0, above=True),
-        "sliding_windows": (None,) * num_layers,
+        "sliding_windows": no_windows(table, num_layers, max_positions),
         **multipliers,
     }
 

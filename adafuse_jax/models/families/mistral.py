@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from adafuse_jax.core.tables import Table
-from adafuse_jax.models.config import ModelConfig
+from adafuse_jax.models.config import ROPE_FIELDS, ModelConfig
 from adafuse_jax.models.families.family import Family, layer_types, layer_windows, read_layer_types, read_window
 from adafuse_jax.models.families.rope import RopeKeys
 
@@ -36,8 +36,16 @@ def _write_ministral3(config: ModelConfig) -> dict[str, Any]:
     return {"sliding_window": next(filter(None, config.sliding_windows), None)}
 
 
+ABSENT_ROPE = {
+    "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384, "mscale": 1.0,
+    "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
 MINISTRAL3 = Family(
     architecture="Ministral3ForCausalLM", num_kv_heads=8, max_positions=262144, head_dim=128, bos_token_id=1,
-    eos_token_id=2, pad_token_id=11, norm_eps=1e-5, rope=RopeKeys(scales_queries=True),
+    eos_token_id=2, pad_token_id=11, norm_eps=1e-5,
+    rope=RopeKeys(
+        scales_queries=True, absent=ABSENT_ROPE,
+        kinds={name: name for name in ROPE_FIELDS if name != "dynamic"},  # whose original length is another
+    ),
     read=_read_ministral3, write=_write_ministral3,
 )  # fmt: skip

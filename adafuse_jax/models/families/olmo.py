@@ -7,7 +7,7 @@ from typing import Any
 
 from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ModelConfig, RopeConfig
-from adafuse_jax.models.families.family import POST_NORM_NAMES, Family, patterned_windows, write_pattern
+from adafuse_jax.models.families.family import POST_NORM_NAMES, Family, no_windows, patterned_windows, write_pattern
 from adafuse_jax.models.families.rope import RopeKeys
 
 SHARED: dict[str, Any] = {
@@ -16,7 +16,7 @@ SHARED: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _read_olmo2(table: Table, num_layers: int, max_positions: int) -> dict[str, Any]:
+def _read(table: Table, windows: tuple[int | None, ...]) -> dict[str, Any]:
     biased = table.boolean("attention_bias", False)
     return {
         "norm_placement": "post",
@@ -24,8 +24,12 @@ def _read_olmo2(table: Table, num_layers: int, max_positions: int) -> dict[str, 
         "qk_norm_full": True,
         "qkv_bias": biased,
         "o_bias": biased,
-        "sliding_windows": (None,) * num_layers,
+        "sliding_windows": windows,
     }
+
+
+def _read_olmo2(table: Table, num_layers: int, max_positions: int) -> dict[str, Any]:
+    return _read(table, no_windows(table, num_layers, max_positions))
 
 
 def _write_olmo2(config: ModelConfig) -> dict[str, Any]:
@@ -33,8 +37,7 @@ def _write_olmo2(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_olmo3(table: Table, num_layers: int, max_positions: int) -> dict[str, Any]:
-    windows = patterned_windows(table, num_layers, pattern=4)
-    return _read_olmo2(table, num_layers, max_positions) | {"sliding_windows": windows}
+    return _read(table, patterned_windows(table, num_layers, pattern=4))
 
 
 def _write_olmo3(config: ModelConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     transformers 4    rope_theta, partial_rotary_factor, rope_scaling {type or rope_type, factor, …}
     transformers 5    rope_parameters {rope_type, rope_theta, factor, …}, or {layer type: such an object}
 
-Where both name parameters, the older form wins.
+Where both name parameters, the older form wins, key by key where layers differ.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class RopeKeys:
       kinds: values of `rope_type` → the kind.
       original: the original length of a class that has a default for it beside the parameters, where it wins over theirs.
       theta_key: the key of the base beside the parameters; None: there is none.
+      absent: the parameters where config.json has none at all.
     """
 
     defaults: RopeConfig = RopeConfig()
@@ -45,13 +46,14 @@ class RopeKeys:
     kinds: Mapping[str, str] = field(default_factory=lambda: {name: name for name in ROPE_FIELDS})
     original: int | None = None
     theta_key: str | None = "rope_theta"
+    absent: Mapping[str, Any] = field(default_factory=dict)
 
     def read(
         self, table: Table, max_positions: int, head_dim: int, *, layer_type: str | None = None
     ) -> tuple[RopeConfig, list[str]]:
         """The parameters of all layers, or of those of a `layer_type` if `rope_parameters` has an object for each; and the
         keys that are not used. Raises `UserError` for a kind, key or value that is not supported."""
-        name, values = _parameters(table, layer_type)
+        name, values = _parameters(table, layer_type, self.absent)
         rope = Table(values, f"{table.where}: {name}")
         for place in (table, rope):
             for key in NOT_NULL:
@@ -82,7 +84,8 @@ class RopeKeys:
         rope.get("max_position_embeddings")  # which some files repeat
         read = RopeConfig(kind=kind, interleaved=self.defaults.interleaved, **settings)  # type: ignore[arg-type]
         unused = [f"{name}.{key}" for key in rope.unread()]
-        return read, unused + ["rope_parameters"] * all(table.get(form) for form in ("rope_scaling", "rope_parameters"))
+        has_both = layer_type is None and all(table.get(form) for form in ("rope_scaling", "rope_parameters"))
+        return read, unused + ["rope_parameters"] * has_both
 
     def _partial(self, table: Table, rope: Table, head_dim: int) -> float:
         outer = table.number("partial_rotary_factor", self.defaults.partial_rotary_factor, low=0, high=1, above=True)
@@ -115,20 +118,20 @@ class RopeKeys:
         return table
 
 
-def _parameters(table: Table, layer_type: str | None) -> tuple[str, dict[str, Any]]:
-    """The name of the object of RoPE's parameters, and the object. The older form is of all layers, or of those without a
-    window if they differ."""
+def _parameters(table: Table, layer_type: str | None, absent: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of the object of RoPE's parameters, and the object, `absent` where there is none. Where layers differ, the
+    older form changes those without a window."""
     scaling, parameters = table.get("rope_scaling"), table.get("rope_parameters")
-    if layer_type == LOCAL:
-        scaling = None
-    if layer_type is not None and not scaling:
+    name, values = ("rope_scaling", scaling) if scaling else ("rope_parameters", parameters)
+    if layer_type is not None:
         if not isinstance(parameters, dict | None) or not (parameters or {}).keys() <= {GLOBAL, LOCAL}:
             raise table.error("rope_parameters", f"give it a table {GLOBAL} and a table {LOCAL}")
-        parameters = {layer_type: (parameters or {}).get(layer_type) or {}}
-    name = "rope_scaling" if scaling else "rope_parameters"
-    values = scaling or parameters or {}
-    if isinstance(values, dict) and layer_type is not None and isinstance(values.get(layer_type), dict):
-        name, values = f"{name}.{layer_type}", values[layer_type]
+        of_type = {"rope_type": "default"} if parameters is None else parameters.get(layer_type)
+        if not scaling or layer_type == LOCAL:
+            name, values = f"rope_parameters.{layer_type}", of_type
+        elif isinstance(scaling, dict) and isinstance(of_type, dict):
+            values = of_type | scaling
+    values = dict(absent) if values is None else values or {}
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
         raise UserError(
             f"{table.where}: rope parameters {quoted(values)} are not supported; give one table for all layers"

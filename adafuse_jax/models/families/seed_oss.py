@@ -6,7 +6,7 @@ from typing import Any
 
 from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ModelConfig
-from adafuse_jax.models.families.family import Family
+from adafuse_jax.models.families.family import Family, no_windows
 
 
 def _read(table: Table, num_layers: int, max_positions: int) -> dict[str, Any]:
@@ -14,7 +14,7 @@ def _read(table: Table, num_layers: int, max_positions: int) -> dict[str, Any]:
         "qkv_bias": table.boolean("attention_bias", True),
         "o_bias": table.boolean("attention_out_bias", False),
         "mlp_bias": table.boolean("mlp_bias", False),
-        "sliding_windows": (None,) * num_layers,
+        "sliding_windows": no_windows(table, num_layers, max_positions),
     }
 
 
