@@ -29,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.megakernel.activations import softcapped
 from pallas_kernels.megakernel.buffers import Buffers
 from pallas_kernels.megakernel.pipeline import Pipeline, ProducerState
-from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_M, WGMMA_N, Plan, stored_head_dim
+from pallas_kernels.megakernel.plan import Plan
 from pallas_kernels.megakernel.register_tiles import (
     COLUMNS,
     ROWS,
@@ -43,6 +43,7 @@ from pallas_kernels.megakernel.register_tiles import (
     store_transposed,
 )
 from pallas_kernels.megakernel.schedule import AttentionSchedule, Scalars, div_rem, select
+from pallas_kernels.megakernel.sizes import TILE_K, TILE_M, WGMMA_M, WGMMA_N, stored_head_dim
 
 LOWEST_SCORE = -1e30  # finite, so that no difference of two is NaN
 SHAPE = WGMMA_M, WGMMA_N

@@ -3,7 +3,8 @@
 `TABLE` is what README.md shows (`python -m pallas_kernels.megakernel.buffers` prints it). Letters: B rows of the batch,
 N the padded batch, L layers, D embed, F hidden, H head_dim, K key-value heads, V vocabulary, E experts, R rank, U
 experts in use, S cache slots, G attention units of a row and split, P partial sums (split_k and, of adapted linears,
-one of B), M tiles of 128 rows of a group, T rank tiles in use. "K-tiles of D" is an activation [D / 64 · N + 64, 64]:
+one of B), M tiles of 128 rows of a group, T rank tiles in use. Of quantised linears `weights` are codes, [L, out, bytes].
+"K-tiles of D" is an activation [D / 64 · N + 64, 64]:
 K-tile 0 of all rows, then K-tile 1 …, so that a slice of it is contiguous. A partial sum of a tile is [halves, N / 8,
 64, 8]; of a batch of one, eight partial sums are the columns of one such tile.
 """
@@ -16,7 +17,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.megakernel.plan import ALL_REDUCED, TILE_K, WGMMA_M, WGMMA_N, Group, Plan, stored_head_dim
+from pallas_kernels.megakernel.plan import ALL_REDUCED, Group, Plan
+from pallas_kernels.megakernel.sizes import TILE_K, WGMMA_M, WGMMA_N, stored_head_dim
 
 Shapes = dict[str, tuple[tuple[int, ...], Any]]
 """Name → (shape, dtype)."""
@@ -50,7 +52,8 @@ TABLE = (
     Row("cache_v", "[L, B, S, K, H]", "bf16", "caller", "attention"),
     Row("q_norm", "[L, H]", "bf16, fp32", "caller, or absent", "attention"),
     Row("k_norm", "[L, H]", "bf16, fp32", "caller, or absent", "attention"),
-    Row("weights", "by linear [L, out, in]; lm_head [V, D]", "bf16", "caller", "every group"),
+    Row("weights", "by linear [L, out, in]; lm_head [V, D]", "bf16; of layers perhaps uint8", "caller", "every group"),
+    Row("scales", "by linear [L, groups, out]", "bf16, fp32", "caller, or absent", "every group: W x"),
     Row("biases", "by linear [L, out]", "bf16", "caller", "every group"),
     Row("a", "by adapted linear [L, E, R, in]", "bf16", "caller", "its group"),
     Row("b", "by adapted linear [L, E, out, R]", "bf16", "caller", "its group"),
@@ -98,6 +101,7 @@ class Buffers:
     q_norm: Any = None
     k_norm: Any = None
     weights: dict[str, Any] = field(default_factory=dict)
+    scales: dict[str, Any] = field(default_factory=dict)
     biases: dict[str, Any] = field(default_factory=dict)
     a: dict[str, Any] = field(default_factory=dict)
     b: dict[str, Any] = field(default_factory=dict)

@@ -24,7 +24,7 @@ from pallas_kernels.megakernel.activations import ACTIVATIONS
 from pallas_kernels.megakernel.all_reduce import AllReduce
 from pallas_kernels.megakernel.buffers import Buffers
 from pallas_kernels.megakernel.partial_sums import PartialSums
-from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_M, WGMMA_N, Group, Plan, stored_head_dim
+from pallas_kernels.megakernel.plan import Group, Plan
 from pallas_kernels.megakernel.register_tiles import (
     COLUMNS,
     ROWS,
@@ -38,6 +38,7 @@ from pallas_kernels.megakernel.register_tiles import (
 )
 from pallas_kernels.megakernel.schedule import TileSchedule, div, rem
 from pallas_kernels.megakernel.semaphores import GroupSemaphores
+from pallas_kernels.megakernel.sizes import TILE_K, TILE_M, WGMMA_M, WGMMA_N, stored_head_dim
 
 
 class Store(Protocol):

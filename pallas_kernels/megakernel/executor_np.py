@@ -17,8 +17,10 @@ import numpy as np
 from jaxtyping import Float
 
 from pallas_kernels.megakernel.activations import ACTIVATIONS
-from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_M, WGMMA_N, Group, Plan
+from pallas_kernels.megakernel.plan import Group, Plan
 from pallas_kernels.megakernel.schedule import AttentionSchedule, Scalars, Tile, TileSchedule
+from pallas_kernels.megakernel.sizes import TILE_K, TILE_M, WGMMA_M, WGMMA_N
+from pallas_kernels.quantised.reference import dequantise_np
 
 Array = np.ndarray
 Store = Callable[[int, tuple[str, ...], slice, slice, list[Array]], None]
@@ -39,6 +41,10 @@ def run(inputs: dict[str, Any], plan: Plan, model: Any, **_: Any) -> tuple[jax.A
     dtype = inputs["x"].dtype
     inputs = {name: fp32(value) for name, value in inputs.items()}
     n, k_tiles = plan.padded_batch, model.embed_dim // TILE_K
+    for name, scales in inputs["scales"].items():
+        assert plan.layout is not None
+        layers = zip(inputs["weights"][name], scales.swapaxes(1, 2), strict=True)
+        inputs["weights"][name] = np.stack([dequantise_np(*layer, plan.layout) for layer in layers]).astype(np.float32)
     inputs["x"] = inputs["x"][: k_tiles * n].reshape(k_tiles, n, TILE_K).swapaxes(0, 1).reshape(n, -1)
     logits, k_new, v_new = Executor(inputs, plan, model).run()
     return jnp.asarray(logits.T), jnp.asarray(k_new, dtype), jnp.asarray(v_new, dtype)
@@ -110,8 +116,9 @@ class Executor:
     def _tile(self, schedule: TileSchedule, n: int) -> Tile:
         return Tile(*map(int, schedule.tile(n)))
 
-    def _columns(self, tile: Tile) -> slice:
-        return slice(tile.first * TILE_K, (tile.first + tile.chunks) * TILE_K)
+    def _columns(self, tile: Tile, k_tiles: int = 1) -> slice:
+        """Columns of a tile whose chunks have so many K-tiles."""
+        return slice(tile.first * k_tiles * TILE_K, (tile.first + tile.chunks) * k_tiles * TILE_K)
 
     def _ranks(self, rank_tile: int) -> tuple[int, slice]:
         """(expert, its ranks)."""
@@ -143,7 +150,8 @@ class Executor:
         height = min(TILE_M, group.outs[name] - rows.start)
         if not tile.is_b:
             w = self.inputs["weights"][name]
-            y[:height] = (w if name == "lm_head" else w[layer])[rows, self._columns(tile)] @ x[:, self._columns(tile)].T
+            columns = self._columns(tile, group.chunk_k_tiles)
+            y[:height] = (w if name == "lm_head" else w[layer])[rows, columns] @ x[:, columns].T
         elif tile.chunks:
             products: Any = 0
             for piece in range(int(schedule.num_h_pieces(True, tile.chunks))):

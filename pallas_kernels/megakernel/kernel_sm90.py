@@ -36,14 +36,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.megakernel.all_reduce import AllReduce
 from pallas_kernels.megakernel.attention import Attention
 from pallas_kernels.megakernel.buffers import Buffers, scratch_and_outputs
+from pallas_kernels.megakernel.dequantise import codes_shape
 from pallas_kernels.megakernel.epilogue import AddResidual, GatedProduct, Store, StoreHeads, StoreLogits
 from pallas_kernels.megakernel.gemm import Gemm, steps_of
 from pallas_kernels.megakernel.l2_hints import EVICT_LAST, EVICT_NORMAL, partial_sums_of_layers, resident, set_priority
 from pallas_kernels.megakernel.output_norm import OutputNorm, StoreOutput
 from pallas_kernels.megakernel.pipeline import Pipeline
-from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_N, Group, Plan, Profile
+from pallas_kernels.megakernel.plan import Group, Plan, Profile
 from pallas_kernels.megakernel.polling import mark_not_stored
 from pallas_kernels.megakernel.schedule import Scalars
+from pallas_kernels.megakernel.sizes import TILE_K, TILE_M, WGMMA_N, chunk_groups
 
 COMPILER_PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 """Lowering with explicit layouts, as inferring them takes most of the time to compile."""
@@ -54,6 +56,8 @@ class SharedMemory:
     """The refs of a CTA: the pipeline's stages and barriers, and the right operands of linears or of attention."""
 
     stages_smem: Any  # [stages, TILE_M, TILE_K]
+    codes_smem: Any = None  # the same place in bytes, [stages, TILE_M or more, CODE_BYTES]
+    scales_smem: Any = None  # [stages, groups of a chunk, TILE_M]
     stage_full: Any
     stage_full_second_half: Any
     stage_empty: Any
@@ -62,7 +66,9 @@ class SharedMemory:
     p_smem: Any  # [TILE_M / TILE_K, WGMMA_N, TILE_K]
 
     @classmethod
-    def of(cls, *, operands: Any = None, **refs: Any) -> SharedMemory:
+    def of(cls, *, operands: Any = None, stages: Any = None, **refs: Any) -> SharedMemory:
+        if stages is not None:
+            (refs["stages_smem"],), (refs["codes_smem"],) = stages
         if operands is not None:
             (refs["operand_smem"],), (refs["q_smem"], refs["p_smem"]) = operands
         return cls(**refs)
@@ -158,7 +164,10 @@ def _kernel(*refs, names, plan, model, span, axis, compiled, **scratch):
     buffers, smem = Buffers.of(names, refs), SharedMemory.of(**scratch)
     many_experts = plan.h_rank_tiles < plan.max_rank_tiles
     scalars = Scalars.load(buffers.experts, buffers.num_used, buffers.positions, many_experts=many_experts)
-    pipeline = Pipeline(smem.stages_smem, smem.stage_full, smem.stage_empty, smem.stage_full_second_half)
+    pipeline = Pipeline(
+        smem.stages_smem, smem.stage_full, smem.stage_empty, smem.stage_full_second_half,
+        codes_smem=smem.codes_smem, scales_smem=smem.scales_smem,
+    )  # fmt: skip
     grid_barrier, semaphores, all_reduce = None, None, None
     if compiled:
         grid_barrier = pl.get_global(plgpu.SemaphoreType.REGULAR)
@@ -237,8 +246,8 @@ def run_megakernel(
         else:  # what is read before it is written shows
             refs[name,] = jax.new_ref(jnp.full(of_shape, jnp.nan, of_type))
 
-    def operand(*shape):
-        width = plgpu.find_swizzle(shape[-1] * dtype.itemsize * 8)
+    def operand(*shape, dtype=dtype):
+        width = min(TILE_K * dtype.itemsize, plgpu.find_swizzle(shape[-1] * dtype.itemsize * 8))
         transforms = plgpu.TilingTransform((8, width // dtype.itemsize)), plgpu.SwizzleTransform(width)  # type: ignore[abstract]
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
@@ -249,6 +258,14 @@ def run_megakernel(
         "p_smem": operand(TILE_M // TILE_K, WGMMA_N, TILE_K),
     }
     linear, q, p = used_in_turn.values()
+    stages: dict[str, Any] = {"stages_smem": operand(plan.stages, TILE_M, TILE_K)}
+    if plan.layout is not None:
+        codes = codes_shape(plan.stages, plan.layout, TILE_M * TILE_K * dtype.itemsize)
+        stages["codes_smem"] = operand(*codes, dtype=jnp.dtype(jnp.uint8))
+        if not interpret:
+            stages = {"stages": plgpu.RefUnion(*([ref] for ref in stages.values()))}
+        kind = inputs["scales"]["q_proj"].dtype
+        stages["scales_smem"] = plgpu.SMEM((plan.stages, chunk_groups(plan.layout), TILE_M), kind)
     compiler_params = COMPILER_PARAMS
     if profile is not None:
         compiler_params = replace(compiler_params, profile_space=profile.events, profile_dir=profile.directory)
@@ -264,7 +281,7 @@ def run_megakernel(
             num_threads=2,
             thread_name="warpgroup",
             scratch_types={
-                "stages_smem": operand(plan.stages, TILE_M, TILE_K),
+                **stages,
                 "stage_full": plgpu.Barrier(num_barriers=plan.stages),
                 "stage_full_second_half": plgpu.Barrier(num_barriers=plan.stages),
                 "stage_empty": plgpu.Barrier(num_barriers=plan.stages),

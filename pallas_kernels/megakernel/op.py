@@ -12,7 +12,7 @@ modules."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -21,19 +21,18 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.megakernel.activations import ACTIVATIONS
 from pallas_kernels.megakernel.mixture import Mixture, used_first
-from pallas_kernels.megakernel.plan import (
+from pallas_kernels.megakernel.plan import Plan, Profile, make_plan, no_smem_reason
+from pallas_kernels.megakernel.sizes import (
     SMEM_BYTES,
     TILE_K,
     TILE_M,
     WGMMA_M,
-    Plan,
-    Profile,
-    make_plan,
+    chunk_k_tiles,
     max_in_dim,
     min_stages,
-    no_smem_reason,
     to_k_tiles,
 )
+from pallas_kernels.quantised import QuantLayout
 
 MAX_BATCH = 32
 HEAD_DIMS = TILE_K, 2 * TILE_K, 4 * TILE_K
@@ -87,7 +86,10 @@ class Weights:
     `Shape.head_rows`; `biases` [L, out] of those linears that have one; `norms` [2L + 1, D], of attention and FFN in turn
     and the last one; `output_norms` [2L, D] of what they add, or None; `q_norm`, `k_norm` [L, H] or None. Norms are the
     factor of x / rms(x), in fp32 if it is 1 + w. `windows` [L], positions that a query sees; `ropes` [L], the table of cos
-    and sin, None if there is but one."""
+    and sin, None if there is but one.
+
+    With a `layout`, the seven linears are quantised: `linears` has their codes [L, out, bytes], `scales` their scales
+    [L, groups, out], which is the other way round than in a `QuantArray`."""
 
     linears: dict[str, Array]
     biases: dict[str, Array]
@@ -97,6 +99,8 @@ class Weights:
     windows: Int[Array, " L"]
     output_norms: Float[Array, "2L D"] | None = None
     ropes: Int[Array, " L"] | None = None
+    scales: dict[str, Float[Array, "L groups out"]] = field(default_factory=dict)
+    layout: QuantLayout | None = field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -119,9 +123,11 @@ def unsupported_reason(
     rank: int = TILE_K,
     max_experts_used: int = 1,
     num_ctas: int = 132,
+    layout: QuantLayout | None = None,
 ) -> str | None:
-    """The reason why the megakernel cannot run this, whatever the device; or None. `max_experts_used`: experts that the
-    rows use together, at most."""
+    """The reason why the megakernel cannot run this, whatever the device; or None. `dtype`: of what is not codes.
+    `max_experts_used`: experts that the rows use together, at most. `layout`: of the linears' codes, if they are
+    quantised."""
     if jnp.dtype(dtype) != jnp.bfloat16:  # float16 may overflow before a norm
         return f"the weights are {jnp.dtype(dtype)}, and it takes bfloat16"
     if shape.head_dim not in HEAD_DIMS:
@@ -135,17 +141,22 @@ def unsupported_reason(
     for name, (out, into) in shape.linears().items():
         if out % WGMMA_M or into % TILE_K:
             return f"{name} is [{out}, {into}], and it takes multiples of 64"
-        if into > max_in_dim(batch):
-            return f"{name} has {into} inputs, and with {batch} rows it takes {max_in_dim(batch)} at most"
+        of_linear = None if name == "lm_head" else layout
+        if of_linear is not None and of_linear.group_size not in (None, TILE_K, 2 * TILE_K):
+            return f"the weights are {of_linear.name}, and it takes groups of 64 and 128"
+        if into % (TILE_K * chunk_k_tiles(of_linear)):
+            return f"{name} has {into} inputs, and of quantised weights it takes multiples of 128"
+        if into > (widest := max_in_dim(batch, layout=of_linear)):
+            return f"{name} has {into} inputs, and with {batch} rows it takes {widest} at most"
     if targets and rank % TILE_K:
         return f"experts have rank {rank}, and it takes multiples of {TILE_K}"
     plan = make_plan(
         shape.linears(), targets, batch=batch, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
-        cache_slots=TILE_M, max_experts_used=max_experts_used, rank=rank, num_ctas=num_ctas,
+        cache_slots=TILE_M, max_experts_used=max_experts_used, rank=rank, num_ctas=num_ctas, layout=layout,
     )  # fmt: skip
     if plan.stages < min_stages(shape.head_dim):
         if targets:
-            bare = unsupported_reason(shape, dtype, batch, num_ctas=num_ctas)
+            bare = unsupported_reason(shape, dtype, batch, num_ctas=num_ctas, layout=layout)
             return bare or no_smem_reason(max_experts_used, rank, batch)
         needed = f"heads of {shape.head_dim} dimensions need {min_stages(shape.head_dim)}"
         return f"inputs of {batch} rows leave room for {plan.stages} chunks of weights, and {needed}"
@@ -153,14 +164,20 @@ def unsupported_reason(
 
 
 def plan_for(
-    shape: Shape, experts: Experts | None, batch: int, cache_slots: int, num_ctas: int, smem_bytes: int = SMEM_BYTES
+    shape: Shape,
+    experts: Experts | None,
+    batch: int,
+    cache_slots: int,
+    num_ctas: int,
+    smem_bytes: int = SMEM_BYTES,
+    layout: QuantLayout | None = None,
 ) -> Plan:
     targets = () if experts is None else tuple(experts.a)
     return make_plan(
         shape.linears(), targets, batch=batch, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
         cache_slots=cache_slots, max_experts_used=1 if experts is None else len(experts.mixture.experts),
         rank=TILE_K if experts is None else next(iter(experts.a.values())).shape[2], num_ctas=num_ctas,
-        smem_bytes=smem_bytes,
+        smem_bytes=smem_bytes, layout=layout,
     )  # fmt: skip
 
 
@@ -207,7 +224,7 @@ def decode_token(
     if experts is not None:
         rank = next(iter(experts.a.values())).shape[2]
         used = {"targets": tuple(experts.a), "rank": rank, "max_experts_used": len(experts.mixture.experts)}
-    reason = unsupported_reason(shape, x.dtype, batch, **used, num_ctas=ctas)
+    reason = unsupported_reason(shape, x.dtype, batch, **used, num_ctas=ctas, layout=weights.layout)
     if reason is None and interpret is False and not one_launch:
         reason = "compiled, all phases are one launch"
     if reason is None and interpret is not False and one_launch and ctas > 1:
@@ -216,7 +233,8 @@ def decode_token(
         reason = "interpreted, devices do not reach each other's memory"
     if reason is not None:
         raise ValueError(f"decode_token cannot run: {reason}")
-    plan = plan_for(shape, experts, batch, slots, ctas, SMEM_BYTES - (profile.smem_bytes if profile else 0))
+    smem_bytes = SMEM_BYTES - (profile.smem_bytes if profile else 0)
+    plan = plan_for(shape, experts, batch, slots, ctas, smem_bytes, weights.layout)
     rows = ((0, plan.padded_batch - batch), (0, 0))
     x = jnp.pad(x, rows)
 
@@ -238,6 +256,7 @@ def decode_token(
         "positions": jnp.minimum(positions, slots).astype(jnp.int32), "windows": weights.windows,
         "cos": to_heads(cos, cos), "sin": to_heads(-sin, sin), "norms": weights.norms,
         "cache_k": cache_k, "cache_v": cache_v, "weights": weights.linears, "biases": weights.biases,
+        "scales": weights.scales,
     }  # fmt: skip
     if weights.q_norm is not None and weights.k_norm is not None:
         inputs |= {"q_norm": to_two(weights.q_norm), "k_norm": to_two(weights.k_norm)}

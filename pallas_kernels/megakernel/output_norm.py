@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.megakernel.buffers import Buffers
 from pallas_kernels.megakernel.epilogue import AddResidual, k_tile_rows
-from pallas_kernels.megakernel.plan import WGMMA_M, WGMMA_N, Plan
+from pallas_kernels.megakernel.plan import Plan
 from pallas_kernels.megakernel.register_tiles import (
     ROWS,
     inverse_rms,
@@ -32,6 +32,7 @@ from pallas_kernels.megakernel.register_tiles import (
     store_transposed,
 )
 from pallas_kernels.megakernel.schedule import div, div_rem, strided_share
+from pallas_kernels.megakernel.sizes import WGMMA_M, WGMMA_N
 
 SHAPE = WGMMA_M, WGMMA_N
 

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.megakernel.plan import WGMMA_M
+from pallas_kernels.megakernel.sizes import WGMMA_M
 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a vector [N], equal in all rows of a tile
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector [WGMMA_M], equal in all columns

@@ -122,7 +122,7 @@ def test_serving(folder: Path, lora: Path):
     config = ServeConfig(model=str(folder / "model"), adapters=(f"a={lora}",), quantize="int8", max_slots=2)
     models, _ = load_models(config, now=0)
     assert quantisation_of(models._engine.model) == INT8
-    with pytest.raises(UserError, match="strategy fused cannot run: the megakernel does not read int8 weights"):
+    with pytest.raises(UserError, match="strategy fused cannot run: it needs a Hopper GPU"):
         load_models(replace(config, strategy="fused"), now=0)
 
 

@@ -15,8 +15,10 @@ from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.models.config import LINEARS, ModelConfig, RopeConfig
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.kv_cache import KVCache
+from adafuse_jax.models.quantised import quantised
 from pallas_kernels.megakernel import Shape
 from pallas_kernels.megakernel.plan import make_plan
+from pallas_kernels.quantised import QuantLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class Case:
     bias: bool = False
     qk_norm: bool = False
     tied: bool = False
+    layout: QuantLayout | None = None
+    """Layout of the linears' codes, if they are quantised."""
     features: tuple[tuple[str, Any], ...] = ()
     """Other fields of `ModelConfig`."""
 
@@ -81,6 +85,8 @@ def make(case: Case, seed: int = 0) -> tuple[Backbone, AdaFuse | None, KVCache, 
 
     model = Backbone(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     model = jax.tree_util.tree_map_with_path(fill, model)
+    if case.layout is not None:
+        model = quantised(model, case.layout)
     adapter = None
     if case.targets:
         settings = AdapterConfig(

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import quick
 from fused_cases import GEMMA, GRANITE, LLAMA2_7B, Case, by_modules, in_fp32, make, plan_of
+from fused_check import check, interpreted, on_gpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from adafuse_jax.core.errors import UserError
@@ -26,48 +27,9 @@ from adafuse_jax.models.config import LINEARS
 from adafuse_jax.parallel.mesh import make_mesh, place_state, shard
 from pallas_kernels.megakernel import Shape, buffers, executor_np, kernel_sm90, unsupported_reason
 from pallas_kernels.megakernel import plan as plan_module
-from pallas_kernels.megakernel.plan import MAX_INPUT_BYTES, MAX_SPLIT_K, padded
+from pallas_kernels.megakernel.plan import MAX_INPUT_BYTES
 from pallas_kernels.megakernel.schedule import TileSchedule
-
-interpreted = pytest.mark.skipif(
-    jax.__version_info__ < (0, 12) or jax.default_backend() != "cpu",
-    reason="the interpreter runs on CPUs; before JAX 0.12 it fails unless every warpgroup sees a barrier's last phase",
-)
-on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
-
-
-def check(case: Case, *, compiled: bool, devices: int = 1, **options: Any) -> None:
-    """The errors against the fp32 modules are those of the bfloat16 modules, give or take one draw of their roundings, and
-    the experts are the same. `devices` that share the model."""
-    model, adapter, cache, tokens, positions = make(case)
-    exact, _, exact_cache = by_modules(in_fp32(model), in_fp32(adapter), in_fp32(cache), tokens, positions)
-    usual, routing, usual_cache = by_modules(model, adapter, cache, tokens, positions)
-    step = partial(fused_step, **options)
-    call: Any = jax.jit(step) if compiled else step
-    before = cache
-    if devices > 1:
-        mesh = make_mesh(devices, model.config)
-        model, adapter, before = shard(model, mesh), adapter and shard(adapter, mesh), place_state(cache, mesh)
-    logits, experts, after = call(model, adapter, Fused.of(model, adapter), tokens, positions, before)
-    first, *others = (np.asarray(part.data) for part in logits.addressable_shards)
-    for other in others:
-        np.testing.assert_array_equal(other, first)
-
-    def error(x: jax.Array, wanted: jax.Array) -> float:
-        x, wanted = np.asarray(x, np.float64), np.asarray(wanted, np.float64)
-        return float(np.linalg.norm(x - wanted) / np.linalg.norm(wanted))
-
-    assert error(logits, exact) <= 1.5 * error(usual, exact)
-    rows = np.arange(case.batch), positions
-    for name in ("k", "v"):
-        new, wanted, other = (getattr(c, name)[:, *rows] for c in (after, exact_cache, usual_cache))
-        assert error(new, wanted) <= 1.5 * error(other, wanted) + 2e-3
-        untouched = np.asarray(getattr(after, name)).copy()
-        untouched[:, *rows] = np.asarray(getattr(cache, name))[:, *rows]
-        np.testing.assert_array_equal(untouched, np.asarray(getattr(cache, name)))
-    if adapter is not None:
-        np.testing.assert_array_equal(experts.experts, routing.experts[:, 0])
-
+from pallas_kernels.megakernel.sizes import MAX_SPLIT_K, MAX_STAGES, padded
 
 INTERPRETED = {
     "bare, one launch": (Case(num_layers=2), {"num_ctas": 1}),
@@ -207,7 +169,7 @@ def test_schedule_of_many_experts_in_numpy(pieces, monkeypatch):
 @pytest.mark.parametrize("rank", [64, 128])
 def test_interpreted_with_h_in_pieces(rank, pieces, monkeypatch):
     """Pieces of two rank tiles, the last of which may be half of one."""
-    monkeypatch.setattr(plan_module, "min_stages", lambda head_dim: plan_module.MAX_STAGES + 1)
+    monkeypatch.setattr(plan_module, "min_stages", lambda head_dim: MAX_STAGES + 1)
     monkeypatch.setattr(plan_module, "H_PIECE_BYTES", 2 * 8 * 64 * 2)
     case = Case(batch=3, targets=("q_proj", "down_proj"), num_experts=5, rank=rank)
     parameters = plgpu.InterpretGPUParams(inline_mgpu="ignore")

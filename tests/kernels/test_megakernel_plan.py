@@ -15,8 +15,9 @@ from adafuse_jax.inference.backends.megakernel import fused_unsupported_reason
 from adafuse_jax.models.config import LINEARS
 from adafuse_jax.parallel.mesh import make_mesh, shard
 from pallas_kernels.megakernel import unsupported_reason
-from pallas_kernels.megakernel.plan import SMEM_BYTES, num_tiles
+from pallas_kernels.megakernel.plan import num_tiles
 from pallas_kernels.megakernel.schedule import Scalars, TileSchedule
+from pallas_kernels.megakernel.sizes import SMEM_BYTES
 
 
 @pytest.mark.parametrize(

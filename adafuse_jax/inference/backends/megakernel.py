@@ -30,6 +30,7 @@ from adafuse_jax.models.decoder import Backbone, score_options
 from adafuse_jax.models.hooks import TokenExperts
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.models.layers import Norm
+from adafuse_jax.models.quantised import quantisation_of
 from adafuse_jax.models.rotary import TABLE_FIELDS, layer_ropes, layer_rotations, rope_tables
 from adafuse_jax.parallel.axes import CACHE, TABLES, TENSOR, linear_axes, partition_spec
 from adafuse_jax.parallel.mesh import mesh_of
@@ -37,7 +38,8 @@ from pallas_kernels.megakernel import Experts, Shape, Weights, decode_token, uns
 from pallas_kernels.megakernel.activations import ACTIVATIONS
 from pallas_kernels.megakernel.mixture import Mixture, make_mixture
 from pallas_kernels.megakernel.op import NORM_PLACEMENTS
-from pallas_kernels.megakernel.plan import TILE_K
+from pallas_kernels.megakernel.sizes import TILE_K
+from pallas_kernels.quantised import QuantArray
 
 log = logging.getLogger(__name__)
 
@@ -80,15 +82,17 @@ class Fused:
 
     `norms`: all norms in front of blocks and the last one, stacked; `output_norms`: those behind blocks, if there are any.
     `a`, `b`: the experts' factors, the adapter's own arrays or, if they have another dtype or the rank is no multiple of 64,
-    copies padded with zeros. `table`: the gates of every token, if the router sees the token alone. `head`: a copy, if the
-    vocabulary is no multiple of 64, padded with zeros; of a sharded model with tied embeddings, sharded over the vocabulary.
-    `mesh`: of a sharded model. The factors of a bank are read from it."""
+    copies padded with zeros. `table`: the gates of every token, if the router sees the token alone. `scales`: those of
+    quantised linears, transposed: a tile's stand in a row. `head`: a copy, if the vocabulary is no multiple of 64, padded
+    with zeros; of a sharded model with tied embeddings, sharded over the vocabulary. `mesh`: of a sharded model. The factors
+    of a bank are read from it."""
 
     norms: Float[Array, "2L+1 D"]
     a: dict[str, Float[Array, "L E R in"]]
     b: dict[str, Float[Array, "L E out R"]]
     table: GateTable | None
     output_norms: Float[Array, "2L D"] | None = None
+    scales: dict[str, Float[Array, "L groups out"]] = field(default_factory=dict)
     head: Float[Array, "V D"] | None = None
     mesh: Mesh | None = field(default=None, metadata={"static": True})
 
@@ -112,6 +116,11 @@ class Fused:
             a={name: _padded(e.A[...].astype(dtype), 2, more[name]) for name, e in experts.items()},
             b={name: _padded(e.B[...].astype(dtype), 3, more[name]) for name, e in experts.items()},
             table=None if adapter is None or not sees_token_alone(adapter) else tabulate(model, adapter),
+            scales={
+                name: weight.scales.swapaxes(1, 2)
+                for name in LINEARS
+                if isinstance(weight := getattr(layers, name).weight[...], QuantArray)
+            },
             head=head,
             mesh=mesh,
         )
@@ -126,8 +135,9 @@ def weights_of(model: Backbone, fused: Fused) -> Weights:
     windows = config.sliding_windows or (None,) * config.num_layers
     ropes, rope_of_layer = layer_ropes(config)
     linears = {name: getattr(layers, name) for name in LINEARS}
+    weights = {name: linear.weight[...] for name, linear in linears.items()}
     return Weights(
-        linears={name: linear.weight[...] for name, linear in linears.items()} | {"lm_head": head},
+        linears={n: w.codes if isinstance(w, QuantArray) else w for n, w in weights.items()} | {"lm_head": head},
         biases={name: linear.bias[...] for name, linear in linears.items() if linear.bias is not None},
         norms=fused.norms,
         output_norms=fused.output_norms,
@@ -135,6 +145,8 @@ def weights_of(model: Backbone, fused: Fused) -> Weights:
         k_norm=None if layers.k_norm is None else norm_factor(layers.k_norm),
         windows=jnp.array([w or jnp.iinfo(jnp.int32).max // 2 for w in windows], jnp.int32),
         ropes=jnp.array(rope_of_layer, jnp.int32) if len(ropes) > 1 else None,
+        scales=fused.scales,
+        layout=quantisation_of(model),
     )
 
 
@@ -187,9 +199,9 @@ def fused_unsupported_reason(
         return f"each device has {shape.vocab_size} tokens of the vocabulary, and on a mesh it takes multiples of 64"
     if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
         return f"it needs a Hopper GPU, this is {device.device_kind}"
-    num_ctas = device.core_count
+    options: dict[str, Any] = {"num_ctas": device.core_count, "layout": quantisation_of(model)}
     if adapter is None:
-        return unsupported_reason(shape, model.dtype, batch, num_ctas=num_ctas)
+        return unsupported_reason(shape, model.dtype, batch, **options)
     if isinstance(adapter, AdapterBank):
         bucket = bucket or adapter.bucket
         settings: Any = bucket
@@ -199,7 +211,7 @@ def fused_unsupported_reason(
         num_experts, targets = adapter.config.num_experts, tuple(adapter.experts)
     return unsupported_reason(
         shape, model.dtype, batch, targets, rank=-(-settings.rank // TILE_K) * TILE_K,
-        max_experts_used=min(num_experts, batch * settings.top_k), num_ctas=num_ctas,
+        max_experts_used=min(num_experts, batch * settings.top_k), **options,
     )  # fmt: skip
 
 
@@ -302,6 +314,10 @@ def _over_devices(
     of_weights, of_experts = jax.tree.map(lambda _: whole, (weights, experts))
     of_weights.linears.update(specs("weight", weights.linears))
     of_weights.biases.update(specs("bias", weights.biases))
+    for name in weights.scales:
+        *layers_out, into = linear_axes(name, "weight")
+        is_grouped = weights.layout is not None and weights.layout.group_size is not None
+        of_weights.scales[name] = partition_spec((layers_out[0], into if is_grouped else "", layers_out[1]))
     if experts is not None:
         of_experts.a.update(specs("A", experts.a))
         of_experts.b.update(specs("B", experts.b))
@@ -334,6 +350,7 @@ class Megakernel(Backend):
 
     requires = "pre_gated"
     takes_bank = True
+    reads_quantised = True
 
     def __init__(self, model: Backbone, adapter: Any, strategy: str = "fused", fallback: Backend | None = None):
         self._model, self._adapter, self.strategy, self._fallback = model, adapter, strategy, fallback
