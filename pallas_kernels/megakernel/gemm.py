@@ -207,10 +207,9 @@ class Gemm:
             if reduce_at is not None:
                 pl.when(n == reduce_at)(lambda: self.hidden.reduce(layer))
             wanted = True if reduce_at is None else n < end
-            row: Any = 0
+            row = (tile.first - schedule.first_k_tile) * plan.padded_batch  # of A, and 0 of W; codes do not use it
             chunks, codes = tile.chunks, 0
             if group.adapted:
-                row = jnp.where(tile.is_a, (tile.first - schedule.first_k_tile) * plan.padded_batch, 0)
                 wanted &= tile.chunks > 0
                 chunks = jnp.where(wanted, chunks, 0)
             if self.quantised_product is not None:

@@ -43,10 +43,10 @@ class Pipeline:
 
     A chunk may come from two places, in two halves or as codes and scales, each with a barrier of its own, `full` and
     `second_half_full`: each would complete one that waits for one arrival. Codes are in `codes_smem`, which takes the same
-    place as `stages_smem`, and `scales_smem`. A phase's first chunks come while the CTAs exchange partial sums, and
-    whatever they store or load meanwhile waits behind copies in flight; so of the first `num_stages` of a phase no more
-    than
-    `copies_during_exchange` are in flight at once."""
+    place as `stages_smem`, and their scales in `scales_smem`.
+
+    A phase's first chunks come while the CTAs exchange partial sums, and whatever they store or load meanwhile waits behind
+    copies in flight; so of the first `num_stages` of a phase no more than `copies_during_exchange` are in flight at once."""
 
     def __init__(
         self,

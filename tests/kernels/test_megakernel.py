@@ -30,6 +30,7 @@ from pallas_kernels.megakernel import plan as plan_module
 from pallas_kernels.megakernel.plan import MAX_INPUT_BYTES
 from pallas_kernels.megakernel.schedule import TileSchedule
 from pallas_kernels.megakernel.sizes import MAX_SPLIT_K, MAX_STAGES, padded
+from pallas_kernels.quantised import INT4
 
 INTERPRETED = {
     "bare, one launch": (Case(num_layers=2), {"num_ctas": 1}),
@@ -215,6 +216,7 @@ TOGETHER = {
     "biases, context router": Case(batch=3, targets=("o_proj", "up_proj"), hidden_dim=256, bias=True, rank=40),
     "as many keys as queries": Case(num_layers=3, heads=(8, 8, 64), hidden_dim=256, targets=LINEARS),
     "Gemma": replace(GEMMA, heads=(4, 2, 256), hidden_dim=256),
+    "int4, two rows": Case(batch=2, targets=LINEARS, hidden_dim=512, num_layers=2, embed_dim=256, layout=INT4),
 }  # fmt: skip
 
 
@@ -269,6 +271,7 @@ def attended(cases: dict[str, tuple[Case, int]], devices: int = 1) -> set[str]:
             num_heads=heads // devices, num_kv_heads=kv // devices, head_dim=head_dim, vocab_size=case.vocab_size // devices,
         )  # fmt: skip
         options = {"batch": case.batch, "cache_slots": case.slots, "num_ctas": num_ctas, "adapted": case.targets}
+        options |= {"layout": case.layout}
         if plan_of(shape, **options, max_experts_used=min(case.num_experts, case.top_k * case.batch)).o.fused_attention:
             found.add(name)
     return found

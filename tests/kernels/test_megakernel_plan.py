@@ -18,6 +18,7 @@ from pallas_kernels.megakernel import unsupported_reason
 from pallas_kernels.megakernel.plan import num_tiles
 from pallas_kernels.megakernel.schedule import Scalars, TileSchedule
 from pallas_kernels.megakernel.sizes import SMEM_BYTES
+from pallas_kernels.quantised import INT4, INT4_G64, INT8
 
 
 @pytest.mark.parametrize(
@@ -105,13 +106,13 @@ MODELS = {  # D, F, query and key-value heads, their dimensions, V
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_are_planned(name):
-    """At 1, 8 and 32 rows, bare and with experts in all linears."""
+    """At 1, 8 and 32 rows, bare and with experts in all linears, in bfloat16 and quantised."""
     sizes = ("embed_dim", "hidden_dim", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
     shape = replace(LLAMA2_7B, **dict(zip(sizes, MODELS[name], strict=True)))
-    for batch in (1, 8, 32):
-        for targets in ((), LINEARS):
-            used = {"rank": 128, "max_experts_used": 2 * batch}
-            assert unsupported_reason(shape, jnp.bfloat16, batch, targets, **used) is None
+    layouts = None, INT8, INT4, INT4_G64
+    for batch, targets, layout in itertools.product((1, 8, 32), ((), LINEARS), layouts):
+        used = {"rank": 128, "max_experts_used": 2 * batch, "layout": layout}
+        assert unsupported_reason(shape, jnp.bfloat16, batch, targets, **used) is None
 
 
 def test_a_padded_head_is_refused_on_a_mesh():

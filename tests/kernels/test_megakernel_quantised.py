@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
-from fused_cases import LLAMA2_7B, Case, make, plan_of
+from fused_cases import GEMMA, GRANITE, LLAMA2_7B, Case, make, plan_of
 from fused_check import check, interpreted, on_gpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -30,6 +30,11 @@ from pallas_kernels.quantised.reference import dequantise_np
 
 LAYOUTS = {layout.name: layout for layout in (INT8, INT4, INT4_G64)}
 SMALL = Case(embed_dim=128, hidden_dim=384, heads=(4, 2, 64))
+FAMILIES = {
+    "Gemma": replace(GEMMA, hidden_dim=256),
+    "Gemma, context in parts, three rows": replace(GEMMA, hidden_dim=256, batch=3, slots=1024, position=900),
+    "Granite, two rows": replace(GRANITE, hidden_dim=256, num_layers=2, batch=2),
+}
 CASES = {
     "int8, q and down, two rows": (replace(SMALL, batch=2, targets=("q_proj", "down_proj"), layout=INT8), 3),
     "int4-g64, bare": (replace(SMALL, layout=INT4_G64), 3),
@@ -37,6 +42,7 @@ CASES = {
     "int8, two blocks attend to the same heads": (
         Case(embed_dim=512, hidden_dim=256, heads=(4, 4, 128), targets=("o_proj",), layout=INT8), 8
     ),
+    "int4, Gemma": (replace(FAMILIES["Gemma"], layout=INT4), 3),
 }  # fmt: skip
 COMPILED = {
     f"{name}, {what}": replace(case, layout=layout)
@@ -49,6 +55,9 @@ COMPILED = {
         ),
         "32 rows": replace(SMALL, batch=32, num_layers=2, embed_dim=768, hidden_dim=1536, targets=LINEARS),
     }.items()
+} | {
+    f"{layout.name}, {family}": replace(FAMILIES[family], layout=layout)
+    for layout, family in zip((INT4, INT8, INT4_G64), FAMILIES, strict=True)
 }
 
 
@@ -117,7 +126,7 @@ def test_dequantised_in_registers(name):
     np.testing.assert_array_equal(np.concatenate(list(found), 1), codes_np(layout))
 
 
-@pytest.mark.parametrize("name", ["int8, q and down, two rows", "int4-g64, bare", "int4, all 7"])
+@pytest.mark.parametrize("name", ["int8, q and down, two rows", "int4-g64, bare", "int4, all 7", "int4, Gemma"])
 def test_lowers_for_a_gpu_without_one(name):
     model, adapter, cache, tokens, positions = make(CASES[name][0])
     arguments = jax.eval_shape(lambda: (model, adapter, Fused.of(model, adapter), tokens, positions, cache))
