@@ -53,7 +53,7 @@ TABLE = (
     Row("q_norm", "[L, H]", "bf16, fp32", "caller, or absent", "attention"),
     Row("k_norm", "[L, H]", "bf16, fp32", "caller, or absent", "attention"),
     Row("weights", "by linear [L, out, in]; lm_head [V, D]", "bf16; of layers perhaps uint8", "caller", "every group"),
-    Row("scales", "by linear [L, groups, out]", "bf16, fp32", "caller, or absent", "every group: W x"),
+    Row("scales", "by linear [L, groups, out]", "bf16, fp16, fp32", "caller, or absent", "every group: W x"),
     Row("biases", "by linear [L, out]", "bf16", "caller", "every group"),
     Row("a", "by adapted linear [L, E, R, in]", "bf16", "caller", "its group"),
     Row("b", "by adapted linear [L, E, out, R]", "bf16", "caller", "its group"),

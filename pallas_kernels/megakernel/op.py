@@ -5,7 +5,7 @@
 
 with every adapted linear f(h) = W h + Σ_u g_u s B[e_u] (A[e_u] h): the experts e and gates g of a row are the same in all
 layers and known before the launch (arXiv 2603.11873, Eq. 2), so their factors are read along with the weights. Some
-families have norms of what a block adds, x + m · norm(o(…)).
+families have norms of what a block adds, x + m · norm(o(…)). W may be codes and scales, which the kernel dequantises.
 
 It runs on Hopper (Mosaic GPU). Elsewhere, and for shapes that `unsupported_reason` names, decode with the model's own
 modules."""

@@ -37,7 +37,7 @@ FAMILIES = {
 }
 CASES = {
     "int8, q and down, two rows": (replace(SMALL, batch=2, targets=("q_proj", "down_proj"), layout=INT8), 3),
-    "int4-g64, bare": (replace(SMALL, layout=INT4_G64), 3),
+    "int4-g64, bare": (replace(SMALL, heads=(4, 1, 64), layout=INT4_G64), 3),
     "int4, all 7": (replace(SMALL, targets=LINEARS, layout=INT4), 2),
     "int8, two blocks attend to the same heads": (
         Case(embed_dim=512, hidden_dim=256, heads=(4, 4, 128), targets=("o_proj",), layout=INT8), 8
@@ -48,7 +48,7 @@ COMPILED = {
     f"{name}, {what}": replace(case, layout=layout)
     for name, layout in LAYOUTS.items()
     for what, case in {
-        "bare": replace(SMALL, num_layers=3),
+        "bare": replace(SMALL, num_layers=3, heads=(4, 1, 64)),
         "all 7": replace(SMALL, num_layers=2, targets=LINEARS),
         "biases, norms": replace(
             SMALL, heads=(4, 2, 128), targets=("q_proj", "up_proj"), bias=True, qk_norm=True, embed_dim=384
