@@ -160,8 +160,15 @@ def test_what_it_cannot_read_is_said():
         ({}, QuantLayout(4, 32), "the weights are int4-g32, and it takes groups of 64 and 128"),
         ({"hidden_dim": 11072}, INT8, "down_proj has 11072 inputs, and of quantised weights it takes multiples of 128"),
         ({"hidden_dim": 28800}, INT4, "with 32 rows it takes 28672 at most"),
+        (
+            {"hidden_dim": 16512, "head_dim": 256},
+            INT4_G64,
+            "room for 7 chunks of weights, and heads of 256",
+        ),  # in bf16 8
     ):
-        assert said in (unsupported_reason(replace(LLAMA2_7B, **changes), jnp.bfloat16, 32, layout=layout) or "")
+        assert said in (
+            unsupported_reason(replace(LLAMA2_7B, **changes), jnp.bfloat16, 32, LINEARS, layout=layout) or ""
+        )
     for layout in LAYOUTS.values():
         for batch in (1, 32):
             used = {"rank": 64, "max_experts_used": min(8, 2 * batch), "layout": layout}
