@@ -345,7 +345,7 @@ def default_unsupported_reason(model: Backbone, adapter: Any = None) -> str | No
 class Megakernel(Backend):
     """All layers and the head by one kernel, for AdaFuse, a bank of adapters or the bare model.
 
-    `fallback` decodes batches that the kernel cannot; without one they are refused.
+    `fallback` decodes batches that the kernel cannot, or not as fast; without one the former are refused.
     """
 
     requires = "pre_gated"
@@ -365,11 +365,13 @@ class Megakernel(Backend):
 
     def for_batch(self, batch: int) -> Backend:
         if batch not in self._reasons:
-            self._reasons[batch] = reason = self.unsupported_reason(self._model, self._adapter, batch)
-            if reason is not None and self._fallback is not None:
-                log.log(
-                    dispatch_log_level(), "decoding %d prompts unfused: the megakernel cannot, as %s", batch, reason
-                )
+            reason = self.unsupported_reason(self._model, self._adapter, batch)
+            if self._fallback is not None:
+                why = self._fallback.faster_reason(batch) if reason is None else f"the megakernel cannot, as {reason}"
+                if why is not None:
+                    log.log(dispatch_log_level(), "decoding %d prompts unfused: %s", batch, why)
+                reason = why
+            self._reasons[batch] = reason
             if reason is None and self.bank is not None:
                 self.bank.limit(partial(fused_unsupported_reason, self._model, batch, self.bank))
         if (reason := self._reasons[batch]) is None:

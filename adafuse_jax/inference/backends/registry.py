@@ -55,7 +55,7 @@ def _quantised_reason(strategy: str, layout: QuantLayout | None) -> str | None:
 
 def choose_backend(strategy: str | None, model: Backbone, adapter: AnyAdapter | AdapterBank | None) -> Backend:
     """The backend of a strategy, prepared. None: *fused* where it can run, on `TRIED_DEVICES` at most, and batches that it
-    cannot decode unmerged; else *unmerged*. The choice is logged.
+    cannot decode, or not as fast, unmerged; else *unmerged*. The choice is logged.
 
     Raises `UserError` for an unknown strategy, one that merges and no adapter, one that does not fit the adapter or several
     devices, and one that cannot run.
@@ -87,7 +87,7 @@ def _default(model: Backbone, adapter: AnyAdapter | AdapterBank | None) -> Backe
     if isinstance(adapter, AnyAdapter) and "fused" not in strategies_of(adapter.config):
         log.log(dispatch_log_level(), "decoding unmerged")
         return unfused
-    reason = default_unsupported_reason(model, adapter)
+    reason = default_unsupported_reason(model, adapter) or unfused.faster_reason(batch=1)
     if reason is not None:
         log.log(dispatch_log_level(), "decoding unmerged: fused is not used, as %s", reason)
         return unfused
