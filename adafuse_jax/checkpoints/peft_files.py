@@ -234,11 +234,7 @@ def _modules_in(
     for name in tensors:
         match = NAME.fullmatch(name)
         if match is None or match["module"] not in linears:
-            modules = " ".join(module.rsplit(".", 1)[-1] for module in linears)
-            raise UserError(
-                f"{path}: tensor {shortened(name, 120)} is not of a LoRA of {modules}; merge the adapter with PEFT, and "
-                "give the result as --model"
-            )
+            raise _unsupported(name, linears, path)
         prefixes.add(match["prefix"])
         found.add(match["module"])
     if not found:
@@ -246,6 +242,16 @@ def _modules_in(
     if len(prefixes) > 1:
         raise UserError(f"{path}: holds layers under {' and '.join(map(quoted, sorted(prefixes)))}; restore the file")
     return prefixes.pop(), tuple(module for module in linears if module in found)
+
+
+def _unsupported(tensor: str, linears: Iterable[str], path: Path) -> UserError:
+    """The error of a tensor of no linear, by the key of adapter_config.json where that selects its module."""
+    names = [name.rsplit(".", 1)[-1] for name in linears]
+    module = tensor.rsplit(".lora_", 1)[0].rsplit(".", 1)[-1]
+    fault = f"tensor {shortened(tensor, 120)} is not of a LoRA of {' '.join(names)}"
+    if ".lora_" in tensor and module not in names:
+        fault = f"target_modules has {shortened(module, 40)}, whose LoRA is not supported; supported: {' '.join(names)}"
+    return UserError(f"{path}: {fault}; merge the adapter with PEFT, and give the result as --model")
 
 
 def _require_selected(selection: AdaptedModules, tensors: dict[str, np.ndarray], path: Path) -> None:

@@ -298,6 +298,13 @@ class TestRefused:
         with pytest.raises(UserError, match=expected):
             self.load(directory, config)
 
+    @pytest.mark.parametrize("name", peft_files.PLAIN)
+    def test_variants_are_refused_by_their_keys(self, directory, config, name):
+        table = json.loads((directory / FILES[0]).read_text()) | {name: "other"}
+        (directory / FILES[0]).write_text(json.dumps(table))
+        with pytest.raises(UserError, match=f"{name} 'other' is not supported; merge the adapter with PEFT"):
+            self.load(directory, config)
+
     def test_tensors(self, directory, config):
         path = directory / FILES[1]
         tensors = load_file(path)
@@ -305,7 +312,11 @@ class TestRefused:
         save_file({k: v for k, v in tensors.items() if k != missing}, path)
         with pytest.raises(UserError, match=r"up_proj.lora_B.weight is missing"):
             self.load(directory, config)
-        save_file(tensors | {"base_model.model.lm_head.lora_A.weight": np.zeros((4, 4))}, path)
+        for module, factor in (("lm_head", "lora_A.weight"), ("model.embed_tokens", "lora_embedding_A")):
+            save_file(tensors | {f"base_model.model.{module}.{factor}": np.zeros((4, 4))}, path)
+            with pytest.raises(UserError, match=rf"target_modules has {module.split('.')[-1]}, whose LoRA is not supp"):
+                self.load(directory, config)
+        save_file(tensors | {"base_model.model.model.layers.0.mlp.up_proj.ia3_l": np.zeros((4, 4))}, path)
         with pytest.raises(UserError, match="not of a LoRA of"):
             self.load(directory, config)
         save_file(tensors | {tensor_name(2, "mlp.up_proj", "B"): tensors[missing]}, path)
