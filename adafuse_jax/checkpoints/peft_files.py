@@ -39,7 +39,7 @@ NAME = re.compile(
 PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",), "layer_replication": ([],), "trainable_token_indices": ([], {}), "target_parameters": ([],),
     "fan_in_fan_out": (False,), "use_qalora": (False,), "use_bdlora": (False,), "alora_invocation_tokens": ([],),
-    "arrow_config": (), "kasa_config": (), "monteclora_config": (),
+    "arrow_config": (), "kasa_config": (), "monteclora_config": (), "velora_config": (),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the backbone
 }  # fmt: skip
 """Variants of LoRA that have other mathematics → the values that leave it plain; None and absence do too."""
