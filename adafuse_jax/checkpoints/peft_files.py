@@ -244,13 +244,17 @@ def _modules_in(
     return prefixes.pop(), tuple(module for module in linears if module in found)
 
 
+ADAPTED = re.compile(r"\.(?:lora_|base_layer\.)")
+"""In the names of an adapted module's tensors, behind the module's own name."""
+
+
 def _unsupported(tensor: str, linears: Iterable[str], path: Path) -> UserError:
     """The error of a tensor of no linear, by the key of adapter_config.json where that selects its module."""
     names = [name.rsplit(".", 1)[-1] for name in linears]
-    module = tensor.rsplit(".lora_", 1)[0].rsplit(".", 1)[-1]
+    module, *rest = ADAPTED.split(tensor, maxsplit=1)
     fault = f"tensor {shortened(tensor, 120)} is not of a LoRA of {' '.join(names)}"
-    if ".lora_" in tensor and module not in names:
-        fault = f"target_modules has {shortened(module, 40)}, whose LoRA is not supported; supported: {' '.join(names)}"
+    if rest and (name := module.rsplit(".", 1)[-1]) not in names:
+        fault = f"target_modules has {shortened(name, 40)}, whose LoRA is not supported; supported: {' '.join(names)}"
     return UserError(f"{path}: {fault}; merge the adapter with PEFT, and give the result as --model")
 
 

@@ -312,9 +312,9 @@ class TestRefused:
         save_file({k: v for k, v in tensors.items() if k != missing}, path)
         with pytest.raises(UserError, match=r"up_proj.lora_B.weight is missing"):
             self.load(directory, config)
-        for module, factor in (("lm_head", "lora_A.weight"), ("model.embed_tokens", "lora_embedding_A")):
-            save_file(tensors | {f"base_model.model.{module}.{factor}": np.zeros((4, 4))}, path)
-            with pytest.raises(UserError, match=rf"target_modules has {module.split('.')[-1]}, whose LoRA is not supp"):
+        for name in ("lm_head.lora_A.weight", "lm_head.base_layer.weight", "model.embed_tokens.lora_embedding_A"):
+            save_file(tensors | {f"base_model.model.{name}": np.zeros((4, 4))}, path)
+            with pytest.raises(UserError, match=r"target_modules has (lm_head|embed_tokens), whose LoRA is not supp"):
                 self.load(directory, config)
         save_file(tensors | {"base_model.model.model.layers.0.mlp.up_proj.ia3_l": np.zeros((4, 4))}, path)
         with pytest.raises(UserError, match="not of a LoRA of"):
