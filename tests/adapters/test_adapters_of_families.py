@@ -130,7 +130,7 @@ def test_decoding(models, family: str, name: str):
 
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_gradient(models, family: str, name: str):
-    """Of a weighted sum of the hidden states, in one direction of all experts and one of all routers."""
+    """The slope of a weighted sum of the hidden states, along one direction of all experts and one of all routers."""
     model = models(family)
     adapter, tokens = make(name, model), np.asarray(tokens_of(model, (1, TOKENS))[0])
     exact, exact_adapter = jax.tree.map(f64, model), jax.tree.map(f64, adapter)
