@@ -228,7 +228,7 @@ class TestRefusals:
             (("sparsity_config",), {"format": "sparse-24-bitmask"}, "it is not supported"),
             (("sparsity_config",), "dense", "it must be an object"),
             (("transform_config",), {"config_groups": {"u": {}}}, "it is not supported"),
-            (("ignore",), [], "the head is quantised"),
+            (("ignore",), [], "the head is int4; supported: all linears, the head plain or int8"),
             (("ignore",), ["lm_head", "model.layers.0.mlp.up_proj"], "'model.layers.0.mlp.up_proj' is not quantised"),
             (("config_groups", "group_0", "weights", "group_size"), 32, "has shape"),
         ],

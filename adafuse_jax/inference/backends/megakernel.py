@@ -29,6 +29,7 @@ from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig, u
 from adafuse_jax.models.decoder import Backbone, score_options
 from adafuse_jax.models.hooks import TokenExperts
 from adafuse_jax.models.kv_cache import KVCache
+from adafuse_jax.models.quantised import head_quantisation_of
 from adafuse_jax.models.rotary import TABLE_FIELDS, layer_rotations, rotation
 from adafuse_jax.parallel.axes import CACHE, TABLES, TENSOR, linear_axes, partition_spec
 from adafuse_jax.parallel.mesh import mesh_of
@@ -107,7 +108,7 @@ class Fused:
 def weights_of(model: Backbone, fused: Fused) -> Weights:
     """The model's own arrays by name."""
     config, layers = model.config, model.layers
-    head = fused.head
+    head: Any = fused.head
     if head is None:
         head = model.head
     windows = config.sliding_windows or (None,) * config.num_layers
@@ -140,6 +141,8 @@ def fused_unsupported_reason(
     whose factors the kernel reads, or a bank, in its present bucket or another; None for the bare backbone."""
     if reason := unsupported_field(model.config, CONSUMED_FIELDS | IRRELEVANT_FIELDS.keys()):
         return reason
+    if (layout := head_quantisation_of(model)) is not None:
+        return f"it reads a plain head, and this one is {layout.name}"
     device, mesh = next(iter(model.embed_tokens[...].devices())), mesh_of(model)
     if mesh is not None and (mesh.axis_names != (TENSOR,) or [*mesh.devices] != jax.local_devices()[: mesh.size]):
         return f"it runs on a mesh of one axis over the first devices of one process, and this is {mesh}"
