@@ -62,7 +62,8 @@ def with_quantised_head(model: Backbone, scale_dtype: DTypeLike | None = None) -
     """The backbone with the head quantised. One that was tied is untied: the embedding stays as it is."""
     head, config = (model.embed_tokens if model.lm_head is None else model.lm_head)[...], untied(model.config)
     new = jax.eval_shape(lambda: Backbone(config, dtype=model.dtype, rngs=nnx.Rngs(0)))
-    new.layers, new.norm, new.embed_tokens = model.layers, model.norm, model.embed_tokens
+    new.layers = jax.tree.map(lambda leaf: leaf, model.layers)
+    new.layers.config, new.norm, new.embed_tokens = config, model.norm, model.embed_tokens
     new.lm_head = nnx.Param(quantise(head, HEAD_LAYOUT, scale_dtype or HEAD_LAYOUT.scale_dtype(model.dtype)))
     return new
 

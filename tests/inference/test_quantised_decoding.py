@@ -25,7 +25,7 @@ from adafuse_jax.inference.backends.unfused import LayerKernels
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.models.config import LINEARS
 from adafuse_jax.models.decoder import Backbone
-from adafuse_jax.models.quantised import quantised
+from adafuse_jax.models.quantised import head_quantisation_of, quantised
 from pallas_kernels.quantised import INT8, QuantLayout
 
 SMALL = Case(
@@ -43,6 +43,8 @@ def dequantised(model: Backbone) -> Backbone:
     for name in LINEARS:
         linear = getattr(plain.layers, name)
         linear.weight = nnx.Param(linear.weight[...].dequantised("float32"))
+    if head_quantisation_of(model) is not None:
+        plain.lm_head = nnx.Param(model.head.dequantised("float32"))
     return plain
 
 
@@ -50,7 +52,7 @@ def dequantised(model: Backbone) -> Backbone:
 def test_layer_kernels(name: str):
     case, layout = CASES[name]
     model, adapter, cache, tokens, positions = in_fp32(make(case))
-    model = quantised(model, layout)
+    model = quantised(model, layout, head=layout == INT8)
     wanted, routing, wanted_cache = jax.jit(by_modules)(model, adapter, cache, tokens, positions)
     step = jax.jit(partial(portable_step, interpret=True))
     logits, experts, found = step(model, adapter, tokens, positions, cache)
@@ -63,7 +65,7 @@ def test_layer_kernels(name: str):
 def test_tokens_are_those_of_the_dequantised_weights(caplog):
     """By the default strategy, which is unmerged, with the reason in the log."""
     model, adapter, *_ = in_fp32(make(replace(SMALL, num_layers=1, targets=("q_proj", "down_proj"))))
-    model = quantised(model, INT8)
+    model = quantised(model, INT8, head=True)
     plain = dequantised(model)
     caplog.set_level(logging.DEBUG, "adafuse_jax.inference.backends.registry")
     engine = Engine(model, adapter, eos_ids=())
