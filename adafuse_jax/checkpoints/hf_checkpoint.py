@@ -203,7 +203,7 @@ def load_backbone(
         if of_leaf is not None:
             parts = ([tensors.view(part_name(name, part)) for part in of_leaf.parts] for name in names[index])
             of_layers = (of_leaf.of_rows(of_layer, rows) for of_layer in parts)
-            return place.fill_quantised(leaf[...], logical_axes(path), of_layers, of_leaf)
+            return place.fill_quantised(leaf[...], logical_axes(path), of_layers, of_leaf, dtype)
         return place.fill(leaf[...], logical_axes(path), (tensors.view(name)[rows] for name in names[index]))
 
     with ThreadPoolExecutor(place.num_threads) as threads:
@@ -218,7 +218,7 @@ def load_backbone(
             name = of_leaf[int(np.argmin(finite))]
             if (of_part := form_of(path, leaf)) is not None:  # by its scales
                 name = part_name(name, of_part.parts[-1])
-            raise _not_finite(tensors, name, leaf.dtype)
+            raise _not_finite(tensors, name, jnp.dtype(dtype))
     arrays = [(path, leaf.replace(array)) for (path, leaf), (array, _) in zip(leaves, filled, strict=True)]
     return nnx.merge(graphdef, nnx.from_flat_state(arrays))
 
