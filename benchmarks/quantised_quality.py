@@ -5,7 +5,7 @@
 
 The text is split into rows of `--length` tokens, each scored from its second token on; float32, in both programs. `--rows`
 gets the tokens for the reference. The change has its standard error over the tokens: rounding moves the loss of each by far
-more than their mean, so that a few thousand tokens leave a tenth of a percent open. `--record` has an entry for each model;
+more than their mean, so that a few thousand tokens leave a tenth of a percent open. `--record` has an entry for each label;
 what is measured again replaces its own part.
 """
 
@@ -86,6 +86,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--quantize-head", action="store_true", help="the head in 8 bits, too")
     parser.add_argument("--rows", type=Path, help="JSON of the rows")
     parser.add_argument("--record", type=Path, help="JSON of the results")
+    parser.add_argument("--label", help="of the record's entry; default: the directory's name")
     arguments = parser.parse_args(argv)
     runtime.exact_float32()
     checkpoint = HFCheckpoint.open(arguments.model)
@@ -100,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
     found = measure(checkpoint, rows, arguments.quantize, head=arguments.quantize_head)
     if arguments.record is not None:
         records = json.loads(arguments.record.read_text()) if arguments.record.exists() else {}
-        key = checkpoint.directory.name + (", head in 8 bits" if arguments.quantize_head else "")
+        key = arguments.label or checkpoint.directory.name
         settings = {**facts(), "command": command_line("benchmarks.quantised_quality", argv), "tokens": rows.size}
         records[key] = records.get(key, {}) | settings | found
         write_json(arguments.record, records)

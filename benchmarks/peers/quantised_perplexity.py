@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--quantize", choices=SCHEMES, required=True)
     parser.add_argument("--record", type=Path, help="JSON of benchmarks.quantised_quality")
+    parser.add_argument("--label", help="of the record's entry; default: the directory's name")
     arguments = parser.parse_args()
     bits, group_size = SCHEMES[arguments.quantize]
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
@@ -58,7 +59,7 @@ def main() -> None:
     print(f"{arguments.quantize}: {perplexity:.4f}")
     if arguments.record is not None:
         records = json.loads(arguments.record.read_text())
-        torch_rows = records[Path(arguments.model).name].setdefault("torch", {"version": torch.__version__})
+        torch_rows = records[arguments.label or Path(arguments.model).name].setdefault("torch", {"version": torch.__version__})
         torch_rows[arguments.quantize] = round(perplexity, 4)
         arguments.record.write_text(json.dumps(records, indent=2) + "\n")
 
