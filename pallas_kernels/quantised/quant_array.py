@@ -3,8 +3,8 @@
     W[o, i] = s[o, g] · (c[o, i] − 2^(bits−1))        g = i // group_size, or 0 where a row has one scale
     s = f · max|W| / (2^(bits−1) − 1),   c = round(W / s) + 2^(bits−1), limited to 0 … 2^bits − 1
 
-f is the one of `FACTORS` with the least squared error of a row (8 bits) or group (4): of 4 bits a smaller one limits the
-largest weights, and is nearer to all others; of 8 bits all are about as near, and some happen to meet the row's weights.
+f is 1 for 8 bits; for 4 bits each group has the one of `FACTORS` with the least squared error: a smaller one cuts the
+largest weights off, and is nearer to all others.
 
     bits   group_size   codes, uint8       scales
     8      None         [..., out, in]     [..., out, 1]
@@ -26,11 +26,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
-FACTORS: dict[int, tuple[float, ...]] = {
-    8: (1.0, 0.996, 1.004, 0.992, 1.008, 0.988, 1.012, 0.984),
-    4: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72),
-}
-"""Bits → scales that are tried, as shares of the one with which the largest weight is exact."""
+FACTORS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
+"""Scales of 4 bits that are tried, as shares of the one with which the largest weight is exact."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +125,8 @@ class QuantArray:
 
 
 def quantise(weight: Float[Array, "*layers out in"], layout: QuantLayout, scale_dtype: DTypeLike) -> QuantArray:
-    """The nearest codes for the scales as they are rounded to `scale_dtype`, those of `FACTORS` with the least squared
-    error. A weight that is not finite makes a scale that is not. Raises `ValueError` for columns that are not whole
+    """The nearest codes for the scales as they are rounded to `scale_dtype`, of 4 bits those of `FACTORS` with the least
+    squared error. A weight that is not finite makes a scale that is not. Raises `ValueError` for columns that are not whole
     groups."""
     grouped = weight.astype(jnp.float32).reshape(*weight.shape[:-1], layout.groups(weight.shape[-1]), -1)
     largest = jnp.abs(grouped).max(axis=-1) / (layout.offset - 1)
@@ -145,8 +142,10 @@ def quantise(weight: Float[Array, "*layers out in"], layout: QuantLayout, scale_
         is_less = error < best[0]
         return (jnp.where(is_less, error, best[0]), jnp.where(is_less, scales, best[1])), None
 
-    unknown = jnp.full_like(largest, jnp.inf), largest.astype(scale_dtype)
-    (_, scales), _ = jax.lax.scan(better, unknown, jnp.array(FACTORS[layout.bits], jnp.float32))
+    scales = largest.astype(scale_dtype)
+    if layout.bits == 4:
+        unknown = jnp.full_like(largest, jnp.inf)
+        (_, scales), _ = jax.lax.scan(better, (unknown, scales), jnp.array(FACTORS, jnp.float32))
     codes = (rounded(scales) + layout.offset).astype(jnp.uint8)
     return QuantArray(layout.pack(codes.reshape(weight.shape)), scales, layout)
 

@@ -27,7 +27,7 @@ def drawn(layout: QuantLayout, dtype: str, out: int = 9, in_dim: int = 256) -> t
 def test_against_numpy(layout: QuantLayout, dtype: str):
     weight, found = drawn(layout, dtype)
     scales = np.asarray(found.scales, np.float64)
-    candidates = [scales_np(weight, layout, factor) for factor in FACTORS[layout.bits]]
+    candidates = [scales_np(weight, layout, factor) for factor in (FACTORS if layout.bits == 4 else (1.0,))]
     candidates = [c.astype(found.dtype).astype(np.float64) for c in candidates]
     eps = float(jnp.finfo(found.dtype).eps)
     assert np.any([np.isclose(scales, c, rtol=eps, atol=0) for c in candidates], axis=0).all()
