@@ -59,8 +59,8 @@ def main() -> None:
     print(f"{arguments.quantize}: {perplexity:.4f}")
     if arguments.record is not None:
         records = json.loads(arguments.record.read_text())
-        torch_rows = records[arguments.label or Path(arguments.model).name].setdefault("torch", {"version": torch.__version__})
-        torch_rows[arguments.quantize] = round(perplexity, 4)
+        entry = records[arguments.label or Path(arguments.model).name]
+        entry.setdefault("torch", {"version": torch.__version__})[arguments.quantize] = round(perplexity, 4)
         arguments.record.write_text(json.dumps(records, indent=2) + "\n")
 
 
