@@ -26,7 +26,7 @@ from adafuse_jax.inference.engine import Engine
 from adafuse_jax.models.config import LINEARS
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.quantised import head_quantisation_of, quantised
-from pallas_kernels.quantised import INT8, QuantLayout
+from pallas_kernels.quantised import INT4_G64, INT8, QuantLayout
 
 SMALL = Case(
     num_layers=2, slots=64, position=40, embed_dim=96, hidden_dim=160, heads=(4, 2, 32), vocab_size=250, rank=8
@@ -60,6 +60,22 @@ def test_layer_kernels(name: str):
     np.testing.assert_array_equal(experts.experts, routing.experts[:, 0])
     for x, y in ((found.k, wanted_cache.k), (found.v, wanted_cache.v)):
         np.testing.assert_allclose(x, y, atol=1e-5 * abs(np.asarray(y)).max(), rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("layout", [INT8, INT4_G64], ids=lambda layout: layout.name)
+def test_layer_kernels_compiled(batch: int, layout: QuantLayout):
+    """In bfloat16, with a head of 8 bits, against the dequantised model in float32."""
+    case = Case(num_layers=2, embed_dim=256, hidden_dim=512, vocab_size=1000, rank=16, targets=LINEARS, batch=batch)
+    model, adapter, cache, tokens, positions = make(case)
+    model = quantised(model, layout, head=True)
+    plain, *others = (dequantised(in_fp32(model)), in_fp32(adapter), in_fp32(cache), tokens, positions)
+    with jax.default_matmul_precision("highest"):
+        wanted, *_ = jax.jit(by_modules)(plain, *others)
+        logits, *_ = jax.jit(portable_step)(model, adapter, tokens, positions, cache)
+    np.testing.assert_allclose(logits, wanted, atol=2e-2 * abs(np.asarray(wanted)).max(), rtol=0)
 
 
 def test_tokens_are_those_of_the_dequantised_weights(caplog):

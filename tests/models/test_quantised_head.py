@@ -60,7 +60,7 @@ def with_plain_head(model: Backbone) -> Backbone:
 
 
 def test_codes_and_scales(folder: Path, model: Backbone):
-    """Those of the nearest integers, of a head that is tied no more; the embedding is as it was."""
+    """Nearest integers, of a head that is tied no more; the embedding is as it was."""
     plain = load_backbone(folder, "float32")
     weight, head = np.asarray(plain.head, np.float64), model.head
     np.testing.assert_allclose(head.scales, scales_np(weight, INT8), rtol=1e-6)
