@@ -370,7 +370,7 @@ def _check_quantised(
         _check_tensor(tensors, part_name(name, part), part_shape, dtype, config.num_layers)
     ends = {part for part in ("g_idx", "weight_g_idx", "weight_zero_point") if part_name(name, part) in tensors.shapes}
     where = f"{tensors.directory}: tensor {part_name(name, '')}".removesuffix(".")
-    form.check(lambda part: tensors.read(part_name(name, part)), where, ends, shape[1])
+    form.check(lambda part: tensors.read(part_name(name, part)), where, ends, shape)
     return {part_name(name, part) for part in expected | dict.fromkeys(ends)}
 
 

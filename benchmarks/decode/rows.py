@@ -147,7 +147,7 @@ def measure_rows(job: dict[str, Any], report: Report) -> None:
     watch = Stopwatch()
     config = model_config(shapes)
     adapter = None if method == "backbone" else random_adapter(adapter_config(shapes, targets, None, method), config)
-    words: list[Any] = strategy.split("-", 1)  # of a quantised model unmerged-int4
+    words: list[Any] = strategy.split("-", 1)  # of a quantised model unmerged-int4 or fused-int4
     engine = Engine(
         random_backbone(config, quantize=words[1] or None if len(words) > 1 else None), adapter, eos_ids=(),
         strategy=words[0] or None,

@@ -266,6 +266,8 @@ class TestRefusals:
         assert "model.layers.0.mlp.up_proj.weight_scale holds NaN or infinite values" in text
         text = refusal(write(weight_g_idx=np.zeros(128, np.int32)), exported, tmp_path)
         assert "weight_g_idx: act-order" in text
+        text = refusal(write(weight_shape=np.array([256, 64])), exported, tmp_path)
+        assert "up_proj.weight_shape is [256, 64], config.json says [256, 128]; one of them is wrong" in text
 
     def test_beyond_the_range_of_float16(self, folder: Path, tmp_path: Path):
         """Weights, and scales of a file, that would be infinite in the model's type."""

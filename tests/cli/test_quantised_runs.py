@@ -153,7 +153,7 @@ def test_serving(folder: Path, lora: Path):
     config = ServeConfig(model=str(folder / "model"), adapters=(f"a={lora}",), max_slots=2, **quantize)
     models, _ = load_models(config, now=0)
     assert quantisation_of(models._engine.model) == head_quantisation_of(models._engine.model) == INT8
-    with pytest.raises(UserError, match="strategy fused cannot run: the megakernel does not read int8 weights"):
+    with pytest.raises(UserError, match="strategy fused cannot run: it reads a plain head, and this one is int8"):
         load_models(replace(config, strategy="fused"), now=0)
 
 

@@ -86,7 +86,7 @@ def test_tokens_are_those_of_the_dequantised_weights(caplog):
     caplog.set_level(logging.DEBUG, "adafuse_jax.inference.backends.registry")
     engine = Engine(model, adapter, eos_ids=())
     assert engine.strategy == "unmerged"
-    assert "fused is not used, as the megakernel does not read int8 weights" in caplog.text
+    assert "fused is not used, as it needs a Hopper GPU" in caplog.text
     prompt = prompt_of(model, 9)
     assert generate(engine, prompt, n=8) == generate(Engine(plain, adapter, eos_ids=()), prompt, n=8)
 
@@ -109,7 +109,6 @@ def test_strategies_that_need_whole_weights(monkeypatch):
     model = quantised(model, INT8)
     lora = LoRA(AdapterConfig(adapter="lora", rank=2, targets=("q_proj",)), model.config, rngs=nnx.Rngs(0))
     for strategy, of, reason in (
-        ("fused", adapter, "the megakernel does not read int8 weights"),
         ("golden", adapter, "it would merge experts into int8 weights, whose codes cannot hold them"),
         ("switch", adapter, "it would merge experts into int8 weights"),
         ("merged", lora, "it would merge experts into int8 weights"),

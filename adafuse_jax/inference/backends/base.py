@@ -92,6 +92,11 @@ class Backend(Protocol):
             )
         return self
 
+    def faster_reason(self, batch: int) -> str | None:
+        """The reason why `batch` rows decode by this backend rather than by the megakernel, whose fallback it is, although
+        either can; or None."""
+        return None
+
     @staticmethod
     def step(
         reads: Any,

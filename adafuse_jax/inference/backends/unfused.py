@@ -20,8 +20,12 @@ from adafuse_jax.inference.backends.base import Backend, StepOutput, dispatch_lo
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.hooks import Adapter
 from adafuse_jax.models.kv_cache import KVCache
+from adafuse_jax.models.quantised import quantisation_of
 
 log = logging.getLogger(__name__)
+
+MEGAKERNEL_ROWS = 16
+"""Rows that the megakernel decodes faster than the layer kernels, if the weights are not quantised."""
 
 
 class Unfused(Backend):
@@ -47,6 +51,18 @@ class Unfused(Backend):
             return self
         self._kernels = self._kernels or LayerKernels(self._model, self._reads[1], self.strategy)
         return self._kernels
+
+    def faster_reason(self, batch: int) -> str | None:
+        """The reason to take the layer kernels: an H200 was faster with them (docs/kernels/megakernel.md)."""
+        model, adapter = self.reads
+        layout = quantisation_of(model)
+        if portable.unsupported_reason(model, adapter, batch) is not None:
+            return None
+        if layout is None and batch > MEGAKERNEL_ROWS:
+            return f"the layer kernels decode more than {MEGAKERNEL_ROWS} rows faster (7B, 32 rows: 6.8 ms against 7.2)"
+        if layout is not None and layout.bits == 8:
+            return f"the layer kernels read {layout.name} weights faster (7B, one row: 2.84 ms against 3.22)"
+        return None
 
     @staticmethod
     def step(
