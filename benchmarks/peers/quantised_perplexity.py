@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-FACTORS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
+FACTORS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, -1.0, -0.96, -0.92, -0.88, -0.84, -0.8, -0.76, -0.72)
 SCHEMES = {"int8": (8, 0), "int4": (4, 128), "int4-g64": (4, 64)}
 """`--quantize` → bits and inputs of a group, 0 for a whole row."""
 
