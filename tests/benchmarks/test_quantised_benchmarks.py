@@ -100,3 +100,9 @@ def test_perplexity(tmp_path: Path):
         assert 100 * (ratio - 1) == pytest.approx(found[name]["change_pct"], abs=0.01)
         assert found[name]["error_pct"] > 0
     assert found["int8"]["error_pct"] < found["int4-g64"]["error_pct"] / 4
+    more = "--record", str(record), "--quantize", "int8"
+    quantised_quality.main([*flags, *more, "--quantize-head"])
+    both = json.loads(record.read_text())["model"]
+    assert both["int8"] == found["int8"] != both["int8 and head int8"]
+    quantised_quality.main([*flags, *more, "--tokens", "64"])
+    assert json.loads(record.read_text())["model"].keys() == found.keys() - {"int4", "int4-g64"}
