@@ -60,7 +60,9 @@ class ExportConfig:
             raise UserError(f"--dtype is for --format huggingface; adapters are written as {self.format} in float32")
         for flag_name, is_given in (("--quantize", self.quantize is not None), ("--quantize-head", self.quantize_head)):
             if is_given and self.format != "huggingface":
-                raise UserError(f"{flag_name} is for --format huggingface; {self.format} holds no backbone; leave it out")
+                raise UserError(
+                    f"{flag_name} is for --format huggingface; {self.format} holds no backbone; leave it out"
+                )
 
 
 def export(config: ExportConfig) -> None:

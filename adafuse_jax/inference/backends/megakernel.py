@@ -130,9 +130,7 @@ class Fused:
 def weights_of(model: Backbone, fused: Fused) -> Weights:
     """The model's own arrays by name."""
     config, layers = model.config, model.layers
-    head: Any = fused.head
-    if head is None:
-        head = model.head
+    head: Any = model.head if fused.head is None else fused.head
     windows = config.sliding_windows or (None,) * config.num_layers
     ropes, rope_of_layer = layer_ropes(config)
     linears = {name: getattr(layers, name) for name in LINEARS}
@@ -338,12 +336,13 @@ def _over_devices(
 
 
 def default_unsupported_reason(model: Backbone, adapter: Any = None) -> str | None:
-    """The reason why the megakernel is no default, or None: it cannot run, or was never tested on so many devices."""
-    mesh = mesh_of(model)
-    untried = mesh is not None and mesh.size > TRIED_DEVICES
-    return fused_unsupported_reason(model, adapter=adapter) or (
-        f"over more than {TRIED_DEVICES} devices it must be asked for" if untried else None
-    )
+    """The reason why the megakernel is no default, or None: it cannot run, or was never tested over several devices so."""
+    reason, mesh = fused_unsupported_reason(model, adapter=adapter), mesh_of(model)
+    if reason is not None or mesh is None or mesh.size == 1:
+        return reason
+    if quantisation_of(model) is not None or shape_of(model.config).has_output_norms:
+        return "over several devices it must be asked for, if weights are quantised or norms stand behind blocks"
+    return f"over more than {TRIED_DEVICES} devices it must be asked for" if mesh.size > TRIED_DEVICES else None
 
 
 class Megakernel(Backend):
