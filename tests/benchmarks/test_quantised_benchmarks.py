@@ -78,6 +78,8 @@ def test_accuracy_of_backbones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     flags += ["--learning-rates", "1e-3", "--seeds", "0", "1", "--quantize", "none", "int8", "--together"]
     for _ in range(2):
         openbookqa.main(flags)
+    with pytest.raises(SystemExit, match=r"final-.* has begun with other flags, see .*; give another --work"):
+        openbookqa.main([*flags, "--learning-rates", "2e-3"])
     assert sorted(done) == ["final-0", "final-1", "final-int8-0", "final-int8-1"]
     record = json.loads((tmp_path / "openbookqa_quantised.json").read_text())
     assert record["test_accuracy_adafuse"] == {"none": [0.4, 0.5], "int8": [0.38, 0.48]}
