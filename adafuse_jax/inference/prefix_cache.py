@@ -46,13 +46,15 @@ class PrefixCache:
     ) -> None:
         """A row takes its slot: `cached` becomes the number of tokens of its prompt that are there, from any slot. `copy`
         (source, target, tokens); `rows`: those in slots. `keeps_more`: what the row overwrites is copied to the slot that
-        has been free the longest, as the same slots are taken again and again."""
-        if keeps_more and row.reuse_cache:
-            self._make_room(row, [slot for slot in range(len(self._tokens)) if slot not in rows], copy)
+        has been free the longest, as the same slots are taken again and again, but for the one that the row begins from."""
+        source = row.slot
         if row.reuse_cache and not row.sampling.penalize and row.wanted_prompt_logprobs is None:
             source, row.cached = self.source_of(row, [other for other in rows.values() if other is not row])
-            if source != row.slot and row.cached:
-                copy(source, row.slot, row.cached)
+        if keeps_more and row.reuse_cache:
+            taken = {*rows, source} if row.cached else rows
+            self._make_room(row, [slot for slot in range(len(self._tokens)) if slot not in taken], copy)
+        if source != row.slot and row.cached:
+            copy(source, row.slot, row.cached)
         self.forget(row.slot)
 
     def _make_room(self, row: Row, free: Sequence[int], copy: Callable[[int, int, int], None]) -> None:

@@ -152,6 +152,25 @@ def test_conversations_in_turns_stay_in_the_cache(
             told[i] = [*prompt, *answer, *prompt_of(model, 3, seed=9)]
 
 
+def test_what_a_row_begins_from_is_not_overwritten(models: Any, widths: list[int | None], monkeypatch: Any):
+    """As many conversations as slots: the one that waited the longest comes back, and another makes room."""
+    monkeypatch.setattr(prefix_cache, "LEAST_MOVED", 10)
+    model = models("llama_gqa")
+    slots = Engine(model, eos_ids=()).slots(3, context_length=CONTEXT)
+    told = [prompt_of(model, 20, seed=i) for i in range(3)]
+    for prompt in told:
+        slots.insert(prompt, max_new_tokens=2, reuse_cache=True)
+        finish(slots, 0)
+    slots.insert([*told[0], 5, 6], max_new_tokens=2, reuse_cache=True)
+    assert (slots.rows[0].slot, slots.rows[0].cached) == (0, 0), "it has not begun"
+    slots.step()
+    assert slots.rows[0].cached == 20
+    finish(slots, 0)
+    slots.insert([*told[2], 5, 6], max_new_tokens=2, reuse_cache=True)
+    slots.step()
+    assert slots.rows[0].cached == 20, "it was moved"
+
+
 def test_every_width_has_the_backend_of_so_many_rows(models: Any):
     """A megakernel hands on rows that it cannot decode, or not as fast; a backend must take the cache of all slots."""
     few, many, neither = (SimpleNamespace(takes_wider_cache=takes) for takes in (True, True, False))
