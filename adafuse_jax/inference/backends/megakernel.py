@@ -259,7 +259,8 @@ def route(
 
     def attend(q: Array, k: Array, v: Array) -> Array:
         q, k = rotated.of_queries(q), rotated.of_keys(k)
-        k, v = (old[0].at[rows, positions].set(new[:, 0], mode="drop") for old, new in ((cache.k, k), (cache.v, v)))
+        pairs = (cache.k, k), (cache.v, v)
+        k, v = (old[0, : len(rows)].at[rows, positions].set(new[:, 0], mode="drop") for old, new in pairs)
         visibility = Visibility.of_cache(positions[:, None], cache.slots)
         return attention(q, k, v, visibility, window, **score_options(model.config))
 
@@ -354,6 +355,7 @@ class Megakernel(Backend):
     requires = "pre_gated"
     takes_bank = True
     reads_quantised = True
+    takes_wider_cache = True
 
     def __init__(self, model: Backbone, adapter: Any, strategy: str = "fused", fallback: Backend | None = None):
         self._model, self._adapter, self.strategy, self._fallback = model, adapter, strategy, fallback
