@@ -79,7 +79,9 @@ class Slots:
         limit = config.context_length
         if context_length is not None and not 2 <= context_length <= limit:
             raise UserError(f"the context is {context_length} tokens, and the model has {limit}; give 2 to {limit}")
-        self._backend, self.num_slots = backend.for_batch(num_slots), num_slots
+        is_fixed = mesh is None and context_length is not None
+        self._widths = Widths.of(num_slots, backend, cache_is_fixed=is_fixed)
+        self._backend, self.num_slots = self._widths[num_slots], num_slots
         self._fixed_length, self.context_length = context_length, context_length or limit
         self._bank = self._backend.bank
         self._config, self._dtype, self._mesh = config, dtype, mesh
@@ -95,8 +97,6 @@ class Slots:
         self._queue: deque[tuple[list[Row], StepResult, list[tuple[int, LogProbs]]]] = deque()
         self._settings = RowSettings(num_slots)
         self._clock = 0.0
-        has_fixed_cache = mesh is None and context_length is not None
-        self._widths = Widths.of(num_slots, self._backend if has_fixed_cache else None)
 
     @property
     def rows(self) -> dict[int, Row]:
@@ -262,7 +262,7 @@ class Slots:
     def _advance(self, rows: list[Row], width: int) -> StepResult:
         logprobs, settings = self._settings.variant.with_logprobs, self._settings.of_slots(rows)
         result, self._state = programs.advance(
-            self._backend,
+            self._widths[width],
             self._take_state(),
             *settings,
             self._pad_id,

@@ -11,18 +11,17 @@ STEP_WIDTHS = 1, 8
 """Rows of a step, beside all slots; each is a program of its own."""
 
 
-class Widths(tuple[int, ...]):
-    """The rows that a step may have, in order; the last are all slots."""
+class Widths(dict[int, Backend]):
+    """The rows that a step may have, in order, and the backend that decodes so many; the last are all slots."""
 
     @classmethod
-    def of(cls, num_slots: int, backend: Backend | None) -> Widths:
-        """`backend`: that of all slots, which decodes fewer rows if it can; None: a step is of all slots."""
-        narrow = [
-            width
-            for width in STEP_WIDTHS
-            if width < num_slots and backend and backend.takes_wider_cache and backend.for_batch(width) is backend
-        ]
-        return cls([*narrow, num_slots])
+    def of(cls, num_slots: int, backend: Backend, *, cache_is_fixed: bool) -> Widths:
+        """Widths of slots over `backend`. Raises `UserError` if it cannot decode so many rows."""
+        whole, narrow = backend.for_batch(num_slots), {}
+        for width in STEP_WIDTHS if cache_is_fixed else ():
+            if width < num_slots and (fewer := backend.for_batch(width)).takes_wider_cache:
+                narrow[width] = fewer
+        return cls({**narrow, num_slots: whole})
 
     def narrowest(self, rows: Sequence[Row]) -> int:
         """Rows of the narrowest step that reads these."""

@@ -152,9 +152,42 @@ def test_conversations_in_turns_stay_in_the_cache(
             told[i] = [*prompt, *answer, *prompt_of(model, 3, seed=9)]
 
 
-def test_fewer_rows_that_another_backend_decodes_have_no_width():
-    """A megakernel hands on rows that it cannot decode."""
-    backend: Any = SimpleNamespace(takes_wider_cache=True)
-    backend.for_batch = lambda batch: backend if batch > 1 else None
-    assert [*Widths.of(32, backend)] == [8, 32]
-    assert [*Widths.of(32, None)] == [32]
+def test_every_width_has_the_backend_of_so_many_rows(models: Any):
+    """A megakernel hands on rows that it cannot decode, or not as fast; a backend must take the cache of all slots."""
+    few, many, neither = (SimpleNamespace(takes_wider_cache=takes) for takes in (True, True, False))
+    backend: Any = SimpleNamespace(for_batch=lambda batch: few if batch == 8 else many if batch == 32 else neither)
+    assert Widths.of(32, backend, cache_is_fixed=True) == {8: few, 32: many}
+    assert Widths.of(32, backend, cache_is_fixed=False) == {32: many}
+
+
+def test_steps_are_decoded_by_the_backend_of_their_width(models: Any, widths: list[int | None]):
+    model = models("llama_gqa")
+    backend, others = Engine(model, eos_ids=()).backend, Unfused(model, None)
+    asked: list[int] = []
+
+    def for_batch(batch: int) -> Unfused:
+        asked.append(batch)
+        return backend if batch == 12 else others
+
+    top: Any = SimpleNamespace(for_batch=for_batch)
+    slots = Slots(
+        top,
+        12,
+        config=model.config,
+        dtype=model.dtype,
+        mesh=None,
+        stop_ids=(),
+        pad_id=0,
+        warm=set(),
+        context_length=CONTEXT,
+    )
+    assert asked == [12, 1, 8]
+    used: list[Any] = []
+    real = programs.advance
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "advance", lambda *given: used.append((given[0], given[-1])) or real(*given))
+        slots.insert(prompt_of(model, 4), max_new_tokens=3)
+        finish(slots, 0)
+    assert {(by is others, width) for by, width in used} == {(True, 1), (True, 8), (False, None)}, (
+        "others when warming up"
+    )
