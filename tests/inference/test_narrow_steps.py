@@ -153,7 +153,7 @@ def test_conversations_in_turns_stay_in_the_cache(
 
 
 def test_what_a_row_begins_from_is_not_overwritten(models: Any, widths: list[int | None], monkeypatch: Any):
-    """As many conversations as slots: the one that waited the longest comes back, and another makes room."""
+    """A conversation in every slot: the one that waited the longest comes back, and another makes room."""
     monkeypatch.setattr(prefix_cache, "LEAST_MOVED", 10)
     model = models("llama_gqa")
     slots = Engine(model, eos_ids=()).slots(3, context_length=CONTEXT)
