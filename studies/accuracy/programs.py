@@ -1,8 +1,8 @@
 """Short programming problems of our own, and pass@1: the share of them that the greedy reply solves.
 
-`programs.jsonl` has a problem a line: its function, what it returns, calls with their results, a right answer, and a wrong
-one that the calls tell from it. The problems are in no training set; TEST of them, by the hash of `tasks.place`, are the test
-split and the others the validation split.
+`programs.jsonl` has a problem a line: its function, what it returns, calls with their results, a right answer, and a
+wrong one that the calls tell from it. None is trained on. TEST of them, by the hash of `tasks.place`, are the test split,
+the others the validation split.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Problem:
     @property
     def question(self) -> str:
         example = f"{self.function}({', '.join(map(repr, self.calls[0]))}) is {self.results[0]!r}"
-        return f"Write a Python function `{self.signature}` that {self.task}. For example, {example}. Give the code alone."
+        return (
+            f"Write a Python function `{self.signature}` that {self.task}. For example, {example}. Give the code alone."
+        )
 
     def job(self, program: str) -> Job:
         return Job(program=program, function=self.function, calls=self.calls, results=self.results)

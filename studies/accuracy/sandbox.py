@@ -44,7 +44,8 @@ class Job:
 
 
 def judge_all(jobs: Sequence[Job]) -> list[Outcome]:
-    """Outcome of every job, as many at once as there are processors; equal programs for a function run once. Raises `UserError` if this machine cannot isolate."""
+    """Outcome of every job, as many at once as there are processors; equal programs for a function run once. Raises
+    `UserError` if this machine cannot isolate."""
     different = list({(job.program, job.function): job for job in jobs}.items())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         outcomes = dict(zip((key for key, _ in different), pool.map(judge, (job for _, job in different)), strict=True))
@@ -96,7 +97,11 @@ def same(found: Any, expected: Any) -> bool:
         return found == expected if exact else math.isclose(_float(found), expected, rel_tol=1e-6, abs_tol=1e-9)
     if isinstance(expected, list):
         return isinstance(found, list) and len(found) == len(expected) and all(map(same, found, expected))
-    return isinstance(found, dict) and found.keys() == expected.keys() and all(same(found[k], expected[k]) for k in expected)
+    return (
+        isinstance(found, dict)
+        and found.keys() == expected.keys()
+        and all(same(found[k], expected[k]) for k in expected)
+    )
 
 
 def _float(number: float) -> float:

@@ -19,6 +19,7 @@ import re
 import resource
 import struct
 import sys
+from types import CodeType
 from typing import Any
 
 MODULES = (
@@ -60,7 +61,9 @@ def seccomp_filter(machine: str) -> bytes:
     """BPF program: another architecture's calls kill, those of ALLOWED pass, all others return EPERM."""
     architecture, calls = ALLOWED[machine]
     passing = [
-        part for number in calls.values() for part in (instruction(JUMP_IF_EQUAL, number, 0, 1), instruction(RETURN, ALLOW))
+        part
+        for number in calls.values()
+        for part in (instruction(JUMP_IF_EQUAL, number, 0, 1), instruction(RETURN, ALLOW))
     ]
     return b"".join(
         [
@@ -91,12 +94,15 @@ def isolate(seconds: int, size: int) -> None:
         _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
     program = Program(len(code) // 8, ctypes.addressof(buffer))
-    for arguments in ((PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), (PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0)):
+    for arguments in (
+        (PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0),
+        (PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0),
+    ):
         if libc.prctl(*arguments):
             raise OSError(ctypes.get_errno(), "prctl")
 
 
-def compiled(text: str) -> object:
+def compiled(text: str) -> CodeType:
     """The longest beginning of the text, in whole lines, that is Python: a reply may end in prose, or be cut off."""
     lines = text.splitlines()
     for end in range(len(lines), 0, -1):
@@ -108,7 +114,7 @@ def compiled(text: str) -> object:
 
 
 def run(text: str, function: str, names: dict[str, Any]) -> None:
-    """Execute a program. One that fails after it has defined its function, as an example of its use does, is still judged."""
+    """Execute a program. One that fails after it has defined its function, in an example of its use, is still judged."""
     try:
         exec(compiled(text), names)
     except Exception:

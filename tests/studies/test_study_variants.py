@@ -162,7 +162,7 @@ def test_greedy_decoding_is_the_full_forward_pass(model: Any):
         view, _ = pregated.seen(adapter, model, tokens, jnp.arange(10)[None], jnp.zeros_like(tokens))
         return model.logits(model.run(tokens, adapter=view).hidden[0]).argmax(-1)
 
-    found = generation.greedy(model, params, prompts, lengths, jnp.int32(0), jnp.array([-1]), **plan)
+    found = generation.greedy(model, params, prompts, lengths, jnp.zeros(2, jnp.int32), jnp.array([-1]), **plan)
     assert found.shape == (2, 2, 4)
     for s, adapter in enumerate(each):
         for n in range(2):
@@ -171,5 +171,5 @@ def test_greedy_decoding_is_the_full_forward_pass(model: Any):
                 text.append(int(following(adapter, jnp.array([text + [0] * (10 - len(text))]))[len(text) - 1]))
             assert found[s, n].tolist() == text[lengths[n] :]
     stop = int(found[0, 0, 1])
-    again = generation.greedy(model, params, prompts, lengths, jnp.int32(0), jnp.array([stop]), **plan)
+    again = generation.greedy(model, params, prompts, lengths, jnp.zeros(2, jnp.int32), jnp.array([stop]), **plan)
     assert set(again[0, 0, 1:].tolist()) == {stop}
