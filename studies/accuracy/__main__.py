@@ -6,9 +6,9 @@
     python -m studies.accuracy --report
 
 The first needs the data files and a tokenizer, and may run on another machine than the second. `--stage seeds` trains arms
-at the best learning rate of their grids, `--stage bare` scores the backbone. With `--programs`
-pass@1 is a measure too, and the records are others. The test questions are another mixture file (--prepare --split test), whose records
-need a --record and --runs of their own; their learning rates come from the validation's: --stage seeds --grids FILE.
+at the best learning rate of their grids, `--stage bare` scores the backbone. With `--programs` pass@1 is a measure too, and
+the records are others. The test questions are another mixture file (--prepare --split test), whose records need a --record
+and --runs of their own; their learning rates come from the validation's: --stage seeds --grids FILE.
 """
 
 from __future__ import annotations
