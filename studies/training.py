@@ -52,6 +52,8 @@ class Texts:
     """Targets, or their weights; None where no loss is taken."""
     tasks: Int[np.ndarray, "*N T"] | None = None
     """The data set of every token, where an adapter asks for it."""
+    prompts: Bool[np.ndarray, "*N T"] | None = None
+    """True in the part of a text before its first target, where an adapter asks for it."""
 
     @classmethod
     def of(cls, rows: Rows) -> Texts:

@@ -40,18 +40,19 @@ def compiled(
     it returns None for an arm without one router."""
     if not isinstance(trained, AdaFuse):
         return lambda *_: None
-    row: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    program = shares.lower(model, trained, Texts(tokens=row, positions=row, segment_ids=row, tasks=row)).compile()
+    row, mask = (jax.ShapeDtypeStruct((rows, length), kind) for kind in (jnp.int32, bool))
+    shapes: Any = Texts(tokens=row, positions=row, segment_ids=row, tasks=row, prompts=mask)  # type: ignore[arg-type]
+    program = shares.lower(model, trained, shapes).compile()
 
     def use(model: Backbone, trained: Any, scored: Mapping[str, Packed]) -> list[Use]:
         found = {}
         for name, packed in scored.items():
-            tokens, positions, segment_ids = (
+            tokens, positions, segment_ids, prompts = (
                 np.pad(array[:rows], ((0, max(0, rows - len(array))), (0, 0)))
-                for array in (packed.tokens, packed.positions, packed.segment_ids)
+                for array in (packed.tokens, packed.positions, packed.segment_ids, packed.prompts)
             )
             tasks = np.full_like(tokens, SETS.index(name))
-            texts = Texts(tokens=tokens, positions=positions, segment_ids=segment_ids, tasks=tasks)
+            texts = Texts(tokens=tokens, positions=positions, segment_ids=segment_ids, tasks=tasks, prompts=prompts)
             found[name] = np.round(np.asarray(program(model, trained, texts), np.float64), 4).tolist()
         replicas = len(next(iter(found.values())))
         return [{name: values[replica] for name, values in found.items()} for replica in range(replicas)]

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.training.replicas import replica_attention
-from studies.accuracy.pregated import seen
+from studies.accuracy.pregated import request_of, seen
 from studies.accuracy.tasks import final_number
 
 
@@ -43,7 +43,10 @@ def greedy(
     def prefill(params: Any) -> tuple[Array, KVCache, Array | None]:
         index = jnp.broadcast_to(jnp.arange(width), prompts.shape)
         positions = jnp.where(index < lengths[:, None], index, slots)  # what pads a prompt is not cached
-        adapter, context = seen(params, model, prompts, positions, jnp.broadcast_to(task[:, None], prompts.shape))
+        inside = index < lengths[:, None]
+        asked = request_of(params, model, prompts, index, inside.astype(jnp.int32), inside)
+        tasks = jnp.broadcast_to(task[:, None], prompts.shape)
+        adapter, context = seen(params, model, prompts, positions, tasks, **asked)
         cache = KVCache.empty(model.config, count, slots, model.dtype)
         out = model.run(prompts, adapter=adapter, positions=positions, cache=cache, attention=replica_attention)
         last = (jnp.arange(count), lengths - 1)

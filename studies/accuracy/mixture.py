@@ -25,7 +25,7 @@ from adafuse_jax.data.examples import Chat, Message, MultipleChoice
 from adafuse_jax.data.packing import Rows, pack
 from studies.accuracy import programs
 from studies.accuracy.tasks import SETS, Example, final_number, read_task
-from studies.questions import Packed, pack_candidates
+from studies.questions import Packed, pack_candidates, prompts_of
 from studies.training import Texts
 
 PROMPTS = 200
@@ -119,6 +119,7 @@ def load(path: Path, vocabulary: Int[np.ndarray, " V"] | None = None) -> Mixture
                 f"--mixture {path}: the model has no token {error}; pack it again with --used {path}"
             ) from error
     rows = Rows(*(wide[f.name] for f in fields(Rows)))
+    target_rows, target_places = np.nonzero(rows.loss_mask)
     scored = {
         name: Packed(
             **{array: wide[f"{name}/{array}"] for array in ARRAYS},
@@ -131,7 +132,7 @@ def load(path: Path, vocabulary: Int[np.ndarray, " V"] | None = None) -> Mixture
     return Mixture(
         training=Texts(
             tokens=rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids, loss_mask=weights_of(rows),
-            tasks=wide["tasks"],
+            tasks=wide["tasks"], prompts=prompts_of(rows.segment_ids, target_rows, target_places - 1),
         ),
         scored=scored,
         prompts=_all_prompts(wide, tables["prompts/numbers"]),
