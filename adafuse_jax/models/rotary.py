@@ -100,8 +100,7 @@ def layer_rotations(
     config: ModelConfig, positions: Int[Array, "#B T"], lengths: Int[Array, "#B #T"] | None = None
 ) -> Callable[[int | Array], Rotation]:
     """The rotation of each layer, by its index; layers without rotary embedding turn by 0."""
-    ropes = [config.rope_of(layer) for layer in range(config.num_layers)]
-    distinct = list(dict.fromkeys(ropes))
+    distinct, at = layer_ropes(config)
     usual = rotation(config.rope, config.head_dim, positions, lengths)
     still = replace(usual, cos=jnp.ones_like(usual.cos), sin=jnp.zeros_like(usual.sin))
     found = [
@@ -110,7 +109,6 @@ def layer_rotations(
     ]
     if len(found) == 1:
         return lambda layer: found[0]
-    at = [distinct.index(rope) for rope in ropes]
     stacked = jax.tree.map(lambda *tables: jnp.stack(jnp.broadcast_arrays(*tables)), *found)
 
     def of_layer(layer: int | Array) -> Rotation:
@@ -119,6 +117,22 @@ def layer_rotations(
         return jax.tree.map(lambda tables: tables[jnp.array(at)[layer]], stacked)
 
     return of_layer
+
+
+def layer_ropes(config: ModelConfig) -> tuple[list[RopeConfig | None], list[int]]:
+    """The different rotary embeddings of the layers, and the index of each layer's."""
+    of_layers = [config.rope_of(layer) for layer in range(config.num_layers)]
+    ropes = list(dict.fromkeys(of_layers))
+    return ropes, [ropes.index(rope) for rope in of_layers]
+
+
+def rope_tables(config: ModelConfig, positions: Int[Array, " B"]) -> tuple[Array, Array]:
+    """cos and sin as kernels read them, [B, R/2], or of several rotary embeddings [ropes, B, R/2]."""
+    ropes, at = layer_ropes(config)
+    rotation_of = layer_rotations(config, positions[:, None])
+    rotations = [rotation_of(at.index(rope)) for rope in range(len(ropes))]
+    cos, sin = [r.cos[:, 0, 0] for r in rotations], [r.sin[:, 0, 0] for r in rotations]
+    return (cos[0], sin[0]) if len(ropes) == 1 else (jnp.stack(cos), jnp.stack(sin))
 
 
 def rope_frequencies(

@@ -86,6 +86,8 @@ def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
         for name in arguments.quantize:
             jobs.append(rows_job(f"backbone-{name}", "backbone", "-", f"unmerged-{name}", batches))
             jobs.append(rows_job(f"unmerged-{name}", "adafuse", "all7", f"unmerged-{name}", batches))
+            jobs.append(rows_job(f"fused-bare-{name}", "backbone", "-", f"fused-{name}", batches))
+            jobs.append(rows_job(f"fused-{name}", "adafuse", "all7", f"fused-{name}", batches))
         return jobs
     if part == "methods":
         return [

@@ -23,7 +23,7 @@ TARGETS: dict[str, tuple[str, ...]] = {"qv": ("q_proj", "v_proj"), "all7": LINEA
 
 QUANTISED = {"int8": 1.0, "int4": 0.5 + 2 / 128, "int4-g64": 0.5 + 2 / 64}
 """`--quantize` → bytes of a weight with its part of a bfloat16 scale; that of a row of int8 is left out. The strategy of
-such a row is unmerged-int8 and so on."""
+such a row is fused-int8, unmerged-int8 and so on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ def costs(
         moved += one_expert * used
         flops += 2 * one_expert * k
     saved = 0.0
-    if bytes_of_weight := QUANTISED.get(strategy.removeprefix("unmerged-")):
+    if bytes_of_weight := QUANTISED.get(strategy.removeprefix("unmerged-").removeprefix("fused-")):
         saved = shapes.elements(LINEARS) * (shapes.itemsize - bytes_of_weight)
     return Costs(
         params_b=(backbone + head + one_expert * num_experts + routers) / 1e9,

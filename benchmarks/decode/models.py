@@ -78,6 +78,11 @@ def draw(key: Array, shape: tuple[int, ...], dtype: Any, sharding: Sharding | No
     return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
 
 
+def in_float32[Tree](tree: Tree) -> Tree:
+    """Copy of a tree of arrays, floating ones in float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
 def of_matrix(sharding: Sharding, ndim: int) -> Sharding:
     """Sharding of the last two of `ndim` axes; those before are whole."""
     if not isinstance(sharding, NamedSharding):

@@ -21,7 +21,7 @@ STRATEGIES = (
     "-",
     "fused",
     "unmerged",
-    *(f"unmerged-{name}" for name in QUANTISED),
+    *(f"{strategy}-{name}" for strategy in ("fused", "unmerged") for name in QUANTISED),
     "golden",
     "switch",
     "simple",

@@ -92,7 +92,7 @@ def running_state(config: ModelConfig, dtype: Any, batch: int, length: int, posi
 
 def step_settings(batch: int) -> tuple[Sampling, jax.Array]:
     """The settings [B] and stop ids [B, 1] with which the engine decodes `NO_REPEATS`."""
-    return Sampling.stack([NO_REPEATS] * batch), jnp.full((batch, 1), -1, jnp.int32)
+    return jax.device_put(Sampling.stack([NO_REPEATS] * batch)), jnp.full((batch, 1), -1, jnp.int32)
 
 
 def time_steps(backend: Backend, batch: int, context: int, steps: int = 40, repeats: int = 5) -> float:
@@ -147,7 +147,7 @@ def measure_rows(job: dict[str, Any], report: Report) -> None:
     watch = Stopwatch()
     config = model_config(shapes)
     adapter = None if method == "backbone" else random_adapter(adapter_config(shapes, targets, None, method), config)
-    words: list[Any] = strategy.split("-", 1)  # of a quantised model unmerged-int4
+    words: list[Any] = strategy.split("-", 1)  # of a quantised model unmerged-int4 or fused-int4
     engine = Engine(
         random_backbone(config, quantize=words[1] or None if len(words) > 1 else None), adapter, eos_ids=(),
         strategy=words[0] or None,

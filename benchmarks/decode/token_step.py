@@ -1,6 +1,7 @@
 """The megakernel's step by itself, at Llama-2-7B's shapes: ms by adapted linears and number of rows, or a timeline.
 
     python -m benchmarks.decode.token_step --cases bare qv all7 all7:8 all7:32      # targets, or targets:rows
+    python -m benchmarks.decode.token_step --cases bare all7 all7:32 --quantize none int8 int4
     python -m benchmarks.decode.token_step --cases bare --layers 3 --timeline
 
 for whoever changes the kernel: it compiles no prefill, and prints a case as soon as it is timed. Random weights, a cache of
@@ -26,7 +27,9 @@ import jax
 import jax.numpy as jnp
 
 from adafuse_jax.inference.backends.megakernel import Fused, Megakernel, fused_step
+from adafuse_jax.models.config import Quantize
 from adafuse_jax.models.kv_cache import KVCache
+from adafuse_jax.models.quantised import LAYOUTS
 from benchmarks.common.timing import Stopwatch, wait
 from benchmarks.decode.costs import SIZES, TARGETS
 from benchmarks.decode.merged_step import PROMPT, SLOTS, lower, time_steps
@@ -47,9 +50,11 @@ def case_of(text: str) -> tuple[str, int]:
     return targets, int(rows or 1)
 
 
-def time_cases(cases: Sequence[tuple[str, int]], num_layers: int, steps: int, repeats: int) -> None:
+def time_cases(
+    cases: Sequence[tuple[str, int]], num_layers: int, steps: int, repeats: int, quantize: Quantize | None = None
+) -> None:
     config = replace(model_config(SHAPES), num_layers=num_layers)
-    model = random_backbone(config)
+    model, weights = random_backbone(config, quantize=quantize), f"{quantize} " if quantize else ""
     backends: dict[str, Megakernel] = {}
     for targets, _ in cases:
         if targets not in backends:
@@ -60,13 +65,13 @@ def time_cases(cases: Sequence[tuple[str, int]], num_layers: int, steps: int, re
         step = lower(backends[targets], None, state).compile()
         seconds = watch.seconds
         timing, *_ = time_steps(backends[targets], step, state, steps, repeats)
-        print(f"{targets}:{batch}, {num_layers} layers: {timing}, compiled in {seconds:.0f} s", flush=True)
+        print(f"{weights}{targets}:{batch}, {num_layers} layers: {timing}, compiled in {seconds:.0f} s", flush=True)
 
 
-def timeline(targets: str, batch: int, num_layers: int) -> list[str]:
+def timeline(targets: str, batch: int, num_layers: int, quantize: Quantize | None = None) -> list[str]:
     """Lines of `summarise` for one case."""
     config = replace(model_config(SHAPES), num_layers=num_layers)
-    model = random_backbone(config)
+    model = random_backbone(config, quantize=quantize)
     adapter = None if targets == "bare" else random_adapter(adapter_config(SHAPES, targets), config)
     cache = KVCache.empty(config, batch, SLOTS, model.dtype)
     tokens, positions = jnp.arange(batch, dtype=jnp.int32), jnp.full(batch, PROFILED_PROMPT, jnp.int32)
@@ -112,19 +117,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--cases", nargs="+", type=case_of, default=usual, metavar="CASE", help="targets, or targets:rows"
     )
+    parser.add_argument(
+        "--quantize", nargs="+", choices=("none", *LAYOUTS), default=["none"], help="the linears' weights"
+    )
     parser.add_argument("--layers", type=int, default=SHAPES.num_layers)
     parser.add_argument("--steps", type=int, default=60, help="of one repeat")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--timeline", action="store_true", help="of the first case, instead of times")
+    parser.add_argument("--timeline", action="store_true", help="of the first case and weights, instead of times")
     arguments = parser.parse_args(argv)
     if min(arguments.layers, arguments.steps, arguments.repeats) < 1:
         parser.error("--layers, --steps and --repeats must be at least 1")
     print(jax.devices()[0].device_kind, jax.__version__, flush=True)
+    weights = [None if name == "none" else name for name in arguments.quantize]
     if arguments.timeline:
         targets, batch = arguments.cases[0]
-        print("\n".join(timeline(targets, batch, arguments.layers)))
+        print("\n".join(timeline(targets, batch, arguments.layers, weights[0])))
     else:
-        time_cases(arguments.cases, arguments.layers, arguments.steps, arguments.repeats)
+        for quantize in weights:
+            time_cases(arguments.cases, arguments.layers, arguments.steps, arguments.repeats, quantize)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from adafuse_jax.core import runtime
@@ -28,7 +27,7 @@ from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.quantised import LAYOUTS
 from benchmarks.common.timing import Stopwatch
 from benchmarks.decode.merged_step import PROMPT, SLOTS, lower, time_steps
-from benchmarks.decode.models import adapter_config, model_config, random_adapter, random_backbone
+from benchmarks.decode.models import adapter_config, in_float32, model_config, random_adapter, random_backbone
 from benchmarks.decode.rows import running_state
 from benchmarks.decode.token_step import case_of
 from benchmarks.training.shapes import SHAPES, TrainingShapes
@@ -52,11 +51,8 @@ def logits(backend: Unfused, batch: int) -> jax.Array:
 
 def exact_logits(model: Backbone, adapter: Any, batch: int) -> np.ndarray:
     """[B, V] of a step in float32."""
-    exact = jax.tree.map(
-        lambda leaf: leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, (model, adapter)
-    )
     with jax.default_matmul_precision("highest"):
-        return np.asarray(logits(Unfused(*exact), batch))
+        return np.asarray(logits(Unfused(*in_float32((model, adapter))), batch))
 
 
 def check(backends: dict[str, Unfused], batch: int) -> dict[str, float]:

@@ -28,8 +28,8 @@ from jaxtyping import Array
 from benchmarks.common.timing import time_calls
 from pallas_kernels.megakernel.kernel_sm90 import COMPILER_PARAMS
 from pallas_kernels.megakernel.pipeline import Pipeline
-from pallas_kernels.megakernel.plan import TILE_K, WGMMA_M
 from pallas_kernels.megakernel.register_tiles import ROWS, load, store
+from pallas_kernels.megakernel.sizes import TILE_K, WGMMA_M
 
 DTYPE = jnp.bfloat16
 LAYERS, COLUMNS = 32, 3072

@@ -1,6 +1,6 @@
 """Attention of one new token per row over the cache, inside the kernel.
 
-    q, k ← rope(norm(q)), rope(norm(k));   o = softmax(q [K_cache, k]ᵀ / √H) [V_cache, v]
+    q, k ← rope(norm(q)), rope(norm(k));   o = softmax(cap(m q [K_cache, k]ᵀ)) [V_cache, v]      usually m = 1/√H
 
 A unit of work is one row, up to WGMMA_N query heads of one key-value head, and one of `context_splits` parts of the
 context. As with the linears, the tensor cores' left operand is what comes from the cache, halves of tiles, and queries
@@ -19,15 +19,17 @@ then, and no CTA waits for others' context.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.megakernel.activations import softcapped
 from pallas_kernels.megakernel.buffers import Buffers
 from pallas_kernels.megakernel.pipeline import Pipeline, ProducerState
-from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_M, WGMMA_N, Plan
+from pallas_kernels.megakernel.plan import Plan
 from pallas_kernels.megakernel.register_tiles import (
     COLUMNS,
     ROWS,
@@ -41,6 +43,7 @@ from pallas_kernels.megakernel.register_tiles import (
     store_transposed,
 )
 from pallas_kernels.megakernel.schedule import AttentionSchedule, Scalars, div_rem, select
+from pallas_kernels.megakernel.sizes import TILE_K, TILE_M, WGMMA_M, WGMMA_N, stored_head_dim
 
 LOWEST_SCORE = -1e30  # finite, so that no difference of two is NaN
 SHAPE = WGMMA_M, WGMMA_N
@@ -48,16 +51,16 @@ SHAPE = WGMMA_M, WGMMA_N
 
 class Attention:
     """`buffers` as in `buffers.TABLE`; heads of TILE_K dimensions stand twice in `q_raw`, `k_raw`, `q_norm` and
-    `k_norm`, one after the other. `group_size`: query heads of a key."""
+    `k_norm`, one after the other. `model`: an `op.Shape`."""
 
-    def __init__(
-        self, plan: Plan, buffers: Buffers, scalars: Scalars, pipeline: Pipeline, *, group_size: int, eps: float
-    ):
+    def __init__(self, plan: Plan, buffers: Buffers, scalars: Scalars, pipeline: Pipeline, model: Any):
         self.plan, self.buffers, self.scalars, self.pipeline = plan, buffers, scalars, pipeline
-        self.group_size, self.eps = group_size, eps
-        _, self.batch, _, self.num_kv_heads, self.head_dim = buffers.cache_k.shape
+        self.group_size, self.eps = model.num_heads // model.num_kv_heads, model.norm_eps
+        self.softcap, multiplier = model.attention_softcap, model.attention_multiplier
+        self.multiplier = model.head_dim**-0.5 if multiplier is None else multiplier
+        self.batch, (*_, self.num_kv_heads, self.head_dim) = buffers.positions.shape[0], buffers.cache_k.shape
         self.parts = self.head_dim // TILE_K
-        self.schedule = AttentionSchedule(plan, self.batch, self.num_kv_heads, group_size, lax.axis_index("cta"))
+        self.schedule = AttentionSchedule(plan, self.batch, self.num_kv_heads, self.group_size, lax.axis_index("cta"))
         self.groups = self.schedule.groups
 
     def copy(self, layer, state: ProducerState) -> ProducerState:
@@ -160,7 +163,7 @@ class Attention:
                 slots = plgpu.broadcasted_iota(jnp.int32, SHAPE, 0, layout=plgpu.Layout.WGMMA)
                 slots += (start + t) * TILE_M + half * WGMMA_M
                 seen = (slots < position) & (slots > position - window)
-                scores.append(jnp.where(seen, s * self._scale, LOWEST_SCORE))
+                scores.append(jnp.where(seen, self._scores(s), LOWEST_SCORE))
             m_new = jnp.maximum(m, jnp.maximum(*scores).max(axis=0))
             shrink = jnp.exp2(m - m_new)
             weights = [jnp.exp2(s - over_rows(m_new, SHAPE)) for s in scores]
@@ -246,26 +249,30 @@ class Attention:
             else:
                 pl.when(group * WGMMA_N + query < self.group_size)(store_query)
 
-    @property
-    def _scale(self) -> float:
-        return self.head_dim**-0.5 * math.log2(math.e)
+    def _scores(self, products):
+        """Scores to the base 2 of products q · k."""
+        if self.softcap is None:
+            return products * (self.multiplier * math.log2(math.e))
+        return softcapped(products * self.multiplier, self.softcap) * math.log2(math.e)
 
     def _with_partners(self, read):
         """Pairs, one per part of the head: `read` of its dimensions, and of those that they are rotated with."""
         starts = [part * TILE_K for part in range(self.parts)]
-        partners = [(start + self.head_dim // 2) % (2 * TILE_K) for start in starts]
+        partners = [(start + self.head_dim // 2) % stored_head_dim(self.head_dim) for start in starts]
         return [tuple(read(pl.ds(at, TILE_K)) for at in pair) for pair in zip(starts, partners, strict=True)]
 
     def _rope(self, layer, row, parts, norm):
         """Rotate a head, given in parts with their partners, after its norm, if it has one."""
-        dtype = self.buffers.q_raw.dtype
+        dtype, angles = self.buffers.q_raw.dtype, row
+        if self.buffers.ropes is not None:
+            angles += self.buffers.ropes[layer] * self.plan.padded_batch
         if norm is not None:
             mean = sum((own * own).sum(axis=0) for own, _ in parts) / self.head_dim
             inverse = over_rows(lax.rsqrt(mean + self.eps), SHAPE)
             weights = self._with_partners(lambda columns: load(norm.at[layer, columns], ROWS))
             parts = [
                 tuple(
-                    rounded(rounded(x * inverse, dtype) * over_columns(w.astype(jnp.float32), SHAPE), dtype)
+                    rounded(rounded(x * inverse, norm.dtype) * over_columns(w.astype(jnp.float32), SHAPE), dtype)
                     for x, w in zip(pair, weight, strict=True)
                 )
                 for pair, weight in zip(parts, weights, strict=True)
@@ -273,7 +280,7 @@ class Attention:
         rotated = []
         for (own, partner), columns in zip(parts, self._columns, strict=True):
             cos, sin = (
-                over_columns(load(x.at[row, columns], ROWS), SHAPE) for x in (self.buffers.cos, self.buffers.sin)
+                over_columns(load(x.at[angles, columns], ROWS), SHAPE) for x in (self.buffers.cos, self.buffers.sin)
             )
             rotated.append(rounded(own * cos + partner * sin, dtype))
         return rotated
@@ -299,4 +306,4 @@ class Attention:
             for columns, x in zip(self._columns, k, strict=True):
                 store(buffers.k_new.at[layer, row, head, columns], column(x, 0).astype(buffers.k_new.dtype))
 
-        return sum((x * y).sum(axis=0) for x, y in zip(q, k, strict=True)) * self._scale
+        return self._scores(sum((x * y).sum(axis=0) for x, y in zip(q, k, strict=True)))

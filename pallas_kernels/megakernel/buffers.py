@@ -3,7 +3,8 @@
 `TABLE` is what README.md shows (`python -m pallas_kernels.megakernel.buffers` prints it). Letters: B rows of the batch,
 N the padded batch, L layers, D embed, F hidden, H head_dim, K key-value heads, V vocabulary, E experts, R rank, U
 experts in use, S cache slots, G attention units of a row and split, P partial sums (split_k and, of adapted linears,
-one of B), M tiles of 128 rows of a group, T rank tiles in use. "K-tiles of D" is an activation [D / 64 · N + 64, 64]:
+one of B), M tiles of 128 rows of a group, T rank tiles in use. Of quantised linears `weights` are codes, [L, out, bytes].
+"K-tiles of D" is an activation [D / 64 · N + 64, 64]:
 K-tile 0 of all rows, then K-tile 1 …, so that a slice of it is contiguous. A partial sum of a tile is [halves, N / 8,
 64, 8]; of a batch of one, eight partial sums are the columns of one such tile.
 """
@@ -16,7 +17,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.megakernel.plan import ALL_REDUCED, TILE_K, WGMMA_M, WGMMA_N, Group, Plan
+from pallas_kernels.megakernel.plan import ALL_REDUCED, Group, Plan
+from pallas_kernels.megakernel.sizes import TILE_K, WGMMA_M, WGMMA_N, stored_head_dim
 
 Shapes = dict[str, tuple[tuple[int, ...], Any]]
 """Name → (shape, dtype)."""
@@ -37,16 +39,21 @@ TABLE = (
     Row("x", "K-tiles of D", "bf16", "caller; o, down", "o, down"),
     Row("x_weighted", "K-tiles of D", "bf16", "caller; o, down", "qkv, gate_up, head"),
     Row("square_sums", "[D / 64, N]", "fp32", "caller; o, down", "qkv, gate_up, head"),
-    Row("norms", "[2 L + 1, D]", "bf16", "caller", "o, down"),
+    Row("norms", "[2 L + 1, D]", "bf16, fp32", "caller", "o, down"),
+    Row("output_norms", "[2 L, D]", "bf16, fp32", "caller, or absent", "o, down"),
+    Row("output", "K-tiles of D", "bf16", "o, down, with output norms", "o, down"),
+    Row("output_square_sums", "[D / 64, N]", "fp32", "o, down, with output norms", "o, down"),
     Row("positions", "[B]", "int32", "caller", "attention"),
     Row("windows", "[L]", "int32", "caller", "attention"),
-    Row("cos", "[N, H]", "fp32", "caller", "attention"),
-    Row("sin", "[N, H], the first half negated", "fp32", "caller", "attention"),
+    Row("ropes", "[L]", "int32", "caller, or absent", "attention"),
+    Row("cos", "[ropes · N, H]", "fp32", "caller", "attention"),
+    Row("sin", "[ropes · N, H], the first half negated", "fp32", "caller", "attention"),
     Row("cache_k", "[L, B, S, K, H]", "bf16", "caller", "attention"),
     Row("cache_v", "[L, B, S, K, H]", "bf16", "caller", "attention"),
-    Row("q_norm", "[L, 128]", "bf16", "caller, or absent", "attention"),
-    Row("k_norm", "[L, 128]", "bf16", "caller, or absent", "attention"),
-    Row("weights", "by linear [L, out, in]; lm_head [V, D]", "bf16", "caller", "every group"),
+    Row("q_norm", "[L, H]", "bf16, fp32", "caller, or absent", "attention"),
+    Row("k_norm", "[L, H]", "bf16, fp32", "caller, or absent", "attention"),
+    Row("weights", "by linear [L, out, in]; lm_head [V, D]", "bf16; of layers perhaps uint8", "caller", "every group"),
+    Row("scales", "by linear [L, groups, out]", "bf16, fp16, fp32", "caller, or absent", "every group: W x"),
     Row("biases", "by linear [L, out]", "bf16", "caller", "every group"),
     Row("a", "by adapted linear [L, E, R, in]", "bf16", "caller", "its group"),
     Row("b", "by adapted linear [L, E, out, R]", "bf16", "caller", "its group"),
@@ -60,8 +67,8 @@ TABLE = (
     Row("t_partials", "[1 or 2, P, targets, T, N / 8, 64, 8]", "fp32", "every group: A x", "the same group: h"),
     Row("h", "K-tiles of targets · U · R", "bf16", "every group: h (N > 1 row)", "the same group: B h"),
     Row("inverse_rms", "[CTAs, N]", "fp32", "qkv, gate_up, head", "the same CTA"),
-    Row("q_raw", "[heads + 8, N, 128]", "bf16", "qkv", "attention"),
-    Row("k_raw", "[K, N, 128]", "bf16", "qkv", "attention"),
+    Row("q_raw", "[heads + 8, N, H]", "bf16", "qkv", "attention"),
+    Row("k_raw", "[K, N, H]", "bf16", "qkv", "attention"),
     Row("context", "K-tiles of heads · H", "bf16", "attention", "o"),
     Row("hidden", "K-tiles of F", "bf16", "gate_up", "down"),
     Row("o_partials", "[splits, N, G, H / 64, 64, 8]", "fp32", "attention, split contexts", "combine"),
@@ -81,8 +88,12 @@ class Buffers:
     x_weighted: Any = None
     square_sums: Any = None
     norms: Any = None
+    output_norms: Any = None
+    output: Any = None
+    output_square_sums: Any = None
     positions: Any = None
     windows: Any = None
+    ropes: Any = None
     cos: Any = None
     sin: Any = None
     cache_k: Any = None
@@ -90,6 +101,7 @@ class Buffers:
     q_norm: Any = None
     k_norm: Any = None
     weights: dict[str, Any] = field(default_factory=dict)
+    scales: dict[str, Any] = field(default_factory=dict)
     biases: dict[str, Any] = field(default_factory=dict)
     a: dict[str, Any] = field(default_factory=dict)
     b: dict[str, Any] = field(default_factory=dict)
@@ -154,14 +166,17 @@ def scratch_and_outputs(plan: Plan, model: Any, dtype: Any, devices: int | None)
     buffers: Shapes = {
         **partial_sums(plan.groups, plan, dtype),
         "inverse_rms": ((plan.num_ctas, n), jnp.float32),
-        "q_raw": ((model.num_heads + WGMMA_N, n, 2 * TILE_K), dtype),
-        "k_raw": ((model.num_kv_heads, n, 2 * TILE_K), dtype),
+        "q_raw": ((model.num_heads + WGMMA_N, n, stored_head_dim(model.head_dim)), dtype),
+        "k_raw": ((model.num_kv_heads, n, stored_head_dim(model.head_dim)), dtype),
         "context": ((model.num_heads * model.head_dim // TILE_K * n + WGMMA_M, TILE_K), dtype),
         "hidden": ((model.hidden_dim // TILE_K * n + WGMMA_M, TILE_K), dtype),
-        "logits": (((devices or 1) * model.vocab_size, n), jnp.float32),
+        "logits": (((devices or 1) * model.head_rows, n), jnp.float32),
         "k_new": (new, dtype),
         "v_new": (new, dtype),
     }
+    if model.has_output_norms:
+        buffers["output"] = (model.embed_dim // TILE_K * n, TILE_K), dtype
+        buffers["output_square_sums"] = (-(-model.embed_dim // WGMMA_M**2) * WGMMA_M, n), jnp.float32
     if plan.context_splits > 1:
         buffers["o_partials"] = ((*units, model.head_dim // TILE_K, WGMMA_M, WGMMA_N), jnp.float32)
         buffers |= dict.fromkeys(("max_partials", "sum_partials"), ((*units, WGMMA_N), jnp.float32))

@@ -3,8 +3,8 @@
 y = r · Σ_s y_partials[s] + bias        then, by group:
 
 StoreHeads      q, k, v                    → q_raw, k_raw, v_new
-AddResidual     x + y, its squares         → x, x_weighted, square_sums
-SwiGLU          silu(gate) · up            → hidden
+AddResidual     x + m y, its squares       → x, x_weighted, square_sums     (with a norm of y: output_norm.py)
+GatedProduct    act(gate) · up             → hidden
 StoreLogits     y                          → logits
 """
 
@@ -20,10 +20,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.megakernel.activations import ACTIVATIONS
 from pallas_kernels.megakernel.all_reduce import AllReduce
 from pallas_kernels.megakernel.buffers import Buffers
 from pallas_kernels.megakernel.partial_sums import PartialSums
-from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_M, WGMMA_N, Group, Plan
+from pallas_kernels.megakernel.plan import Group, Plan
 from pallas_kernels.megakernel.register_tiles import (
     COLUMNS,
     ROWS,
@@ -32,12 +33,12 @@ from pallas_kernels.megakernel.register_tiles import (
     over_columns,
     over_rows,
     rounded,
-    silu,
     store,
     store_transposed,
 )
 from pallas_kernels.megakernel.schedule import TileSchedule, div, rem
 from pallas_kernels.megakernel.semaphores import GroupSemaphores
+from pallas_kernels.megakernel.sizes import TILE_K, TILE_M, WGMMA_M, WGMMA_N, stored_head_dim
 
 
 class Store(Protocol):
@@ -63,7 +64,7 @@ class StoreHeads:
         raw = self.buffers.q_raw if name == "q_proj" else self.buffers.k_raw
 
         def put(value):
-            for start in range(0, 2 * TILE_K, self.head_dim):  # a head of TILE_K dimensions twice
+            for start in range(0, stored_head_dim(self.head_dim), self.head_dim):  # a head of TILE_K dimensions twice
                 store_transposed(raw.at[head, columns, pl.ds(start + part, WGMMA_M)], value)
 
         return put
@@ -71,12 +72,13 @@ class StoreHeads:
 
 @dataclass(frozen=True)
 class AddResidual:
-    """x ← x + y, and what the next group needs of its norm: x · weight and the sums of squares. `next_norm(layer)` is its
-    number."""
+    """x ← x + m y, and what the next group needs of its norm: x · weight and the sums of squares. `next_norm(layer)` is its
+    number, `multiplier` m."""
 
     buffers: Buffers
     plan: Plan
     next_norm: Callable[[Any], Any]
+    multiplier: float
 
     def __call__(self, layer, names, row, columns):
         buffers = self.buffers
@@ -85,7 +87,10 @@ class AddResidual:
         weight = load(buffers.norms.at[self.next_norm(layer), pl.ds(row, WGMMA_M)], ROWS).astype(jnp.float32)
 
         def put(value):
-            after = rounded(x + rounded(value, buffers.x.dtype), buffers.x.dtype)
+            y = rounded(value, buffers.x.dtype)
+            if self.multiplier != 1:
+                y = rounded(y * self.multiplier, buffers.x.dtype)
+            after = rounded(x + y, buffers.x.dtype)
             store_transposed(x_rows, after)
             weighted_rows = k_tile_rows(self.plan, buffers.x_weighted, row, columns)
             store_transposed(weighted_rows, after * over_columns(weight, after.shape))
@@ -95,11 +100,12 @@ class AddResidual:
 
 
 @dataclass(frozen=True)
-class SwiGLU:
-    """silu(gate) · up, the input of down_proj."""
+class GatedProduct:
+    """act(gate) · up, the input of down_proj."""
 
     buffers: Buffers
     plan: Plan
+    activation: str
 
     def __call__(self, layer, names, row, columns):
         hidden = self.buffers.hidden
@@ -107,17 +113,17 @@ class SwiGLU:
         def put(gate, up):
             gate, up = rounded(gate, hidden.dtype), rounded(up, hidden.dtype)
             rows = k_tile_rows(self.plan, hidden, row, columns)
-            store_transposed(rows, rounded(silu(gate), hidden.dtype) * up)
+            store_transposed(rows, rounded(ACTIVATIONS[self.activation](gate), hidden.dtype) * up)
 
         return put
 
 
 @dataclass(frozen=True)
 class StoreLogits:
-    """Logits, in fp32; where devices share the model, this one's part of the vocabulary on all of them."""
+    """Logits, in fp32; where devices share the model, this one's `head_rows` of the vocabulary on all of them."""
 
     buffers: Buffers
-    vocab_size: int
+    head_rows: int
     all_reduce: AllReduce | None
 
     def __call__(self, layer, names, row, columns):
@@ -126,7 +132,7 @@ class StoreLogits:
             if devices is None:
                 store(logits.at[pl.ds(row, WGMMA_M), columns], value)
             else:
-                devices.store(logits.at[pl.ds(devices.device * self.vocab_size + row, WGMMA_M), columns], value)
+                devices.store(logits.at[pl.ds(devices.device * self.head_rows + row, WGMMA_M), columns], value)
 
         return put
 

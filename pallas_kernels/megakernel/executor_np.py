@@ -16,8 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_M, WGMMA_N, Group, Plan
+from pallas_kernels.megakernel.activations import ACTIVATIONS
+from pallas_kernels.megakernel.plan import Group, Plan
 from pallas_kernels.megakernel.schedule import AttentionSchedule, Scalars, Tile, TileSchedule
+from pallas_kernels.megakernel.sizes import TILE_K, TILE_M, WGMMA_M, WGMMA_N
+from pallas_kernels.quantised.reference import dequantise_np
 
 Array = np.ndarray
 Store = Callable[[int, tuple[str, ...], slice, slice, list[Array]], None]
@@ -38,6 +41,10 @@ def run(inputs: dict[str, Any], plan: Plan, model: Any, **_: Any) -> tuple[jax.A
     dtype = inputs["x"].dtype
     inputs = {name: fp32(value) for name, value in inputs.items()}
     n, k_tiles = plan.padded_batch, model.embed_dim // TILE_K
+    for name, scales in inputs["scales"].items():
+        assert plan.layout is not None
+        layers = zip(inputs["weights"][name], scales.swapaxes(1, 2), strict=True)
+        inputs["weights"][name] = np.stack([dequantise_np(*layer, plan.layout) for layer in layers]).astype(np.float32)
     inputs["x"] = inputs["x"][: k_tiles * n].reshape(k_tiles, n, TILE_K).swapaxes(0, 1).reshape(n, -1)
     logits, k_new, v_new = Executor(inputs, plan, model).run()
     return jnp.asarray(logits.T), jnp.asarray(k_new, dtype), jnp.asarray(v_new, dtype)
@@ -55,7 +62,8 @@ class Executor:
         self.k = np.full((n, model.num_kv_heads, model.head_dim), np.nan, np.float32)
         self.context = np.full((n, model.num_heads * model.head_dim), np.nan, np.float32)
         self.hidden = np.full((n, model.hidden_dim), np.nan, np.float32)
-        self.logits = np.full((n, model.vocab_size), np.nan, np.float32)
+        self.logits = np.full((n, model.head_rows), np.nan, np.float32)
+        self.output = np.full((n, model.embed_dim), np.nan, np.float32)
         self.k_new, self.v_new = np.full(new, np.nan, np.float32), np.full(new, np.nan, np.float32)
         experts = [int(e) for e in inputs.get("experts", ())]
         self.scalars = Scalars(experts, int(inputs.get("num_used", (0,))[0]), [int(p) for p in inputs["positions"]])
@@ -66,14 +74,24 @@ class Executor:
         for layer in range(self.model.num_layers):
             self.linears(plan.qkv, layer, self.normed(norms[2 * layer]), self.store_heads)
             self.attention(layer)
-            self.linears(plan.o, layer, self.context, self.add_residual)
-            self.linears(plan.gate_up, layer, self.normed(norms[2 * layer + 1]), self.swiglu)
-            self.linears(plan.down, layer, self.hidden, self.add_residual)
+            self.residual(plan.o, layer, self.context, 2 * layer)
+            self.linears(plan.gate_up, layer, self.normed(norms[2 * layer + 1]), self.gated_product)
+            self.residual(plan.down, layer, self.hidden, 2 * layer + 1)
         self.linears(plan.head, 0, self.normed(norms[-1]), self.store_logits)
         return self.logits, self.k_new, self.v_new
 
-    def normed(self, weight: Array) -> Array:
-        return self.x / np.sqrt(np.mean(self.x**2, -1, keepdims=True) + self.model.norm_eps) * weight
+    def residual(self, group: Group, layer: int, x: Array, norm: int) -> None:
+        """x + m · W …, or with output norms, of which `norm` is this one's number, x + m · norm(W …)."""
+        if not self.model.has_output_norms:
+            return self.linears(group, layer, x, self.add_residual)
+        self.linears(group, layer, x, self.store_output)
+        self.x += self.model.residual_multiplier * self.normed(self.inputs["output_norms"][norm], self.output)
+        return None
+
+    def normed(self, weight: Array, x: Array | None = None) -> Array:
+        """The norm of x, by default of the residual."""
+        x = self.x if x is None else x
+        return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + self.model.norm_eps) * weight
 
     # Linears: A x, then h, then W x and B h, then the epilogue; every CTA its tiles.
 
@@ -98,8 +116,9 @@ class Executor:
     def _tile(self, schedule: TileSchedule, n: int) -> Tile:
         return Tile(*map(int, schedule.tile(n)))
 
-    def _columns(self, tile: Tile) -> slice:
-        return slice(tile.first * TILE_K, (tile.first + tile.chunks) * TILE_K)
+    def _columns(self, tile: Tile, k_tiles: int = 1) -> slice:
+        """Columns of a tile whose chunks have so many K-tiles."""
+        return slice(tile.first * k_tiles * TILE_K, (tile.first + tile.chunks) * k_tiles * TILE_K)
 
     def _ranks(self, rank_tile: int) -> tuple[int, slice]:
         """(expert, its ranks)."""
@@ -131,7 +150,8 @@ class Executor:
         height = min(TILE_M, group.outs[name] - rows.start)
         if not tile.is_b:
             w = self.inputs["weights"][name]
-            y[:height] = (w if name == "lm_head" else w[layer])[rows, self._columns(tile)] @ x[:, self._columns(tile)].T
+            columns = self._columns(tile, group.chunk_k_tiles)
+            y[:height] = (w if name == "lm_head" else w[layer])[rows, columns] @ x[:, columns].T
         elif tile.chunks:
             products: Any = 0
             for piece in range(int(schedule.num_h_pieces(True, tile.chunks))):
@@ -169,11 +189,18 @@ class Executor:
     def add_residual(
         self, layer: int, names: tuple[str, ...], rows: slice, columns: slice, values: list[Array]
     ) -> None:
-        self.x[columns, rows] += values[0].T
+        self.x[columns, rows] += self.model.residual_multiplier * values[0].T
 
-    def swiglu(self, layer: int, names: tuple[str, ...], rows: slice, columns: slice, values: list[Array]) -> None:
+    def store_output(
+        self, layer: int, names: tuple[str, ...], rows: slice, columns: slice, values: list[Array]
+    ) -> None:
+        self.output[columns, rows] = values[0].T
+
+    def gated_product(
+        self, layer: int, names: tuple[str, ...], rows: slice, columns: slice, values: list[Array]
+    ) -> None:
         gate, up = values
-        self.hidden[columns, rows] = (gate / (1 + np.exp(-gate)) * up).T
+        self.hidden[columns, rows] = (np.asarray(ACTIVATIONS[self.model.activation](jnp.asarray(gate))) * up).T
 
     def store_logits(
         self, layer: int, names: tuple[str, ...], rows: slice, columns: slice, values: list[Array]
@@ -210,7 +237,9 @@ class Executor:
                     keys = np.concatenate([keys, k[row, head][None]])
                     values = np.concatenate([values, self.v_new[layer, row, head][None]])
                 low, high = (head * group_size + min(g * WGMMA_N, group_size) for g in (group, group + 1))
-                scores = q[row, low:high] @ keys.T * model.head_dim**-0.5
+                multiplier, cap = model.attention_multiplier, model.attention_softcap
+                scores = q[row, low:high] @ keys.T * (model.head_dim**-0.5 if multiplier is None else multiplier)
+                scores = scores if cap is None else cap * np.tanh(scores / cap)
                 most = scores.max(-1, keepdims=True, initial=-1e30)
                 weights = np.exp(scores - most)
                 part = weights @ values, most, weights.sum(-1, keepdims=True)
@@ -230,4 +259,7 @@ class Executor:
             mean = np.mean(heads**2, -1, keepdims=True)
             heads = heads / np.sqrt(mean + self.model.norm_eps) * norm[layer, : self.model.head_dim]
         partners = np.roll(heads, self.model.head_dim // 2, axis=-1)
-        return heads * self.inputs["cos"][:, None] + partners * self.inputs["sin"][:, None]
+        n = self.plan.padded_batch
+        table = int(self.inputs["ropes"][layer]) if "ropes" in self.inputs else 0
+        cos, sin = (self.inputs[name][table * n : (table + 1) * n, None] for name in ("cos", "sin"))
+        return heads * cos + partners * sin

@@ -17,10 +17,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.megakernel.buffers import Buffers
 from pallas_kernels.megakernel.partial_sums import PartialSums
-from pallas_kernels.megakernel.plan import WGMMA_N, Group, Plan, smem_rows
+from pallas_kernels.megakernel.plan import Group, Plan
 from pallas_kernels.megakernel.register_tiles import COLUMNS, load, over_rows, store_transposed
 from pallas_kernels.megakernel.schedule import TileSchedule, div, div_rem
 from pallas_kernels.megakernel.semaphores import GroupSemaphores
+from pallas_kernels.megakernel.sizes import WGMMA_N, smem_rows
 
 
 class ExpertHidden:

@@ -4,6 +4,7 @@
     reduce_h    h_u = g_u · Σ_s t_partials[s]                       `experts`
     gemm        y_partials[s] = W[:, slice s] x[slice s]            its units
                 y_partials[split_k] = Σ_u B[e_u] h_u                its share of their tiles
+                W is codes and scales if it is quantised            `dequantise`
     epilogue    y = r · Σ_s y_partials[s] + bias, …                 `epilogue`
 
 Between A x and B h the CTAs exchange partial sums. So A comes first, and most of it in CTAs that have less of W; h is
@@ -32,14 +33,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.megakernel.all_reduce import AllReduce
 from pallas_kernels.megakernel.buffers import Buffers
+from pallas_kernels.megakernel.dequantise import QuantisedProduct
 from pallas_kernels.megakernel.epilogue import Epilogue, Store
 from pallas_kernels.megakernel.experts import ExpertHidden
 from pallas_kernels.megakernel.partial_sums import PartialSums
-from pallas_kernels.megakernel.pipeline import Pipeline, ProducerState
-from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_M, WGMMA_N, Group, Plan, smem_rows
-from pallas_kernels.megakernel.register_tiles import load, store
-from pallas_kernels.megakernel.schedule import Scalars, TileSchedule, div, expert_ranks
+from pallas_kernels.megakernel.pipeline import CodesAndScales, Pipeline, ProducerState
+from pallas_kernels.megakernel.plan import Group, Plan
+from pallas_kernels.megakernel.register_tiles import inverse_rms, load, store
+from pallas_kernels.megakernel.schedule import Scalars, TileSchedule, div, expert_ranks, where
 from pallas_kernels.megakernel.semaphores import GroupSemaphores
+from pallas_kernels.megakernel.sizes import CODE_BYTES, TILE_K, TILE_M, WGMMA_M, WGMMA_N, chunk_groups, smem_rows
 
 STEPS = "shrink", "reduce_h", "gemm", "epilogue"
 
@@ -81,6 +84,11 @@ class Gemm:
         polls = semaphores is not None and plan.is_batch_one
         self.partial_sums = PartialSums(group, plan, buffers, all_reduce, polls=polls)
         self.semaphores = GroupSemaphores(semaphores, group, schedule, all_reduce)
+        self.quantised_product = None
+        if group.layout is not None:
+            self.quantised_product = QuantisedProduct(
+                group.layout, pipeline, plan.padded_batch, compiled=semaphores is not None
+            )
         self.hidden = ExpertHidden(group, plan, buffers, schedule, self.partial_sums, self.semaphores, self._to_smem)
         self.epilogue = Epilogue(
             group, buffers, schedule, self.partial_sums, self.semaphores, store, has_norm=norm_dim is not None
@@ -120,8 +128,15 @@ class Gemm:
                     return [buffers.a[name].at[layer, *expert(rank_tile), columns] for rank_tile in pair]
 
                 def of_w(name):
-                    w = buffers.weights[name]
-                    return [w.at[rows, columns] if name == "lm_head" else w.at[layer, rows, columns]]
+                    w, layout = buffers.weights[name], group.layout
+                    if layout is None:
+                        return [w.at[rows, columns] if name == "lm_head" else w.at[layer, rows, columns]]
+                    size, groups = CODE_BYTES[layout.bits], chunk_groups(layout)
+                    first_group = 0 if layout.group_size is None else (tile.first + c) * groups
+                    return CodesAndScales(
+                        w.at[layer, rows, pl.ds((tile.first + c) * size, size)],
+                        buffers.scales[name].at[layer, pl.ds(first_group, groups), rows],
+                    )
 
                 def of_b(name):
                     number, ranks = expert(c)
@@ -148,8 +163,8 @@ class Gemm:
                         layer, count, self._attention_unit, operand_smem, *attention_smem
                     )
                 else:
-                    rows = smem_rows(self.group.max_slice_chunks, self.plan.padded_batch)
-                    self._to_smem(x, self.schedule.first_chunk * self.plan.padded_batch, rows, operand_smem, 0)
+                    rows = smem_rows(self.group.max_slice_k_tiles, self.plan.padded_batch)
+                    self._to_smem(x, self.schedule.first_k_tile * self.plan.padded_batch, rows, operand_smem, 0)
             if self.group is not self.plan.head:
                 self.partial_sums.forget_t()
             with jax.named_scope("products"):
@@ -192,10 +207,14 @@ class Gemm:
             if reduce_at is not None:
                 pl.when(n == reduce_at)(lambda: self.hidden.reduce(layer))
             wanted = True if reduce_at is None else n < end
-            row, chunks = (tile.first - schedule.first_chunk) * plan.padded_batch, tile.chunks
+            row = (tile.first - schedule.first_k_tile) * plan.padded_batch  # of A, and 0 of W; codes do not use it
+            chunks, codes = tile.chunks, 0
             if group.adapted:
                 wanted &= tile.chunks > 0
                 chunks = jnp.where(wanted, chunks, 0)
+            if self.quantised_product is not None:
+                is_w = jnp.logical_not(tile.is_a | tile.is_b) if group.adapted else True
+                chunks, codes = where(is_w, 0, chunks), where(is_w, chunks, 0)
             if group.adapted and plan.is_batch_one:
                 row = jnp.where(tile.is_b, plan.x_smem_rows + tile.adapted_index * plan.max_rank_tiles * WGMMA_N, row)
                 pl.when((n == own_h_at) & (schedule.num_b > 0))(lambda: self.hidden.reduce_own(operand_smem))
@@ -215,7 +234,10 @@ class Gemm:
                     after = lax.fori_loop(0, schedule.num_h_pieces(tile.is_b, chunks), multiply_piece, count)
                 else:
                     after = self._accumulate(accs, count, chunks, operand_smem, row, tile.is_a)
-                return [acc[...] for acc in accs], after
+                halves = [acc[...] for acc in accs]
+                if self.quantised_product is not None:
+                    return self.quantised_product.add(halves, after, codes, operand_smem)
+                return halves, after
 
             acc = plgpu.ACC((WGMMA_M, plan.padded_batch), jnp.float32)
             halves, count = pl.run_scoped(multiply, acc, acc)
@@ -262,6 +284,8 @@ class Gemm:
 
             return count + 1
 
+        if isinstance(number, int) and number == 0:  # all chunks are codes
+            return count
         after = lax.fori_loop(0, number, accumulate_chunk, count)
         plgpu.wgmma_wait(0)
         pl.when(number > 0)(lambda: self.pipeline.release(after - 1))
@@ -271,10 +295,5 @@ class Gemm:
         """r [N] of the group's input, where it has a norm."""
         if self.norm_dim is None:
             return
-        total: Any = 0.0
-        for start in range(0, self.buffers.square_sums.shape[0], WGMMA_M):
-            part = load(self.buffers.square_sums.at[pl.ds(start, WGMMA_M)])
-            numbers = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA) + start
-            part = jnp.where(numbers < self.norm_dim // WGMMA_M, part, 0).sum(axis=0)
-            total += part
-        store(self.buffers.inverse_rms.at[self.schedule.cta], lax.rsqrt(total / self.norm_dim + self.eps))
+        r = inverse_rms(self.buffers.square_sums, self.norm_dim, self.eps)
+        store(self.buffers.inverse_rms.at[self.schedule.cta], r)

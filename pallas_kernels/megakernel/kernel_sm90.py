@@ -11,10 +11,11 @@ on working.
     q, k, v      the norm of x                    q, k, v                                        (gemm.py, epilogue.py)
     attention    q, k, v, the cache               the context                                    (attention.py)
     o, down      the context, the hidden          x + y, its norm
-    gate, up     the norm of x                    silu(gate) · up
+    gate, up     the norm of x                    act(gate) · up
     head         the norm of x                    logits
 
-If the plan has fused attention, there is no phase for it: o's begins with it.
+If the plan has fused attention, there is no phase for it: o's begins with it. Where what o and down add has a norm, each
+has one more phase, which adds it (output_norm.py).
 
 Several devices run it together on their shards of the model: then o and down are all-reduced (all_reduce.py).
 """
@@ -35,13 +36,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.megakernel.all_reduce import AllReduce
 from pallas_kernels.megakernel.attention import Attention
 from pallas_kernels.megakernel.buffers import Buffers, scratch_and_outputs
-from pallas_kernels.megakernel.epilogue import AddResidual, Store, StoreHeads, StoreLogits, SwiGLU
+from pallas_kernels.megakernel.dequantise import codes_shape
+from pallas_kernels.megakernel.epilogue import AddResidual, GatedProduct, Store, StoreHeads, StoreLogits
 from pallas_kernels.megakernel.gemm import Gemm, steps_of
 from pallas_kernels.megakernel.l2_hints import EVICT_LAST, EVICT_NORMAL, partial_sums_of_layers, resident, set_priority
+from pallas_kernels.megakernel.output_norm import OutputNorm, StoreOutput
 from pallas_kernels.megakernel.pipeline import Pipeline
-from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_N, Group, Plan, Profile
+from pallas_kernels.megakernel.plan import Group, Plan, Profile
 from pallas_kernels.megakernel.polling import mark_not_stored
 from pallas_kernels.megakernel.schedule import Scalars
+from pallas_kernels.megakernel.sizes import TILE_K, TILE_M, WGMMA_N, chunk_groups
 
 COMPILER_PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 """Lowering with explicit layouts, as inferring them takes most of the time to compile."""
@@ -52,6 +56,8 @@ class SharedMemory:
     """The refs of a CTA: the pipeline's stages and barriers, and the right operands of linears or of attention."""
 
     stages_smem: Any  # [stages, TILE_M, TILE_K]
+    codes_smem: Any = None  # the same place in bytes, [stages, TILE_M or more, CODE_BYTES]
+    scales_smem: Any = None  # [stages, groups of a chunk, TILE_M]
     stage_full: Any
     stage_full_second_half: Any
     stage_empty: Any
@@ -60,7 +66,9 @@ class SharedMemory:
     p_smem: Any  # [TILE_M / TILE_K, WGMMA_N, TILE_K]
 
     @classmethod
-    def of(cls, *, operands: Any = None, **refs: Any) -> SharedMemory:
+    def of(cls, *, operands: Any = None, stages: Any = None, **refs: Any) -> SharedMemory:
+        if stages is not None:
+            (refs["stages_smem"],), (refs["codes_smem"],) = stages
         if operands is not None:
             (refs["operand_smem"],), (refs["q_smem"], refs["p_smem"]) = operands
         return cls(**refs)
@@ -86,9 +94,8 @@ def _phases(
     compiled: bool,
 ) -> tuple[list[Phase], list[Phase]]:
     """(of a layer, after the last layer)."""
-    head_dim, embed_dim = model.head_dim, model.embed_dim
-    group_size = model.num_heads // model.num_kv_heads
-    attention = Attention(plan, buffers, scalars, pipeline, group_size=group_size, eps=model.norm_eps)
+    embed_dim, eps = model.embed_dim, model.norm_eps
+    attention = Attention(plan, buffers, scalars, pipeline, model)
 
     def phases_of(group: Group, x: Any, store: Store, *, has_norm: bool) -> list[Phase]:
         """One phase; where CTAs do not run at the same time, one for each of its steps."""
@@ -105,7 +112,7 @@ def _phases(
                 steps=these,
                 store=store,
                 norm_dim=embed_dim if has_norm else None,
-                eps=model.norm_eps,
+                eps=eps,
                 all_reduce=all_reduce if group.all_reduced else None,
                 attention=attention,
             )
@@ -124,16 +131,29 @@ def _phases(
         attention.combine()
         return count
 
-    after_attention = AddResidual(buffers, plan, lambda layer: 2 * layer + 1)
-    after_ffn = AddResidual(buffers, plan, lambda layer: 2 * layer + 2)
-    logits = StoreLogits(buffers, model.vocab_size, all_reduce)
+    def residual(group: Group, x: Any, number: int) -> list[Phase]:
+        """x + m · W …, or with a norm x + m · norm(W …); `number`: 0 after attention, 1 after the FFN."""
+        add = AddResidual(buffers, plan, lambda layer: 2 * layer + 1 + number, model.residual_multiplier)
+        if not model.has_output_norms:
+            return phases_of(group, x, add, has_norm=False)
+        norm = OutputNorm(buffers, plan, add, lambda layer: 2 * layer + number, embed_dim, eps)
+
+        def finish(layer, count):
+            norm.run(layer)
+            return count
+
+        stored = phases_of(group, x, StoreOutput(buffers, plan), has_norm=False)
+        return [*stored, Phase(lambda layer, state: state, finish)]
+
+    hidden = GatedProduct(buffers, plan, model.activation)
+    logits = StoreLogits(buffers, model.head_rows, all_reduce)
     layer_phases = [
-        *phases_of(plan.qkv, buffers.x_weighted, StoreHeads(buffers, head_dim), has_norm=True),
+        *phases_of(plan.qkv, buffers.x_weighted, StoreHeads(buffers, model.head_dim), has_norm=True),
         *([] if plan.o.fused_attention else [Phase(attention.copy, attend)]),
         *([Phase(lambda layer, state: state, combine)] if plan.context_splits > 1 else []),
-        *phases_of(plan.o, buffers.context, after_attention, has_norm=False),
-        *phases_of(plan.gate_up, buffers.x_weighted, SwiGLU(buffers, plan), has_norm=True),
-        *phases_of(plan.down, buffers.hidden, after_ffn, has_norm=False),
+        *residual(plan.o, buffers.context, 0),
+        *phases_of(plan.gate_up, buffers.x_weighted, hidden, has_norm=True),
+        *residual(plan.down, buffers.hidden, 1),
     ]
     return layer_phases, phases_of(plan.head, buffers.x_weighted, logits, has_norm=True)
 
@@ -144,7 +164,10 @@ def _kernel(*refs, names, plan, model, span, axis, compiled, **scratch):
     buffers, smem = Buffers.of(names, refs), SharedMemory.of(**scratch)
     many_experts = plan.h_rank_tiles < plan.max_rank_tiles
     scalars = Scalars.load(buffers.experts, buffers.num_used, buffers.positions, many_experts=many_experts)
-    pipeline = Pipeline(smem.stages_smem, smem.stage_full, smem.stage_empty, smem.stage_full_second_half)
+    pipeline = Pipeline(
+        smem.stages_smem, smem.stage_full, smem.stage_empty, smem.stage_full_second_half,
+        codes_smem=smem.codes_smem, scales_smem=smem.scales_smem,
+    )  # fmt: skip
     grid_barrier, semaphores, all_reduce = None, None, None
     if compiled:
         grid_barrier = pl.get_global(plgpu.SemaphoreType.REGULAR)
@@ -223,8 +246,8 @@ def run_megakernel(
         else:  # what is read before it is written shows
             refs[name,] = jax.new_ref(jnp.full(of_shape, jnp.nan, of_type))
 
-    def operand(*shape):
-        width = plgpu.find_swizzle(shape[-1] * dtype.itemsize * 8)
+    def operand(*shape, dtype=dtype):
+        width = min(TILE_K * dtype.itemsize, plgpu.find_swizzle(shape[-1] * dtype.itemsize * 8))
         transforms = plgpu.TilingTransform((8, width // dtype.itemsize)), plgpu.SwizzleTransform(width)  # type: ignore[abstract]
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
@@ -235,6 +258,14 @@ def run_megakernel(
         "p_smem": operand(TILE_M // TILE_K, WGMMA_N, TILE_K),
     }
     linear, q, p = used_in_turn.values()
+    stages: dict[str, Any] = {"stages_smem": operand(plan.stages, TILE_M, TILE_K)}
+    if plan.layout is not None:
+        codes = codes_shape(plan.stages, plan.layout, TILE_M * TILE_K * dtype.itemsize)
+        stages["codes_smem"] = operand(*codes, dtype=jnp.dtype(jnp.uint8))
+        if not interpret:
+            stages = {"stages": plgpu.RefUnion(*([ref] for ref in stages.values()))}
+        kind = inputs["scales"]["q_proj"].dtype
+        stages["scales_smem"] = plgpu.SMEM((plan.stages, chunk_groups(plan.layout), TILE_M), kind)
     compiler_params = COMPILER_PARAMS
     if profile is not None:
         compiler_params = replace(compiler_params, profile_space=profile.events, profile_dir=profile.directory)
@@ -250,7 +281,7 @@ def run_megakernel(
             num_threads=2,
             thread_name="warpgroup",
             scratch_types={
-                "stages_smem": operand(plan.stages, TILE_M, TILE_K),
+                **stages,
                 "stage_full": plgpu.Barrier(num_barriers=plan.stages),
                 "stage_full_second_half": plgpu.Barrier(num_barriers=plan.stages),
                 "stage_empty": plgpu.Barrier(num_barriers=plan.stages),
@@ -266,7 +297,8 @@ def run_megakernel(
         # One launch for each step of each phase: between launches all CTAs have stored what they had to.
         *of_layer, of_head = (len(steps_of(group, plan.is_batch_one)) for group in plan.groups)
         for layer in range(model.num_layers):
-            for phase in range(sum(of_layer) + (not plan.o.fused_attention) + (plan.context_splits > 1)):
+            phases = sum(of_layer) + (not plan.o.fused_attention) + (plan.context_splits > 1)
+            for phase in range(phases + 2 * model.has_output_norms):
                 launch((layer, layer + 1, (phase, phase + 1), (0, 0)))
         for phase in range(of_head):
             launch((0, 0, (0, 0), (phase, phase + 1)))

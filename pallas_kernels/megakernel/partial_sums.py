@@ -17,10 +17,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.megakernel.all_reduce import AllReduce
 from pallas_kernels.megakernel.buffers import Buffers
-from pallas_kernels.megakernel.plan import ALL_REDUCED, WGMMA_M, WGMMA_N, Group, Plan
+from pallas_kernels.megakernel.plan import ALL_REDUCED, Group, Plan
 from pallas_kernels.megakernel.polling import is_whole, load_when_stored, mark_not_stored
 from pallas_kernels.megakernel.register_tiles import add_all, column, load, over_columns, store
 from pallas_kernels.megakernel.schedule import div, rem
+from pallas_kernels.megakernel.sizes import WGMMA_M, WGMMA_N
 
 PARTIALS_IN_REGISTERS = 32
 """Partial sums that are loaded into registers together."""

@@ -16,26 +16,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from pallas_kernels.megakernel.sizes import (
+    MAX_SPLIT_K,
+    MAX_WIDE_INPUT_BYTES,
+    SMEM_BYTES,
+    TILE_K,
+    TILE_M,
+    WGMMA_N,
+    chunk_k_tiles,
+    min_stages,
+    padded,
+    smem_rows,
+    stages_beside,
+)
+from pallas_kernels.quantised import QuantLayout
 
-TILE_M, WGMMA_M = 128, 64
-"""Rows of a tile of weights, and of what the tensor cores multiply at once."""
-TILE_K = 64
-"""Columns of a chunk [TILE_M, TILE_K] of weights; ranks of an expert that are multiplied at once."""
-WGMMA_N = 8
-"""Columns that the tensor cores multiply at least: rows of the batch, or query heads of one key in attention."""
-SMEM_BYTES = 227 * 1024
-RESERVED_SMEM_BYTES = 3 * 1024
-"""Shared memory for barriers and for reductions."""
 ALL_REDUCED = "o_proj", "down_proj"
 """Linears whose outputs are partial sums where several devices share the model."""
-MAX_SPLIT_K, MAX_STAGES, MAX_A_SPLIT_K = 16, 13, 8
-PREFERRED_INPUT_BYTES, MAX_INPUT_BYTES, MAX_WIDE_INPUT_BYTES = 24 * 1024, 48 * 1024, 112 * 1024
-"""Preferred and largest size of a slice of the input in shared memory; and the largest of an input that is so wide that no
-slice of it is smaller. That leaves five stages beside h."""
-MIN_STAGES = 2
-"""A chunk is released when the next one has come. Attention takes all chunks of a tile together."""
+MAX_A_SPLIT_K = 8
+PREFERRED_INPUT_BYTES, MAX_INPUT_BYTES = 24 * 1024, 48 * 1024
+"""Preferred and largest size of a slice of the input in shared memory, unless it is so wide that no slice is smaller."""
 H_PIECE_BYTES = 32 * 1024
 """Size of the pieces in which h comes into shared memory where it does not fit as a whole. The stages of the pipeline take
 the rest: while a piece is loaded, the copies in flight must last."""
@@ -86,17 +86,29 @@ class Group:
     """Tiles of A that an underloaded CTA group takes before others take any."""
     reducer_ctas: int
     """CTAs, the last ones, that reduce the partial sums of A x, unless the batch is one row."""
+    layout: QuantLayout | None = None
+    """Layout of the linears' codes, if they are quantised."""
     first_semaphore: int = 0
 
     @property
+    def chunk_k_tiles(self) -> int:
+        """K-tiles of the input that a chunk of W is multiplied with."""
+        return chunk_k_tiles(self.layout)
+
+    @property
     def chunks(self) -> int:
-        """Chunks of a row of tiles, over all slices of the input."""
-        return self.in_dim // TILE_K
+        """Chunks of a row of tiles of W, over all slices of the input."""
+        return self.in_dim // TILE_K // self.chunk_k_tiles
 
     @property
     def max_slice_chunks(self) -> int:
-        """Chunks of the longest slice."""
+        """Chunks of W in the longest slice."""
         return -(-self.chunks // self.split_k)
+
+    @property
+    def max_slice_k_tiles(self) -> int:
+        """K-tiles of the longest slice."""
+        return self.max_slice_chunks * self.chunk_k_tiles
 
     @property
     def num_tiles(self) -> int:
@@ -168,6 +180,11 @@ class Plan:
     """Stages of the SMEM pipeline."""
 
     @property
+    def layout(self) -> QuantLayout | None:
+        """Layout of the codes of a layer's linears, if they are quantised; the head never is."""
+        return self.qkv.layout
+
+    @property
     def groups(self) -> tuple[Group, ...]:
         return self.qkv, self.o, self.gate_up, self.down, self.head
 
@@ -188,7 +205,7 @@ class Plan:
 
     @property
     def x_smem_rows(self) -> int:
-        return max(smem_rows(group.max_slice_chunks, self.padded_batch) for group in self.groups)
+        return max(smem_rows(group.max_slice_k_tiles, self.padded_batch) for group in self.groups)
 
     @property
     def h_smem_rows(self) -> int:
@@ -208,16 +225,6 @@ class Plan:
         return [max(tiles for tiles, number in partials if number > i) for i in range(0, most, step)]
 
 
-def padded(batch: int) -> int:
-    """N of a batch of at most 32 rows."""
-    return next(n for n in (8, 16, 32) if n >= batch)
-
-
-def smem_rows(k_tiles: int, padded_batch: int) -> int:
-    """Rows of `TILE_K` numbers that so many K-tiles of an activation take, as they are loaded: `WGMMA_M` at once."""
-    return -(-k_tiles * padded_batch // WGMMA_M) * WGMMA_M
-
-
 def h_smem_rows(groups: Sequence[Group], rank_tiles: int, padded_batch: int, is_batch_one: bool) -> int:
     """Rows of `TILE_K` numbers that h takes: of a linear, or of a batch of one of all adapted linears of a group; without
     experts the least that there can be."""
@@ -225,31 +232,9 @@ def h_smem_rows(groups: Sequence[Group], rank_tiles: int, padded_batch: int, is_
     return smem_rows(rank_tiles * (most if is_batch_one else 1), padded_batch) if most else WGMMA_N
 
 
-def min_stages(head_dim: int) -> int:
-    """Stages that the pipeline needs."""
-    return max(MIN_STAGES, 2 * head_dim // TILE_K)
-
-
-def stages_beside(rows: int, itemsize: int, smem_bytes: int = SMEM_BYTES) -> int:
-    """Stages of the pipeline that fit the shared memory beside operands of so many rows."""
-    free = smem_bytes - RESERVED_SMEM_BYTES - rows * TILE_K * itemsize
-    return min(MAX_STAGES, free // (TILE_M * TILE_K * itemsize))
-
-
-def to_k_tiles(x: Float[Array, "N D"]) -> Float[Array, "R K"]:
-    """Activations as the kernel reads them: [D / TILE_K · N, TILE_K], K-tile 0 of all rows, then K-tile 1 …, and
-    `WGMMA_M` rows more."""
-    return jnp.pad(x.reshape(len(x), -1, TILE_K).swapaxes(0, 1).reshape(-1, TILE_K), ((0, WGMMA_M), (0, 0)))
-
-
 def no_smem_reason(max_experts_used: int, rank: int, batch: int) -> str:
     experts = f"{max_experts_used} experts of rank {rank}"
     return f"{experts} in use by {batch} rows do not fit the shared memory beside the weights"
-
-
-def max_in_dim(batch: int, itemsize: int = 2) -> int:
-    """The widest input whose slices fit the shared memory."""
-    return MAX_SPLIT_K * (MAX_WIDE_INPUT_BYTES // (padded(batch) * itemsize) // TILE_K * TILE_K)
 
 
 def make_group(
@@ -264,6 +249,7 @@ def make_group(
     itemsize: int,
     preferred_input_bytes: int = PREFERRED_INPUT_BYTES,
     attention_units: int = 0,
+    layout: QuantLayout | None = None,
 ) -> Group:
     """The group with the least split_k whose busiest CTA is within a twentieth of the best there is, if possible with
     `preferred_input_bytes` of a slice of the input at most, else with `MAX_INPUT_BYTES`. Where neither is possible, the
@@ -274,13 +260,14 @@ def make_group(
     """
     names = [name for names in passes for name in names]
     outs, in_dim = {name: shapes[name][0] for name in names}, shapes[names[0]][1]
-    units, chunks = sum(num_tiles(outs[first]) for first, *_ in passes), in_dim // TILE_K
+    units, k_tiles = sum(num_tiles(outs[first]) for first, *_ in passes), in_dim // TILE_K
+    chunks = k_tiles // chunk_k_tiles(layout)
 
     def busiest(split_k: int) -> int:
         return -(-units // (num_ctas // split_k)) * -(-chunks // split_k)
 
     def slice_bytes(split_k: int) -> int:
-        return -(-chunks // split_k) * TILE_K * padded_batch * itemsize
+        return -(-chunks // split_k) * chunk_k_tiles(layout) * TILE_K * padded_batch * itemsize
 
     candidates = range(1, min(chunks, num_ctas, MAX_SPLIT_K) + 1)
     is_wide = all(slice_bytes(s) > MAX_INPUT_BYTES for s in candidates)
@@ -290,7 +277,8 @@ def make_group(
         raise ValueError(f"{names[0]} has {in_dim} columns: slices for {num_ctas} CTAs do not fit the shared memory")
     good = [s for s in costs if costs[s] <= 1.05 * min(costs.values())]
     small = [s for s in good if slice_bytes(s) <= preferred_input_bytes]
-    fused_attention = 0 < attention_units <= num_ctas and busiest(attention_units) <= 1.25 * min(costs.values())
+    fused_attention = 0 < attention_units <= num_ctas and chunks % attention_units == 0
+    fused_attention = fused_attention and busiest(attention_units) <= 1.25 * min(costs.values())
     split_k = attention_units if fused_attention else (small or good)[-1 if is_wide else 0]
     cta_groups, adapted = num_ctas // split_k, tuple(name for name in names if name in adapted)
     underloaded = -units % cta_groups
@@ -301,7 +289,8 @@ def make_group(
     )
     unit_chunks, idle_ctas = len(passes[0]) * slice_chunks, num_ctas - loaded * split_k
     a_split_k, quota = (0, 0) if not adapted else _split_a(
-        pairs, slice_chunks, loaded, underloaded, max_split=min(MAX_A_SPLIT_K, chunks // split_k),
+        pairs, slice_chunks * chunk_k_tiles(layout), loaded, underloaded,
+        max_split=min(MAX_A_SPLIT_K, chunks // split_k * chunk_k_tiles(layout)),
         limit=min(unit_chunks, -(-units // cta_groups) * unit_chunks - A_DEADLINE),
         partial_cost=split_k * PARTIAL_COST[is_batch_one],
     )  # fmt: skip
@@ -309,17 +298,18 @@ def make_group(
         passes=passes, outs=outs, in_dim=in_dim, split_k=split_k, cta_groups=cta_groups, adapted=adapted,
         a_split_k=a_split_k, fused_attention=fused_attention, underloaded_groups=underloaded, a_tile_quota=quota,
         reducer_ctas=idle_ctas if len(adapted) * max_rank_tiles * (padded_batch // WGMMA_N) <= idle_ctas else num_ctas,
+        layout=layout,
     )  # fmt: skip
 
 
 def _split_a(
-    pairs: int, slice_chunks: int, loaded: int, underloaded: int, *, limit: int, max_split: int, partial_cost: float
+    pairs: int, slice_k_tiles: int, loaded: int, underloaded: int, *, limit: int, max_split: int, partial_cost: float
 ) -> tuple[int, int]:
     """(a_split_k, a_tile_quota): the split with which the loaded CTA groups' tiles of so many pairs of rank tiles, and
     then the sum of the partials, take the shortest, when an underloaded group takes up to `limit` chunks."""
     costs = {}
     for split in range(1, max_split + 1):
-        chunks = -(-slice_chunks // split)
+        chunks = -(-slice_k_tiles // split)
         quota = max(0, limit) // chunks if underloaded else 0
         rest = -(-max(0, pairs * split - underloaded * quota) // loaded) * chunks
         costs[split] = rest + split * partial_cost, quota
@@ -340,8 +330,10 @@ def make_plan(
     num_ctas: int,
     itemsize: int = 2,
     smem_bytes: int = SMEM_BYTES,
+    layout: QuantLayout | None = None,
 ) -> Plan:
-    """`shapes`: (out, in) of the seven linears and of `lm_head`. `smem_bytes`: that the kernel may use."""
+    """`shapes`: (out, in) of the seven linears and of `lm_head`. `smem_bytes`: that the kernel may use. `layout`: of the
+    codes of the seven linears, if they are quantised."""
     padded_batch, rank_tiles = padded(batch), -(-rank // TILE_K)
     group_size = shapes["q_proj"][0] // (num_kv_heads * head_dim)
     passes: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -359,12 +351,15 @@ def make_plan(
         options |= {"padded_batch": padded_batch, "is_batch_one": batch == 1, "itemsize": itemsize}
         options |= {"preferred_input_bytes": preferred_input_bytes}
         return {
-            name: make_group(shapes, own, adapted, attention_units=attention_units.get(name, 0), **options)
+            name: make_group(
+                shapes, own, adapted, attention_units=attention_units.get(name, 0),
+                layout=None if name == "head" else layout, **options,
+            )
             for name, own in passes.items()
-        }
+        }  # fmt: skip
 
     groups = make_groups(PREFERRED_INPUT_BYTES)
-    widest = max(group.max_slice_chunks for group in groups.values()) * TILE_K * padded_batch * itemsize
+    widest = max(group.max_slice_k_tiles for group in groups.values()) * TILE_K * padded_batch * itemsize
     if widest > PREFERRED_INPUT_BYTES:  # the others may use the room that one of them needs: a smaller split_k
         groups = make_groups(widest)
     first_semaphore = 0
@@ -380,7 +375,7 @@ def make_plan(
 
     def with_stages(plan: Plan) -> Plan:
         rows = max(plan.x_smem_rows + plan.h_smem_rows, attention_rows)
-        return replace(plan, stages=stages_beside(rows, itemsize, smem_bytes))
+        return replace(plan, stages=stages_beside(rows, itemsize, smem_bytes, layout))
 
     whole = with_stages(plan)
     if whole.stages >= min_stages(head_dim) or batch == 1:

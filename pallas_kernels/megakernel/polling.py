@@ -22,8 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, scf, vector
 
-from pallas_kernels.megakernel.plan import WGMMA_M, WGMMA_N
 from pallas_kernels.megakernel.schedule import strided_share
+from pallas_kernels.megakernel.sizes import WGMMA_M, WGMMA_N
 
 NOT_STORED = -1
 THREADS, WORD_BYTES = 128, 4

@@ -3,10 +3,14 @@ memory."""
 
 from __future__ import annotations
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.megakernel.sizes import WGMMA_M
 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a vector [N], equal in all rows of a tile
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector [WGMMA_M], equal in all columns
@@ -61,5 +65,13 @@ def add_all(values):
     return sum(others, first)
 
 
-def silu(x: jax.Array) -> jax.Array:
-    return x / (1 + jnp.exp(-x))
+def inverse_rms(square_sums, dim: int, eps: float, columns: Any = slice(None)):
+    """1 / rms of rows of the batch, those in `columns`, whose sums of squares are the first dim / WGMMA_M rows of
+    `square_sums` added up."""
+    total: Any = 0.0
+    for start in range(0, square_sums.shape[0], WGMMA_M):
+        part = load(square_sums.at[pl.ds(start, WGMMA_M), columns])
+        numbers = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA) + start
+        part = jnp.where(numbers < dim // WGMMA_M, part, 0).sum(axis=0)
+        total += part
+    return lax.rsqrt(total / dim + eps)

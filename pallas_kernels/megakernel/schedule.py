@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.megakernel.plan import TILE_K, TILE_M, WGMMA_N, Group, Plan
+from pallas_kernels.megakernel.plan import Group, Plan
+from pallas_kernels.megakernel.sizes import TILE_K, TILE_M, WGMMA_N
 
 
 def div(n: Any, d: Any) -> Any:
@@ -111,7 +112,7 @@ class Tile(NamedTuple):
     source: Any
     """Index among the group's weights: the adapted linears' A, then all linears' W, then the adapted ones' B."""
     first: Any
-    """Index of its first chunk; chunks of B are rank tiles."""
+    """Index of its first chunk; those of A are K-tiles, those of B rank tiles."""
     chunks: Any
     """Number of its chunks: 0 where a linear has no B."""
     linear: Any
@@ -132,6 +133,7 @@ class TileSchedule:
         self.slice, self.cta_group = rem(cta, group.split_k), div(cta, group.split_k)
         self.first_chunk = div(self.slice * group.chunks, group.split_k)
         self.num_chunks = div((self.slice + 1) * group.chunks, group.split_k) - self.first_chunk
+        self.first_k_tile, self.num_k_tiles = (n * group.chunk_k_tiles for n in (self.first_chunk, self.num_chunks))
         self.num_units, self.unit = self.units()
         self.num_w = self.num_units * group.width
         self.num_a: Any = 0
@@ -180,8 +182,8 @@ class TileSchedule:
 
     def a_chunks(self, part):
         """(first chunk, how many) of a part of this CTA's slice."""
-        low, high = (div(self.num_chunks * i, self.group.a_split_k) for i in (part, part + 1))
-        return self.first_chunk + low, high - low
+        low, high = (div(self.num_k_tiles * i, self.group.a_split_k) for i in (part, part + 1))
+        return self.first_k_tile + low, high - low
 
     def units(self):
         """(how many units are this CTA's, n ↦ unit)."""

@@ -3,8 +3,9 @@
     W[o, i] = s[o, g] · (c[o, i] − 2^(bits−1))        g = i // group_size, or 0 where a row has one scale
     s = f · max|W| / (2^(bits−1) − 1),   c = round(W / s) + 2^(bits−1), limited to 0 … 2^bits − 1
 
-f is 1 for 8 bits; for 4 bits each group has the one of `FACTORS` with the least squared error: a smaller one cuts the
-largest weights off, and is nearer to all others.
+f is 1 for 8 bits; for 4 bits each group has the one of `FACTORS` with the least squared error: a smaller one limits the
+largest weights, and is nearer to all others; with a negative one the larger side of the codes, −8, is that of positive
+weights.
 
     bits   group_size   codes, uint8       scales
     8      None         [..., out, in]     [..., out, 1]
@@ -26,8 +27,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
-FACTORS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
-"""Scales of 4 bits that are tried, as shares of the one with which the largest weight is exact."""
+SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
+FACTORS = (*SHARES, *(-share for share in SHARES))
+"""Scales of 4 bits that are tried, as multiples of the one with which the largest weight is exact."""
 
 
 @dataclass(frozen=True, slots=True)

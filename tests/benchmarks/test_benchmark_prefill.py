@@ -34,7 +34,7 @@ def test_rows(rows):
 
 def test_table(rows):
     record = {"device": "a", "jax": "b", "command": "c", "rows": [*map(dict, rows)]}
-    record["rows"][3]["relative_error"] = 0.07
+    record["rows"][3]["errors"] = {"kernels": 0.07, "xla": 0.05}
     record["rows"][3]["ms"] = record["rows"][1]["ms"] + 1.5
     record["rows"][0] = {key: rows[0][key] for key in prefill.KEY} | {"error": "no memory"}
     lines = prefill.report_of(record).splitlines()[-4:]
@@ -42,8 +42,26 @@ def test_table(rows):
     share = 100 * rows[1]["tflops"] / rows[1]["ceiling_tflops"]
     assert f"| {share:.0f}% |" in lines[1]
     assert "| +1.50 |" in lines[3]
-    assert "0.070, **more than 0.05**" in lines[3]
+    assert "0.070 (XLA 0.050), **too large**" in lines[3]
     assert "+" not in lines[2], "its bare row failed"
+
+
+def test_errors_are_those_from_float32(monkeypatch):
+    """Here both forms are XLA ops, so that their errors are one number, of bfloat16's size."""
+    model = prefill.random_backbone(prefill.model_config(prefill.SIZES["tiny"]))
+    real, asked = prefill.prompt_programs, []
+
+    def programs(model, adapter, prompt, *, by_kernels):
+        asked.append((model.dtype, by_kernels))
+        return real(model, adapter, prompt, by_kernels=False)
+
+    monkeypatch.setattr(prefill, "prompt_programs", programs)
+    found = prefill.errors(model, None, np.arange(3, 15, dtype=np.int32))
+    assert [(np.dtype(dtype).name, by) for dtype, by in asked] == [
+        ("bfloat16", True), ("bfloat16", False), ("float32", False),
+    ]  # fmt: skip
+    assert found["kernels"] == found["xla"]
+    assert 1e-4 < found["xla"] < 0.1
 
 
 def test_a_second_run_measures_what_is_missing(rows, monkeypatch, tmp_path):

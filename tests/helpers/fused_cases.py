@@ -12,11 +12,13 @@ from flax import nnx
 
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.config import AdapterConfig
-from adafuse_jax.models.config import LINEARS, ModelConfig
+from adafuse_jax.models.config import LINEARS, ModelConfig, RopeConfig
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.kv_cache import KVCache
+from adafuse_jax.models.quantised import quantised
 from pallas_kernels.megakernel import Shape
 from pallas_kernels.megakernel.plan import make_plan
+from pallas_kernels.quantised import QuantLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +39,29 @@ class Case:
     bias: bool = False
     qk_norm: bool = False
     tied: bool = False
+    layout: QuantLayout | None = None
+    """Layout of the linears' codes, if they are quantised."""
     features: tuple[tuple[str, Any], ...] = ()
     """Other fields of `ModelConfig`."""
+
+
+GRANITE = Case(
+    vocab_size=259, tied=True, targets=("o_proj", "down_proj"),
+    features=(
+        ("embedding_multiplier", 12.0), ("residual_multiplier", 0.22), ("attention_multiplier", 0.05),
+        ("logit_multiplier", 0.2),
+    ),
+)  # fmt: skip
+"""No multiple of 64 tokens: the head's last tile has rows beyond them."""
+GEMMA = Case(
+    num_layers=2, heads=(4, 1, 256), qk_norm=True, tied=True, targets=("q_proj", "o_proj", "gate_proj", "down_proj"),
+    features=(
+        ("norm", "rms_1p"), ("norm_placement", "both"), ("activation", "gelu_pytorch_tanh"), ("embedding_multiplier", 11.3),
+        ("attention_multiplier", 0.05), ("attention_softcap", 2.0), ("logit_softcap", 3.0),
+        ("sliding_windows", (40, None)), ("local_rope", RopeConfig(theta=100.0)), ("rope", RopeConfig(theta=1e6)),
+    ),
+)  # fmt: skip
+"""The equations of Gemma 3, and the soft caps of Gemma 2."""
 
 
 def make(case: Case, seed: int = 0) -> tuple[Backbone, AdaFuse | None, KVCache, jax.Array, jax.Array]:
@@ -62,6 +85,8 @@ def make(case: Case, seed: int = 0) -> tuple[Backbone, AdaFuse | None, KVCache, 
 
     model = Backbone(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     model = jax.tree_util.tree_map_with_path(fill, model)
+    if case.layout is not None:
+        model = quantised(model, case.layout)
     adapter = None
     if case.targets:
         settings = AdapterConfig(

@@ -75,6 +75,11 @@ def check(case: Case, dtype: str, tolerance: float, **options: Any) -> None:
     wanted, routing, wanted_cache = jax.jit(by_modules)(*exact, tokens, positions)
     if dtype == "float32":
         model, adapter, cache = exact
+    clear = np.ones(case.batch, bool)
+    if dtype == "bfloat16" and adapter is not None:  # rounding decides between experts that are nearly equal
+        rounded = jax.jit(by_modules)(model, adapter, cache, tokens, positions)[1]
+        clear = np.asarray((rounded.experts == routing.experts).all((1, 2)))
+        assert clear.mean() > 0.9
     ahead = jnp.arange(case.slots)[None] > positions[:, None]
     if case.window:
         ahead |= jnp.arange(case.slots)[None] <= positions[:, None] - case.window
@@ -83,15 +88,15 @@ def check(case: Case, dtype: str, tolerance: float, **options: Any) -> None:
         ahead &= False
     cache = KVCache(*(jnp.where(ahead, jnp.nan, x) for x in (cache.k, cache.v)))
     logits, experts, found = jax.jit(partial(portable_step, **options))(model, adapter, tokens, positions, cache)
-    assert np.linalg.norm(logits - wanted) < tolerance * np.linalg.norm(wanted)
+    assert np.linalg.norm((logits - wanted)[clear]) < tolerance * np.linalg.norm(wanted[clear])
     for x, y in ((found.k, wanted_cache.k), (found.v, wanted_cache.v)):
-        seen, y = np.asarray(jnp.where(ahead, 0, x), np.float64), np.asarray(jnp.where(ahead, 0, y), np.float64)
+        seen, y = (np.asarray(jnp.where(ahead, 0, kv), np.float64)[:, clear] for kv in (x, y))
         np.testing.assert_allclose(seen, y, atol=4 * tolerance * abs(y).max(), rtol=0)
         assert jnp.isnan(jnp.where(ahead, x, jnp.nan)).all()
     if adapter is None:
         assert experts is None
     else:
-        np.testing.assert_array_equal(experts.experts, routing.experts[:, 0])
+        np.testing.assert_array_equal(experts.experts[clear], routing.experts[clear, 0])
 
 
 @pytest.mark.parametrize("case", quick.first(CASES, 2))
@@ -149,11 +154,11 @@ def test_interpreted_in_bfloat16():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
-@pytest.mark.parametrize("case", [*CASES, *COMPILED])
+@pytest.mark.parametrize("case", [*CASES, *FEATURES, *COMPILED])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_compiled(case, dtype):
     with jax.default_matmul_precision("highest"):
-        check((CASES | COMPILED)[case], dtype, 2e-2 if dtype == "bfloat16" else 1e-5)
+        check((CASES | FEATURES | COMPILED)[case], dtype, 2e-2 if dtype == "bfloat16" else 1e-5)
 
 
 class TestChoice:

@@ -19,6 +19,8 @@ from adafuse_jax.inference.backends.registry import BACKENDS
 from adafuse_jax.inference.backends.unfused import LayerKernels
 from adafuse_jax.inference.config import TOKEN_STRATEGIES, Strategy
 from adafuse_jax.inference.engine import Engine
+from adafuse_jax.models.quantised import quantised
+from pallas_kernels.quantised import QuantLayout
 
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-9}
 """Largest relative error of one rounding."""
@@ -78,6 +80,30 @@ class TestWithTheMegakernel:
         backend = Engine(*adapted(CASES[0], models), eos_ids=()).backend
         assert backend.for_batch(2) is backend
         assert isinstance(backend.for_batch(3), LayerKernels)
+
+
+@pytest.mark.parametrize("are_kernels", [True, False])
+def test_default_is_the_faster_where_both_kernels_can(models, monkeypatch, caplog, are_kernels):
+    """The layer kernels for many rows and for int8, but only where they run; and what is asked for by name."""
+    monkeypatch.setattr(megakernel, "fused_unsupported_reason", lambda *_, **__: None)
+    monkeypatch.setattr(portable, "unsupported_reason", lambda *_: None if are_kernels else "there are none")
+    caplog.set_level("DEBUG", logger="adafuse_jax.inference")
+    fused, faster = megakernel.Megakernel, LayerKernels if are_kernels else megakernel.Megakernel
+    model, adapter = adapted(CASES[0], models)
+    int8, int4 = (quantised(model, layout) for layout in (QuantLayout(8), QuantLayout(4, 16)))
+
+    def kinds(model, rows, **options):
+        engine = Engine(model, adapter, eos_ids=(), **options)
+        return [type(engine.backend.for_batch(n)) for n in rows]
+
+    assert kinds(model, (1, 16, 17, 32)) == [fused, fused, faster, faster]
+    assert kinds(int8, (1, 32)) == [faster, faster]
+    assert kinds(int4, (1, 32)) == [fused, fused]
+    assert kinds(int8, (1, 32), strategy="fused") == kinds(model, (1, 32), strategy="fused") == [fused, fused]
+    assert (
+        "decoding 17 prompts unfused: the layer kernels decode more than 16 rows faster" in caplog.text
+    ) == are_kernels
+    assert ("fused is not used, as the layer kernels read int8 weights faster" in caplog.text) == are_kernels
 
 
 def test_default_without_the_megakernel_is_unmerged_and_the_log_says_why(models, caplog):

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
-from fused_cases import LLAMA2_7B, Case, by_modules, in_fp32, make, plan_of
+from fused_cases import GEMMA, GRANITE, LLAMA2_7B, Case, by_modules, in_fp32, make, plan_of
+from fused_check import check, interpreted, on_gpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from adafuse_jax.core.errors import UserError
@@ -26,48 +27,10 @@ from adafuse_jax.models.config import LINEARS
 from adafuse_jax.parallel.mesh import make_mesh, place_state, shard
 from pallas_kernels.megakernel import Shape, buffers, executor_np, kernel_sm90, unsupported_reason
 from pallas_kernels.megakernel import plan as plan_module
-from pallas_kernels.megakernel.plan import MAX_INPUT_BYTES, MAX_SPLIT_K, padded
+from pallas_kernels.megakernel.plan import MAX_INPUT_BYTES
 from pallas_kernels.megakernel.schedule import TileSchedule
-
-interpreted = pytest.mark.skipif(
-    jax.__version_info__ < (0, 12) or jax.default_backend() != "cpu",
-    reason="the interpreter runs on CPUs; before JAX 0.12 it fails unless every warpgroup sees a barrier's last phase",
-)
-on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
-
-
-def check(case: Case, *, compiled: bool, devices: int = 1, **options: Any) -> None:
-    """The errors against the fp32 modules are those of the bfloat16 modules, give or take one draw of their roundings, and
-    the experts are the same. `devices` that share the model."""
-    model, adapter, cache, tokens, positions = make(case)
-    exact, _, exact_cache = by_modules(in_fp32(model), in_fp32(adapter), in_fp32(cache), tokens, positions)
-    usual, routing, usual_cache = by_modules(model, adapter, cache, tokens, positions)
-    step = partial(fused_step, **options)
-    call: Any = jax.jit(step) if compiled else step
-    before = cache
-    if devices > 1:
-        mesh = make_mesh(devices, model.config)
-        model, adapter, before = shard(model, mesh), adapter and shard(adapter, mesh), place_state(cache, mesh)
-    logits, experts, after = call(model, adapter, Fused.of(model, adapter), tokens, positions, before)
-    first, *others = (np.asarray(part.data) for part in logits.addressable_shards)
-    for other in others:
-        np.testing.assert_array_equal(other, first)
-
-    def error(x: jax.Array, wanted: jax.Array) -> float:
-        x, wanted = np.asarray(x, np.float64), np.asarray(wanted, np.float64)
-        return float(np.linalg.norm(x - wanted) / np.linalg.norm(wanted))
-
-    assert error(logits, exact) <= 1.5 * error(usual, exact)
-    rows = np.arange(case.batch), positions
-    for name in ("k", "v"):
-        new, wanted, other = (getattr(c, name)[:, *rows] for c in (after, exact_cache, usual_cache))
-        assert error(new, wanted) <= 1.5 * error(other, wanted) + 2e-3
-        untouched = np.asarray(getattr(after, name)).copy()
-        untouched[:, *rows] = np.asarray(getattr(cache, name))[:, *rows]
-        np.testing.assert_array_equal(untouched, np.asarray(getattr(cache, name)))
-    if adapter is not None:
-        np.testing.assert_array_equal(experts.experts, routing.experts[:, 0])
-
+from pallas_kernels.megakernel.sizes import MAX_SPLIT_K, MAX_STAGES, padded
+from pallas_kernels.quantised import INT4
 
 INTERPRETED = {
     "bare, one launch": (Case(num_layers=2), {"num_ctas": 1}),
@@ -100,10 +63,17 @@ INTERPRETED = {
     "a wide FFN": (
         Case(batch=17, hidden_dim=1600, heads=(2, 1, 64), targets=("down_proj",)), {"num_ctas": 2, "one_launch": False}
     ),
+    "Granite": (GRANITE, {"num_ctas": 3, "one_launch": False}),
+    "Gemma": (GEMMA, {"num_ctas": 1}),
+    "Gemma, two rows": (replace(GEMMA, batch=2), {"num_ctas": 3, "one_launch": False}),
     "nothing in the cache yet": (Case(position=0, targets=LINEARS, top_k=3), {"num_ctas": 2, "one_launch": False}),
 }  # fmt: skip
 COMPILED = {
     "bare": Case(num_layers=3),
+    "Granite, two rows": replace(GRANITE, num_layers=2, batch=2),
+    "Gemma": replace(GEMMA, heads=(8, 4, 256)),
+    "Gemma, context in parts, three rows": replace(GEMMA, batch=3, slots=1024, position=900),
+    "Gemma, as many keys as queries": replace(GEMMA, heads=(16, 16, 256), targets=()),
     "one piece of ranks": Case(num_layers=2, targets=LINEARS, top_k=1),
     "q, v": Case(num_layers=2, targets=("q_proj", "v_proj")),
     "all 7, two rows": Case(num_layers=2, batch=2, targets=LINEARS),
@@ -153,7 +123,8 @@ def test_scratch_buffers_are_in_the_table(devices):
     with the table's shape."""
     plan = plan_of(LLAMA2_7B, cache_slots=4096)
     made = buffers.scratch_and_outputs(plan, LLAMA2_7B, jnp.bfloat16, devices)
-    batch = buffers.scratch_and_outputs(plan_of(LLAMA2_7B, batch=8), LLAMA2_7B, jnp.bfloat16, devices)
+    normed = replace(LLAMA2_7B, norm_placement="both")
+    batch = buffers.scratch_and_outputs(plan_of(LLAMA2_7B, batch=8), normed, jnp.bfloat16, devices)
     filled = {row.name for row in buffers.TABLE if "caller" not in row.writer}
     assert {*made, *batch} == filled - ({"device_partials"} if devices is None else set())
 
@@ -199,7 +170,7 @@ def test_schedule_of_many_experts_in_numpy(pieces, monkeypatch):
 @pytest.mark.parametrize("rank", [64, 128])
 def test_interpreted_with_h_in_pieces(rank, pieces, monkeypatch):
     """Pieces of two rank tiles, the last of which may be half of one."""
-    monkeypatch.setattr(plan_module, "min_stages", lambda head_dim: plan_module.MAX_STAGES + 1)
+    monkeypatch.setattr(plan_module, "min_stages", lambda head_dim: MAX_STAGES + 1)
     monkeypatch.setattr(plan_module, "H_PIECE_BYTES", 2 * 8 * 64 * 2)
     case = Case(batch=3, targets=("q_proj", "down_proj"), num_experts=5, rank=rank)
     parameters = plgpu.InterpretGPUParams(inline_mgpu="ignore")
@@ -244,6 +215,8 @@ TOGETHER = {
     "32 rows": Case(batch=32, targets=LINEARS, hidden_dim=1024, num_layers=3, embed_dim=512, heads=(8, 4, 64)),
     "biases, context router": Case(batch=3, targets=("o_proj", "up_proj"), hidden_dim=256, bias=True, rank=40),
     "as many keys as queries": Case(num_layers=3, heads=(8, 8, 64), hidden_dim=256, targets=LINEARS),
+    "Gemma": replace(GEMMA, heads=(4, 2, 256), hidden_dim=256),
+    "int4, two rows": Case(batch=2, targets=LINEARS, hidden_dim=512, num_layers=2, embed_dim=256, layout=INT4),
 }  # fmt: skip
 
 
@@ -298,6 +271,7 @@ def attended(cases: dict[str, tuple[Case, int]], devices: int = 1) -> set[str]:
             num_heads=heads // devices, num_kv_heads=kv // devices, head_dim=head_dim, vocab_size=case.vocab_size // devices,
         )  # fmt: skip
         options = {"batch": case.batch, "cache_slots": case.slots, "num_ctas": num_ctas, "adapted": case.targets}
+        options |= {"layout": case.layout}
         if plan_of(shape, **options, max_experts_used=min(case.num_experts, case.top_k * case.batch)).o.fused_attention:
             found.add(name)
     return found
@@ -314,8 +288,11 @@ def test_cases_have_slices_of_wide_inputs():
 def test_cases_have_blocks_that_attend_themselves():
     assert attended({name: (case, options["num_ctas"]) for name, (case, options) in INTERPRETED.items()}) == {
         "two blocks attend to the same heads", "two groups of a key's queries, three experts", "nothing in the cache yet",
+        "Granite", "Gemma",
     }  # fmt: skip
-    assert attended({name: (case, 132) for name, case in COMPILED.items()}) == {"as many keys as queries", "33 heads"}
+    assert attended({name: (case, 132) for name, case in COMPILED.items()}) == {
+        "as many keys as queries", "33 heads", "Gemma, as many keys as queries",
+    }  # fmt: skip
     assert attended({name: (case, 132) for name, case in TOGETHER.items()}, devices=2) == {"as many keys as queries"}
 
 
@@ -336,7 +313,10 @@ def test_what_it_cannot_do_is_said():
         ({}, jnp.float32, {}, "float32"),
         ({}, jnp.float16, {}, "float16"),
         ({"head_dim": 96}, jnp.bfloat16, {}, "96 dimensions"),
-        ({"vocab_size": 32001}, jnp.bfloat16, {}, "lm_head is"),
+        ({"embed_dim": 4100}, jnp.bfloat16, {}, "q_proj is [4096, 4100]"),
+        ({"activation": "gelu"}, jnp.bfloat16, {}, "activation 'gelu'"),
+        ({"norm_placement": "post"}, jnp.bfloat16, {}, "norm_placement 'post'"),
+        ({"hidden_dim": 25600, "head_dim": 256}, jnp.bfloat16, {"batch": 32}, "heads of 256 dimensions need 8"),
         ({}, jnp.bfloat16, {"batch": 33}, "33 rows"),
         ({"hidden_dim": 28736}, jnp.bfloat16, {"batch": 32}, "with 32 rows"),
         ({}, jnp.bfloat16, {"rank": 40}, "rank 40"),

@@ -6,13 +6,19 @@ import itertools
 from collections import Counter
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from fused_cases import LLAMA2_7B, SMOLLM2, plan_of
+from fused_cases import LLAMA2_7B, SMOLLM2, Case, make, plan_of
 
+from adafuse_jax.inference.backends.megakernel import fused_unsupported_reason
 from adafuse_jax.models.config import LINEARS
-from pallas_kernels.megakernel.plan import SMEM_BYTES, num_tiles
+from adafuse_jax.parallel.mesh import make_mesh, shard
+from pallas_kernels.megakernel import unsupported_reason
+from pallas_kernels.megakernel.plan import num_tiles
 from pallas_kernels.megakernel.schedule import Scalars, TileSchedule
+from pallas_kernels.megakernel.sizes import SMEM_BYTES
+from pallas_kernels.quantised import INT4, INT4_G64, INT8
 
 
 @pytest.mark.parametrize(
@@ -84,6 +90,35 @@ def test_blocks_share_the_experts_products(batch, max_experts_used, used, adapte
         assert used < max_experts_used or chunks.max() <= max(
             1.13 * chunks.mean(), chunks.mean() + 2 * max_experts_used
         )
+
+
+MODELS = {  # D, F, query and key-value heads, their dimensions, V
+    "Qwen2.5 0.5B": (896, 4864, 14, 2, 64, 151936), "Qwen2.5 1.5B": (1536, 8960, 12, 2, 128, 151936),
+    "Qwen2.5 3B": (2048, 11008, 16, 2, 128, 151936), "Qwen2.5 7B": (3584, 18944, 28, 4, 128, 152064),
+    "Qwen2.5 14B": (5120, 13824, 40, 8, 128, 152064), "Qwen3 0.6B": (1024, 3072, 16, 8, 128, 151936),
+    "Qwen3 1.7B": (2048, 6144, 16, 8, 128, 151936), "Qwen3 4B": (2560, 9728, 32, 8, 128, 151936),
+    "Qwen3 8B": (4096, 12288, 32, 8, 128, 151936), "Qwen3 14B": (5120, 17408, 40, 8, 128, 151936),
+    "Granite 3 2B": (2048, 8192, 32, 8, 64, 49155), "Granite 3 8B": (4096, 12800, 32, 8, 128, 49155),
+    "Gemma 3 270M": (640, 2048, 4, 1, 256, 262144), "Gemma 3 1B": (1152, 6912, 4, 1, 256, 262144),
+    "Gemma 3 4B": (2560, 10240, 8, 4, 256, 262208),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_planned(name):
+    """At 1, 8 and 32 rows, bare and with experts in all linears, in bfloat16 and quantised."""
+    sizes = ("embed_dim", "hidden_dim", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+    shape = replace(LLAMA2_7B, **dict(zip(sizes, MODELS[name], strict=True)))
+    layouts = None, INT8, INT4, INT4_G64
+    for batch, targets, layout in itertools.product((1, 8, 32), ((), LINEARS), layouts):
+        used = {"rank": 128, "max_experts_used": 2 * batch, "layout": layout}
+        assert unsupported_reason(shape, jnp.bfloat16, batch, targets, **used) is None
+
+
+def test_a_padded_head_is_refused_on_a_mesh():
+    model, *_ = make(Case(vocab_size=259))
+    assert "each device has 259 tokens" in (fused_unsupported_reason(shard(model, make_mesh(1, model.config))) or "")
+    assert "each device" not in (fused_unsupported_reason(model) or "")
 
 
 def test_plan_counts_tiles_and_semaphores_once():

@@ -42,7 +42,7 @@ def test_against_numpy(layout: QuantLayout, dtype: str):
     assert found.shape == weight.shape
     assert found.codes.nbytes == weight.size * layout.bits // 8
     limited = abs(steps) > layout.offset - 1.5
-    assert (abs(exact - weight)[~limited] <= of_column[~limited] * 0.501).all()
+    assert (abs(exact - weight)[~limited] <= abs(of_column[~limited]) * 0.501).all()
     rounded = np.asarray(found.dequantised(dtype), np.float64)
     np.testing.assert_allclose(
         rounded, exact, rtol=float(jnp.finfo(dtype).eps) / 2, atol=1e-7 if dtype == "float16" else 0

@@ -56,14 +56,21 @@ OTHERS: dict[str, Any] = {
 }  # fmt: skip
 """Field → a value that `BASE` does not have."""
 NAMES = [name for name, *_ in flat_fields(BASE)]
-NOT_IN_KERNELS = {"activation", "rope.partial_rotary_factor", "rope.interleaved", "rope.query_scaling_beta"}
+NOT_IN_KERNELS = {"rope.partial_rotary_factor", "rope.interleaved", "rope.query_scaling_beta"}
 """Fields that the megakernel and the layer kernels refuse unless they have their defaults."""
-NOT_IN_MEGAKERNEL = NOT_IN_KERNELS | {
-    "norm", "norm_placement", "parallel_block", "local_rope", "nope_layers", "qk_norm_full",
-    "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logit_multiplier", "attention_softcap",
-    "logit_softcap",
-}  # fmt: skip
+NOT_IN_MEGAKERNEL = NOT_IN_KERNELS | {"parallel_block", "qk_norm_full"}
 """Fields that the megakernel refuses."""
+BESIDE_LLAMA = NOT_IN_MEGAKERNEL | {
+    "activation", "norm", "norm_placement", "local_rope", "nope_layers", "embedding_multiplier", "residual_multiplier",
+    "attention_multiplier", "logit_multiplier", "attention_softcap", "logit_softcap",
+}  # fmt: skip
+"""Fields of other blocks than Llama's."""
+REFUSED = {name: OTHERS[name] for name in NOT_IN_MEGAKERNEL} | {
+    "activation": "gelu", "norm": "layer", "norm_placement": "post"
+}  # fmt: skip
+"""Values that the megakernel refuses."""
+IN_MEGAKERNEL = {"norm": "rms_1p", "activation": "gelu_pytorch_tanh"}
+"""Values that it takes, of fields of which it does not take that of `OTHERS`."""
 OF_FAMILIES = {
     model_type: dataclasses.replace(
         parse_tables(Table(CASES[f"{model_type}_0"].config, "config.json"), Table({}, "generation_config.json")).model,
@@ -91,15 +98,16 @@ class Streamed(ModelConfig):
 
 
 def base_of(name: str) -> ModelConfig:
-    """`BASE`, with RoPE of a kind that reads the field."""
-    return dataclasses.replace(BASE, rope=ROPE_BASES.get(name, ROPE))
+    """`BASE`, with RoPE of a kind that reads the field, and windows for one of layers that have them."""
+    windows = OTHERS["sliding_windows"] if name == "local_rope" else ()
+    return dataclasses.replace(BASE, rope=ROPE_BASES.get(name, ROPE), sliding_windows=windows)
 
 
-def perturbed(config: ModelConfig, *names: str) -> ModelConfig:
-    """`config` with the value of `OTHERS` in the fields `names`."""
+def perturbed(config: ModelConfig, *names: str, values: dict[str, Any] = OTHERS) -> ModelConfig:
+    """`config` with the value of `values` in the fields `names`."""
     for name in names:
         outer, _, inner = name.partition(".")
-        value = dataclasses.replace(getattr(config, outer), **{inner: OTHERS[name]}) if inner else OTHERS[name]
+        value = dataclasses.replace(getattr(config, outer), **{inner: values[name]}) if inner else values[name]
         config = dataclasses.replace(config, **{outer: value})
     return config
 
@@ -128,20 +136,20 @@ def backbone(config: ModelConfig) -> Backbone:
 
 
 def kernel_inputs(config: ModelConfig) -> tuple[Any, list[np.ndarray]]:
-    """All that the kernel gets of a model: sizes, and arrays."""
+    """All that the kernel gets of a model, sizes and arrays, and the logits that come of ones."""
     model, given = jax.tree.map(jnp.asarray, backbone(config)), []
 
     def decode_token(shape: Any, *arrays: Any) -> tuple[jax.Array, ...]:
         given.append((shape, arrays))
         new = jnp.zeros((config.num_layers, 1, config.num_kv_heads, config.head_dim))
-        return jnp.zeros((1, config.vocab_size)), new, new
+        return jnp.ones((1, config.vocab_size)), new, new
 
     cache = KVCache.empty(config, 1, 8, jnp.dtype("float32"))
     with mock.patch.object(megakernel, "decode_token", decode_token):
         fused = megakernel.Fused.of(model, None)
-        megakernel.fused_step(model, None, fused, jnp.array([3]), jnp.array([5]), cache)
+        logits, *_ = megakernel.fused_step(model, None, fused, jnp.array([3]), jnp.array([5]), cache)
     ((shape, arrays),) = given
-    return shape, [np.asarray(leaf) for leaf in jax.tree.leaves(arrays)]
+    return shape, [np.asarray(leaf) for leaf in jax.tree.leaves((arrays, logits))]
 
 
 def equal(mine: tuple[Any, list[np.ndarray]], theirs: tuple[Any, list[np.ndarray]]) -> bool:
@@ -160,18 +168,34 @@ def inputs_of() -> Callable[[ModelConfig], tuple[Any, list[np.ndarray]]]:
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_IN_MEGAKERNEL])
 def test_the_megakernel_gets_what_it_consumes(name: str, inputs_of: Callable):
     base = base_of(name)
-    unchanged = equal(kernel_inputs(perturbed(base, name)), inputs_of(base))
+    unchanged = equal(kernel_inputs(perturbed(base, name, values=OTHERS | IN_MEGAKERNEL)), inputs_of(base))
     assert unchanged == (name in megakernel.IRRELEVANT_FIELDS)
 
 
-@pytest.mark.parametrize("name", sorted(NOT_IN_MEGAKERNEL))
+@pytest.mark.parametrize("name", sorted(REFUSED))
 def test_kernels_refuse_by_name(name: str):
-    config = perturbed(dataclasses.replace(BASE, head_dim=32), name)
+    config = perturbed(dataclasses.replace(BASE, head_dim=32), name, values=REFUSED)
     model = jax.tree.map(jnp.asarray, backbone(config))
-    value = "" if name == "local_rope" else f" {OTHERS[name]!r}"
-    wanted = f"the model has {name}{value}, which it does not take"
+    wanted = f"the model has {name} {REFUSED[name]!r}, which it does not take"
     assert megakernel.fused_unsupported_reason(model) == wanted
-    assert portable.shape_unsupported_reason(model, None, 1) == (wanted if name in NOT_IN_KERNELS else None)
+    refused = name in NOT_IN_KERNELS | {"activation"}
+    assert portable.shape_unsupported_reason(model, None, 1) == (wanted if refused else None)
+
+
+def test_the_megakernel_refuses_rope_of_some_layers_by_name():
+    config = dataclasses.replace(BASE, local_rope=RopeConfig(interleaved=True), sliding_windows=(None, 3))
+    reason = megakernel.field_unsupported_reason(config)
+    assert reason == "the model has rope.interleaved True, which it does not take"
+
+
+@pytest.mark.parametrize("model_type", [*OF_FAMILIES])
+def test_families_of_the_megakernel(model_type: str):
+    """The families of docs/models.md are taken, the others refused by name."""
+    reason = megakernel.field_unsupported_reason(OF_FAMILIES[model_type])
+    assert (reason is None) == (model_type in TAKEN), reason
+
+
+TAKEN = {"gemma2", "gemma3_text", "granite", "phi3", "seed_oss", "smollm3"}
 
 
 def sharded(config: ModelConfig) -> dict[str, tuple]:
@@ -238,7 +262,7 @@ WITH: dict[str, dict[str, Any]] = {
 """Field → others that the same key of config.json decides, or a family that has the field."""
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_IN_MEGAKERNEL])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in BESIDE_LLAMA])
 def test_export_writes_the_field(tmp_path: Path, name: str):
     """Another value gives other files, from which it is read again."""
     base = base_of(name)
@@ -280,7 +304,7 @@ def test_export_writes_or_refuses_each_field_of_other_families(family: str):
             message, part = str(error), name.split(".")[-1]
             assert part in message or part in ("embed_dim", "num_kv_heads", "kind", "o_bias", "qkv_bias"), message
     assert {"vocab_size", "rope.theta", "norm_eps", "activation"} <= written
-    assert written & NOT_IN_MEGAKERNEL - {"activation"} == WRITTEN.get(family, set())
+    assert written & BESIDE_LLAMA - {"activation"} == WRITTEN.get(family, set())
 
 
 WRITTEN = {

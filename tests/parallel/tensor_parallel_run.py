@@ -28,7 +28,9 @@ from adafuse_jax.models.config import LINEARS
 from adafuse_jax.parallel.axes import TENSOR
 from adafuse_jax.parallel.mesh import make_mesh, place_state, shard
 from pallas_kernels.megakernel import decode_token, kernel_sm90
-from pallas_kernels.megakernel.plan import ALL_REDUCED, TILE_K
+from pallas_kernels.megakernel.plan import ALL_REDUCED
+from pallas_kernels.megakernel.sizes import TILE_K
+from pallas_kernels.quantised import INT4_G64, INT8, QuantArray
 
 
 def run(family: str, targets: tuple[str, ...], devices: int) -> dict:
@@ -78,6 +80,9 @@ def one_shard(inputs, plan, model, *, axis, **_):
     """Output of the kernel for one device's shard, computed in plain fp32."""
     n, f32 = plan.padded_batch, jnp.float32
     inputs = jax.tree.map(lambda leaf: leaf.astype(f32) if leaf.dtype == jnp.bfloat16 else leaf, inputs)
+    for name, scales in inputs["scales"].items():
+        weight = QuantArray(inputs["weights"][name], scales.swapaxes(1, 2), plan.layout)
+        inputs["weights"][name] = weight.dequantised(f32)
     x = inputs["x"][: model.embed_dim // TILE_K * n].reshape(-1, n, TILE_K).swapaxes(0, 1).reshape(n, -1)
     head_dim, rows = model.head_dim, len(inputs["positions"])
 
@@ -136,6 +141,8 @@ def run_fused(devices: int) -> dict:
         "all 7, two rows": Case(targets=LINEARS, num_layers=2, batch=2, hidden_dim=256, bias=True, position=100),
         "norms, context router": Case(targets=("o_proj", "up_proj"), hidden_dim=256, qk_norm=True, window=50, rank=40),
         "bare, tied": Case(embed_dim=192, hidden_dim=256, num_layers=2, tied=True),
+        "int4-g64": Case(targets=("q_proj", "down_proj"), hidden_dim=256, layout=INT4_G64),
+        "int8": Case(hidden_dim=256, layout=INT8),
     }
     found = {}
     for name, case in cases.items():

@@ -9,8 +9,8 @@ or they are in the weights already, and the megakernel runs the bare backbone. D
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,12 +29,17 @@ from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig, u
 from adafuse_jax.models.decoder import Backbone, score_options
 from adafuse_jax.models.hooks import TokenExperts
 from adafuse_jax.models.kv_cache import KVCache
-from adafuse_jax.models.rotary import TABLE_FIELDS, layer_rotations, rotation
+from adafuse_jax.models.layers import Norm
+from adafuse_jax.models.quantised import head_quantisation_of, quantisation_of
+from adafuse_jax.models.rotary import TABLE_FIELDS, layer_ropes, layer_rotations, rope_tables
 from adafuse_jax.parallel.axes import CACHE, TABLES, TENSOR, linear_axes, partition_spec
 from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels.megakernel import Experts, Shape, Weights, decode_token, unsupported_reason
+from pallas_kernels.megakernel.activations import ACTIVATIONS
 from pallas_kernels.megakernel.mixture import Mixture, make_mixture
-from pallas_kernels.megakernel.plan import TILE_K
+from pallas_kernels.megakernel.op import NORM_PLACEMENTS
+from pallas_kernels.megakernel.sizes import TILE_K
+from pallas_kernels.quantised import QuantArray
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +49,15 @@ TRIED_DEVICES = 2
 """Devices that the megakernel has run on together, at most."""
 CONSUMED_FIELDS = frozenset({
     *Shape.__dataclass_fields__,
-    "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "sliding_windows",  # `weights_of`
-    *TABLE_FIELDS,  # cos and sin
+    "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "sliding_windows", "norm",  # `weights_of`
+    *TABLE_FIELDS, "local_rope", "nope_layers",  # cos and sin
+    "embedding_multiplier", "logit_multiplier", "logit_softcap",  # before and after the launch
 })  # fmt: skip
-"""Fields of `ModelConfig` that reach the kernel; a model with any other is decoded by its own modules."""
+"""Fields of `ModelConfig` that reach the step; a model with any other is decoded by its own modules."""
+SUPPORTED_VALUES: dict[str, Collection[str]] = {
+    "norm": ("rms", "rms_1p"), "norm_placement": NORM_PLACEMENTS, "activation": ACTIVATIONS,
+}  # fmt: skip
+"""Field → its values that the kernel takes; those of the others are all right."""
 IRRELEVANT_FIELDS = {
     "model_type": "families differ in the other fields",
     "max_position_embeddings": "the engine bounds the cache, and the kernel reads what is in it",
@@ -70,15 +80,19 @@ class GateTable:
 class Fused:
     """Arrays that the step reads besides the model's, laid out once.
 
-    `norms`: all norms, stacked. `a`, `b`: the experts' factors, the adapter's own arrays or, if they have another dtype or
-    the rank is no multiple of 64, copies padded with zeros. `table`: the gates of every token, if the router sees the token
-    alone. Of a sharded model, `mesh`, and `head`: a copy of tied embeddings, sharded over the vocabulary. The factors of a
-    bank are read from it."""
+    `norms`: all norms in front of blocks and the last one, stacked; `output_norms`: those behind blocks, if there are any.
+    `a`, `b`: the experts' factors, the adapter's own arrays or, if they have another dtype or the rank is no multiple of 64,
+    copies padded with zeros. `table`: the gates of every token, if the router sees the token alone. `scales`: those of
+    quantised linears, transposed: a tile's stand in a row. `head`: a copy, if the vocabulary is no multiple of 64, padded
+    with zeros; of a sharded model with tied embeddings, sharded over the vocabulary. `mesh`: of a sharded model. The factors
+    of a bank are read from it."""
 
     norms: Float[Array, "2L+1 D"]
     a: dict[str, Float[Array, "L E R in"]]
     b: dict[str, Float[Array, "L E out R"]]
     table: GateTable | None
+    output_norms: Float[Array, "2L D"] | None = None
+    scales: dict[str, Float[Array, "L groups out"]] = field(default_factory=dict)
     head: Float[Array, "V D"] | None = None
     mesh: Mesh | None = field(default=None, metadata={"static": True})
 
@@ -87,18 +101,27 @@ class Fused:
         """`merged`: the experts will be in the weights, so their factors are not read."""
         adapter = None if isinstance(adapter, AdapterBank) else adapter
         layers, dtype = model.layers, model.dtype
-        of_blocks = (layers.input_layernorm, layers.post_attention_layernorm)
-        norms = jnp.stack([norm.weight[...] for norm in of_blocks if norm is not None], axis=1)
+        inputs = _in_turn(layers.input_layernorm, layers.post_attention_layernorm)
+        norms = [norm for norm in (inputs, norm_factor(model.norm)[None]) if norm is not None]
         experts = {} if adapter is None or merged else dict(adapter.experts.items())
         more = {name: -e.A.shape[2] % TILE_K for name, e in experts.items()}
         mesh, head = mesh_of(model), None
         if mesh is not None and model.lm_head is None:
             head = jax.device_put(model.embed_tokens[...], NamedSharding(mesh, partition_spec(TABLES["lm_head"])))
+        if missing := shape_of(model.config).head_rows - model.config.vocab_size:
+            assert not isinstance(model.head, QuantArray), "refused before"
+            head = _padded(model.head, 0, missing)
         return cls(
-            norms=jnp.concatenate([norms.reshape(-1, norms.shape[-1]), model.norm.weight[...][None]]),
+            norms=jnp.concatenate(norms),
+            output_norms=_in_turn(layers.post_self_attn_layernorm, layers.post_mlp_layernorm),
             a={name: _padded(e.A[...].astype(dtype), 2, more[name]) for name, e in experts.items()},
             b={name: _padded(e.B[...].astype(dtype), 3, more[name]) for name, e in experts.items()},
             table=None if adapter is None or not sees_token_alone(adapter) else tabulate(model, adapter),
+            scales={
+                name: weight.scales.swapaxes(1, 2)
+                for name in LINEARS
+                if isinstance(weight := getattr(layers, name).weight[...], QuantArray)
+            },
             head=head,
             mesh=mesh,
         )
@@ -107,19 +130,37 @@ class Fused:
 def weights_of(model: Backbone, fused: Fused) -> Weights:
     """The model's own arrays by name."""
     config, layers = model.config, model.layers
-    head = fused.head
+    head: Any = fused.head
     if head is None:
         head = model.head
     windows = config.sliding_windows or (None,) * config.num_layers
+    ropes, rope_of_layer = layer_ropes(config)
     linears = {name: getattr(layers, name) for name in LINEARS}
+    weights = {name: linear.weight[...] for name, linear in linears.items()}
     return Weights(
-        linears={name: linear.weight[...] for name, linear in linears.items()} | {"lm_head": head},
+        linears={n: w.codes if isinstance(w, QuantArray) else w for n, w in weights.items()} | {"lm_head": head},
         biases={name: linear.bias[...] for name, linear in linears.items() if linear.bias is not None},
         norms=fused.norms,
-        q_norm=None if layers.q_norm is None else layers.q_norm.weight[...],
-        k_norm=None if layers.k_norm is None else layers.k_norm.weight[...],
+        output_norms=fused.output_norms,
+        q_norm=None if layers.q_norm is None else norm_factor(layers.q_norm),
+        k_norm=None if layers.k_norm is None else norm_factor(layers.k_norm),
         windows=jnp.array([w or jnp.iinfo(jnp.int32).max // 2 for w in windows], jnp.int32),
+        ropes=jnp.array(rope_of_layer, jnp.int32) if len(ropes) > 1 else None,
+        scales=fused.scales,
+        layout=quantisation_of(model),
     )
+
+
+def norm_factor(norm: Norm) -> Array:
+    """The factor of x / rms(x): w, or 1 + w in fp32."""
+    weight = norm.weight[...]
+    return weight.astype(jnp.float32) + 1 if norm.kind == "rms_1p" else weight
+
+
+def _in_turn(*norms: Norm | None) -> Float[Array, "NL D"] | None:
+    """The factors of norms [L, D], those of a layer one after the other; None if there are none."""
+    factors = [norm_factor(norm) for norm in norms if norm is not None]
+    return jnp.stack(factors, axis=1).reshape(-1, factors[0].shape[-1]) if factors else None
 
 
 def _padded(x: Array, axis: int, more: int) -> Array:
@@ -133,21 +174,37 @@ def shape_of(config: ModelConfig, devices: int = 1) -> Shape:
     return Shape(**sizes | {name: sizes[name] // devices for name in shared})
 
 
+def field_unsupported_reason(config: ModelConfig) -> str | None:
+    """The part of `fused_unsupported_reason` that the equations of the model decide."""
+    for rope in dict.fromkeys((config.rope, config.local_rope or config.rope)):
+        if reason := unsupported_field(replace(config, rope=rope), CONSUMED_FIELDS | IRRELEVANT_FIELDS.keys()):
+            return reason
+    for name, values in SUPPORTED_VALUES.items():
+        if (value := getattr(config, name)) not in values:
+            return f"the model has {name} {value!r}, which it does not take"
+    return None
+
+
 def fused_unsupported_reason(
     model: Backbone, batch: int = 1, adapter: AdaFuse | AdapterBank | None = None, bucket: Bucket | None = None
 ) -> str | None:
     """The reason why the megakernel cannot decode `batch` rows with this model on its devices, or None. `adapter`: the one
     whose factors the kernel reads, or a bank, in its present bucket or another; None for the bare backbone."""
-    if reason := unsupported_field(model.config, CONSUMED_FIELDS | IRRELEVANT_FIELDS.keys()):
+    if reason := field_unsupported_reason(model.config):
         return reason
+    if (layout := head_quantisation_of(model)) is not None:
+        return f"it reads a plain head, and this one is {layout.name}"
     device, mesh = next(iter(model.embed_tokens[...].devices())), mesh_of(model)
     if mesh is not None and (mesh.axis_names != (TENSOR,) or [*mesh.devices] != jax.local_devices()[: mesh.size]):
         return f"it runs on a mesh of one axis over the first devices of one process, and this is {mesh}"
+    shape = shape_of(model.config, 1 if mesh is None else mesh.size)
+    if mesh is not None and shape.vocab_size != shape.head_rows:
+        return f"each device has {shape.vocab_size} tokens of the vocabulary, and on a mesh it takes multiples of 64"
     if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
         return f"it needs a Hopper GPU, this is {device.device_kind}"
-    shape, num_ctas = shape_of(model.config, 1 if mesh is None else mesh.size), device.core_count
+    options: dict[str, Any] = {"num_ctas": device.core_count, "layout": quantisation_of(model)}
     if adapter is None:
-        return unsupported_reason(shape, model.dtype, batch, num_ctas=num_ctas)
+        return unsupported_reason(shape, model.dtype, batch, **options)
     if isinstance(adapter, AdapterBank):
         bucket = bucket or adapter.bucket
         settings: Any = bucket
@@ -157,7 +214,7 @@ def fused_unsupported_reason(
         num_experts, targets = adapter.config.num_experts, tuple(adapter.experts)
     return unsupported_reason(
         shape, model.dtype, batch, targets, rank=-(-settings.rank // TILE_K) * TILE_K,
-        max_experts_used=min(num_experts, batch * settings.top_k), num_ctas=num_ctas,
+        max_experts_used=min(num_experts, batch * settings.top_k), **options,
     )  # fmt: skip
 
 
@@ -175,8 +232,8 @@ def tabulate(model: Backbone, adapter: AdaFuse) -> GateTable:
         routing = adapter.router(norm(embeddings)[None])
         return routing.experts[0], routing.gates[0]
 
-    table = model.embed_tokens[...]
-    parts = [route(table[start : start + TABLE_ROWS]) for start in range(0, len(table), TABLE_ROWS)]
+    tokens = jnp.arange(model.config.vocab_size)
+    parts = [route(model.embed(tokens[start : start + TABLE_ROWS])) for start in range(0, len(tokens), TABLE_ROWS)]
     experts, gates = (jnp.concatenate(part) for part in zip(*parts, strict=True))
     return GateTable(experts=experts, gates=gates)
 
@@ -202,7 +259,8 @@ def route(
 
     def attend(q: Array, k: Array, v: Array) -> Array:
         q, k = rotated.of_queries(q), rotated.of_keys(k)
-        k, v = (old[0].at[rows, positions].set(new[:, 0], mode="drop") for old, new in ((cache.k, k), (cache.v, v)))
+        pairs = (cache.k, k), (cache.v, v)
+        k, v = (old[0, : len(rows)].at[rows, positions].set(new[:, 0], mode="drop") for old, new in pairs)
         visibility = Visibility.of_cache(positions[:, None], cache.slots)
         return attention(q, k, v, visibility, window, **score_options(model.config))
 
@@ -236,16 +294,15 @@ def fused_step(
             a, b = ({name: getattr(e, factor)[...] for name, e in adapter.experts.items()} for factor in "AB")
         experts = Experts(a=a, b=b, mixture=mixture_of(adapter, chosen)) if a else None
     weights = weights_of(model, fused)
-    rotated = rotation(config.rope, config.head_dim, positions[:, None])
-    x = model.embed_tokens[...][token]
+    tables = rope_tables(config, positions)
     if fused.mesh is None:
         run: Callable[..., Any] = partial(decode_token, shape_of(config), **options)
     else:
         run = _over_devices(fused.mesh, config, weights, experts, **options)
-    logits, k, v = run(weights, experts, x, cache.k, cache.v, positions, rotated.cos[:, 0, 0], rotated.sin[:, 0, 0])
+    logits, k, v = run(weights, experts, model.embed(token), cache.k, cache.v, positions, *tables)
     at = slice(None), jnp.arange(len(token)), positions
     written = (old.at[at].set(new, mode="drop") for old, new in ((cache.k, k), (cache.v, v)))
-    return logits, chosen, KVCache(*written)
+    return model.finished(logits), chosen, KVCache(*written)
 
 
 def _over_devices(
@@ -261,6 +318,10 @@ def _over_devices(
     of_weights, of_experts = jax.tree.map(lambda _: whole, (weights, experts))
     of_weights.linears.update(specs("weight", weights.linears))
     of_weights.biases.update(specs("bias", weights.biases))
+    for name in weights.scales:
+        *layers_out, into = linear_axes(name, "weight")
+        is_grouped = weights.layout is not None and weights.layout.group_size is not None
+        of_weights.scales[name] = partition_spec((layers_out[0], into if is_grouped else "", layers_out[1]))
     if experts is not None:
         of_experts.a.update(specs("A", experts.a))
         of_experts.b.update(specs("B", experts.b))
@@ -288,11 +349,13 @@ def default_unsupported_reason(model: Backbone, adapter: Any = None) -> str | No
 class Megakernel(Backend):
     """All layers and the head by one kernel, for AdaFuse, a bank of adapters or the bare model.
 
-    `fallback` decodes batches that the kernel cannot; without one they are refused.
+    `fallback` decodes batches that the kernel cannot, or not as fast; without one the former are refused.
     """
 
     requires = "pre_gated"
     takes_bank = True
+    reads_quantised = True
+    takes_wider_cache = True
 
     def __init__(self, model: Backbone, adapter: Any, strategy: str = "fused", fallback: Backend | None = None):
         self._model, self._adapter, self.strategy, self._fallback = model, adapter, strategy, fallback
@@ -307,11 +370,13 @@ class Megakernel(Backend):
 
     def for_batch(self, batch: int) -> Backend:
         if batch not in self._reasons:
-            self._reasons[batch] = reason = self.unsupported_reason(self._model, self._adapter, batch)
-            if reason is not None and self._fallback is not None:
-                log.log(
-                    dispatch_log_level(), "decoding %d prompts unfused: the megakernel cannot, as %s", batch, reason
-                )
+            reason = self.unsupported_reason(self._model, self._adapter, batch)
+            if self._fallback is not None:
+                why = self._fallback.faster_reason(batch) if reason is None else f"the megakernel cannot, as {reason}"
+                if why is not None:
+                    log.log(dispatch_log_level(), "decoding %d prompts unfused: %s", batch, why)
+                reason = why
+            self._reasons[batch] = reason
             if reason is None and self.bank is not None:
                 self.bank.limit(partial(fused_unsupported_reason, self._model, batch, self.bank))
         if (reason := self._reasons[batch]) is None:

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.stacked import StackedAdapters
-from adafuse_jax.inference.backends.megakernel import mixture_of, route
+from adafuse_jax.inference.backends.megakernel import mixture_of, norm_factor, route
 from adafuse_jax.models.config import LINEARS, unsupported_field
 from adafuse_jax.models.decoder import Backbone, normed
 from adafuse_jax.models.hooks import TokenExperts
@@ -38,6 +38,7 @@ from pallas_kernels import pregated_linear as linear_kernel
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.devices import triton_unsupported_reason
 from pallas_kernels.pregated_linear import ACTIVATIONS, Group, Mixture, pregated_linear, tiles_for
+from pallas_kernels.quantised import QuantArray
 
 CONSUMED_FIELDS = frozenset({
     "vocab_size", "embed_dim", "hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "norm_eps",
@@ -80,7 +81,7 @@ def shape_unsupported_reason(model: Backbone, adapter: Any, batch: int) -> str |
     factors = {} if adapter is None else {name: e.A[...] for name, e in adapter.experts.items()}
     if model.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"the model is {model.dtype}"
-    weights = {name: getattr(model.layers, name).weight[...] for name in LINEARS}
+    weights = {name: getattr(model.layers, name).weight[...] for name in LINEARS} | {"lm_head": model.head}
     reason = linear_kernel.unsupported_reason(batch, factors, weights)
     return reason or attention_kernel.unsupported_reason(config.head_dim)
 
@@ -123,7 +124,7 @@ def portable_step(
         y, ready = pregated_linear(
             x, weights, {name: experts[name].A[...] for name in adapted},
             {name: experts[name].B[...] for name in adapted}, mixture if adapted else None, num_used, layer, ready,
-            group=settings, norm=None if norm is None else _factor(norm), residual=residual,
+            group=settings, norm=None if norm is None else norm_factor(norm), residual=residual,
             biases={name: linears[name].bias[...] for name in names if linears[name].bias is not None},
             interpret=interpret,
         )  # fmt: skip
@@ -140,8 +141,8 @@ def portable_step(
     windows = np.array([w or np.iinfo(np.int32).max // 2 for w in config.sliding_windows or [None] * config.num_layers])
     attend = partial(
         decode_attention, position=position, windows=jnp.asarray(windows, jnp.int32), eps=config.norm_eps,
-        q_norm=None if layers.q_norm is None or config.qk_norm_full else _factor(layers.q_norm),
-        k_norm=None if layers.k_norm is None or config.qk_norm_full else _factor(layers.k_norm),
+        q_norm=None if layers.q_norm is None or config.qk_norm_full else norm_factor(layers.q_norm),
+        k_norm=None if layers.k_norm is None or config.qk_norm_full else norm_factor(layers.k_norm),
         scale=config.attention_multiplier, softcap=config.attention_softcap, interpret=interpret,
     )  # fmt: skip
     ended = jnp.zeros((batch, config.num_kv_heads), jnp.int32)
@@ -184,12 +185,6 @@ def _is_folded(norm: Norm, batch: int) -> bool:
     return batch == 1 and norm.kind != "layer"
 
 
-def _factor(norm: Norm) -> Array:
-    """The factor of x / rms(x), w or 1 + w."""
-    weight = norm.weight[...]
-    return weight.astype(jnp.float32) + 1 if norm.kind == "rms_1p" else weight
-
-
 def _of_layer(norm: Norm | None, layer: Any) -> Norm | None:
     return jax.tree.map(lambda leaf: leaf[int(layer[0])], norm)
 
@@ -198,10 +193,11 @@ def _logits(model: Backbone, x: Float[Array, "B D"], interpret: bool) -> Float[A
     head, zero, folded = model.head[None], np.zeros(1, np.int32), _is_folded(model.norm, len(x))
     if not folded:
         x = model.norm(x)
-    tiles = tiles_for(len(x), x.shape[1], x.dtype.itemsize)
+    layout = head.layout if isinstance(head, QuantArray) else None
+    tiles = tiles_for(len(x), x.shape[1], x.dtype.itemsize, layout=layout)
     y, _ = pregated_linear(
         x, {"lm_head": head}, {}, {}, None, zero, zero, jnp.zeros(1, jnp.int32), interpret=interpret,
         group=Group(tiles=tiles, out_dtype=jnp.dtype("float32"), eps=model.config.norm_eps),
-        norm=_factor(model.norm)[None] if folded else None,
+        norm=norm_factor(model.norm)[None] if folded else None,
     )  # fmt: skip
     return model.finished(y["lm_head"])

@@ -50,15 +50,12 @@ def require_reads_quantised(strategy: str, layout: QuantLayout | None) -> None:
 def _quantised_reason(strategy: str, layout: QuantLayout | None) -> str | None:
     if layout is None or BACKENDS[strategy].reads_quantised:
         return None
-    name = layout.name
-    if strategy == "fused":
-        return f"the megakernel does not read {name} weights"
-    return f"it would merge experts into {name} weights, whose codes cannot hold them"
+    return f"it would merge experts into {layout.name} weights, whose codes cannot hold them"
 
 
 def choose_backend(strategy: str | None, model: Backbone, adapter: AnyAdapter | AdapterBank | None) -> Backend:
     """The backend of a strategy, prepared. None: *fused* where it can run, on `TRIED_DEVICES` at most, and batches that it
-    cannot decode unmerged; else *unmerged*. The choice is logged.
+    cannot decode, or not as fast, unmerged; else *unmerged*. The choice is logged.
 
     Raises `UserError` for an unknown strategy, one that merges and no adapter, one that does not fit the adapter or several
     devices, and one that cannot run.
@@ -90,7 +87,7 @@ def _default(model: Backbone, adapter: AnyAdapter | AdapterBank | None) -> Backe
     if isinstance(adapter, AnyAdapter) and "fused" not in strategies_of(adapter.config):
         log.log(dispatch_log_level(), "decoding unmerged")
         return unfused
-    reason = _quantised_reason("fused", quantisation_of(model)) or default_unsupported_reason(model, adapter)
+    reason = default_unsupported_reason(model, adapter) or unfused.faster_reason(batch=1)
     if reason is not None:
         log.log(dispatch_log_level(), "decoding unmerged: fused is not used, as %s", reason)
         return unfused
