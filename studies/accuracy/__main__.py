@@ -24,6 +24,7 @@ from adafuse_jax.core.atomic_files import write_text
 from adafuse_jax.core.cli import run_cli
 from adafuse_jax.core.fields import require
 from benchmarks.common.timing import Stopwatch
+from studies.accuracy import pictures
 from studies.accuracy.arms import ARMS
 from studies.accuracy.mixture import prepare
 from studies.accuracy.report import report
@@ -92,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.report:
         require(bool(recorded.all), f"--record {arguments.record}: no run is there; run the study first")
         write_text(arguments.out, report(recorded.all))
-        print(arguments.out)
+        print(arguments.out, *pictures.draw(recorded.all, arguments.out), sep="\n")
         return 0
     runtime.set_up()
     plan = Plan(

@@ -67,5 +67,6 @@ def program_of(reply: str) -> str:
 
 
 def outcomes(replies: Sequence[str], split: str) -> list[Outcome]:
-    """Outcome of the first reply to each problem of a split, in their order."""
-    return judge_all([p.job(program_of(reply)) for p, reply in zip(problems(split), replies, strict=True)])
+    """Outcomes of replies to the first problems of a split, in their order."""
+    asked = problems(split)[: len(replies)]
+    return judge_all([p.job(program_of(reply)) for p, reply in zip(asked, replies, strict=True)])
