@@ -26,7 +26,7 @@ MODULES = (
     "bisect", "calendar", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq", "itertools",
     "json", "math", "operator", "random", "re", "statistics", "string", "textwrap", "time", "typing", "unicodedata",
 )  # fmt: skip
-"""What a program may import: loaded before no file can be opened."""
+"""Modules that a program may import: loaded before files are refused."""
 ALLOWED: dict[str, tuple[int, dict[str, int]]] = {
     "x86_64": (
         0xC000003E,
