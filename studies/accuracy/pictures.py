@@ -18,7 +18,8 @@ ROWS = {
     "moral": ("moral", "all7", "unmerged"),
 }  # fmt: skip
 """Kind of an arm → (method, targets, strategy) of the row of the decode benchmark that it decodes like: 7B shapes, rank 64,
-k = 2, one prompt. A variant with the routing known before layer 0 counts as AdaFuse."""
+k = 2, one prompt. A variant with the routing known before layer 0 counts as AdaFuse; MoRAL adapts the FFN alone in this study,
+and all 7 linears there."""
 
 
 def kind_of(arm: str) -> str:
@@ -74,7 +75,8 @@ def _cost(means: Mapping[str, tuple[float, int]], path: Path) -> None:
             mean, seeds = means[arm]
             axes.plot(time, mean, "o", color="tab:blue", fillstyle="full" if seeds > 1 else "none")
             below = max(mean, below + 0.35)
-            axes.annotate(arm, (time, mean), (time + 0.08, below), fontsize=7, va="center")
+            side, align = (-0.08, "right") if kind == "lora" else (0.08, "left")
+            axes.annotate(arm, (time, mean), (time + side, below), fontsize=7, va="center", ha=align)
     axes.set(xlabel="ms per token, 7B shapes, one prompt (H200)", ylabel="mixture's mean, points", xlim=(3, 10))
     axes.set_title("Full: mean over seeds; open: one seed")
     figure.savefig(path, dpi=120)

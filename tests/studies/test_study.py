@@ -251,10 +251,11 @@ def test_bare_backbone_and_programs_are_recorded(
     right = [p.right for p in problems("validation")[:LIMIT]]
     monkeypatch.setattr(study, "replies", lambda *_: [["7"] * LIMIT + right, ["7"] * LIMIT + [*right[:3], "", "", ""]])
     arm = "adafuse-context"
-    study.do_all(
-        [Run(stage="bare", arm=arm, seeds=(0, 0), rates=(0.0, 0.0)), Run(stage="grid", arm=arm, seeds=(0, 0), rates=(1e-3, 2e-3))],
-        budget_seconds=None, watch=Stopwatch(),
-    )  # fmt: skip
+    todo = [
+        Run(stage=stage, arm=arm, seeds=(0, 0), rates=rates)
+        for stage, rates in (("bare", (0, 0)), ("grid", (1e-3, 2e-3)))
+    ]
+    study.do_all(todo, budget_seconds=None, watch=Stopwatch())
     bare, trained = (record["replicas"] for record in study.records.values())
     assert bare[0]["measures"]["vel"] == bare[1]["measures"]["vel"] != trained[1]["measures"]["vel"]
     for replicas in (bare, trained):
