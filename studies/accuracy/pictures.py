@@ -18,8 +18,8 @@ ROWS = {
     "moral": ("moral", "all7", "unmerged"),
 }  # fmt: skip
 """Kind of an arm → (method, targets, strategy) of the row of the decode benchmark that it decodes like: 7B shapes, rank 64,
-k = 2, one prompt. A variant with the routing known before layer 0 counts as AdaFuse; MoRAL adapts the FFN alone in this study,
-and all 7 linears there."""
+k = 2, one prompt. A variant with the routing known before layer 0 counts as AdaFuse; MoRAL adapts all 7 linears there
+and the FFN alone in this study."""
 
 
 def kind_of(arm: str) -> str:
