@@ -109,6 +109,8 @@ class LayerKernels(Unfused):
         # A bank's adapters may outgrow the kernels.
         if reason := portable.shape_unsupported_reason(model, adapter, len(token)):
             log.log(dispatch_log_level(), "decoding %d rows in XLA ops: the kernels cannot, as %s", len(token), reason)
+            if len(token) == cache.k.shape[1]:
+                return Unfused.step(reads, carry, token, position, cache, hold)
             rows = jnp.arange(len(token))
             logits, experts, new, carry = Unfused.step(reads, carry, token, position, cache.of_rows(rows), hold)
             return logits, experts, cache.with_rows(rows, new), carry
