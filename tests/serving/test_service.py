@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import http.client
 import os
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -243,8 +243,14 @@ def test_a_killed_server_leaves_its_port(flags: list[Any], tmp_path: Path):
 @pytest.mark.slow
 def test_an_idle_connection_stays_open(server: ServerProcess):
     """For longer than the 5 s of common clients, and of uvicorn: with both the same, a request may meet its end."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-        for pause in (6, 0):
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-            time.sleep(pause)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection.connect()
+    opened = connection.sock
+    for pause in (6, 0):
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        assert response.status == 200
+        assert response.read() == b'{"status":"ok"}'
+        assert connection.sock is opened
+        time.sleep(pause)
+    connection.close()
