@@ -354,10 +354,8 @@ class Slots:
         bucket = None if self._bank is None else self._bank.bucket
         shapes = self.num_slots, self._state.cache.slots, self._state.seen is not None, bucket
         first = "start", prefill.whole, self._settings.variant, *shapes
-        copy, steps = (
-            ("copy", *shapes),
-            {("step", self._settings.variant, width, *shapes): width for width in self._widths},
-        )
+        copy = "copy", *shapes
+        steps = {("step", self._settings.variant, width, *shapes): width for width in self._widths}
         of_prompts = any(row.wanted_prompt_logprobs is not None for row in prefill.rows)
         copies = [copy] if self.num_slots > 1 and any(row.reuse_cache for row in prefill.rows) else []
         chunks = {("chunk", prefill.whole, size, of_prompts, *shapes): size for size in sorted({*prefill.sizes})}

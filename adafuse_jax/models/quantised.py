@@ -60,7 +60,8 @@ def quantised(
 
 def with_quantised_head(model: Backbone, scale_dtype: DTypeLike | None = None) -> Backbone:
     """The backbone with the head quantised. One that was tied is untied: the embedding stays as it is."""
-    head, config = (model.embed_tokens if model.lm_head is None else model.lm_head)[...], untied(model.config)
+    head, config = model.head, untied(model.config)
+    assert not isinstance(head, QuantArray)
     new = jax.eval_shape(lambda: Backbone(config, dtype=model.dtype, rngs=nnx.Rngs(0)))
     new.layers = jax.tree.map(lambda leaf: leaf, model.layers)
     new.layers.config, new.norm, new.embed_tokens = config, model.norm, model.embed_tokens

@@ -101,13 +101,13 @@ def _train(
     checkpoint = HFCheckpoint.open(config.model)
     directory, model_config = checkpoint.directory, checkpoint.config
     require_context(config, model_config)
-    quantization = checkpoint.quantisation(config.quantize, config.quantize_head)
+    quantize: dict[str, Any] = {"quantize": config.quantize, "quantize_head": config.quantize_head}
+    quantization = checkpoint.quantisation(**quantize)
     if quantization is not None and adapter_config.adapter == "full":
         raise UserError(
             f"{directory}: the weights are {quantization.name}, and --adapter full trains every weight, but codes do not "
             "train; give the unquantised model, or another --adapter"
         )
-    quantize: dict[str, Any] = {"quantize": config.quantize, "quantize_head": config.quantize_head}
     mesh = training_mesh(config.mesh, model_config, config.batch_size, linears_of(quantization))
     layout = ONE_DEVICE if mesh is None else MeshLayout(mesh)
     require_memory(config, model_config, mesh)

@@ -140,16 +140,16 @@ def test_conversations_in_turns_stay_in_the_cache(
     monkeypatch.setattr(prefix_cache, "LEAST_MOVED", 10)
     model = models("llama_gqa")
     engine = Engine(model, eos_ids=())
-    slots, told = engine.slots(12, context_length=CONTEXT), [prompt_of(model, 20, seed=i) for i in range(3)]
+    slots, chats = engine.slots(12, context_length=CONTEXT), [prompt_of(model, 20, seed=i) for i in range(3)]
     for turn in range(2):
-        for i, prompt in enumerate(told):
+        for i, prompt in enumerate(chats):
             assert slots.insert(prompt, max_new_tokens=4, reuse_cache=True) == 0
             row = slots.rows[0]
             answer = finish(slots, 0)
             assert row.cached == (23 if turn else 0)
             (wanted,) = zip(*(s.ids for s in engine.generate([prompt], max_new_tokens=4)), strict=True)
             assert answer == [*wanted]
-            told[i] = [*prompt, *answer, *prompt_of(model, 3, seed=9)]
+            chats[i] = [*prompt, *answer, *prompt_of(model, 3, seed=9)]
 
 
 def test_what_a_row_begins_from_is_not_overwritten(models: Any, widths: list[int | None], monkeypatch: Any):
@@ -157,16 +157,16 @@ def test_what_a_row_begins_from_is_not_overwritten(models: Any, widths: list[int
     monkeypatch.setattr(prefix_cache, "LEAST_MOVED", 10)
     model = models("llama_gqa")
     slots = Engine(model, eos_ids=()).slots(3, context_length=CONTEXT)
-    told = [prompt_of(model, 20, seed=i) for i in range(3)]
-    for prompt in told:
+    chats = [prompt_of(model, 20, seed=i) for i in range(3)]
+    for prompt in chats:
         slots.insert(prompt, max_new_tokens=2, reuse_cache=True)
         finish(slots, 0)
-    slots.insert([*told[0], 5, 6], max_new_tokens=2, reuse_cache=True)
+    slots.insert([*chats[0], 5, 6], max_new_tokens=2, reuse_cache=True)
     assert (slots.rows[0].slot, slots.rows[0].cached) == (0, 0), "it has not begun"
     slots.step()
     assert slots.rows[0].cached == 20
     finish(slots, 0)
-    slots.insert([*told[2], 5, 6], max_new_tokens=2, reuse_cache=True)
+    slots.insert([*chats[2], 5, 6], max_new_tokens=2, reuse_cache=True)
     slots.step()
     assert slots.rows[0].cached == 20, "it was moved"
 

@@ -82,31 +82,14 @@ def test_experts_of_one_a(model: Any):
     np.testing.assert_allclose(layer(x, routing), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_context_goes_on_from_token_to_token(model: Any):
-    """The plan of texts in one row is that of each alone, token by token; and the context is the decayed mean."""
-    adapter = adapter_of(model, Variant(context_decay=0.9))
-    tokens, positions = jnp.array([[5, 9, 30, 7, 8]]), jnp.array([[0, 1, 2, 0, 1]])
-    routing, context = adapter.plan(model, tokens, positions, tokens)
-    past = None
-    for at in range(5):
-        one = (slice(None), slice(at, at + 1))
-        single, past = adapter.plan(model, tokens[one], positions[one], tokens[one], past=past)
-        past = past[:, 0]
-        np.testing.assert_allclose(past, context[:, at], rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(single.probabilities[:, 0], routing.probabilities[:, at], rtol=1e-4, atol=1e-6)
-    norm = jax.tree.map(lambda leaf: leaf[0], model.layers.input_layernorm)
-    x = np.asarray(norm(model.embed_tokens[...][tokens]), np.float64)[0]
-    x /= np.sqrt((x**2).mean(-1, keepdims=True))
-    np.testing.assert_allclose(context[0, 2], 0.1 * (x[2] + 0.9 * x[1] + 0.81 * x[0]), rtol=1e-3, atol=1e-5)
-
-
-def test_convolution_goes_on_from_token_to_token(model: Any):
-    """The plan of texts in one row is that of each alone, token by token; and the context is the sum over the taps."""
-    adapter = adapter_of(model, Variant(convolution=3))
-    tokens, positions = jnp.array([[5, 9, 30, 7, 2, 8, 4]]), jnp.array([[0, 1, 2, 3, 0, 1, 2]])
+def plan_by_tokens(
+    model: Any, adapter: PreGated, tokens: jax.Array, positions: jax.Array
+) -> tuple[Any, Any, np.ndarray]:
+    """(routing, state) of a row's plan, which is that of its tokens one after the other, and what the router sees of each
+    token, in float64."""
     routing, states = adapter.plan(model, tokens, positions, tokens)
     past = None
-    for at in range(7):
+    for at in range(tokens.shape[1]):
         one = (slice(None), slice(at, at + 1))
         single, past = adapter.plan(model, tokens[one], positions[one], tokens[one], past=past)
         past = past[:, 0]
@@ -115,6 +98,22 @@ def test_convolution_goes_on_from_token_to_token(model: Any):
     norm = jax.tree.map(lambda leaf: leaf[0], model.layers.input_layernorm)
     x = np.asarray(norm(model.embed_tokens[...][tokens]), np.float64)[0]
     x /= np.sqrt((x**2).mean(-1, keepdims=True))
+    return routing, states, x
+
+
+def test_context_goes_on_from_token_to_token(model: Any):
+    """The plan of texts in one row is that of each alone, token by token; and the context is the decayed mean."""
+    adapter = adapter_of(model, Variant(context_decay=0.9))
+    tokens, positions = jnp.array([[5, 9, 30, 7, 8]]), jnp.array([[0, 1, 2, 0, 1]])
+    _, context, x = plan_by_tokens(model, adapter, tokens, positions)
+    np.testing.assert_allclose(context[0, 2], 0.1 * (x[2] + 0.9 * x[1] + 0.81 * x[0]), rtol=1e-3, atol=1e-5)
+
+
+def test_convolution_goes_on_from_token_to_token(model: Any):
+    """The plan of texts in one row is that of each alone, token by token; and the context is the sum over the taps."""
+    adapter = adapter_of(model, Variant(convolution=3))
+    tokens, positions = jnp.array([[5, 9, 30, 7, 2, 8, 4]]), jnp.array([[0, 1, 2, 3, 0, 1, 2]])
+    routing, _, x = plan_by_tokens(model, adapter, tokens, positions)
     kernel, router, weight = (
         np.asarray(p[...], np.float64) for p in (adapter.kernel, adapter.router.weight, adapter.context)
     )
