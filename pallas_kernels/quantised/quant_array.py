@@ -19,7 +19,7 @@ multiple of G, as over several devices.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -83,7 +83,8 @@ class QuantLayout:
         if self.bits == 8:
             return packed
         halves = packed.reshape(*packed.shape[:-1], -1, 1, (self.group_size or 0) // 2)
-        return jnp.concatenate([halves & 15, halves >> 4], axis=-2).reshape(*packed.shape[:-1], -1)
+        codes = (halves >> jnp.array([[0], [4]], jnp.uint8)) & 15  # no concatenation, which XLA writes value by value
+        return codes.reshape(*packed.shape[:-1], -1)
 
 
 INT8, INT4, INT4_G64 = QuantLayout(8), QuantLayout(4, 128), QuantLayout(4, 64)
@@ -163,6 +164,9 @@ def quantised_product(x: Float[Array, "*batch in"], weight: QuantArray) -> Float
 
 
 def _product_backward(weight: QuantArray, gradient: Array) -> tuple[Array, None]:
+    # Behind the gradient: in unrolled layers XLA would find the forward pass's W again, and keep it until here.
+    gradient, scales = jax.lax.optimization_barrier((gradient, weight.scales))
+    weight = replace(weight, scales=scales)
     return jnp.einsum("...o,oi->...i", gradient, weight.dequantised(gradient.dtype)), None
 
 
