@@ -49,7 +49,7 @@ def settings_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measured(settings: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a process found, or its error."""
+    """Results of a process, or its error."""
     if settings["limit_gib"] is not None:
         os.environ[FRACTION] = f"{settings['limit_gib'] / device_gib():.6f}"
     names = (settings["quantize"] or "bfloat16", settings["limit_gib"] and f"{settings['limit_gib']:g} GiB")

@@ -42,7 +42,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Backbone:
-    return load_backbone(folder, "float32", quantize="int8", quantize_head=True)
+    return load_backbone(HFCheckpoint.open(folder).quantised("int8", quantize_head=True), "float32")
 
 
 def assert_same(found: Backbone, wanted: Backbone) -> None:
@@ -89,13 +89,16 @@ def test_loss_and_its_gradient(model: Backbone):
 @pytest.mark.parametrize("name", ["int8", "int4-g64"])
 def test_files(folder: Path, tmp_path: Path, name):
     """Written, read again and quantised again on request; the words are the codes in their documented order."""
-    model = load_backbone(folder, "bfloat16", quantize=name, quantize_head=True)
+    model = load_backbone(HFCheckpoint.open(folder).quantised(name, quantize_head=True), "bfloat16")
     export_backbone(model, tmp_path / "out", source=folder)
     checkpoint = HFCheckpoint.open(tmp_path / "out")
-    assert checkpoint.quantisation(None) == Quantisation(quantisation_of(model), has_head=True)
+    assert checkpoint.quantisation == Quantisation(quantisation_of(model), has_head=True)
     assert_same(load_backbone(checkpoint), model)
-    export_backbone(load_backbone(folder, "bfloat16", quantize=name), tmp_path / "plain", source=folder)
-    later = load_backbone(tmp_path / "plain", quantize_head=True)  # of the bfloat16 one
+    plain_head = load_backbone(HFCheckpoint.open(folder).quantised(name), "bfloat16")
+    export_backbone(plain_head, tmp_path / "plain", source=folder)
+    later = load_backbone(
+        HFCheckpoint.open(tmp_path / "plain").quantised(None, quantize_head=True)
+    )  # of the bfloat16 one
     assert_same(later, with_quantised_head(load_backbone(tmp_path / "plain")))
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     words, head = tensors["lm_head.weight_packed"], model.head
@@ -117,7 +120,7 @@ def test_names():
 
 def test_refusals(folder: Path, model: Backbone, tmp_path: Path):
     with pytest.raises(UserError, match="--quantize-head: the linears have plain weights; give --quantize with it"):
-        load_backbone(folder, quantize_head=True)
+        HFCheckpoint.open(folder).quantised(None, quantize_head=True)
     assert fused_unsupported_reason(model) == "it reads a plain head, and this one is int8"
     export_backbone(model, tmp_path / "out", source=folder)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
