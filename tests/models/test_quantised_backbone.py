@@ -122,6 +122,22 @@ def test_what_is_quantised():
         quantised(plain, LAYOUTS["int4"])
 
 
+@pytest.mark.parametrize(("layout", "gigabytes"), [(None, 13.48), ("int8", 7.00), ("int4-g64", 3.97), ("int4", 3.86)])
+def test_bytes_of_7b(layout, gigabytes: float):
+    """The table of docs/quantisation.md."""
+    config = replace(
+        CONFIG, vocab_size=32000, embed_dim=4096, hidden_dim=11008, num_layers=32, num_heads=32, num_kv_heads=32,
+        head_dim=128, qkv_bias=False,
+    )  # fmt: skip
+
+    def make() -> Backbone:
+        model = Backbone(config, dtype="bfloat16", rngs=nnx.Rngs(0))
+        return model if layout is None else quantised(model, LAYOUTS[layout])
+
+    leaves = jax.tree.leaves(jax.eval_shape(make))
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 1e9 == pytest.approx(gigabytes, abs=0.005)
+
+
 def test_devices_that_would_split_a_group(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [None] * 2)
     with pytest.raises(UserError, match="2 devices cannot share the 1 groups of the model's queries evenly"):

@@ -19,6 +19,7 @@ from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
 from adafuse_jax.checkpoints.hf_export import export_backbone
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.inference.backends.megakernel import fused_unsupported_reason
+from adafuse_jax.models import layers
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.loss import token_losses
 from adafuse_jax.models.quantised import (
@@ -28,7 +29,7 @@ from adafuse_jax.models.quantised import (
     quantised,
     with_quantised_head,
 )
-from pallas_kernels.quantised import INT4, INT4_G64, INT8
+from pallas_kernels.quantised import INT4, INT4_G64, INT8, quantise
 from pallas_kernels.quantised.reference import dequantise_np, errors_np, scales_np
 
 TIED, UNTIED = "llama_gqa_tied", "llama_mqa_sharded"
@@ -84,6 +85,15 @@ def test_loss_and_its_gradient(model: Backbone):
     found, wanted = (jax.jit(jax.value_and_grad(loss))(hidden, m) for m in (model, with_plain_head(model)))
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
     np.testing.assert_allclose(found[1], wanted[1], atol=1e-6 * float(jnp.abs(wanted[1]).max()))
+
+
+def test_logits_by_rows(monkeypatch):
+    """Eight rows of the head at a time, and the last five, against float64."""
+    monkeypatch.setattr(layers, "VALUES_AT_A_TIME", 8 * 24)
+    head = quantise(jax.random.normal(jax.random.key(0), (37, 24)), INT8, jnp.float32)
+    hidden = jax.random.normal(jax.random.key(1), (2, 3, 24))
+    wanted = np.asarray(hidden, np.float64) @ dequantise_np(np.asarray(head.codes), np.asarray(head.scales), INT8).T
+    np.testing.assert_allclose(layers.logit_product(hidden, head), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4-g64"])
