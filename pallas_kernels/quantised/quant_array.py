@@ -160,14 +160,20 @@ def quantise(weight: Float[Array, "*layers out in"], layout: QuantLayout, scale_
 def quantised_product(x: Float[Array, "*batch in"], weight: QuantArray) -> Float[Array, "*batch out"]:
     """x Wᵀ with W dequantised to the type of x. For its derivative, of x alone, W is dequantised again: what a forward pass
     keeps is the codes and scales themselves, never W."""
-    return jnp.einsum("...i,oi->...o", x, weight.dequantised(x.dtype))
+    x, weight = _dequantised_after(x, weight)
+    return jnp.einsum("...i,oi->...o", x, weight)
+
+
+def _dequantised_after(x: Array, weight: QuantArray) -> tuple[Array, Array]:
+    """x, and W in its type once x is there. Of unrolled layers XLA would else dequantise all at once, and keep what the
+    forward pass has dequantised for the backward one."""
+    x, scales = jax.lax.optimization_barrier((x, weight.scales))
+    return x, replace(weight, scales=scales).dequantised(x.dtype)
 
 
 def _product_backward(weight: QuantArray, gradient: Array) -> tuple[Array, None]:
-    # Behind the gradient: in unrolled layers XLA would find the forward pass's W again, and keep it until here.
-    gradient, scales = jax.lax.optimization_barrier((gradient, weight.scales))
-    weight = replace(weight, scales=scales)
-    return jnp.einsum("...o,oi->...i", gradient, weight.dequantised(gradient.dtype)), None
+    gradient, weight = _dequantised_after(gradient, weight)
+    return jnp.einsum("...o,oi->...i", gradient, weight), None
 
 
 quantised_product.defvjp(lambda x, weight: (quantised_product(x, weight), weight), _product_backward)
