@@ -13,6 +13,8 @@ and x's columns move instead, once for each input (`move_columns`).
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import product
 from typing import Any
 
 import jax
@@ -62,79 +64,92 @@ class QuantisedProduct:
 
     def finish(self, accs, count, number, operand_smem):
         """(The halves [WGMMA_M, N] in fp32 of a tile: W x of the next `number` chunks, or `accs` if there are none; the new
-        count.) The right operands are the K-tiles of `operand_smem`, from its first row on, after `move_columns`."""
+        count.) The right operands are the K-tiles of `operand_smem`, from its first row on, after `move_columns`.
+
+        While the tensor cores multiply one half of a block, the other half's codes become their operands."""
+        if not self.compiled:
+            return self._finish_interpreted(accs, count, number, operand_smem)
         if self.layout.group_size is None:
             return self._finish_rows(accs, count, number, operand_smem)
         halves = [acc[...] for acc in accs]
-
-        def add_chunk(c, state):
-            halves, count = state
-            chunk = self.pipeline.take_codes(count)
-            for block in range(self.blocks):
-                rights = self._rights(operand_smem, c * self.blocks + block)
-                halves = self._add_groups(halves, chunk, block, rights)
-            self.pipeline.release(count)
-            return halves, count + 1
-
-        return lax.fori_loop(0, number, add_chunk, (halves, count))
+        products = [plgpu.ACC(halves[0].shape, jnp.float32)] * (2 * self.groups)
+        run = partial(self._finish_groups, halves, count, number, operand_smem)
+        return pl.run_scoped(run, *products)
 
     def _finish_rows(self, accs, count, number, operand_smem):
         """Sums of all chunks, times the scales of the rows, which every chunk brings along."""
 
         def add_chunk(c, state):
-            _, interpreted, count = state
+            _, count = state
             chunk = self.pipeline.take_codes(count)
 
-            def add_block(block, interpreted):
-                interpreted = [*interpreted]
+            def add_block(block, _):
                 (right,) = self._rights(operand_smem, c * self.blocks + block)
                 for half, acc in enumerate(accs):
                     (left,) = self._lefts(chunk.codes, half, block)
-                    if self.compiled:
-                        plgpu.wgmma(acc, left, right.transpose((1, 0)))
-                        plgpu.wgmma_wait(1)  # so that the other half's registers are free
-                    else:
-                        interpreted[half] += _interpreted_product(left, right)
-                return interpreted
+                    plgpu.wgmma(acc, left, right.transpose((1, 0)))
+                    plgpu.wgmma_wait(1)  # so that the other half's registers are free
 
-            interpreted = lax.fori_loop(0, self.blocks, add_block, interpreted)
-            scales = [self._scales(chunk, half, 0) for half in range(len(accs))]
+            lax.fori_loop(0, self.blocks, add_block, None)
+            scales = [self._scales(chunk, half, 0) for half in (0, 1)]
             self.pipeline.release(count)
-            return scales, interpreted, count + 1
+            return scales, count + 1
 
-        ones = [plgpu.layout_cast(jnp.ones(WGMMA_M, jnp.float32), ROWS) for _ in accs]
-        sums = [] if self.compiled else [acc[...] for acc in accs]
-        scales, sums, count = lax.fori_loop(0, number, add_chunk, (ones, sums, count))
-        sums = sums or [acc[...] for acc in accs]
-        return [y * over_columns(s, y.shape) for y, s in zip(sums, scales, strict=True)], count
+        ones = plgpu.layout_cast(jnp.ones(WGMMA_M, jnp.float32), ROWS)
+        scales, count = lax.fori_loop(0, number, add_chunk, ([ones, ones], count))
+        return [acc[...] * over_columns(s, acc.shape) for acc, s in zip(accs, scales, strict=True)], count
 
-    def _add_groups(self, halves: list[Any], chunk: CodesAndScales, block: int, rights: list[Any]) -> list[Any]:
-        pairs = [(half, group) for half in range(len(halves)) for group in range(self.groups)]
+    def _finish_groups(self, halves, count, number, operand_smem, *accs):
+        """The halves, and sums of each group times its scales, which are added when the other half's products have begun.
+        `accs`: of the groups of the first half and of those of the second."""
+        of_half = accs[: self.groups], accs[self.groups :]
+        ones = plgpu.layout_cast(jnp.ones(WGMMA_M, jnp.float32), ROWS)
+        zeros = plgpu.layout_cast(jnp.zeros(halves[0].shape, jnp.float32), plgpu.Layout.WGMMA)
 
-        def multiply(*accs):
-            """For each of `pairs`."""
-            for half in range(len(halves)):
+        def added(half, y, scales, in_flight: int):
+            for acc, scale in zip(of_half[half], scales, strict=True):
+                y += over_columns(scale, y.shape) * plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
+                acc[...] = zeros
+            return y
+
+        def add_chunk(c, state):
+            halves, scales, count = state
+            halves, scales = [*halves], [*scales]
+            chunk = self.pipeline.take_codes(count)
+            for block, half in product(range(self.blocks), (0, 1)):
+                rights = self._rights(operand_smem, c * self.blocks + block)
                 for i, left in enumerate(self._lefts(chunk.codes, half, block)):
-                    acc = accs[half * self.groups + i * self.groups // self.k_tiles]
-                    plgpu.wgmma(acc, left, rights[i].transpose((1, 0)))
-            return [acc[...] for acc in accs]
+                    plgpu.wgmma(of_half[half][i * self.groups // self.k_tiles], left, rights[i].transpose((1, 0)))
+                halves[1 - half] = added(1 - half, halves[1 - half], scales[1 - half], self.k_tiles)
+                scales[half] = [self._scales(chunk, half, block * self.groups + group) for group in range(self.groups)]
+            self.pipeline.release(count)
+            return halves, scales, count + 1
 
-        def multiply_interpreted():
-            products = [jnp.zeros(halves[0].shape, jnp.float32) for _ in pairs]
-            for half in range(len(halves)):
+        (first, second), scales, count = lax.fori_loop(
+            0, number, add_chunk, (halves, [[ones] * self.groups] * 2, count)
+        )
+        return [first, added(1, second, scales[1], 0)], count
+
+    def _finish_interpreted(self, accs, count, number, operand_smem):
+        """The interpreter's tensor cores take no operand from registers."""
+
+        def add_chunk(c, state):
+            halves, count = state
+            halves, chunk = [*halves], self.pipeline.take_codes(count)
+            for block, half in product(range(self.blocks), (0, 1)):
+                rights = self._rights(operand_smem, c * self.blocks + block)
                 for i, left in enumerate(self._lefts(chunk.codes, half, block)):
-                    products[half * self.groups + i * self.groups // self.k_tiles] += _interpreted_product(
-                        left, rights[i]
+                    group = (
+                        0
+                        if self.layout.group_size is None
+                        else (block * self.k_tiles + i) * self.groups // self.k_tiles
                     )
-            return products
+                    y = jnp.dot(left, rights[i][...].T, preferred_element_type=jnp.float32)
+                    halves[half] += over_columns(self._scales(chunk, half, group), y.shape) * y
+            self.pipeline.release(count)
+            return halves, count + 1
 
-        acc = plgpu.ACC(halves[0].shape, jnp.float32)
-        products = pl.run_scoped(multiply, *[acc] * len(pairs)) if self.compiled else multiply_interpreted()
-        halves = list(halves)
-        for (half, group), product in zip(pairs, products, strict=True):
-            scales = self._scales(chunk, half, block * self.groups + group)
-            halves[half] += over_columns(scales, product.shape) * product
-        return halves
+        return lax.fori_loop(0, number, add_chunk, ([acc[...] for acc in accs], count))
 
     def _rights(self, operand_smem, block) -> list[Any]:
         n = self.padded_batch
@@ -160,11 +175,6 @@ class QuantisedProduct:
 
         lax.fori_loop(0, rows // WGMMA_M, move, None)
         plgpu.commit_smem()
-
-
-def _interpreted_product(left, right) -> jax.Array:
-    """left rightᵀ: the interpreter's tensor cores take no operand from registers."""
-    return jnp.dot(left, right[...].T, preferred_element_type=jnp.float32)
 
 
 def _moved(x: jax.Array) -> jax.Array:
