@@ -13,7 +13,6 @@ and x's columns move instead, once for each input (`move_columns`).
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -66,15 +65,12 @@ class QuantisedProduct:
         """(The halves [WGMMA_M, N] in fp32 of a tile: W x of the next `number` chunks, or `accs` if there are none; the new
         count.) The right operands are the K-tiles of `operand_smem`, from its first row on, after `move_columns`.
 
-        While the tensor cores multiply one half of a block, the other half's codes become their operands."""
+        While the tensor cores multiply one half of a block, the codes of the other become their operands."""
         if not self.compiled:
             return self._finish_interpreted(accs, count, number, operand_smem)
         if self.layout.group_size is None:
             return self._finish_rows(accs, count, number, operand_smem)
-        halves = [acc[...] for acc in accs]
-        products = [plgpu.ACC(halves[0].shape, jnp.float32)] * (2 * self.groups)
-        run = partial(self._finish_groups, halves, count, number, operand_smem)
-        return pl.run_scoped(run, *products)
+        return self._finish_groups(accs, count, number, operand_smem)
 
     def _finish_rows(self, accs, count, number, operand_smem):
         """Sums of all chunks, times the scales of the rows, which every chunk brings along."""
@@ -99,36 +95,34 @@ class QuantisedProduct:
         scales, count = lax.fori_loop(0, number, add_chunk, ([ones, ones], count))
         return [acc[...] * over_columns(s, acc.shape) for acc, s in zip(accs, scales, strict=True)], count
 
-    def _finish_groups(self, halves, count, number, operand_smem, *accs):
-        """The halves, and sums of each group times its scales, which are added when the other half's products have begun.
-        `accs`: of the groups of the first half and of those of the second."""
-        of_half = accs[: self.groups], accs[self.groups :]
-        ones = plgpu.layout_cast(jnp.ones(WGMMA_M, jnp.float32), ROWS)
-        zeros = plgpu.layout_cast(jnp.zeros(halves[0].shape, jnp.float32), plgpu.Layout.WGMMA)
+    def _finish_groups(self, accs, count, number, operand_smem):
+        """Sums of each group of columns, times its scales. The sums of a block are awaited before the next: where they are
+        still to come when the other accumulators are in use, the compiler waits for every product by itself."""
+        acc = plgpu.ACC(accs[0].shape, jnp.float32)
 
-        def added(half, y, scales, in_flight: int):
-            for acc, scale in zip(of_half[half], scales, strict=True):
-                y += over_columns(scale, y.shape) * plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
-                acc[...] = zeros
-            return y
+        def add_block(halves, chunk, block, rights):
+            def multiply(*accs):
+                """For each half and group."""
+                for half in (0, 1):
+                    for i, left in enumerate(self._lefts(chunk.codes, half, block)):
+                        acc = accs[half * self.groups + i * self.groups // self.k_tiles]
+                        plgpu.wgmma(acc, left, rights[i].transpose((1, 0)))
+                return [acc[...] for acc in accs]
+
+            sums, halves = pl.run_scoped(multiply, *[acc] * (2 * self.groups)), [*halves]
+            for (half, group), y in zip(product((0, 1), range(self.groups)), sums, strict=True):
+                halves[half] += over_columns(self._scales(chunk, half, block * self.groups + group), y.shape) * y
+            return halves
 
         def add_chunk(c, state):
-            halves, scales, count = state
-            halves, scales = [*halves], [*scales]
+            halves, count = state
             chunk = self.pipeline.take_codes(count)
-            for block, half in product(range(self.blocks), (0, 1)):
-                rights = self._rights(operand_smem, c * self.blocks + block)
-                for i, left in enumerate(self._lefts(chunk.codes, half, block)):
-                    plgpu.wgmma(of_half[half][i * self.groups // self.k_tiles], left, rights[i].transpose((1, 0)))
-                halves[1 - half] = added(1 - half, halves[1 - half], scales[1 - half], self.k_tiles)
-                scales[half] = [self._scales(chunk, half, block * self.groups + group) for group in range(self.groups)]
+            for block in range(self.blocks):
+                halves = add_block(halves, chunk, block, self._rights(operand_smem, c * self.blocks + block))
             self.pipeline.release(count)
-            return halves, scales, count + 1
+            return halves, count + 1
 
-        (first, second), scales, count = lax.fori_loop(
-            0, number, add_chunk, (halves, [[ones] * self.groups] * 2, count)
-        )
-        return [first, added(1, second, scales[1], 0)], count
+        return lax.fori_loop(0, number, add_chunk, ([acc[...] for acc in accs], count))
 
     def _finish_interpreted(self, accs, count, number, operand_smem):
         """The interpreter's tensor cores take no operand from registers."""
@@ -139,13 +133,8 @@ class QuantisedProduct:
             for block, half in product(range(self.blocks), (0, 1)):
                 rights = self._rights(operand_smem, c * self.blocks + block)
                 for i, left in enumerate(self._lefts(chunk.codes, half, block)):
-                    group = (
-                        0
-                        if self.layout.group_size is None
-                        else (block * self.k_tiles + i) * self.groups // self.k_tiles
-                    )
                     y = jnp.dot(left, rights[i][...].T, preferred_element_type=jnp.float32)
-                    halves[half] += over_columns(self._scales(chunk, half, group), y.shape) * y
+                    halves[half] += over_columns(self._scales(chunk, half, self._group(block, i)), y.shape) * y
             self.pipeline.release(count)
             return halves, count + 1
 
@@ -154,6 +143,10 @@ class QuantisedProduct:
     def _rights(self, operand_smem, block) -> list[Any]:
         n = self.padded_batch
         return [operand_smem.at[pl.ds((block * self.k_tiles + i) * n, n)] for i in range(self.k_tiles)]
+
+    def _group(self, block: int, k_tile: int) -> int:
+        """Number of the scales of a block's K-tile, among those of the chunk."""
+        return 0 if self.layout.group_size is None else block * self.groups + k_tile * self.groups // self.k_tiles
 
     def _scales(self, chunk: CodesAndScales, half: int, group: int):
         return load(chunk.scales.at[group, pl.ds(half * WGMMA_M, WGMMA_M)], ROWS).astype(jnp.float32)
