@@ -48,7 +48,7 @@ HALVES_TO_BF16 = """{
 EIGHT_MORE = 0x43084308
 """136 in bfloat16, twice."""
 PAIRS = (0, 2), (1, 3)
-"""Of a thread's four bytes, and of its four numbers of x: those that go to the first and to the second pair of columns."""
+"""Bytes of a thread, or numbers of x, that go to its first and to its second pair of columns."""
 
 
 class QuantisedProduct:

@@ -208,7 +208,7 @@ class Gemm:
                 pl.when(n == reduce_at)(lambda: self.hidden.reduce(layer))
             if self.quantised_product is not None:  # A has been multiplied
                 rows = smem_rows(group.max_slice_k_tiles, plan.padded_batch)
-                pl.when(n == first_w)(lambda: self.quantised_product.move_columns(operand_smem, rows))
+                pl.when(n == first_w)(partial(self.quantised_product.move_columns, operand_smem, rows))
             wanted = True if reduce_at is None else n < end
             row = (tile.first - schedule.first_k_tile) * plan.padded_batch  # of A, and 0 of W; codes do not use it
             chunks, codes = tile.chunks, 0
