@@ -46,6 +46,11 @@ class ExportConfig:
         "write the linears' weights in 8 bits, or in 4 with groups of 128 (int4) or 64 (int4-g64) inputs; default: plain",
         None,
     )
+    quantize_head: bool = flag(
+        "write the head in 8 bits, too, with a scale for each token; one that is tied to the embedding gets a tensor of its "
+        "own",
+        False,
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -55,6 +60,8 @@ class ExportConfig:
             raise UserError(f"--dtype is for --format huggingface; adapters are written as {self.format} in float32")
         if self.quantize is not None and self.format != "huggingface":
             raise UserError(f"--quantize is for --format huggingface; {self.format} holds no backbone; leave it out")
+        if self.quantize_head and self.quantize is None:
+            raise UserError("--quantize-head: the linears stay plain; give --quantize with it")
 
 
 def export(config: ExportConfig) -> None:
@@ -87,7 +94,7 @@ def export(config: ExportConfig) -> None:
     if config.adapter is not None and adapter is None:
         adapter = load_adapter(
             config.adapter, checkpoint.config, backbone_identity=identity, dtype=jnp.dtype("float32"),
-            quantization=checkpoint.layout(None),
+            quantization=checkpoint.quantisation(None),
         )  # fmt: skip
     layout = config.quantize and LAYOUTS[config.quantize]
     if layout is not None:
@@ -100,11 +107,13 @@ def export(config: ExportConfig) -> None:
         load_tokenizer(checkpoint.directory, config.adapter)
     try:
         if adapter is None:
-            model = load_backbone(checkpoint, config.dtype, quantize=config.quantize)
+            model = load_backbone(
+                checkpoint, config.dtype, quantize=config.quantize, quantize_head=config.quantize_head
+            )
             export_backbone(model, out, source=checkpoint, tokenizer=tokenizer, base_identity=identity)
         elif isinstance(adapter, PeftAdapter):
             model = merged_peft(load_backbone(checkpoint, config.dtype), adapter)
-            model = model if layout is None else quantised(model, layout)
+            model = model if layout is None else quantised(model, layout, head=config.quantize_head)
             export_backbone(model, out, source=checkpoint, tokenizer=tokenizer)
         elif config.format == "adafuse-jax":
             trained = trained_quantization(Path(str(config.adapter)).expanduser())
@@ -118,7 +127,7 @@ def export(config: ExportConfig) -> None:
             save_peft_lora(adapter, out, checkpoint.config, backbone_name=config.model)
         else:
             model = merged(load_backbone(checkpoint, config.dtype), adapter)
-            model = model if layout is None else quantised(model, layout)
+            model = model if layout is None else quantised(model, layout, head=config.quantize_head)
             export_backbone(model, out, source=checkpoint, tokenizer=tokenizer)
         if config.format != "huggingface" and tokenizer != own:
             write_tokenizer(tokenizer, out)

@@ -40,7 +40,7 @@ from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.core.tables import Table
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.layout import ONE_DEVICE, Layout
-from pallas_kernels.quantised import QuantLayout
+from adafuse_jax.models.quantised import Quantisation
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def save_adapter(
     backbone_identity: str,
     replace: bool = False,
     layout: Layout = ONE_DEVICE,
-    quantization: QuantLayout | None = None,
+    quantization: Quantisation | None = None,
 ) -> None:
     """Write `adapter` to the directory `out`, which appears complete or not at all. It must not exist or be empty, unless
     `replace` puts it in place of what is there, whose files of other names stay. Of several processes all call this, and the
@@ -68,11 +68,11 @@ def save_adapter(
         write_adapter_files(out, table, tensors, metadata={"format": "adafuse-jax"}, replace=replace, with_digest=True)
 
 
-def trained_quantization(directory: Path) -> QuantLayout | None:
+def trained_quantization(directory: Path) -> Quantisation | None:
     """The quantisation of the backbone that the adapter in `directory` was trained on, if it is recorded."""
     backbone = read_adapter_table(adapter_folder(directory)).get("backbone")
     name = backbone.get("quantization") if isinstance(backbone, dict) else None
-    return QuantLayout.of_name(name) if isinstance(name, str) else None
+    return Quantisation.of_name(name) if isinstance(name, str) else None
 
 
 def _parse(table: Table) -> tuple[AdapterConfig, dict[str, Any]]:
@@ -119,7 +119,7 @@ def load_adapter(
     *,
     backbone_identity: str,
     dtype: jnp.dtype,
-    quantization: QuantLayout | None = None,
+    quantization: Quantisation | None = None,
 ) -> AnyAdapter:
     """The adapter in `directory`, its experts cast to `dtype` (routers stay in fp32). It fits its backbone in any
     quantisation; a log line says if the present one, `quantization`, is not the one that it was trained on.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +22,24 @@ from flax import nnx
 from adafuse_jax.checkpoints.hf_config import HFConfig, parse_hf_config
 from adafuse_jax.checkpoints.placement import Placement, Stacked
 from adafuse_jax.checkpoints.safetensors_files import DTYPES, Tensors, require_float
-from adafuse_jax.checkpoints.tensor_names import stored_names
+from adafuse_jax.checkpoints.tensor_names import HEAD, stored_names
 from adafuse_jax.checkpoints.weight_forms import FLOAT, Dense, WeightForm
 from adafuse_jax.core.errors import UserError, quoted, shortened
 from adafuse_jax.data.tokenizer import PATTERNS
 from adafuse_jax.models.config import LINEARS, DType, ModelConfig, Quantize
 from adafuse_jax.models.decoder import Backbone
-from adafuse_jax.models.quantised import LAYOUTS, quantised, require_layout, uneven_groups
+from adafuse_jax.models.quantised import (
+    HEAD_LAYOUT,
+    LAYOUTS,
+    Quantisation,
+    quantised,
+    require_layout,
+    uneven_groups,
+    with_quantised_head,
+)
 from adafuse_jax.models.registry import FAMILIES
 from adafuse_jax.parallel.axes import logical_axes
-from pallas_kernels.quantised import QuantArray, QuantLayout
+from pallas_kernels.quantised import QuantArray
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +96,7 @@ class HFCheckpoint:
             tensors.shapes, str(directory), is_part=hf_config.is_part, is_tied=model.tie_word_embeddings
         )
         tensors.rename(names.of)
-        _check_tensors(tensors, hf_config.model, hf_config.form)
+        _check_tensors(tensors, hf_config)
         for remark in (*hf_config.remarks, *tensors.remarks, *names.remarks):
             log.info("%s", remark)
         dtype = hf_config.dtype or DTYPES[next(name for name in tensors.dtypes.values() if name in DTYPES)]
@@ -99,31 +107,41 @@ class HFCheckpoint:
     def config(self) -> ModelConfig:
         return self.hf_config.model
 
-    def layout(self, quantize: Quantize | None) -> QuantLayout | None:
-        """The layout that the linears' weights get when they are loaded so; None for plain ones.
+    def quantisation(self, quantize: Quantize | None, quantize_head: bool = False) -> Quantisation | None:
+        """The quantisation of the backbone when it is loaded so; None for plain weights.
 
         Raises:
-          UserError: `quantize` does not fit the shapes, or the weights are quantised in another way.
+          UserError: `quantize` does not fit the shapes, the weights are quantised in another way, or the head is to be
+            quantised and the linears are not.
         """
-        stored = self.hf_config.form
-        if quantize is None or (stored is not None and stored.layout == LAYOUTS[quantize]):
-            return None if stored is None else stored.layout
-        if stored is not None:
+        stored, asked = self.hf_config.form, None if quantize is None else LAYOUTS[quantize]
+        if stored is not None and asked not in (None, stored.layout):
             raise UserError(
                 f"--quantize {quantize}: the weights in {self.directory} are {stored.layout.name} already; leave it out, or "
                 "give the unquantised model"
             )
-        layout = LAYOUTS[quantize]
+        layout = asked if stored is None else stored.layout
+        if layout is None:
+            if quantize_head:
+                raise UserError("--quantize-head: the linears have plain weights; give --quantize with it")
+            return None
         require_layout(self.config, layout)
-        return layout
+        return Quantisation(layout, quantize_head or self.hf_config.head_form is not None)
 
-    def form(self, dtype: DType, quantize: Quantize | None) -> WeightForm | None:
-        """The form in which the linears' weights are read for a model of `dtype`; None for plain ones that stay so. Raises
-        as `layout`."""
-        layout = self.layout(quantize)
-        if layout is None or self.hf_config.form is not None:
-            return self.hf_config.form
-        return Dense(layout, layout.scale_dtype(dtype))
+    def forms(
+        self, dtype: DType, quantize: Quantize | None, quantize_head: bool = False
+    ) -> tuple[WeightForm | None, WeightForm | None]:
+        """The forms in which the weights of the linears and of the head are read for a model of `dtype`; None for plain ones
+        that stay so. Raises as `quantisation`."""
+        found = self.quantisation(quantize, quantize_head)
+        if found is None:
+            return None, None
+        linears, head = self.hf_config.form, self.hf_config.head_form
+        if linears is None:
+            linears = Dense(found.linears, found.linears.scale_dtype(dtype))
+        if head is None and found.has_head:
+            head = Dense(HEAD_LAYOUT, HEAD_LAYOUT.scale_dtype(dtype))
+        return linears, head
 
     def identity(self) -> str:
         """Identity of the weights, to distinguish an adapter's backbone from any other; of an export that is quantised, that
@@ -138,11 +156,13 @@ def load_backbone(
     place: Placement | None = None,
     into: Backbone | None = None,
     quantize: Quantize | None = None,
+    quantize_head: bool = False,
 ) -> Backbone:
     """Stream a model directory, hub id or opened `HFCheckpoint`, tensor by tensor, to where `place` puts it (default: whole
     arrays on the default device), casting every weight to `dtype` (default: the checkpoint's). A cast that rounds, and a
     config.json that names another type than that of the tensors, are logged. `into`: the arrays of an `empty_backbone` of
-    this type and place, which are consumed. `quantize`: the linears' weights become codes and scales, each as it is read.
+    this type and place, which are consumed. `quantize`: the linears' weights become codes and scales, each as it is read;
+    with `quantize_head` so does the head, which is then tied no more.
 
     Raises:
       UserError: as `HFCheckpoint.open`, before the first weight is read; weights that are NaN or infinite, in the file or in
@@ -152,26 +172,38 @@ def load_backbone(
     config, tensors, dtype = checkpoint.config, checkpoint.tensors, dtype or checkpoint.dtype
     if remark := _dtype_remark(checkpoint, dtype):
         log.info("%s", remark)
-    family, place, form = FAMILIES[config.model_type], place or Stacked(), checkpoint.form(dtype, quantize)
-    if form is not None:
-        done = "are quantised to" if isinstance(form, Dense) else "are"
-        log.info("%s: the linears' weights %s %s", checkpoint.directory, done, form.layout.name)
-    model = empty_backbone(checkpoint, dtype, place=place, quantize=quantize) if into is None else into
+    family, place = FAMILIES[config.model_type], place or Stacked()
+    form, head_form = forms = checkpoint.forms(dtype, quantize, quantize_head)
+    for what, of_part in zip(("the linears' weights", "the head's weights"), forms, strict=True):
+        if of_part is not None:
+            done = "are quantised to" if isinstance(of_part, Dense) else "are"
+            log.info("%s: %s %s %s", checkpoint.directory, what, done, of_part.layout.name)
+    if into is None:
+        into = empty_backbone(checkpoint, dtype, place=place, quantize=quantize, quantize_head=quantize_head)
+    model, untied_head = into, config.tie_word_embeddings and head_form is not None
     graphdef, state = nnx.split(model)
     leaves = nnx.to_flat_state(state)
-    patterns = [family.tensor_name(path) for path, _ in leaves]
+    patterns = [
+        family.tensor_name(("embed_tokens",) if untied_head and path == ("lm_head",) else path) for path, _ in leaves
+    ]
     names = [
         [p.format(n) for n in range(leaf.shape[0])] if "{}" in p else [p]
         for p, (_, leaf) in zip(patterns, leaves, strict=True)
     ]
 
+    def form_of(path: tuple[Any, ...], leaf: Any) -> WeightForm | None:
+        """The form of a quantised weight's tensors."""
+        if not isinstance(leaf[...], QuantArray):
+            return None
+        return head_form if path[0] == "lm_head" else form
+
     def fill(index: int) -> tuple[Any, Any]:
         path, leaf = leaves[index]
-        rows = family.fused_rows(path, config) or slice(None)
-        if form is not None and isinstance(leaf[...], QuantArray):
-            parts = ([tensors.view(part_name(name, part)) for part in form.parts] for name in names[index])
-            of_layers = (form.of_rows(of_layer, rows) for of_layer in parts)
-            return place.fill_quantised(leaf[...], logical_axes(path), of_layers, form)
+        rows, of_leaf = family.fused_rows(path, config) or slice(None), form_of(path, leaf)
+        if of_leaf is not None:
+            parts = ([tensors.view(part_name(name, part)) for part in of_leaf.parts] for name in names[index])
+            of_layers = (of_leaf.of_rows(of_layer, rows) for of_layer in parts)
+            return place.fill_quantised(leaf[...], logical_axes(path), of_layers, of_leaf, dtype)
         return place.fill(leaf[...], logical_axes(path), (tensors.view(name)[rows] for name in names[index]))
 
     with ThreadPoolExecutor(place.num_threads) as threads:
@@ -180,12 +212,13 @@ def load_backbone(
         except BaseException:  # Ctrl-C: the threads would read on
             tensors.stop()
             raise
-    for (_, leaf), of_leaf, finite in zip(leaves, names, jax.device_get([finite for _, finite in filled]), strict=True):
+    all_finite = jax.device_get([finite for _, finite in filled])
+    for (path, leaf), of_leaf, finite in zip(leaves, names, all_finite, strict=True):
         if not np.all(finite):
             name = of_leaf[int(np.argmin(finite))]
-            if form is not None and isinstance(leaf[...], QuantArray):  # by its scales
-                name = part_name(name, form.parts[-1])
-            raise _not_finite(tensors, name, leaf.dtype)
+            if (of_part := form_of(path, leaf)) is not None:  # by its scales
+                name = part_name(name, of_part.parts[-1])
+            raise _not_finite(tensors, name, jnp.dtype(dtype))
     arrays = [(path, leaf.replace(array)) for (path, leaf), (array, _) in zip(leaves, filled, strict=True)]
     return nnx.merge(graphdef, nnx.from_flat_state(arrays))
 
@@ -196,26 +229,36 @@ def part_name(name: str, part: str) -> str:
 
 
 def empty_backbone(
-    checkpoint: HFCheckpoint, dtype: DType, *, place: Placement | None = None, quantize: Quantize | None = None
+    checkpoint: HFCheckpoint,
+    dtype: DType,
+    *,
+    place: Placement | None = None,
+    quantize: Quantize | None = None,
+    quantize_head: bool = False,
 ) -> Backbone:
     """A backbone of zeros that `load_backbone` fills."""
-    form = checkpoint.form(dtype, quantize)
+    form, head_form = checkpoint.forms(dtype, quantize, quantize_head)
 
     def make() -> Backbone:
         model = Backbone(checkpoint.config, dtype=dtype, rngs=nnx.Rngs(0))
-        return model if form is None else quantised(model, form.layout, _scale_dtype(checkpoint, form))
+        if form is not None:
+            names = [name for name, _ in _weights(checkpoint.config)]
+            model = quantised(model, form.layout, _scale_dtype(checkpoint, form, names))
+        if head_form is not None:
+            model = with_quantised_head(model, _scale_dtype(checkpoint, head_form, [HEAD]))
+        return model
 
     leaves, structure = jax.tree_util.tree_flatten_with_path(jax.eval_shape(make))
     arrays = (place or Stacked()).empty([(logical_axes(path), leaf) for path, leaf in leaves])
     return jax.tree.unflatten(structure, arrays)
 
 
-def _scale_dtype(checkpoint: HFCheckpoint, form: WeightForm) -> jnp.dtype:
-    """Type of the scales: of files the one that holds all of theirs exactly; float64 becomes float32."""
+def _scale_dtype(checkpoint: HFCheckpoint, form: WeightForm, names: Iterable[str]) -> jnp.dtype:
+    """Type of the scales of weights: of files the one that holds all of theirs exactly; float64 becomes float32."""
     if isinstance(form, Dense):
         return form.scale_dtype
     types = checkpoint.tensors.dtypes
-    stored = {DTYPES[types[part_name(name, form.parts[1])]] for name, _ in _weights(checkpoint.config)}
+    stored = {DTYPES[types[part_name(name, form.parts[1])]] for name in names}
     return jax.dtypes.canonicalize_dtype(jnp.result_type(*sorted(stored)))
 
 
@@ -261,8 +304,8 @@ def _weights(config: ModelConfig) -> Iterator[tuple[str, str]]:
             yield tensor_name(("layers", linear, "weight")).format(layer), linear
 
 
-def _check_tensors(tensors: Tensors, config: ModelConfig, form: WeightForm | None) -> None:
-    expected = set()
+def _check_tensors(tensors: Tensors, hf_config: HFConfig) -> None:
+    expected, config, form = set(), hf_config.model, hf_config.form
     where = f"{tensors.directory}: tensor"
     linears = {} if form is None else dict(_weights(config))
     biases = {part_name(name, "bias") for name in linears}
@@ -275,8 +318,9 @@ def _check_tensors(tensors: Tensors, config: ModelConfig, form: WeightForm | Non
     if form is not None and (reason := uneven_groups(config, form.layout)):
         raise UserError(f"{tensors.directory}: config.json: {reason}; restore the file")
     for name, shape in tensor_shapes(config):  # ends at the first that is missing, however many config.json asks for
-        if form is not None and name in linears:
-            expected |= _check_quantised(tensors, name, shape, form, config)
+        of_part = hf_config.head_form if name == HEAD else form if name in linears else None
+        if of_part is not None:
+            expected |= _check_quantised(tensors, name, shape, of_part, config)
             continue
         _check_tensor(tensors, name, shape, FLOAT, config.num_layers)
         expected.add(name)
@@ -326,7 +370,7 @@ def _check_quantised(
         _check_tensor(tensors, part_name(name, part), part_shape, dtype, config.num_layers)
     ends = {part for part in ("g_idx", "weight_g_idx", "weight_zero_point") if part_name(name, part) in tensors.shapes}
     where = f"{tensors.directory}: tensor {part_name(name, '')}".removesuffix(".")
-    form.check(lambda part: tensors.read(part_name(name, part)), where, ends, shape[1])
+    form.check(lambda part: tensors.read(part_name(name, part)), where, ends, shape)
     return {part_name(name, part) for part in expected | dict.fromkeys(ends)}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adafuse_jax.checkpoints.inert_keys import GENERATION_INERT, INERT, INERT_VALUES, SUPPORTED_VALUES
-from adafuse_jax.checkpoints.quantised_config import BASE_IDENTITY, parse_weight_form
+from adafuse_jax.checkpoints.quantised_config import BASE_IDENTITY, parse_weight_forms
 from adafuse_jax.checkpoints.tensor_names import text_table
 from adafuse_jax.checkpoints.weight_forms import WeightForm
 from adafuse_jax.core.errors import UserError, quoted, shortened
@@ -49,7 +49,9 @@ class HFConfig:
     generation: Table
     is_part: bool = False
     form: WeightForm | None = None
-    """The form of quantised weights; None: they are not."""
+    """The form of the linears' quantised weights; None: they are not."""
+    head_form: WeightForm | None = None
+    """The form of the head's; None: the head is plain."""
     base_identity: str | None = None
     """Identity of the weights that quantised ones were made of, if it is known."""
 
@@ -131,7 +133,7 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
             f"{table.where}: longrope: an answer to a prompt of up to {original} tokens ends where both have "
             f"{original + 1}, as the angles change there"
         )
-    dtype, form = _dtype(table), parse_weight_form(table, tied=model.tie_word_embeddings)
+    dtype, (form, head_form) = _dtype(table), parse_weight_forms(table, tied=model.tie_word_embeddings)
     base = None if form is None else table.text(BASE_IDENTITY, None)
     unused = [*(name for name in table.unread() if not _is_inert(name, table.values[name])), *rope_unused]
     if unused:
@@ -139,7 +141,7 @@ def parse_tables(table: Table, generation: Table) -> HFConfig:
         remarks.insert(0, shortened(f"{table.where}: keys that are not used: {names}", 400))
     return HFConfig(
         model=model, dtype=dtype, remarks=tuple(remarks), table=table, generation=generation, is_part=part is not None,
-        form=form, base_identity=base,
+        form=form, head_form=head_form, base_identity=base,
     )  # fmt: skip
 
 

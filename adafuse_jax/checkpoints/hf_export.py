@@ -26,7 +26,7 @@ from adafuse_jax.models.config import ModelConfig, flat_fields
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.families.family import Family
 from adafuse_jax.models.layout import ONE_DEVICE, Layout
-from adafuse_jax.models.quantised import quantisation_of
+from adafuse_jax.models.quantised import head_quantisation_of, quantisation_of, untied
 from adafuse_jax.models.registry import FAMILIES
 
 log = logging.getLogger(__name__)
@@ -93,8 +93,9 @@ def _write_configs(
             write_json(out / file, others | {name: value for name, value in special.items() if value is not None})
     else:
         write_json(out / file, {name: value for name, value in special.items() if value is not None})
-    if source is not None and source.model == config:
-        table = dict(source.table.values)
+    is_untied = source is not None and source.model != config and head_quantisation_of(model) is not None
+    if source is not None and config == (untied(source.model) if is_untied else source.model):
+        table = dict(source.table.values) | ({"tie_word_embeddings": False} if is_untied else {})
         if table.pop("auto_map", None):
             log.info("%s: auto_map names Python code, which is not exported; left out", source.table.where)
         table |= dict.fromkeys([name for name in ("torch_dtype", "dtype") if name in table] or ["torch_dtype"], dtype)
@@ -104,7 +105,7 @@ def _write_configs(
     table = {name: value for name, value in table.items() if name not in (*KEYS, BASE_IDENTITY)}
     if (layout := quantisation_of(model)) is not None:
         base = {} if base_identity is None else {BASE_IDENTITY: base_identity}
-        table |= {"quantization_config": quantization_table(layout), **base}
+        table |= {"quantization_config": quantization_table(layout, head_quantisation_of(model)), **base}
     write_json(out / "config.json", table)
 
 

@@ -109,7 +109,7 @@ def _with_saved(model: Backbone, adapter: PeftAdapter) -> Backbone:
     """The backbone with the embedding and head that the adapter has; they stay tied if they are equal."""
     saved = {name: jnp.asarray(value, model.dtype) for name, value in adapter.saved.items()}
     embedding = saved.get("embed_tokens", model.embed_tokens[...])
-    head = saved.get("lm_head")
+    head: Any = saved.get("lm_head")
     if head is None:
         is_same = model.lm_head is None and not adapter.keeps_tied_head
         head = embedding if is_same else model.head

@@ -39,7 +39,7 @@ NAME = re.compile(
 PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",), "layer_replication": ([],), "trainable_token_indices": ([], {}), "target_parameters": ([],),
     "fan_in_fan_out": (False,), "use_qalora": (False,), "use_bdlora": (False,), "alora_invocation_tokens": ([],),
-    "arrow_config": (), "kasa_config": (), "monteclora_config": (),
+    "arrow_config": (), "kasa_config": (), "monteclora_config": (), "velora_config": (),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the backbone
 }  # fmt: skip
 """Variants of LoRA that have other mathematics → the values that leave it plain; None and absence do too."""
@@ -234,11 +234,7 @@ def _modules_in(
     for name in tensors:
         match = NAME.fullmatch(name)
         if match is None or match["module"] not in linears:
-            modules = " ".join(module.rsplit(".", 1)[-1] for module in linears)
-            raise UserError(
-                f"{path}: tensor {shortened(name, 120)} is not of a LoRA of {modules}; merge the adapter with PEFT, and "
-                "give the result as --model"
-            )
+            raise _unsupported(name, linears, path)
         prefixes.add(match["prefix"])
         found.add(match["module"])
     if not found:
@@ -246,6 +242,20 @@ def _modules_in(
     if len(prefixes) > 1:
         raise UserError(f"{path}: holds layers under {' and '.join(map(quoted, sorted(prefixes)))}; restore the file")
     return prefixes.pop(), tuple(module for module in linears if module in found)
+
+
+ADAPTED = re.compile(r"\.(?:lora_|base_layer\.)")
+"""In the names of an adapted module's tensors, behind the module's own name."""
+
+
+def _unsupported(tensor: str, linears: Iterable[str], path: Path) -> UserError:
+    """The error of a tensor of no linear, by the key of adapter_config.json where that selects its module."""
+    names = [name.rsplit(".", 1)[-1] for name in linears]
+    module, *rest = ADAPTED.split(tensor, maxsplit=1)
+    fault = f"tensor {shortened(tensor, 120)} is not of a LoRA of {' '.join(names)}"
+    if rest and (name := module.rsplit(".", 1)[-1]) not in names:
+        fault = f"target_modules has {shortened(name, 40)}, whose LoRA is not supported; supported: {' '.join(names)}"
+    return UserError(f"{path}: {fault}; merge the adapter with PEFT, and give the result as --model")
 
 
 def _require_selected(selection: AdaptedModules, tensors: dict[str, np.ndarray], path: Path) -> None:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool
 
 from adafuse_jax.checkpoints.weight_forms import WeightForm
@@ -52,9 +53,15 @@ class Placement(Protocol):
         tensor are finite in that type."""
 
     def fill_quantised(
-        self, leaf: QuantArray, axes: Axes, tensors: Iterator[tuple[np.ndarray, ...]], form: WeightForm
+        self,
+        leaf: QuantArray,
+        axes: Axes,
+        tensors: Iterator[tuple[np.ndarray, ...]],
+        form: WeightForm,
+        dtype: DTypeLike,
     ) -> tuple[QuantArray, Finite]:
-        """`fill` of codes and scales, from the `form.parts` of each layer. `axes` are those of W."""
+        """`fill` of codes and scales, from the `form.parts` of each tensor. `axes` are those of W; its values are finite if
+        they are in `dtype`, that of the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +96,20 @@ class Stacked:
         return leaf if self.mesh is None else jax.device_put(leaf, self._sharding(axes)), finite
 
     def fill_quantised(
-        self, leaf: QuantArray, axes: Axes, tensors: Iterator[tuple[np.ndarray, ...]], form: WeightForm
+        self,
+        leaf: QuantArray,
+        axes: Axes,
+        tensors: Iterator[tuple[np.ndarray, ...]],
+        form: WeightForm,
+        dtype: DTypeLike,
     ) -> tuple[QuantArray, Finite]:
-        finite: Finite = np.ones(leaf.shape[0], bool)
-        part_axes = form.axes(axes[1:])
+        is_stacked = axes[0] == "layers"
+        finite: Finite = np.ones(leaf.shape[0] if is_stacked else 1, bool)
+        part_axes = form.axes(axes[1:] if is_stacked else axes)
         for layer, parts in enumerate(tensors):
             placed = tuple(map(self._placed, parts, part_axes))
-            leaf, finite = jax.block_until_ready(_set_quantised(leaf, finite, np.int32(layer), placed, form))
+            at = np.int32(layer) if is_stacked else None
+            leaf, finite = jax.block_until_ready(_set_quantised(leaf, finite, at, placed, form, jnp.dtype(dtype)))
         if self.mesh is None:
             return leaf, finite
         scale_axes = axes if leaf.layout.group_size else axes[:-1]
@@ -176,13 +190,22 @@ def _set_layer(
     return stack, finite.at[layer].set(jnp.isfinite(cast).all())
 
 
-@partial(jax.jit, static_argnums=4, donate_argnums=0)
+@partial(jax.jit, static_argnums=(4, 5), donate_argnums=0)
 def _set_quantised(
-    stack: QuantArray, finite: Bool[Array, " L"], layer: np.int32, parts: tuple[Array, ...], form: WeightForm
+    stack: QuantArray,
+    finite: Bool[Array, " L"],
+    layer: np.int32 | None,
+    parts: tuple[Array, ...],
+    form: WeightForm,
+    dtype: np.dtype,
 ) -> tuple[QuantArray, Bool[Array, " L"]]:
-    """Write the codes and scales of a layer; a weight that is not finite has a scale that is not."""
-    of_layer = form.convert(*parts)
+    """Write the codes and scales of a layer, or with None of all; a weight that is not finite has a scale that is not. In
+    `dtype` the least code of each scale must be finite, too."""
+    found = form.convert(*parts)
+    is_finite = jnp.isfinite((found.scales.astype(jnp.float32) * found.layout.offset).astype(dtype)).all()
+    if layer is None:
+        return jax.tree.map(lambda to, x: to.at[...].set(x.astype(to.dtype)), stack, found), is_finite[None]
     stack = jax.tree.map(
-        lambda to, x: jax.lax.dynamic_update_index_in_dim(to, x.astype(to.dtype), layer, axis=0), stack, of_layer
+        lambda to, x: jax.lax.dynamic_update_index_in_dim(to, x.astype(to.dtype), layer, axis=0), stack, found
     )
-    return stack, finite.at[layer].set(jnp.isfinite(of_layer.scales).all())
+    return stack, finite.at[layer].set(is_finite)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, UInt8
 
-from adafuse_jax.core.errors import UserError
+from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.parallel.axes import Axes
 from pallas_kernels.quantised import QuantArray, QuantLayout, quantise
 
@@ -54,9 +54,9 @@ class WeightForm(Protocol):
     def convert(self, *parts: Array) -> QuantArray:
         """Codes and scales of one layer."""
 
-    def check(self, read: Read, where: str, ends: set[str], into: int) -> None:
-        """Raise `UserError` for values by which this is another scheme. `read` gives the tensor of an end, of which the file
-        has `ends`."""
+    def check(self, read: Read, where: str, ends: set[str], shape: tuple[int, ...]) -> None:
+        """Raise `UserError` for values by which this is another scheme, or no weight of `shape`, [out, in]. `read` gives the
+        tensor of an end, of which the file has `ends`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Dense:
     def convert(self, *parts: Array) -> QuantArray:
         return quantise(parts[0], self.layout, self.scale_dtype)
 
-    def check(self, read: Read, where: str, ends: set[str], into: int) -> None:
+    def check(self, read: Read, where: str, ends: set[str], shape: tuple[int, ...]) -> None:
         return
 
 
@@ -107,11 +107,15 @@ class PackQuantized:
     def convert(self, *parts: Array) -> QuantArray:
         return _from_words(parts[0], parts[1], self.layout)
 
-    def check(self, read: Read, where: str, ends: set[str], into: int) -> None:
+    def check(self, read: Read, where: str, ends: set[str], shape: tuple[int, ...]) -> None:
         if "weight_g_idx" in ends:
             raise UserError(act_order(f"{where}.weight_g_idx"))
         if "weight_zero_point" in ends:
             raise UserError(asymmetric(f"{where}.weight_zero_point"))
+        if (found := read("weight_shape").tolist()) != list(shape):
+            raise UserError(
+                f"{where}.weight_shape is {quoted(found)}, config.json says {list(shape)}; one of them is wrong"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +144,9 @@ class GPTQ:
     def convert(self, *parts: Array) -> QuantArray:
         return _from_words(parts[0].T, parts[1].T, self.layout)
 
-    def check(self, read: Read, where: str, ends: set[str], into: int) -> None:
-        if "g_idx" in ends and (read("g_idx") != np.arange(into) // (self.layout.group_size or into)).any():
+    def check(self, read: Read, where: str, ends: set[str], shape: tuple[int, ...]) -> None:
+        columns = np.arange(shape[1]) // (self.layout.group_size or shape[1])
+        if "g_idx" in ends and (read("g_idx") != columns).any():
             raise UserError(act_order(f"{where}.g_idx"))
         bits = self.layout.bits
         word = sum(self.zero << at for at in range(0, WORD_BITS, bits))

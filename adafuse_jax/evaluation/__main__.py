@@ -55,7 +55,8 @@ def run(config: EvaluationConfig) -> dict[str, Any]:
         if questions.left_out:
             log.warning("%s: %d of %d questions are too long, and left out", text, questions.left_out, len(examples))
         sets.append((text, split, questions))
-    loaded = load(checkpoint, config.adapter, config.dtype, tokenizer=tokenizer, quantize=config.quantize)
+    quantize: dict[str, Any] = {"quantize": config.quantize, "quantize_head": config.quantize_head}
+    loaded = load(checkpoint, config.adapter, config.dtype, tokenizer=tokenizer, **quantize)
     largest = max(int(row.tokens.max()) for *_, questions in sets for rows in questions.candidates for row in rows)
     if largest >= loaded.model.config.vocab_size:
         raise UserError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adafuse_jax.core.fields import MAX_COUNT, MAX_ROWS, MAX_TOKENS, check, flag, require
-from adafuse_jax.models.config import QUANTIZE_HELP, DType, Quantize
+from adafuse_jax.models.config import QUANTIZE_HEAD_HELP, QUANTIZE_HELP, DType, Quantize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,7 @@ class EvaluationConfig:
     out: str | None = flag("JSON file for the results", None, "FILE", text="path")
     dtype: DType | None = flag("type of weights and activations; default: the model's own", None)
     quantize: Quantize | None = flag(QUANTIZE_HELP, None)
+    quantize_head: bool = flag(QUANTIZE_HEAD_HELP, False)
 
     def __post_init__(self) -> None:
         check(self)

@@ -46,7 +46,7 @@ from adafuse_jax.inference.detokenizer import TextStream
 from adafuse_jax.inference.engine import Engine, occurrences
 from adafuse_jax.inference.sampling import Sampling
 
-ARGUMENTS = ("model", "adapter", "batch_size", "max_length", "dtype", "quantize")
+ARGUMENTS = ("model", "adapter", "batch_size", "max_length", "dtype", "quantize", "quantize_head")
 DEFAULTS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "seed": 0}
 BOUNDS = {
     "temperature": (0, 1e30),
@@ -69,6 +69,7 @@ class AdaFuseLM(TemplateLM):
       max_length: tokens the model sees at most; default: its context.
       dtype: of weights and activations; default: the model's own.
       quantize: int8, int4 or int4-g64, as the flag of decode.py; default: as the files have the weights.
+      quantize_head: as the flag of decode.py.
     """
 
     def __init__(
@@ -80,16 +81,17 @@ class AdaFuseLM(TemplateLM):
         max_length: int | None = None,
         dtype: DType | None = None,
         quantize: Quantize | None = None,
+        quantize_head: bool = False,
     ):
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise UserError(f"batch_size is {batch_size!r}: it must be a number greater than 0")
         if isinstance(model, Loaded):
-            if (adapter, dtype, quantize) != (None, None, None):
+            if (adapter, dtype, quantize, quantize_head) != (None, None, None, False):
                 raise UserError("a loaded model has its adapter, its dtype and its quantisation; leave these out")
             self.loaded = model
         else:
-            self.loaded = load(model, adapter, dtype, quantize=quantize)
+            self.loaded = load(model, adapter, dtype, quantize=quantize, quantize_head=quantize_head)
         self.tokenizer, self.batch_size = self.loaded.tokenizer, int(batch_size)
         self._engine = Engine(self.loaded.model, self.loaded.adapter)
         context = self._engine.context_length

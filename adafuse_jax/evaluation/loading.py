@@ -33,6 +33,7 @@ def load(
     *,
     tokenizer: Any = None,
     quantize: Quantize | None = None,
+    quantize_head: bool = False,
 ) -> Loaded:
     """Load from directories (a hub id or an opened checkpoint, for the model); float32 models multiply in float32.
     `tokenizer`: the model's and the adapter's, if it is loaded already.
@@ -55,7 +56,7 @@ def load(
         identity = checkpoint.identity()
         adapted = load_adapter(
             adapter, checkpoint.config, backbone_identity=identity, dtype=jnp.dtype(dtype),
-            quantization=checkpoint.layout(quantize),
+            quantization=checkpoint.quantisation(quantize, quantize_head),
         )  # fmt: skip
-    backbone = load_backbone(checkpoint, dtype, quantize=quantize)
+    backbone = load_backbone(checkpoint, dtype, quantize=quantize, quantize_head=quantize_head)
     return Loaded(model=backbone, adapter=adapted, tokenizer=tokenizer, dtype=dtype)

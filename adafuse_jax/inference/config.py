@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from adafuse_jax.core.fields import MAX_COUNT, MAX_ROWS, MAX_SEED, check, flag, require
-from adafuse_jax.models.config import QUANTIZE_HELP, DType, Quantize
+from adafuse_jax.models.config import QUANTIZE_HEAD_HELP, QUANTIZE_HELP, DType, Quantize
 
 Strategy = Literal["fused", "unmerged", "golden", "switch", "merged"]
 TOKEN_STRATEGIES = ("golden", "switch")
@@ -72,6 +72,7 @@ class DecodeConfig:
     json: bool = flag("print one JSON object a line per prompt instead of streaming text", False)
     dtype: DType | None = flag("type of weights and activations; default: the model's own", None)
     quantize: Quantize | None = flag(QUANTIZE_HELP, None)
+    quantize_head: bool = flag(QUANTIZE_HEAD_HELP, False)
 
     def __post_init__(self) -> None:
         check(self)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +35,7 @@ from adafuse_jax.inference.prompts import Prompt
 from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.inference.slots import Slots
+from adafuse_jax.models.quantised import linears_of
 from adafuse_jax.parallel.mesh import make_mesh, shard
 
 log = logging.getLogger(__name__)
@@ -95,7 +97,9 @@ class Session:
         dtype = config.dtype or checkpoint.dtype
         if dtype == "float32":
             runtime.exact_float32()
-        layout = checkpoint.layout(config.quantize)
+        quantize: dict[str, Any] = {"quantize": config.quantize, "quantize_head": config.quantize_head}
+        quantisation = checkpoint.quantisation(**quantize)
+        layout = linears_of(quantisation)
         if config.strategy is not None:
             require_reads_quantised(config.strategy, layout)
         adapter = None
@@ -106,7 +110,7 @@ class Session:
                 backbone_identity=checkpoint.identity(),
                 # Merged once, a LoRA is rounded once.
                 dtype=jnp.dtype("float32" if config.strategy == "merged" else dtype),
-                quantization=layout,
+                quantization=quantisation,
             )
             if config.strategy is not None:
                 require_strategy(adapter.config, config.strategy)
@@ -123,13 +127,13 @@ class Session:
         eos_ids = sorted({*checkpoint.config.eos_token_ids, *stops})
         prepare = partial(Engine, adapter=adapter, strategy=config.strategy, eos_ids=eos_ids)
         place = Stacked(mesh)
-        empty = empty_backbone(checkpoint, dtype, place=place, quantize=config.quantize)
+        empty = empty_backbone(checkpoint, dtype, place=place, **quantize)
         # A strategy that merges would take the empty weights over.
         can_compile = bool(first) and mesh is None and config.strategy in (None, "unmerged", "fused")
         with _backends_not_logged():
             slots = self._waiting(prepare(empty), first) if can_compile else None
         with ThreadPoolExecutor(1, "load") as thread:
-            loading = thread.submit(load_backbone, checkpoint, dtype, place=place, into=empty, quantize=config.quantize)
+            loading = thread.submit(load_backbone, checkpoint, dtype, place=place, into=empty, **quantize)
             try:
                 with compiled_ahead(slots.compile if slots is not None else None):
                     self.engine = prepare(loading.result())

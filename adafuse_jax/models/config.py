@@ -12,6 +12,7 @@ QUANTIZE_HELP = (
     "keep the linears' weights in 8 bits with a scale for each output, or in 4 bits with one for each 128 (int4) or 64 "
     "(int4-g64) inputs; embeddings, head, norms and adapters stay; default: as the model's files have them"
 )
+QUANTIZE_HEAD_HELP = "keep the head in 8 bits, too, with a scale for each token; a tied one is then an array of its own"
 Remat = Literal["none", "products", "attention", "full"]
 """Rematerialisation policies of training, see `models.remat`."""
 

@@ -31,6 +31,7 @@ from adafuse_jax.models.layers import Linear, Norm, gated_product, logit_product
 from adafuse_jax.models.layout import ONE_DEVICE, Layout
 from adafuse_jax.models.remat import ATTENTION, FFN, kept, rematerialized
 from adafuse_jax.models.rotary import layer_rotations, sequence_lengths
+from pallas_kernels.quantised import QuantArray
 
 
 @jax.tree_util.register_dataclass
@@ -137,7 +138,7 @@ class Backbone(nnx.Module):
         return self.embed_tokens[...].dtype
 
     @property
-    def head(self) -> Float[Array, "V D"]:
+    def head(self) -> Float[Array, "V D"] | QuantArray:
         """The head, or the tied embedding."""
         return (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
 
@@ -152,7 +153,7 @@ class Backbone(nnx.Module):
         return x if multiplier == 1 else x * jnp.asarray(multiplier, x.dtype)
 
     def logits(
-        self, hidden: Float[Array, "*batch D"], head: Float[Array, "V D"] | None = None
+        self, hidden: Float[Array, "*batch D"], head: Float[Array, "V D"] | QuantArray | None = None
     ) -> Float[Array, "*batch V"]:
         """The head, the model's own if none is given, applied to hidden states; fp32."""
         return self.finished(logit_product(hidden, self.head if head is None else head))

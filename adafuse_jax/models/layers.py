@@ -87,14 +87,18 @@ def softcapped(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*s
 
 
 @jax.custom_vjp
-def logit_product(hidden: Float[Array, "*batch D"], head: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
-    """hidden headᵀ in fp32. Its derivatives are products in the type of `hidden` and `head`, with sums in fp32."""
+def logit_product(hidden: Float[Array, "*batch D"], head: Float[Array, "V D"] | QuantArray) -> Float[Array, "*batch V"]:
+    """hidden headᵀ in fp32. Its derivatives are products in the type of `hidden` and `head`, with sums in fp32. A quantised
+    head has none, and is dequantised again for that of `hidden`."""
+    head = head.dequantised(hidden.dtype) if isinstance(head, QuantArray) else head
     return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
 
 
-def _logit_product_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _logit_product_backward(saved: tuple[Array, Array | QuantArray], gradient: Array) -> tuple[Array, Array | None]:
     hidden, head = saved
     gradient = gradient.astype(hidden.dtype)
+    if isinstance(head, QuantArray):
+        return jnp.einsum("...v,vd->...d", gradient, head.dequantised(hidden.dtype)), None
     return jnp.einsum("...v,vd->...d", gradient, head), jnp.einsum("...v,...d->vd", gradient, hidden)
 
 

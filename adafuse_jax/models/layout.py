@@ -26,8 +26,8 @@ class Layout:
         """The weights of one layer, and of its experts, as the layer multiplies with them."""
         return weights
 
-    def head(self, head: Float[Array, "V D"], *, is_tied: bool) -> Float[Array, "V D"]:
-        """The head, or the tied embedding, as the loss multiplies with it."""
+    def head[Weights](self, head: Weights, *, is_tied: bool) -> Weights:
+        """The head [V, D], or the tied embedding, as the loss multiplies with it."""
         return head
 
     def body(self, body: Callable[..., Any], weights: Any, *, in_scan: bool) -> Callable[..., Any]:

@@ -66,6 +66,8 @@ def logical_axes(path: tuple[Any, ...]) -> Axes:
     for name in names:
         if name in LINEARS:
             return linear_axes(name, names[-1])
+        if name in TABLES and names[-1] == "channel_scales":
+            return TABLES[name][:1]
         if name in TABLES or name in NORMS:
             return (TABLES | NORMS)[name]
     if "lora" in names:  # PESC's, of no linear

@@ -17,10 +17,11 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.lax import with_sharding_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import GetAttrKey
 from jaxtyping import Array, Float, Int
 
 from adafuse_jax.models.layout import Layout
-from adafuse_jax.parallel.axes import DATA, FSDP, TABLES, Axes, logical_axes, partition_spec
+from adafuse_jax.parallel.axes import DATA, FSDP, Axes, logical_axes, partition_spec
 
 ROWS: Axes = ("batch", None, None)
 
@@ -51,8 +52,11 @@ class MeshLayout(Layout):
 
         return jax.tree_util.tree_map_with_path(gather, weights)
 
-    def head(self, head: Float[Array, "V D"], *, is_tied: bool) -> Float[Array, "V D"]:
-        return self._gathered(head, TABLES["embed_tokens" if is_tied else "lm_head"])
+    def head[Weights](self, head: Weights, *, is_tied: bool) -> Weights:
+        name = GetAttrKey("embed_tokens" if is_tied else "lm_head")
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: self._gathered(leaf, logical_axes((name, *path))), head
+        )
 
     def _gathered(self, leaf: Array, axes: Axes) -> Array:
         kept = partition_spec(axes, [axis for axis in self.mesh.axis_names if axis != FSDP])

@@ -9,7 +9,7 @@ from pathlib import Path
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.fields import MAX_COUNT, MAX_TOKENS, check, checked_path, flag, require
 from adafuse_jax.inference.config import Strategy
-from adafuse_jax.models.config import QUANTIZE_HELP, DType, Quantize
+from adafuse_jax.models.config import QUANTIZE_HEAD_HELP, QUANTIZE_HELP, DType, Quantize
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
 """Names of models, as clients write them in `model`."""
@@ -53,6 +53,7 @@ class ServeConfig:
     tensor_parallel: int = flag("devices that share the model and decode together", 1, low=1, high=4096)
     dtype: DType | None = flag("type of weights and activations; default: the model's own", None)
     quantize: Quantize | None = flag(QUANTIZE_HELP, None)
+    quantize_head: bool = flag(QUANTIZE_HEAD_HELP, False)
 
     def __post_init__(self) -> None:
         check(self)

@@ -26,9 +26,9 @@ from adafuse_jax.inference.prefill import chunks_up_to, largest_chunk
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.inference.slots import Slots
 from adafuse_jax.models.config import DType
+from adafuse_jax.models.quantised import Quantisation, linears_of
 from adafuse_jax.parallel.mesh import make_mesh, shard
 from adafuse_jax.serving.config import ServeConfig
-from pallas_kernels.quantised import QuantLayout
 
 log = logging.getLogger(__name__)
 
@@ -139,9 +139,11 @@ class Models:
 class AdapterReader:
     """Reads adapters of one backbone from their directories."""
 
-    def __init__(self, checkpoint: HFCheckpoint, dtype: DType, mesh: Mesh | None, layout: QuantLayout | None = None):
+    def __init__(
+        self, checkpoint: HFCheckpoint, dtype: DType, mesh: Mesh | None, quantisation: Quantisation | None = None
+    ):
         """Raises `UserError` for what `load_tokenizer` refuses."""
-        self._checkpoint, self._dtype, self._mesh, self._layout = checkpoint, dtype, mesh, layout
+        self._checkpoint, self._dtype, self._mesh, self._quantisation = checkpoint, dtype, mesh, quantisation
         self._directory = Path(checkpoint.directory)
         self._files = tokenizer_files(self._directory)
         self.tokenizer = load_tokenizer(self._directory)
@@ -153,7 +155,7 @@ class AdapterReader:
         checkpoint, path = self._checkpoint, Path(directory).expanduser()
         weights = load_adapter(
             path, checkpoint.config, backbone_identity=checkpoint.identity(), dtype=jnp.dtype(self._dtype),
-            quantization=self._layout,
+            quantization=self._quantisation,
         )  # fmt: skip
         if self._mesh is not None:
             weights = shard(weights, self._mesh)
@@ -182,18 +184,20 @@ def load_models(config: ServeConfig, *, now: int) -> tuple[Models, AdapterReader
         raise UserError(
             f"--max-model-len {config.max_model_len} exceeds the {context} positions of {config.model}; lower it"
         )
-    layout = checkpoint.layout(config.quantize)
+    quantize: dict[str, Any] = {"quantize": config.quantize, "quantize_head": config.quantize_head}
+    quantisation = checkpoint.quantisation(**quantize)
+    layout = linears_of(quantisation)
     if config.strategy is not None:
         require_reads_quantised(config.strategy, layout)
     mesh = None if config.tensor_parallel == 1 else make_mesh(config.tensor_parallel, checkpoint.config, layout)
-    reader = AdapterReader(checkpoint, dtype, mesh, layout)
+    reader = AdapterReader(checkpoint, dtype, mesh, quantisation)
     read = [reader.read(name, directory) for name, directory in config.adapter_directories().items()]
     given = sum(adapter.weights.config.max_experts or 1 for adapter in read)
     if given > (config.max_experts or given):
         raise UserError(
             f"--max-experts {config.max_experts}: the --adapters have {given} experts; give at least so many"
         )
-    model = load_backbone(checkpoint, dtype, place=Stacked(mesh), quantize=config.quantize)
+    model = load_backbone(checkpoint, dtype, place=Stacked(mesh), **quantize)
     room = config.max_experts or max(given, DEFAULT_EXPERTS if config.adapter_folders else 0)
     bank = AdapterBank(model, max_experts=room) if room else None
     name, ids = config.model_name, reader.stop_ids

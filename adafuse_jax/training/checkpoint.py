@@ -52,7 +52,7 @@ LEFTOVER = re.compile(r"\.\d+\.\w{8}\.(partial|old)")
 NOT_IDENTITY = (
     "output", "model", "dataset", "eval_dataset", "eval_examples", "eval_every", "checkpoint_every", "keep_checkpoints",
     "log_every", "resume", "steps", "epochs", "remat", "unroll", "init_lora", "template_date", "data_cache",
-    "report_to", "mesh", "quantize", "coordinator", "num_processes", "process_id",
+    "report_to", "mesh", "quantize", "quantize_head", "coordinator", "num_processes", "process_id",
 )  # fmt: skip
 """Settings that a resumed run may change, or that `backbone`, `quantization`, `data`, `total_steps`, `initial` of the
 identity stand for."""

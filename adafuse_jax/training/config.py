@@ -10,7 +10,7 @@ from typing import Literal
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.core.fields import MAX_COUNT, MAX_ROWS, MAX_SEED, MAX_TOKENS, check, flag, require
-from adafuse_jax.models.config import QUANTIZE_HELP, Quantize, Remat
+from adafuse_jax.models.config import QUANTIZE_HEAD_HELP, QUANTIZE_HELP, Quantize, Remat
 from adafuse_jax.parallel.mesh import parse_mesh
 from adafuse_jax.training.trackers import TrackerName
 
@@ -100,6 +100,7 @@ class TrainConfig:
     beta2: float = flag("AdamW second-moment decay", 0.999, low=0, below=1)
     dtype: TrainDType = flag("type of the backbone and of the activations; adapters train in float32", "bfloat16")
     quantize: Quantize | None = flag(QUANTIZE_HELP, None)
+    quantize_head: bool = flag(QUANTIZE_HEAD_HELP, False)
     remat: Remat = flag(
         "what the backward pass computes again to save memory: nothing, all but the linears' products, also the "
         "feed-forward block, or the whole layer",

@@ -23,9 +23,9 @@ from adafuse_jax.checkpoints.adapter_directory import load_adapter
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.quantised import Quantisation
 from adafuse_jax.training.schedules import Phases
 from adafuse_jax.training.step import TrainState
-from pallas_kernels.quantised import QuantLayout
 
 
 def initial_state(
@@ -71,7 +71,7 @@ def read_initial_lora(
     model: ModelConfig,
     *,
     backbone_identity: str,
-    quantization: QuantLayout | None = None,
+    quantization: Quantisation | None = None,
 ) -> LoRA:
     """The LoRA of `--init-lora`. Raises `UserError` if it is none, or does not fit the adapter."""
     where = f"--init-lora {directory}"

@@ -34,6 +34,7 @@ from adafuse_jax.models.attention import Visibility, implementation_of
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.layout import ONE_DEVICE, Layout
+from adafuse_jax.models.quantised import linears_of
 from adafuse_jax.parallel.layout import MeshLayout
 from adafuse_jax.parallel.mesh import shard, training_mesh
 from adafuse_jax.parallel.processes import is_first, on_first
@@ -100,13 +101,14 @@ def _train(
     checkpoint = HFCheckpoint.open(config.model)
     directory, model_config = checkpoint.directory, checkpoint.config
     require_context(config, model_config)
-    quantization = checkpoint.layout(config.quantize)
+    quantization = checkpoint.quantisation(config.quantize, config.quantize_head)
     if quantization is not None and adapter_config.adapter == "full":
         raise UserError(
             f"{directory}: the weights are {quantization.name}, and --adapter full trains every weight, but codes do not "
             "train; give the unquantised model, or another --adapter"
         )
-    mesh = training_mesh(config.mesh, model_config, config.batch_size, quantization)
+    quantize: dict[str, Any] = {"quantize": config.quantize, "quantize_head": config.quantize_head}
+    mesh = training_mesh(config.mesh, model_config, config.batch_size, linears_of(quantization))
     layout = ONE_DEVICE if mesh is None else MeshLayout(mesh)
     require_memory(config, model_config, mesh)
     if adapter_config.top_k == 1 and adapter_config.renormalize:
@@ -141,7 +143,7 @@ def _train(
         return tracker and held.enter_context(contextlib.closing(tracker))
 
     if adapter_config.adapter == "none":
-        model = load_backbone(checkpoint, config.dtype, place=Stacked(mesh), quantize=config.quantize)
+        model = load_backbone(checkpoint, config.dtype, place=Stacked(mesh), **quantize)
         held_out = _evaluate_backbone(config, model, data, layout)
         held.enter_context(new_run(output, settings))
 
@@ -169,7 +171,7 @@ def _train(
     like = jax.eval_shape(initial, abstract, lora)
     num_checkpoints = min(config.keep_checkpoints, -(-steps // config.checkpoint_every))
     check_space(output, like.adapter, like.moments, keep=num_checkpoints)
-    model = load_backbone(checkpoint, config.dtype, place=Stacked(mesh), quantize=config.quantize)
+    model = load_backbone(checkpoint, config.dtype, place=Stacked(mesh), **quantize)
     identity = run_identity(
         config, adapter_config, backbone=backbone, data=data.fingerprint, total_steps=steps, initial=digest(lora),
         padded_from=data.padded_from, quantization=quantization and quantization.name,

@@ -4,9 +4,9 @@
 
 f is 1 for 8 bits, for 4 bits the one of `FACTORS` that makes the least squared error of a group.
 
-    python -m benchmarks.peers.quantised_perplexity --model DIR --tokens tokens.json --bits 4 --group-size 64
+    python -m benchmarks.peers.quantised_perplexity --model DIR --rows rows.json --quantize int4-g64 --record quality.json
 
-The rows are those that `benchmarks.quantised_quality` writes.
+The rows are those that `benchmarks.quantised_quality` writes; its record gets the results as `torch`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 FACTORS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
+SCHEMES = {"int8": (8, 0), "int4": (4, 128), "int4-g64": (4, 64)}
+"""`--quantize` → bits and inputs of a group, 0 for a whole row."""
 
 
 def rounded(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
@@ -38,21 +40,28 @@ def rounded(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--tokens", type=Path, required=True)
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--quantize", choices=SCHEMES, required=True)
+    parser.add_argument("--record", type=Path, help="JSON of benchmarks.quantised_quality")
+    parser.add_argument("--label", help="of the record's entry; default: the directory's name")
     arguments = parser.parse_args()
+    bits, group_size = SCHEMES[arguments.quantize]
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and ".layers." in name:
-            module.weight.copy_(rounded(module.weight, arguments.bits, arguments.group_size))
-    rows, total = json.loads(arguments.tokens.read_text()), 0.0
+            module.weight.copy_(rounded(module.weight, bits, group_size))
+    rows, total = json.loads(arguments.rows.read_text()), 0.0
     for row in rows:
         ids = torch.tensor([row])
         losses = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum")
         total += float(losses)
-    count = sum(map(len, rows)) - len(rows)
-    print(f"{arguments.bits} bits, groups of {arguments.group_size}: {math.exp(total / count):.4f}")
+    perplexity = math.exp(total / (sum(map(len, rows)) - len(rows)))
+    print(f"{arguments.quantize}: {perplexity:.4f}")
+    if arguments.record is not None:
+        records = json.loads(arguments.record.read_text())
+        entry = records[arguments.label or Path(arguments.model).name]
+        entry.setdefault("torch", {"version": torch.__version__})[arguments.quantize] = round(perplexity, 4)
+        arguments.record.write_text(json.dumps(records, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from goldens import family_models
+from goldens import family_models, tiny_models
 from goldens.tiny_loras import CHANGING, LORAS, VARIANTS, factors
 from goldens.tiny_models import CASES, tensor_shapes, write_model_dir
 from safetensors.numpy import load_file, save_file
@@ -51,6 +51,12 @@ def case(request, tmp_path_factory):
     return name, directory, model, lora, dict(np.load(PEFT / name / "outputs.npz"))
 
 
+def write_model(name: str, out: Path) -> Path:
+    """The directory of a tiny model, of either set."""
+    of = tiny_models if name in CASES else family_models
+    return of.write_model_dir(of.CASES[name], out)
+
+
 def check_logits(found, wanted) -> None:
     np.testing.assert_allclose(found, wanted, atol=ATOL * wanted.std(), rtol=0)
 
@@ -79,9 +85,7 @@ class TestModulesOfTheirOwn:
 
     def test_logits_are_peft_s(self, name, tmp_path):
         case, golden = VARIANTS[name], np.load(PEFT / name / "outputs.npz")
-        in_set = CASES if case.model in CASES else family_models.CASES
-        write = write_model_dir if case.model in CASES else family_models.write_model_dir
-        model = load_backbone(write(in_set[case.model], tmp_path / "model"), "float32")
+        model = load_backbone(write_model(case.model, tmp_path / "model"), "float32")
         lora = load_adapter(PEFT / name, model.config, backbone_identity="", dtype=jnp.float32)
         check_logits(model(golden["tokens"], adapter=lora).logits, golden["logits"])
         assert np.abs(model(golden["tokens"]).logits - golden["logits"]).max() > 0.1 * golden["logits"].std()
@@ -111,13 +115,17 @@ def test_a_named_adapter_is_found_in_its_folder(tmp_path, caplog):
         load_adapter(tmp_path / "saved", config, backbone_identity="", dtype=jnp.float32)
 
 
-KEYS = {"dora": "use_dora", "biases": "lora_bias", "head": "modules_to_save", "embedding": "modules_to_save"}
+KEYS = (
+    dict.fromkeys(CHANGING, "modules_to_save")
+    | {"biases": "lora_bias"}
+    | dict.fromkeys(("dora", "dora_fused"), "use_dora")
+)
 
 
 @pytest.mark.parametrize("name", CHANGING)
 def test_an_adapter_that_changes_the_backbone_is_merged(name, tmp_path):
     """Refuse it as a LoRA, with the command that makes a plain model of it; that has PEFT's logits."""
-    directory, golden = write_model_dir(CASES[CHANGING[name].model], tmp_path / "model"), PEFT / name
+    directory, golden = write_model(CHANGING[name].model, tmp_path / "model"), PEFT / name
     config = parse_hf_config(directory).model
     with pytest.raises(UserError, match=rf"{KEYS[name]}: changes the backbone's own weights; merge it: python -m adaf"):
         load_adapter(golden, config, backbone_identity="", dtype=jnp.float32)
@@ -271,8 +279,6 @@ REFUSED = {
     "layer is text": ({"layers_to_transform": ["0"]}, "layers_to_transform is"),
     "bias of its own": ({"lora_bias": True}, "lora_bias: changes the backbone's own weights"),
     "whole modules": ({"modules_to_save": ["score"]}, "modules_to_save is .*supported: embed_tokens, lm_head"),
-    "biases": ({"bias": "all"}, "bias 'all'"),
-    "changed backbone": ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
     "rank text": ({"r": "4"}, "r is '4'"),
     "wrong rank": ({"r": 5}, "has shape"),
 }
@@ -298,6 +304,13 @@ class TestRefused:
         with pytest.raises(UserError, match=expected):
             self.load(directory, config)
 
+    @pytest.mark.parametrize("name", peft_files.PLAIN)
+    def test_variants_are_refused_by_their_keys(self, directory, config, name):
+        table = json.loads((directory / FILES[0]).read_text()) | {name: "other"}
+        (directory / FILES[0]).write_text(json.dumps(table))
+        with pytest.raises(UserError, match=f"{name} 'other' is not supported; merge the adapter with PEFT"):
+            self.load(directory, config)
+
     def test_tensors(self, directory, config):
         path = directory / FILES[1]
         tensors = load_file(path)
@@ -305,7 +318,11 @@ class TestRefused:
         save_file({k: v for k, v in tensors.items() if k != missing}, path)
         with pytest.raises(UserError, match=r"up_proj.lora_B.weight is missing"):
             self.load(directory, config)
-        save_file(tensors | {"base_model.model.lm_head.lora_A.weight": np.zeros((4, 4))}, path)
+        for name in ("lm_head.lora_A.weight", "lm_head.base_layer.weight", "model.embed_tokens.lora_embedding_A"):
+            save_file(tensors | {f"base_model.model.{name}": np.zeros((4, 4))}, path)
+            with pytest.raises(UserError, match=r"target_modules has (lm_head|embed_tokens), whose LoRA is not supp"):
+                self.load(directory, config)
+        save_file(tensors | {"base_model.model.model.layers.0.mlp.up_proj.ia3_l": np.zeros((4, 4))}, path)
         with pytest.raises(UserError, match="not of a LoRA of"):
             self.load(directory, config)
         save_file(tensors | {tensor_name(2, "mlp.up_proj", "B"): tensors[missing]}, path)

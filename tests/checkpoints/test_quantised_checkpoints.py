@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from goldens import family_models
 from goldens.tiny_models import CASES, Case, write_model_dir
 from safetensors.numpy import load_file, save_file
@@ -228,7 +229,7 @@ class TestRefusals:
             (("sparsity_config",), {"format": "sparse-24-bitmask"}, "it is not supported"),
             (("sparsity_config",), "dense", "it must be an object"),
             (("transform_config",), {"config_groups": {"u": {}}}, "it is not supported"),
-            (("ignore",), [], "the head is quantised"),
+            (("ignore",), [], "the head is int4; supported: all linears, the head plain or int8"),
             (("ignore",), ["lm_head", "model.layers.0.mlp.up_proj"], "'model.layers.0.mlp.up_proj' is not quantised"),
             (("config_groups", "group_0", "weights", "group_size"), 32, "has shape"),
         ],
@@ -265,6 +266,21 @@ class TestRefusals:
         assert "model.layers.0.mlp.up_proj.weight_scale holds NaN or infinite values" in text
         text = refusal(write(weight_g_idx=np.zeros(128, np.int32)), exported, tmp_path)
         assert "weight_g_idx: act-order" in text
+        text = refusal(write(weight_shape=np.array([256, 64])), exported, tmp_path)
+        assert "up_proj.weight_shape is [256, 64], config.json says [256, 128]; one of them is wrong" in text
+
+    def test_beyond_the_range_of_float16(self, folder: Path, tmp_path: Path):
+        """Weights, and scales of a file, that would be infinite in the model's type."""
+        model = load_backbone(folder, "float32")
+        model.layers.up_proj.weight = nnx.Param(model.layers.up_proj.weight[...].at[1, 3, 4].set(1e5))
+        export_backbone(model, tmp_path / "large", source=folder)
+        fault = "model.layers.1.mlp.up_proj.weight holds values beyond the range of float16; give --dtype float32"
+        for quantize in (None, "int8", "int4"):
+            with pytest.raises(UserError, match=fault):
+                load_backbone(tmp_path / "large", "float16", quantize=quantize)
+        export_backbone(load_backbone(tmp_path / "large", quantize="int4"), tmp_path / "int4", source=folder)
+        with pytest.raises(UserError, match=r"up_proj\.weight_scale holds values beyond the range of float16"):
+            load_backbone(tmp_path / "int4", "float16")
 
     def test_without_its_description(self, exported: Path, tmp_path: Path):
         def change(out: Path) -> None:

@@ -21,7 +21,7 @@ from adafuse_jax.core.errors import UserError
 from adafuse_jax.evaluation.__main__ import run as evaluate
 from adafuse_jax.evaluation.config import EvaluationConfig
 from adafuse_jax.evaluation.lm_eval import AdaFuseLM
-from adafuse_jax.models.quantised import quantisation_of
+from adafuse_jax.models.quantised import head_quantisation_of, quantisation_of
 from adafuse_jax.serving.config import ServeConfig
 from adafuse_jax.serving.models import load_models
 from pallas_kernels.quantised import INT8
@@ -107,22 +107,53 @@ def test_export(folder: Path, lora: Path, capsys):
     assert json.loads((folder / "again" / "adapter_config.json").read_text())["backbone"]["quantization"] == "int4-g64"
 
 
+def test_head(folder: Path, capsys, caplog):
+    """A head of 8 bits from training to an export that decodes as the flags do; the embedding it was tied to stays."""
+    model, flags = str(folder / "model"), {"quantize": "int4-g64", "quantize_head": True}
+    run = {"adapter": "lora", "num_experts": None, "steps": 2, "learning_rate": 0.03, "checkpoint_every": 1}
+    assert train_script.main(tiny.train_flags(folder, "head", **run, **flags)) == 0
+    adapter = folder / "head" / "adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["backbone"]["quantization"] == "int4-g64 and head int8"
+    with pytest.raises(UserError, match=r"made with quantization 'int4-g64 and head int8', this run has 'int4-g64'"):
+        train_script.main(tiny.train_flags(folder, "head", **run, quantize="int4-g64", resume=True))
+    caplog.set_level(logging.INFO)
+    wanted = answer(folder, capsys, adapter=adapter, **flags)
+    assert "the head's weights are quantised to int8" in caplog.text
+    assert "was trained on" not in caplog.text
+    export(model, "--quantize", "int4-g64", "--quantize-head", "--output", str(folder / "small"))
+    assert answer(folder, capsys, model=folder / "small", adapter=adapter) == wanted
+    tensors = load_file(folder / "small" / "model.safetensors")
+    before = load_file(folder / "model" / "model.safetensors")
+    np.testing.assert_array_equal(tensors["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert len(tensors["lm_head.weight_scale"]) == len(before["model.embed_tokens.weight"])
+    out = str(folder / "none")
+    for command in (
+        lambda: answer(folder, capsys, quantize_head=True),
+        lambda: export(model, "--quantize-head", "--adapter", str(adapter), "--output", out),
+    ):
+        with pytest.raises(UserError, match=r"--quantize-head: the linears .* plain.*; give --quantize with it"):
+            command()
+
+
 def test_evaluation(folder: Path, lora: Path, caplog):
     caplog.set_level(logging.INFO)
     config = EvaluationConfig(
         model=str(folder / "model"), adapter=str(lora), dataset=(str(folder / "choices.jsonl"),), limit=2, split="train",
-        quantize="int8", generate=False,
+        quantize="int8", quantize_head=True, generate=False,
     )  # fmt: skip
     assert evaluate(config)["settings"]["quantize"] == "int8"
     assert "the linears' weights are quantised to int8" in caplog.text
-    assert quantisation_of(AdaFuseLM(str(folder / "model"), quantize="int8").loaded.model) == INT8
+    harness = AdaFuseLM(str(folder / "model"), quantize="int8", quantize_head=True).loaded.model
+    assert quantisation_of(harness) == head_quantisation_of(harness) == INT8
 
 
 def test_serving(folder: Path, lora: Path):
-    config = ServeConfig(model=str(folder / "model"), adapters=(f"a={lora}",), quantize="int8", max_slots=2)
+    quantize = {"quantize": "int8", "quantize_head": True}
+    config = ServeConfig(model=str(folder / "model"), adapters=(f"a={lora}",), max_slots=2, **quantize)
     models, _ = load_models(config, now=0)
-    assert quantisation_of(models._engine.model) == INT8
-    with pytest.raises(UserError, match="strategy fused cannot run: it needs a Hopper GPU"):
+    assert quantisation_of(models._engine.model) == head_quantisation_of(models._engine.model) == INT8
+    with pytest.raises(UserError, match="strategy fused cannot run: it reads a plain head, and this one is int8"):
         load_models(replace(config, strategy="fused"), now=0)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from goldens.tiny_models import Case, drawn, model_shapes, write_json, write_tensors
 
 VOCAB_SIZE = 64
-LENGTHS = ((15, 16, 17, 63, 65), (64, 127, 129, 257), (513, 1023, 1025))
+LENGTHS = ((15, 16, 17, 63, 65), (64, 127, 129, 257, 255, 383, 385), (513, 1023, 1025, 511, 767, 769))
 """Tokens of the prompts of a family's first, second and third case."""
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 16.0, "original_max_position_embeddings": 32,
         "llama_4_scaling_beta": 0.1, "beta_fast": 4.0}  # fmt: skip

@@ -2,7 +2,8 @@
 """Queries and keys as transformers rotates them, for each case of rope_cases.py, in `rope.npz` beside this file.
 
 `<case>/<length>` [2, length, heads, H] has the rotated queries and keys of a sequence, `<case>/decoded` [2, 16, heads, H]
-those of the tokens that are read one by one after a prompt of 24 tokens, past the original length.
+those of the tokens that are read one by one after a prompt of 24 tokens, past the original length. `rope_models.npz` has
+the logits [2, V] behind the two texts of each model of rope_models.py.
 
     python make_rope.py             write                   (Python 3.11, requirements.txt; check.sh sets that up)
     python make_rope.py --check     compute again and compare; exit 1 with a line per difference
@@ -14,15 +15,20 @@ import argparse
 import importlib
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from make_goldens import differences
+from make_goldens import HERE, differences, forward, load
 from rope_cases import CASES, HEAD_DIM, LENGTHS, RopeCase, config, heads
 
-OUT = Path(__file__).resolve().parent / "rope.npz"
+sys.path.insert(0, str(HERE.parent))  # the tests import this module by the same name
+from goldens import rope_models
+
+OUT = HERE / "rope.npz"
+MODELS = HERE / "rope_models.npz"
 WRITTEN = OUT.with_name("rope_written.json")
 """Case → the keys that the project writes for it; `tests/models/test_rotary.py` compares them with what it does write."""
 PROMPT, DECODED = 24, 16
@@ -70,24 +76,37 @@ def differences_of_written(name: str, keys: dict, committed: dict[str, np.ndarra
     return differences(f"written {name}", {key: committed[key] for key in found}, found)
 
 
+def logits_of_model(case: rope_models.Case) -> np.ndarray:
+    """Logits [2, V] behind the case's texts."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = load(rope_models.write_model_dir(case, Path(folder)))
+    texts = (rope_models.tokens(case, length) for length in rope_models.LENGTHS)
+    return np.concatenate([forward(model, text[None])[:, -1] for text in texts])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with what is on disk instead of writing")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     torch.set_grad_enabled(False)
+    transformers.logging.disable_progress_bar()
     computed = {key: value for name in CASES for key, value in golden(name).items()}
+    of_models = {name: logits_of_model(case) for name, case in rope_models.CASES.items()}
     if not arguments.check:
         np.savez_compressed(OUT, **computed)
+        np.savez_compressed(MODELS, **of_models)
         return 0
+    with np.load(MODELS) as committed:
+        found = differences(MODELS.name, dict(committed), of_models)
     with np.load(OUT) as committed:
-        found = differences("rope.npz", dict(committed), computed)
+        found += differences(OUT.name, dict(committed), computed)
         for name, keys in json.loads(WRITTEN.read_text()).items():
             found += differences_of_written(name, keys, dict(committed))
     for line in found:
         print(f"goldens: {line}", file=sys.stderr)
     if not found:
-        print(f"goldens: {len(CASES)} kinds of RoPE agree with transformers {transformers.__version__}")
+        print(f"goldens: {len(CASES)} kinds of RoPE, and {len(of_models)} models with them, agree with transformers")
     return 1 if found else 0
 
 

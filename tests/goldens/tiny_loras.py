@@ -98,6 +98,16 @@ CHANGING = {
         model="llama_gqa_tied",
         arguments={"r": 2, "lora_alpha": 4, "target_modules": ["down_proj"], "modules_to_save": ["embed_tokens"]},
     ),
+    "dora_fused": Variant(
+        model="glm4_0",
+        arguments={"r": 2, "lora_alpha": 3, "target_modules": ["v_proj", "gate_up_proj"], "use_dora": True},
+    ),
+    "head_and_embedding": Variant(
+        model="gemma3_text_0",
+        arguments={
+            "r": 2, "lora_alpha": 4, "target_modules": ["o_proj"], "modules_to_save": ["embed_tokens", "lm_head"],
+        },
+    ),
 }  # fmt: skip
 """Adapters that change the backbone's own weights too."""
 WITH_ARGUMENTS = VARIANTS | CHANGING

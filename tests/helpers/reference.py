@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 
 from adafuse_jax import Backbone
+from adafuse_jax.models.config import RopeConfig
 
 Adapted = Callable[[int, str, np.ndarray, np.ndarray], np.ndarray]
 """(layer, name, input, plain output) → output: of each linear, and with the name `ffn` of the feed-forward block."""
@@ -35,8 +37,8 @@ def hidden_states(model: Backbone, tokens: np.ndarray, adapted: Adapted) -> np.n
         rope = c.local_rope if c.local_rope and windows[layer] else c.rope
         size = rope.rotary_dim(c.head_dim)
         heads, rest = heads[:, :size], heads[:, size:]
-        angles = position * rope.theta ** (-np.arange(size // 2) * 2 / size) * (layer not in c.nope_layers)
-        cos, sin = np.cos(angles), np.sin(angles)
+        angles = position * frequencies(rope, size) * (layer not in c.nope_layers)
+        cos, sin = rope.attention_factor * np.cos(angles), rope.attention_factor * np.sin(angles)
         pairs = (heads[:, 0::2], heads[:, 1::2]) if rope.interleaved else np.split(heads, 2, axis=-1)
         parts = pairs[0] * cos - pairs[1] * sin, pairs[1] * cos + pairs[0] * sin
         rotated = np.stack(parts, -1).reshape(heads.shape) if rope.interleaved else np.concatenate(parts, -1)
@@ -72,6 +74,8 @@ def hidden_states(model: Backbone, tokens: np.ndarray, adapted: Adapted) -> np.n
             for head, row in enumerate(rope(q, position, layer)):
                 group = head // (c.num_heads // c.num_kv_heads)
                 scale = c.head_dim**-0.5 if c.attention_multiplier is None else c.attention_multiplier
+                spans = position // c.rope.original_max_position_embeddings
+                scale = scale * (1 + c.rope.query_scaling_beta * math.log(1 + spans))
                 scores = np.array([row @ key[group] for key in keys[layer][-window:]]) * scale
                 if c.attention_softcap is not None:
                     scores = c.attention_softcap * np.tanh(scores / c.attention_softcap)
@@ -86,6 +90,21 @@ def hidden_states(model: Backbone, tokens: np.ndarray, adapted: Adapted) -> np.n
             x = x + c.residual_multiplier * norm(out, model.layers.post_mlp_layernorm, layer)
         hidden.append(norm(x, model.norm))
     return np.array(hidden)
+
+
+def frequencies(rope: RopeConfig, size: int) -> np.ndarray:
+    """Radians per position of the pairs of `size` dimensions: θ^(−2i/size), in yarn over `factor` for pairs that turn less
+    than `beta_slow` times in the original length, with a ramp from those that turn `beta_fast` times."""
+    frequency = rope.theta ** (-np.arange(size // 2) * 2 / size)
+    if rope.kind == "yarn":
+        assert rope.truncate
+        turns = np.array([rope.beta_fast, rope.beta_slow]) * 2 * math.pi / rope.original_max_position_embeddings
+        first, last = -np.log(turns) * size / (2 * math.log(rope.theta))
+        first, last = max(math.floor(first), 0), min(math.ceil(last), size - 1)
+        slow = np.clip((np.arange(size // 2) - first) / (last - first), 0, 1)
+        return frequency * (1 - slow + slow / rope.factor)
+    assert rope.kind == "default"
+    return frequency
 
 
 def top_k_gates(logits: np.ndarray, k: int) -> np.ndarray:

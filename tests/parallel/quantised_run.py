@@ -43,8 +43,8 @@ CASE = replace(CASES["llama_gqa_tied"], name="wide", config=CASES["llama_gqa_tie
 
 
 def shares(model: Any) -> dict[str, list[float]]:
-    """The part of its codes and scales that a device has, by linear."""
-    weights = {name: getattr(model.layers, name).weight[...] for name in LINEARS}
+    """The part of its codes and scales that a device has, by linear, and of the head."""
+    weights = {name: getattr(model.layers, name).weight[...] for name in LINEARS} | {"lm_head": model.head}
     return {
         name: [x.addressable_shards[0].data.size / x.size for x in (w.codes, w.scales)] for name, w in weights.items()
     }
@@ -53,14 +53,14 @@ def shares(model: Any) -> dict[str, list[float]]:
 def loaded(folder: Path, quantize: Quantize, mesh: Any) -> tuple[Any, bool]:
     """The model over a mesh, and whether loading gives what sharding gives."""
     checkpoint = HFCheckpoint.open(folder)
-    model = load_backbone(checkpoint, "float32", place=Stacked(mesh), quantize=quantize)
-    wanted = shard(load_backbone(checkpoint, "float32", quantize=quantize), mesh)
+    model = load_backbone(checkpoint, "float32", place=Stacked(mesh), quantize=quantize, quantize_head=True)
+    wanted = shard(load_backbone(checkpoint, "float32", quantize=quantize, quantize_head=True), mesh)
     pairs = [*zip(jax.tree.leaves(model), jax.tree.leaves(wanted), strict=True)]
     return model, all(x.sharding == y.sharding and np.array_equal(x, y) for x, y in pairs)
 
 
 def decoding(folder: Path, quantize: Quantize) -> dict[str, Any]:
-    alone = load_backbone(folder, "float32", quantize=quantize)
+    alone = load_backbone(folder, "float32", quantize=quantize, quantize_head=True)
     adapter = random_adapter(alone.config)
     mesh = make_mesh(2, alone.config, LAYOUTS[quantize])
     model, same = loaded(folder, quantize, mesh)
@@ -81,7 +81,7 @@ def training(folder: Path, quantize: Quantize, mesh_text: str) -> dict[str, Any]
     for text in (mesh_text, "fsdp=1"):
         mesh = training_mesh(text, checkpoint.config, BATCH, LAYOUTS[quantize])
         layout = ONE_DEVICE if mesh is None else MeshLayout(mesh)
-        model = load_backbone(checkpoint, "float32", place=Stacked(mesh), quantize=quantize)
+        model = load_backbone(checkpoint, "float32", place=Stacked(mesh), quantize=quantize, quantize_head=True)
         settings = random_adapter(checkpoint.config, targets=("q_proj", "down_proj"), dropout=0.0).config
 
         def begin(model: Any, settings: Any = settings, layout: Any = layout) -> Any:

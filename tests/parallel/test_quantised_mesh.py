@@ -25,8 +25,11 @@ def test_codes_and_scales_are_sharded():
         for name in LINEARS:
             whole = quantize == "int8" and name in ("o_proj", "down_proj")  # a scale for each output, on every device
             assert run["shares"][name] == run["stored"][name] == [0.5, 1.0 if whole else 0.5], name
+        assert run["shares"]["lm_head"] == run["stored"]["lm_head"] == [0.5, 0.5]
     for mesh in ("fsdp=2", "tensor=2"):
         run = found[f"train {mesh}"]
         np.testing.assert_allclose(*run["losses"], rtol=1e-5)
         assert run["losses"][0][1] < run["losses"][0][0]
+        of_head = run["shares"].pop("lm_head")  # over fsdp its columns, and the scales whole
+        assert of_head == [0.5, 1.0 if mesh == "fsdp=2" else 0.5]
         assert all(part == [0.5, 0.5] for part in run["shares"].values())

@@ -15,19 +15,26 @@ import quick
 import tiny
 from flax import nnx
 from generation import generate
+from goldens import family_models, rope_models
 from goldens.family_models import CASES, lengths, write_model_dir
-from goldens.tiny_models import Case, read_tensors
+from goldens.tiny_models import Case, read_tensors, write_json
 from transformers import AutoConfig
 
 from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
+from adafuse_jax.checkpoints.hf_config import parse_hf_config
 from adafuse_jax.checkpoints.hf_export import export_backbone
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.tokenizer import load_tokenizer
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.models.loss import token_losses
+from adafuse_jax.models.registry import FAMILIES
 
 GOLDENS = tiny.GOLDENS / "families"
 TOLERANCE = 1e-4  # largest logit difference over the standard deviation of the logits, float32
 QUICK = [pytest.param(case, marks=() if name.endswith("_0") else pytest.mark.slow) for name, case in CASES.items()]
+
+IN_TURN = [f"{family}_{i % 3}" for i, family in enumerate(family_models.FAMILIES)]
+"""A case of each family, with the first, second and third lengths in turn."""
 
 
 def golden_of(case: Case) -> dict[str, np.ndarray]:
@@ -56,7 +63,28 @@ def test_logits_and_greedy_tokens(case: Case, tmp_path: Path):
         np.testing.assert_array_equal(found.argmax(-1), greedy)
 
 
-@pytest.mark.parametrize("name", quick.first(["gemma3_text_0", "cohere2_0", "ministral3_1"]))
+@pytest.mark.parametrize("name", quick.first(rope_models.CASES, 3))
+def test_every_kind_of_rope(name: str, tmp_path: Path):
+    """Texts within the original length and past it, with keys of transformers 4 and of 5."""
+    case = rope_models.CASES[name]
+    model = load_backbone(rope_models.write_model_dir(case, tmp_path), "float32")
+    with np.load(tiny.GOLDENS / "rope_models.npz") as golden:
+        assert golden.keys() == rope_models.CASES.keys()
+        for length, expected in zip(rope_models.LENGTHS, golden[name], strict=True):
+            found = model(rope_models.tokens(case, length)[None], unroll=True).logits[0, -1]
+            assert np.abs(found - expected).max() / expected.std() <= TOLERANCE
+
+
+def test_kinds_of_rope_that_a_class_lacks_are_refused(tmp_path: Path):
+    cases = {(case.config["model_type"], case.name.rsplit("_", 1)[1]) for case in rope_models.CASES.values()}
+    assert cases | rope_models.LACKING == {(family, kind) for family in FAMILIES for kind in rope_models.KINDS}
+    for family, kind in rope_models.LACKING:
+        write_json(rope_models.case_of(family, kind, is_new=True).config, tmp_path / "config.json")
+        with pytest.raises(UserError, match=f"rope_type is '{kind}'; supported|short_factor is missing"):
+            parse_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", quick.first(sorted(IN_TURN)))
 def test_decoding_from_the_cache(name: str, tmp_path: Path):
     """Prompts in chunks, all rows together, then token by token."""
     case = CASES[name]

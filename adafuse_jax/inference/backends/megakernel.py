@@ -30,7 +30,7 @@ from adafuse_jax.models.decoder import Backbone, score_options
 from adafuse_jax.models.hooks import TokenExperts
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.models.layers import Norm
-from adafuse_jax.models.quantised import quantisation_of
+from adafuse_jax.models.quantised import head_quantisation_of, quantisation_of
 from adafuse_jax.models.rotary import TABLE_FIELDS, layer_ropes, layer_rotations, rope_tables
 from adafuse_jax.parallel.axes import CACHE, TABLES, TENSOR, linear_axes, partition_spec
 from adafuse_jax.parallel.mesh import mesh_of
@@ -109,6 +109,7 @@ class Fused:
         if mesh is not None and model.lm_head is None:
             head = jax.device_put(model.embed_tokens[...], NamedSharding(mesh, partition_spec(TABLES["lm_head"])))
         if missing := shape_of(model.config).head_rows - model.config.vocab_size:
+            assert not isinstance(model.head, QuantArray), "refused before"
             head = _padded(model.head, 0, missing)
         return cls(
             norms=jnp.concatenate(norms),
@@ -129,7 +130,7 @@ class Fused:
 def weights_of(model: Backbone, fused: Fused) -> Weights:
     """The model's own arrays by name."""
     config, layers = model.config, model.layers
-    head = fused.head
+    head: Any = fused.head
     if head is None:
         head = model.head
     windows = config.sliding_windows or (None,) * config.num_layers
@@ -191,6 +192,8 @@ def fused_unsupported_reason(
     whose factors the kernel reads, or a bank, in its present bucket or another; None for the bare backbone."""
     if reason := field_unsupported_reason(model.config):
         return reason
+    if (layout := head_quantisation_of(model)) is not None:
+        return f"it reads a plain head, and this one is {layout.name}"
     device, mesh = next(iter(model.embed_tokens[...].devices())), mesh_of(model)
     if mesh is not None and (mesh.axis_names != (TENSOR,) or [*mesh.devices] != jax.local_devices()[: mesh.size]):
         return f"it runs on a mesh of one axis over the first devices of one process, and this is {mesh}"

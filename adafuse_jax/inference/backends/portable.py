@@ -38,6 +38,7 @@ from pallas_kernels import pregated_linear as linear_kernel
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.devices import triton_unsupported_reason
 from pallas_kernels.pregated_linear import ACTIVATIONS, Group, Mixture, pregated_linear, tiles_for
+from pallas_kernels.quantised import QuantArray
 
 CONSUMED_FIELDS = frozenset({
     "vocab_size", "embed_dim", "hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "norm_eps",
@@ -80,7 +81,7 @@ def shape_unsupported_reason(model: Backbone, adapter: Any, batch: int) -> str |
     factors = {} if adapter is None else {name: e.A[...] for name, e in adapter.experts.items()}
     if model.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"the model is {model.dtype}"
-    weights = {name: getattr(model.layers, name).weight[...] for name in LINEARS}
+    weights = {name: getattr(model.layers, name).weight[...] for name in LINEARS} | {"lm_head": model.head}
     reason = linear_kernel.unsupported_reason(batch, factors, weights)
     return reason or attention_kernel.unsupported_reason(config.head_dim)
 
@@ -192,7 +193,8 @@ def _logits(model: Backbone, x: Float[Array, "B D"], interpret: bool) -> Float[A
     head, zero, folded = model.head[None], np.zeros(1, np.int32), _is_folded(model.norm, len(x))
     if not folded:
         x = model.norm(x)
-    tiles = tiles_for(len(x), x.shape[1], x.dtype.itemsize)
+    layout = head.layout if isinstance(head, QuantArray) else None
+    tiles = tiles_for(len(x), x.shape[1], x.dtype.itemsize, layout=layout)
     y, _ = pregated_linear(
         x, {"lm_head": head}, {}, {}, None, zero, zero, jnp.zeros(1, jnp.int32), interpret=interpret,
         group=Group(tiles=tiles, out_dtype=jnp.dtype("float32"), eps=model.config.norm_eps),

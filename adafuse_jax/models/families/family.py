@@ -21,7 +21,7 @@ LAYER_TYPES = {"full_attention": False, "sliding_attention": True, "attention": 
 """Values of config.json's `layer_types` → sliding window; the last one is an older name."""
 
 TENSOR_NAMES: dict[str, str] = {
-    "embed_tokens": "model.embed_tokens.weight", "norm": "model.norm.{leaf}", "lm_head": "lm_head.weight",
+    "embed_tokens": "model.embed_tokens.weight", "norm": "model.norm.{leaf}", "lm_head": "lm_head.{leaf}",
     **{name: f"model.layers.{{layer}}.{name}.{{leaf}}" for name in BLOCK_NORMS},
     **{name: f"model.layers.{{layer}}.self_attn.{name}.{{leaf}}" for name in (*ATTENTION_LINEARS, "q_norm", "k_norm")},
     **{name: f"model.layers.{{layer}}.mlp.{name}.{{leaf}}" for name in FFN_LINEARS},
@@ -76,7 +76,7 @@ class Family:
     def tensor_name(self, path: tuple[Any, ...]) -> str:
         """Hugging Face's name of a leaf of `Backbone`; that of a stacked leaf has `{}` for the layer."""
         module = path[1] if path[0] == "layers" else path[0]
-        return self.tensor_names[module].format(layer="{}", leaf=path[-1])
+        return self.tensor_names[module].format(layer="{}", leaf="weight" if path == ("lm_head",) else path[-1])
 
     def fused_rows(self, path: tuple[Any, ...], config: ModelConfig) -> slice | None:
         """The rows of its tensor that a leaf of `Backbone` is, None for all."""

@@ -1,0 +1,102 @@
+"""Benchmarks of quantised backbones: the roofline's points, accuracy after fine-tuning, and perplexity with its error."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from benchmarks import quantised_quality
+from benchmarks.decode import roofline
+from benchmarks.training import openbookqa
+
+BARE = {
+    "method": "backbone",
+    "targets": "-",
+    "strategy": "-",
+    "batch": 1,
+    "ms_per_token": 4.0,
+    "bytes_gb": 8.0,
+    "flops_g": 8.0,
+}
+ROWS = [
+    BARE,
+    BARE | {"method": "adafuse", "targets": "all7", "strategy": "fused-int4", "batch": 400, "bytes_gb": 2.0},
+    BARE | {"method": "adafuse", "targets": "qv", "strategy": "fused"},
+    BARE | {"strategy": "unmerged-int8", "ms_per_token": None},
+    BARE | {"method": "lora", "targets": "all7", "strategy": "unmerged"},
+]
+
+
+def test_roofline(tmp_path: Path):
+    """Two of the rows are points: one is limited by what is read, the other by products."""
+    record = {"device": "NVIDIA H200", "size": "llama2-7b", "ceilings": {"read_tbps": 4.0}, "rows": ROWS}
+    bare, four = roofline.points(record)
+    assert (bare.strategy, bare.weights, bare.bound, bare.intensity, bare.roof_tflops) == (
+        "fused",
+        "bf16",
+        "reads",
+        1,
+        4,
+    )
+    assert bare.tflops == pytest.approx(2)  # 8 GFLOP in 4 ms
+    assert (four.strategy, four.weights, four.bound, four.roof_tflops) == ("fused", "int4", "products", 989)
+    assert four.tflops == pytest.approx(800)
+    (tmp_path / "decode.json").write_text(json.dumps(record))
+    roofline.main(["--out", str(tmp_path)])
+    assert "| backbone | fused | bf16 | 1 | 1.0 | 2.0 | 50% | reads |" in (tmp_path / "roofline.md").read_text()
+    assert (tmp_path / "roofline.png").stat().st_size > 1000
+    with pytest.raises(SystemExit, match="the device's peak is not known"):
+        roofline.points(record | {"device": "a CPU"})
+
+
+def test_accuracy_of_backbones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each backbone has its seeds; a run that is done is not done again."""
+    done: list[str] = []
+    run_process = subprocess.run
+
+    def run(command: list[str], **options: Any) -> Any:
+        if "train.py" not in command:  # git, for the record
+            return run_process(command, **options)
+        output, seed = Path(command[command.index("--output") + 1]), int(command[command.index("--seed") + 1])
+        after = 0.4 + 0.1 * seed - (0.02 if "--quantize" in command else 0)
+        summary = {"before": {"accuracy": 0.2}, "after": {"accuracy": after}}
+        output.mkdir(parents=True)
+        for name in ("summary.json", "metrics.jsonl"):
+            (output / name).write_text(json.dumps(summary))
+        done.append(output.name)
+        return type("Done", (), {"stdout": json.dumps(summary)})
+
+    monkeypatch.setattr(subprocess, "run", run)
+    flags = ["--model", "M", "--train", "A", "--test", "B", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    flags += ["--learning-rates", "1e-3", "--seeds", "0", "1", "--quantize", "none", "int8", "--together"]
+    for _ in range(2):
+        openbookqa.main(flags)
+    assert sorted(done) == ["final-0", "final-1", "final-int8-0", "final-int8-1"]
+    record = json.loads((tmp_path / "openbookqa_quantised.json").read_text())
+    assert record["test_accuracy_adafuse"] == {"none": [0.4, 0.5], "int8": [0.38, 0.48]}
+    assert record["mean_and_deviation"]["int8"] == pytest.approx([0.43, 0.1 / math.sqrt(2)], abs=1e-4)
+
+
+def test_perplexity(tmp_path: Path):
+    """The record has the change of each form and its error; the plain model's loss is that of a forward pass."""
+    tiny.write_model(tmp_path / "model", hidden_size=64, intermediate_size=64)
+    (tmp_path / "text").write_text("The tide comes in twice a day. " * 20)
+    record, rows = tmp_path / "quality.json", tmp_path / "rows.json"
+    flags = ["--model", str(tmp_path / "model"), "--text", str(tmp_path / "text"), "--tokens", "96", "--length", "32"]
+    quantised_quality.main([*flags, "--record", str(record), "--rows", str(rows)])
+    found = json.loads(record.read_text())["model"]
+    assert np.shape(json.loads(rows.read_text())) == (3, 32)
+    assert found["tokens"] == 96
+    assert found["int4"] == {"refused": "q_proj has 64 inputs, no multiple of 128"}
+    for name in ("int8", "int4-g64"):
+        ratio = found[name]["perplexity"] / found["plain"]["perplexity"]
+        assert 100 * (ratio - 1) == pytest.approx(found[name]["change_pct"], abs=0.01)
+        assert found[name]["error_pct"] > 0
+    assert found["int8"]["error_pct"] < found["int4-g64"]["error_pct"] / 4
