@@ -54,14 +54,15 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.adapter is None and self.quantize is None:
+        if self.adapter is None and self.quantize is None and not self.quantize_head:
             raise UserError("there is nothing to export; give --adapter, or --quantize for a smaller model")
         if self.dtype is not None and self.format != "huggingface":
             raise UserError(f"--dtype is for --format huggingface; adapters are written as {self.format} in float32")
-        if self.quantize is not None and self.format != "huggingface":
-            raise UserError(f"--quantize is for --format huggingface; {self.format} holds no backbone; leave it out")
-        if self.quantize_head and self.quantize is None:
-            raise UserError("--quantize-head: the linears stay plain; give --quantize with it")
+        for flag_name, is_given in (("--quantize", self.quantize is not None), ("--quantize-head", self.quantize_head)):
+            if is_given and self.format != "huggingface":
+                raise UserError(
+                    f"{flag_name} is for --format huggingface; {self.format} holds no backbone; leave it out"
+                )
 
 
 def export(config: ExportConfig) -> None:
@@ -77,7 +78,7 @@ def export(config: ExportConfig) -> None:
     from adafuse_jax.checkpoints.peft import merged_peft, read_mergeable, save_peft_lora
     from adafuse_jax.checkpoints.peft_files import PeftAdapter
     from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files, write_tokenizer
-    from adafuse_jax.models.quantised import LAYOUTS, quantised, require_layout
+    from adafuse_jax.models.quantised import LAYOUTS, quantised
 
     out = Path(config.output)
     require_free(out, "--output")
@@ -88,6 +89,7 @@ def export(config: ExportConfig) -> None:
             f"{checkpoint.directory}: the weights are {form.layout.name}, whose codes cannot hold what is merged into them; "
             "give the model that they were made of, or --format peft"
         )
+    checkpoint.quantisation(config.quantize, config.quantize_head)
     adapter: AnyAdapter | PeftAdapter | None = None
     if config.adapter is not None and config.format == "huggingface":
         adapter = read_mergeable(config.adapter, checkpoint.config)
@@ -97,8 +99,6 @@ def export(config: ExportConfig) -> None:
             quantization=checkpoint.quantisation(None),
         )  # fmt: skip
     layout = config.quantize and LAYOUTS[config.quantize]
-    if layout is not None:
-        require_layout(checkpoint.config, layout)
     own = tokenizer_files(checkpoint.directory)
     tokenizer = own
     if config.adapter is not None:

@@ -6,7 +6,7 @@
 The text is split into rows of `--length` tokens, each scored from its second token on; float32, in both programs. `--rows`
 gets the tokens for the reference. The change has its standard error over the tokens: rounding moves the loss of each by far
 more than their mean, so that a few thousand tokens leave a tenth of a percent open. `--record` has an entry for each label;
-what is measured again replaces its own part.
+what is measured again replaces its own part, and on another number of tokens the whole entry.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
 from adafuse_jax.core import runtime
 from adafuse_jax.data.tokenizer import load_tokenizer
 from adafuse_jax.models.decoder import Backbone
-from adafuse_jax.models.quantised import LAYOUTS, uneven_groups
+from adafuse_jax.models.quantised import LAYOUTS, Quantisation, uneven_groups
 from benchmarks.common.records import command_line, facts, write_json
 
 
@@ -69,6 +69,7 @@ def measure(checkpoint: HFCheckpoint, rows: np.ndarray, names: Sequence[Any], *,
             continue
         of_name = losses(load_backbone(checkpoint, "float32", quantize=name, quantize_head=head), rows)
         percent, error = change(of_name, plain)
+        name = Quantisation(LAYOUTS[name], head).name
         found[name] = {
             "perplexity": round(math.exp(of_name.mean()), 4), "change_pct": round(percent, 3), "error_pct": round(error, 3)
         }  # fmt: skip
@@ -103,7 +104,8 @@ def main(argv: Sequence[str]) -> None:
         records = json.loads(arguments.record.read_text()) if arguments.record.exists() else {}
         key = arguments.label or checkpoint.directory.name
         settings = {**facts(), "command": command_line("benchmarks.quantised_quality", argv), "tokens": rows.size}
-        records[key] = records.get(key, {}) | settings | found
+        before = records.get(key, {})
+        records[key] = (before if before.get("tokens") == rows.size else {}) | settings | found
         write_json(arguments.record, records)
 
 

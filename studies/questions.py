@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import Encoded, encode_choices
@@ -129,6 +129,12 @@ class Packed:
     left_out: int
     """Questions with a candidate that does not fit a row."""
 
+    @property
+    def prompts(self) -> Bool[np.ndarray, "N T"]:
+        """True for the tokens of a text up to the one before its first target."""
+        rows, targets = np.nonzero(self.owner >= 0)
+        return prompts_of(self.segment_ids, rows, self.place[rows, targets])
+
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Sum of `values` [N, K] over the targets of each candidate."""
         is_target = self.owner >= 0
@@ -141,6 +147,17 @@ class Packed:
         starts = np.cumsum([0, *self.choices])
         best = [int(np.argmin(losses[a:b])) for a, b in pairwise(starts)]
         return float(np.mean(np.array(best) == self.answers))
+
+
+def prompts_of(
+    segment_ids: Int[np.ndarray, "N T"], rows: Int[np.ndarray, " targets"], places: Int[np.ndarray, " targets"]
+) -> Bool[np.ndarray, "N T"]:
+    """True for the tokens of a text up to the one before its first target. Target i comes after token `places`[i] of row
+    `rows`[i]; a text without a target is all prompt."""
+    count, length = segment_ids.shape
+    first = np.full((count, int(segment_ids.max()) + 1), length)
+    np.minimum.at(first, (rows, segment_ids[rows, places]), places)
+    return (np.arange(length) <= np.take_along_axis(first, segment_ids, axis=1)) & (segment_ids > 0)
 
 
 def pack_candidates(questions: Sequence[MultipleChoice], tokenizer: Any, length: int) -> Packed:

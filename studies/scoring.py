@@ -51,14 +51,14 @@ def score(
     losses_of: Callable[..., tuple[Array, Array]] = target_losses,
 ) -> tuple[Float[np.ndarray, "S N K"], Bool[np.ndarray, "S N K"]]:
     """`target_losses` of all rows; `losses_of` may be compiled for `batch_size` rows. `task`: the set that they are of."""
-    parts = []
+    parts, of_prompts = [], packed.prompts
     for at in range(0, len(packed.tokens), batch_size):
-        tokens, positions, segment_ids, place, wanted = (
+        tokens, positions, segment_ids, place, wanted, prompts = (
             np.pad(array[at : at + batch_size], ((0, max(0, at + batch_size - len(array))), (0, 0)))
-            for array in (packed.tokens, packed.positions, packed.segment_ids, packed.place, packed.wanted)
+            for array in (packed.tokens, packed.positions, packed.segment_ids, packed.place, packed.wanted, of_prompts)
         )
-        tasks = None if task is None else np.full_like(tokens, task)
-        texts = Texts(tokens=tokens, positions=positions, segment_ids=segment_ids, tasks=tasks)
+        of_task = {} if task is None else {"tasks": np.full_like(tokens, task), "prompts": prompts}
+        texts = Texts(tokens=tokens, positions=positions, segment_ids=segment_ids, **of_task)
         parts.append(losses_of(model, trained, texts, place, wanted))
     losses, hits = (np.concatenate(arrays, axis=1) for arrays in zip(*jax.device_get(parts), strict=True))
     return losses[:, : len(packed.tokens)], hits[:, : len(packed.tokens)]
@@ -69,5 +69,6 @@ def compiled_losses(
 ) -> Callable[..., tuple[Array, Array]]:
     """`target_losses` compiled for `rows` rows of `length` tokens with K = `targets`."""
     row, target = (jax.ShapeDtypeStruct((rows, width), jnp.int32) for width in (length, targets))
-    texts: Any = Texts(tokens=row, positions=row, segment_ids=row, tasks=row if has_tasks else None)  # type: ignore[arg-type]
+    of_task: dict[str, Any] = {"tasks": row, "prompts": jax.ShapeDtypeStruct((rows, length), bool)} if has_tasks else {}
+    texts: Any = Texts(tokens=row, positions=row, segment_ids=row, **of_task)  # type: ignore[arg-type]
     return target_losses.lower(model, trained, texts, target, target, forward=forward).compile()

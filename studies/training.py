@@ -52,6 +52,8 @@ class Texts:
     """Targets, or their weights; None where no loss is taken."""
     tasks: Int[np.ndarray, "*N T"] | None = None
     """The data set of every token, where an adapter asks for it."""
+    prompts: Bool[np.ndarray, "*N T"] | None = None
+    """True in the part of a text before its first target, where an adapter asks for it."""
 
     @classmethod
     def of(cls, rows: Rows) -> Texts:
@@ -90,7 +92,8 @@ class Trained:
     @property
     def diverged(self) -> list[bool]:
         """True for each replica whose loss was not finite at some time."""
-        return [any(loss is None for loss in losses) for losses in zip(*(p["loss"] for p in self.history), strict=True)]
+        replicas = len(jax.tree.leaves(self.adapter)[0])
+        return [any(point["loss"][replica] is None for point in self.history) for replica in range(replicas)]
 
 
 class Trainer:
@@ -147,15 +150,17 @@ class Trainer:
         rates: Sequence[float],
         batch_size: int,
         points: int,
+        steps: int | None = None,
     ) -> Trained:
         """Replica s starts from seed s, sees the rows in the order of seed s, and has learning rate s. The history has about
-        `points` points."""
+        `points` points. `steps`: end after as many, None for all."""
         states = self.start(model, np.array(seeds, np.int32), np.array(rates, np.float32))
         orders = [_order(len(rows.tokens), seed, batch_size) for seed in seeds]
         every, history, window, tokens = max(1, self.steps // points), [], [], 0
         one_router = isinstance(states.adapter, AdaFuse)
         watch, first_step_seconds = Stopwatch(), 0.0
-        for at in range(self.steps):
+        metrics: dict[str, Any] = {}
+        for at in range(self.steps if steps is None else steps):
             drawn = np.stack([order.locate(at * batch_size + np.arange(batch_size))[1] for order in orders])  # [S, B]
             batch = jax.tree.map(lambda leaf, drawn=drawn: leaf[drawn][:, None], rows)  # [S, 1, B, T]
             states, metrics = self.step(states, model, batch)
@@ -177,7 +182,7 @@ class Trainer:
             seconds=watch.seconds - first_step_seconds,
             first_step_seconds=first_step_seconds,
             history=history,
-            load=np.round(np.asarray(metrics["load"]), 4).tolist() if one_router else None,
+            load=np.round(np.asarray(metrics["load"]), 4).tolist() if one_router and metrics else None,
         )
 
 

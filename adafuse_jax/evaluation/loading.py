@@ -45,6 +45,8 @@ def load(
         raise UserError(f"dtype is {quoted(dtype)}: choose from {', '.join(get_args(DType))}")
     if quantize is not None and quantize not in get_args(Quantize):
         raise UserError(f"quantize is {quoted(quantize)}: choose from {', '.join(get_args(Quantize))}")
+    if not isinstance(quantize_head, bool):
+        raise UserError(f"quantize_head is {quoted(quantize_head)}: choose from True, False")
     checkpoint = model if isinstance(model, HFCheckpoint) else HFCheckpoint.open(model)
     if tokenizer is None:
         tokenizer = load_tokenizer(checkpoint.directory, adapter)

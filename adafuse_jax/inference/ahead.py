@@ -10,6 +10,7 @@ Tracing holds the interpreter's lock, compilation does not: several programs com
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from adafuse_jax.core.errors import UserError, shortened
 
 log = logging.getLogger(__name__)
 
-MAX_THREADS = 4
+MAX_THREADS = max(4, (os.cpu_count() or 1) // 2)
 """Programs that are compiled at a time, at most; XLA has threads of its own for each."""
 
 

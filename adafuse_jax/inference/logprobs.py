@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.models.decoder import Backbone
 
 MAX_TOP_LOGPROBS = 20
@@ -40,6 +41,13 @@ class TokenLogprobs:
         """From arrays on the host, `at` one of the positions, with the `count` likeliest."""
         tokens, top = logprobs.tokens[at][:count].tolist(), logprobs.top[at][:count].tolist()
         return cls(token=token, logprob=float(logprobs.chosen[at]), top=tuple(zip(tokens, top, strict=True)))
+
+
+def check_numbers(*numbers: int | None) -> None:
+    """Raise `UserError` for numbers of likeliest tokens that are not computed."""
+    for number in numbers:
+        if number is not None and not 0 <= number <= MAX_TOP_LOGPROBS:
+            raise UserError(f"{number} log-probabilities are wanted of each token; give 0 to {MAX_TOP_LOGPROBS}")
 
 
 def log_probabilities(logits: Float[Array, "*positions V"], tokens: Int[Array, "*positions"]) -> LogProbs:

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 CHUNKS = (16, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 """Prompt tokens per prefill program. Below 64 a program costs what reading the weights does, whatever it holds."""
+SCORED_CHUNKS = (64, 256, 1024)
+"""Chunks of prompts whose log-probabilities are wanted: few, as each is a program of its own."""
 LARGEST_WITHOUT_KERNELS = 1024
 """Prompt tokens per program, at most, where attention has a mask, or scores in memory."""
 MAX_TOKENS = 8192
@@ -114,9 +116,10 @@ class Prefill:
         by_seed = [(seed, list(alike)) for seed, alike in groupby(rows, key=lambda row: row.seed)]
         keys = [row_keys(seed, [r.prompt for r in alike], [r.sample for r in alike]) for seed, alike in by_seed]
         longest = max(len(row.prompt) - row.cached for row in rows)
+        is_scored = any(row.wanted_prompt_logprobs is not None for row in rows)
         return cls(
             rows=rows,
-            sizes=chunk_lengths(longest, most),
+            sizes=chunk_lengths(longest, most, SCORED_CHUNKS if is_scored else CHUNKS),
             whole=whole,
             logits=jnp.zeros((len(rows), vocab_size), jnp.float32),
             keys=keys[0] if len(keys) == 1 else jnp.concatenate(keys),
@@ -136,15 +139,16 @@ class Prefill:
         return tokens, starts, np.array([len(part) for part in rest], np.int32)
 
 
-def chunks_up_to(most: int) -> list[int]:
-    """Chunks of at most `most` tokens, or the smallest."""
-    return [c for c in CHUNKS if c <= most] or [CHUNKS[0]]
+def chunks_up_to(most: int, chunks: Sequence[int] | None = None) -> list[int]:
+    """Chunks of at most `most` tokens among `chunks`, by default `CHUNKS`, or the smallest."""
+    chunks = CHUNKS if chunks is None else chunks
+    return [c for c in chunks if c <= most] or [chunks[0]]
 
 
-def chunk_lengths(length: int, most: int | None = None) -> list[int]:
-    """Chunks, of at most `most` tokens if that is given, that hold a prompt: the largest as often as it is filled, then
-    those that take the least time for the rest."""
-    allowed = chunks_up_to(CHUNKS[-1] if most is None else most)
+def chunk_lengths(length: int, most: int | None = None, chunks: Sequence[int] | None = None) -> list[int]:
+    """Chunks among `chunks`, of at most `most` tokens if that is given, that hold a prompt: the largest as often as it is
+    filled, then those that take the least time for the rest."""
+    allowed = chunks_up_to(CHUNKS[-1] if most is None else most, chunks)
     whole, rest = divmod(length, allowed[-1])
     return [allowed[-1]] * whole + (_fastest(rest, allowed) if rest else [])
 

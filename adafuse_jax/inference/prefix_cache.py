@@ -8,12 +8,15 @@ keys: prompts longer than the original length share nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from adafuse_jax.inference.adapter_bank import Loaded
 from adafuse_jax.inference.prefill import common_length
 from adafuse_jax.inference.rows import Row
 from adafuse_jax.models.config import ModelConfig
+
+LEAST_MOVED = 128
+"""Tokens in a slot that are worth a copy to another one."""
 
 
 class PrefixCache:
@@ -37,6 +40,30 @@ class PrefixCache:
     def free_slot(self, free: Sequence[int], prompt: Sequence[int], adapter: Loaded | None) -> int:
         """The free slot that holds most of the prompt; of several the one that has been free the longest."""
         return max(free, key=lambda slot: (self.common(slot, prompt, adapter), -self._kept_at[slot]))
+
+    def begin(
+        self, row: Row, rows: Mapping[int, Row], copy: Callable[[int, int, int], None], *, keeps_more: bool
+    ) -> None:
+        """A row takes its slot: `cached` becomes the number of tokens of its prompt that are there, from any slot. `copy`
+        (source, target, tokens); `rows`: those in slots. `keeps_more`: what the row overwrites is copied to the slot that
+        has been free the longest, as the same slots are taken again and again, but for the one that the row begins from."""
+        source = row.slot
+        if row.reuse_cache and not row.sampling.penalize and row.wanted_prompt_logprobs is None:
+            source, row.cached = self.source_of(row, [other for other in rows.values() if other is not row])
+        if keeps_more and row.reuse_cache:
+            taken = {*rows, source} if row.cached else rows
+            self._make_room(row, [slot for slot in range(len(self._tokens)) if slot not in taken], copy)
+        if source != row.slot and row.cached:
+            copy(source, row.slot, row.cached)
+        self.forget(row.slot)
+
+    def _make_room(self, row: Row, free: Sequence[int], copy: Callable[[int, int, int], None]) -> None:
+        slot, held = row.slot, self._tokens[row.slot]
+        if free and len(held) - self.common(slot, row.prompt, row.adapter) >= LEAST_MOVED:
+            target = min(free, key=lambda slot: self._kept_at[slot])
+            copy(slot, target, len(held))
+            self._tokens[target], self._tokens[slot] = held, []
+            self._adapters[target], self._kept_at[target] = self._adapters[slot], self._kept_at[slot]
 
     def common(self, slot: int, prompt: Sequence[int], adapter: Loaded | None) -> int:
         """Tokens that the prompt and a free slot begin with."""

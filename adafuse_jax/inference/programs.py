@@ -146,7 +146,7 @@ def start(
     return StepResult(state.token, state.done, finite, None, logprobs), state
 
 
-@partial(Program, static_argnames=("step", "pad_id", "with_logprobs"), donate_argnames=("state", "carry"))
+@partial(Program, static_argnames=("step", "pad_id", "with_logprobs", "width"), donate_argnames=("state", "carry"))
 def decode_step(
     step: Callable[..., Any],
     reads: Any,
@@ -156,9 +156,15 @@ def decode_step(
     stop_ids: Int[Array, "B M"],
     pad_id: int,
     with_logprobs: bool = False,
+    width: int | None = None,
 ) -> tuple[StepResult, DecodeState, Any]:
     """Read the pending token of every row by the backend's `step`, and sample the one after it. Returns (result, state,
-    carry); the old state and carry are donated."""
+    carry); the old state and carry are donated. `width`: of the first rows only, in a step of so many; the result is
+    theirs."""
+    others: Any = replace(state, cache=None)  # type: ignore[arg-type]
+    if width is not None:
+        first, sampling, stop_ids = jax.tree.map(lambda x: x[:width], (others, sampling, stop_ids))
+        state = replace(first, cache=state.cache)
     if state.adapter is not None:  # the experts of an ended row are not read
         reads = of_rows(reads, jnp.where(state.done, NO_ADAPTER, state.adapter))
     logits, experts, cache, carry = step(reads, carry, state.token, state.position, state.cache, state.done)
@@ -166,6 +172,9 @@ def decode_step(
     position = jnp.where(state.done, state.position, state.position + 1)
     state = replace(state, cache=cache, token=token, position=position, done=done, seen=seen, key=key)
     logprobs = log_probabilities(logits, token) if with_logprobs else None
+    if width is not None:
+        written = jax.tree.map(lambda old, new: old.at[:width].set(new), others, replace(state, cache=None))  # type: ignore[arg-type]
+        state = replace(written, cache=cache)
     return StepResult(token, done, finite, experts, logprobs), state, carry
 
 
@@ -176,11 +185,12 @@ def advance(
     stop_ids: Int[Array, "B M"],
     pad_id: int = 0,
     with_logprobs: bool = False,
+    width: int | None = None,
 ) -> tuple[StepResult, DecodeState]:
     """`decode_step` of a backend, which lends its carry; one that fails takes the carry along."""
     carry = backend.take_carry()
     result, state, carry = decode_step(
-        backend.step, backend.reads, carry, state, sampling, stop_ids, pad_id, with_logprobs
+        backend.step, backend.reads, carry, state, sampling, stop_ids, pad_id, with_logprobs, width
     )
     backend.put_carry(carry)
     return result, state

@@ -57,19 +57,20 @@ class RowSettings:
         variant = Variant.of(rows)
         self.variant = self.variant | variant if running else variant
 
-    def of_slots(self, rows: Sequence[Row]) -> tuple[Sampling, jax.Array]:
+    def of_slots(self, rows: Sequence[Row]) -> tuple[Sampling, Any]:
         """Sampling and stop ids of every slot, [B]; on the device, until other rows run."""
         by_slot = {row.slot: row for row in rows}
         wanted = tuple(by_slot.get(slot) for slot in range(self._num_slots))
         if (wanted, self.variant) != self._latest[0]:
-            self._latest = (wanted, self.variant), self.stacked(wanted)
+            self._latest = (wanted, self.variant), jax.device_put(self.stacked(wanted))
         return self._latest[1]
 
-    def stacked(self, rows: Sequence[Row | None]) -> tuple[Sampling, jax.Array]:
-        """Sampling [R] and stop ids [R, M], filled up with -1, which is no token; None: a slot whose tokens nobody reads."""
+    def stacked(self, rows: Sequence[Row | None]) -> tuple[Sampling, Any]:
+        """Sampling [R] and stop ids [R, M], filled up with -1, which is no token; None: a slot whose tokens nobody reads. On
+        the host: one program reads them."""
         settings = [NO_ROW if row is None else (row.sampling, row.stop_ids) for row in rows]
         samplings, stop_ids = zip(*settings, strict=True)
         variant = self.variant
         sampling = replace(Sampling.stack(samplings), greedy=variant.greedy, penalize=variant.penalize)
         filled = np.array([[*ids, *[-1] * (variant.stop_width - len(ids))] for ids in stop_ids], np.int32)
-        return sampling, jax.device_put(filled)
+        return sampling, filled

@@ -64,12 +64,12 @@ class Sampling:
 
     @classmethod
     def stack(cls, rows: Sequence[Sampling]) -> Sampling:
-        """The settings of every row, on the device."""
+        """The settings of every row, on the host."""
 
         def column(name: str, dtype: Any) -> Any:
             return np.array([getattr(row, name) for row in rows], dtype)
 
-        stacked = cls(
+        return cls(
             greedy=all(row.greedy for row in rows),
             penalize=any(row.penalize for row in rows),
             temperature=column("temperature", np.float32),
@@ -79,7 +79,6 @@ class Sampling:
             presence_penalty=column("presence_penalty", np.float32),
             frequency_penalty=column("frequency_penalty", np.float32),
         )
-        return jax.device_put(stacked)
 
 
 def penalize(
@@ -123,11 +122,12 @@ def keep_likely(
 def row_keys(seed: int, prompts: Sequence[Sequence[int]], samples: Sequence[int]) -> Key[Array, " B"]:
     """A row's own source of noise: of the seed, its prompt and which sample of that prompt it is, not of its neighbours."""
     digests = [zlib.crc32(np.asarray(prompt, np.int64).tobytes()) for prompt in prompts]
-    return _folded(jax.random.key(seed), np.array(digests, np.uint32), np.array(samples, np.uint32))
+    return _folded(np.uint32(seed), np.array(digests, np.uint32), np.array(samples, np.uint32))
 
 
 @jax.jit
-def _folded(key: Key[Array, ""], digests: Int[Array, " B"], samples: Int[Array, " B"]) -> Key[Array, " B"]:
+def _folded(seed: Int[Array, ""], digests: Int[Array, " B"], samples: Int[Array, " B"]) -> Key[Array, " B"]:
+    key = jax.random.key(seed)
     fold = jax.vmap(lambda digest, sample: jax.random.fold_in(jax.random.fold_in(key, digest), sample))
     return fold(digests, samples)
 

@@ -31,7 +31,7 @@ from adafuse_jax.core.fields import MAX_SEED
 from adafuse_jax.inference import programs
 from adafuse_jax.inference.adapter_bank import Loaded
 from adafuse_jax.inference.backends.base import Backend
-from adafuse_jax.inference.logprobs import MAX_TOP_LOGPROBS, LogProbs, following_tokens, prompt_logprobs
+from adafuse_jax.inference.logprobs import LogProbs, check_numbers, following_tokens, prompt_logprobs
 from adafuse_jax.inference.prefill import Prefill, largest_chunk, prefills_by_kernels
 from adafuse_jax.inference.prefix_cache import PrefixCache
 from adafuse_jax.inference.programs import StepResult
@@ -39,6 +39,7 @@ from adafuse_jax.inference.row_settings import RowSettings
 from adafuse_jax.inference.rows import Row, Step, check_prompt, fitting_tokens
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.inference.state import DecodeState, cache_length
+from adafuse_jax.inference.widths import Widths
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.parallel.mesh import place_state
 
@@ -78,11 +79,14 @@ class Slots:
         limit = config.context_length
         if context_length is not None and not 2 <= context_length <= limit:
             raise UserError(f"the context is {context_length} tokens, and the model has {limit}; give 2 to {limit}")
-        self._backend, self.num_slots = backend.for_batch(num_slots), num_slots
+        is_fixed = mesh is None and context_length is not None
+        self._widths = Widths.of(num_slots, backend, cache_is_fixed=is_fixed)
+        self._backend, self.num_slots = self._widths[num_slots], num_slots
         self._fixed_length, self.context_length = context_length, context_length or limit
         self._bank = self._backend.bank
         self._config, self._dtype, self._mesh = config, dtype, mesh
         self.by_kernels = prefills_by_kernels(config, dtype, mesh)
+        self.can_compile_ahead = mesh is None  # else arguments of programs have places, too
         self._stop_ids, self._pad_id, self._warm = stop_ids, pad_id, warm
         self._state: DecodeState | None = None
         self._rows: list[Row | None] = [None] * num_slots
@@ -106,9 +110,8 @@ class Slots:
 
     def max_new_tokens(self, prompt_tokens: int, wanted: int) -> int:
         """`wanted`, or what a slot has left after the prompt. Raises `UserError` if the prompt alone fills it."""
-        return fitting_tokens(
-            prompt_tokens, wanted, min(self.context_length, self._config.context_after(prompt_tokens))
-        )
+        context = min(self.context_length, self._config.context_after(prompt_tokens))
+        return fitting_tokens(prompt_tokens, wanted, context)
 
     def insert(
         self,
@@ -150,9 +153,7 @@ class Slots:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; give at least 1")
         if not (0 <= seed <= MAX_SEED and 0 <= sample <= MAX_SEED):
             raise ValueError(f"seed {seed} or sample {sample} is not between 0 and {MAX_SEED}")
-        for number in (logprobs, prompt_logprobs):
-            if number is not None and not 0 <= number <= MAX_TOP_LOGPROBS:
-                raise UserError(f"{number} log-probabilities are wanted of each token; give 0 to {MAX_TOP_LOGPROBS}")
+        check_numbers(logprobs, prompt_logprobs)
         budget = self.max_new_tokens(len(prompt), max_new_tokens)
         free = [i for i, row in enumerate(self._rows) if row is None]
         if slot is not None and slot not in free:
@@ -160,8 +161,9 @@ class Slots:
         if not free:
             raise ValueError("no free slot; evict a row")
         loaded = self._acquire(adapter)
-        if slot is None:
-            slot = self._prefixes.free_slot(free, prompt, loaded) if reuse_cache else free[0]
+        if slot is None:  # one of the first, so that steps are narrow
+            first = self._widths.first(free)
+            slot = self._prefixes.free_slot(first, prompt, loaded) if reuse_cache else first[0]
         self._rows[slot] = row = Row(
             slot=slot, prompt=prompt, budget=budget, sampling=sampling or Sampling.of(), seed=seed, sample=sample,
             stop_ids=tuple(self._stop_ids if stop_ids is None else stop_ids), reuse_cache=reuse_cache, adapter=loaded,
@@ -202,8 +204,7 @@ class Slots:
 
     def evict(self, slot: int) -> Row:
         """Free a slot and return its row, which ends here if it has not. Its cache stays for prompts that begin alike."""
-        row = self._rows[slot]
-        if row is None:
+        if (row := self._rows[slot]) is None:
             raise ValueError(f"slot {slot} is free")
         self._rows[slot] = None
         row.finish_reason = row.finish_reason or "evicted"
@@ -219,8 +220,9 @@ class Slots:
         return row
 
     def compile(self) -> None:
-        """Trace what the waiting prompts need, inside `ahead.compiled_ahead`. Nothing runs: afterwards the slots are of no
-        use."""
+        """Trace what the waiting prompts need, inside `ahead.compiled_ahead`, once for all prompts that need the same.
+        Nothing runs: afterwards these slots can but be evicted, and compile for other prompts."""
+        self._warm = set(self._warm)  # other slots run their programs, once, before rows do
         self._begin([])
 
     def close(self) -> None:
@@ -248,18 +250,25 @@ class Slots:
         """Queue the next chunk and the next token; False if there is neither."""
         if self._prefill is None and self._waiting:
             self._begin(self._running())
-        if prefilling := self._prefill is not None:
-            self._next_chunk()
+        if (prefill := self._prefill) is not None:
+            self._next_chunk(prefill)
         if running := self._running():  # with those that the chunk has started
             for row in self.rows.values():
                 if row.issued and row not in running and not row.is_released:
                     self._release(row)
-            self._emit(running, self._advance(running))
-        return prefilling or bool(running)
+            self._emit(running, self._advance(running, self._widths.narrowest(running)))
+        return prefill is not None or bool(running)
 
-    def _advance(self, rows: list[Row]) -> StepResult:
+    def _advance(self, rows: list[Row], width: int) -> StepResult:
         logprobs, settings = self._settings.variant.with_logprobs, self._settings.of_slots(rows)
-        result, self._state = programs.advance(self._backend, self._take_state(), *settings, self._pad_id, logprobs)
+        result, self._state = programs.advance(
+            self._widths[width],
+            self._take_state(),
+            *settings,
+            self._pad_id,
+            logprobs,
+            width if width < self.num_slots else None,
+        )
         return result
 
     def _emit(self, rows: list[Row], result: StepResult, of_prompts: Sequence[tuple[int, LogProbs]] = ()) -> None:
@@ -272,45 +281,34 @@ class Slots:
         Compile what it needs, so that times hold no compilation."""
         whole = len(self._waiting) == self.num_slots and (self._bank is None or self.num_slots == 1)
         rows = sorted(self._waiting, key=lambda row: row.slot) if whole else [self._waiting[0]]
-        for row in rows:
-            self._waiting.remove(row)
         length = max(cache_length(len(row.prompt) + row.budget, self._fixed_length) for row in rows)
         if self._state is None and not running:
             self._prefixes = PrefixCache(self.num_slots, self._config)
-            self._state = DecodeState.empty(
-                self._config, self.num_slots, length, self._dtype, with_bank=self._bank is not None
-            )
+            with_bank = self._bank is not None
+            self._state = DecodeState.empty(self._config, self.num_slots, length, self._dtype, with_bank=with_bank)
         state = self._take_state()
         self._settings.begin(rows, running)
         counts = self._settings.variant.penalize or self._fixed_length is not None  # fixed slots keep their programs
         self._state = self._placed(state.grown(length).with_seen(self._config.vocab_size if counts else None))
         for row in rows:
-            if row.reuse_cache and not row.sampling.penalize and row.wanted_prompt_logprobs is None:
-                self._reuse(row)
-            self._prefixes.forget(row.slot)
+            self._prefixes.begin(row, self.rows, self._copy, keeps_more=len(self._widths) > 1)
         self._prompt_logprobs = []
         most = largest_chunk(len(rows), beside_rows=bool(running), by_kernels=self.by_kernels)
-        self._prefill = Prefill.of(rows, self._config.vocab_size, whole=whole, most=most)
-        self._prefill.logits = self._placed(self._prefill.logits)
-        self._warm_up(self._prefill, running)
-        for row in rows:
+        prefill = Prefill.of(rows, self._config.vocab_size, whole=whole, most=most)
+        prefill.logits = self._placed(prefill.logits)
+        self._warm_up(prefill, running)
+        self._prefill = prefill
+        for row in rows:  # one that fails before waits on
+            self._waiting.remove(row)
             row.begin()
         if not running:
             self._clock = time.perf_counter()
-
-    def _reuse(self, row: Row) -> None:
-        """Take over what a cache has of the row's prompt, from the row's own slot or from another."""
-        source, row.cached = self._prefixes.source_of(row, [other for other in self.rows.values() if other is not row])
-        if source != row.slot and row.cached:
-            self._copy(source, row.slot, row.cached)
 
     def _copy(self, source: int, target: int, length: int) -> None:
         state = programs.copy_prefix(self._take_state(), np.int32(source), np.int32(target), np.int32(length))
         self._state = self._placed(state)
 
-    def _next_chunk(self) -> None:
-        prefill = self._prefill
-        assert prefill is not None
+    def _next_chunk(self, prefill: Prefill) -> None:
         if all(row.finish_reason for row in prefill.rows):
             self._prefill = None  # evicted meanwhile
             return
@@ -350,26 +348,30 @@ class Slots:
         return result
 
     def _warm_up(self, prefill: Prefill, running: list[Row]) -> None:
-        """Run what will be run, on rows that have not begun: a step, unless rows run already, the first token, and a chunk
-        without tokens for each length. Nothing of it stays."""
+        """Run what will be run and has not been, on rows that have not begun: a step, unless rows run already, the first
+        token, and a chunk without tokens for each length. Nothing of it stays."""
         assert self._state is not None
         bucket = None if self._bank is None else self._bank.bucket
         shapes = self.num_slots, self._state.cache.slots, self._state.seen is not None, bucket
         first = "start", prefill.whole, self._settings.variant, *shapes
-        step, copy = ("step", self._settings.variant, *shapes), ("copy", *shapes)
+        copy, steps = (
+            ("copy", *shapes),
+            {("step", self._settings.variant, width, *shapes): width for width in self._widths},
+        )
         of_prompts = any(row.wanted_prompt_logprobs is not None for row in prefill.rows)
         copies = [copy] if self.num_slots > 1 and any(row.reuse_cache for row in prefill.rows) else []
-        chunks = {("chunk", prefill.whole, size, of_prompts, *shapes) for size in prefill.sizes}
-        new = {first, *([] if running else [step]), *chunks, *copies} - self._warm
+        chunks = {("chunk", prefill.whole, size, of_prompts, *shapes): size for size in sorted({*prefill.sizes})}
+        new = {first, *([] if running else steps), *chunks, *copies} - self._warm
         if not new:
             return
-        if not running:
-            self._advance(prefill.rows)
+        for width in [width for step, width in steps.items() if step in new]:
+            self._advance(prefill.rows, width)
             self._backend.restore()
         if copy in new:
             self._copy(prefill.rows[0].slot, prefill.rows[0].slot, 0)
-        self._start(prefill)
-        for size in sorted(set(prefill.sizes)):
+        if first in new:
+            self._start(prefill)
+        for size in [size for chunk, size in chunks.items() if chunk in new]:
             tokens, starts, lengths = prefill.chunk(0, size)
             self._run_chunk(prefill, tokens, starts, np.zeros_like(lengths))
         self._state = self._placed(programs.release(self._take_state(), prefill.rows[0].slot))

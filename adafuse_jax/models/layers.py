@@ -45,6 +45,12 @@ class Norm(nnx.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         return _norm(x, self.weight[...], self.kind, self.eps)
 
+    @property
+    def factor(self) -> Float[Array, "*shape"]:
+        """The factor of the normed x: w, or 1 + w in fp32."""
+        weight = self.weight[...]
+        return weight.astype(jnp.float32) + 1 if self.kind == "rms_1p" else weight
+
 
 # What cheap functions compute is computed again in the backward pass: their derivatives would keep fp32 copies of it.
 @partial(jax.checkpoint, static_argnums=(2, 3))

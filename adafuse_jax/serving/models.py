@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import stop_tokens
 from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files
 from adafuse_jax.inference.adapter_bank import AdapterBank, Prepared
+from adafuse_jax.inference.ahead import compiled_ahead
 from adafuse_jax.inference.backends.registry import require_reads_quantised
 from adafuse_jax.inference.engine import Engine
-from adafuse_jax.inference.prefill import chunks_up_to, largest_chunk
+from adafuse_jax.inference.prefill import SCORED_CHUNKS, chunks_up_to, largest_chunk
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.inference.slots import Slots
 from adafuse_jax.models.config import DType
@@ -31,6 +34,16 @@ from adafuse_jax.parallel.mesh import make_mesh, shard
 from adafuse_jax.serving.config import ServeConfig
 
 log = logging.getLogger(__name__)
+
+ALL_SETTINGS: tuple[dict[str, Any], ...] = (
+    *(
+        {"sampling": Sampling.of(temperature=temperature, presence_penalty=penalty), "logprobs": logprobs}
+        for temperature, penalty, logprobs in product((0.0, 1.0), (0.0, 1.0), (None, 0))
+    ),
+    {"logprobs": 0, "prompt_logprobs": 0},
+)
+"""Settings of rows that programs depend on: greedy or sampled tokens, with and without penalties and log-probabilities, and
+log-probabilities of the prompt."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -76,32 +89,43 @@ class Models:
     def slots(self) -> Slots:
         return self._engine.slots(self._num_slots, context_length=self.context_length)
 
-    def warm_up(self, slots: Slots) -> None:
-        """Compile what rows need: prompts of every length of a chunk, alone and, where all slots are prefilled together, as
-        many as these; then greedy and sampled tokens, with and without penalties and log-probabilities, with the stop ids of
-        each model. Log-probabilities of prompts are left to the first request."""
-        widths = {len(model.stop_ids): model.stop_ids for model in self.all()}  # programs depend on no more of them
-        numbers = {1} if self.bank is not None else {1, slots.num_slots}
-        settings = [
-            {"sampling": Sampling.of(temperature=temperature, presence_penalty=penalty), "logprobs": logprobs}
-            for temperature, penalty, logprobs in product((0.0, 1.0), (0.0, 1.0), (None, 0))
-        ]
-        prompts: list[tuple[int, int, dict[str, Any]]] = []
-        for number in numbers:
-            chunks = chunks_up_to(largest_chunk(number, beside_rows=False, by_kernels=slots.by_kernels))
-            first, *others = sorted({max(1, min(size, self.context_length - WARM_UP_TOKENS)) for size in chunks})
-            prompts += [(number, first, more) for more in settings]
-            prompts += [(number, length, settings[0]) for length in others]
-        is_first = True
-        for stop_ids, (number, length, more) in product(widths.values(), prompts):
-            # Later prompts would find theirs in the cache, and need no chunks.
-            options: Any = {"max_new_tokens": WARM_UP_TOKENS, "stop_ids": stop_ids, "reuse_cache": is_first, **more}
-            rows = [slots.insert([0] * length, **options) for _ in range(number)]
-            is_first = False
+    def warm_up(self, slots: Slots, settings: Sequence[dict[str, Any]] = ALL_SETTINGS) -> None:
+        """Compile what rows of `settings` need, several programs at a time, then run it once: prompts of every length of a
+        chunk, alone and, where all slots are prefilled together, as many as these, with the stop ids of each model."""
+        if slots.can_compile_ahead:
+            with compiled_ahead(partial(self._compile, settings)):
+                pass
+        for rows in self._warm_up_rows(slots, settings):
             while slots.step() is not None:
                 pass
             for slot in rows:
                 slots.evict(slot)
+
+    def _compile(self, settings: Sequence[dict[str, Any]]) -> None:
+        slots = self.slots()
+        for rows in self._warm_up_rows(slots, settings):
+            slots.compile()
+            for slot in rows:
+                slots.evict(slot)
+
+    def _warm_up_rows(self, slots: Slots, settings: Sequence[dict[str, Any]]) -> Iterator[list[int]]:
+        """The slots of the rows that one step after the other is to compile, inserted; they are evicted in between."""
+        widths = {len(model.stop_ids): model.stop_ids for model in self.all()}  # programs depend on no more of them
+        numbers = {1} if self.bank is not None else {1, slots.num_slots}
+        prompts: list[tuple[int, int, dict[str, Any]]] = []
+        for number in numbers:
+            most = largest_chunk(number, beside_rows=False, by_kernels=slots.by_kernels)
+            for i, more in enumerate(settings):
+                is_scored = "prompt_logprobs" in more
+                chunks = chunks_up_to(most, SCORED_CHUNKS if is_scored else None)
+                lengths = sorted({max(1, min(size, self.context_length - WARM_UP_TOKENS)) for size in chunks})
+                prompts += [(number, length, more) for length in (lengths if is_scored or i == 0 else lengths[:1])]
+        is_first = True
+        for stop_ids, (number, length, more) in product(widths.values(), prompts):
+            # Later prompts would find theirs in the cache, and need no chunks.
+            options: Any = {"max_new_tokens": WARM_UP_TOKENS, "stop_ids": stop_ids, "reuse_cache": is_first, **more}
+            is_first = False
+            yield [slots.insert([0] * length, **options) for _ in range(number)]
 
     def prepare(self, read: ReadAdapter) -> Prepared:
         """The adapter checked and on the device: the slow part of `add`, for any thread. Raises as `AdapterBank.prepare`."""

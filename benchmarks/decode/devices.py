@@ -25,12 +25,20 @@ from adafuse_jax.inference.backends.unfused import Unfused
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.state import DecodeState, cache_length
 from adafuse_jax.models.decoder import Backbone
+from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.models.quantised import LAYOUTS
 from adafuse_jax.parallel.mesh import make_mesh, mesh_of, place_state
 from benchmarks.common.jobs import Job, Report, run_as_job
 from benchmarks.common.records import facts, first_line
 from benchmarks.decode.costs import SIZES, Shapes, costs
-from benchmarks.decode.models import adapter_config, model_config, place_on, random_adapter, random_backbone
+from benchmarks.decode.models import (
+    adapter_config,
+    in_float32,
+    model_config,
+    place_on,
+    random_adapter,
+    random_backbone,
+)
 from benchmarks.decode.rows import time_steps
 
 CONTEXT, TINY_CONTEXT = 236, 16
@@ -82,28 +90,31 @@ def strategies(model: Backbone, adapter: Any) -> list[str]:
     return ["unmerged"]
 
 
-def logits_of(backend: Backend) -> np.ndarray:
-    """[tokens, V] of a text, one step a token."""
+def text_step(backend: Backend, batch: int) -> tuple[Any, KVCache]:
+    """(reads, token [B], position [B], cache) → logits [B, V] and cache, jitted; and the cache before the first token."""
     model = backend.model
-    state, mesh = DecodeState.empty(model.config, 1, cache_length(CHECKED_TOKENS), model.dtype), mesh_of(model)
+    state, mesh = DecodeState.empty(model.config, batch, cache_length(CHECKED_TOKENS), model.dtype), mesh_of(model)
     state = state if mesh is None else place_state(state, mesh)
-    hold = jnp.zeros(1, bool)
+    hold = jnp.zeros(batch, bool)
     step = jax.jit(lambda reads, token, position, cache: backend.step(reads, None, token, position, cache, hold)[::2])
-    cache, rows = state.cache, []
+    return step, state.cache
+
+
+def logits_of(backend: Backend, batch: int = 1, step: Any = None) -> np.ndarray:
+    """[tokens, B, V] of texts, one step a token. `step`: that of `text_step`, compiled."""
+    jitted, cache = text_step(backend, batch)
+    found, step = [], step or jitted
     for position in range(CHECKED_TOKENS):
-        token, at = jnp.full(1, 7 * position + 3, jnp.int32), jnp.full(1, position, jnp.int32)
-        logits, cache = step(backend.reads, token, at, cache)
-        rows.append(np.asarray(logits[0], np.float64))
-    return np.stack(rows)
+        token = (7 * position + 3 + jnp.arange(batch, dtype=jnp.int32)) % backend.model.config.vocab_size
+        logits, cache = step(backend.reads, token, jnp.full(batch, position, jnp.int32), cache)
+        found.append(np.asarray(logits, np.float64))
+    return np.stack(found)
 
 
 def exact(model: Backbone, adapter: Any) -> np.ndarray:
     """Logits in float32."""
-    wide = jax.tree.map(
-        lambda leaf: leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, (model, adapter)
-    )
     with jax.default_matmul_precision("highest"):
-        return logits_of(Unfused(*wide))
+        return logits_of(Unfused(*in_float32((model, adapter))))
 
 
 def check(job: dict[str, Any]) -> dict[str, dict[str, float]]:

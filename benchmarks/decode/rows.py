@@ -92,7 +92,7 @@ def running_state(config: ModelConfig, dtype: Any, batch: int, length: int, posi
 
 def step_settings(batch: int) -> tuple[Sampling, jax.Array]:
     """The settings [B] and stop ids [B, 1] with which the engine decodes `NO_REPEATS`."""
-    return Sampling.stack([NO_REPEATS] * batch), jnp.full((batch, 1), -1, jnp.int32)
+    return jax.device_put(Sampling.stack([NO_REPEATS] * batch)), jnp.full((batch, 1), -1, jnp.int32)
 
 
 def time_steps(backend: Backend, batch: int, context: int, steps: int = 40, repeats: int = 5) -> float:

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-FACTORS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
+FACTORS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, -1.0, -0.96, -0.92, -0.88, -0.84, -0.8, -0.76, -0.72)
+MARGIN = 1e-4
+"""Part of the error by which a later factor must be better."""
 SCHEMES = {"int8": (8, 0), "int4": (4, 128), "int4-g64": (4, 64)}
 """`--quantize` → bits and inputs of a group, 0 for a whole row."""
 
@@ -29,10 +31,11 @@ def rounded(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
     grouped, half = weight.reshape(weight.shape[0], -1, group_size or weight.shape[1]), 2 ** (bits - 1)
     best, least = grouped, torch.full((*grouped.shape[:2], 1), math.inf)
     for factor in FACTORS if bits == 4 else (1.0,):
-        scale = grouped.abs().amax(dim=-1, keepdim=True) / (half - 1) * factor
+        scale = grouped.abs().amax(dim=-1, keepdim=True) * (factor / (half - 1))
         found = torch.clamp(torch.round(grouped / scale), -half, half - 1) * scale
         error = ((found - grouped) ** 2).sum(dim=-1, keepdim=True)
-        best, least = torch.where(error < least, found, best), torch.minimum(error, least)
+        is_less = error < least * (1 - MARGIN)
+        best, least = torch.where(is_less, found, best), torch.where(is_less, error, least)
     return best.reshape(weight.shape)
 
 

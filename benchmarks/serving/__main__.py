@@ -6,8 +6,8 @@ writes serving.json and serving.md. Weights are random, and the lengths of promp
 exchanges. Each part is a server in a process of its own and leaves serving-part-*.json; parts can run at different times:
 
     bare, one, eight    the backbone, one AdaFuse adapter, eight of them mixed: each first generates its requests offline,
-                        then serves closed loops of --clients, Poisson arrivals of --rates requests a second, and a closed
-                        loop while long prompts arrive
+                        then serves closed loops of --clients, Poisson arrivals of --rates requests a second for
+                        --poisson-seconds, and a closed loop while long prompts arrive
     peer                transformers' continuous batching, bare, in the Python of --torch-python
     merge               measures nothing
 """
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ from benchmarks.serving.requests import Asked, lengths_of, make_requests
 ADAPTERS = {"bare": 0, "one": 1, "eight": 8}
 PARTS = (*ADAPTERS, "peer")
 END_SECONDS = 60
+REQUESTS_OF_A_CLIENT = 8
 
 
 @contextmanager
@@ -70,17 +72,22 @@ def host(job: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
 def measure_case(case: str, arguments: argparse.Namespace, part: dict[str, Any], path: Path) -> None:
     """Offline times and every load of one case; the part is written after each."""
     shapes, lengths = SIZES[arguments.size], request_lengths(arguments)
+    of_one = alike(lengths, arguments.alone)
     names = [f"adapter-{i}" for i in range(ADAPTERS[case])] or ["base"]
     numbers = iter(range(1, 10**6))
 
-    def requests(count: int | None = None) -> list[Asked]:
+    def requests(lengths: Sequence[tuple[int, int]]) -> list[Asked]:
         """Requests that no cache has seen."""
-        return make_requests(lengths[:count], names, shapes.vocab_size, next(numbers))
+        return make_requests(lengths, names, shapes.vocab_size, next(numbers))
+
+    def of_loop(clients: int) -> list[Asked]:
+        return requests(of_one if clients == 1 else lengths[: loop_size(clients, len(lengths))])
 
     job = {
         "size": arguments.size, "dtype": arguments.dtype, "targets": arguments.targets, "adapters": ADAPTERS[case],
-        "slots": arguments.slots, "context": arguments.context, "alone": arguments.alone,
-        "tensor_parallel": arguments.tensor_parallel, "requests": [asked.table() for asked in requests()],
+        "slots": arguments.slots, "context": arguments.context, "tensor_parallel": arguments.tensor_parallel,
+        "requests": [asked.table() for asked in requests(lengths)],
+        "alone": [asked.table() for asked in make_requests(of_one, names[:1], shapes.vocab_size, next(numbers))],
     }  # fmt: skip
     with host(job, arguments.job_seconds) as found:
         port = found.pop("port")
@@ -92,16 +99,31 @@ def measure_case(case: str, arguments: argparse.Namespace, part: dict[str, Any],
             write_json(path, part | {"finished": time.time()})
             print(f"{case} {name}: {part['loads'][name]}", flush=True)
 
-        asyncio.run(closed_loop(port, requests(arguments.slots), arguments.slots))  # connections, tokenizer, caches
+        first = requests(lengths[: arguments.slots])  # connections, tokenizer, caches
+        asyncio.run(closed_loop(port, first, arguments.slots))
         for clients in arguments.clients:
-            count = arguments.alone if clients == 1 else None
-            record(f"closed-{clients}", asyncio.run(closed_loop(port, requests(count), clients)))
+            record(f"closed-{clients}", asyncio.run(closed_loop(port, of_loop(clients), clients)))
         for rate in arguments.rates:
-            record(f"poisson-{rate:g}", asyncio.run(poisson(port, requests(), rate)))
+            count = max(1, round(rate * arguments.poisson_seconds))
+            arrivals = requests([lengths[i % len(lengths)] for i in range(count)])
+            record(f"poisson-{rate:g}", asyncio.run(poisson(port, arrivals, rate)))
         if arguments.long_prompt:
             long = [(arguments.long_prompt, 1)] * arguments.long_count
-            intruders = make_requests(long, names, shapes.vocab_size, 0)
-            record("disturbed", asyncio.run(disturbed(port, requests(), arguments.disturbed_clients, intruders)))
+            intruders, clients = make_requests(long, names, shapes.vocab_size, 0), arguments.disturbed_clients
+            record("disturbed", asyncio.run(disturbed(port, of_loop(clients), clients, intruders)))
+
+
+def loop_size(clients: int, most: int) -> int:
+    """Requests of a closed loop: few clients take longer for each."""
+    return min(most, REQUESTS_OF_A_CLIENT * clients)
+
+
+def alike(lengths: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """So many of the lengths whose caches have one size in `decode.py`, a power of two, so that it compiles for no other."""
+    sizes = [(prompt + new - 1).bit_length() for prompt, new in lengths]
+    common = Counter(sizes).most_common(1)[0][0]
+    found = [pair for pair, size in zip(lengths, sizes, strict=True) if size == common]
+    return [found[i % len(found)] for i in range(count)]
 
 
 def request_lengths(arguments: argparse.Namespace) -> list[tuple[int, int]]:
@@ -113,7 +135,8 @@ def request_lengths(arguments: argparse.Namespace) -> list[tuple[int, int]]:
 def measure_peer(arguments: argparse.Namespace, part: dict[str, Any]) -> None:
     asked = make_requests(request_lengths(arguments), ["base"], SIZES[arguments.size].vocab_size, 1)
     settings = {
-        "size": arguments.size, "dtype": arguments.dtype, "clients": arguments.clients,
+        "size": arguments.size, "dtype": arguments.dtype,
+        "loops": [(clients, loop_size(clients, len(asked))) for clients in arguments.clients],
         "requests": [request.table() for request in asked],
     }  # fmt: skip
     job = Job(name="transformers", module="benchmarks.serving.peer", settings=settings)
@@ -144,12 +167,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--context", type=int, default=4096, help="tokens of a slot")
-    parser.add_argument("--requests", type=int, default=128, help="of a load")
+    parser.add_argument("--requests", type=int, default=128, help="offline, and of a closed loop at most")
     parser.add_argument("--alone", type=int, default=8, help="of the loads of one client")
     parser.add_argument("--max-prompt", type=int, default=1024, help="longer conversations are left out")
     parser.add_argument("--new-tokens", type=int, default=256, help="of an answer, at most")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="of the closed loops")
-    parser.add_argument("--rates", type=float, nargs="*", default=[2, 4, 8], help="requests a second that arrive")
+    parser.add_argument("--rates", type=float, nargs="*", default=[4, 8, 16], help="requests a second that arrive")
+    parser.add_argument("--poisson-seconds", type=float, default=8, help="time in which they arrive")
     parser.add_argument("--long-prompt", type=int, default=2048, help="tokens; 0: no load with long prompts")
     parser.add_argument("--long-count", type=int, default=20, help="long prompts, at most")
     parser.add_argument("--disturbed-clients", type=int, default=8, help="of the load with long prompts")

@@ -18,11 +18,12 @@ from transformers import PreTrainedTokenizerFast
 
 from adafuse_jax.core import runtime
 from adafuse_jax.inference.adapter_bank import AdapterBank
+from adafuse_jax.inference.ahead import compiled_ahead
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.slots import Slots
-from adafuse_jax.parallel.mesh import make_mesh
+from adafuse_jax.parallel.mesh import make_mesh, mesh_of
 from adafuse_jax.serving.config import ServeConfig
-from adafuse_jax.serving.models import Models, ReadAdapter, ServedModel
+from adafuse_jax.serving.models import ALL_SETTINGS, Models, ReadAdapter, ServedModel
 from adafuse_jax.serving.server import Server, bound_socket
 from benchmarks.common.jobs import Report, run_as_job
 from benchmarks.common.records import facts
@@ -85,6 +86,15 @@ def alone(model: Any, adapter: Any, requests: Sequence[Asked]) -> dict[str, floa
     """Milliseconds between tokens of `decode.py`: one prompt at a time, without the bank."""
     engine = Engine(model, adapter, eos_ids=())
     times: list[float] = []
+
+    def trace() -> None:
+        for asked in requests:
+            slots = engine.slots(1)
+            slots.insert(asked.prompt, max_new_tokens=asked.new_tokens)
+            slots.compile()
+
+    with compiled_ahead(trace if mesh_of(model) is None else None):
+        pass
     for asked in requests:
         steps = [step.seconds for step in engine.generate([asked.prompt], max_new_tokens=asked.new_tokens)]
         times += [1e3 * seconds for seconds in steps[1:]]
@@ -95,17 +105,20 @@ def measure(job: dict[str, Any], report: Report) -> None:
     runtime.set_up()
     if job["dtype"] == "float32":
         runtime.exact_float32()
+    watch = Stopwatch()
     models, model, adapter = make_models(job)
-    requests = [Asked(**table) for table in job["requests"]]
+    found: dict[str, Any] = {"seconds": {"model": watch.seconds}}
     slots = models.slots()
-    models.warm_up(slots)
-    in_batches(slots, requests[: slots.num_slots])  # compiles
-    found: dict[str, Any] = {"offline": in_batches(slots, requests)}
+    models.warm_up(slots, ALL_SETTINGS[:1])  # greedy
+    found["seconds"]["warm_up"] = watch.seconds
+    found["offline"] = in_batches(slots, [Asked(**table) for table in job["requests"]])
     slots.close()
     del slots
-    found["alone"] = alone(model, adapter, requests[: job["alone"]])
+    found["alone"] = alone(model, adapter, [Asked(**table) for table in job["alone"]])
+    found["seconds"]["offline"] = watch.seconds
     report(found)
-    config = ServeConfig(model=BASE, max_slots=job["slots"], max_model_len=job["context"], max_queue=10**6)
+    settings: dict[str, Any] = {"max_slots": job["slots"], "max_model_len": job["context"], "max_queue": 10**6}
+    config = ServeConfig(model=BASE, warm_up=False, **settings)
     with bound_socket("127.0.0.1", 0) as listener:
         server = Server(config, models, None, listener, None)
         report(found | {"port": listener.getsockname()[1]})

@@ -44,13 +44,13 @@ def measure(job: dict[str, Any], report: Report) -> None:
     model = build("hf", "-", SIZES[job["size"]], device, getattr(torch, job["dtype"]))
     settings = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
     found: dict[str, Any] = {}
-    for clients in job["clients"]:
+    for clients, count in job["loops"]:
         try:
             manager = model.init_continuous_batching(generation_config=settings)
             manager.start()
             try:
                 closed_loop(manager, job["requests"][:clients], clients)  # compiles and captures its graphs
-                found[str(clients)] = closed_loop(manager, job["requests"], clients)
+                found[str(clients)] = closed_loop(manager, job["requests"][:count], clients)
             finally:
                 manager.stop(block=True)
         except Exception as error:

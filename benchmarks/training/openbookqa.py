@@ -31,10 +31,19 @@ from adafuse_jax.training.output import CONFIG_FILE, SUMMARY_FILE
 from benchmarks.common.records import command_line, commit, write_json
 from benchmarks.common.timing import Stopwatch
 
+CURVE = ("--eval-every", "64")
+"""Flags of the first run alone, which change no result."""
+
 
 def train(arguments: list[str], share: float = 1.0) -> dict[str, Any]:
-    """Run train.py with a share of the GPU's memory; its summary. A run that has one is done."""
+    """Run train.py with a share of the GPU's memory; its summary. A run that has one is done. Raises `SystemExit` for a run
+    that has begun with other flags."""
     output = Path(arguments[arguments.index("--output") + 1])
+    flags = [flag for flag in arguments if flag not in CURVE]
+    begun = output.parent / f"{output.name}.json"
+    if begun.exists() and json.loads(begun.read_text()) != flags:
+        raise SystemExit(f"{output} has begun with other flags, see {begun}; give another --work")
+    write_json(begun, flags)
     if (output / SUMMARY_FILE).exists():
         return json.loads((output / SUMMARY_FILE).read_text())
     arguments = [*arguments, *(["--resume"] if (output / CONFIG_FILE).exists() else [])]
@@ -91,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
     def final(backbone: str, seed: int) -> list[str]:
         name = f"final-{seed}" if backbone == "none" else f"final-{backbone}-{seed}"
         flags = [] if backbone == "none" else ["--quantize", backbone]
-        flags += ["--eval-every", "64"] if (backbone, seed) == cases[0] else []
+        flags += CURVE if (backbone, seed) == cases[0] else []
         output = ["--seed", str(seed), "--output", str(work / name)]
         return [*common, "--eval-dataset", arguments.test, "--learning-rate", str(best), *flags, *output]
 

@@ -58,7 +58,7 @@ class Attention:
         self.group_size, self.eps = model.num_heads // model.num_kv_heads, model.norm_eps
         self.softcap, multiplier = model.attention_softcap, model.attention_multiplier
         self.multiplier = model.head_dim**-0.5 if multiplier is None else multiplier
-        _, self.batch, _, self.num_kv_heads, self.head_dim = buffers.cache_k.shape
+        self.batch, (*_, self.num_kv_heads, self.head_dim) = buffers.positions.shape[0], buffers.cache_k.shape
         self.parts = self.head_dim // TILE_K
         self.schedule = AttentionSchedule(plan, self.batch, self.num_kv_heads, self.group_size, lax.axis_index("cta"))
         self.groups = self.schedule.groups

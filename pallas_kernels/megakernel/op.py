@@ -206,7 +206,8 @@ def decode_token(
 
     Args:
       x: embeddings of the tokens.
-      cache_k, cache_v: keys and values of positions 0 … positions[b] − 1; S is a multiple of 128.
+      cache_k, cache_v: keys and values of positions 0 … positions[b] − 1; S is a multiple of 128. There may be more rows
+        than tokens: those behind them are not read.
       positions: of the tokens; a row whose position is S or more reads the whole cache.
       cos, sin: of the positions' angles, fp32; with `weights.ropes` several tables of them.
       axis: of a mesh that has no other; its devices belong to one process and reach each other's memory.

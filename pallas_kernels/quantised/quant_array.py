@@ -3,8 +3,9 @@
     W[o, i] = s[o, g] · (c[o, i] − 2^(bits−1))        g = i // group_size, or 0 where a row has one scale
     s = f · max|W| / (2^(bits−1) − 1),   c = round(W / s) + 2^(bits−1), limited to 0 … 2^bits − 1
 
-f is 1 for 8 bits; for 4 bits each group has the one of `FACTORS` with the least squared error: a smaller one cuts the
-largest weights off, and is nearer to all others.
+f is 1 for 8 bits; for 4 bits each group has the one of `FACTORS` with the least squared error: a smaller one limits the
+largest weights, and is nearer to all others; with a negative one the larger side of the codes, −8, is that of positive
+weights.
 
     bits   group_size   codes, uint8       scales
     8      None         [..., out, in]     [..., out, 1]
@@ -23,11 +24,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
-FACTORS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
-"""Scales of 4 bits that are tried, as shares of the one with which the largest weight is exact."""
+SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
+FACTORS = (*SHARES, *(-share for share in SHARES))
+"""Scales of 4 bits that are tried, as multiples of the one with which the largest weight is exact."""
+MARGIN = 1e-4
+"""Part of the error by which a later scale must be better, so that sums in another order choose the same one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +134,8 @@ def quantise(weight: Float[Array, "*layers out in"], layout: QuantLayout, scale_
     squared error. A weight that is not finite makes a scale that is not. Raises `ValueError` for columns that are not whole
     groups."""
     grouped = weight.astype(jnp.float32).reshape(*weight.shape[:-1], layout.groups(weight.shape[-1]), -1)
-    largest = jnp.abs(grouped).max(axis=-1) / (layout.offset - 1)
+    largest = jnp.abs(grouped).max(axis=-1)
+    factors = np.array(FACTORS if layout.bits == 4 else (1.0,)) / (layout.offset - 1)
 
     def rounded(scales: Array) -> Array:
         steps = jnp.where(scales == 0, 1, scales).astype(jnp.float32)[..., None]
@@ -139,13 +145,12 @@ def quantise(weight: Float[Array, "*layers out in"], layout: QuantLayout, scale_
         scales = (largest * factor).astype(scale_dtype)
         difference = rounded(scales) * scales.astype(jnp.float32)[..., None] - grouped
         error = jnp.sum(difference * difference, axis=-1)
-        is_less = error < best[0]
+        is_less = error < best[0] * (1 - MARGIN)
         return (jnp.where(is_less, error, best[0]), jnp.where(is_less, scales, best[1])), None
 
-    scales = largest.astype(scale_dtype)
-    if layout.bits == 4:
-        unknown = jnp.full_like(largest, jnp.inf)
-        (_, scales), _ = jax.lax.scan(better, (unknown, scales), jnp.array(FACTORS, jnp.float32))
+    unknown, scales = jnp.full_like(largest, jnp.inf), (largest * np.float32(factors[0])).astype(scale_dtype)
+    if len(factors) > 1:
+        (_, scales), _ = jax.lax.scan(better, (unknown, scales), jnp.array(factors, jnp.float32))
     codes = (rounded(scales) + layout.offset).astype(jnp.uint8)
     return QuantArray(layout.pack(codes.reshape(weight.shape)), scales, layout)
 

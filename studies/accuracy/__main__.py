@@ -6,8 +6,9 @@
     python -m studies.accuracy --report
 
 The first needs the data files and a tokenizer, and may run on another machine than the second. `--stage seeds` trains arms
-at the best learning rate of their grids. The test questions are another mixture file (--prepare --split test), whose records
-need a --record and --runs of their own; their learning rates come from the validation's: --stage seeds --grids FILE.
+at the best learning rate of their grids, `--stage bare` scores the backbone. With `--programs` pass@1 is a measure too, and
+the records are others. The test questions are another mixture file (--prepare --split test), whose records need a --record
+and --runs of their own; their learning rates come from the validation's: --stage seeds --grids FILE.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from adafuse_jax.core.atomic_files import write_text
 from adafuse_jax.core.cli import run_cli
 from adafuse_jax.core.fields import require
 from benchmarks.common.timing import Stopwatch
+from studies.accuracy import pictures
 from studies.accuracy.arms import ARMS
 from studies.accuracy.mixture import prepare
 from studies.accuracy.report import report
-from studies.accuracy.study import Plan, Study, grid, of_seeds
+from studies.accuracy.study import Plan, Study, bare, grid, of_seeds
 from studies.accuracy.tasks import SPLITS
 from studies.runs import Runs, add_flags, merge, read_records
 
@@ -48,7 +50,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="examples of each set and split, at most (--prepare, to try it)")
     parser.add_argument("--grids", type=Path, help="record of the grids that --stage seeds chooses by, if another")
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.md", help="file of the tables (--report)")
-    parser.add_argument("--stage", default="grid", choices=["grid", "seeds"])
+    parser.add_argument("--stage", default="grid", choices=["bare", "grid", "seeds"])
+    parser.add_argument("--programs", action="store_true", help="measure pass@1 too, in a record of its own")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[2.5e-4, 5e-4, 1e-3, 2e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of --stage seeds")
@@ -90,15 +93,17 @@ def main(argv: Sequence[str]) -> int:
     if arguments.report:
         require(bool(recorded.all), f"--record {arguments.record}: no run is there; run the study first")
         write_text(arguments.out, report(recorded.all))
-        print(arguments.out)
+        print(arguments.out, *pictures.draw(recorded.all, arguments.out), sep="\n")
         return 0
     runtime.set_up()
     plan = Plan(
         steps=arguments.steps, batch_size=arguments.batch_size, dtype=arguments.dtype, new_tokens=arguments.new_tokens
     )
     command = "python -m studies.accuracy " + " ".join(argv)
-    study = Study(arguments.model, arguments.mixture, recorded, plan, command=command)
-    if arguments.stage == "grid":
+    study = Study(arguments.model, arguments.mixture, recorded, plan, programs=arguments.programs, command=command)
+    if arguments.stage == "bare":
+        runs = [bare("lora-32")]
+    elif arguments.stage == "grid":
         runs = [grid(arm, arguments.learning_rates) for arm in arguments.arms]
     else:
         grids = study.records if arguments.grids is None else read_records(arguments.grids)

@@ -15,6 +15,9 @@ MoLA has 2/4/6/8 experts by depth: both are smaller in all. The scale is s = α/
     adafuse-shared-a one A of rank 21 for all of 11 experts, each with a B of its own
     adafuse-init     orthogonal A, and expert dropout
     adafuse-context  as adafuse-shared; the router also sees the decayed mean of the tokens before
+    adafuse-fine-scaled, adafuse-fine-convolved, adafuse-fine-request, adafuse-fine-principal
+                     adafuse-fine with one change: s = 2.8, as rsLoRA at rank 8; the router also sees a convolution of
+                     4 tokens; or the mean hidden state of the request's prompt; A of the weights' singular vectors
     by-task          a shared expert of rank 16, and one of 8 experts of rank 14 given by the set: what routing could gain
 """
 
@@ -48,6 +51,10 @@ def _mixture(adapter: str, rank: int = 16, **settings: Any) -> dict[str, Any]:
     return _low_rank(adapter, rank, **{"top_k": 2, "balance_coefficient": 0.01} | settings)
 
 
+def _fine(alpha: float = 16.0, **variant: Any) -> dict[str, Any]:
+    return _mixture("adafuse", 8, num_experts=16, top_k=4, alpha=alpha, variant=Variant(**variant))
+
+
 def _rank_stabilized(rank: int) -> dict[str, Any]:
     return _low_rank("lora", rank, scale=2 * math.sqrt(16 / rank))
 
@@ -63,19 +70,26 @@ ARMS: dict[str, dict[str, Any]] = {
     "adafuse-context": _mixture("adafuse", 8, num_experts=14, variant=Variant(shared_rank=16, context_decay=0.98)),
     "moral": _mixture("moral", targets=FFN_LINEARS, num_experts=8),
     "adafuse-init": _mixture("adafuse", num_experts=8, variant=Variant(orthogonal=True, expert_dropout=0.1)),
-    "adafuse-fine": _mixture("adafuse", 8, num_experts=16, top_k=4, variant=Variant()),
+    "adafuse-fine": _fine(),
     "adafuse-late": _mixture("adafuse", 32, num_experts=4, top_k=1, **{TIED: 0.75, SETTLED: 0.1}),
     "adafuse-shared-fine": _mixture("adafuse", 4, num_experts=28, top_k=4, variant=Variant(shared_rank=16)),
     "adafuse-shared-a": _mixture("adafuse", 21, num_experts=11, variant=Variant(shared_a=True)),
     "rslora-128": _rank_stabilized(128),
     "rslora-32": _rank_stabilized(32),
+    "adafuse-fine-scaled": _fine(alpha=8 * 2 * math.sqrt(16 / 8)),
+    "adafuse-fine-convolved": _fine(convolution=4),
+    "adafuse-fine-request": _fine(by_request=True),
+    "adafuse-fine-principal": _fine(principal=True),
 }
 """Names of the arms in the order in which a screening trains them."""
 
 
 def make(settings: dict[str, Any], model: Backbone, key: jax.Array) -> Any:
     """The adapter of an arm, with initial values drawn from `key`."""
-    return make_adapter(settings, model.config, key)
+    adapter = make_adapter(settings, model.config, key)
+    if isinstance(adapter, PreGated):
+        adapter.start_from(model)
+    return adapter
 
 
 def make_adapter(settings: dict[str, Any], model: ModelConfig, key: jax.Array) -> Any:

@@ -1,23 +1,24 @@
 """Greedy decoding of many prompts by several replicas at once: prefill, then one token a step for all, with a KV cache.
 
-It serves exact match of gsm8k. The product's engine decodes one adapter; this decodes S that differ in their values.
+It serves exact match of gsm8k and pass@1 of programs. The product's engine decodes one adapter; this decodes S that
+differ in their values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.training.replicas import replica_attention
-from studies.accuracy.mixture import Prompts
-from studies.accuracy.pregated import seen
+from studies.accuracy.pregated import request_of, seen
 from studies.accuracy.tasks import final_number
 
 
@@ -27,7 +28,7 @@ def greedy(
     params: Any,
     prompts: Int[Array, "N P"],
     lengths: Int[Array, " N"],
-    task: Int[Array, ""],
+    task: Int[Array, " N"],
     stops: Int[Array, " stops"],
     *,
     new_tokens: int,
@@ -42,7 +43,10 @@ def greedy(
     def prefill(params: Any) -> tuple[Array, KVCache, Array | None]:
         index = jnp.broadcast_to(jnp.arange(width), prompts.shape)
         positions = jnp.where(index < lengths[:, None], index, slots)  # what pads a prompt is not cached
-        adapter, context = seen(params, model, prompts, positions, jnp.full_like(prompts, task))
+        inside = index < lengths[:, None]
+        asked = request_of(params, model, prompts, index, inside.astype(jnp.int32), inside)
+        tasks = jnp.broadcast_to(task[:, None], prompts.shape)
+        adapter, context = seen(params, model, prompts, positions, tasks, **asked)
         cache = KVCache.empty(model.config, count, slots, model.dtype)
         out = model.run(prompts, adapter=adapter, positions=positions, cache=cache, attention=replica_attention)
         last = (jnp.arange(count), lengths - 1)
@@ -51,7 +55,7 @@ def greedy(
 
     def advance(params: Any, token: Array, cache: KVCache, past: Array | None, at: Array) -> tuple[Array, KVCache, Any]:
         tokens, positions = token[:, None], (lengths + at)[:, None]
-        adapter, context = seen(params, model, tokens, positions, jnp.full_like(tokens, task), past=past)
+        adapter, context = seen(params, model, tokens, positions, task[:, None], past=past)
         out = model.run(tokens, adapter=adapter, positions=positions, cache=cache, attention=replica_attention)
         assert out.cache is not None
         return next_token(out.hidden[:, 0]), out.cache, None if context is None else context[:, 0]
@@ -73,14 +77,14 @@ def greedy(
     return jnp.where(jnp.arange(new_tokens) <= at, found, token[..., None])
 
 
-def exact_match(
-    tokenizer: Any, found: Int[np.ndarray, "S N new"], prompts: Prompts, stops: tuple[int, ...]
-) -> list[float]:
-    """Points of every replica: replies whose final number is the right one. `tokenizer` is a `tokenizers.Tokenizer`."""
-    result = []
-    for replies in found.tolist():
-        cut = [reply[: next((i for i, t in enumerate(reply) if t in stops), None)] for reply in replies]
-        numbers = [final_number(text) for text in tokenizer.decode_batch(cut)]
-        right = [a == b for a, b in zip(numbers, prompts.numbers.tolist(), strict=True)]
-        result.append(100 * float(np.mean(right)))
-    return result
+def until_stop(found: Int[np.ndarray, "S N new"], stops: tuple[int, ...]) -> list[list[list[int]]]:
+    """The replies' tokens before the first stop."""
+    return [
+        [reply[: next((i for i, t in enumerate(reply) if t in stops), None)] for reply in replies]
+        for replies in found.tolist()
+    ]
+
+
+def exact_match(replies: Sequence[str], numbers: Float[np.ndarray, " N"]) -> float:
+    """Points of the replies whose final number is the right one."""
+    return 100 * float(np.mean([final_number(text) == number for text, number in zip(replies, numbers, strict=True)]))

@@ -21,10 +21,11 @@ from jaxtyping import Bool, Float, Int
 from adafuse_jax.core.atomic_files import new_file
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.chat import Encoded, encode_all, encode_prompt, load_tokenizer, stop_tokens
-from adafuse_jax.data.examples import Chat, MultipleChoice
+from adafuse_jax.data.examples import Chat, Message, MultipleChoice
 from adafuse_jax.data.packing import Rows, pack
+from studies.accuracy import programs
 from studies.accuracy.tasks import SETS, Example, final_number, read_task
-from studies.questions import Packed, pack_candidates
+from studies.questions import Packed, pack_candidates, prompts_of
 from studies.training import Texts
 
 PROMPTS = 200
@@ -34,11 +35,16 @@ ARRAYS = ("tokens", "positions", "segment_ids", "place", "wanted", "owner")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompts:
-    """Prompts of gsm8k, padded on the right, and the numbers that answer them."""
+    """Prompts of gsm8k and then of `programs`, padded on the right, and the numbers that answer those of gsm8k."""
 
     tokens: Int[np.ndarray, "N P"]
     lengths: Int[np.ndarray, " N"]
-    numbers: Float[np.ndarray, " N"]
+    numbers: Float[np.ndarray, " M"]
+
+    def without_programs(self) -> Prompts:
+        """The first M, as wide as they need."""
+        lengths = self.lengths[: len(self.numbers)]
+        return Prompts(tokens=self.tokens[: len(lengths), : lengths.max()], lengths=lengths, numbers=self.numbers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +58,9 @@ class Mixture:
     split: str
     stops: tuple[int, ...]
     digest: str
-    """Hash of all arrays; all runs of one study have the same."""
+    """Hash of all arrays but those of programs; all runs of one study have the same."""
+    programs: str | None
+    """Hash of the programs' prompts and calls; None in a file that has none."""
 
 
 def prepare(model: str, data: Path, out: Path, *, length: int, split: str, limit: int | None = None) -> dict[str, Any]:
@@ -82,14 +90,18 @@ def prepare(model: str, data: Path, out: Path, *, length: int, split: str, limit
     tables |= _prompts(getattr(tasks["gsm8k"], split)[: min(PROMPTS, limit or PROMPTS)], tokenizer)
     contents["rows"] = len(rows)
     contents["digest"] = _digest(tables)
+    asked = programs.problems(split)[:limit]
+    tables |= _padded([encode_prompt((Message("user", p.question),), tokenizer) for p in asked], "programs")
+    contents["programs"] = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
     small: dict[str, Any] = {name: _narrow(array) for name, array in tables.items()}
     with new_file(out, text=False) as file:
         np.savez_compressed(file, contents=np.array(json.dumps(contents)), **small)
     return contents
 
 
-def load(path: Path) -> Mixture:
-    """Read a mixture file. Raises `UserError` for a file that is missing or was not written by `prepare`."""
+def load(path: Path, vocabulary: Int[np.ndarray, " V"] | None = None) -> Mixture:
+    """Read a mixture file; its tokens become their places in `vocabulary`, if there is one. Raises `UserError` for a file
+    that is missing, was not written by `prepare`, or has other tokens."""
     try:
         with np.load(path, allow_pickle=False) as file:
             tables = {name: file[name] for name in file.files}
@@ -97,7 +109,17 @@ def load(path: Path) -> Mixture:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--mixture {path}: cannot be read ({error}); make it with --prepare") from error
     wide = {name: _wide(array) for name, array in tables.items()}
+    stops = np.array(contents["stops"], np.int32)
+    if vocabulary is not None:
+        try:
+            stops = places(stops, vocabulary)
+            wide |= {name: places(wide[name], vocabulary) for name in wide if name.endswith(("tokens", "wanted"))}
+        except KeyError as error:
+            raise UserError(
+                f"--mixture {path}: the model has no token {error}; pack it again with --used {path}"
+            ) from error
     rows = Rows(*(wide[f.name] for f in fields(Rows)))
+    target_rows, target_places = np.nonzero(rows.loss_mask)
     scored = {
         name: Packed(
             **{array: wide[f"{name}/{array}"] for array in ARRAYS},
@@ -110,16 +132,23 @@ def load(path: Path) -> Mixture:
     return Mixture(
         training=Texts(
             tokens=rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids, loss_mask=weights_of(rows),
-            tasks=wide["tasks"],
+            tasks=wide["tasks"], prompts=prompts_of(rows.segment_ids, target_rows, target_places - 1),
         ),
         scored=scored,
-        prompts=Prompts(
-            tokens=wide["prompts/tokens"], lengths=wide["prompts/lengths"], numbers=tables["prompts/numbers"]
-        ),
+        prompts=_all_prompts(wide, tables["prompts/numbers"]),
         split=contents["split"],
-        stops=tuple(contents["stops"]),
+        stops=tuple(stops.tolist()),
         digest=contents["digest"],
+        programs=contents.get("programs"),
     )  # fmt: skip
+
+
+def places(tokens: Int[np.ndarray, "*shape"], vocabulary: Int[np.ndarray, " V"]) -> Int[np.ndarray, "*shape"]:
+    """Place of every token in an ascending vocabulary. Raises KeyError for one that is not there."""
+    found = np.minimum(np.searchsorted(vocabulary, tokens), len(vocabulary) - 1)
+    if (missing := tokens[vocabulary[found] != tokens]).size:
+        raise KeyError(int(missing[0]))
+    return found.astype(np.int32)
 
 
 def targets_of(
@@ -180,16 +209,24 @@ def _packed(examples: Sequence[Example], tokenizer: Any, length: int) -> Packed:
 
 def _prompts(examples: Sequence[Example], tokenizer: Any) -> dict[str, np.ndarray]:
     chats = [e for e in examples if isinstance(e, Chat)]
+    numbers = np.array([final_number(chat.messages[1].content) for chat in chats], np.float64)
     prompts = [encode_prompt(chat.messages[:1], tokenizer) for chat in chats]
+    return _padded(prompts, "prompts") | {"prompts/numbers": numbers}
+
+
+def _padded(prompts: Sequence[Int[np.ndarray, " P"]], name: str) -> dict[str, np.ndarray]:
     tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    numbers = np.array([final_number(chat.messages[1].content) for chat in chats], np.float64)
-    return {
-        "prompts/tokens": tokens,
-        "prompts/lengths": np.array([len(p) for p in prompts]),
-        "prompts/numbers": numbers,
-    }
+    return {f"{name}/tokens": tokens, f"{name}/lengths": np.array([len(p) for p in prompts])}
+
+
+def _all_prompts(tables: dict[str, np.ndarray], numbers: Float[np.ndarray, " M"]) -> Prompts:
+    parts = [name for name in ("prompts", "programs") if f"{name}/tokens" in tables]
+    width = max(tables[f"{name}/tokens"].shape[1] for name in parts)
+    tokens = [np.pad(t, ((0, 0), (0, width - t.shape[1]))) for t in (tables[f"{name}/tokens"] for name in parts)]
+    lengths = [tables[f"{name}/lengths"] for name in parts]
+    return Prompts(tokens=np.concatenate(tokens), lengths=np.concatenate(lengths), numbers=numbers)
 
 
 def _narrow(array: np.ndarray) -> np.ndarray:

@@ -8,15 +8,17 @@ kernels that decode AdaFuse need no other form for it (a shared expert is one mo
 
     normalised input    z = W x / rms(x): Llama's first norm has small weights, and without this all logits are close
     selection bias      TopK(z + b), gates from z alone; b_e falls while e has more than its share of the tokens
-    context             z += W_c m / rms(m),  m_t = λ m_{t−1} + (1 − λ) x_t / rms(x_t) from a text's first token on
+    context             z += W_c m / rms(m),  m: a decayed mean, a convolution or the request's prompt (see `context`)
     by task             the expert of a token is that of its set: no router learns it, a bound on what routing can gain
     expert dropout      while training, each expert is not to be chosen in a row with this probability
     shared A            one A for all experts of a linear, a B for each (as HydraLoRA)
     orthogonal          the A of all experts of a linear are segments of one orthogonal matrix
+    principal           they are segments of the right singular vectors of its weight, the largest first (as GOAT)
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,7 @@ from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.decoder import Backbone, Output
 from adafuse_jax.models.hooks import Routing
 from adafuse_jax.training.replicas import replica_attention, replica_forward
+from studies.accuracy.context import decayed, normalized, request, windows
 
 DROPPED = -1e9
 
@@ -49,9 +52,16 @@ class Variant:
     router_rate: float = 0.1
     bias_rate: float = 10.0
     context_decay: float | None = None
+    convolution: int = 0
+    by_request: bool = False
     by_task: bool = False
     expert_dropout: float = 0.0
     orthogonal: bool = False
+    principal: bool = False
+
+    @property
+    def has_context(self) -> bool:
+        return self.context_decay is not None or self.convolution > 0 or self.by_request
 
 
 class SharedA(LoRAExperts):
@@ -87,7 +97,8 @@ class PreGated(AdaFuse):
         self.bias = LoRAParam(jnp.zeros(config.num_experts)) if variant.selection_bias and not variant.by_task else None
         shape, bound = (config.num_experts, model.embed_dim), model.embed_dim**-0.5
         context = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
-        self.context = None if variant.context_decay is None else LoRAParam(context)
+        self.context = LoRAParam(context) if variant.has_context else None
+        self.kernel = _kernel(variant.convolution, model.embed_dim, rngs) if variant.convolution else None
         if variant.by_task:
             del self.router
         for name in config.targets:
@@ -106,6 +117,12 @@ class PreGated(AdaFuse):
                 )  # fmt: skip
                 self.experts[name] = WithShared(self.experts[name], shared)
 
+    def start_from(self, model: Backbone) -> None:
+        """Set the A of a variant with `principal`."""
+        if self.variant.principal:
+            for name, experts in self.experts.items():
+                experts.A[...] = _principal(getattr(model.layers, name).weight[...], experts.A[...])
+
     def plan(
         self,
         model: Backbone,
@@ -114,22 +131,31 @@ class PreGated(AdaFuse):
         tasks: Int[Array, "B T"],
         *,
         key: Key[Array, ""] | None = None,
-        past: Float[Array, "B D"] | None = None,
-    ) -> tuple[Routing, Float[Array, "B T D"] | None]:
-        """(routing, context after every token). `past` is the context before the first token where that continues a text;
-        `key` the randomness of expert dropout, None for none."""
+        past: Float[Array, "B ..."] | None = None,
+        request: Float[Array, "B T D"] | None = None,
+    ) -> tuple[Routing, Float[Array, "B T ..."] | None]:
+        """(routing, state of the context after every token). `past` is the state before the first token where that continues
+        a text, `request` that of a variant by request; `key` the randomness of expert dropout, None for none."""
         if self.variant.by_task:
             chosen = jax.nn.one_hot(tasks, self.config.num_experts)
             return Routing(tasks[..., None], jnp.ones((*tasks.shape, 1)), chosen), None
         norm = jax.tree.map(lambda leaf: leaf[0], model.layers.input_layernorm)
         x = norm(model.embed_tokens[...][tokens]).astype(jnp.float32)  # [B, T, D]
-        x = _normalized(x) if self.variant.normalize_input else x
+        x = normalized(x) if self.variant.normalize_input else x
         logits = _scores(x, self.router.weight[...])  # [B, T, E]
-        context = None
-        if self.context is not None:
-            context = _decayed(x, positions, self.variant.context_decay, past)
-            logits = logits + _scores(_normalized(context), self.context[...])
-        return self._chosen(logits, key), context
+        if self.context is None:
+            return self._chosen(logits, key), None
+        if self.variant.by_request:
+            state = request if past is None else past[:, None]
+            assert state is not None
+            context = state
+        elif self.kernel is not None:
+            state = windows(x, positions, self.variant.convolution, past)
+            context = jnp.einsum("btkd,kd->btd", state, self.kernel[...])
+        else:
+            assert self.variant.context_decay is not None
+            context = state = decayed(x, positions, self.variant.context_decay, past)
+        return self._chosen(logits + _scores(normalized(context), self.context[...]), key), state
 
     def _chosen(self, logits: Float[Array, "B T E"], key: Key[Array, ""] | None) -> Routing:
         selection = logits if self.bias is None else logits + jax.lax.stop_gradient(self.bias[...])
@@ -161,7 +187,7 @@ class PreGated(AdaFuse):
             name = jax.tree_util.keystr(path[:1])
             if "bias" in name:
                 return self.variant.bias_rate
-            return self.variant.router_rate if "router" in name or "context" in name else 1.0
+            return self.variant.router_rate if re.search("router|context|kernel", name) else 1.0
 
         return jax.tree_util.tree_map_with_path(rate, self)
 
@@ -192,11 +218,21 @@ def seen(
     return trained.bound(routing), context
 
 
+def request_of(
+    trained: Any, model: Backbone, tokens: Array, positions: Array, segment_ids: Array, prompts: Array
+) -> dict[str, Array]:
+    """`request` as an option of `seen`; nothing for an arm that does not route by request."""
+    if not isinstance(trained, PreGated) or not trained.variant.by_request:
+        return {}
+    return {"request": request(model, tokens, positions, segment_ids, prompts)}
+
+
 def forward(trained: Any, model: Backbone, texts: Any, *, key: Any = None, **options: Any) -> tuple[Backbone, Output]:
     """`forward` of `train_step` for every arm; `key` is the randomness of expert dropout."""
     if not isinstance(trained, PreGated):
         return replica_forward(trained, model, texts, key=key, **options)
-    adapter, _ = seen(trained, model, texts.tokens, texts.positions, texts.tasks, key=key)
+    asked = request_of(trained, model, texts.tokens, texts.positions, texts.segment_ids, texts.prompts)
+    adapter, _ = seen(trained, model, texts.tokens, texts.positions, texts.tasks, key=key, **asked)
     out = model.run(
         texts.tokens, adapter=adapter, positions=texts.positions, segment_ids=texts.segment_ids,
         attention=replica_attention, **options,
@@ -223,24 +259,8 @@ def _scores(x: Float[Array, "B T D"], weight: Float[Array, "E D"]) -> Float[Arra
     return jnp.einsum("btd,ed->bte", x, weight, precision=jax.lax.Precision.HIGHEST)
 
 
-def _normalized(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-
-
-def _decayed(
-    x: Float[Array, "B T D"], positions: Int[Array, "B T"], decay: float | None, past: Float[Array, "B D"] | None
-) -> Float[Array, "B T D"]:
-    """m_t = λ m_{t−1} + (1 − λ) x_t, where m = 0 before position 0."""
-    assert decay is not None
-    keep = jnp.where(positions == 0, 0.0, decay)[..., None]  # [B, T, 1]
-    new = (1 - decay) * x
-    if past is not None:
-        new = new.at[:, 0].add(keep[:, 0] * past)
-
-    def join(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
-        return first[0] * second[0], first[1] * second[0] + second[1]
-
-    return jax.lax.associative_scan(join, (jnp.broadcast_to(keep, new.shape), new), axis=1)[1]
+def _kernel(taps: int, embed_dim: int, rngs: nnx.Rngs) -> LoRAParam:
+    return LoRAParam(jax.random.normal(rngs.params(), (taps, embed_dim)) * taps**-0.5)
 
 
 def _orthogonal(a: Float[Array, "L E R in"], key: Key[Array, ""]) -> Float[Array, "L E R in"]:
@@ -250,3 +270,18 @@ def _orthogonal(a: Float[Array, "L E R in"], key: Key[Array, ""]) -> Float[Array
         raise ValueError(f"{experts} experts of rank {rank} have more than {in_dim=} directions")
     q, _ = jnp.linalg.qr(jax.random.normal(key, (layers, in_dim, experts * rank)))
     return q.swapaxes(1, 2).reshape(a.shape) * 3**-0.5
+
+
+def _principal(weight: Float[Array, "L out in"], a: Float[Array, "L E R in"]) -> Float[Array, "L E R in"]:
+    """The E·R leading right singular vectors of each layer's weight, as long as `_orthogonal`'s rows, by subspace
+    iteration."""
+    layers, experts, rank, in_dim = a.shape
+    weight = weight.astype(jnp.float32)
+    if experts * rank > min(weight.shape[1:]):
+        raise ValueError(f"{experts} experts of rank {rank} have more than {min(weight.shape[1:])} singular vectors")
+    basis = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (layers, in_dim, experts * rank)))[0]
+    for _ in range(12):
+        basis = jnp.linalg.qr(jnp.einsum("loi,loj->lij", weight, weight @ basis))[0]
+    image = weight @ basis
+    _, turn = jnp.linalg.eigh(jnp.einsum("loj,lok->ljk", image, image))  # ascending
+    return (basis @ turn[..., ::-1]).swapaxes(1, 2).reshape(a.shape) * 3**-0.5

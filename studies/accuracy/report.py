@@ -9,7 +9,7 @@ import numpy as np
 
 from studies.accuracy.scoring import mixture_mean, probability_mean, score
 from studies.accuracy.study import best_rate, grid_of
-from studies.accuracy.tasks import SETS
+from studies.accuracy.tasks import PASSED, SETS
 
 LORA = ("lora", "rslora")
 Records = Mapping[str, dict[str, Any]]
@@ -18,7 +18,10 @@ T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def report(records: Records) -> str:
-    arms = sorted({record["run"]["arm"] for record in records.values()}, key=lambda arm: -_best_mean(records, arm))
+    arms = sorted(
+        {r["run"]["arm"] for r in records.values() if r["run"]["stage"] != "bare"},
+        key=lambda arm: -_best_mean(records, arm),
+    )
     first = next(iter(records.values()))
     identity = first["identity"]
     parts = [
@@ -46,8 +49,27 @@ def report(records: Records) -> str:
             "## Differences from LoRA, seed by seed",
             _differences(records, arms),
         ]
+    bare = [record for record in records.values() if record["run"]["stage"] == "bare"]
+    if bare:
+        of = bare[0]["replicas"][0]["measures"]
+        cells = [f"{score(name, of[name]):.1f}" for name in SETS]
+        passed = [f"{of['code'][PASSED]:.1f}"] if PASSED in of["code"] else []
+        head = [*SETS, "mean", *(["pass@1"] if passed else [])]
+        parts += ["## The bare backbone", _table(head, [[*cells, f"{mixture_mean(of):.2f}", *passed]])]
+    if any(PASSED in replica["measures"]["code"] for record in records.values() for replica in record["replicas"]):
+        parts += ["## pass@1 of our programming problems", _passed(records, arms)]
     parts += ["## Seconds", _seconds(records)]
     return "\n\n".join(parts) + "\n"
+
+
+def _passed(records: Records, arms: Sequence[str]) -> str:
+    """pass@1 at the best learning rate: seed 0, and the mean over the other seeds."""
+    seeds = _trained(records, arms)
+    rows = []
+    for arm, _, replica in _best(records, arms):
+        of_seeds = [r["measures"]["code"][PASSED] for r in seeds.get(arm, {}).values()]
+        rows.append([arm, f"{replica['measures']['code'][PASSED]:.1f}", _interval(of_seeds)])
+    return _table(["arm", "seed 0", "other seeds"], rows)
 
 
 def _best_mean(records: Records, arm: str) -> float:

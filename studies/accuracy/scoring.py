@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from adafuse_jax.models.decoder import Backbone
-from studies.accuracy.tasks import MEASURES, SETS
+from studies.accuracy.tasks import MEASURES, PASSED, SETS
 from studies.questions import Packed
 from studies.scoring import score as score_rows
 
@@ -50,8 +50,8 @@ def _log_sum_exp(x: np.ndarray) -> float:
 
 
 def score(name: str, found: Mapping[str, float]) -> float:
-    """Score of a set: the mean of its measures in MEASURES."""
-    return float(np.mean([found[measure] for measure in MEASURES[name]]))
+    """Score of a set: the mean of its measures in MEASURES; PASSED may be missing."""
+    return float(np.mean([found[measure] for measure in MEASURES[name] if measure != PASSED or measure in found]))
 
 
 def mixture_mean(found: Mapping[str, Mapping[str, float]]) -> float:

@@ -2,6 +2,7 @@
 
     grid     an arm at all learning rates of the grid, seed 0
     seeds    an arm at its best learning rate, on several seeds
+    bare     an arm that is not trained: the scores of the backbone
 
 A run trains its replicas together, and scores them on the questions of the mixture file.
 """
@@ -25,8 +26,10 @@ from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
 from adafuse_jax.core.fields import require
 from adafuse_jax.models.config import DType
 from benchmarks.common.timing import Stopwatch
-from studies.accuracy import arms, generation, mixture, pregated, scoring
-from studies.accuracy.tasks import SETS
+from studies.accuracy import arms, expert_use, generation, mixture, pregated, scoring
+from studies.accuracy.programs import outcomes
+from studies.accuracy.tasks import PASSED, SETS
+from studies.carried import carried_vocabulary
 from studies.runs import Records, Runs
 from studies.scoring import compiled_losses
 from studies.training import Trainer, optimizer_of, phases_of
@@ -65,16 +68,35 @@ class Programs:
     trainer: Trainer
     losses: Any
     greedy: Any
+    expert_use: Any
 
 
 class Study:
     """Backbone, mixture, and the records that are there."""
 
-    def __init__(self, model: str, mixture_file: Path, runs: Runs, plan: Plan, *, command: str = "", threads: int = 3):
+    def __init__(
+        self,
+        model: str,
+        mixture_file: Path,
+        runs: Runs,
+        plan: Plan,
+        *,
+        programs: bool = False,
+        command: str = "",
+        threads: int = 3,
+    ):
+        """`programs`: pass@1 is measured too, and is a part of the identity."""
         from tokenizers import Tokenizer
 
         self.plan, self.runs, self.command = plan, runs, command
-        self.mixture = mixture.load(mixture_file)
+        self.vocabulary = carried_vocabulary(model)
+        self.mixture = mixture.load(mixture_file, self.vocabulary)
+        self.problems = self.mixture.programs if programs else None
+        require(
+            not programs or self.problems is not None,
+            f"--mixture {mixture_file}: has no programs; make it with --prepare",
+        )
+        self.prompts = self.mixture.prompts if programs else self.mixture.prompts.without_programs()
         self.model = load_backbone(model, plan.dtype)
         self.tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
 
@@ -94,7 +116,8 @@ class Study:
     def identity(self) -> dict[str, Any]:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(self.model))
         kind = {"mixture": self.mixture.digest, "split": self.mixture.split, "parameters": parameters}
-        return dataclasses.asdict(self.plan) | kind
+        problems = {} if self.problems is None else {"programs": self.problems}
+        return dataclasses.asdict(self.plan) | kind | problems
 
     def programs(self, arm: str, replicas: int) -> Future[Programs]:
         """Compiled programs of an arm; the first call starts the compilation in another thread."""
@@ -110,7 +133,7 @@ class Study:
             phases=phases_of(settings, plan.steps), forward=pregated.forward,
         )  # fmt: skip
         trained = trainer.compile(self.model, rows, replicas=replicas, batch_size=plan.batch_size).adapter
-        length, prompts = rows.tokens.shape[1], self.mixture.prompts
+        length, prompts = rows.tokens.shape[1], self.prompts
 
         def integers(*shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -119,11 +142,13 @@ class Study:
             self.model, trained, rows=2 * plan.batch_size, length=length, targets=length, has_tasks=True,
             forward=pregated.forward,
         )  # fmt: skip
+        count = len(prompts.lengths)
         greedy = generation.greedy.lower(
-            self.model, trained, integers(*prompts.tokens.shape), integers(*prompts.lengths.shape), integers(),
+            self.model, trained, integers(*prompts.tokens.shape), integers(count), integers(count),
             integers(len(self.mixture.stops)), new_tokens=plan.new_tokens,
         ).compile()  # fmt: skip
-        return Programs(trainer=trainer, losses=losses, greedy=greedy)
+        used = expert_use.compiled(self.model, trained, rows=2 * plan.batch_size, length=length)
+        return Programs(trainer=trainer, losses=losses, greedy=greedy, expert_use=used)
 
     def do_all(self, runs: Sequence[Run], *, budget_seconds: float | None, watch: Stopwatch) -> None:
         """Do the unfinished of `runs`; none is started that would end after the budget, which `watch` counts, if it took as
@@ -149,39 +174,39 @@ class Study:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def do(self, run: Run) -> dict[str, Any]:
-        """Train, score, and write the record."""
+        """Train unless the run is bare, score, and write the record."""
         settings, plan = arms.ARMS[run.arm], self.plan
         wall = Stopwatch()
         programs = self.programs(run.arm, len(run.seeds)).result()
         compile_wait_seconds = wall.seconds
         trained = programs.trainer.train(
-            self.model, self.mixture.training, seeds=run.seeds, rates=run.rates, batch_size=plan.batch_size, points=20
-        )
+            self.model, self.mixture.training, seeds=run.seeds, rates=run.rates, batch_size=plan.batch_size, points=20,
+            steps=0 if run.stage == "bare" else plan.steps,
+        )  # fmt: skip
         scoring_watch = Stopwatch()
         measures = scoring.measures(
             self.model, trained.adapter, self.mixture.scored, batch_size=2 * plan.batch_size, losses_of=programs.losses
         )
+        use = programs.expert_use(self.model, trained.adapter, self.mixture.scored)
         scoring_seconds, decoding_watch = scoring_watch.seconds, Stopwatch()
-        prompts = self.mixture.prompts
-        found = programs.greedy(
-            self.model,
-            trained.adapter,
-            prompts.tokens,
-            prompts.lengths.astype(np.int32),
-            np.int32(SETS.index("gsm8k")),
-            np.array(self.mixture.stops, np.int32),
-        )
-        matches = generation.exact_match(self.tokenizer, np.asarray(found), prompts, self.mixture.stops)
-        decoding_seconds, wall_seconds = decoding_watch.seconds, wall.seconds
-        replicas = []
+        replies = self.replies(programs, trained.adapter)
+        decoding_seconds, judging_watch = decoding_watch.seconds, Stopwatch()
+        numbers, replicas = self.prompts.numbers, []
         for at, (seed, rate) in enumerate(zip(run.seeds, run.rates, strict=True)):
-            measures[at]["gsm8k"]["exact"] = matches[at]
             replica: dict[str, Any] = {"seed": seed, "learning_rate": rate, "diverged": trained.diverged[at]}
+            measures[at]["gsm8k"]["exact"] = generation.exact_match(replies[at][: len(numbers)], numbers)
+            if self.problems is not None:
+                judged = outcomes(replies[at][len(numbers) :], self.mixture.split)
+                measures[at]["code"][PASSED] = 100 * judged.count("passed") / len(judged)
+                replica["programs"] = "".join(outcome[0] for outcome in judged)
+            if use is not None:
+                replica["use"] = use[at]
             replica["mean"] = round(scoring.mixture_mean(measures[at]), 4)
             replica["measures"] = {name: {m: round(x, 4) for m, x in of.items()} for name, of in measures[at].items()}
             if trained.load is not None:
                 replica["load"] = trained.load[at]
             replicas.append(replica)
+        judging_seconds, wall_seconds = judging_watch.seconds, wall.seconds
         total, active = arms.parameters(settings, self.model.config)
         record: dict[str, Any] = {
             "run": dataclasses.asdict(run),
@@ -193,6 +218,7 @@ class Study:
             "training_seconds": round(trained.seconds, 2),
             "scoring_seconds": round(scoring_seconds, 2),
             "decoding_seconds": round(decoding_seconds, 2),
+            "judging_seconds": round(judging_seconds, 2),
             "compile_wait_seconds": round(compile_wait_seconds, 2),
             "wall_seconds": round(wall_seconds, 2),
             "device": jax.devices()[0].device_kind,
@@ -200,6 +226,26 @@ class Study:
             "command": self.command,
         }
         return self.runs.add(run.name, record)
+
+    def replies(self, programs: Programs, adapter: Any) -> list[list[str]]:
+        """Greedy replies of every replica to the prompts of gsm8k and, if they are asked, the programs."""
+        prompts, stops = self.prompts, self.mixture.stops
+        tasks = np.full(len(prompts.lengths), SETS.index("code"), np.int32)
+        tasks[: len(prompts.numbers)] = SETS.index("gsm8k")
+        found = np.asarray(
+            programs.greedy(
+                self.model, adapter, prompts.tokens, prompts.lengths.astype(np.int32), tasks, np.array(stops, np.int32)
+            )
+        )
+        cut = generation.until_stop(found, stops)
+        if self.vocabulary is not None:
+            cut = [[self.vocabulary[reply].tolist() for reply in of] for of in cut]
+        return [self.tokenizer.decode_batch(of) for of in cut]
+
+
+def bare(arm: str) -> Run:
+    """Run of the backbone alone. It has as many replicas as a grid, whose programs it shares."""
+    return Run(stage="bare", arm=arm, seeds=(0,) * 4, rates=(0.0,) * 4)
 
 
 def grid(arm: str, rates: Sequence[float]) -> Run:

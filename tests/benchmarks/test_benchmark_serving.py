@@ -37,6 +37,14 @@ def test_lengths_are_those_of_the_conversations(conversations: Path):
     assert requests != make_requests(lengths, ["a", "b"], vocab_size=64, seed=1)
 
 
+def test_requests_of_loads():
+    """Few clients have fewer requests; those of one client need caches of one size, here of 128 and not of 64."""
+    assert [serving.loop_size(clients, 128) for clients in (1, 8, 32)] == [8, 64, 128]
+    assert serving.alike([(60, 4), (60, 5), (100, 28), (120, 9), (64, 64)], 5) == [
+        (60, 5), (100, 28), (64, 64), (60, 5), (100, 28)
+    ]  # fmt: skip
+
+
 def test_times_by_hand():
     """Two requests of three and two tokens; the second begins when the first has one token."""
     found = summary([Served(0.0, [0.5, 0.6, 0.8]), Served(0.5, [0.7, 1.0])])
@@ -64,18 +72,16 @@ def test_ratios():
 @pytest.mark.slow
 def test_all_of_it_on_tiny_shapes(conversations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     flags = "--size tiny --dtype float32 --targets qv --slots 4 --context 256 --requests 8 --alone 2 --new-tokens 16"
-    flags += " --clients 1 4 --rates 50 --long-prompt 100 --long-count 1 --disturbed-clients 4 --part eight"
+    flags += " --clients 1 4 --rates 50 --poisson-seconds 0.1 --long-prompt 100 --long-count 1 --disturbed-clients 4"
     out = tmp_path / "out"
-    serving.main(["--out", str(out), "--conversations", str(conversations), *flags.split()])
+    serving.main(["--out", str(out), "--conversations", str(conversations), "--part", "eight", *flags.split()])
     part = json.loads((out / "serving-part-eight.json").read_text())
-    assert part["loads"].keys() == {"closed-1", "closed-4", "poisson-50", "disturbed"}
+    loads = part["loads"]
+    assert loads.keys() == {"closed-1", "closed-4", "poisson-50", "disturbed"}
+    assert [loads[name]["requests"] for name in ("closed-1", "poisson-50")] == [2, 5]
     tokens = sum(min(new, 16) for _, new in lengths_of(conversations, 8, max_prompt=240, max_new=16))
-    assert (
-        part["offline"]["tokens"]
-        == part["loads"]["closed-4"]["tokens"]
-        == part["loads"]["disturbed"]["tokens"]
-        == tokens
-    )
+    assert part["offline"]["tokens"] == loads["closed-4"]["tokens"] == loads["disturbed"]["tokens"] == tokens
+    assert 0 < part["seconds"]["model"] < part["seconds"]["warm_up"] < part["seconds"]["offline"]
     assert all(load["tokens_per_s"] > 0 for load in part["loads"].values())
     assert "| eight | closed-4 |" in (out / "serving.md").read_text()
     write_json(out / "serving-part-peer.json", {"part": "peer", "command": "x", "closed": {"4": {"tokens_per_s": 5.0}}})

@@ -78,6 +78,8 @@ def test_accuracy_of_backbones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     flags += ["--learning-rates", "1e-3", "--seeds", "0", "1", "--quantize", "none", "int8", "--together"]
     for _ in range(2):
         openbookqa.main(flags)
+    with pytest.raises(SystemExit, match=r"final-.* has begun with other flags, see .*; give another --work"):
+        openbookqa.main([*flags, "--learning-rates", "2e-3"])
     assert sorted(done) == ["final-0", "final-1", "final-int8-0", "final-int8-1"]
     record = json.loads((tmp_path / "openbookqa_quantised.json").read_text())
     assert record["test_accuracy_adafuse"] == {"none": [0.4, 0.5], "int8": [0.38, 0.48]}
@@ -100,3 +102,9 @@ def test_perplexity(tmp_path: Path):
         assert 100 * (ratio - 1) == pytest.approx(found[name]["change_pct"], abs=0.01)
         assert found[name]["error_pct"] > 0
     assert found["int8"]["error_pct"] < found["int4-g64"]["error_pct"] / 4
+    more = "--record", str(record), "--quantize", "int8"
+    quantised_quality.main([*flags, *more, "--quantize-head"])
+    both = json.loads(record.read_text())["model"]
+    assert both["int8"] == found["int8"] != both["int8 and head int8"]
+    quantised_quality.main([*flags, *more, "--tokens", "64"])
+    assert json.loads(record.read_text())["model"].keys() == found.keys() - {"int4", "int4-g64"}

@@ -127,6 +127,10 @@ def test_head(folder: Path, capsys, caplog):
     before = load_file(folder / "model" / "model.safetensors")
     np.testing.assert_array_equal(tensors["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
     assert len(tensors["lm_head.weight_scale"]) == len(before["model.embed_tokens.weight"])
+    export(model, "--quantize", "int4-g64", "--output", str(folder / "linears"))
+    export(str(folder / "linears"), "--quantize-head", "--output", str(folder / "later"))  # of the codes that it has
+    assert load_file(folder / "later" / "model.safetensors").keys() == tensors.keys()
+    assert answer(folder, capsys, model=folder / "later", adapter=adapter) == wanted
     out = str(folder / "none")
     for command in (
         lambda: answer(folder, capsys, quantize_head=True),
@@ -171,6 +175,7 @@ def test_refusals(folder: Path, tmp_path: Path):
     for flags, fault in (
         ((), "there is nothing to export; give --adapter, or --quantize"),
         (("--adapter", "x", "--quantize", "int8", "--format", "peft"), "--quantize is for --format huggingface"),
+        (("--adapter", "x", "--quantize-head", "--format", "peft"), "--quantize-head is for --format huggingface"),
     ):
         with pytest.raises(UserError, match=fault):
             export(str(folder / "model"), "--output", str(tmp_path / "out"), *flags)

@@ -261,6 +261,8 @@ def test_one_line_and_nothing_changed(
     assert tiny.snapshot(folder) == before
 
 
-def test_a_type_that_no_model_has_is_refused(folder):
+def test_a_form_that_no_model_has_is_refused(folder):
     with pytest.raises(UserError, match="dtype is 'int8': choose from float32, bfloat16, float16"):
         load(str(folder / "model"), dtype="int8")
+    with pytest.raises(UserError, match="quantize_head is 'no': choose from True, False"):  # as the harness reads it
+        load(str(folder / "model"), quantize="int8", quantize_head="no")

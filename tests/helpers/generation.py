@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 
 from adafuse_jax.inference.engine import Engine
@@ -30,7 +31,9 @@ def by_full_forward(model, adapter, prompt: list[int], answer: list[int]) -> lis
 
 
 def step_by_modules(model, adapter, fused, token, positions, cache):
-    """Decode step by the modules, in place of the megakernel's `fused_step`."""
-    out = model.run(token[:, None], adapter=adapter, positions=positions[:, None], cache=cache, unroll=True)
+    """Decode step by the modules, in place of the megakernel's `fused_step`; the cache may have more rows."""
+    rows = jnp.arange(len(token))
+    read = cache.of_rows(rows)
+    out = model.run(token[:, None], adapter=adapter, positions=positions[:, None], cache=read, unroll=True)
     chosen = None if adapter is None else out.routing.of_first_token()
-    return model.logits(out.hidden[:, 0]), chosen, out.cache
+    return model.logits(out.hidden[:, 0]), chosen, cache.with_rows(rows, out.cache)

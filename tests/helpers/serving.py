@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -55,6 +55,7 @@ class ServerProcess:
     flags: Sequence[object]
     log: Path
     key: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] = field(init=False)
     port: int = field(init=False)
 
@@ -63,8 +64,9 @@ class ServerProcess:
         command = [sys.executable, "-m", "adafuse_jax.serving", *map(str, self.flags), *port]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, cwd=tiny.REPOSITORY, env=tiny.environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL
-            )
+                command, cwd=tiny.REPOSITORY, env=tiny.environment() | {**self.environment}, stdout=log, stderr=log,
+                stdin=subprocess.DEVNULL,
+            )  # fmt: skip
         begun = time.monotonic()
         while (found := SERVING.search(self.log.read_text())) is None:
             assert self.process.poll() is None, self.log.read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -242,9 +243,9 @@ class TestConversation:
         seen = []
         chunk_lengths = prefill_module.chunk_lengths
 
-        def spy(length: int, most: int | None = None) -> list[int]:
+        def spy(length: int, *more: Any) -> list[int]:
             seen.append(length)
-            return chunk_lengths(length, most)
+            return chunk_lengths(length, *more)
 
         monkeypatch.setattr(prefill_module, "chunk_lengths", spy)
         continued = generate(engine, second, n=8, keep_cache=True)

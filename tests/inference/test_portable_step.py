@@ -207,9 +207,20 @@ class TestChoice:
         chosen = Unfused(model, bank).for_batch(1)
         assert isinstance(chosen, LayerKernels)
         bank.reserve(Bucket(rank=512, targets=("q_proj",)))
-        monkeypatch.setattr(Unfused, "step", staticmethod(lambda *_: "xla"))
-        assert chosen.step(chosen.reads, None, jnp.zeros(1, jnp.int32), None, None, None) == "xla"
-        assert "decoding 1 rows in XLA ops: the kernels cannot, as q_proj has rank 512" in log.text
+        cache, found = KVCache(*jnp.ones((2, 1, 3, 4, 1, 8))), []
+
+        def in_xla(reads, carry, token, position, cache, hold):
+            found.append(cache)
+            return "xla", None, jax.tree.map(lambda x: 2 * x, cache), carry
+
+        monkeypatch.setattr(Unfused, "step", staticmethod(in_xla))
+        for rows in (3, 2):  # all, of which nothing is copied, and the first
+            logits, _, new, _ = chosen.step(chosen.reads, None, jnp.zeros(rows, jnp.int32), None, cache, None)
+            assert logits == "xla"
+            assert found[-1].k.shape[1] == rows
+            np.testing.assert_array_equal(new.k[0, :, 0, 0, 0], [2, 2, 2 if rows == 3 else 1])
+        assert found[0] is cache
+        assert "decoding 2 rows in XLA ops: the kernels cannot, as q_proj has rank 512" in log.text
 
     def test_what_reads_other_things_keeps_its_step(self, on_gpu, log):
         """A subclass with an adapter of its own, and its rule about rows."""

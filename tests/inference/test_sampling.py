@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import ClassVar
 
 import jax
@@ -140,6 +141,12 @@ class TestSample:
         assert both == [*data(1, [[1, 2]], [0]), *data(1, [[3]], [0])]
         others = [data(2, [[1, 2]], [0])[0], data(1, [[1, 2]], [1])[0], *both]
         assert len({tuple(key) for key in others}) == 4
+
+    @pytest.mark.parametrize("seed", [0, 7, 2**31 - 1, 2**31, 2**32 - 1])
+    def test_any_seed_is_that_of_jax_random(self, seed):
+        digest = zlib.crc32(np.array([1, 2], np.int64).tobytes())
+        wanted = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), digest), 3)
+        assert (row_keys(seed, [[1, 2]], [3])[0] == wanted).all()
 
 
 class FakeTokenizer:

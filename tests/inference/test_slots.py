@@ -284,6 +284,21 @@ class TestFailures:
         with pytest.raises(UserError, match="evict them, and insert their prompts again"):
             run(slots)
 
+    def test_a_row_whose_prefill_cannot_begin_waits_on(self, engine, monkeypatch):
+        """Nothing runs; the next step prefills it."""
+        slots, prompt = engine.slots(2), prompt_of(engine, 5)
+        slots.insert(prompt, max_new_tokens=4)
+
+        def out_of_memory(*args, **options):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: of the test")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(state_module.DecodeState, "empty", out_of_memory)
+            with pytest.raises(jax.errors.JaxRuntimeError, match="of the test"):
+                slots.step()
+        run(slots)
+        assert slots.evict(0).token_ids == alone(engine, prompt, 4)
+
     def test_a_row_whose_logits_are_not_finite_ends_alone(self, models):
         """Token 7 has an embedding that is NaN; its neighbour goes on as alone."""
         model = models("llama_mha")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import get_args
 
 import jax
@@ -104,6 +106,21 @@ def test_default_is_the_faster_where_both_kernels_can(models, monkeypatch, caplo
         "decoding 17 prompts unfused: the layer kernels decode more than 16 rows faster" in caplog.text
     ) == are_kernels
     assert ("fused is not used, as the layer kernels read int8 weights faster" in caplog.text) == are_kernels
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3])
+def test_default_over_devices_is_what_has_run_there(models, monkeypatch, devices):
+    """Llama's block over two GPUs; codes, and norms behind blocks, over one."""
+    monkeypatch.setattr(megakernel, "fused_unsupported_reason", lambda *_, **__: None)
+    monkeypatch.setattr(megakernel, "mesh_of", lambda model: SimpleNamespace(size=devices))
+    model = models("llama_mha")
+    gemma = SimpleNamespace(layers=model.layers, config=replace(model.config, norm_placement="both"))
+    found = [megakernel.default_unsupported_reason(m) for m in (model, quantised(model, QuantLayout(8)), gemma)]
+    asked = "over several devices it must be asked for, if weights are quantised or norms stand behind blocks"
+    if devices == 1:
+        assert found == [None] * 3
+    else:
+        assert found == [None if devices == 2 else "over more than 2 devices it must be asked for", asked, asked]
 
 
 def test_default_without_the_megakernel_is_unmerged_and_the_log_says_why(models, caplog):

@@ -21,8 +21,9 @@ from fused_check import check, interpreted, on_gpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from adafuse_jax.core.errors import UserError
-from adafuse_jax.inference.backends.megakernel import Fused, fused_step, fused_unsupported_reason, route, tabulate
+from adafuse_jax.inference.backends.megakernel import Fused, fused_step, fused_unsupported_reason
 from adafuse_jax.inference.engine import Engine
+from adafuse_jax.inference.routing import route, tabulate
 from adafuse_jax.models.config import LINEARS
 from adafuse_jax.parallel.mesh import make_mesh, place_state, shard
 from pallas_kernels.megakernel import Shape, buffers, executor_np, kernel_sm90, unsupported_reason

@@ -23,6 +23,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 from serving import BASE, KEY, Expected, ServerProcess
+from test_malformed import JSON, malformed_bodies
 
 from adafuse_jax.evaluation.lm_eval import AdaFuseLM
 from adafuse_jax.evaluation.loading import load
@@ -101,7 +102,8 @@ def test_schemathesis_finds_no_5xx(server: ServerProcess):
 
 
 class TestManyClients:
-    """Clients of mixed adapters at once, a third of which go before their answer is there."""
+    """Clients of mixed adapters at once, a third of which go before their answer is there; some requests are malformed, each
+    in a way of its own."""
 
     PROMPTS = ("Once upon a time", "The dog was", "Lily and Tom went to", "One day, a girl")
 
@@ -121,6 +123,7 @@ class TestManyClients:
         assert counts["wrong"] == warm["wrong"] == 0
         assert counts["answered"] > requests / 4
         assert counts["gone"] > requests / 10
+        assert counts["refused"] > requests / 20
         more_memory, more_threads = server.usage()
         assert more_threads <= threads + 1
         assert more_memory < memory + 64 * 2**20
@@ -129,7 +132,7 @@ class TestManyClients:
     async def _run(
         self, server: ServerProcess, wanted: dict[tuple[str, str], str], clients: int, requests: int, *, seed: int
     ) -> dict[str, int]:
-        rng = random.Random(seed)
+        rng, malformed = random.Random(seed), malformed_bodies()
         counts = dict.fromkeys(("answered", "gone", "refused", "wrong"), 0)
         jobs = [(*rng.choice([*wanted]), rng.random() < 0.5, rng.random()) for _ in range(requests)]
         headers, limits = {"Authorization": f"Bearer {KEY}"}, httpx.Limits(max_connections=clients)
@@ -138,9 +141,10 @@ class TestManyClients:
             while jobs:
                 name, prompt, stream, chance = jobs.pop()
                 body = {"model": name, "prompt": prompt, "max_tokens": 20, "temperature": 0, "stream": stream}
-                if chance > 0.9:  # one that is never answered
-                    response = await own.post("/v1/completions", json={**body, "prompt": [300] * 600})
-                    counts["refused" if response.status_code == 400 else "wrong"] += 1
+                if chance > 0.85:
+                    path, content = rng.choice(malformed)
+                    response = await own.post(f"/v1/{path}", content=content, headers=JSON)
+                    counts["refused" if response.status_code in (400, 404) else "wrong"] += 1
                     continue
                 try:
                     async with asyncio.timeout(rng.uniform(0, 0.1) if chance < 0.3 else None):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 from typing import Any
 
 import pytest
 
 from adafuse_jax.serving import security
+from adafuse_jax.serving.errors import APIError
 from adafuse_jax.serving.security import MAX_BODY_BYTES, Gate
 
 
@@ -41,6 +43,25 @@ def ask(
 
 def part(body: bytes, more: bool) -> dict[str, Any]:
     return {"type": "http.request", "body": body, "more_body": more}
+
+
+@pytest.mark.parametrize("given", ["", "k", "a" * 1000, "a-key-of-the-test", "b-key-of-the-tests"])
+def test_keys_are_compared_in_constant_time(given: str, monkeypatch: pytest.MonkeyPatch):
+    """By the function for that, of two texts of one length, whatever the client's key has in common with the right one."""
+    compared = []
+
+    def compare_digest(one: bytes, two: bytes) -> bool:
+        compared.append((one, two))
+        return one == two
+
+    monkeypatch.setattr(hmac, "compare_digest", compare_digest)
+    gate = Gate(None, key="a-key-of-the-tests", only_loopback=False)  # type: ignore[arg-type]
+    scope = {"type": "http", "path": "/v1/models", "headers": [(b"authorization", f"Bearer {given}".encode())]}
+    with pytest.raises(APIError, match="wrong or missing"):
+        gate._check(scope)
+    ((one, two),) = compared
+    assert len(one) == len(two)
+    assert one != two
 
 
 def test_a_body_in_parts():

@@ -70,6 +70,20 @@ RAW: list[bytes] = [
 ]  # fmt: skip
 
 
+JSON = {"Content-Type": "application/json"}
+
+
+def bodies() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(path, body, what is wrong in it) of more than 150 kinds."""
+    kinds = [("completions", COMPLETION | change, change) for change in [*SHARED, *OF_COMPLETIONS]]
+    return kinds + [("chat/completions", CHAT | change, change) for change in [*SHARED, *OF_CHATS]]
+
+
+def malformed_bodies() -> list[tuple[str, bytes]]:
+    """(path, body), what is no JSON object included."""
+    return [(path, json.dumps(body).encode()) for path, body, _ in bodies()] + [("completions", raw) for raw in RAW]
+
+
 def assert_refused(response: httpx.Response, *statuses: int) -> dict[str, Any]:
     """The error of a response in OpenAI's form."""
     assert response.status_code in (statuses or range(400, 500)), response.text
@@ -82,17 +96,14 @@ def assert_refused(response: httpx.Response, *statuses: int) -> dict[str, Any]:
 
 def post(server: ServerProcess, path: str, body: dict[str, Any]) -> httpx.Response:
     """Post a body whose text may have halves of characters."""
-    headers = {"Content-Type": "application/json"}
-    return server.http.post(f"/v1/{path}", content=json.dumps(body).encode(), headers=headers)
+    return server.http.post(f"/v1/{path}", content=json.dumps(body).encode(), headers=JSON)
 
 
 def test_bodies(server: ServerProcess):
-    """More than 150 kinds; afterwards the server answers as before, and nothing waits in it."""
-    kinds = [("completions", COMPLETION, change) for change in [*SHARED, *OF_COMPLETIONS]]
-    kinds += [("chat/completions", CHAT, change) for change in [*SHARED, *OF_CHATS]]
-    assert len(kinds) > 150
-    for path, body, change in kinds:
-        response = post(server, path, body | change)
+    """Each is refused by name; afterwards the server answers as before, and nothing waits in it."""
+    assert len(bodies()) > 150
+    for path, body, change in bodies():
+        response = post(server, path, body)
         assert response.status_code in (400, 404), (change, response.text)
         error = assert_refused(response)
         fault = error["message"] + (" n" if "answers" in error["message"] else "")  # n times the prompts
@@ -135,7 +146,7 @@ def test_values_that_ask_for_nothing_are_no_fault(server: ServerProcess):
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter"])
 def test_what_is_no_json_object(server: ServerProcess, path: str):
     for body in RAW:
-        assert_refused(server.http.post(path, content=body, headers={"Content-Type": "application/json"}), 400)
+        assert_refused(server.http.post(path, content=body, headers=JSON), 400)
     text = json.dumps(COMPLETION)
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
         assert_refused(server.http.post(path, content=text, headers={"Content-Type": kind}), 400)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,26 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import tiny
 from serving import BASE, Expected, ServerProcess
 from test_malformed import assert_refused
 
 LONG: dict[str, Any] = {"model": BASE, "prompt": "Once upon a time", "max_tokens": 480}
 UNENDING = {"temperature": 2.0, "seed": 3}
 """Settings under which the model draws no end token for long."""
+
+
+AUDIT = """
+import os, sys
+
+def hook(event, arguments):
+    if event in ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.bind"):
+        with open(os.environ["AUDITED"], "a") as file:
+            file.write(f"{event} {arguments[1]}\\n")
+
+sys.addaudithook(hook)
+"""
+"""A module that Python imports at its start: whom the process speaks to, beside those who have connected to it."""
 
 
 def start(server: ServerProcess, **changes: Any) -> Any:
@@ -180,8 +196,11 @@ def test_health_and_headers(server: ServerProcess):
 
 def test_the_end(flags: list[Any], tmp_path: Path):
     """SIGTERM: a row that runs is answered in full, new work gets 503; the second signal cuts off what is left; exit code 0.
-    Without a key, names of other hosts are refused, and without folders of adapters, their loading."""
-    with ServerProcess(flags, tmp_path / "log") as server:
+    Without a key, names of other hosts are refused, and without folders of adapters, their loading. From its start to its
+    end the process connects to nobody."""
+    (tmp_path / "sitecustomize.py").write_text(AUDIT)
+    audit = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{tiny.REPOSITORY}", "AUDITED": str(tmp_path / "audited")}
+    with ServerProcess(flags, tmp_path / "log", environment=audit) as server:
         assert_refused(httpx.get(f"{server.url}/v1/models", headers={"Host": "evil.example"}), 403)
         load = {"lora_name": "x", "lora_path": "tales"}
         assert_refused(server.http.post("/v1/load_lora_adapter", json=load), 403)
@@ -201,6 +220,9 @@ def test_the_end(flags: list[Any], tmp_path: Path):
         assert time.monotonic() - begun < 10
         assert "1 requests are cut off" in server.log.read_text()
         assert not server.faults()
+        events = (tmp_path / "audited").read_text().splitlines()
+        assert "socket.bind ('127.0.0.1', 0)" in events
+        assert [event for event in events if not event.startswith("socket.bind")] == []
 
 
 @pytest.mark.slow
@@ -216,3 +238,13 @@ def test_a_killed_server_leaves_its_port(flags: list[Any], tmp_path: Path):
         assert server.metric("requests_running") == 0
         assert server.openai.completions.create(**LONG | {"max_tokens": 4}).usage.completion_tokens == 4
         assert server.terminate() == 0
+
+
+@pytest.mark.slow
+def test_an_idle_connection_stays_open(server: ServerProcess):
+    """For longer than the 5 s of common clients, and of uvicorn: with both the same, a request may meet its end."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        for pause in (6, 0):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+            time.sleep(pause)

@@ -22,6 +22,7 @@ from adafuse_jax.data.packing import Rows
 from benchmarks.common.timing import Stopwatch
 from studies.accuracy import arms, made_up, mixture, pregated, scoring, tasks
 from studies.accuracy.__main__ import main
+from studies.accuracy.programs import problems
 from studies.accuracy.study import Plan, Run, Study, best_rate, grid, of_seeds
 from studies.questions import Packed
 from studies.runs import Runs, read_records
@@ -236,6 +237,39 @@ def test_study_from_files_to_tables(file: Path, stories260k_dir: Path, tmp_path:
     monkeypatch.setitem(arms.ARMS, arm, SMALL[arm] | {"rank": 3})
     with pytest.raises(UserError, match="no longer is; remove it"):
         main(flags)
+
+
+@pytest.mark.slow
+def test_bare_backbone_and_programs_are_recorded(
+    file: Path, stories260k_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Scores without training, of equal replicas; pass@1 as the judged replies have it; tables and pictures of both."""
+    monkeypatch.setattr(arms, "ARMS", SMALL)
+    plan = Plan(steps=2, batch_size=2, new_tokens=3, dtype="float32")
+    runs = Runs(tmp_path / "record.jsonl.gz", tmp_path / "runs")
+    study = Study(str(stories260k_dir), file, runs, plan, programs=True)
+    right = [p.right for p in problems("validation")[:LIMIT]]
+    monkeypatch.setattr(study, "replies", lambda *_: [["7"] * LIMIT + right, ["7"] * LIMIT + [*right[:3], "", "", ""]])
+    arm = "adafuse-context"
+    todo = [
+        Run(stage=stage, arm=arm, seeds=(0, 0), rates=rates)
+        for stage, rates in (("bare", (0, 0)), ("grid", (1e-3, 2e-3)))
+    ]
+    study.do_all(todo, budget_seconds=None, watch=Stopwatch())
+    bare, trained = (record["replicas"] for record in study.records.values())
+    assert bare[0]["measures"]["vel"] == bare[1]["measures"]["vel"] != trained[1]["measures"]["vel"]
+    for replicas in (bare, trained):
+        assert [r["measures"]["code"]["passed"] for r in replicas] == [100, 50]
+        assert [r["programs"] for r in replicas] == ["pppppp", "pppeee"]
+        assert all(sum(shares) == pytest.approx(1, abs=1e-3) for r in replicas for shares in r["use"].values())
+    assert study.identity["programs"]
+    out = tmp_path / "tables.md"
+    assert main(["--report", "--runs", str(runs.folder), "--record", str(runs.record), "--out", str(out)]) == 0
+    assert "## The bare backbone" in out.read_text()
+    assert f"| {arm} | 100.0 |" in out.read_text() or f"| {arm} | 50.0 |" in out.read_text()
+    assert all((tmp_path / f"tables_{name}.png").stat().st_size > 5000 for name in ("cost", "use"))
+    with pytest.raises(UserError, match="another --runs"):
+        Study(str(stories260k_dir), file, Runs(runs.record, runs.folder), plan)
 
 
 def test_runs_have_names_of_their_own():

@@ -36,6 +36,7 @@ class Backend(Protocol):
       one_row: one set of weights serves one token, so it decodes one row, on one device.
       takes_bank: rows may have adapters of their own.
       reads_quantised: the backbone's linears may be codes and scales.
+      takes_wider_cache: `step` may get a cache of more rows than tokens, which are those of the first rows.
       model, adapter: of the prefill.
       reads: what every step reads.
     """
@@ -46,6 +47,7 @@ class Backend(Protocol):
     one_row: ClassVar[bool] = False
     takes_bank: ClassVar[bool] = False
     reads_quantised: ClassVar[bool] = False
+    takes_wider_cache: ClassVar[bool] = False
     _model: Backbone
     _adapter: Adapter | AdapterBank | None
     _reads: tuple[Any, ...]

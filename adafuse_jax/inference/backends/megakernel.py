@@ -24,27 +24,24 @@ from adafuse_jax.adapters.stacked import StackedAdapters
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.inference.adapter_bank import AdapterBank, Bucket
 from adafuse_jax.inference.backends.base import Backend, StepOutput, dispatch_log_level
-from adafuse_jax.models.attention import Visibility, attention
-from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig, unsupported_field
-from adafuse_jax.models.decoder import Backbone, score_options
+from adafuse_jax.inference.routing import GateTable, mixture_of, route, sees_token_alone, tabulate
+from adafuse_jax.models.config import LINEARS, ModelConfig, unsupported_field
+from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.hooks import TokenExperts
 from adafuse_jax.models.kv_cache import KVCache
 from adafuse_jax.models.layers import Norm
 from adafuse_jax.models.quantised import head_quantisation_of, quantisation_of
-from adafuse_jax.models.rotary import TABLE_FIELDS, layer_ropes, layer_rotations, rope_tables
+from adafuse_jax.models.rotary import TABLE_FIELDS, layer_ropes, rope_tables
 from adafuse_jax.parallel.axes import CACHE, TABLES, TENSOR, linear_axes, partition_spec
 from adafuse_jax.parallel.mesh import mesh_of
 from pallas_kernels.megakernel import Experts, Shape, Weights, decode_token, unsupported_reason
 from pallas_kernels.megakernel.activations import ACTIVATIONS
-from pallas_kernels.megakernel.mixture import Mixture, make_mixture
 from pallas_kernels.megakernel.op import NORM_PLACEMENTS
 from pallas_kernels.megakernel.sizes import TILE_K
 from pallas_kernels.quantised import QuantArray
 
 log = logging.getLogger(__name__)
 
-TABLE_ROWS = 4096
-"""Tokens whose gates are computed at once."""
 TRIED_DEVICES = 2
 """Devices that the megakernel has run on together, at most."""
 CONSUMED_FIELDS = frozenset({
@@ -64,15 +61,6 @@ IRRELEVANT_FIELDS = {
     "bos_token_id": "of prompts", "eos_token_ids": "the engine stops", "pad_token_id": "of batches",
 }  # fmt: skip
 """Field → the reason why it cannot matter to the kernel."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GateTable:
-    """Experts and gates by token id."""
-
-    experts: Int[Array, "V k"]
-    gates: Float[Array, "V k"]
 
 
 @jax.tree_util.register_dataclass
@@ -102,7 +90,7 @@ class Fused:
         adapter = None if isinstance(adapter, AdapterBank) else adapter
         layers, dtype = model.layers, model.dtype
         inputs = _in_turn(layers.input_layernorm, layers.post_attention_layernorm)
-        norms = [norm for norm in (inputs, norm_factor(model.norm)[None]) if norm is not None]
+        norms = [norm for norm in (inputs, model.norm.factor[None]) if norm is not None]
         experts = {} if adapter is None or merged else dict(adapter.experts.items())
         more = {name: -e.A.shape[2] % TILE_K for name, e in experts.items()}
         mesh, head = mesh_of(model), None
@@ -130,9 +118,7 @@ class Fused:
 def weights_of(model: Backbone, fused: Fused) -> Weights:
     """The model's own arrays by name."""
     config, layers = model.config, model.layers
-    head: Any = fused.head
-    if head is None:
-        head = model.head
+    head: Any = model.head if fused.head is None else fused.head
     windows = config.sliding_windows or (None,) * config.num_layers
     ropes, rope_of_layer = layer_ropes(config)
     linears = {name: getattr(layers, name) for name in LINEARS}
@@ -142,8 +128,8 @@ def weights_of(model: Backbone, fused: Fused) -> Weights:
         biases={name: linear.bias[...] for name, linear in linears.items() if linear.bias is not None},
         norms=fused.norms,
         output_norms=fused.output_norms,
-        q_norm=None if layers.q_norm is None else norm_factor(layers.q_norm),
-        k_norm=None if layers.k_norm is None else norm_factor(layers.k_norm),
+        q_norm=None if layers.q_norm is None else layers.q_norm.factor,
+        k_norm=None if layers.k_norm is None else layers.k_norm.factor,
         windows=jnp.array([w or jnp.iinfo(jnp.int32).max // 2 for w in windows], jnp.int32),
         ropes=jnp.array(rope_of_layer, jnp.int32) if len(ropes) > 1 else None,
         scales=fused.scales,
@@ -151,15 +137,9 @@ def weights_of(model: Backbone, fused: Fused) -> Weights:
     )
 
 
-def norm_factor(norm: Norm) -> Array:
-    """The factor of x / rms(x): w, or 1 + w in fp32."""
-    weight = norm.weight[...]
-    return weight.astype(jnp.float32) + 1 if norm.kind == "rms_1p" else weight
-
-
 def _in_turn(*norms: Norm | None) -> Float[Array, "NL D"] | None:
     """The factors of norms [L, D], those of a layer one after the other; None if there are none."""
-    factors = [norm_factor(norm) for norm in norms if norm is not None]
+    factors = [norm.factor for norm in norms if norm is not None]
     return jnp.stack(factors, axis=1).reshape(-1, factors[0].shape[-1]) if factors else None
 
 
@@ -216,62 +196,6 @@ def fused_unsupported_reason(
         shape, model.dtype, batch, targets, rank=-(-settings.rank // TILE_K) * TILE_K,
         max_experts_used=min(num_experts, batch * settings.top_k), **options,
     )  # fmt: skip
-
-
-def sees_token_alone(adapter: AdaFuse) -> bool:
-    """Return whether x^1, the router's input, depends on the token alone."""
-    return adapter.first_target in ATTENTION_LINEARS[:3]
-
-
-def tabulate(model: Backbone, adapter: AdaFuse) -> GateTable:
-    """The router's answer for every token of the vocabulary."""
-
-    @jax.jit
-    def route(embeddings: Array) -> tuple[Array, Array]:
-        norm = jax.tree.map(lambda leaf: leaf[0], model.layers.input_layernorm)
-        routing = adapter.router(norm(embeddings)[None])
-        return routing.experts[0], routing.gates[0]
-
-    tokens = jnp.arange(model.config.vocab_size)
-    parts = [route(model.embed(tokens[start : start + TABLE_ROWS])) for start in range(0, len(tokens), TABLE_ROWS)]
-    experts, gates = (jnp.concatenate(part) for part in zip(*parts, strict=True))
-    return GateTable(experts=experts, gates=gates)
-
-
-def route(
-    model: Backbone,
-    adapter: AdaFuse | StackedAdapters,
-    table: GateTable | None,
-    token: Int[Array, " B"],
-    positions: Array,
-    cache: KVCache,
-) -> TokenExperts:
-    """Experts and gates of every row's token, before the token runs. Without a table, layer 0 runs up to the last router,
-    in XLA."""
-    if table is not None:
-        return TokenExperts(table.experts[token], table.gates[token])
-    layer, experts = jax.tree.map(lambda leaf: leaf[0], (model.layers, adapter.experts))
-    hook = adapter.hook(experts, 0, adapter.initial_routing(len(token), 1), None)
-    rotated = layer_rotations(model.config, positions[:, None])(0)
-    windows = model.config.sliding_windows
-    window = windows[0] if windows else None
-    rows = jnp.arange(len(token))
-
-    def attend(q: Array, k: Array, v: Array) -> Array:
-        q, k = rotated.of_queries(q), rotated.of_keys(k)
-        k, v = (old[0].at[rows, positions].set(new[:, 0], mode="drop") for old, new in ((cache.k, k), (cache.v, v)))
-        visibility = Visibility.of_cache(positions[:, None], cache.slots)
-        return attention(q, k, v, visibility, window, **score_options(model.config))
-
-    layer(model.embed(token[:, None]), attend, hook)
-    return hook.routing.of_first_token()
-
-
-def mixture_of(adapter: AdaFuse | StackedAdapters, chosen: TokenExperts) -> Mixture:
-    """The distinct experts of a step, from those of its rows."""
-    if isinstance(adapter, StackedAdapters):
-        return make_mixture(chosen.experts, adapter.scaled(chosen.gates), 1.0, len(adapter.table.owner))
-    return make_mixture(*chosen, adapter.config.scale, adapter.config.num_experts)
 
 
 def fused_step(
@@ -337,12 +261,13 @@ def _over_devices(
 
 
 def default_unsupported_reason(model: Backbone, adapter: Any = None) -> str | None:
-    """The reason why the megakernel is no default, or None: it cannot run, or was never tested on so many devices."""
-    mesh = mesh_of(model)
-    untried = mesh is not None and mesh.size > TRIED_DEVICES
-    return fused_unsupported_reason(model, adapter=adapter) or (
-        f"over more than {TRIED_DEVICES} devices it must be asked for" if untried else None
-    )
+    """The reason why the megakernel is no default, or None: it cannot run, or was never tested over several devices so."""
+    reason, mesh = fused_unsupported_reason(model, adapter=adapter), mesh_of(model)
+    if reason is not None or mesh is None or mesh.size == 1:
+        return reason
+    if quantisation_of(model) is not None or shape_of(model.config).has_output_norms:
+        return "over several devices it must be asked for, if weights are quantised or norms stand behind blocks"
+    return f"over more than {TRIED_DEVICES} devices it must be asked for" if mesh.size > TRIED_DEVICES else None
 
 
 class Megakernel(Backend):
@@ -354,6 +279,7 @@ class Megakernel(Backend):
     requires = "pre_gated"
     takes_bank = True
     reads_quantised = True
+    takes_wider_cache = True
 
     def __init__(self, model: Backbone, adapter: Any, strategy: str = "fused", fallback: Backend | None = None):
         self._model, self._adapter, self.strategy, self._fallback = model, adapter, strategy, fallback

@@ -29,9 +29,9 @@ from adafuse_jax.inference.backends.megakernel import (
     Fused,
     Megakernel,
     default_unsupported_reason,
-    route,
 )
 from adafuse_jax.inference.backends.unfused import Unfused
+from adafuse_jax.inference.routing import route
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.kv_cache import KVCache
 from pallas_kernels.sgmm import golden_terms, sgmm, switch_terms

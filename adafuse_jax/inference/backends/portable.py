@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.stacked import StackedAdapters
-from adafuse_jax.inference.backends.megakernel import mixture_of, norm_factor, route
+from adafuse_jax.inference.routing import mixture_of, route
 from adafuse_jax.models.config import LINEARS, unsupported_field
 from adafuse_jax.models.decoder import Backbone, normed
 from adafuse_jax.models.hooks import TokenExperts
@@ -124,7 +124,7 @@ def portable_step(
         y, ready = pregated_linear(
             x, weights, {name: experts[name].A[...] for name in adapted},
             {name: experts[name].B[...] for name in adapted}, mixture if adapted else None, num_used, layer, ready,
-            group=settings, norm=None if norm is None else norm_factor(norm), residual=residual,
+            group=settings, norm=None if norm is None else norm.factor, residual=residual,
             biases={name: linears[name].bias[...] for name in names if linears[name].bias is not None},
             interpret=interpret,
         )  # fmt: skip
@@ -141,8 +141,8 @@ def portable_step(
     windows = np.array([w or np.iinfo(np.int32).max // 2 for w in config.sliding_windows or [None] * config.num_layers])
     attend = partial(
         decode_attention, position=position, windows=jnp.asarray(windows, jnp.int32), eps=config.norm_eps,
-        q_norm=None if layers.q_norm is None or config.qk_norm_full else norm_factor(layers.q_norm),
-        k_norm=None if layers.k_norm is None or config.qk_norm_full else norm_factor(layers.k_norm),
+        q_norm=None if layers.q_norm is None or config.qk_norm_full else layers.q_norm.factor,
+        k_norm=None if layers.k_norm is None or config.qk_norm_full else layers.k_norm.factor,
         scale=config.attention_multiplier, softcap=config.attention_softcap, interpret=interpret,
     )  # fmt: skip
     ended = jnp.zeros((batch, config.num_kv_heads), jnp.int32)
@@ -198,6 +198,6 @@ def _logits(model: Backbone, x: Float[Array, "B D"], interpret: bool) -> Float[A
     y, _ = pregated_linear(
         x, {"lm_head": head}, {}, {}, None, zero, zero, jnp.zeros(1, jnp.int32), interpret=interpret,
         group=Group(tiles=tiles, out_dtype=jnp.dtype("float32"), eps=model.config.norm_eps),
-        norm=norm_factor(model.norm)[None] if folded else None,
+        norm=model.norm.factor[None] if folded else None,
     )  # fmt: skip
     return model.finished(y["lm_head"])

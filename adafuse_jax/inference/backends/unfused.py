@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from adafuse_jax.adapters.adafuse import AdaFuse
@@ -83,6 +84,8 @@ class LayerKernels(Unfused):
     """The unfused step in five kernel launches a layer, where `portable` supports it. It reads the experts in the model's
     type."""
 
+    takes_wider_cache = True
+
     def __init__(self, model: Backbone, adapter: Any, strategy: str = "unmerged"):
         super().__init__(model, adapter, strategy)
         if isinstance(adapter, AdaFuse | LoRA):  # those of a bank have it
@@ -106,5 +109,9 @@ class LayerKernels(Unfused):
         # A bank's adapters may outgrow the kernels.
         if reason := portable.shape_unsupported_reason(model, adapter, len(token)):
             log.log(dispatch_log_level(), "decoding %d rows in XLA ops: the kernels cannot, as %s", len(token), reason)
-            return Unfused.step(reads, carry, token, position, cache, hold)
+            if len(token) == cache.k.shape[1]:
+                return Unfused.step(reads, carry, token, position, cache, hold)
+            rows = jnp.arange(len(token))
+            logits, experts, new, carry = Unfused.step(reads, carry, token, position, cache.of_rows(rows), hold)
+            return logits, experts, cache.with_rows(rows, new), carry
         return *portable.portable_step(model, adapter, token, position, cache), carry
