@@ -6,9 +6,9 @@ A code less its offset is exact in bfloat16, so the tensor cores multiply it fro
 they find of a group, in fp32: W is never rounded. Codes have one byte or half of one (`pallas_kernels.quantised`); a group
 of 4 bits has the codes of its first half of columns in the low halves of its bytes, those of the second in the high ones.
 
-A thread loads four bytes in a row, of columns 4 t … 4 t + 3 of 16, where the tensor cores want columns 2 t, 2 t + 1, 2 t + 8
-and 2 t + 9 of it. A product does not change when the columns of both operands change places, so bytes stay with their thread
-and x's columns move instead, once for each input (`move_columns`).
+Thread t of four loads four bytes in a row, from column c = (0, 8, 4, 12)[t] of 16 on, where the tensor cores want columns
+2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of it. A product does not change when the columns of both operands change places, so bytes
+stay with their thread and x's columns move instead, once for each input (`move_columns`).
 """
 
 from __future__ import annotations
@@ -171,9 +171,9 @@ class QuantisedProduct:
 
 
 def _moved(x: jax.Array) -> jax.Array:
-    """Columns 4 t, 4 t + 2, 4 t + 1 and 4 t + 3 of each 16 in places 2 t, 2 t + 1, 2 t + 8 and 2 t + 9."""
+    """Columns c, c + 2, c + 1 and c + 3 of each 16, c = (0, 8, 4, 12)[t], in places 2 t, 2 t + 1, 2 t + 8 and 2 t + 9."""
     rows = x.shape[0]
-    return x.reshape(rows, -1, 4, 2, 2).transpose(0, 1, 4, 2, 3).reshape(rows, -1)
+    return x.reshape(rows, -1, 2, 2, 2, 2).transpose(0, 1, 5, 3, 2, 4).reshape(rows, -1)
 
 
 def _moved_registers(tile: Any) -> Any:

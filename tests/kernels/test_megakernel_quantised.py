@@ -91,7 +91,7 @@ def every_byte() -> np.ndarray:
     )
 
 
-PLACES = np.array([16 * b + 4 * (p % 8 // 2) + 2 * (p % 2) + p // 8 for b in range(4) for p in range(16)])
+PLACES = np.array([16 * b + (0, 8, 4, 12)[p % 8 // 2] + 2 * (p % 2) + p // 8 for b in range(4) for p in range(16)])
 """Place of the tensor cores' operands → column of a K-tile."""
 
 
