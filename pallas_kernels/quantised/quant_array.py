@@ -160,8 +160,8 @@ def quantise(weight: Float[Array, "*layers out in"], layout: QuantLayout, scale_
 def quantised_product(x: Float[Array, "*batch in"], weight: QuantArray) -> Float[Array, "*batch out"]:
     """x Wᵀ with W dequantised to the type of x. For its derivative, of x alone, W is dequantised again: what a forward pass
     keeps is the codes and scales themselves, never W."""
-    x, weight = _dequantised_after(x, weight)
-    return jnp.einsum("...i,oi->...o", x, weight)
+    x, dense = _dequantised_after(x, weight)
+    return jnp.einsum("...i,oi->...o", x, dense)
 
 
 def _dequantised_after(x: Array, weight: QuantArray) -> tuple[Array, Array]:
@@ -172,8 +172,8 @@ def _dequantised_after(x: Array, weight: QuantArray) -> tuple[Array, Array]:
 
 
 def _product_backward(weight: QuantArray, gradient: Array) -> tuple[Array, None]:
-    gradient, weight = _dequantised_after(gradient, weight)
-    return jnp.einsum("...o,oi->...i", gradient, weight), None
+    gradient, dense = _dequantised_after(gradient, weight)
+    return jnp.einsum("...o,oi->...i", gradient, dense), None
 
 
 quantised_product.defvjp(lambda x, weight: (quantised_product(x, weight), weight), _product_backward)
