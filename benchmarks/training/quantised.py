@@ -66,7 +66,7 @@ def line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     planned = f"planned {row.get('planned_gib')} GiB"
     if "ms" not in row:
         return f"{name}{limit}: {row['error']}, {planned}"
-    same = ("size", "method", "rank", "batch", "length", "remat", "unroll", "device", "commit")
+    same = ("size", "method", "rank", "batch", "length", "remat", "unroll", "device")
     plain = [r for r in rows if r["quantize"] is None and "ms" in r and all(r[key] == row[key] for key in same)]
     over = ""
     if plain and row["quantize"] is not None:
