@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.models.config import ModelConfig, RopeConfig, unsupported_field
 from adafuse_jax.models.kv_cache import KVCache
+from adafuse_jax.models.quantised import LAYOUTS
 from adafuse_jax.parallel.axes import CACHE, DATA, FSDP, MESH_AXES, TENSOR, logical_axes, partition_spec
 from pallas_kernels.quantised import QuantLayout
 
@@ -60,8 +61,10 @@ def make_mesh(num_devices: int, model: ModelConfig, layout: QuantLayout | None =
         raise UserError(
             f"--tensor-parallel {num_devices} needs as many devices, and there are {len(devices)}; give at most that"
         )
-    if reason := _uneven_share(model, {TENSOR: num_devices}, layout=layout):
-        raise UserError(f"--tensor-parallel {num_devices}: {reason}; give a number that divides it")
+    sizes = {TENSOR: num_devices}
+    if reason := _uneven_share(model, sizes, layout=layout):
+        other = _other_layouts(model, sizes, layout=layout)
+        raise UserError(f"--tensor-parallel {num_devices}: {reason}; give a number that divides it{other}")
     return Mesh(devices[:num_devices], (TENSOR,))
 
 
@@ -101,7 +104,8 @@ def training_mesh(
     if reason is None and jax.process_count() > 1 and size != len(devices):
         reason = f"{jax.process_count()} processes have {len(devices)} devices, and the mesh takes {size}"
     if reason is not None and (text is not None or jax.process_count() > 1):
-        advice = "train on one device" if unknown else "give another mesh, or another --batch-size"
+        other = _other_layouts(model, sizes, batch_size, layout)
+        advice = "train on one device" if unknown else f"give another mesh, or another --batch-size{other}"
         raise UserError(f"--mesh {text or _written(sizes)}: {reason}; {advice}")
     if reason is not None:
         log.info("training on one of %d devices: %s; --mesh or another --batch-size uses more", len(devices), reason)
@@ -153,8 +157,20 @@ def _uneven_share(
         ("components of its embedding", model.embed_dim, fsdp),
     ):
         if size // group % devices:
-            return f"{devices} devices cannot share the {size // group} groups of the model's {what} evenly"
+            return f"{devices} devices cannot share the {size // group} groups of {group} of the model's {what} evenly"
     return None
+
+
+def _other_layouts(
+    model: ModelConfig, sizes: dict[str, int], batch_size: int | None = None, layout: QuantLayout | None = None
+) -> str:
+    """Advice for quantised weights whose groups devices cannot share: the layouts that they can."""
+    names = [
+        name
+        for name, other in LAYOUTS.items()
+        if layout is not None and _uneven_share(model, sizes, batch_size, other) is None
+    ]
+    return f", or quantise to {' or '.join(names)}" if names else ""
 
 
 def shard[Module](module: Module, mesh: Mesh) -> Module:
