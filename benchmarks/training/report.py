@@ -130,7 +130,7 @@ def speed_line(row: dict[str, Any], alone: list[dict[str, Any]]) -> str:
 
 
 def losses_line(row: dict[str, Any], alone: list[dict[str, Any]]) -> str:
-    """Two ways of one device to divide the batch differ by rounding alone, which moves the losses further with every step."""
+    """Two ways to divide the batch on one device differ by rounding alone, which moves losses further with every step."""
 
     def off(one: dict[str, Any], other: dict[str, Any]) -> float:
         return max(abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=False))

@@ -71,9 +71,9 @@ class Fused:
     `norms`: all norms in front of blocks and the last one, stacked; `output_norms`: those behind blocks, if there are any.
     `a`, `b`: the experts' factors, the adapter's own arrays or, if they have another dtype or the rank is no multiple of 64,
     copies padded with zeros. `table`: the gates of every token, if the router sees the token alone. `scales`: those of
-    quantised linears, transposed: a tile's stand in a row. `head`: a copy, if a device's part of the vocabulary is no multiple
-    of 64, padded with zeros on each device; of a sharded model with tied embeddings, sharded over the vocabulary. `mesh`: of
-    a sharded model. The factors of a bank are read from it."""
+    quantised linears, transposed: a tile's stand in a row. `head`: a copy, if a device's vocabulary is no multiple of 64,
+    padded with zeros on each device; of a sharded model with tied embeddings, sharded over the vocabulary. `mesh`: of a
+    sharded model. The factors of a bank are read from it."""
 
     norms: Float[Array, "2L+1 D"]
     a: dict[str, Float[Array, "L E R in"]]
