@@ -90,9 +90,13 @@ class Run:
         return self.work / f"{self.path.name}.{number}.log"
 
     def send(self, number: int, what: signal.Signals, after: int) -> Run:
-        """Send a signal to a process once `after` steps are recorded."""
+        """Send a signal to a process once `after` steps are recorded and a checkpoint is complete."""
+
+        def is_early() -> bool:
+            return len(self.losses()) < after or not self.checkpoints()
+
         begun = time.monotonic()
-        while len(self.losses()) < after and all(process.poll() is None for process in self.processes):
+        while is_early() and all(process.poll() is None for process in self.processes):
             if time.monotonic() - begun > RUN_SECONDS:
                 break
             time.sleep(0.005)
@@ -121,7 +125,8 @@ class Run:
         return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
     def checkpoints(self) -> list[int]:
-        return sorted(int(path.name) for path in (self.path / "checkpoints").iterdir() if path.name.isdigit())
+        """Steps of the complete ones."""
+        return sorted(int(path.name) for path in (self.path / "checkpoints").glob("*") if path.name.isdigit())
 
     def rewound(self, name: str, step: int) -> Run:
         """A copy of the run with its checkpoints up to a step."""
@@ -184,7 +189,7 @@ def stopped(plan: Plan) -> Checks:
     ends = run.finish()
     found = re.match(rf"stopped at step (\d+) of {plan.steps}, which is saved", ends[0][1])
     step = int(found[1]) if found else None
-    is_good = [code for code, _ in ends] == [128 + signal.SIGTERM] * 2 and run.checkpoints()[-1] == step
+    is_good = [code for code, _ in ends] == [128 + signal.SIGTERM] * 2 and run.checkpoints()[-1:] == [step]
     yield is_good, {"ends": ends, "step": step, "recorded": len(run.losses())}
     is_good, facts = plan.ended(run.start(plan.halves, resume=True))
     yield is_good, facts | {"from": step}
@@ -192,9 +197,10 @@ def stopped(plan: Plan) -> Checks:
 
 def killed(plan: Plan, name: str, first: Sequence[range], second: Sequence[range]) -> Checks:
     run = plan.run(name).start(first).send(0, signal.SIGKILL, plan.first_saved + 5)
-    ends, last = run.finish(), run.checkpoints()[-1]
+    ends, last = run.finish(), max(run.checkpoints(), default=0)
     is_good, facts = plan.ended(run.start(second, resume=True))
-    yield is_good, facts | {"killed": ends, "from": last}
+    was_killed = ends[0][0] == -signal.SIGKILL and 0 < last < plan.steps
+    yield is_good and was_killed, facts | {"killed": ends, "from": last}
 
 
 SCENARIOS: dict[tuple[str, ...], Callable[[Plan], Checks]] = {
