@@ -70,7 +70,7 @@ class Run:
             shutil.rmtree(self.path, ignore_errors=True)
         flags = [
             f"--model={self.work / 'model'}", f"--dataset={self.work / 'texts.jsonl'}", f"--output={self.path}",
-            "--targets=all", "--num-experts=8", "--rank=8", "--dropout=0", "--dtype=float32", f"--steps={self.steps}",
+            "--targets=all", "--num-experts=8", "--rank=8", "--dropout=0", "--dtype=float32", "--learning-rate=1e-3", f"--steps={self.steps}",
             f"--batch-size={BATCH}", f"--max-length={LENGTH}", f"--checkpoint-every={self.steps // 3}",
             "--keep-checkpoints=10", "--eval-examples=0", *(["--resume"] if resume else []),
         ]  # fmt: skip
@@ -171,7 +171,10 @@ Checks = Iterator[tuple[bool, dict[str, Any]]]
 def alone(plan: Plan) -> Checks:
     run = plan.run("alone").start(plan.everything)
     ends, losses = run.finish(), run.losses()
-    yield ends[0][0] == 0 and len(losses) == plan.steps, {"ends": ends, "losses": losses}
+    is_good = (
+        ends[0][0] == 0 and len(losses) == plan.steps and losses[0] - losses[-1] > 10 * TOLERANCE
+    )  # or none differ
+    yield is_good, {"ends": ends, "losses": losses}
 
 
 def together(plan: Plan) -> Checks:
