@@ -70,7 +70,8 @@ class Run:
             shutil.rmtree(self.path, ignore_errors=True)
         flags = [
             f"--model={self.work / 'model'}", f"--dataset={self.work / 'texts.jsonl'}", f"--output={self.path}",
-            "--targets=all", "--num-experts=8", "--rank=8", "--dropout=0", "--dtype=float32", "--learning-rate=1e-3", f"--steps={self.steps}",
+            "--targets=all", "--num-experts=8", "--rank=8", "--dropout=0", "--dtype=float32", "--learning-rate=1e-3",
+            f"--steps={self.steps}",
             f"--batch-size={BATCH}", f"--max-length={LENGTH}", f"--checkpoint-every={self.steps // 3}",
             "--keep-checkpoints=10", "--eval-examples=0", *(["--resume"] if resume else []),
         ]  # fmt: skip
