@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import fields
 
 import jax
@@ -87,15 +88,20 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def training_mesh(
-    text: str | None, model: ModelConfig, batch_size: int, layout: QuantLayout | None = None
+    text: str | None,
+    model: ModelConfig,
+    batch_size: int,
+    layout: QuantLayout | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh | None:
     """The mesh of `--mesh`; by default all devices as fsdp if they can share batch and model evenly, else one. None for one
-    device. A log line says which. `layout`: of quantised linears.
+    device. A log line says which. `layout`: of quantised linears. `devices`: others than this process sees.
 
     Raises:
       UserError: a size that does not fit the devices, the processes, the batch or the model.
     """
-    devices, sizes = jax.devices(), {DATA: 1, FSDP: jax.device_count(), TENSOR: 1}
+    devices = devices or jax.devices()
+    sizes = {DATA: 1, FSDP: len(devices), TENSOR: 1}
     if text is not None:
         sizes = _filled_in(parse_mesh(text), len(devices), f"--mesh {text}")
     unknown = unsupported_field(model, CONSUMED_FIELDS | IRRELEVANT_FIELDS.keys())

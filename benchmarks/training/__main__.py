@@ -119,7 +119,7 @@ def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
     if part == "devices":  # XLA's own limit is three quarters of the device
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
     if arguments.warm_up:
-        warm_up(jobs, arguments)
+        warm_up(jobs, arguments, found["commit"])
         return
     if part == "devices" and path.exists() and (before := json.loads(path.read_text()))["commit"] == found["commit"]:
         found |= before | {"rows": [row for row in before["rows"] if is_finished(row)]}

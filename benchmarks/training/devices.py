@@ -9,7 +9,8 @@
 Shapes are Llama-2's; `--models` takes some of them, `--meshes` other meshes. Weights are made in their shards. A row that
 was measured at the same commit is not measured again, so a call that was stopped continues; the losses of one device may
 also come from another machine, in another part. `--warm-up N` only compiles, N rows at once, into the cache of compiled
-programs (`JAX_COMPILATION_CACHE_DIR`), from which the measuring calls take them. `--size tiny` has the same rows.
+programs (`JAX_COMPILATION_CACHE_DIR`), from which the measuring calls take them. On a host with fewer GPUs it compiles for
+more of the same kind: training-planN.json says what fits. `--size tiny` has the same rows.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.jobs import Job, run_job
+from benchmarks.common.records import write_json
 
 MESHES: dict[int, tuple[str, ...]] = {
     2: ("data=2", "fsdp=2"),
@@ -113,13 +115,19 @@ def losses_of_one(out: Path, commit: str | None) -> list[dict[str, Any]]:
     return [row for row in rows if row.get("accum", 1) > 1 and is_finished(row)]
 
 
-def warm_up(jobs: list[Job], arguments: argparse.Namespace) -> None:
-    """Compile the jobs' programs in `arguments.warm_up` processes at once. None of them takes the device's whole memory."""
+def warm_up(jobs: list[Job], arguments: argparse.Namespace, commit: str | None) -> None:
+    """Compile the jobs' programs in `arguments.warm_up` processes at once, and write what a device needs by the compiler's
+    plan. None of them takes the device's whole memory. Where devices are missing it is for others of the same kind."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    record: dict[str, Any] = {"commit": commit, "rows": []}
     with ThreadPoolExecutor(arguments.warm_up) as pool:
-        only_compile = {"only_compile": True}
-        for job, (found, problem) in zip(
-            jobs, pool.map(lambda job: run_job(job, only_compile, arguments.job_seconds, sys.executable), jobs), strict=True
-        ):  # fmt: skip
-            planned = problem or f"{found['compile_seconds']:.0f} s, {found['planned_gib']} GiB"
-            print(f"{job.name}: {planned}", flush=True)
+        answers = pool.map(
+            lambda job: run_job(job, {"only_compile": True}, arguments.job_seconds, sys.executable), jobs
+        )
+        for job, (found, problem) in zip(jobs, answers, strict=True):
+            error = found.get("error") or problem
+            planned = {key: found[key] for key in ("compile_seconds", "planned_gib") if key in found}
+            record["device"] = found.get("device", record.get("device"))
+            record["rows"] += [row | planned | ({"error": error} if error else {}) for row in job.rows]
+            write_json(arguments.out / f"training-plan{arguments.devices}.json", record)
+            print(f"{job.name}: {error or '{compile_seconds:.0f} s, {planned_gib} GiB'.format(**found)}", flush=True)

@@ -14,6 +14,7 @@ from adafuse_jax.training.utilisation import linear_parameters
 from benchmarks.common import jobs
 from benchmarks.common.records import write_json
 from benchmarks.training import __main__ as training
+from benchmarks.training import devices as mesh_rows
 from benchmarks.training import experts
 from benchmarks.training.__main__ import jobs_of, parse, rows_of
 from benchmarks.training.profile import kind_of
@@ -100,6 +101,7 @@ def test_rows_of_meshes():
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A call of `--part devices`, whose jobs have the given answers in turn; it returns the names of those that began."""
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # which it would set
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
     monkeypatch.setattr(training, "merge_parts", lambda out: "")
 
     def run(answers: list[Any], *flags: str) -> list[str]:
@@ -110,6 +112,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             return answers[(len(names) - 1) % len(answers)]
 
         monkeypatch.setattr(jobs, "run_job", answer)
+        monkeypatch.setattr(mesh_rows, "run_job", answer)
         training.main(["--out", str(tmp_path), "--part", "devices", "--size", "tiny", *flags])
         return names
 
@@ -150,9 +153,27 @@ def test_losses_of_one_device_come_from_another_part(call: Any):
     assert len(rest) == 2 * (1 + 3) + 4
 
 
+def test_plan_of_a_warm_up(tmp_path: Path, call: Any):
+    """What each row needs by the compiler's plan, or why it does not compile."""
+    answers = [
+        ({"compile_seconds": 3.0, "planned_gib": 9.0, "device": "x"}, None),
+        ({}, "UserError: 8 devices are needed"),
+    ]
+    names = call(answers, "--devices", "8", "--warm-up", "1", "--only", "adafuse-full")
+    record = json.loads((tmp_path / "training-plan8.json").read_text())
+    assert len(names) == 3
+    assert [row.get("planned_gib", row.get("error")) for row in record["rows"]] == [
+        9.0,
+        "UserError: 8 devices are needed",
+        9.0,
+    ]
+    assert {row["mesh"] for row in record["rows"]} == {"fsdp=8", "data=2,fsdp=4", "fsdp=4,tensor=2"}
+
+
 @pytest.mark.slow
 def test_rows_of_several_devices():
-    """Fully sharded, two devices have the losses of one with the same batch in two micro-batches."""
+    """Fully sharded, two devices have the losses of one with the same batch in two micro-batches, and the memory that was
+    planned without arrays."""
     program = """
 import json
 from benchmarks.training.devices import rows_of_devices
@@ -162,6 +183,10 @@ for row in rows_of_devices("tiny", 2, None, None)[2:4]:
     values = {}
     measure(row | {"steps": 2, "repeats": 1, "profile": False}, values.update)
     found.append([row["mesh"], values["losses"]])
+    if row["mesh"] == "fsdp=2":
+        plan = {}
+        measure(row | {"only_compile": True}, plan.update)
+        assert plan["planned_gib"] == values["planned_gib"] > 0 and "ms" not in plan
 print(json.dumps(found))
 """
     (two, together), (one, alone) = json.loads(tiny.with_devices(2, "-c", program))
