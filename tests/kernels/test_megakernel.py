@@ -230,6 +230,16 @@ def test_compiled_for_two_devices(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("devices", [4, 8])
+def test_compiled_for_more_devices(devices):
+    """A head of 65 tokens on each, which is padded; of 8 devices each has one head."""
+    if jax.default_backend() != "gpu" or jax.device_count() < devices:
+        pytest.skip(f"not {devices} GPUs")
+    case = Case(batch=2, targets=LINEARS, heads=(8, 8, 64), hidden_dim=512, num_layers=2, vocab_size=65 * devices)
+    check(case, compiled=True, devices=devices)
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu" or jax.device_count() < 2, reason="not two GPUs")
 def test_two_devices_keep_in_step():
     """100 steps one after the other, with the same tokens: the logits of one device but for rounding, equal on both."""
