@@ -157,7 +157,7 @@ class Plan:
         return Run(self.work, name, self.steps)
 
     def ended(self, run: Run) -> tuple[bool, dict[str, Any]]:
-        """Whether a run goes to its end with the losses of one process, and its facts."""
+        """(true if the run goes to its end with the losses of one process, its facts)."""
         ends, losses, apart = run.finish(), run.losses(), None
         if len(losses) == len(self.losses) == self.steps:
             apart = max(abs(a - b) for a, b in zip(losses, self.losses, strict=True))
@@ -166,7 +166,7 @@ class Plan:
 
 
 Checks = Iterator[tuple[bool, dict[str, Any]]]
-"""Whether each is as it should be, and its facts; the work is done as they are asked for."""
+"""(true if it is as it should be, its facts) of each check; the work is done as they are asked for."""
 
 
 def alone(plan: Plan) -> Checks:
