@@ -61,7 +61,7 @@ def run_job(job: Job, common: dict[str, Any], timeout: float, python: str) -> tu
 def run_job_within(
     left: float, job: Job, common: dict[str, Any], timeout: float, python: str
 ) -> tuple[dict[str, Any], str | None] | None:
-    """The answer of `run_job` in a call that has `left` seconds; None if they do not suffice: the job is for the next call."""
+    """The answer of `run_job` in a call that has `left` seconds; None if they are too few, and the next call has the job."""
     if left < LEAST_SECONDS:
         print(f"{job.name}: not begun, as the call's time is over; the same command continues", flush=True)
         return None
