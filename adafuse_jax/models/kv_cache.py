@@ -53,8 +53,8 @@ class KVCache:
         """The first `length` positions of one row, at most `copied`, copied to another. What lies behind them there becomes
         0 up to `copied`: what the source has there may not be finite, and is multiplied by 0.
 
-        Layer by layer, so that the copy needs little memory. No number of steps depends on `length`: a GPU would ask the host
-        whether to go on, which then waits for all that is queued before."""
+        Layer by layer, so that the copy needs little memory. No number of steps depends on `length`: a GPU would ask the
+        host whether to go on, which then waits for all that is queued before."""
         is_copied = (jnp.arange(copied) < length)[:, None, None]
 
         def copy_layer(layer: Int[Array, ""], cache: KVCache) -> KVCache:

@@ -58,7 +58,7 @@ def test_nothing_is_compared_without_losses(call: Any):
 def test_the_end_of_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, change: float | None, is_good: bool
 ):
-    """It ends well with all losses of one process; None: it has too few."""
+    """A good end has all losses of one process; None: it has too few."""
     plan = Plan(tmp_path, 3, [range(2)], [range(1), range(1, 2)], [3.0, 2.0, 1.0])
     run = plan.run("x")
     run.path.mkdir()
