@@ -154,7 +154,7 @@ def test_losses_of_one_device_come_from_another_part(call: Any):
 
 
 def test_plan_of_a_warm_up(tmp_path: Path, call: Any):
-    """What each row needs by the compiler's plan, or why it does not compile."""
+    """Memory of each row by the compiler's plan, or the reason why it does not compile."""
     answers = [
         ({"compile_seconds": 3.0, "planned_gib": 9.0, "device": "x"}, None),
         ({}, "UserError: 8 devices are needed"),
