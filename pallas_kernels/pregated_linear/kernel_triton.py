@@ -40,15 +40,32 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 """Activations that the kernel has; an exact GELU needs erf, which Pallas does not lower to Triton."""
 
 
+MAX_IDS = 16
+"""Ids of experts that a program keeps in registers."""
+AT_ONCE = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles:
-    """A program has `tile_m` rows of a matrix and takes `tile_k` columns of it at a time, of a quantised one `tile_q`."""
+    """A program has `tile_m` rows of W and takes `tile_k` columns of it at a time, of a quantised one `tile_q`.
+
+    `shrink_m`, `shrink_k`: the same of A, where they are not 0. `splits`: programs that share the columns of the same rows;
+    their partial sums are added by XLA.
+    """
 
     tile_m: int
     tile_k: int
     tile_q: int = 0
+    shrink_m: int = 0
+    shrink_k: int = 0
+    splits: int = 1
     num_warps: int
     num_stages: int
+
+    @property
+    def of_a(self) -> tuple[int, int]:
+        """(rows, columns) of A that a program takes at a time."""
+        return self.shrink_m or self.tile_m, self.shrink_k or self.tile_k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,21 +111,26 @@ class Launch:
     def in_dim(self) -> int:
         return self.refs["x"].shape[1]
 
-    def times_h(self, matrices: Sequence[tuple[Any, tuple]], row: Any) -> list[Array]:
-        """M h of each matrix (stack, its indices) for rows `row`…, [tile_m, columns] in fp32."""
-        tiles, norm = self.group.tiles, self.refs["norm"]
+    def times_h(
+        self, matrices: Sequence[tuple[Any, tuple]], row: Any, tile: tuple[int, int], split: Any = 0, splits: int = 1
+    ) -> list[Array]:
+        """M h of each matrix (stack, its indices) for rows `row`…, [tile_m, columns] in fp32.
+
+        `tile`: (tile_m, tile_k). `split`: the part of the columns that is summed, of `splits` parts.
+        """
+        (tile_m, tile_k), norm = tile, self.refs["norm"]
         vector = self.columns == 1
-        width = tiles.tile_k if vector else self.columns
+        width = tile_k if vector else self.columns
 
         def load_step(i: Array) -> list[Array]:
-            k = i * tiles.tile_k
-            inside = None if self.in_dim % tiles.tile_k == 0 else k + jnp.arange(tiles.tile_k) < self.in_dim
-            found = [self._tile(m, row, k, inside) for m in matrices]
+            k = i * tile_k
+            inside = None if self.in_dim % tile_k == 0 else k + jnp.arange(tile_k) < self.in_dim
+            found = [self._tile(m, tile, row, k, inside) for m in matrices]
             if not vector:
-                return [*found, self._load_x(k, inside)]  # [columns, tile_k]
-            found.append(load(self.refs["x"].at[self.zero, pl.ds(k, tiles.tile_k)], inside))
+                return [*found, self._load_x(tile_k, k, inside)]  # [columns, tile_k]
+            found.append(load(self.refs["x"].at[self.zero, pl.ds(k, tile_k)], inside))
             if norm is not None:
-                found.append(load(norm.at[self.refs["layer"][0], pl.ds(k, tiles.tile_k)], inside))
+                found.append(load(norm.at[self.refs["layer"][0], pl.ds(k, tile_k)], inside))
             return found
 
         def multiply(loaded: list[Array], totals: list[Array], squares: Array) -> tuple[list[Array], Array]:
@@ -125,12 +147,13 @@ class Launch:
             following = load_step(i + 1) if ahead else loaded
             return *multiply(loaded if ahead else load_step(i), *sums), following
 
-        zeros = [jnp.zeros((tiles.tile_m, width), jnp.float32) for _ in matrices]
-        squares = jnp.zeros(tiles.tile_k if vector and norm is not None else 1, jnp.float32)
-        steps = pl.cdiv(self.in_dim, tiles.tile_k)
-        ahead = vector and tiles.num_stages > 1  # the compiler pipelines the loads of tensor cores only
+        zeros = [jnp.zeros((tile_m, width), jnp.float32) for _ in matrices]
+        squares = jnp.zeros(tile_k if vector and norm is not None else 1, jnp.float32)
+        steps = pl.cdiv(self.in_dim, tile_k)
+        ahead = vector and self.group.tiles.num_stages > 1  # the compiler pipelines the loads of tensor cores only
         loaded = load_step(self.zero) if ahead else []
-        totals, squares, loaded = lax.fori_loop(0, steps - ahead, step, (zeros, squares, loaded))
+        first, last = share(steps - ahead, split, splits)
+        totals, squares, loaded = lax.fori_loop(first, last, step, (zeros, squares, loaded))
         if ahead:
             totals, squares = multiply(loaded, totals, squares)
         if vector:
@@ -140,18 +163,19 @@ class Launch:
         scale = lax.rsqrt(jnp.sum(squares) / self.in_dim + self.group.eps)
         return [total * scale for total in totals]
 
-    def _tile(self, matrix: tuple[Any, tuple], row: Any, k: Array, inside: Array | None) -> Array:
-        (stack, indices), tiles = matrix, self.group.tiles
+    def _tile(
+        self, matrix: tuple[Any, tuple], tile: tuple[int, int], row: Any, k: Array, inside: Array | None
+    ) -> Array:
+        (stack, indices), (tile_m, tile_k) = matrix, tile
         mask = None if inside is None else inside[None]
-        if stack.shape[-2] % tiles.tile_m:
-            in_rows = (row + jnp.arange(tiles.tile_m) < stack.shape[-2])[:, None]
+        if stack.shape[-2] % tile_m:
+            in_rows = (row + jnp.arange(tile_m) < stack.shape[-2])[:, None]
             mask = in_rows if mask is None else in_rows & mask
         if mask is not None:
-            mask = jnp.broadcast_to(mask, (tiles.tile_m, tiles.tile_k))
-        return load(stack.at[*indices, pl.ds(row, tiles.tile_m), pl.ds(k, tiles.tile_k)], mask)
+            mask = jnp.broadcast_to(mask, tile)
+        return load(stack.at[*indices, pl.ds(row, tile_m), pl.ds(k, tile_k)], mask)
 
-    def _load_x(self, k: Array, inside: Array | None) -> Array:
-        tile_k = self.group.tiles.tile_k
+    def _load_x(self, tile_k: int, k: Array, inside: Array | None) -> Array:
         mask = None if inside is None else inside[None]
         if self.batch != self.columns:
             in_batch = (jnp.arange(self.columns) < self.batch)[:, None]
@@ -164,6 +188,11 @@ class Launch:
         """Add to the number of programs that have published t; returns what it was."""
         return plgpu.atomic_add(self.outs["ready"], (at,), more)
 
+    def wait(self, number: int) -> None:
+        """Wait until `number` programs have published t."""
+        at, zero = self.counter(), self.zero
+        lax.while_loop(lambda n: n < number, lambda _: self.count(at, zero), zero)
+
     def counter(self) -> Array:
         return self.refs["layer"][0] * self.group.counters + self.group.counter
 
@@ -175,10 +204,18 @@ class Launch:
         )
 
 
+def share(count: int | Array, split: Any, splits: int) -> tuple[Any, Any]:
+    """(first, last + 1) of the `count` things in a row that one of `splits` programs takes."""
+    if splits == 1:
+        return 0, count
+    each = pl.cdiv(count, splits)
+    return jnp.minimum(split * each, count), jnp.minimum((split + 1) * each, count)
+
+
 def shrink(launch: Launch, name: str, tile: Array) -> None:
     """Publish `tile_m` elements of t of one expert for every row."""
     group, a = launch.group, launch.refs["a"][name]
-    tile_m, rank = group.tiles.tile_m, a.shape[2]
+    (tile_m, _), rank = group.tiles.of_a, a.shape[2]
     tiles = pl.cdiv(rank, tile_m)
     u, r = tile // tiles, tile % tiles * tile_m
     expert, layer, gate = launch.refs["experts"][u], launch.refs["layer"][0], launch.gate(u)
@@ -186,7 +223,7 @@ def shrink(launch: Launch, name: str, tile: Array) -> None:
 
     @pl.when(in_use)
     def _store() -> None:
-        (product,) = launch.times_h([(a, (layer, expert))], r)
+        (product,) = launch.times_h([(a, (layer, expert))], r, group.tiles.of_a)
         t = jnp.where(gate[None] != 0, product * gate[None], 0).astype(launch.refs["x"].dtype)  # [tile_m, columns]
         mask = (jnp.arange(launch.columns) < launch.batch)[:, None] & (r + jnp.arange(tile_m) < rank)[None]
         at = launch.outs["t"][name].at[u, pl.ds(launch.zero, launch.columns), pl.ds(r, tile_m)]
@@ -198,26 +235,34 @@ def shrink(launch: Launch, name: str, tile: Array) -> None:
 
 
 def linear(launch: Launch, names: Sequence[str], tile: Array, num_shrink: int) -> None:
-    """Compute `tile_m` rows of one linear, or of a gated pair."""
+    """Compute `tile_m` rows of one linear, or of a gated pair, or their sums over a part of the columns."""
     refs, group = launch.refs, launch.group
     weights = [refs["w"][name] for name in names]
-    is_quantised = isinstance(weights[0], QuantArray)
-    tile_m, layer, out = group.tiles.tile_m, refs["layer"][0], jax.tree.leaves(weights[0])[0].shape[1]
-    row = tile * tile_m
+    tile_m, layer, splits = group.tiles.tile_m, refs["layer"][0], group.tiles.splits
+    row, split = (tile, 0) if splits == 1 else (tile // splits, tile % splits)
+    row = row * tile_m
     adapted = [name for name in names if name in refs["a"]]
     early = {name: _factors_of_one_row(launch, name, row) for name in adapted if launch.columns == 1}
-    if is_quantised:
+    experts = _experts(launch) if adapted and not early else []
+    if isinstance(weights[0], QuantArray):
         totals = kernel_quantised.times_h(launch, weights, row)
     else:
-        totals = launch.times_h([(weight, (layer,)) for weight in weights], row)
+        matrices = [(weight, (layer,)) for weight in weights]
+        totals = launch.times_h(matrices, row, (tile_m, group.tiles.tile_k), split, splits)
     if adapted:
-        at, zero = launch.counter(), launch.zero
-        lax.while_loop(lambda n: n < num_shrink, lambda _: launch.count(at, zero), zero)
-        for i, name in enumerate(names):
-            if name in early:
-                totals[i] += _expand_one_row(launch, name, early[name])
-            elif name in adapted:
-                totals[i] += _expand(launch, name, row)
+        launch.wait(num_shrink)
+        if early:
+            for i, name in enumerate(names):
+                totals[i] += _expand_one_row(launch, name, early[name]) if name in early else 0
+        else:
+            totals = _expand(launch, names, row, totals, experts, split)
+    _store(launch, names, row, split, totals)
+
+
+def _store(launch: Launch, names: Sequence[str], row: Array, split: Any, totals: list[Array]) -> None:
+    """Store y [columns, tile_m], or a split's partial sum of it."""
+    refs, group, tile_m, y_ref = launch.refs, launch.group, launch.group.tiles.tile_m, launch.outs["y"][names[0]]
+    layer, out = refs["layer"][0], y_ref.shape[-1]
     in_rows = row + jnp.arange(tile_m) < out
     for i, name in enumerate(names):
         if (bias := refs["bias"].get(name)) is not None:
@@ -228,7 +273,9 @@ def linear(launch: Launch, names: Sequence[str], tile: Array, num_shrink: int) -
     y = y.T
     if (residual := refs["residual"]) is not None:
         y += load(residual.at[here], mask).astype(jnp.float32)
-    plgpu.store(launch.outs["y"][names[0]].at[here], y.astype(group.out_dtype), mask=mask)
+    if group.tiles.splits > 1:
+        here = (split, *here)
+    plgpu.store(y_ref.at[here], y.astype(y_ref.dtype), mask=mask)
 
 
 def _factors_of_one_row(launch: Launch, name: str, row: Array) -> list[Array]:
@@ -257,21 +304,44 @@ def _expand_one_row(launch: Launch, name: str, factors: list[Array]) -> Array:
     return jnp.sum(added, axis=1, keepdims=True)
 
 
-def _expand(launch: Launch, name: str, row: Array) -> Array:
-    """Σ_u B[e_u] t_u, [tile_m, columns], over the experts in use."""
-    b, refs, tile_m = launch.refs["b"][name], launch.refs, launch.group.tiles.tile_m
-    out, rank = b.shape[2:]
+def _experts(launch: Launch) -> list[Array]:
+    """Ids of the experts, loaded before they are needed, if registers hold them."""
+    experts = launch.refs["experts"]
+    return [experts[u] for u in range(len(experts))] if len(experts) <= MAX_IDS else []
+
+
+def _expand(
+    launch: Launch, names: Sequence[str], row: Array, totals: list[Array], experts: list[Array], split: Any
+) -> list[Array]:
+    """totals + Σ_u B[e_u] t_u, [tile_m, columns] each, over the experts in use, as many at a time as columns of W."""
+    refs, tiles, max_used = launch.refs, launch.group.tiles, len(launch.refs["experts"])
+    adapted = [name for name in names if name in refs["b"]]
+    out, rank = refs["b"][adapted[0]].shape[2:]
     width = max(16, pl.next_power_of_2(rank))
+    num_used, at_once = refs["num_used"][0], AT_ONCE or max(1, min(max_used, tiles.tile_k // (width * len(names))))
     in_rank = (jnp.arange(width) < rank)[None]
-    inside = (row + jnp.arange(tile_m) < out)[:, None] & in_rank
+    in_rows = (row + jnp.arange(tiles.tile_m) < out)[:, None] & in_rank
     in_batch = (jnp.arange(launch.columns) < launch.batch)[:, None] & in_rank
 
-    def step(u: Array, total: Array) -> Array:
-        b_u = load(b.at[refs["layer"][0], refs["experts"][u], pl.ds(row, tile_m), pl.ds(launch.zero, width)], inside)
-        t_u = load(
-            launch.outs["t"][name].at[u, pl.ds(launch.zero, launch.columns), pl.ds(launch.zero, width)], in_batch
-        )
-        return total + dot(b_u, t_u, trans_b=True)
+    def expert(u: Array) -> Array:
+        if not experts:
+            return refs["experts"][jnp.minimum(u, max_used - 1)]
+        found = experts[0]
+        for i, other in enumerate(experts[1:], 1):
+            found = jnp.where(u == i, other, found)
+        return found
 
-    zeros = jnp.zeros((tile_m, launch.columns), jnp.float32)
-    return lax.fori_loop(0, refs["num_used"][0], step, zeros)
+    def step(i: Array, totals: list[Array]) -> list[Array]:
+        totals = list(totals)
+        for u in (i * at_once + j for j in range(at_once)):
+            of_b = refs["layer"][0], expert(u), pl.ds(row, tiles.tile_m), pl.ds(launch.zero, width)
+            of_t = u, pl.ds(launch.zero, launch.columns), pl.ds(launch.zero, width)
+            for n, name in enumerate(names):
+                if name in adapted:
+                    b_u = load(refs["b"][name].at[of_b], in_rows & (u < num_used))
+                    t_u = load(launch.outs["t"][name].at[of_t], in_batch & (u < num_used))
+                    totals[n] += dot(b_u, t_u, trans_b=True)
+        return totals
+
+    first, last = share(pl.cdiv(num_used, at_once), split, tiles.splits)
+    return lax.fori_loop(first, last, step, totals)

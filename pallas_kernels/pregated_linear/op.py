@@ -93,11 +93,13 @@ def pregated_linear(
     Raises `ValueError` for shapes or types that do not fit together, or that the kernel does not support.
     """
     _validate(x, weights, a, b, mixture, norm)
-    batch, tile_m = x.shape[0], group.tiles.tile_m
+    batch, tile_m, splits = x.shape[0], group.tiles.tile_m, group.tiles.splits
     outs: dict[str, Any] = {"y": {}, "t": {}, "ready": jax.ShapeDtypeStruct(ready.shape, ready.dtype)}
     programs: list[tuple[int, Callable]] = []
     refs: dict[str, Any] = {"ready": ready, "x": x, "layer": layer, "w": weights, "a": a, "b": b, "bias": biases or {}}
     refs |= {"norm": norm, "residual": residual}
+    if splits > 1:  # XLA adds them
+        refs |= {"bias": {}, "residual": None}
     first = next(iter(weights.values()))
     if isinstance(first, QuantArray):
         refs["w"] = {name: for_kernel(w) for name, w in weights.items() if isinstance(w, QuantArray)}
@@ -109,12 +111,16 @@ def pregated_linear(
         for name, factor in a.items():
             rank = factor.shape[2]
             outs["t"][name] = jax.ShapeDtypeStruct((max_used, batch, rank), x.dtype)
-            programs.append((max_used * pl.cdiv(rank, tile_m), partial(shrink, name=name)))
+            programs.append((max_used * pl.cdiv(rank, group.tiles.of_a[0]), partial(shrink, name=name)))
         num_shrink = sum(count for count, _ in programs)
     for names in [group.gated] if group.gated else [(name,) for name in weights]:
         out = weights[names[0]].shape[1]
-        outs["y"][names[0]] = jax.ShapeDtypeStruct((batch, out), group.out_dtype)
-        programs.append((pl.cdiv(out, tile_m), partial(linear, names=names, num_shrink=num_shrink)))
+        outs["y"][names[0]] = (
+            jax.ShapeDtypeStruct((batch, out), group.out_dtype)
+            if splits == 1
+            else jax.ShapeDtypeStruct((splits, batch, out), jnp.float32)
+        )
+        programs.append((splits * pl.cdiv(out, tile_m), partial(linear, names=names, num_shrink=num_shrink)))
 
     def kernel(refs: dict[str, Any], outs: dict[str, Any]) -> None:
         program, first = pl.program_id(0), 0
@@ -128,7 +134,18 @@ def pregated_linear(
         kernel, refs, outs, grid=(sum(count for count, _ in programs),), updated=["ready"], interpret=interpret,
         num_warps=group.tiles.num_warps, num_stages=group.tiles.num_stages,
     )  # fmt: skip
+    if splits > 1:
+        return {name: _summed(parts, name, group, layer, biases, residual) for name, parts in found["y"].items()}, found["ready"]
     return found["y"], found["ready"]
+
+
+def _summed(parts, name, group, layer, biases, residual):
+    y = parts.sum(axis=0)
+    if biases and name in biases:
+        y += biases[name][layer[0]].astype(jnp.float32)
+    if residual is not None:
+        y += residual.astype(jnp.float32)
+    return y.astype(group.out_dtype)
 
 
 def _validate(
