@@ -103,7 +103,8 @@ def by_kernel(
     tiles: Tiles | None = None,
 ) -> dict[str, Array]:
     """One launch, as in the decode step."""
-    layout = getattr(next(iter(weights.values())), "layout", None)
+    first = next(iter(weights.values()))
+    layout = first.layout if isinstance(first, QuantArray) else None
     group = Group(tiles=tiles or tiles_for(len(x), x.shape[1], x.dtype.itemsize, layout=layout), out_dtype=x.dtype)
     num_used = jnp.zeros(1, jnp.int32)
     if mixture is not None:
