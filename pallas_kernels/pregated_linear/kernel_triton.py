@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -42,15 +43,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 MAX_IDS = 16
 """Ids of experts that a program keeps in registers."""
-AT_ONCE = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles:
     """A program has `tile_m` rows of W and takes `tile_k` columns of it at a time, of a quantised one `tile_q`.
 
-    `shrink_m`, `shrink_k`: the same of A, where they are not 0. `splits`: programs that share the columns of the same rows;
-    their partial sums are added by XLA.
+    `shrink_m`, `shrink_k`: the same of A, where they are not 0. `splits`, `shrink_splits`: programs that share the columns of
+    the same rows of W, whose partial sums XLA adds, and of A, whose partial sums the last of them adds.
     """
 
     tile_m: int
@@ -59,6 +59,7 @@ class Tiles:
     shrink_m: int = 0
     shrink_k: int = 0
     splits: int = 1
+    shrink_splits: int = 1
     num_warps: int
     num_stages: int
 
@@ -112,11 +113,15 @@ class Launch:
         return self.refs["x"].shape[1]
 
     def times_h(
-        self, matrices: Sequence[tuple[Any, tuple]], row: Any, tile: tuple[int, int], split: Any = 0, splits: int = 1
+        self,
+        matrices: Sequence[tuple[Any, tuple]],
+        row: Any,
+        tile: tuple[int, int],
+        share: Callable[[int], tuple[Any, Any]] = lambda steps: (0, steps),
     ) -> list[Array]:
         """M h of each matrix (stack, its indices) for rows `row`…, [tile_m, columns] in fp32.
 
-        `tile`: (tile_m, tile_k). `split`: the part of the columns that is summed, of `splits` parts.
+        `tile`: (tile_m, tile_k). `share`: number of steps through the columns → first step, last step + 1.
         """
         (tile_m, tile_k), norm = tile, self.refs["norm"]
         vector = self.columns == 1
@@ -152,7 +157,7 @@ class Launch:
         steps = pl.cdiv(self.in_dim, tile_k)
         ahead = vector and self.group.tiles.num_stages > 1  # the compiler pipelines the loads of tensor cores only
         loaded = load_step(self.zero) if ahead else []
-        first, last = share(steps - ahead, split, splits)
+        first, last = share(steps - ahead)
         totals, squares, loaded = lax.fori_loop(first, last, step, (zeros, squares, loaded))
         if ahead:
             totals, squares = multiply(loaded, totals, squares)
@@ -188,6 +193,12 @@ class Launch:
         """Add to the number of programs that have published t; returns what it was."""
         return plgpu.atomic_add(self.outs["ready"], (at,), more)
 
+    def publish(self) -> None:
+        """Count this program, whose results are stored."""
+        if not self.interpret:
+            plgpu.debug_barrier()  # all of them are stored before they count
+        self.count(self.counter(), self.zero + 1)
+
     def wait(self, number: int) -> None:
         """Wait until `number` programs have published t."""
         at, zero = self.counter(), self.zero
@@ -214,24 +225,59 @@ def share(count: int | Array, split: Any, splits: int) -> tuple[Any, Any]:
 
 def shrink(launch: Launch, name: str, tile: Array) -> None:
     """Publish `tile_m` elements of t of one expert for every row."""
-    group, a = launch.group, launch.refs["a"][name]
-    (tile_m, _), rank = group.tiles.of_a, a.shape[2]
-    tiles = pl.cdiv(rank, tile_m)
-    u, r = tile // tiles, tile % tiles * tile_m
-    expert, layer, gate = launch.refs["experts"][u], launch.refs["layer"][0], launch.gate(u)
-    in_use = jnp.max(jnp.where(gate != 0, 1, 0)) > 0  # of an expert that no row uses nothing is read
+    u, r, expert, layer, gate = _place(launch, name, tile)
+    if launch.columns == 1:
+        in_use = jnp.max(jnp.where(gate != 0, 1, 0)) > 0  # of an expert that no row uses nothing is read
+    else:
+        in_use = u < launch.refs["num_used"][0]
 
     @pl.when(in_use)
     def _store() -> None:
-        (product,) = launch.times_h([(a, (layer, expert))], r, group.tiles.of_a)
-        t = jnp.where(gate[None] != 0, product * gate[None], 0).astype(launch.refs["x"].dtype)  # [tile_m, columns]
-        mask = (jnp.arange(launch.columns) < launch.batch)[:, None] & (r + jnp.arange(tile_m) < rank)[None]
-        at = launch.outs["t"][name].at[u, pl.ds(launch.zero, launch.columns), pl.ds(r, tile_m)]
-        plgpu.store(at, t.T, mask=mask)
+        (product,) = launch.times_h([(launch.refs["a"][name], (layer, expert))], r, launch.group.tiles.of_a)
+        _store_t(launch, name, u, r, product, gate)
 
-    if not launch.interpret:
-        plgpu.debug_barrier()  # all of t is stored before it counts
-    launch.count(launch.counter(), launch.zero + 1)
+    launch.publish()
+
+
+def shrink_part(launch: Launch, name: str, tile: Array, num_parts: int | None = None) -> None:
+    """Publish partial sums of `tile_m` elements of A h; or t, of one's own and those that `num_parts` programs published."""
+    (tile_m, tile_k), splits = launch.group.tiles.of_a, launch.group.tiles.shrink_splits
+    a, tiles = launch.refs["a"][name], len(launch.refs["experts"]) * pl.cdiv(launch.refs["a"][name].shape[2], tile_m)
+    split, tile = (splits - 1, tile) if num_parts is not None else (tile // tiles, tile % tiles)
+    u, r, expert, layer, gate = _place(launch, name, tile)
+    in_use = u < launch.refs["num_used"][0]
+
+    def steps(count: int) -> tuple[Array, Array]:
+        first, last = share(count, split, splits)
+        return first, jnp.where(in_use, last, first)
+
+    (product,) = launch.times_h([(a, (layer, expert))], r, (tile_m, tile_k), steps)
+    mask = jnp.broadcast_to((r + jnp.arange(tile_m) < a.shape[2])[:, None] & in_use, product.shape)
+    here = u, pl.ds(r, tile_m), pl.ds(launch.zero, launch.columns)
+    if num_parts is None:
+        plgpu.store(launch.outs["parts"][name].at[split, *here], product, mask=mask)
+    else:
+        launch.wait(num_parts)
+        for other in range(splits - 1):
+            product += load(launch.outs["parts"][name].at[launch.zero + other, *here], mask)
+        _store_t(launch, name, u, r, product, gate)
+    launch.publish()
+
+
+def _place(launch: Launch, name: str, tile: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """The place in the mixture, first row of A, expert, layer and gates of a program that shrinks."""
+    tile_m = launch.group.tiles.of_a[0]
+    tiles = pl.cdiv(launch.refs["a"][name].shape[2], tile_m)
+    u, r = tile // tiles, tile % tiles * tile_m
+    return u, r, launch.refs["experts"][u], launch.refs["layer"][0], launch.gate(u)
+
+
+def _store_t(launch: Launch, name: str, u: Array, r: Array, product: Array, gate: Array) -> None:
+    tile_m, rank = len(product), launch.refs["a"][name].shape[2]
+    t = jnp.where(gate[None] != 0, product * gate[None], 0).astype(launch.refs["x"].dtype)  # [tile_m, columns]
+    mask = (jnp.arange(launch.columns) < launch.batch)[:, None] & (r + jnp.arange(tile_m) < rank)[None]
+    at = launch.outs["t"][name].at[u, pl.ds(launch.zero, launch.columns), pl.ds(r, tile_m)]
+    plgpu.store(at, t.T, mask=mask)
 
 
 def linear(launch: Launch, names: Sequence[str], tile: Array, num_shrink: int) -> None:
@@ -248,7 +294,9 @@ def linear(launch: Launch, names: Sequence[str], tile: Array, num_shrink: int) -
         totals = kernel_quantised.times_h(launch, weights, row)
     else:
         matrices = [(weight, (layer,)) for weight in weights]
-        totals = launch.times_h(matrices, row, (tile_m, group.tiles.tile_k), split, splits)
+        totals = launch.times_h(
+            matrices, row, (tile_m, group.tiles.tile_k), partial(share, split=split, splits=splits)
+        )
     if adapted:
         launch.wait(num_shrink)
         if early:
@@ -313,35 +361,26 @@ def _experts(launch: Launch) -> list[Array]:
 def _expand(
     launch: Launch, names: Sequence[str], row: Array, totals: list[Array], experts: list[Array], split: Any
 ) -> list[Array]:
-    """totals + Σ_u B[e_u] t_u, [tile_m, columns] each, over the experts in use, as many at a time as columns of W."""
-    refs, tiles, max_used = launch.refs, launch.group.tiles, len(launch.refs["experts"])
+    """totals + Σ_u B[e_u] t_u, [tile_m, columns] each, over the experts in use."""
+    refs, tiles = launch.refs, launch.group.tiles
     adapted = [name for name in names if name in refs["b"]]
     out, rank = refs["b"][adapted[0]].shape[2:]
     width = max(16, pl.next_power_of_2(rank))
-    num_used, at_once = refs["num_used"][0], AT_ONCE or max(1, min(max_used, tiles.tile_k // (width * len(names))))
     in_rank = (jnp.arange(width) < rank)[None]
     in_rows = (row + jnp.arange(tiles.tile_m) < out)[:, None] & in_rank
     in_batch = (jnp.arange(launch.columns) < launch.batch)[:, None] & in_rank
 
-    def expert(u: Array) -> Array:
-        if not experts:
-            return refs["experts"][jnp.minimum(u, max_used - 1)]
-        found = experts[0]
+    def step(u: Array, totals: list[Array]) -> list[Array]:
+        expert = experts[0] if experts else refs["experts"][u]
         for i, other in enumerate(experts[1:], 1):
-            found = jnp.where(u == i, other, found)
-        return found
+            expert = jnp.where(u == i, other, expert)
+        of_b = refs["layer"][0], expert, pl.ds(row, tiles.tile_m), pl.ds(launch.zero, width)
+        of_t = u, pl.ds(launch.zero, launch.columns), pl.ds(launch.zero, width)
+        return [
+            total + dot(load(refs["b"][name].at[of_b], in_rows), load(launch.outs["t"][name].at[of_t], in_batch), trans_b=True)
+            if name in adapted else total
+            for name, total in zip(names, totals, strict=True)
+        ]
 
-    def step(i: Array, totals: list[Array]) -> list[Array]:
-        totals = list(totals)
-        for u in (i * at_once + j for j in range(at_once)):
-            of_b = refs["layer"][0], expert(u), pl.ds(row, tiles.tile_m), pl.ds(launch.zero, width)
-            of_t = u, pl.ds(launch.zero, launch.columns), pl.ds(launch.zero, width)
-            for n, name in enumerate(names):
-                if name in adapted:
-                    b_u = load(refs["b"][name].at[of_b], in_rows & (u < num_used))
-                    t_u = load(launch.outs["t"][name].at[of_t], in_batch & (u < num_used))
-                    totals[n] += dot(b_u, t_u, trans_b=True)
-        return totals
-
-    first, last = share(pl.cdiv(num_used, at_once), split, tiles.splits)
+    first, last = share(refs["num_used"][0], split, tiles.splits)
     return lax.fori_loop(first, last, step, totals)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.megakernel.mixture import Mixture
 from pallas_kernels.pregated_linear import triton_call
 from pallas_kernels.pregated_linear.kernel_quantised import for_kernel, in_halves
-from pallas_kernels.pregated_linear.kernel_triton import Group, Launch, Tiles, linear, shrink
+from pallas_kernels.pregated_linear.kernel_triton import Group, Launch, Tiles, linear, shrink, shrink_part
 from pallas_kernels.quantised import QuantArray, QuantLayout
 
 MAX_BATCH = 32
@@ -94,7 +94,7 @@ def pregated_linear(
     """
     _validate(x, weights, a, b, mixture, norm)
     batch, tile_m, splits = x.shape[0], group.tiles.tile_m, group.tiles.splits
-    outs: dict[str, Any] = {"y": {}, "t": {}, "ready": jax.ShapeDtypeStruct(ready.shape, ready.dtype)}
+    outs: dict[str, Any] = {"y": {}, "t": {}, "parts": {}, "ready": jax.ShapeDtypeStruct(ready.shape, ready.dtype)}
     programs: list[tuple[int, Callable]] = []
     refs: dict[str, Any] = {"ready": ready, "x": x, "layer": layer, "w": weights, "a": a, "b": b, "bias": biases or {}}
     refs |= {"norm": norm, "residual": residual}
@@ -104,14 +104,20 @@ def pregated_linear(
     if isinstance(first, QuantArray):
         refs["w"] = {name: for_kernel(w) for name, w in weights.items() if isinstance(w, QuantArray)}
         refs |= {"x_halves": in_halves(x, first), "norm_halves": None if norm is None else in_halves(norm, first)}
-    num_shrink = 0
+    num_shrink, parts = 0, group.tiles.shrink_splits - 1
     if mixture is not None and a:
         refs |= {"experts": mixture.experts, "gates": mixture.gates, "num_used": num_used}
-        max_used = len(mixture.experts)
+        max_used, shape = len(mixture.experts), (max(16, pl.next_power_of_2(batch)),)
+        counts = {name: max_used * pl.cdiv(factor.shape[2], group.tiles.of_a[0]) for name, factor in a.items()}
+        num_parts = parts * sum(counts.values())
         for name, factor in a.items():
-            rank = factor.shape[2]
-            outs["t"][name] = jax.ShapeDtypeStruct((max_used, batch, rank), x.dtype)
-            programs.append((max_used * pl.cdiv(rank, group.tiles.of_a[0]), partial(shrink, name=name)))
+            outs["t"][name] = jax.ShapeDtypeStruct((max_used, batch, factor.shape[2]), x.dtype)
+            if parts:
+                outs["parts"][name] = jax.ShapeDtypeStruct((parts, max_used, factor.shape[2], *shape), jnp.float32)
+                programs.append((parts * counts[name], partial(shrink_part, name=name)))
+        for name, count in counts.items():
+            run = partial(shrink_part, name=name, num_parts=num_parts) if parts else partial(shrink, name=name)
+            programs.append((count, run))
         num_shrink = sum(count for count, _ in programs)
     for names in [group.gated] if group.gated else [(name,) for name in weights]:
         out = weights[names[0]].shape[1]

@@ -48,7 +48,7 @@ def by_kernel(x, weights, a, b, mixture, layer, tiles: Tiles | None = None, **op
     ready = jnp.zeros(2 * next(iter(weights.values()), x).shape[0], jnp.int32)
     at = jnp.asarray(layer, jnp.int32)[None]
     y, ready = pregated_linear(x, weights, a, b, mixture, num_used, at, ready, group=group, **options)
-    num_shrink = sum(len(mixture.experts) * -(-f.shape[2] // group.tiles.tile_m) for f in a.values())
+    num_shrink = group.tiles.shrink_splits * sum(len(mixture.experts) * -(-f.shape[2] // group.tiles.of_a[0]) for f in a.values())
     np.testing.assert_array_equal(ready, np.eye(len(ready), dtype=int)[2 * layer + 1] * num_shrink)
     return y
 
@@ -73,6 +73,38 @@ def test_interpreted(case):
 def test_default_tiles(case):
     inputs, layer = CASES[case].draw(), CASES[case].layer
     assert_near(by_kernel(*inputs, layer, interpret=True), *inputs, layer)
+
+
+SPLIT = Tiles(tile_m=16, tile_k=32, shrink_m=8, shrink_k=16, splits=3, shrink_splits=3, num_warps=4, num_stages=1)
+SEVERAL = Tiles(tile_m=16, tile_k=64, shrink_m=32, num_warps=4, num_stages=1)
+
+
+@pytest.mark.parametrize(
+    ("case", "tiles"),
+    [
+        ("batch", SPLIT),  # no more steps than splits
+        ("batch shares experts", SEVERAL),  # two experts at a time, one of them beyond those in use
+        ("batch of nothing", SPLIT),
+        ("random 4", SPLIT),
+    ],
+)
+def test_programs_share_columns_and_take_experts_at_once(case, tiles):
+    inputs, layer = CASES[case].draw(), CASES[case].layer
+    assert len(inputs[0]) > 1
+    assert_near(by_kernel(*inputs, layer, tiles=tiles, interpret=True), *inputs, layer)
+
+
+def test_splits_change_neither_bias_nor_residual():
+    case = Case(outs={"o": 40}, in_dim=160, batch=3, dtype="float32")
+    x, weights, a, b, mixture = case.draw()
+    keys = jax.random.split(jax.random.key(0))
+    more = {"biases": {"o": jax.random.normal(keys[0], (2, 40))}, "residual": jax.random.normal(keys[1], (3, 40))}
+    whole, parts = (
+        by_kernel(x, weights, a, b, mixture, 1, tiles=replace(SMALL, splits=splits), interpret=True, **more)["o"]
+        for splits in (1, 2)
+    )
+    np.testing.assert_allclose(parts, whole, rtol=1e-6, atol=1e-6)
+    assert abs(parts - by_kernel(x, weights, a, b, mixture, 1, interpret=True)["o"]).max() > 0.1
 
 
 @pytest.mark.gpu
