@@ -105,7 +105,9 @@ def by_kernel(
     """One launch, as in the decode step."""
     first = next(iter(weights.values()))
     layout = first.layout if isinstance(first, QuantArray) else None
-    group = Group(tiles=tiles or tiles_for(len(x), x.shape[1], x.dtype.itemsize, layout=layout), out_dtype=x.dtype)
+    out_dim = sum(w.shape[1] for w in weights.values())
+    tiles = tiles or tiles_for(len(x), out_dim, x.shape[1], x.dtype.itemsize, layout=layout)
+    group = Group(tiles=tiles, out_dtype=x.dtype)
     num_used = jnp.zeros(1, jnp.int32)
     if mixture is not None:
         num_used = (mixture.gates != 0).any(axis=1).sum(dtype=jnp.int32)[None]

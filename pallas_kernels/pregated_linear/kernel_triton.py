@@ -30,7 +30,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.pregated_linear import kernel_quantised
-from pallas_kernels.pregated_linear.triton_call import dot, load
+from pallas_kernels.pregated_linear.triton_call import dot, load, mask_of
 from pallas_kernels.quantised import QuantArray
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -41,6 +41,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 """Activations that the kernel has; an exact GELU needs erf, which Pallas does not lower to Triton."""
 
 
+STAGGER, STAGGER_DEN = 0, 2
 MAX_IDS = 16
 """Ids of experts that a program keeps in registers."""
 
@@ -49,8 +50,8 @@ MAX_IDS = 16
 class Tiles:
     """A program has `tile_m` rows of W and takes `tile_k` columns of it at a time, of a quantised one `tile_q`.
 
-    `shrink_m`, `shrink_k`: the same of A, where they are not 0. `splits`, `shrink_splits`: programs that share the columns of
-    the same rows of W, whose partial sums XLA adds, and of A, whose partial sums the last of them adds.
+    `shrink_m`, `shrink_k`: the same of A, where they are not 0. `splits`: programs that share the columns of the same rows
+    of W; XLA adds their partial sums. `shrink_splits`: the same of A; the last of the programs adds them.
     """
 
     tile_m: int
@@ -118,6 +119,7 @@ class Launch:
         row: Any,
         tile: tuple[int, int],
         share: Callable[[int], tuple[Any, Any]] = lambda steps: (0, steps),
+        totals: list[Array] | None = None,
     ) -> list[Array]:
         """M h of each matrix (stack, its indices) for rows `row`…, [tile_m, columns] in fp32.
 
@@ -152,7 +154,7 @@ class Launch:
             following = load_step(i + 1) if ahead else loaded
             return *multiply(loaded if ahead else load_step(i), *sums), following
 
-        zeros = [jnp.zeros((tile_m, width), jnp.float32) for _ in matrices]
+        zeros = totals or [jnp.zeros((tile_m, width), jnp.float32) for _ in matrices]
         squares = jnp.zeros(tile_k if vector and norm is not None else 1, jnp.float32)
         steps = pl.cdiv(self.in_dim, tile_k)
         ahead = vector and self.group.tiles.num_stages > 1  # the compiler pipelines the loads of tensor cores only
@@ -294,9 +296,21 @@ def linear(launch: Launch, names: Sequence[str], tile: Array, num_shrink: int) -
         totals = kernel_quantised.times_h(launch, weights, row)
     else:
         matrices = [(weight, (layer,)) for weight in weights]
-        totals = launch.times_h(
-            matrices, row, (tile_m, group.tiles.tile_k), partial(share, split=split, splits=splits)
-        )
+        if STAGGER and adapted and not early:
+
+            def upto(count, second):
+                first, last = share(count, split, splits)
+                middle = last - (tile % STAGGER) * (last - first) // (STAGGER_DEN * STAGGER)
+                return (middle, last) if second else (first, middle)
+
+            where = row, (tile_m, group.tiles.tile_k)
+            totals = launch.times_h(matrices, *where, partial(upto, second=False))
+            launch.wait(num_shrink)
+            totals = _expand(launch, names, row, totals, experts, split)
+            totals = launch.times_h(matrices, *where, partial(upto, second=True), totals)
+            _store(launch, names, row, split, totals)
+            return
+        totals = launch.times_h(matrices, row, (tile_m, group.tiles.tile_k), partial(share, split=split, splits=splits))
     if adapted:
         launch.wait(num_shrink)
         if early:
@@ -317,7 +331,7 @@ def _store(launch: Launch, names: Sequence[str], row: Array, split: Any, totals:
             totals[i] += load(bias.at[layer, pl.ds(row, tile_m)], in_rows).astype(jnp.float32)[:, None]
     y = totals[0] if not group.gated else ACTIVATIONS[group.activation](totals[0]) * totals[1]
     mask = (jnp.arange(launch.columns) < launch.batch)[:, None] & in_rows[None]
-    here = pl.ds(launch.zero, launch.columns), pl.ds(row, tile_m)
+    here: tuple[Any, ...] = pl.ds(launch.zero, launch.columns), pl.ds(row, tile_m)
     y = y.T
     if (residual := refs["residual"]) is not None:
         y += load(residual.at[here], mask).astype(jnp.float32)
@@ -361,26 +375,30 @@ def _experts(launch: Launch) -> list[Array]:
 def _expand(
     launch: Launch, names: Sequence[str], row: Array, totals: list[Array], experts: list[Array], split: Any
 ) -> list[Array]:
-    """totals + Σ_u B[e_u] t_u, [tile_m, columns] each, over the experts in use."""
+    """totals + Σ_u B[e_u] t_u, [tile_m, columns] each, over the experts in use, of a rank as many columns as of W."""
     refs, tiles = launch.refs, launch.group.tiles
     adapted = [name for name in names if name in refs["b"]]
     out, rank = refs["b"][adapted[0]].shape[2:]
-    width = max(16, pl.next_power_of_2(rank))
-    in_rank = (jnp.arange(width) < rank)[None]
-    in_rows = (row + jnp.arange(tiles.tile_m) < out)[:, None] & in_rank
-    in_batch = (jnp.arange(launch.columns) < launch.batch)[:, None] & in_rank
+    width = max(16, min(tiles.tile_k, pl.next_power_of_2(rank)))
+    runs = pl.cdiv(rank, width)
+    rows = None if out % tiles.tile_m == 0 else row + jnp.arange(tiles.tile_m) < out
+    batch = None if launch.batch == launch.columns else jnp.arange(launch.columns) < launch.batch
 
-    def step(u: Array, totals: list[Array]) -> list[Array]:
+    def step(i: Array, totals: list[Array]) -> list[Array]:
+        u, r = (i, launch.zero) if runs == 1 else (i // runs, i % runs * width)
         expert = experts[0] if experts else refs["experts"][u]
-        for i, other in enumerate(experts[1:], 1):
-            expert = jnp.where(u == i, other, expert)
-        of_b = refs["layer"][0], expert, pl.ds(row, tiles.tile_m), pl.ds(launch.zero, width)
-        of_t = u, pl.ds(launch.zero, launch.columns), pl.ds(launch.zero, width)
-        return [
-            total + dot(load(refs["b"][name].at[of_b], in_rows), load(launch.outs["t"][name].at[of_t], in_batch), trans_b=True)
-            if name in adapted else total
-            for name, total in zip(names, totals, strict=True)
-        ]
+        for other, chosen in enumerate(experts[1:], 1):
+            expert = jnp.where(u == other, chosen, expert)
+        in_rank = None if rank % width == 0 else r + jnp.arange(width) < rank
+        of_b = refs["layer"][0], expert, pl.ds(row, tiles.tile_m), pl.ds(r, width)
+        of_t = u, pl.ds(launch.zero, launch.columns), pl.ds(r, width)
+        found = list(totals)
+        for n, name in enumerate(names):
+            if name in adapted:
+                b_u = load(refs["b"][name].at[of_b], mask_of((tiles.tile_m, width), rows, in_rank))
+                t_u = load(launch.outs["t"][name].at[of_t], mask_of((launch.columns, width), batch, in_rank))
+                found[n] += dot(b_u, t_u, trans_b=True)
+        return found
 
-    first, last = share(refs["num_used"][0], split, tiles.splits)
+    first, last = share(refs["num_used"][0] * runs, split, tiles.splits)
     return lax.fori_loop(first, last, step, totals)

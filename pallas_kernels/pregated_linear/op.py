@@ -28,16 +28,34 @@ from pallas_kernels.quantised import QuantArray, QuantLayout
 MAX_BATCH = 32
 MAX_RANK = 256
 GROUP_SIZES = (32, 64, 128)
+LARGE = 4096
+"""Rows and columns of W from which on programs of several rows of x have 64 rows of it."""
+PROGRAMS = 128
+"""Programs that fill a GPU."""
 
 
-def tiles_for(batch: int, in_dim: int, itemsize: int, gated: bool = False, layout: QuantLayout | None = None) -> Tiles:
-    """Rows few enough that a small linear fills the GPU, columns enough that loads are long. `layout`: of quantised weights,
-    of which several rows take a group at a time, if there are groups."""
+def tiles_for(
+    batch: int, out_dim: int, in_dim: int, itemsize: int, gated: bool = False, layout: QuantLayout | None = None
+) -> Tiles:
+    """Rows few enough that a small linear fills the GPU, columns enough that loads are long.
+
+    `out_dim`: rows of W of all linears of the launch, of one of a gated pair. `layout`: of quantised weights, of which
+    several rows take a group at a time, if there are groups.
+
+    Every program reads all of its columns of x, 32 rows of which are as many bytes as 32 rows of W: programs with more rows
+    of W read x less often, and where they are few, they share columns.
+    """
     if batch == 1:
         tile_k = min(1024 // itemsize, pl.next_power_of_2(in_dim))
         tiles = Tiles(tile_m=4 if gated else 8, tile_k=tile_k, num_warps=4, num_stages=1)
     elif itemsize == 4:  # products without tensor cores, which take more registers
         tiles = Tiles(tile_m=32, tile_k=32, num_warps=4, num_stages=3)
+    elif layout is None and min(out_dim, in_dim) >= LARGE:
+        tile_k, splits = 64 if gated else 128, 1 if gated else max(1, PROGRAMS * 64 // out_dim)
+        shrink_splits = 2 if splits == 1 else 2 * splits * pl.cdiv(in_dim, 8192)
+        tiles = Tiles(
+            tile_m=64, tile_k=tile_k, splits=splits, shrink_splits=shrink_splits, num_warps=4, num_stages=4
+        )  # fmt: skip
     else:
         tile_k = max(16, min(128, pl.next_power_of_2(in_dim)))
         tiles = Tiles(tile_m=32, tile_k=tile_k, num_warps=4, num_stages=4)
@@ -92,7 +110,7 @@ def pregated_linear(
 
     Raises `ValueError` for shapes or types that do not fit together, or that the kernel does not support.
     """
-    _validate(x, weights, a, b, mixture, norm)
+    _validate(x, weights, a, b, mixture, norm, group)
     batch, tile_m, splits = x.shape[0], group.tiles.tile_m, group.tiles.splits
     outs: dict[str, Any] = {"y": {}, "t": {}, "parts": {}, "ready": jax.ShapeDtypeStruct(ready.shape, ready.dtype)}
     programs: list[tuple[int, Callable]] = []
@@ -121,11 +139,9 @@ def pregated_linear(
         num_shrink = sum(count for count, _ in programs)
     for names in [group.gated] if group.gated else [(name,) for name in weights]:
         out = weights[names[0]].shape[1]
-        outs["y"][names[0]] = (
-            jax.ShapeDtypeStruct((batch, out), group.out_dtype)
-            if splits == 1
-            else jax.ShapeDtypeStruct((splits, batch, out), jnp.float32)
-        )
+        whole = jax.ShapeDtypeStruct((batch, out), group.out_dtype)
+        partial_sums = jax.ShapeDtypeStruct((splits, batch, out), jnp.float32)
+        outs["y"][names[0]] = whole if splits == 1 else partial_sums
         programs.append((splits * pl.cdiv(out, tile_m), partial(linear, names=names, num_shrink=num_shrink)))
 
     def kernel(refs: dict[str, Any], outs: dict[str, Any]) -> None:
@@ -140,18 +156,16 @@ def pregated_linear(
         kernel, refs, outs, grid=(sum(count for count, _ in programs),), updated=["ready"], interpret=interpret,
         num_warps=group.tiles.num_warps, num_stages=group.tiles.num_stages,
     )  # fmt: skip
+    y = found["y"]
     if splits > 1:
-        return {name: _summed(parts, name, group, layer, biases, residual) for name, parts in found["y"].items()}, found["ready"]
-    return found["y"], found["ready"]
-
-
-def _summed(parts, name, group, layer, biases, residual):
-    y = parts.sum(axis=0)
-    if biases and name in biases:
-        y += biases[name][layer[0]].astype(jnp.float32)
-    if residual is not None:
-        y += residual.astype(jnp.float32)
-    return y.astype(group.out_dtype)
+        for name in y:
+            total = y[name].sum(axis=0)
+            if biases is not None and name in biases:
+                total += biases[name][layer[0]].astype(jnp.float32)
+            if residual is not None:
+                total += residual.astype(jnp.float32)
+            y[name] = total.astype(group.out_dtype)
+    return y, found["ready"]
 
 
 def _validate(
@@ -161,13 +175,18 @@ def _validate(
     b: dict[str, Array],
     mixture: Mixture | None,
     norm: Array | None,
+    group: Group,
 ) -> None:
     if not weights or a.keys() != b.keys() or not a.keys() <= weights.keys():
         raise ValueError(
             f"a and b must name the same linears, all of them in weights: {sorted(weights)}, {sorted(a)}, {sorted(b)}"
         )
+    first = next(iter(weights.values()))
     if x.ndim != 2 or x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"x is {x.dtype}{x.shape}; it must be [B, in] in bfloat16, float16 or float32")
+    splits = group.tiles.splits * group.tiles.shrink_splits
+    if splits > 1 and (len(x) == 1 or isinstance(first, QuantArray) or (group.gated and group.tiles.splits > 1)):
+        raise ValueError(f"splits are for several rows, plain weights and linears of their own: {group}")
     if reason := unsupported_reason(len(x), a, weights):
         raise ValueError(f"pregated_linear cannot run: {reason}")
     if norm is not None and len(x) > 1:

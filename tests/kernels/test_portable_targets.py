@@ -42,7 +42,8 @@ def linears(
     used = min(8, 2 * batch)
     mixture = Mixture(of((used,), "int32"), of((used, batch), "float32"))
     names = tuple(outs) if gated else None
-    tiles = tiles_for(batch, in_dim, jnp.dtype(dtype).itemsize, gated, layout)
+    out_dim = sum(outs.values()) // (2 if gated else 1)
+    tiles = tiles_for(batch, out_dim, in_dim, jnp.dtype(dtype).itemsize, gated, layout)
     group = Group(
         tiles=tiles, out_dtype=jnp.dtype(dtype), gated=names, activation=activation, eps=1e-5,  # type: ignore[arg-type]
     )  # fmt: skip
