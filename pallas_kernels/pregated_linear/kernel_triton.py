@@ -385,7 +385,7 @@ def _expand(
     batch = None if launch.batch == launch.columns else jnp.arange(launch.columns) < launch.batch
 
     def step(i: Array, totals: list[Array]) -> list[Array]:
-        u, r = (i, launch.zero) if runs == 1 else (i // runs, i % runs * width)
+        u, r = (i, launch.zero) if runs == 1 else (lax.div(i, runs), lax.rem(i, runs) * width)
         expert = experts[0] if experts else refs["experts"][u]
         for other, chosen in enumerate(experts[1:], 1):
             expert = jnp.where(u == other, chosen, expert)

@@ -157,7 +157,7 @@ LARGE_CASES = {
     "batch of 8": Case(outs={"q": 1024, "k": 256, "v": 256}, in_dim=1024, batch=8, num_experts=8, rank=64),
     "batch of 32": Case(outs={"down": 1024}, in_dim=2752, batch=32, num_experts=16, rank=64, top_k=4),
     "32 rows of a large linear": Case(
-        outs={"o": 4096}, in_dim=4224, batch=32, num_experts=8, rank=96, num_layers=1, layer=0
+        outs={"o": 4096}, in_dim=4224, batch=32, num_experts=8, rank=160, num_layers=1, layer=0
     ),
     "17 rows of large linears": Case(
         outs={"q": 4097, "k": 1024}, in_dim=4104, batch=17, num_experts=8, num_layers=1, layer=0, dtype="float16"
