@@ -29,8 +29,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.pregated_linear import kernel_quantised
-from pallas_kernels.pregated_linear.triton_call import dot, load, mask_of
+from pallas_kernels.pregated_linear import kernel_experts, kernel_quantised
+from pallas_kernels.pregated_linear.triton_call import dot, load, share
 from pallas_kernels.quantised import QuantArray
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -39,11 +39,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": lambda x: jnp.maximum(x, 0),
 }
 """Activations that the kernel has; an exact GELU needs erf, which Pallas does not lower to Triton."""
-
-
-STAGGER, STAGGER_DEN = 0, 2
-MAX_IDS = 16
-"""Ids of experts that a program keeps in registers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +114,6 @@ class Launch:
         row: Any,
         tile: tuple[int, int],
         share: Callable[[int], tuple[Any, Any]] = lambda steps: (0, steps),
-        totals: list[Array] | None = None,
     ) -> list[Array]:
         """M h of each matrix (stack, its indices) for rows `row`…, [tile_m, columns] in fp32.
 
@@ -154,7 +148,7 @@ class Launch:
             following = load_step(i + 1) if ahead else loaded
             return *multiply(loaded if ahead else load_step(i), *sums), following
 
-        zeros = totals or [jnp.zeros((tile_m, width), jnp.float32) for _ in matrices]
+        zeros = [jnp.zeros((tile_m, width), jnp.float32) for _ in matrices]
         squares = jnp.zeros(tile_k if vector and norm is not None else 1, jnp.float32)
         steps = pl.cdiv(self.in_dim, tile_k)
         ahead = vector and self.group.tiles.num_stages > 1  # the compiler pipelines the loads of tensor cores only
@@ -217,71 +211,6 @@ class Launch:
         )
 
 
-def share(count: int | Array, split: Any, splits: int) -> tuple[Any, Any]:
-    """(first, last + 1) of the `count` things in a row that one of `splits` programs takes."""
-    if splits == 1:
-        return 0, count
-    each = pl.cdiv(count, splits)
-    return jnp.minimum(split * each, count), jnp.minimum((split + 1) * each, count)
-
-
-def shrink(launch: Launch, name: str, tile: Array) -> None:
-    """Publish `tile_m` elements of t of one expert for every row."""
-    u, r, expert, layer, gate = _place(launch, name, tile)
-    if launch.columns == 1:
-        in_use = jnp.max(jnp.where(gate != 0, 1, 0)) > 0  # of an expert that no row uses nothing is read
-    else:
-        in_use = u < launch.refs["num_used"][0]
-
-    @pl.when(in_use)
-    def _store() -> None:
-        (product,) = launch.times_h([(launch.refs["a"][name], (layer, expert))], r, launch.group.tiles.of_a)
-        _store_t(launch, name, u, r, product, gate)
-
-    launch.publish()
-
-
-def shrink_part(launch: Launch, name: str, tile: Array, num_parts: int | None = None) -> None:
-    """Publish partial sums of `tile_m` elements of A h; or t, of one's own and those that `num_parts` programs published."""
-    (tile_m, tile_k), splits = launch.group.tiles.of_a, launch.group.tiles.shrink_splits
-    a, tiles = launch.refs["a"][name], len(launch.refs["experts"]) * pl.cdiv(launch.refs["a"][name].shape[2], tile_m)
-    split, tile = (splits - 1, tile) if num_parts is not None else (tile // tiles, tile % tiles)
-    u, r, expert, layer, gate = _place(launch, name, tile)
-    in_use = u < launch.refs["num_used"][0]
-
-    def steps(count: int) -> tuple[Array, Array]:
-        first, last = share(count, split, splits)
-        return first, jnp.where(in_use, last, first)
-
-    (product,) = launch.times_h([(a, (layer, expert))], r, (tile_m, tile_k), steps)
-    mask = jnp.broadcast_to((r + jnp.arange(tile_m) < a.shape[2])[:, None] & in_use, product.shape)
-    here = u, pl.ds(r, tile_m), pl.ds(launch.zero, launch.columns)
-    if num_parts is None:
-        plgpu.store(launch.outs["parts"][name].at[split, *here], product, mask=mask)
-    else:
-        launch.wait(num_parts)
-        for other in range(splits - 1):
-            product += load(launch.outs["parts"][name].at[launch.zero + other, *here], mask)
-        _store_t(launch, name, u, r, product, gate)
-    launch.publish()
-
-
-def _place(launch: Launch, name: str, tile: Array) -> tuple[Array, Array, Array, Array, Array]:
-    """The place in the mixture, first row of A, expert, layer and gates of a program that shrinks."""
-    tile_m = launch.group.tiles.of_a[0]
-    tiles = pl.cdiv(launch.refs["a"][name].shape[2], tile_m)
-    u, r = tile // tiles, tile % tiles * tile_m
-    return u, r, launch.refs["experts"][u], launch.refs["layer"][0], launch.gate(u)
-
-
-def _store_t(launch: Launch, name: str, u: Array, r: Array, product: Array, gate: Array) -> None:
-    tile_m, rank = len(product), launch.refs["a"][name].shape[2]
-    t = jnp.where(gate[None] != 0, product * gate[None], 0).astype(launch.refs["x"].dtype)  # [tile_m, columns]
-    mask = (jnp.arange(launch.columns) < launch.batch)[:, None] & (r + jnp.arange(tile_m) < rank)[None]
-    at = launch.outs["t"][name].at[u, pl.ds(launch.zero, launch.columns), pl.ds(r, tile_m)]
-    plgpu.store(at, t.T, mask=mask)
-
-
 def linear(launch: Launch, names: Sequence[str], tile: Array, num_shrink: int) -> None:
     """Compute `tile_m` rows of one linear, or of a gated pair, or their sums over a part of the columns."""
     refs, group = launch.refs, launch.group
@@ -290,34 +219,15 @@ def linear(launch: Launch, names: Sequence[str], tile: Array, num_shrink: int) -
     row, split = (tile, 0) if splits == 1 else (tile // splits, tile % splits)
     row = row * tile_m
     adapted = [name for name in names if name in refs["a"]]
-    early = {name: _factors_of_one_row(launch, name, row) for name in adapted if launch.columns == 1}
-    experts = _experts(launch) if adapted and not early else []
+    early = kernel_experts.load_early(launch, adapted, row)
     if isinstance(weights[0], QuantArray):
         totals = kernel_quantised.times_h(launch, weights, row)
     else:
         matrices = [(weight, (layer,)) for weight in weights]
-        if STAGGER and adapted and not early:
-
-            def upto(count, second):
-                first, last = share(count, split, splits)
-                middle = last - (tile % STAGGER) * (last - first) // (STAGGER_DEN * STAGGER)
-                return (middle, last) if second else (first, middle)
-
-            where = row, (tile_m, group.tiles.tile_k)
-            totals = launch.times_h(matrices, *where, partial(upto, second=False))
-            launch.wait(num_shrink)
-            totals = _expand(launch, names, row, totals, experts, split)
-            totals = launch.times_h(matrices, *where, partial(upto, second=True), totals)
-            _store(launch, names, row, split, totals)
-            return
         totals = launch.times_h(matrices, row, (tile_m, group.tiles.tile_k), partial(share, split=split, splits=splits))
     if adapted:
         launch.wait(num_shrink)
-        if early:
-            for i, name in enumerate(names):
-                totals[i] += _expand_one_row(launch, name, early[name]) if name in early else 0
-        else:
-            totals = _expand(launch, names, row, totals, experts, split)
+        totals = kernel_experts.expand(launch, names, row, totals, early, split)
     _store(launch, names, row, split, totals)
 
 
@@ -338,67 +248,3 @@ def _store(launch: Launch, names: Sequence[str], row: Array, split: Any, totals:
     if group.tiles.splits > 1:
         here = (split, *here)
     plgpu.store(y_ref.at[here], y.astype(y_ref.dtype), mask=mask)
-
-
-def _factors_of_one_row(launch: Launch, name: str, row: Array) -> list[Array]:
-    """B [tile_m, R] of each expert, asked for first and used last."""
-    b, refs, tile_m = launch.refs["b"][name], launch.refs, launch.group.tiles.tile_m
-    out, rank = b.shape[2:]
-    width = pl.next_power_of_2(rank)
-    inside = (row + jnp.arange(tile_m) < out)[:, None] & (jnp.arange(width) < rank)[None]
-    found = []
-    for u in range(len(refs["experts"])):
-        at = b.at[refs["layer"][0], refs["experts"][u], pl.ds(row, tile_m), pl.ds(launch.zero, width)]
-        found.append(load(at, inside & (refs["gates"][u, 0] != 0)))
-    return found
-
-
-def _expand_one_row(launch: Launch, name: str, factors: list[Array]) -> Array:
-    t, gates = launch.outs["t"][name], launch.refs["gates"]
-    width, rank = factors[0].shape[1], t.shape[2]
-    added = jnp.zeros(factors[0].shape, jnp.float32)
-    for u, b in enumerate(factors):
-        t_u = load(
-            t.at[launch.zero + u, launch.zero, pl.ds(launch.zero, width)],
-            (jnp.arange(width) < rank) & (gates[u, 0] != 0),
-        )
-        added += b.astype(jnp.float32) * t_u.astype(jnp.float32)[None]
-    return jnp.sum(added, axis=1, keepdims=True)
-
-
-def _experts(launch: Launch) -> list[Array]:
-    """Ids of the experts, loaded before they are needed, if registers hold them."""
-    experts = launch.refs["experts"]
-    return [experts[u] for u in range(len(experts))] if len(experts) <= MAX_IDS else []
-
-
-def _expand(
-    launch: Launch, names: Sequence[str], row: Array, totals: list[Array], experts: list[Array], split: Any
-) -> list[Array]:
-    """totals + Σ_u B[e_u] t_u, [tile_m, columns] each, over the experts in use, of a rank as many columns as of W."""
-    refs, tiles = launch.refs, launch.group.tiles
-    adapted = [name for name in names if name in refs["b"]]
-    out, rank = refs["b"][adapted[0]].shape[2:]
-    width = max(16, min(tiles.tile_k, pl.next_power_of_2(rank)))
-    runs = pl.cdiv(rank, width)
-    rows = None if out % tiles.tile_m == 0 else row + jnp.arange(tiles.tile_m) < out
-    batch = None if launch.batch == launch.columns else jnp.arange(launch.columns) < launch.batch
-
-    def step(i: Array, totals: list[Array]) -> list[Array]:
-        u, r = (i, launch.zero) if runs == 1 else (lax.div(i, runs), lax.rem(i, runs) * width)
-        expert = experts[0] if experts else refs["experts"][u]
-        for other, chosen in enumerate(experts[1:], 1):
-            expert = jnp.where(u == other, chosen, expert)
-        in_rank = None if rank % width == 0 else r + jnp.arange(width) < rank
-        of_b = refs["layer"][0], expert, pl.ds(row, tiles.tile_m), pl.ds(r, width)
-        of_t = u, pl.ds(launch.zero, launch.columns), pl.ds(r, width)
-        found = list(totals)
-        for n, name in enumerate(names):
-            if name in adapted:
-                b_u = load(refs["b"][name].at[of_b], mask_of((tiles.tile_m, width), rows, in_rank))
-                t_u = load(launch.outs["t"][name].at[of_t], mask_of((launch.columns, width), batch, in_rank))
-                found[n] += dot(b_u, t_u, trans_b=True)
-        return found
-
-    first, last = share(refs["num_used"][0] * runs, split, tiles.splits)
-    return lax.fori_loop(first, last, step, totals)

@@ -9,7 +9,7 @@ residual and activation(gate) · up are in the launch too. `reference.pregated_l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,41 +21,47 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.megakernel.mixture import Mixture
 from pallas_kernels.pregated_linear import triton_call
+from pallas_kernels.pregated_linear.kernel_experts import shrink, shrink_part
 from pallas_kernels.pregated_linear.kernel_quantised import for_kernel, in_halves
-from pallas_kernels.pregated_linear.kernel_triton import Group, Launch, Tiles, linear, shrink, shrink_part
+from pallas_kernels.pregated_linear.kernel_triton import Group, Launch, Tiles, linear
 from pallas_kernels.quantised import QuantArray, QuantLayout
 
 MAX_BATCH = 32
 MAX_RANK = 256
 GROUP_SIZES = (32, 64, 128)
 LARGE = 4096
-"""Rows and columns of W from which on programs of several rows of x have 64 rows of it."""
-PROGRAMS = 128
-"""Programs that fill a GPU."""
+"""Rows, or columns, of a large linear; with 64 rows a program, 2 · LARGE rows are a program for every multiprocessor."""
 
 
 def tiles_for(
-    batch: int, out_dim: int, in_dim: int, itemsize: int, gated: bool = False, layout: QuantLayout | None = None
+    batch: int,
+    outs: Sequence[int],
+    in_dim: int,
+    itemsize: int,
+    gated: bool = False,
+    layout: QuantLayout | None = None,
 ) -> Tiles:
     """Rows few enough that a small linear fills the GPU, columns enough that loads are long.
 
-    `out_dim`: rows of W of all linears of the launch, of one of a gated pair. `layout`: of quantised weights, of which
-    several rows take a group at a time, if there are groups.
+    A program reads as much of x as if it had `batch` more rows of W. So programs of several rows have more rows of large
+    linears, and share columns where they would be too few; XLA adds the sums of one linear beside the norm that follows.
 
-    Every program reads all of its columns of x, 32 rows of which are as many bytes as 32 rows of W: programs with more rows
-    of W read x less often, and where they are few, they share columns.
+    Args:
+      outs: rows of W of each linear. `gated`: they are a gated pair.
+      layout: of quantised weights, of which several rows take a group at a time, if there are groups.
     """
+    out_dim = outs[0] if gated else sum(outs)
+    is_large = itemsize == 2 and layout is None and in_dim >= LARGE
     if batch == 1:
         tile_k = min(1024 // itemsize, pl.next_power_of_2(in_dim))
         tiles = Tiles(tile_m=4 if gated else 8, tile_k=tile_k, num_warps=4, num_stages=1)
     elif itemsize == 4:  # products without tensor cores, which take more registers
         tiles = Tiles(tile_m=32, tile_k=32, num_warps=4, num_stages=3)
-    elif layout is None and min(out_dim, in_dim) >= LARGE:
-        tile_k, splits = 64 if gated else 128, 1 if gated else max(1, PROGRAMS * 64 // out_dim)
-        shrink_splits = 2 if splits == 1 else 2 * splits * pl.cdiv(in_dim, 8192)
-        tiles = Tiles(
-            tile_m=64, tile_k=tile_k, splits=splits, shrink_splits=shrink_splits, num_warps=4, num_stages=4
-        )  # fmt: skip
+    elif is_large and out_dim >= 2 * LARGE:
+        tiles = Tiles(tile_m=64, tile_k=64 if gated else 128, shrink_m=32, num_warps=4, num_stages=4)
+    elif is_large and out_dim >= LARGE and len(outs) == 1:
+        shrink_splits = 4 * pl.cdiv(in_dim, 2 * LARGE)
+        tiles = Tiles(tile_m=64, tile_k=128, splits=2, shrink_splits=shrink_splits, num_warps=4, num_stages=4)
     else:
         tile_k = max(16, min(128, pl.next_power_of_2(in_dim)))
         tiles = Tiles(tile_m=32, tile_k=tile_k, num_warps=4, num_stages=4)

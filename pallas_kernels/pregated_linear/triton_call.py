@@ -64,3 +64,11 @@ def mask_of(shape: tuple[int, int], rows: Array | None, columns: Array | None) -
     of_rows, of_columns = None if rows is None else rows[:, None], None if columns is None else columns[None]
     both = of_columns if of_rows is None else of_rows if of_columns is None else of_rows & of_columns
     return None if both is None else jnp.broadcast_to(both, shape)
+
+
+def share(count: int | Array, split: Any, splits: int) -> tuple[Any, Any]:
+    """(first, last + 1) of the `count` things in a row that one of `splits` programs takes."""
+    if splits == 1:
+        return 0, count
+    each = pl.cdiv(count, splits)
+    return jnp.minimum(split * each, count), jnp.minimum((split + 1) * each, count)

@@ -42,8 +42,7 @@ def linears(
     used = min(8, 2 * batch)
     mixture = Mixture(of((used,), "int32"), of((used, batch), "float32"))
     names = tuple(outs) if gated else None
-    out_dim = sum(outs.values()) // (2 if gated else 1)
-    tiles = tiles_for(batch, out_dim, in_dim, jnp.dtype(dtype).itemsize, gated, layout)
+    tiles = tiles_for(batch, [*outs.values()], in_dim, jnp.dtype(dtype).itemsize, gated, layout)
     group = Group(
         tiles=tiles, out_dtype=jnp.dtype(dtype), gated=names, activation=activation, eps=1e-5,  # type: ignore[arg-type]
     )  # fmt: skip
