@@ -4,12 +4,13 @@
     y = act(y_gate) · y_up                               of a gated pair
 
 A program has `tile_m` rows of one matrix, or the same rows of a gated pair, and takes `tile_k` columns at a time. The first
-programs shrink: their matrices are the A of the experts in use, and they publish t and count themselves in `ready`. The
-others have rows of some W, and add B t at the end, when t has long been stored; should it not be, they wait for the count.
+programs shrink (`kernel_experts`): their matrices are the A of the experts in use, and they publish t and count themselves
+in `ready`. The others have rows of some W, with all columns or those of a split, and add B t at the end, when t has long been
+stored; should it not be, they wait for the count.
 
-A program waits for programs of lower ids only, and those that shrink wait for nothing. GPUs start programs in the order of
-their ids, so whoever waits waits for programs that run or have ended, however few fit at once. (CUDA does not promise the
-order; every kernel that waits without tickets relies on it.)
+A program waits for programs of lower ids only. GPUs start programs in the order of their ids, so whoever waits waits for
+programs that run or have ended, however few fit at once. (CUDA does not promise the order; every kernel that waits without
+tickets relies on it.)
 
 One row is multiplied with fp32 FMA; several, padded to 16 or 32, on tensor cores. Sums are fp32, and y is rounded once. W, A
 and B are the stacks of all layers, so a layer costs no copy of its slice.
@@ -45,15 +46,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class Tiles:
     """A program has `tile_m` rows of W and takes `tile_k` columns of it at a time, of a quantised one `tile_q`.
 
-    `shrink_m`, `shrink_k`: the same of A, where they are not 0. `splits`: programs that share the columns of the same rows
-    of W; XLA adds their partial sums. `shrink_splits`: the same of A; the last of the programs adds them.
+    `shrink_m`: rows of A, where it is not 0. `splits`: programs that share the columns of the same rows of W; XLA adds
+    their partial sums. `shrink_splits`: the same of A; the last of the programs adds them.
     """
 
     tile_m: int
     tile_k: int
     tile_q: int = 0
     shrink_m: int = 0
-    shrink_k: int = 0
     splits: int = 1
     shrink_splits: int = 1
     num_warps: int
@@ -62,7 +62,7 @@ class Tiles:
     @property
     def of_a(self) -> tuple[int, int]:
         """(rows, columns) of A that a program takes at a time."""
-        return self.shrink_m or self.tile_m, self.shrink_k or self.tile_k
+        return self.shrink_m or self.tile_m, self.tile_k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,7 +79,7 @@ def test_default_tiles(case):
     assert_near(by_kernel(*inputs, layer, interpret=True), *inputs, layer)
 
 
-SPLIT = Tiles(tile_m=16, tile_k=32, shrink_m=8, shrink_k=16, splits=3, shrink_splits=3, num_warps=4, num_stages=1)
+SPLIT = Tiles(tile_m=16, tile_k=32, shrink_m=8, splits=3, shrink_splits=3, num_warps=4, num_stages=1)
 SEVERAL = Tiles(tile_m=16, tile_k=64, shrink_m=32, num_warps=4, num_stages=1)
 
 
@@ -99,6 +99,7 @@ def test_programs_share_columns_and_take_experts_at_once(case, tiles):
 
 
 def test_splits_change_neither_bias_nor_residual():
+    """Shared columns make the same y, which depends on both."""
     case = Case(outs={"o": 40}, in_dim=160, batch=3, dtype="float32")
     x, weights, a, b, mixture = case.draw()
     keys = jax.random.split(jax.random.key(0))
@@ -272,6 +273,10 @@ INVALID = {
     "another batch": (
         {"mixture": lambda m: Mixture(m.experts, m.gates[:, :2])},
         r"\(4, 2\)\) must have .* gates \[U, 3\]",
+    ),
+    "splits of a row": (
+        {"x": lambda x: x[:1], "tiles": lambda tiles: replace(tiles, shrink_splits=2)},
+        "splits are for several rows, plain weights",
     ),
     "norm of rows": ({"norm": lambda _: jnp.ones((2, 64))}, "the norm is for one row, and there are 3"),
 }
