@@ -5,8 +5,8 @@
 
 A program has `tile_m` rows of one matrix, or the same rows of a gated pair, and takes `tile_k` columns at a time. The first
 programs shrink (`kernel_experts`): their matrices are the A of the experts in use, and they publish t and count themselves
-in `ready`. The others have rows of some W, with all columns or those of a split, and add B t at the end, when t has long been
-stored; should it not be, they wait for the count.
+in `ready`. The others have rows of some W, with all columns or those of a split, and add B t at the end, when t has long
+been stored; should it not be, they wait for the count.
 
 A program waits for programs of lower ids only. GPUs start programs in the order of their ids, so whoever waits waits for
 programs that run or have ended, however few fit at once. (CUDA does not promise the order; every kernel that waits without
