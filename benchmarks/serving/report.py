@@ -69,6 +69,8 @@ def merge_parts(out: Path) -> str:
     rows = []
     for case in CASES:
         part = parts.get(case, {})
+        if "error" in part:
+            rows.append([case, "", part["error"]])
         offline = part.get("offline", {}).get("tokens_per_s")
         for load, found in part.get("loads", {}).items():
             if "error" in found:

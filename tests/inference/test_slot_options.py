@@ -264,7 +264,7 @@ def test_an_evicted_row_frees_its_slot_at_once(model, slots):
 
 
 def test_no_program_of_a_request_asks_the_host_whether_to_go_on(model, monkeypatch):
-    """As a loop would whose length is a value: the host would wait until the device gets there, and queue nothing."""
+    """No loop has a length that is a value: the host would wait until the device gets there, and queue nothing."""
     traced = {}
 
     def trace(program, *arguments, **named):
