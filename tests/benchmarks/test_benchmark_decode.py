@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,6 +115,17 @@ class TestRandomModules:
         for leaf in jax.tree.leaves(adapter.experts):
             assert leaf.dtype == jnp.bfloat16
             assert (leaf != 0).mean() > 0.99
+
+    @pytest.mark.parametrize("name", ["int8", "int4"])
+    def test_codes(self, name):
+        """Dequantised weights have no mean, which a stack of layers would add up, and the deviation of plain ones."""
+        shapes = replace(SIZES["tiny"], num_layers=1, embed_dim=256, hidden_dim=512)
+        weight = models.random_backbone(models.model_config(shapes), quantize=name).layers.down_proj.weight[...]
+        codes, offset = np.asarray(weight.layout.unpack(weight.codes), int), weight.layout.offset
+        values = np.asarray(weight.dequantised(jnp.float32), np.float64)
+        assert (codes.min(), codes.max()) == (1, 2 * offset - 1)
+        assert abs(values.mean()) < 0.02 * values.std()
+        assert values.std() == pytest.approx(0.02, rel=0.02)
 
 
 @pytest.fixture
