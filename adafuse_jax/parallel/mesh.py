@@ -171,11 +171,9 @@ def _other_layouts(
     model: ModelConfig, sizes: dict[str, int], batch_size: int | None = None, layout: QuantLayout | None = None
 ) -> str:
     """Advice for quantised weights whose groups devices cannot share: the layouts that they can."""
-    names = [
-        name
-        for name, other in LAYOUTS.items()
-        if layout is not None and _uneven_share(model, sizes, batch_size, other) is None
-    ]
+    if layout is None or _uneven_share(model, sizes, batch_size, layout) is None:
+        return ""
+    names = [name for name, other in LAYOUTS.items() if _uneven_share(model, sizes, batch_size, other) is None]
     return f", or quantise to {' or '.join(names)}" if names else ""
 
 
