@@ -122,7 +122,7 @@ class HFCheckpoint:
           UserError: `quantize` does not fit the shapes, the weights are quantised in another way, or the head is to be
             quantised and the linears are not.
         """
-        if quantize is not None and quantize not in LAYOUTS:
+        if quantize is not None and quantize not in [*LAYOUTS]:  # a list, which the harness may give, has no hash
             raise UserError(f"quantize is {quoted(quantize)}: choose from {', '.join(LAYOUTS)}")
         if not isinstance(quantize_head, bool):
             raise UserError(f"quantize_head is {quoted(quantize_head)}: choose from True, False")

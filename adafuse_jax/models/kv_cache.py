@@ -15,8 +15,9 @@ from jaxtyping import Array, Float, Int
 from adafuse_jax.models.config import ModelConfig
 from pallas_kernels.prefill_attention import prefill_attention
 
-COPIED_POSITIONS = (256, 1024, 4096, 16384)
-"""Positions that are copied from one row to another: the fewest of these that hold a prompt, each a program."""
+COPIED_POSITIONS = tuple(256 * 4**i for i in range(6))
+"""Positions that are copied from one row to another: the fewest of these, or all of a row, that hold what the rows share. Each
+is a program."""
 
 
 @jax.tree_util.register_dataclass

@@ -226,6 +226,13 @@ def test_rows_by_kernels_get_the_same_tokens(models, monkeypatch):
     assert prefill_chunk_by_kernels._cache_size() > programs, "prefilled without kernels"
 
 
+@pytest.mark.parametrize("slots", [1, 256, 257, 2**17, 2**20])
+def test_a_copy_is_at_most_four_times_as_long_as_the_prefix(slots):
+    sizes = KVCache(*[jax.ShapeDtypeStruct((2, 3, slots, 1, 4), jnp.bfloat16)] * 2).copied_positions()
+    assert sizes[0] <= 256 and sizes[-1] == slots
+    assert all(size < following <= 4 * size for size, following in itertools.pairwise(sizes))
+
+
 @pytest.mark.parametrize(("slots", "length", "copied"), [(300, 150, 256), (300, 299, 300), (64, 1, 64)])
 def test_nothing_behind_a_copied_prefix_is_copied(slots, length, copied):
     """The row that it is copied from may have NaN there."""

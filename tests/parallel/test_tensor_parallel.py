@@ -97,7 +97,7 @@ def test_groups_that_devices_cannot_share(monkeypatch, devices, others):
         training_mesh(f"tensor={devices}", small, devices, INT4)
     assert make_mesh(devices, large, INT4).size == devices
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="the mesh takes 2; give another mesh, or another --batch-size$"):  # in any layout
+    with pytest.raises(UserError, match=r"the mesh takes 2; give another mesh, or another --batch-size$"):
         training_mesh("fsdp=2", small, devices, INT4)
 
 
