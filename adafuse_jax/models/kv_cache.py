@@ -16,8 +16,8 @@ from adafuse_jax.models.config import ModelConfig
 from pallas_kernels.prefill_attention import prefill_attention
 
 COPIED_POSITIONS = tuple(256 * 4**i for i in range(6))
-"""Positions that are copied from one row to another: the fewest of these, or all of a row, that hold what the rows share. Each
-is a program."""
+"""Positions that are copied from one row to another: the fewest of these, or all of a row, that hold what the rows share.
+Each is a program."""
 
 
 @jax.tree_util.register_dataclass

@@ -229,7 +229,8 @@ def test_rows_by_kernels_get_the_same_tokens(models, monkeypatch):
 @pytest.mark.parametrize("slots", [1, 256, 257, 2**17, 2**20])
 def test_a_copy_is_at_most_four_times_as_long_as_the_prefix(slots):
     sizes = KVCache(*[jax.ShapeDtypeStruct((2, 3, slots, 1, 4), jnp.bfloat16)] * 2).copied_positions()
-    assert sizes[0] <= 256 and sizes[-1] == slots
+    assert sizes[0] <= 256
+    assert sizes[-1] == slots
     assert all(size < following <= 4 * size for size, following in itertools.pairwise(sizes))
 
 
