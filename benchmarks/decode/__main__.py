@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -202,12 +203,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--row-seconds", type=float, default=60, help="a row begins no query after so many seconds")
     parser.add_argument("--compile-seconds", type=float, default=150, help="a peer compiles no other way after these")
     parser.add_argument("--job-seconds", type=float, default=450, help="a process is stopped after these")
-    parser.add_argument("--seconds", type=float, default=86400.0, help="of each part; no process begins after these")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="of --part devices: no process begins after these"
+    )
     parser.add_argument("--size", choices=SIZES, default="llama2-7b")
     parser.add_argument("--torch-python", default=sys.executable, help="the Python that has torch and transformers")
     arguments = parser.parse_args(argv)
     if min(arguments.queries, arguments.batch_queries, *arguments.batches) < 1 or arguments.new_tokens < 2:
         parser.error("--queries, --batch-queries and --batches must be at least 1, and --new-tokens at least 2")
+    if arguments.part != "devices" and arguments.seconds < math.inf:
+        parser.error("--seconds is of --part devices, whose calls continue")
     return arguments
 
 

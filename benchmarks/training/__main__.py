@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -161,7 +162,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-profile", action="store_true", help="no times by kind of kernel")
     parser.add_argument("--job-seconds", type=float, default=450, help="a process is stopped after these")
-    parser.add_argument("--seconds", type=float, default=86400.0, help="of each part; no row begins after these")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of --part devices: no row begins after these")
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument(
         "--torch-python", default=sys.executable, help="the Python that has torch, transformers and peft"
@@ -169,8 +170,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if min(arguments.steps, arguments.repeats) < 1:
         parser.error("--steps and --repeats must be at least 1")
-    if arguments.part != "devices" and (arguments.models or arguments.meshes or arguments.warm_up):
-        parser.error("--models, --meshes and --warm-up are of --part devices")
+    of_devices = arguments.models or arguments.meshes or arguments.warm_up or arguments.seconds < math.inf
+    if arguments.part != "devices" and of_devices:
+        parser.error("--models, --meshes, --warm-up and --seconds are of --part devices")
     return arguments
 
 

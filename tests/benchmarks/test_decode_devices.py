@@ -13,6 +13,7 @@ import tiny
 from benchmarks.common import jobs
 from benchmarks.decode import __main__ as decode
 from benchmarks.decode import devices
+from benchmarks.training import __main__ as training
 
 FLAGS = ["--size=tiny", "--part=devices", "--job-seconds=300"]
 
@@ -56,6 +57,14 @@ def test_jobs_that_fail_or_have_no_time(tmp_path, monkeypatch):
     assert names == first
     decode.main([f"--out={tmp_path}", *FLAGS])
     assert len(names) - len(first) == len(again) == 3
+
+
+@pytest.mark.parametrize(("module", "part"), [(decode, "jax"), (training, "jax"), (training, "all")])
+def test_only_calls_that_continue_end_in_time(tmp_path, capsys, module, part):
+    """Another part begins anew: what its jobs had found, and those that did not begin, would be lost."""
+    with pytest.raises(SystemExit):
+        module.parse([f"--out={tmp_path}", f"--part={part}", "--seconds=100"])
+    assert "of --part devices" in capsys.readouterr().err
 
 
 def test_too_few_devices():
