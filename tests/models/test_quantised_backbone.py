@@ -80,10 +80,9 @@ def test_no_layer_keeps_its_weights_for_the_backward_pass():
     assert not kept(quantised_model)
 
 
-@pytest.mark.gpu
 def test_unrolled_layers_keep_no_weights_either():
     """The compiler dequantises neither all layers at once nor once for both passes: memory grows with the layers by less
-    than half their weights. A CPU's compiler would."""
+    than half their weights."""
     wide = replace(CONFIG, embed_dim=512, hidden_dim=1024)
 
     def temporaries(num_layers: int) -> int:
