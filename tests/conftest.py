@@ -26,7 +26,7 @@ CACHE = Path.home() / ".cache" / "adafuse-jax-tests"
 MAX_PROGRAM_BYTES = 2**30
 MAX_MAPS = 25_000
 """Memory maps of this process at which it drops its compiled programs. Linux ends a process that needs more than 65,530; a
-test file makes up to 20,000."""
+test file makes up to 16,000."""
 
 
 def set_compilation(**settings: Any) -> None:
