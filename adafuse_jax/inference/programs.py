@@ -202,13 +202,13 @@ def release(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
     return replace(state, done=state.done.at[slot].set(True))
 
 
-@partial(Program, donate_argnames="state")
+@partial(Program, donate_argnames="state", static_argnames="copied")
 def copy_prefix(
-    state: DecodeState, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""]
+    state: DecodeState, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""], copied: int
 ) -> DecodeState:
-    """Copy the first `length` tokens of one slot to another, which has no row that runs. From now on steps write nothing
-    there: the row before may have ended at a position that the copy has."""
-    cache = state.cache.with_prefix(source, target, length)
+    """Copy the first `length` tokens of one slot, at most `copied`, to another, which has no row that runs. From now on
+    steps write nothing there: the row before may have ended at a position that the copy has."""
+    cache = state.cache.with_prefix(source, target, length, copied=copied)
     return replace(state, cache=cache, position=state.position.at[target].set(cache.slots))
 
 

@@ -305,8 +305,10 @@ class Slots:
             self._clock = time.perf_counter()
 
     def _copy(self, source: int, target: int, length: int) -> None:
-        state = programs.copy_prefix(self._take_state(), np.int32(source), np.int32(target), np.int32(length))
-        self._state = self._placed(state)
+        assert self._state is not None
+        copied = next(size for size in self._state.cache.copied_positions() if size >= length)
+        given = np.int32(source), np.int32(target), np.int32(length)
+        self._state = self._placed(programs.copy_prefix(self._take_state(), *given, copied=copied))
 
     def _next_chunk(self, prefill: Prefill) -> None:
         if all(row.finish_reason for row in prefill.rows):
@@ -354,10 +356,10 @@ class Slots:
         bucket = None if self._bank is None else self._bank.bucket
         shapes = self.num_slots, self._state.cache.slots, self._state.seen is not None, bucket
         first = "start", prefill.whole, self._settings.variant, *shapes
-        copy = "copy", *shapes
         steps = {("step", self._settings.variant, width, *shapes): width for width in self._widths}
         of_prompts = any(row.wanted_prompt_logprobs is not None for row in prefill.rows)
-        copies = [copy] if self.num_slots > 1 and any(row.reuse_cache for row in prefill.rows) else []
+        reuse = self.num_slots > 1 and any(row.reuse_cache for row in prefill.rows)
+        copies = {("copy", copied, *shapes): copied for copied in self._state.cache.copied_positions() if reuse}
         chunks = {("chunk", prefill.whole, size, of_prompts, *shapes): size for size in sorted({*prefill.sizes})}
         new = {first, *([] if running else steps), *chunks, *copies} - self._warm
         if not new:
@@ -365,8 +367,8 @@ class Slots:
         for width in [width for step, width in steps.items() if step in new]:
             self._advance(prefill.rows, width)
             self._backend.restore()
-        if copy in new:
-            self._copy(prefill.rows[0].slot, prefill.rows[0].slot, 0)
+        for copied in [copied for copy, copied in copies.items() if copy in new]:
+            self._copy(prefill.rows[0].slot, prefill.rows[0].slot, copied)
         if first in new:
             self._start(prefill)
         for size in [size for chunk, size in chunks.items() if chunk in new]:

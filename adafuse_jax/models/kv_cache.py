@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 from adafuse_jax.models.config import ModelConfig
 from pallas_kernels.prefill_attention import prefill_attention
 
-COPIED_POSITIONS = 128
-"""Positions that are copied together from one row to another."""
+COPIED_POSITIONS = (256, 1024, 4096, 16384)
+"""Positions that are copied from one row to another: the fewest of these that hold a prompt, each a program."""
 
 
 @jax.tree_util.register_dataclass
@@ -47,22 +47,28 @@ class KVCache:
         """Some rows replaced."""
         return jax.tree.map(lambda x, y: x.at[:, rows].set(y), self, new)
 
-    def with_prefix(self, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""]) -> KVCache:
-        """The first `length` positions of one row copied to another, in blocks. What lies behind them there becomes 0 up to
-        the end of a block: what the source has there may not be finite, and is multiplied by 0."""
-        block = min(COPIED_POSITIONS, self.slots)
+    def with_prefix(
+        self, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""], *, copied: int
+    ) -> KVCache:
+        """The first `length` positions of one row, at most `copied`, copied to another. What lies behind them there becomes
+        0 up to `copied`: what the source has there may not be finite, and is multiplied by 0.
 
-        def copy_block(i: Int[Array, ""], cache: KVCache) -> KVCache:
-            first = jnp.minimum(i * block, self.slots - block)
-            is_copied = (first + jnp.arange(block) < length)[:, None, None]
+        Layer by layer, so that the copy needs little memory. No number of steps depends on `length`: a GPU would ask the
+        host whether to go on, which then waits for all that is queued before."""
+        is_copied = (jnp.arange(copied) < length)[:, None, None]
 
+        def copy_layer(layer: Int[Array, ""], cache: KVCache) -> KVCache:
             def copy(x: Array) -> Array:
-                part = jax.lax.dynamic_slice(x, (0, source, first, 0, 0), (x.shape[0], 1, block, *x.shape[3:]))
-                return jax.lax.dynamic_update_slice(x, jnp.where(is_copied, part, 0), (0, target, first, 0, 0))
+                part = jax.lax.dynamic_slice(x, (layer, source, 0, 0, 0), (1, 1, copied, *x.shape[3:]))
+                return jax.lax.dynamic_update_slice(x, jnp.where(is_copied, part, 0), (layer, target, 0, 0, 0))
 
             return jax.tree.map(copy, cache)
 
-        return jax.lax.fori_loop(0, (length + block - 1) // block, copy_block, self)
+        return jax.lax.fori_loop(0, len(self.k), copy_layer, self)
+
+    def copied_positions(self) -> list[int]:
+        """Numbers of positions for which `with_prefix` is compiled, smallest first."""
+        return [size for size in COPIED_POSITIONS if size < self.slots] + [self.slots]
 
     def write(
         self,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import fields
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.models.config import ModelConfig, RopeConfig, unsupported_field
 from adafuse_jax.models.kv_cache import KVCache
+from adafuse_jax.models.quantised import LAYOUTS
 from adafuse_jax.parallel.axes import CACHE, DATA, FSDP, MESH_AXES, TENSOR, logical_axes, partition_spec
 from pallas_kernels.quantised import QuantLayout
 
@@ -60,8 +62,10 @@ def make_mesh(num_devices: int, model: ModelConfig, layout: QuantLayout | None =
         raise UserError(
             f"--tensor-parallel {num_devices} needs as many devices, and there are {len(devices)}; give at most that"
         )
-    if reason := _uneven_share(model, {TENSOR: num_devices}, layout=layout):
-        raise UserError(f"--tensor-parallel {num_devices}: {reason}; give a number that divides it")
+    sizes = {TENSOR: num_devices}
+    if reason := _uneven_share(model, sizes, layout=layout):
+        other = _other_layouts(model, sizes, layout=layout)
+        raise UserError(f"--tensor-parallel {num_devices}: {reason}; give a number that divides it{other}")
     return Mesh(devices[:num_devices], (TENSOR,))
 
 
@@ -84,15 +88,20 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def training_mesh(
-    text: str | None, model: ModelConfig, batch_size: int, layout: QuantLayout | None = None
+    text: str | None,
+    model: ModelConfig,
+    batch_size: int,
+    layout: QuantLayout | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh | None:
     """The mesh of `--mesh`; by default all devices as fsdp if they can share batch and model evenly, else one. None for one
-    device. A log line says which. `layout`: of quantised linears.
+    device. A log line says which. `layout`: of quantised linears. `devices`: others than this process sees.
 
     Raises:
       UserError: a size that does not fit the devices, the processes, the batch or the model.
     """
-    devices, sizes = jax.devices(), {DATA: 1, FSDP: jax.device_count(), TENSOR: 1}
+    devices = devices or jax.devices()
+    sizes = {DATA: 1, FSDP: len(devices), TENSOR: 1}
     if text is not None:
         sizes = _filled_in(parse_mesh(text), len(devices), f"--mesh {text}")
     unknown = unsupported_field(model, CONSUMED_FIELDS | IRRELEVANT_FIELDS.keys())
@@ -101,7 +110,8 @@ def training_mesh(
     if reason is None and jax.process_count() > 1 and size != len(devices):
         reason = f"{jax.process_count()} processes have {len(devices)} devices, and the mesh takes {size}"
     if reason is not None and (text is not None or jax.process_count() > 1):
-        advice = "train on one device" if unknown else "give another mesh, or another --batch-size"
+        other = _other_layouts(model, sizes, batch_size, layout)
+        advice = "train on one device" if unknown else f"give another mesh, or another --batch-size{other}"
         raise UserError(f"--mesh {text or _written(sizes)}: {reason}; {advice}")
     if reason is not None:
         log.info("training on one of %d devices: %s; --mesh or another --batch-size uses more", len(devices), reason)
@@ -153,8 +163,20 @@ def _uneven_share(
         ("components of its embedding", model.embed_dim, fsdp),
     ):
         if size // group % devices:
-            return f"{devices} devices cannot share the {size // group} groups of the model's {what} evenly"
+            return f"{devices} devices cannot share the {size // group} groups of {group} of the model's {what} evenly"
     return None
+
+
+def _other_layouts(
+    model: ModelConfig, sizes: dict[str, int], batch_size: int | None = None, layout: QuantLayout | None = None
+) -> str:
+    """Advice for quantised weights whose groups devices cannot share: the layouts that they can."""
+    names = [
+        name
+        for name, other in LAYOUTS.items()
+        if layout is not None and _uneven_share(model, sizes, batch_size, other) is None
+    ]
+    return f", or quantise to {' or '.join(names)}" if names else ""
 
 
 def shard[Module](module: Module, mesh: Mesh) -> Module:

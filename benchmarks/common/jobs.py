@@ -19,6 +19,8 @@ from typing import Any
 from benchmarks.common.records import MAX_ERROR
 from benchmarks.common.timing import Stopwatch
 
+LEAST_SECONDS = 30
+"""Time that a job needs to begin at all."""
 Report = Callable[[dict[str, Any]], None]
 """Called by a job with all that it has found so far."""
 
@@ -54,6 +56,18 @@ def run_job(job: Job, common: dict[str, Any], timeout: float, python: str) -> tu
         found = json.loads(result.read_text()) if result.exists() else {}
     print(f"  {watch.seconds:.0f} s{f', {problem}' if problem else ''}", flush=True)
     return found, problem
+
+
+def run_job_within(
+    left: float, job: Job, common: dict[str, Any], timeout: float, python: str
+) -> tuple[dict[str, Any], str | None] | None:
+    """The answer of `run_job` in a call that has `left` seconds; None if they are too few, and the next call has the job."""
+    if left < LEAST_SECONDS:
+        print(f"{job.name}: not begun, as the call's time is over; the same command continues", flush=True)
+        return None
+    found, problem = run_job(job, common, min(timeout, left), python)
+    is_cut_short = left < timeout and problem is not None and problem.startswith("stopped after")
+    return None if is_cut_short else (found, problem)
 
 
 def add_job_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

@@ -28,10 +28,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.jobs import Job, run_job
+from benchmarks.common.jobs import Job, run_job_within
 from benchmarks.common.records import command_line, commit, write_json
+from benchmarks.common.timing import Stopwatch
 from benchmarks.decode.costs import QUANTISED, SIZES
-from benchmarks.decode.devices import jobs_of_devices
+from benchmarks.decode.devices import is_finished, jobs_of_devices
 from benchmarks.decode.prompts import make_prompts
 from benchmarks.decode.report import EXTRA, merge_parts
 
@@ -60,6 +61,11 @@ def rows_job(name: str, method: str, targets: str, strategy: str, batches: list[
     return rows_module_job(name, "rows", rows, method=method, strategy=strategy, targets=targets, batches=batches)
 
 
+def ceilings_job(*, is_tiny: bool) -> Job:
+    elements, matmul_dim, seconds = (2**12, 64, 2e-4) if is_tiny else (2**30, 8192, 0.06)
+    return rows_module_job("ceilings", "ceilings", elements=elements, matmul_dim=matmul_dim, seconds=seconds)
+
+
 def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
     """Jobs of a part, in order. `seconds` in the settings are those of one repeat."""
     is_tiny = arguments.size == "tiny"
@@ -70,10 +76,10 @@ def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
     if part == "context":
         return [rows_module_job("context", "contexts", contexts=[16, 64] if is_tiny else [128, 472, 984, 2008, 4056])]
     if part == "devices":
-        return jobs_of_devices(arguments.size, arguments.devices, arguments.quantize)
+        several = jobs_of_devices(arguments.size, arguments.devices, arguments.quantize)
+        return [ceilings_job(is_tiny=is_tiny), *several]
     if part == "jax":
-        elements, matmul_dim, seconds = (2**12, 64, 2e-4) if is_tiny else (2**30, 8192, 0.06)
-        jobs = [rows_module_job("ceilings", "ceilings", elements=elements, matmul_dim=matmul_dim, seconds=seconds)]
+        jobs = [ceilings_job(is_tiny=is_tiny)]
         strategies = ["fused", "unmerged", *ONE_ROW]
         batches = sorted(arguments.batches)
         jobs += [rows_job("backbone", "backbone", "-", "-", batches)]
@@ -105,8 +111,16 @@ def jobs_of(part: str, arguments: argparse.Namespace) -> list[Job]:
     return jobs
 
 
+def is_measured(job: Job, found: dict[str, Any]) -> bool:
+    """Return whether an earlier call of part devices has measured this."""
+    if job.name == "ceilings":
+        return "ceilings" in found
+    return any(job.settings.items() <= row.items() for row in found.get("devices", []))
+
+
 def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
     """Measure; part-*.json is written again after every job."""
+    watch = Stopwatch()
     shapes = SIZES[arguments.size]
     prompts, queries, description = make_prompts(arguments, shapes)
     jobs = jobs_of(part, arguments)
@@ -131,13 +145,18 @@ def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
     }  # fmt: skip
     path = arguments.out / f"{name}.json"
     if part == "devices" and path.exists() and (before := json.loads(path.read_text()))["commit"] == found["commit"]:
-        found = before | {"devices": [row for row in before.get("devices", []) if "ms" in row]}
+        found = before | {"devices": [*filter(is_finished, before.get("devices", []))]}
     python = arguments.torch_python if part in ("hf", "peft", "moe") else sys.executable
     for job in jobs:
-        if any(job.settings.items() <= row.items() for row in found.get("devices", [])):
+        if is_measured(job, found):
             print(f"{job.name}: measured before", flush=True)
             continue
-        result, problem = run_job(job, common, arguments.job_seconds, python)
+        answer = run_job_within(arguments.seconds - watch.seconds, job, common, arguments.job_seconds, python)
+        if answer is None:
+            continue
+        result, problem = answer
+        if problem and part == "devices" and job.name != "ceilings":  # which would have reported its row in the end
+            result["devices"] = [job.settings | {"error": problem}]
         found["versions"] |= {name: result[name] for name in ("jax", "torch", "transformers") if name in result}
         found |= {key: result[key] for key in ("device", "ceilings") if key in result}
         for table in EXTRA:
@@ -147,7 +166,7 @@ def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
         measured = [{key: row[key] for key in place("", "")} for row in rows]
         rows += [row | {"error": problem or "no result"} for row in job.rows if row not in measured]
         found["rows"] += rows
-        if problem and not job.rows:
+        if problem and not job.rows and "devices" not in result:
             found.setdefault("problems", []).append(f"{job.name}: {problem}")
         found["finished"] = time.time()
         write_json(path, found)
@@ -183,6 +202,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--row-seconds", type=float, default=60, help="a row begins no query after so many seconds")
     parser.add_argument("--compile-seconds", type=float, default=150, help="a peer compiles no other way after these")
     parser.add_argument("--job-seconds", type=float, default=450, help="a process is stopped after these")
+    parser.add_argument("--seconds", type=float, default=86400.0, help="of each part; no process begins after these")
     parser.add_argument("--size", choices=SIZES, default="llama2-7b")
     parser.add_argument("--torch-python", default=sys.executable, help="the Python that has torch and transformers")
     arguments = parser.parse_args(argv)

@@ -1,10 +1,11 @@
-"""A step of one row by tensor parallelism beside one device: `--part devices`, each model and number of devices in a process
-of its own.
+"""A step of one row by tensor parallelism beside one device: `--part devices`, each model, strategy and number of devices in
+a process of its own, so that one that fails or hangs costs no other.
 
     python -m benchmarks.decode.devices --job JOB.json --result RESULT.json
 
 Weights are made in their shards. First correct: the logits of the model's first layers on all devices must be about as close
-to those in float32 as those of one device are. Then the time of a step of the whole model, with its bytes.
+to those in float32 as those of one device are. Then the time of a step of the whole model, with its bytes. The megakernel is
+asked for, also where it is no default; what it or the mesh refuses is the row's error, and so is too little memory.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ CONTEXT, TINY_CONTEXT = 236, 16
 CHECKED_LAYERS, CHECKED_TOKENS = 4, 8
 TOLERANCE = 1.5
 """Largest error of the logits over that of one device: partial sums are rounded and added in another order."""
+STRATEGIES = ("fused", "unmerged")
 SHARDED_ONLY = ("llama2-70b",)
 """Sizes that one device does not hold."""
 
@@ -53,19 +55,29 @@ def jobs_of_devices(size: str, devices: int, quantize: list[str]) -> list[Job]:
     """The jobs of `devices` devices, and those of one. 7B shapes, and on four devices or more 70B shapes too."""
     sizes = [size] if size != "llama2-7b" or devices < 4 else [size, "llama2-70b"]
     places = [
-        {"size": name, "method": method, "targets": targets, "quantize": form, "devices": count}
+        {
+            "size": name, "method": method, "targets": targets, "quantize": form, "devices": count,
+            "strategy": strategy + (f"-{form}" if form else ""),
+        }
         for name in sizes
         for form in (None, *quantize)
         for method, targets in (("backbone", "-"), ("adafuse", "all7"))
+        for strategy in STRATEGIES
         for count in ((devices,) if name in SHARDED_ONLY else (1, devices))
-    ]
+    ]  # fmt: skip
     return [
         Job(
-            name="-".join(map(str, (p["size"], p["method"], p["quantize"] or "bf16", p["devices"]))),
+            name="-".join(map(str, (p["size"], p["method"], p["quantize"] or "bf16", p["devices"], p["strategy"]))),
             module="benchmarks.decode.devices", settings=p,
         )
         for p in places
     ]  # fmt: skip
+
+
+def is_finished(row: dict[str, Any]) -> bool:
+    """Return whether a row has its result, which may be a refusal, or that a device has too little memory."""
+    error = row.get("error", "")
+    return "ms" in row or error.startswith(UserError.__name__) or "RESOURCE_EXHAUSTED" in error
 
 
 def make(job: dict[str, Any], shapes: Shapes, mesh: Mesh | None) -> tuple[Backbone, Any]:
@@ -82,12 +94,12 @@ def mesh_over(job: dict[str, Any], shapes: Shapes) -> Mesh | None:
     return make_mesh(job["devices"], model_config(shapes), layout) if job["devices"] > 1 else None
 
 
-def strategies(model: Backbone, adapter: Any) -> list[str]:
-    reason = fused_unsupported_reason(model, adapter=adapter)
-    if reason is None:
-        return ["fused", "unmerged"]
-    print(f"  no megakernel: {reason}", flush=True)
-    return ["unmerged"]
+def engine_of(job: dict[str, Any], model: Backbone, adapter: Any) -> Engine:
+    """Raises `UserError` if the strategy cannot run."""
+    strategy = job["strategy"].partition("-")[0]
+    if strategy == "fused" and (reason := fused_unsupported_reason(model, adapter=adapter)):
+        raise UserError(f"no megakernel: {reason}")
+    return Engine(model, adapter, strategy=strategy, eos_ids=())
 
 
 def text_step(backend: Backend, batch: int) -> tuple[Any, KVCache]:
@@ -117,56 +129,51 @@ def exact(model: Backbone, adapter: Any) -> np.ndarray:
         return logits_of(Unfused(*in_float32((model, adapter))))
 
 
-def check(job: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Strategy → errors of the logits on one device and on all, in norms of the exact ones, of the first layers."""
+def check(job: dict[str, Any]) -> dict[str, Any]:
+    """Errors of the logits on one device and on all, in norms of the exact ones, of the first layers. One device decodes
+    unfused where the megakernel cannot run on it."""
     shapes = SIZES[job["size"]]
     shapes = replace(shapes, num_layers=min(CHECKED_LAYERS, shapes.num_layers))
-    alone = make(job, shapes, None)
-    right = exact(*alone)
+    sharded = engine_of(job, *make(job, shapes, mesh_over(job, shapes)))
+    model, adapter = make(job, shapes, None)
+    right = exact(model, adapter)
 
-    def error(model: Backbone, adapter: Any, strategy: str) -> float:
-        found = logits_of(Engine(model, adapter, strategy=strategy, eos_ids=()).backend.for_batch(1))
+    def error(engine: Engine) -> float:
+        found = logits_of(engine.backend.for_batch(1))
         return float(np.linalg.norm(found - right) / np.linalg.norm(right))
 
-    sharded = make(job, shapes, mesh_over(job, shapes))
-    errors = {}
-    for strategy in strategies(*sharded):
-        of_one = strategy if strategy in strategies(*alone) else "unmerged"
-        errors[strategy] = {"one": error(*alone, of_one), "all": error(*sharded, strategy)}
-    return errors
+    try:
+        alone = engine_of(job, model, adapter)
+    except UserError:
+        alone = Engine(model, adapter, strategy="unmerged", eos_ids=())
+    off, off_one = error(sharded), error(alone)
+    return {"logits_off": off, "logits_off_one": off_one, "correct": off <= TOLERANCE * off_one}
 
 
 def measure(job: dict[str, Any], report: Report) -> None:
-    """`job`: size, method, targets, quantize, devices."""
+    """`job`: size, method, targets, quantize, devices, strategy."""
     runtime.set_up()
-    shapes, found = SIZES[job["size"]], []
-    context = TINY_CONTEXT if job["size"] == "tiny" else CONTEXT
     if jax.device_count() < job["devices"]:
         raise SystemExit(f"{job['devices']} devices are needed, and there are {jax.device_count()}")
-    place = {name: job[name] for name in ("size", "method", "targets", "devices", "quantize")}
+    row = {name: job[name] for name in ("size", "method", "targets", "devices", "quantize", "strategy")}
     try:
-        mesh = mesh_over(job, shapes)
-        errors = check(job) if mesh is not None else {}
-        model, adapter = make(job, shapes, mesh)
+        row |= measure_step(job)
     except (UserError, jax.errors.JaxRuntimeError) as error:
-        report({"devices": [place | {"strategy": "-", "error": first_line(error)}]})
-        return
+        row["error"] = first_line(error)
+    print(f"  {row}", flush=True)
+    report({"devices": [row]})
+
+
+def measure_step(job: dict[str, Any]) -> dict[str, Any]:
+    shapes = SIZES[job["size"]]
+    context = TINY_CONTEXT if job["size"] == "tiny" else CONTEXT
+    mesh = mesh_over(job, shapes)
+    found = check(job) if mesh is not None else {}
+    engine = engine_of(job, *make(job, shapes, mesh))
     suffix = f"-{job['quantize']}" if job["quantize"] else ""
-    for strategy in strategies(model, adapter):
-        engine = Engine(model, adapter, strategy=strategy, eos_ids=())
-        row = place | {"strategy": engine.strategy + suffix}
-        row["bytes_gb"] = costs(shapes, job["method"], job["targets"], f"unmerged{suffix}", 1, context).bytes_gb
-        row["ms"] = time_steps(engine.backend, 1, context)
-        if off := errors.get(strategy):
-            row |= {
-                "logits_off": off["all"],
-                "logits_off_one": off["one"],
-                "correct": off["all"] <= TOLERANCE * off["one"],
-            }
-        row["peak_gib"] = runtime.peak_device_gib()
-        found.append(row)
-        print(f"  {row}", flush=True)
-        report({"devices": found})
+    moved = costs(shapes, job["method"], job["targets"], f"unmerged{suffix}", 1, context)
+    ms = time_steps(engine.backend, 1, context)
+    return found | {"bytes_gb": moved.bytes_gb, "ms": ms, "peak_gib": runtime.peak_device_gib()}
 
 
 if __name__ == "__main__":

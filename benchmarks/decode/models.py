@@ -61,15 +61,16 @@ def experts_per_layer(shapes: Shapes) -> tuple[int, ...]:
     return MOLA_EXPERTS[: shapes.num_layers]
 
 
-@partial(jax.jit, static_argnames=("shape", "dtype", "sharding"))
-def draw(key: Array, shape: tuple[int, ...], dtype: Any, sharding: Sharding | None = None) -> Array:
-    """N(0, 0.02²), or random bytes of uint8, matrix by matrix."""
+@partial(jax.jit, static_argnames=("shape", "dtype", "sharding", "bits"))
+def draw(key: Array, shape: tuple[int, ...], dtype: Any, sharding: Sharding | None = None, bits: int = 8) -> Array:
+    """N(0, 0.02²), matrix by matrix; of uint8 the bytes of codes that are uniform around their offset, of so many `bits`."""
     matrix, keys = shape[-2:], jax.random.split(key, shape[:-2])
     count = int(np.prod(shape[:-2]))
 
     def draw_one(key: Array) -> Array:
         if dtype == jnp.uint8:
-            one = jax.random.bits(key, matrix, jnp.uint8)
+            codes = jax.random.randint(key, (8 // bits, *matrix), 1, 2**bits, jnp.int32).astype(jnp.uint8)
+            one = codes[0] if bits == 8 else codes[0] | codes[1] << 4
         else:
             one = (0.02 * jax.random.normal(key, matrix)).astype(dtype)
         return one if sharding is None else jax.lax.with_sharding_constraint(one, of_matrix(sharding, len(shape)))
@@ -101,18 +102,21 @@ def random_module[Module](make: Callable[[], Module], dtype: Any, seed: int, pla
     shardings = [place and place(path) for path, _ in paths]
     impl = "rbg" if place is None else "threefry2x32"  # rbg is faster, and its bits differ with the sharding
     leaves: dict[int, Array] = {}
+    in_groups = {name.removesuffix("group_scales") for name, _ in named if name.endswith("group_scales")}
     for at in sorted(range(len(named)), key=lambda at: -int(np.prod(named[at][1].shape[-2:]))):
         name, leaf = named[at]
         leaf_dtype = jnp.dtype(jnp.float32 if "router" in name else dtype)
         if "norm" in name:
             leaves[at] = jnp.ones(leaf.shape, leaf_dtype, device=shardings[at])
-        elif name.endswith(("group_scales", "channel_scales")):  # of codes that are uniform
-            steps = 2 ** (4 if name.endswith("group_scales") else 8)
-            leaves[at] = jnp.full(leaf.shape, 0.02 * 12**0.5 / steps, leaf_dtype, device=shardings[at])
+        elif name.endswith(("group_scales", "channel_scales")):
+            codes = 2 ** (4 if name.endswith("group_scales") else 8) - 1
+            scale = 0.02 * (12 / (codes**2 - 1)) ** 0.5
+            leaves[at] = jnp.full(leaf.shape, scale, leaf_dtype, device=shardings[at])
         else:
-            drawn_dtype = leaf.dtype if leaf.dtype == jnp.uint8 else leaf_dtype
+            is_codes = leaf.dtype == jnp.uint8
+            bits = 4 if name.removesuffix("codes") in in_groups else 8
             key = jax.random.key(1000 * seed + at, impl=impl)
-            leaves[at] = draw(key, leaf.shape, drawn_dtype, shardings[at])
+            leaves[at] = draw(key, leaf.shape, leaf.dtype if is_codes else leaf_dtype, shardings[at], bits)
     return wait(jax.tree.unflatten(tree, [leaves[at] for at in range(len(named))]))
 
 

@@ -200,7 +200,7 @@ def context_table(contexts: list[dict[str, Any]], read: float | None) -> list[st
 
 
 def device_table(rows: list[dict[str, Any]], read: float | None) -> list[str]:
-    """Comparison of each step with that of one device by default, and by the same strategy; its share of what the devices
+    """Comparison of each step with the fastest of one device, and with its own strategy there; its share of what the devices
     can read together, `read` TB/s each; and the logits' error over that of one device."""
 
     def cells(row: dict[str, Any]) -> list[Any]:
@@ -213,13 +213,14 @@ def device_table(rows: list[dict[str, Any]], read: float | None) -> list[str]:
             if r["devices"] == 1 and "ms" in r and all(r.get(k) == row.get(k) for k in ("size", "method", "quantize"))
         ]
         same = next((r for r in alone if r["strategy"] == row["strategy"]), None)
-        speeds = [f"{base['ms'] / row['ms']:.2f}×" if base else "" for base in (alone[0] if alone else None, same)]
+        fastest = min(alone, key=lambda r: r["ms"], default=None)
+        speeds = [f"{base['ms'] / row['ms']:.2f}×" if base else "" for base in (fastest, same)]
         share = 100 * row["bytes_gb"] / row["ms"] / read / row["devices"] if read and "bytes_gb" in row else None
         end = "×" if row.get("correct", True) else "× WRONG"
         error = row["logits_off"] / row["logits_off_one"] if row.get("logits_off_one") else None
         return [name, row["devices"], f"{row['ms']:.3f}", *speeds, number(share, ".0f", "%"), number(error, ".2f", end)]
 
-    head = "", "GPUs", "ms", "speed over one, its default", "over one, the same strategy", "of read", "logits' error"
+    head = "", "GPUs", "ms", "speed over one, its fastest", "over one, the same strategy", "of read", "logits' error"
     return table(head, map(cells, rows))
 
 

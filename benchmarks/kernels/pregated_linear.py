@@ -103,8 +103,11 @@ def by_kernel(
     tiles: Tiles | None = None,
 ) -> dict[str, Array]:
     """One launch, as in the decode step."""
-    layout = getattr(next(iter(weights.values())), "layout", None)
-    group = Group(tiles=tiles or tiles_for(len(x), x.shape[1], x.dtype.itemsize, layout=layout), out_dtype=x.dtype)
+    first = next(iter(weights.values()))
+    layout = first.layout if isinstance(first, QuantArray) else None
+    outs = [w.shape[1] for w in weights.values()]
+    tiles = tiles or tiles_for(len(x), outs, x.shape[1], x.dtype.itemsize, layout=layout)
+    group = Group(tiles=tiles, out_dtype=x.dtype)
     num_used = jnp.zeros(1, jnp.int32)
     if mixture is not None:
         num_used = (mixture.gates != 0).any(axis=1).sum(dtype=jnp.int32)[None]
@@ -174,9 +177,12 @@ def swept_tiles(batch: int, layout: QuantLayout | None = None) -> list[Tiles]:
         ]
     if batch == 1:
         choices = product((2, 4, 8, 16, 32), (256, 512, 1024), (2, 4, 8), (1, 2))
-    else:
-        choices = product((16, 32, 64), (64, 128, 256), (4, 8), (3, 4, 6))
-    return [Tiles(tile_m=m, tile_k=k, num_warps=warps, num_stages=stages) for m, k, warps, stages in choices]
+        return [Tiles(tile_m=m, tile_k=k, num_warps=warps, num_stages=stages) for m, k, warps, stages in choices]
+    shared = ((0, 1, 1), (32, 1, 1), (0, 1, 2), (0, 2, 4), (0, 2, 8), (0, 3, 8))
+    return [
+        Tiles(tile_m=m, tile_k=k, num_stages=stages, num_warps=4, shrink_m=shrink_m, splits=splits, shrink_splits=parts)
+        for m, k, stages, (shrink_m, splits, parts) in product((32, 64), (64, 128), (3, 4), shared)
+    ]
 
 
 def run(

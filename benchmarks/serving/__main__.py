@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.jobs import Job, run_job
-from benchmarks.common.records import command_line, commit, write_json
+from benchmarks.common.records import command_line, commit, first_line, write_json
 from benchmarks.decode.costs import SIZES, TARGETS
 from benchmarks.serving.client import closed_loop, disturbed, poisson, summary
 from benchmarks.serving.report import merge_parts
@@ -41,9 +41,13 @@ END_SECONDS = 60
 REQUESTS_OF_A_CLIENT = 8
 
 
+class ServerError(RuntimeError):
+    """A server that does not start."""
+
+
 @contextmanager
 def host(job: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
-    """A process of `benchmarks.serving.host`, once it serves; what it has found so far. Raises RuntimeError if it fails."""
+    """A process of `benchmarks.serving.host`, once it serves; what it has found so far. Raises ServerError if it fails."""
     with tempfile.TemporaryDirectory() as scratch:
         order, result, log = (Path(scratch) / name for name in ("job.json", "result.json", "stderr"))
         order.write_text(json.dumps(job))
@@ -55,7 +59,9 @@ def host(job: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
             begun = time.monotonic()
             while "port" not in found or "serving on" not in log.read_text():
                 if process.poll() is not None or time.monotonic() - begun > seconds:
-                    raise RuntimeError(f"the server does not start: {log.read_text()[-2000:]}")
+                    lines = [line for line in log.read_text().splitlines() if line.strip()] or ["no line of log"]
+                    print("\n".join(lines[-30:]), flush=True)
+                    raise ServerError(f"the server does not start: {lines[-1]}")
                 time.sleep(0.2)
                 if result.exists() and (text := result.read_text()).endswith("}"):
                     found = json.loads(text)
@@ -150,7 +156,10 @@ def run_part(name: str, arguments: argparse.Namespace, command: str) -> None:
     if name == "peer":
         measure_peer(arguments, part)
     else:
-        measure_case(name, arguments, part, path)
+        try:
+            measure_case(name, arguments, part, path)
+        except ServerError as error:
+            part["error"] = first_line(error)
     write_json(path, part | {"finished": time.time()})
 
 

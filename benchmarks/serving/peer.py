@@ -1,5 +1,7 @@
 """transformers' own continuous batching on the bare backbone, in torch: a closed loop of clients in one process.
 
+A short trial of each setting in SETTINGS decides which one the loops take.
+
 python -m benchmarks.serving.peer --job JOB.json --result RESULT.json     # `benchmarks.serving` does
 """
 
@@ -12,14 +14,22 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from benchmarks.common.jobs import Report, add_job_flags, reporter
 from benchmarks.common.records import commit, first_line
 from benchmarks.decode.costs import SIZES
 from benchmarks.peers.models import build
 
-RESULT_SECONDS = 120
+RESULT_SECONDS = 60
+SETTINGS: dict[str, dict[str, Any]] = {
+    "its own choice": {},
+    "CUDA graphs": {"use_cuda_graph": True},
+    "CUDA graphs, two batches in flight": {"use_cuda_graph": True, "use_async_batching": True},
+    "compiled": {"default_compile_level": 1},
+}
+TRIAL_TOKENS = 64
+"""New tokens of a request in a trial, at most."""
 
 
 def closed_loop(manager: Any, requests: list[dict[str, Any]], clients: int) -> dict[str, Any]:
@@ -39,23 +49,36 @@ def closed_loop(manager: Any, requests: list[dict[str, Any]], clients: int) -> d
     return {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
 
 
+def rate_of(model: Any, settings: dict[str, Any], requests: list[dict[str, Any]], clients: int, warm: int) -> Any:
+    """The closed loop after one of the first `warm` requests, which compiles and captures graphs, or its error."""
+    generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    try:
+        batching = ContinuousBatchingConfig(**settings)
+        manager = model.init_continuous_batching(generation_config=generation, continuous_batching_config=batching)
+        manager.start()
+        try:
+            closed_loop(manager, requests[:warm], clients)
+            return closed_loop(manager, requests, clients)
+        finally:
+            manager.stop(block=True)
+    except Exception as error:
+        return {"error": first_line(error)}
+
+
 def measure(job: dict[str, Any], report: Report) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build("hf", "-", SIZES[job["size"]], device, getattr(torch, job["dtype"]))
-    settings = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    most = max(clients for clients, _ in job["loops"])
+    short = [asked | {"new_tokens": min(asked["new_tokens"], TRIAL_TOKENS)} for asked in job["requests"][:most]]
+    trials: dict[str, Any] = {}
+    for name, settings in SETTINGS.items():
+        trials[name] = rate_of(model, settings, short, most, len(short))
+        report({"trials": trials})
+    best = max(SETTINGS, key=lambda name: trials[name].get("tokens_per_s", 0.0))
     found: dict[str, Any] = {}
     for clients, count in job["loops"]:
-        try:
-            manager = model.init_continuous_batching(generation_config=settings)
-            manager.start()
-            try:
-                closed_loop(manager, job["requests"][:clients], clients)  # compiles and captures its graphs
-                found[str(clients)] = closed_loop(manager, job["requests"][:count], clients)
-            finally:
-                manager.stop(block=True)
-        except Exception as error:
-            found[str(clients)] = {"error": first_line(error)}
-        report({"closed": found})
+        found[str(clients)] = rate_of(model, SETTINGS[best], job["requests"][:count], clients, clients)
+        report({"trials": trials, "settings": best, "closed": found})
 
 
 if __name__ == "__main__":

@@ -69,6 +69,8 @@ def merge_parts(out: Path) -> str:
     rows = []
     for case in CASES:
         part = parts.get(case, {})
+        if "error" in part:
+            rows.append([case, "", part["error"]])
         offline = part.get("offline", {}).get("tokens_per_s")
         for load, found in part.get("loads", {}).items():
             if "error" in found:
@@ -85,7 +87,9 @@ def merge_parts(out: Path) -> str:
             rows.append([case, "alone", "", "", "", number(alone, ".2f")])
     for clients, found in parts.get("peer", {}).get("closed", {}).items():
         rate = f"{found['tokens_per_s']:.0f}" if "tokens_per_s" in found else found["error"]
-        rows.append(["transformers, bare", f"closed-{clients}", rate])
+        rows.append(
+            [f"transformers, bare ({parts['peer'].get('settings', 'its own choice')})", f"closed-{clients}", rate]
+        )
     head = [
         "adapters",
         "load",

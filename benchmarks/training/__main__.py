@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -25,9 +26,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.jobs import Job, run_job
+from benchmarks.common.jobs import Job, run_job, run_job_within
 from benchmarks.common.records import command_line, commit, write_json
-from benchmarks.training.devices import is_finished, rows_of_devices, warm_up
+from benchmarks.common.timing import Stopwatch
+from benchmarks.training.devices import is_finished, losses_of_one, rows_of_devices, warm_up
 from benchmarks.training.report import merge_parts
 from benchmarks.training.shapes import SHAPES
 
@@ -101,9 +103,11 @@ def measure_curve(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
     """Measure; training-part-*.json is written again after every job."""
+    watch = Stopwatch()
     found: dict[str, Any] = {"part": part, "command": command, "commit": commit(), "rows": [], "versions": {}}
     name = f"devices{arguments.devices}" if part == "devices" else part
-    path = arguments.out / f"training-part-{'-'.join([name, *(arguments.only or ())])}.json"
+    of_some = re.sub(r"[^\w.-]", "_", "-".join([name, *(arguments.only or ())]))
+    path = arguments.out / f"training-part-{of_some}.json"
     if part == "curve":
         write_json(path, found | {"curve": measure_curve(arguments), "finished": time.time()})
         return
@@ -115,16 +119,21 @@ def run_part(part: str, arguments: argparse.Namespace, command: str) -> None:
     if part == "devices":  # XLA's own limit is three quarters of the device
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
     if arguments.warm_up:
-        warm_up(jobs, arguments)
+        warm_up(jobs, arguments, found["commit"])
         return
     if part == "devices" and path.exists() and (before := json.loads(path.read_text()))["commit"] == found["commit"]:
         found |= before | {"rows": [row for row in before["rows"] if is_finished(row)]}
+    elsewhere = losses_of_one(arguments.out, found["commit"]) if part == "devices" else []
     for job in jobs:
-        if all(any(wanted.items() <= row.items() for row in found["rows"]) for wanted in job.rows):
+        before = [*found["rows"], *elsewhere]
+        if all(any(wanted.items() <= row.items() for row in before) for wanted in job.rows):
             print(f"{job.name}: measured before", flush=True)
             continue
         python = arguments.torch_python if part == "peers" else sys.executable
-        result, problem = run_job(job, {}, arguments.job_seconds, python)
+        answer = run_job_within(arguments.seconds - watch.seconds, job, {}, arguments.job_seconds, python)
+        if answer is None:
+            continue
+        result, problem = answer
         found["versions"] |= {name: result[name] for name in ("jax", "torch", "transformers", "peft") if name in result}
         found |= {"device": result["device"]} if "device" in result else {}
         measured = result.get("rows") or ([result] if "ms" in result else [])
@@ -152,6 +161,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-profile", action="store_true", help="no times by kind of kernel")
     parser.add_argument("--job-seconds", type=float, default=450, help="a process is stopped after these")
+    parser.add_argument("--seconds", type=float, default=86400.0, help="of each part; no row begins after these")
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument(
         "--torch-python", default=sys.executable, help="the Python that has torch, transformers and peft"

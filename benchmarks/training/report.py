@@ -18,8 +18,9 @@ REACHABLE_FLOPS = {"NVIDIA H200": 790e12}
 that the vendor names, 989 TFLOP/s."""
 CURVE_TOLERANCE = 1e-4
 """In nats, in float32 over 20 steps."""
-MESH_TOLERANCE = 5e-3
-"""In nats, in bfloat16: sums over devices are in another order."""
+MESH_TOLERANCE, ROUNDING = 5e-3, 2.0
+"""Losses over several devices may differ from one device's by so many nats, in bfloat16: sums over devices are in another
+order. Or by so many times what rounding alone moves them, where that was measured."""
 
 
 def merge_parts(out: Path) -> str:
@@ -97,30 +98,51 @@ def curve_lines(curve: dict[str, Any] | None) -> list[str]:
 
 
 def mesh_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for every row over several devices: its losses beside those of one device with the same batch, and its speed
-    over that of one device with a device's part of the batch."""
+    """Two lines for every row over several devices: its speed over that of one device with a device's part of the batch, and
+    its losses beside those of one device with the same batch."""
+    return [
+        line
+        for row in rows
+        if row["devices"] > 1 and "losses" in row
+        for line in (speed_line(row, rows_of_one(row, rows)), losses_line(row, rows_of_one(row, rows)))
+    ]
+
+
+def rows_of_one(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of one device that differ from `row` in the batch alone, the largest micro-batches first."""
     same = ("size", "method", "targets", "length", "remat", "unroll", "segments")
-    lines = []
-    for row in rows:
-        if row["devices"] == 1 or "losses" not in row:
-            continue
-        alone = [
-            r
-            for r in rows
-            if r["devices"] == 1 and "losses" in r and all(r[key] == row[key] for key in same) and "mesh" in r
-        ]
-        speed = f"{name_of(row)}: {row['tokens_per_second'] / row['devices']:,.0f} tokens/s per device"
-        if part := [r for r in alone if r["batch"] * row["devices"] == row["batch"] and r.get("accum", 1) == 1]:
-            speed += f", {row['tokens_per_second'] / part[0]['tokens_per_second']:.2f}× one device"
-        lines.append(f"{speed}, peak {number(row.get('peak_gib'), '.1f')} GiB per device.")
-        one = [r for r in alone if r["batch"] * r.get("accum", 1) == row["batch"]]
-        if not one:
-            lines.append(f"Losses of {name_of(row)}: not compared, one device has not run the same batch.")
-            continue
-        off = max(abs(a - b) for a, b in zip(row["losses"], one[0]["losses"], strict=False))
-        verdict = "agree with" if off < MESH_TOLERANCE else "DIFFER FROM"
-        lines.append(f"Losses of {name_of(row)} {verdict} one device's: at most {off:.1e} nats apart.")
-    return lines
+    found = [
+        r
+        for r in rows
+        if r["devices"] == 1 and "losses" in r and all(r[key] == row[key] for key in same) and "mesh" in r
+    ]
+    return sorted(found, key=lambda r: -r["batch"])
+
+
+def speed_line(row: dict[str, Any], alone: list[dict[str, Any]]) -> str:
+    of_device = row["tokens_per_second"] / row["devices"]
+    text = f"{name_of(row)}: {of_device:,.0f} tokens/s per device"
+    if "flops_4n" in row:
+        text += f", {row['flops_4n'] / row['ms'] / row['devices'] / 1e9:.0f} TFLOP/s per device by 4N"
+    if part := [r for r in alone if r["batch"] * row["devices"] == row["batch"] and r.get("accum", 1) == 1]:
+        text += f", {row['tokens_per_second'] / part[0]['tokens_per_second']:.2f}× one device"
+    return f"{text}, peak {number(row.get('peak_gib'), '.1f')} GiB per device."
+
+
+def losses_line(row: dict[str, Any], alone: list[dict[str, Any]]) -> str:
+    """Two ways to divide the batch on one device differ by rounding alone, which moves losses further with every step."""
+
+    def off(one: dict[str, Any], other: dict[str, Any]) -> float:
+        return max(abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=False))
+
+    same = [r for r in alone if r["batch"] * r.get("accum", 1) == row["batch"]]
+    if not same:
+        return f"Losses of {name_of(row)}: not compared, one device has not run the same batch."
+    one, *others = same
+    rounding = max((off(one, other) for other in others), default=0.0)
+    verdict = "agree with" if off(row, one) < max(MESH_TOLERANCE, ROUNDING * rounding) else "DIFFER FROM"
+    text = f"Losses of {name_of(row)} {verdict} one device's: at most {off(row, one):.1e} nats apart"
+    return text + (f", and its own with smaller micro-batches {rounding:.1e}." if others else ".")
 
 
 def name_of(row: dict[str, Any]) -> str:

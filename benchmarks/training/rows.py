@@ -8,6 +8,7 @@ are enqueued one after the other, as `train.py` does; its losses are those of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,9 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import topologies
+from jaxlib import xla_client
 
 from adafuse_jax.adapters.adafuse import choose_products
 from adafuse_jax.core import runtime
+from adafuse_jax.core.errors import UserError
 from adafuse_jax.data.batches import Batch
 from adafuse_jax.models.config import ModelConfig
 from adafuse_jax.models.decoder import Backbone
@@ -75,6 +79,17 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
     )
 
 
+def described_devices(count: int) -> Sequence[jax.Device]:
+    """GPUs of the kind of this process's first, which need not be there: programs can be compiled for them."""
+    if jax.default_backend() != "gpu":
+        raise UserError(
+            f"{count} devices are needed; for absent ones programs are compiled where one of them is, a GPU"
+        )
+    target = xla_client.get_topology_for_devices(jax.devices()[:1]).target_config
+    found = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{count}")
+    return found.devices
+
+
 def planned_gib(compiled: Any) -> float:
     """Memory of a device while the program runs, its arguments included, as the compiler has planned it."""
     plan = compiled.memory_analysis()
@@ -84,8 +99,8 @@ def planned_gib(compiled: Any) -> float:
 
 def measure(job: dict[str, Any], report: Report) -> None:
     """`job`: size, method, targets, batch, length, remat, unroll, segments, steps, repeats, profile; mesh, for several
-    devices; accum, micro-batches of a step; only_compile; products, where they are not to be chosen; rank, where it is not
-    the shapes'; quantize, of the backbone's linears."""
+    devices; accum, micro-batches of a step; only_compile, for `devices` that need not be there; products, where they are not
+    to be chosen; rank, where it is not the shapes'; quantize, of the backbone's linears."""
     if "mesh" in job:
         runtime.set_up()  # before anything is compiled, or the cache is not used
     found: dict[str, Any] = {}
@@ -111,7 +126,10 @@ def measure_row(job: dict[str, Any], add: Report) -> None:
     adapter = replace(adapter, dropout=0.0)  # as the peers
     optimizer = constant_rate_optimizer()
     initial = partial(initial_state, adapter, optimizer=optimizer, phases=Phases(), key=jax.random.key(0))
-    mesh = training_mesh(job.get("mesh", "fsdp=1"), backbone, job["batch"])
+    only_compile = job.get("only_compile", False)
+    is_planned = only_compile and job["devices"] > jax.device_count()
+    devices = described_devices(job["devices"]) if is_planned else None
+    mesh = training_mesh(job.get("mesh", "fsdp=1"), backbone, job["batch"], devices=devices)
     layout = ONE_DEVICE if mesh is None else MeshLayout(mesh)
     options: dict[str, Any] = {
         "remat": job["remat"],
@@ -123,7 +141,11 @@ def measure_row(job: dict[str, Any], add: Report) -> None:
         random_batch(shapes.vocab_size, job["batch"], job["length"], job["segments"], seed, job.get("accum", 1))
         for seed in range(4)
     ]
-    batches = [layout.batch(batch, job["batch"], axis=1) for batch in batches]
+    if mesh is not None and only_compile:
+        by_row = MeshLayout(mesh).sharding((None, "batch"))
+        batches = [with_shardings(batch, jax.tree.map(lambda _: by_row, batch)) for batch in batches[:1]]
+    else:
+        batches = [layout.batch(batch, job["batch"], axis=1) for batch in batches]
     quantize = job.get("quantize")
 
     def make_model() -> Backbone:
@@ -144,7 +166,7 @@ def measure_row(job: dict[str, Any], add: Report) -> None:
     watch = Stopwatch()
     compiled = train_step.lower(state, model, batches[0], optimizer=optimizer, **options).compile()
     add({"compile_seconds": watch.seconds, "planned_gib": planned_gib(compiled), "products": products})
-    if job.get("only_compile"):
+    if only_compile:
         return
     model = random_backbone(backbone, quantize=quantize, place=place)
     state = make_state(model)

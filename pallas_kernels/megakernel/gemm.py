@@ -206,6 +206,9 @@ class Gemm:
             tile = schedule.tile(n)
             if reduce_at is not None:
                 pl.when(n == reduce_at)(lambda: self.hidden.reduce(layer))
+            if self.quantised_product is not None:  # A has been multiplied
+                rows = smem_rows(group.max_slice_k_tiles, plan.padded_batch)
+                pl.when(n == first_w)(partial(self.quantised_product.move_columns, operand_smem, rows))
             wanted = True if reduce_at is None else n < end
             row = (tile.first - schedule.first_k_tile) * plan.padded_batch  # of A, and 0 of W; codes do not use it
             chunks, codes = tile.chunks, 0
@@ -234,10 +237,9 @@ class Gemm:
                     after = lax.fori_loop(0, schedule.num_h_pieces(tile.is_b, chunks), multiply_piece, count)
                 else:
                     after = self._accumulate(accs, count, chunks, operand_smem, row, tile.is_a)
-                halves = [acc[...] for acc in accs]
                 if self.quantised_product is not None:
-                    return self.quantised_product.add(halves, after, codes, operand_smem)
-                return halves, after
+                    return self.quantised_product.finish(accs, after, codes, operand_smem)
+                return [acc[...] for acc in accs], after
 
             acc = plgpu.ACC((WGMMA_M, plan.padded_batch), jnp.float32)
             halves, count = pl.run_scoped(multiply, acc, acc)

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from pallas_kernels.pregated_linear.triton_call import dot, load
+from pallas_kernels.pregated_linear.triton_call import dot, load, mask_of
 from pallas_kernels.quantised import QuantArray
 
 EXPONENT_23 = 0x4B000000
@@ -95,9 +95,9 @@ class _Product:
         refs, tile_m = self.launch.refs, self.launch.group.tiles.tile_m
         at = refs["layer"][0], pl.ds(self.row, tile_m), pl.ds(k, self.size)
         if self.group_size is None:
-            return [load(weight.codes.at[at], _mask((tile_m, self.size), self.rows, inside))]
+            return [load(weight.codes.at[at], mask_of((tile_m, self.size), self.rows, inside))]
         half = self.group_size // 2
-        mask = _mask((tile_m, self.size), self.rows, inside)
+        mask = mask_of((tile_m, self.size), self.rows, inside)
         of_codes = None if mask is None else jnp.broadcast_to(mask[:, :, None], (tile_m, self.size, half))
         codes = load(weight.codes.at[*at, pl.ds(self.launch.zero, half)], of_codes)
         scales = load(weight.scales.at[at], mask)
@@ -123,9 +123,9 @@ class _Product:
         in_batch = None if batch == columns else jnp.arange(columns) < batch
         rows = pl.ds(zero, columns)
         if self.group_size is None:
-            return [load(self.x.at[rows, pl.ds(k, self.size)], _mask((columns, self.size), in_batch, inside))]
+            return [load(self.x.at[rows, pl.ds(k, self.size)], mask_of((columns, self.size), in_batch, inside))]
         half = self.group_size // 2
-        mask = _mask((columns, half), in_batch, None)
+        mask = mask_of((columns, half), in_batch, None)
         return [load(self.x.at[rows, k, zero + which, pl.ds(zero, half)], mask) for which in (0, 1)]
 
     def multiply(self, loaded: list[Array], totals: list[Array], squares: Array) -> tuple[list[Array], Array]:
@@ -175,10 +175,3 @@ def _sum(x: Array) -> Array:
     for _ in x.shape:
         x = jnp.sum(x, axis=-1)
     return x
-
-
-def _mask(shape: tuple[int, int], rows: Array | None, columns: Array | None) -> Array | None:
-    """True where both are; None where neither is given."""
-    of_rows, of_columns = None if rows is None else rows[:, None], None if columns is None else columns[None]
-    both = of_columns if of_rows is None else of_rows if of_columns is None else of_rows & of_columns
-    return None if both is None else jnp.broadcast_to(both, shape)

@@ -4,12 +4,13 @@
     y = act(y_gate) · y_up                               of a gated pair
 
 A program has `tile_m` rows of one matrix, or the same rows of a gated pair, and takes `tile_k` columns at a time. The first
-programs shrink: their matrices are the A of the experts in use, and they publish t and count themselves in `ready`. The
-others have rows of some W, and add B t at the end, when t has long been stored; should it not be, they wait for the count.
+programs shrink (`kernel_experts`): their matrices are the A of the experts in use, and they publish t and count themselves
+in `ready`. The others have rows of some W, with all columns or those of a split, and add B t at the end, when t has long
+been stored; should it not be, they wait for the count.
 
-A program waits for programs of lower ids only, and those that shrink wait for nothing. GPUs start programs in the order of
-their ids, so whoever waits waits for programs that run or have ended, however few fit at once. (CUDA does not promise the
-order; every kernel that waits without tickets relies on it.)
+A program waits for programs of lower ids only. GPUs start programs in the order of their ids, so whoever waits waits for
+programs that run or have ended, however few fit at once. (CUDA does not promise the order; every kernel that waits without
+tickets relies on it.)
 
 One row is multiplied with fp32 FMA; several, padded to 16 or 32, on tensor cores. Sums are fp32, and y is rounded once. W, A
 and B are the stacks of all layers, so a layer costs no copy of its slice.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,8 +30,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.pregated_linear import kernel_quantised
-from pallas_kernels.pregated_linear.triton_call import dot, load
+from pallas_kernels.pregated_linear import kernel_experts, kernel_quantised
+from pallas_kernels.pregated_linear.triton_call import dot, load, share
 from pallas_kernels.quantised import QuantArray
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -42,13 +44,25 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles:
-    """A program has `tile_m` rows of a matrix and takes `tile_k` columns of it at a time, of a quantised one `tile_q`."""
+    """A program has `tile_m` rows of W and takes `tile_k` columns of it at a time, of a quantised one `tile_q`.
+
+    `shrink_m`: rows of A, where it is not 0. `splits`: programs that share the columns of the same rows of W; XLA adds
+    their partial sums. `shrink_splits`: the same of A; the last of the programs adds them.
+    """
 
     tile_m: int
     tile_k: int
     tile_q: int = 0
+    shrink_m: int = 0
+    splits: int = 1
+    shrink_splits: int = 1
     num_warps: int
     num_stages: int
+
+    @property
+    def of_a(self) -> tuple[int, int]:
+        """(rows, columns) of A that a program takes at a time."""
+        return self.shrink_m or self.tile_m, self.tile_k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,21 +108,30 @@ class Launch:
     def in_dim(self) -> int:
         return self.refs["x"].shape[1]
 
-    def times_h(self, matrices: Sequence[tuple[Any, tuple]], row: Any) -> list[Array]:
-        """M h of each matrix (stack, its indices) for rows `row`…, [tile_m, columns] in fp32."""
-        tiles, norm = self.group.tiles, self.refs["norm"]
+    def times_h(
+        self,
+        matrices: Sequence[tuple[Any, tuple]],
+        row: Any,
+        tile: tuple[int, int],
+        share: Callable[[int], tuple[Any, Any]] = lambda steps: (0, steps),
+    ) -> list[Array]:
+        """M h of each matrix (stack, its indices) for rows `row`…, [tile_m, columns] in fp32.
+
+        `tile`: (tile_m, tile_k). `share`: number of steps through the columns → first step, last step + 1.
+        """
+        (tile_m, tile_k), norm = tile, self.refs["norm"]
         vector = self.columns == 1
-        width = tiles.tile_k if vector else self.columns
+        width = tile_k if vector else self.columns
 
         def load_step(i: Array) -> list[Array]:
-            k = i * tiles.tile_k
-            inside = None if self.in_dim % tiles.tile_k == 0 else k + jnp.arange(tiles.tile_k) < self.in_dim
-            found = [self._tile(m, row, k, inside) for m in matrices]
+            k = i * tile_k
+            inside = None if self.in_dim % tile_k == 0 else k + jnp.arange(tile_k) < self.in_dim
+            found = [self._tile(m, tile, row, k, inside) for m in matrices]
             if not vector:
-                return [*found, self._load_x(k, inside)]  # [columns, tile_k]
-            found.append(load(self.refs["x"].at[self.zero, pl.ds(k, tiles.tile_k)], inside))
+                return [*found, self._load_x(tile_k, k, inside)]  # [columns, tile_k]
+            found.append(load(self.refs["x"].at[self.zero, pl.ds(k, tile_k)], inside))
             if norm is not None:
-                found.append(load(norm.at[self.refs["layer"][0], pl.ds(k, tiles.tile_k)], inside))
+                found.append(load(norm.at[self.refs["layer"][0], pl.ds(k, tile_k)], inside))
             return found
 
         def multiply(loaded: list[Array], totals: list[Array], squares: Array) -> tuple[list[Array], Array]:
@@ -125,12 +148,13 @@ class Launch:
             following = load_step(i + 1) if ahead else loaded
             return *multiply(loaded if ahead else load_step(i), *sums), following
 
-        zeros = [jnp.zeros((tiles.tile_m, width), jnp.float32) for _ in matrices]
-        squares = jnp.zeros(tiles.tile_k if vector and norm is not None else 1, jnp.float32)
-        steps = pl.cdiv(self.in_dim, tiles.tile_k)
-        ahead = vector and tiles.num_stages > 1  # the compiler pipelines the loads of tensor cores only
+        zeros = [jnp.zeros((tile_m, width), jnp.float32) for _ in matrices]
+        squares = jnp.zeros(tile_k if vector and norm is not None else 1, jnp.float32)
+        steps = pl.cdiv(self.in_dim, tile_k)
+        ahead = vector and self.group.tiles.num_stages > 1  # the compiler pipelines the loads of tensor cores only
         loaded = load_step(self.zero) if ahead else []
-        totals, squares, loaded = lax.fori_loop(0, steps - ahead, step, (zeros, squares, loaded))
+        first, last = share(steps - ahead)
+        totals, squares, loaded = lax.fori_loop(first, last, step, (zeros, squares, loaded))
         if ahead:
             totals, squares = multiply(loaded, totals, squares)
         if vector:
@@ -140,18 +164,19 @@ class Launch:
         scale = lax.rsqrt(jnp.sum(squares) / self.in_dim + self.group.eps)
         return [total * scale for total in totals]
 
-    def _tile(self, matrix: tuple[Any, tuple], row: Any, k: Array, inside: Array | None) -> Array:
-        (stack, indices), tiles = matrix, self.group.tiles
+    def _tile(
+        self, matrix: tuple[Any, tuple], tile: tuple[int, int], row: Any, k: Array, inside: Array | None
+    ) -> Array:
+        (stack, indices), (tile_m, tile_k) = matrix, tile
         mask = None if inside is None else inside[None]
-        if stack.shape[-2] % tiles.tile_m:
-            in_rows = (row + jnp.arange(tiles.tile_m) < stack.shape[-2])[:, None]
+        if stack.shape[-2] % tile_m:
+            in_rows = (row + jnp.arange(tile_m) < stack.shape[-2])[:, None]
             mask = in_rows if mask is None else in_rows & mask
         if mask is not None:
-            mask = jnp.broadcast_to(mask, (tiles.tile_m, tiles.tile_k))
-        return load(stack.at[*indices, pl.ds(row, tiles.tile_m), pl.ds(k, tiles.tile_k)], mask)
+            mask = jnp.broadcast_to(mask, tile)
+        return load(stack.at[*indices, pl.ds(row, tile_m), pl.ds(k, tile_k)], mask)
 
-    def _load_x(self, k: Array, inside: Array | None) -> Array:
-        tile_k = self.group.tiles.tile_k
+    def _load_x(self, tile_k: int, k: Array, inside: Array | None) -> Array:
         mask = None if inside is None else inside[None]
         if self.batch != self.columns:
             in_batch = (jnp.arange(self.columns) < self.batch)[:, None]
@@ -164,6 +189,17 @@ class Launch:
         """Add to the number of programs that have published t; returns what it was."""
         return plgpu.atomic_add(self.outs["ready"], (at,), more)
 
+    def publish(self) -> None:
+        """Count this program, whose results are stored."""
+        if not self.interpret:
+            plgpu.debug_barrier()  # all of them are stored before they count
+        self.count(self.counter(), self.zero + 1)
+
+    def wait(self, number: int) -> None:
+        """Wait until `number` programs have published t."""
+        at, zero = self.counter(), self.zero
+        lax.while_loop(lambda n: n < number, lambda _: self.count(at, zero), zero)
+
     def counter(self) -> Array:
         return self.refs["layer"][0] * self.group.counters + self.group.counter
 
@@ -175,103 +211,40 @@ class Launch:
         )
 
 
-def shrink(launch: Launch, name: str, tile: Array) -> None:
-    """Publish `tile_m` elements of t of one expert for every row."""
-    group, a = launch.group, launch.refs["a"][name]
-    tile_m, rank = group.tiles.tile_m, a.shape[2]
-    tiles = pl.cdiv(rank, tile_m)
-    u, r = tile // tiles, tile % tiles * tile_m
-    expert, layer, gate = launch.refs["experts"][u], launch.refs["layer"][0], launch.gate(u)
-    in_use = jnp.max(jnp.where(gate != 0, 1, 0)) > 0  # of an expert that no row uses nothing is read
-
-    @pl.when(in_use)
-    def _store() -> None:
-        (product,) = launch.times_h([(a, (layer, expert))], r)
-        t = jnp.where(gate[None] != 0, product * gate[None], 0).astype(launch.refs["x"].dtype)  # [tile_m, columns]
-        mask = (jnp.arange(launch.columns) < launch.batch)[:, None] & (r + jnp.arange(tile_m) < rank)[None]
-        at = launch.outs["t"][name].at[u, pl.ds(launch.zero, launch.columns), pl.ds(r, tile_m)]
-        plgpu.store(at, t.T, mask=mask)
-
-    if not launch.interpret:
-        plgpu.debug_barrier()  # all of t is stored before it counts
-    launch.count(launch.counter(), launch.zero + 1)
-
-
 def linear(launch: Launch, names: Sequence[str], tile: Array, num_shrink: int) -> None:
-    """Compute `tile_m` rows of one linear, or of a gated pair."""
+    """Compute `tile_m` rows of one linear, or of a gated pair, or their sums over a part of the columns."""
     refs, group = launch.refs, launch.group
     weights = [refs["w"][name] for name in names]
-    is_quantised = isinstance(weights[0], QuantArray)
-    tile_m, layer, out = group.tiles.tile_m, refs["layer"][0], jax.tree.leaves(weights[0])[0].shape[1]
-    row = tile * tile_m
+    tile_m, layer, splits = group.tiles.tile_m, refs["layer"][0], group.tiles.splits
+    row, split = (tile, 0) if splits == 1 else (tile // splits, tile % splits)
+    row = row * tile_m
     adapted = [name for name in names if name in refs["a"]]
-    early = {name: _factors_of_one_row(launch, name, row) for name in adapted if launch.columns == 1}
-    if is_quantised:
+    early = kernel_experts.load_early(launch, adapted, row)
+    if isinstance(weights[0], QuantArray):
         totals = kernel_quantised.times_h(launch, weights, row)
     else:
-        totals = launch.times_h([(weight, (layer,)) for weight in weights], row)
+        matrices = [(weight, (layer,)) for weight in weights]
+        totals = launch.times_h(matrices, row, (tile_m, group.tiles.tile_k), partial(share, split=split, splits=splits))
     if adapted:
-        at, zero = launch.counter(), launch.zero
-        lax.while_loop(lambda n: n < num_shrink, lambda _: launch.count(at, zero), zero)
-        for i, name in enumerate(names):
-            if name in early:
-                totals[i] += _expand_one_row(launch, name, early[name])
-            elif name in adapted:
-                totals[i] += _expand(launch, name, row)
+        launch.wait(num_shrink)
+        totals = kernel_experts.expand(launch, names, row, totals, early, split)
+    _store(launch, names, row, split, totals)
+
+
+def _store(launch: Launch, names: Sequence[str], row: Array, split: Any, totals: list[Array]) -> None:
+    """Store y [columns, tile_m], or a split's partial sum of it."""
+    refs, group, tile_m, y_ref = launch.refs, launch.group, launch.group.tiles.tile_m, launch.outs["y"][names[0]]
+    layer, out = refs["layer"][0], y_ref.shape[-1]
     in_rows = row + jnp.arange(tile_m) < out
     for i, name in enumerate(names):
         if (bias := refs["bias"].get(name)) is not None:
             totals[i] += load(bias.at[layer, pl.ds(row, tile_m)], in_rows).astype(jnp.float32)[:, None]
     y = totals[0] if not group.gated else ACTIVATIONS[group.activation](totals[0]) * totals[1]
     mask = (jnp.arange(launch.columns) < launch.batch)[:, None] & in_rows[None]
-    here = pl.ds(launch.zero, launch.columns), pl.ds(row, tile_m)
+    here: tuple[Any, ...] = pl.ds(launch.zero, launch.columns), pl.ds(row, tile_m)
     y = y.T
     if (residual := refs["residual"]) is not None:
         y += load(residual.at[here], mask).astype(jnp.float32)
-    plgpu.store(launch.outs["y"][names[0]].at[here], y.astype(group.out_dtype), mask=mask)
-
-
-def _factors_of_one_row(launch: Launch, name: str, row: Array) -> list[Array]:
-    """B [tile_m, R] of each expert, asked for first and used last."""
-    b, refs, tile_m = launch.refs["b"][name], launch.refs, launch.group.tiles.tile_m
-    out, rank = b.shape[2:]
-    width = pl.next_power_of_2(rank)
-    inside = (row + jnp.arange(tile_m) < out)[:, None] & (jnp.arange(width) < rank)[None]
-    found = []
-    for u in range(len(refs["experts"])):
-        at = b.at[refs["layer"][0], refs["experts"][u], pl.ds(row, tile_m), pl.ds(launch.zero, width)]
-        found.append(load(at, inside & (refs["gates"][u, 0] != 0)))
-    return found
-
-
-def _expand_one_row(launch: Launch, name: str, factors: list[Array]) -> Array:
-    t, gates = launch.outs["t"][name], launch.refs["gates"]
-    width, rank = factors[0].shape[1], t.shape[2]
-    added = jnp.zeros(factors[0].shape, jnp.float32)
-    for u, b in enumerate(factors):
-        t_u = load(
-            t.at[launch.zero + u, launch.zero, pl.ds(launch.zero, width)],
-            (jnp.arange(width) < rank) & (gates[u, 0] != 0),
-        )
-        added += b.astype(jnp.float32) * t_u.astype(jnp.float32)[None]
-    return jnp.sum(added, axis=1, keepdims=True)
-
-
-def _expand(launch: Launch, name: str, row: Array) -> Array:
-    """Σ_u B[e_u] t_u, [tile_m, columns], over the experts in use."""
-    b, refs, tile_m = launch.refs["b"][name], launch.refs, launch.group.tiles.tile_m
-    out, rank = b.shape[2:]
-    width = max(16, pl.next_power_of_2(rank))
-    in_rank = (jnp.arange(width) < rank)[None]
-    inside = (row + jnp.arange(tile_m) < out)[:, None] & in_rank
-    in_batch = (jnp.arange(launch.columns) < launch.batch)[:, None] & in_rank
-
-    def step(u: Array, total: Array) -> Array:
-        b_u = load(b.at[refs["layer"][0], refs["experts"][u], pl.ds(row, tile_m), pl.ds(launch.zero, width)], inside)
-        t_u = load(
-            launch.outs["t"][name].at[u, pl.ds(launch.zero, launch.columns), pl.ds(launch.zero, width)], in_batch
-        )
-        return total + dot(b_u, t_u, trans_b=True)
-
-    zeros = jnp.zeros((tile_m, launch.columns), jnp.float32)
-    return lax.fori_loop(0, refs["num_used"][0], step, zeros)
+    if group.tiles.splits > 1:
+        here = (split, *here)
+    plgpu.store(y_ref.at[here], y.astype(y_ref.dtype), mask=mask)

@@ -9,7 +9,7 @@ residual and activation(gate) · up are in the launch too. `reference.pregated_l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,23 +21,47 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.megakernel.mixture import Mixture
 from pallas_kernels.pregated_linear import triton_call
+from pallas_kernels.pregated_linear.kernel_experts import shrink, shrink_part
 from pallas_kernels.pregated_linear.kernel_quantised import for_kernel, in_halves
-from pallas_kernels.pregated_linear.kernel_triton import Group, Launch, Tiles, linear, shrink
+from pallas_kernels.pregated_linear.kernel_triton import Group, Launch, Tiles, linear
 from pallas_kernels.quantised import QuantArray, QuantLayout
 
 MAX_BATCH = 32
 MAX_RANK = 256
 GROUP_SIZES = (32, 64, 128)
+LARGE = 4096
+"""Rows, or columns, of a large linear; with 64 rows a program, 2 · LARGE rows are a program for every multiprocessor."""
 
 
-def tiles_for(batch: int, in_dim: int, itemsize: int, gated: bool = False, layout: QuantLayout | None = None) -> Tiles:
-    """Rows few enough that a small linear fills the GPU, columns enough that loads are long. `layout`: of quantised weights,
-    of which several rows take a group at a time, if there are groups."""
+def tiles_for(
+    batch: int,
+    outs: Sequence[int],
+    in_dim: int,
+    itemsize: int,
+    gated: bool = False,
+    layout: QuantLayout | None = None,
+) -> Tiles:
+    """Rows few enough that a small linear fills the GPU, columns enough that loads are long.
+
+    A program reads as much of x as if it had `batch` more rows of W. So programs of several rows have more rows of large
+    linears, and share columns where they would be too few; XLA adds the sums of one linear beside the norm that follows.
+
+    Args:
+      outs: rows of W of each linear. `gated`: they are a gated pair.
+      layout: of quantised weights, of which several rows take a group at a time, if there are groups.
+    """
+    out_dim = outs[0] if gated else sum(outs)
+    is_large = itemsize == 2 and layout is None and in_dim >= LARGE
     if batch == 1:
         tile_k = min(1024 // itemsize, pl.next_power_of_2(in_dim))
         tiles = Tiles(tile_m=4 if gated else 8, tile_k=tile_k, num_warps=4, num_stages=1)
     elif itemsize == 4:  # products without tensor cores, which take more registers
         tiles = Tiles(tile_m=32, tile_k=32, num_warps=4, num_stages=3)
+    elif is_large and out_dim >= 2 * LARGE:
+        tiles = Tiles(tile_m=64, tile_k=64 if gated else 128, shrink_m=32, num_warps=4, num_stages=4)
+    elif is_large and out_dim >= LARGE and len(outs) == 1:
+        shrink_splits = 4 * pl.cdiv(in_dim, 2 * LARGE)
+        tiles = Tiles(tile_m=64, tile_k=128, splits=2, shrink_splits=shrink_splits, num_warps=4, num_stages=4)
     else:
         tile_k = max(16, min(128, pl.next_power_of_2(in_dim)))
         tiles = Tiles(tile_m=32, tile_k=tile_k, num_warps=4, num_stages=4)
@@ -92,29 +116,39 @@ def pregated_linear(
 
     Raises `ValueError` for shapes or types that do not fit together, or that the kernel does not support.
     """
-    _validate(x, weights, a, b, mixture, norm)
-    batch, tile_m = x.shape[0], group.tiles.tile_m
-    outs: dict[str, Any] = {"y": {}, "t": {}, "ready": jax.ShapeDtypeStruct(ready.shape, ready.dtype)}
+    _validate(x, weights, a, b, mixture, norm, group)
+    batch, tile_m, splits = x.shape[0], group.tiles.tile_m, group.tiles.splits
+    outs: dict[str, Any] = {"y": {}, "t": {}, "parts": {}, "ready": jax.ShapeDtypeStruct(ready.shape, ready.dtype)}
     programs: list[tuple[int, Callable]] = []
     refs: dict[str, Any] = {"ready": ready, "x": x, "layer": layer, "w": weights, "a": a, "b": b, "bias": biases or {}}
     refs |= {"norm": norm, "residual": residual}
+    if splits > 1:  # XLA adds them
+        refs |= {"bias": {}, "residual": None}
     first = next(iter(weights.values()))
     if isinstance(first, QuantArray):
         refs["w"] = {name: for_kernel(w) for name, w in weights.items() if isinstance(w, QuantArray)}
         refs |= {"x_halves": in_halves(x, first), "norm_halves": None if norm is None else in_halves(norm, first)}
-    num_shrink = 0
+    num_shrink, parts = 0, group.tiles.shrink_splits - 1
     if mixture is not None and a:
         refs |= {"experts": mixture.experts, "gates": mixture.gates, "num_used": num_used}
-        max_used = len(mixture.experts)
+        max_used, shape = len(mixture.experts), (max(16, pl.next_power_of_2(batch)),)
+        counts = {name: max_used * pl.cdiv(factor.shape[2], group.tiles.of_a[0]) for name, factor in a.items()}
+        num_parts = parts * sum(counts.values())
         for name, factor in a.items():
-            rank = factor.shape[2]
-            outs["t"][name] = jax.ShapeDtypeStruct((max_used, batch, rank), x.dtype)
-            programs.append((max_used * pl.cdiv(rank, tile_m), partial(shrink, name=name)))
+            outs["t"][name] = jax.ShapeDtypeStruct((max_used, batch, factor.shape[2]), x.dtype)
+            if parts:
+                outs["parts"][name] = jax.ShapeDtypeStruct((parts, max_used, factor.shape[2], *shape), jnp.float32)
+                programs.append((parts * counts[name], partial(shrink_part, name=name)))
+        for name, count in counts.items():
+            run = partial(shrink_part, name=name, num_parts=num_parts) if parts else partial(shrink, name=name)
+            programs.append((count, run))
         num_shrink = sum(count for count, _ in programs)
     for names in [group.gated] if group.gated else [(name,) for name in weights]:
         out = weights[names[0]].shape[1]
-        outs["y"][names[0]] = jax.ShapeDtypeStruct((batch, out), group.out_dtype)
-        programs.append((pl.cdiv(out, tile_m), partial(linear, names=names, num_shrink=num_shrink)))
+        whole = jax.ShapeDtypeStruct((batch, out), group.out_dtype)
+        partial_sums = jax.ShapeDtypeStruct((splits, batch, out), jnp.float32)
+        outs["y"][names[0]] = whole if splits == 1 else partial_sums
+        programs.append((splits * pl.cdiv(out, tile_m), partial(linear, names=names, num_shrink=num_shrink)))
 
     def kernel(refs: dict[str, Any], outs: dict[str, Any]) -> None:
         program, first = pl.program_id(0), 0
@@ -128,7 +162,16 @@ def pregated_linear(
         kernel, refs, outs, grid=(sum(count for count, _ in programs),), updated=["ready"], interpret=interpret,
         num_warps=group.tiles.num_warps, num_stages=group.tiles.num_stages,
     )  # fmt: skip
-    return found["y"], found["ready"]
+    y = found["y"]
+    if splits > 1:
+        for name in y:
+            total = y[name].sum(axis=0)
+            if biases is not None and name in biases:
+                total += biases[name][layer[0]].astype(jnp.float32)
+            if residual is not None:
+                total += residual.astype(jnp.float32)
+            y[name] = total.astype(group.out_dtype)
+    return y, found["ready"]
 
 
 def _validate(
@@ -138,13 +181,18 @@ def _validate(
     b: dict[str, Array],
     mixture: Mixture | None,
     norm: Array | None,
+    group: Group,
 ) -> None:
     if not weights or a.keys() != b.keys() or not a.keys() <= weights.keys():
         raise ValueError(
             f"a and b must name the same linears, all of them in weights: {sorted(weights)}, {sorted(a)}, {sorted(b)}"
         )
+    first = next(iter(weights.values()))
     if x.ndim != 2 or x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"x is {x.dtype}{x.shape}; it must be [B, in] in bfloat16, float16 or float32")
+    splits = group.tiles.splits * group.tiles.shrink_splits
+    if splits > 1 and (len(x) == 1 or isinstance(first, QuantArray) or (group.gated and group.tiles.splits > 1)):
+        raise ValueError(f"splits are for several rows, plain weights and linears of their own: {group}")
     if reason := unsupported_reason(len(x), a, weights):
         raise ValueError(f"pregated_linear cannot run: {reason}")
     if norm is not None and len(x) > 1:

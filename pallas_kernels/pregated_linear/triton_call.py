@@ -57,3 +57,18 @@ def load(ref: Any, mask: Array | None) -> Array:
 def dot(a: Array, b: Array, *, trans_b: bool = False) -> Array:
     """a b, or a bᵀ, summed in fp32; products of fp32 are exact, not TF32."""
     return plgpu.dot(a, b, trans_b=trans_b, precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
+
+
+def mask_of(shape: tuple[int, int], rows: Array | None, columns: Array | None) -> Array | None:
+    """True where both are; None where neither is given."""
+    of_rows, of_columns = None if rows is None else rows[:, None], None if columns is None else columns[None]
+    both = of_columns if of_rows is None else of_rows if of_columns is None else of_rows & of_columns
+    return None if both is None else jnp.broadcast_to(both, shape)
+
+
+def share(count: int | Array, split: Any, splits: int) -> tuple[Any, Any]:
+    """(first, last + 1) of the `count` things in a row that one of `splits` programs takes."""
+    if splits == 1:
+        return 0, count
+    each = pl.cdiv(count, splits)
+    return jnp.minimum(split * each, count), jnp.minimum((split + 1) * each, count)

@@ -19,10 +19,11 @@ import tiny
 from adafuse_jax.adapters.registry import num_parameters
 from adafuse_jax.models.config import LINEARS
 from adafuse_jax.models.quantised import LAYOUTS
+from benchmarks.common import jobs
 from benchmarks.common.jobs import Job, run_job
 from benchmarks.decode import __main__ as decode
 from benchmarks.decode import costs as decode_costs
-from benchmarks.decode import devices, layer, merged_step, models, report, rows, token_step, unfused_step
+from benchmarks.decode import layer, merged_step, models, report, rows, token_step, unfused_step
 from benchmarks.decode.costs import SIZES, costs
 from benchmarks.decode.prompts import make_prompts
 from benchmarks.kernels import streaming
@@ -127,7 +128,7 @@ def in_process(monkeypatch):
         rows.KINDS[job.settings["kind"]](common | job.settings, found.update)
         return found, None
 
-    monkeypatch.setattr(decode, "run_job", run_job)
+    monkeypatch.setattr(jobs, "run_job", run_job)
     return broken
 
 
@@ -219,33 +220,6 @@ class TestDecode:
         assert long["bytes_gb"] - short["bytes_gb"] == pytest.approx(48 * cache / 1e9)
         markdown = (tmp_path / "decode.md").read_text()
         assert f"| backbone {long['strategy']} | 64 | {long['ms']:.3f} |" in markdown
-
-    @pytest.mark.slow
-    def test_several_devices(self, tmp_path):
-        flags = ["--size=tiny", f"--out={tmp_path}", "--part=devices", "--job-seconds=300"]
-        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-        command = [sys.executable, "-m", "benchmarks.decode", *flags]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
-        assert done.returncode == 0, done.stderr[-1000:]
-        result = json.loads((tmp_path / "decode.json").read_text())
-        places = [(row["method"], row["strategy"], row["devices"]) for row in result["devices"]]
-        assert places == [(m, "unmerged", n) for m in ("backbone", "adafuse") for n in (1, 2)]
-        one, two = result["devices"][:2]
-        assert two["correct"]
-        assert f"| tiny backbone unmerged | 2 | {two['ms']:.3f} | {one['ms'] / two['ms']:.2f}× |" in done.stdout
-        again = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
-        assert again.stdout.count("measured before") == 4
-
-    def test_too_few_devices(self, tmp_path):
-        with pytest.raises(SystemExit, match="64 devices are needed, and there"):
-            devices.measure({"size": "tiny", "devices": 64}, print)
-
-    def test_jobs_of_devices(self):
-        """70B shapes have no row of one device."""
-        places = [tuple(job.settings.values()) for job in devices.jobs_of_devices("llama2-7b", 8, ["int8"])]
-        assert len(places) == 2 * 2 * 2 + 2 * 2
-        assert {place[-1] for place in places if place[0] == "llama2-70b"} == {8}
-        assert ("llama2-7b", "adafuse", "all7", "int8", 1) in places
 
     def test_nothing_measured(self, tmp_path):
         with pytest.raises(SystemExit, match="no part"):
@@ -379,22 +353,3 @@ class TestTokenStep:
 def test_streaming_lowers_for_a_gpu_without_one(variant):
     step = jax.jit(streaming.make(variant, num_blocks=132))
     step.trace(*streaming.shapes(132)).lower(lowering_platforms=("cuda",))
-
-
-@pytest.mark.slow
-def test_weights_made_in_their_shards():
-    """Each device has its part, and the whole is that of one device."""
-    program = """
-import jax, numpy as np
-from adafuse_jax.parallel.mesh import make_mesh
-from benchmarks.decode.costs import SIZES
-from benchmarks.decode.models import model_config, place_on, random_backbone
-config = model_config(SIZES["tiny"])
-one, two = (
-    random_backbone(config, quantize="int8", place=place_on(mesh)) for mesh in (None, make_mesh(2, config))
-)
-for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
-    np.testing.assert_array_equal(a, b)
-print(max(leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(two.layers.q_proj)))
-"""
-    assert float(tiny.with_devices(2, "-c", program)) == 0.5

@@ -69,6 +69,19 @@ def test_ratios():
     assert set(targets({}).values()) == {None}
 
 
+def test_a_server_that_does_not_start(conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The last line of its log stands in the table."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho starts >&2\necho 'UserError: 2 devices are needed' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(serving.sys, "executable", str(program))
+    serving.main(["--out", str(tmp_path), "--conversations", str(conversations), "--part", "one", "--size", "tiny"])
+    assert (
+        "| one |  | ServerError: the server does not start: UserError: 2 devices are needed |"
+        in (tmp_path / "serving.md").read_text()
+    )
+
+
 @pytest.mark.slow
 def test_all_of_it_on_tiny_shapes(conversations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     flags = "--size tiny --dtype float32 --targets qv --slots 4 --context 256 --requests 8 --alone 2 --new-tokens 16"

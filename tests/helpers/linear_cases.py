@@ -156,6 +156,12 @@ LARGE_CASES = {
     "batch of 20, wide": Case(outs={"gate": 1408, "up": 1408}, in_dim=4096, batch=20, num_experts=8, rank=128),
     "batch of 8": Case(outs={"q": 1024, "k": 256, "v": 256}, in_dim=1024, batch=8, num_experts=8, rank=64),
     "batch of 32": Case(outs={"down": 1024}, in_dim=2752, batch=32, num_experts=16, rank=64, top_k=4),
+    "32 rows of a large linear": Case(
+        outs={"o": 4096}, in_dim=4224, batch=32, num_experts=8, rank=160, num_layers=1, layer=0
+    ),
+    "17 rows of large linears": Case(
+        outs={"q": 7169, "k": 1024}, in_dim=4104, batch=17, num_experts=8, num_layers=1, layer=0, dtype="float16"
+    ),
     "batch, fp32": Case(outs={"o": 515}, in_dim=1001, batch=9, rank=17, dtype="float32"),
     **{f"random {seed}": random_case(seed, widest=2000) for seed in range(10, 18)},
 }

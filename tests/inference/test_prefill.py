@@ -226,13 +226,16 @@ def test_rows_by_kernels_get_the_same_tokens(models, monkeypatch):
     assert prefill_chunk_by_kernels._cache_size() > programs, "prefilled without kernels"
 
 
-@pytest.mark.parametrize(("slots", "length"), [(200, 150), (256, 128), (64, 1)])
-def test_nothing_behind_a_copied_prefix_is_copied(slots, length):
-    """The row that it is copied from may have NaN there; the last block of a cache may overlap the one before."""
+@pytest.mark.parametrize(("slots", "length", "copied"), [(300, 150, 256), (300, 299, 300), (64, 1, 64)])
+def test_nothing_behind_a_copied_prefix_is_copied(slots, length, copied):
+    """The row that it is copied from may have NaN there."""
     values = np.random.default_rng(0).standard_normal((2, 3, slots, 1, 4)).astype(np.float32)
     values[:, 0, length:] = np.nan
-    cache = KVCache(jnp.asarray(values), jnp.asarray(values)).with_prefix(*map(jnp.int32, (0, 1, length)))
+    cache = KVCache(jnp.asarray(values), jnp.asarray(values))
+    assert next(size for size in cache.copied_positions() if size >= length) == copied
+    cache = cache.with_prefix(*map(jnp.int32, (0, 1, length)), copied=copied)
     for found in (np.asarray(cache.k), np.asarray(cache.v)):
         np.testing.assert_array_equal(found[:, 1, :length], values[:, 0, :length])
-        assert np.isfinite(found[:, 1]).all()
+        np.testing.assert_array_equal(found[:, 1, length:copied], 0)
+        np.testing.assert_array_equal(found[:, 1, copied:], values[:, 1, copied:])
         np.testing.assert_array_equal(found[:, [0, 2]], values[:, [0, 2]])

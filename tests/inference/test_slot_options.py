@@ -15,6 +15,7 @@ from adafuse_jax import UserError
 from adafuse_jax.inference import prefill as prefill_module
 from adafuse_jax.inference import programs
 from adafuse_jax.inference.adapter_bank import AdapterBank
+from adafuse_jax.inference.ahead import Program
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.prefill import common_length
 from adafuse_jax.inference.sampling import Sampling
@@ -154,7 +155,7 @@ class TestPrefixes:
         found, copy = [], Slots._copy
 
         def recorded(self: Any, *given: int) -> None:
-            if given[-1]:
+            if given[0] != given[1]:  # as the warm-up does
                 found.append(given)
             copy(self, *given)
 
@@ -260,3 +261,24 @@ def test_an_evicted_row_frees_its_slot_at_once(model, slots):
     steps = [slots.step() for _ in range(5)]
     assert [slot for step in steps for slot in step.rows].count(1) == 2
     assert jax.tree.all(jax.tree.map(lambda x: jnp.isfinite(x).all(), slots._state.cache))
+
+
+def test_no_program_of_a_request_asks_the_host_whether_to_go_on(model, monkeypatch):
+    """No loop has a length that is a value: the host would wait until the device gets there, and queue nothing."""
+    traced = {}
+
+    def trace(program, *arguments, **named):
+        traced[program.__name__] = str(program.trace(*arguments, **named).jaxpr)
+        return call(program, *arguments, **named)
+
+    call = Program.__call__
+    monkeypatch.setattr(Program, "__call__", trace)
+    slots = Engine(model, eos_ids=()).slots(2, context_length=64)
+    sampling = Sampling.of(temperature=0.7, top_k=3, top_p=0.9)
+    for slot, sampled in ((0, sampling), (1, None)):
+        slots.insert([1, 2, 3, 4, 5], max_new_tokens=4, sampling=sampled, slot=slot, reuse_cache=True)
+        slots.step()
+        slots.step()
+    assert {"copy_prefix", "start", "decode_step"} <= {*traced}
+    assert any("prefill" in name for name in traced)
+    assert not [name for name, jaxpr in traced.items() if "while[" in jaxpr]

@@ -86,7 +86,7 @@ class TestWithTheMegakernel:
 
 @pytest.mark.parametrize("are_kernels", [True, False])
 def test_default_is_the_faster_where_both_kernels_can(models, monkeypatch, caplog, are_kernels):
-    """The layer kernels for many rows and for int8, but only where they run; and what is asked for by name."""
+    """The layer kernels for many rows in plain weights, but only where they run; and what is asked for by name."""
     monkeypatch.setattr(megakernel, "fused_unsupported_reason", lambda *_, **__: None)
     monkeypatch.setattr(portable, "unsupported_reason", lambda *_: None if are_kernels else "there are none")
     caplog.set_level("DEBUG", logger="adafuse_jax.inference")
@@ -99,13 +99,11 @@ def test_default_is_the_faster_where_both_kernels_can(models, monkeypatch, caplo
         return [type(engine.backend.for_batch(n)) for n in rows]
 
     assert kinds(model, (1, 16, 17, 32)) == [fused, fused, faster, faster]
-    assert kinds(int8, (1, 32)) == [faster, faster]
-    assert kinds(int4, (1, 32)) == [fused, fused]
-    assert kinds(int8, (1, 32), strategy="fused") == kinds(model, (1, 32), strategy="fused") == [fused, fused]
+    assert kinds(int8, (1, 32)) == kinds(int4, (1, 32)) == [fused, fused]
+    assert kinds(model, (1, 32), strategy="fused") == [fused, fused]
     assert (
         "decoding 17 prompts unfused: the layer kernels decode more than 16 rows faster" in caplog.text
     ) == are_kernels
-    assert ("fused is not used, as the layer kernels read int8 weights faster" in caplog.text) == are_kernels
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3])

@@ -215,6 +215,7 @@ TOGETHER = {
     "all 7": Case(targets=LINEARS, hidden_dim=1024, num_layers=6, embed_dim=512, heads=(8, 4, 128), vocab_size=1024),
     "32 rows": Case(batch=32, targets=LINEARS, hidden_dim=1024, num_layers=3, embed_dim=512, heads=(8, 4, 64)),
     "biases, context router": Case(batch=3, targets=("o_proj", "up_proj"), hidden_dim=256, bias=True, rank=40),
+    "a vocabulary of 258": Case(hidden_dim=256, vocab_size=258),
     "as many keys as queries": Case(num_layers=3, heads=(8, 8, 64), hidden_dim=256, targets=LINEARS),
     "Gemma": replace(GEMMA, heads=(4, 2, 256), hidden_dim=256),
     "int4, two rows": Case(batch=2, targets=LINEARS, hidden_dim=512, num_layers=2, embed_dim=256, layout=INT4),
@@ -226,6 +227,16 @@ TOGETHER = {
 @pytest.mark.parametrize("name", TOGETHER)
 def test_compiled_for_two_devices(name):
     check(TOGETHER[name], compiled=True, devices=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("devices", [4, 8])
+def test_compiled_for_more_devices(devices):
+    """A head of 65 tokens on each, which is padded; of 8 devices each has one head."""
+    if jax.default_backend() != "gpu" or jax.device_count() < devices:
+        pytest.skip(f"not {devices} GPUs")
+    case = Case(batch=2, targets=LINEARS, heads=(8, 8, 64), hidden_dim=512, num_layers=2, vocab_size=65 * devices)
+    check(case, compiled=True, devices=devices)
 
 
 @pytest.mark.gpu

@@ -9,11 +9,12 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fused_cases import LLAMA2_7B, SMOLLM2, Case, make, plan_of
+from fused_cases import LLAMA2_7B, SMOLLM2, plan_of
 
-from adafuse_jax.inference.backends.megakernel import fused_unsupported_reason
+from adafuse_jax.inference.backends.megakernel import shape_of
 from adafuse_jax.models.config import LINEARS
-from adafuse_jax.parallel.mesh import make_mesh, shard
+from benchmarks.decode.costs import SIZES
+from benchmarks.decode.models import model_config
 from pallas_kernels.megakernel import unsupported_reason
 from pallas_kernels.megakernel.plan import num_tiles
 from pallas_kernels.megakernel.schedule import Scalars, TileSchedule
@@ -115,10 +116,15 @@ def test_models_are_planned(name):
         assert unsupported_reason(shape, jnp.bfloat16, batch, targets, **used) is None
 
 
-def test_a_padded_head_is_refused_on_a_mesh():
-    model, *_ = make(Case(vocab_size=259))
-    assert "each device has 259 tokens" in (fused_unsupported_reason(shard(model, make_mesh(1, model.config))) or "")
-    assert "each device" not in (fused_unsupported_reason(model) or "")
+@pytest.mark.parametrize("devices", [4, 8])
+@pytest.mark.parametrize("layout", [None, INT8, INT4, INT4_G64])
+def test_llama2_70b_over_devices(devices, layout):
+    """Over 8 devices each has 4,000 tokens of the vocabulary, and 4,032 rows of a head that is padded."""
+    shape = shape_of(model_config(SIZES["llama2-70b"]), devices)
+    assert (shape.vocab_size, shape.head_rows) == {4: (8000, 8000), 8: (4000, 4032)}[devices]
+    for targets in ((), LINEARS):
+        used = {"rank": 64, "max_experts_used": 2, "layout": layout}
+        assert unsupported_reason(shape, jnp.bfloat16, 1, targets, **used) is None
 
 
 def test_plan_counts_tiles_and_semaphores_once():

@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from adafuse_jax.inference.backends.megakernel import Fused, fused_step
 from adafuse_jax.models.config import LINEARS
 from pallas_kernels.megakernel import executor_np, kernel_sm90, unsupported_reason
-from pallas_kernels.megakernel.dequantise import _by_definition, _in_registers
+from pallas_kernels.megakernel.dequantise import _by_definition, _in_registers, _moved, _moved_registers
 from pallas_kernels.megakernel.register_tiles import load, store
 from pallas_kernels.megakernel.schedule import Scalars, TileSchedule
 from pallas_kernels.megakernel.sizes import TILE_K, WGMMA_M
@@ -91,6 +91,16 @@ def every_byte() -> np.ndarray:
     )
 
 
+PLACES = np.array([16 * b + (0, 8, 4, 12)[p % 8 // 2] + 2 * (p % 2) + p // 8 for b in range(4) for p in range(16)])
+"""Place of the tensor cores' operands → column of a K-tile."""
+
+
+def moved_back(tile: np.ndarray) -> np.ndarray:
+    columns = np.empty(tile.shape)
+    columns[:, PLACES] = tile
+    return columns
+
+
 def codes_np(layout: QuantLayout) -> np.ndarray:
     """Codes less their offset, [WGMMA_M, columns]."""
     columns = TILE_K * 8 // layout.bits
@@ -100,10 +110,9 @@ def codes_np(layout: QuantLayout) -> np.ndarray:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_dequantised_by_definition(name):
-    tiles = _by_definition(jnp.asarray(every_byte()), LAYOUTS[name])
-    np.testing.assert_array_equal(
-        np.concatenate([np.asarray(t, np.float64) for t in tiles], 1), codes_np(LAYOUTS[name])
-    )
+    tiles = map(moved_back, _by_definition(jnp.asarray(every_byte()), LAYOUTS[name]))
+    np.testing.assert_array_equal(np.concatenate([*tiles], 1), codes_np(LAYOUTS[name]))
+    np.testing.assert_array_equal(moved_back(_moved(jnp.asarray(every_byte()))), every_byte())
     assert len(np.unique(every_byte())) == 256
 
 
@@ -123,7 +132,19 @@ def test_dequantised_in_registers(name):
     out = jax.ShapeDtypeStruct((tiles, WGMMA_M, TILE_K), jnp.bfloat16)
     run = plgpu.kernel(kernel, out_type=out, compiler_params=kernel_sm90.COMPILER_PARAMS)
     found = np.asarray(run(jnp.asarray(every_byte())), np.float64)
-    np.testing.assert_array_equal(np.concatenate(list(found), 1), codes_np(layout))
+    np.testing.assert_array_equal(np.concatenate([*map(moved_back, found)], 1), codes_np(layout))
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_columns_moved_in_registers():
+    def kernel(x_gmem, out_gmem):
+        store(out_gmem, _moved_registers(load(x_gmem, plgpu.Layout.WGMMA_UPCAST_2X)))
+
+    out = jax.ShapeDtypeStruct((WGMMA_M, TILE_K), jnp.bfloat16)
+    run = plgpu.kernel(kernel, out_type=out, compiler_params=kernel_sm90.COMPILER_PARAMS)
+    found = np.asarray(run(jnp.asarray(every_byte(), jnp.bfloat16)), np.float64)
+    np.testing.assert_array_equal(moved_back(found), every_byte())
 
 
 @pytest.mark.parametrize("name", ["int8, q and down, two rows", "int4-g64, bare", "int4, all 7", "int4, Gemma"])

@@ -42,7 +42,7 @@ def linears(
     used = min(8, 2 * batch)
     mixture = Mixture(of((used,), "int32"), of((used, batch), "float32"))
     names = tuple(outs) if gated else None
-    tiles = tiles_for(batch, in_dim, jnp.dtype(dtype).itemsize, gated, layout)
+    tiles = tiles_for(batch, [*outs.values()], in_dim, jnp.dtype(dtype).itemsize, gated, layout)
     group = Group(
         tiles=tiles, out_dtype=jnp.dtype(dtype), gated=names, activation=activation, eps=1e-5,  # type: ignore[arg-type]
     )  # fmt: skip
@@ -80,6 +80,7 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "small gate, up, 8 rows": lambda: linears(8, GATE_UP_SMOL, 576, "float32", rank=16, gated=True),
     "small attention, 32 rows": lambda: attention(32, (9, 3, 64), 512, "float16"),
     "largest rank, 32 rows": lambda: linears(32, GATE_UP_7B, 4096, "float16", rank=256, gated=True),
+    "7B down, 32 rows": lambda: linears(32, {"down": 4096}, 11008, "bfloat16"),
     "widest heads, 32 rows": lambda: attention(32, (8, 4, 256), 512, "float32"),
     "7B gate, up, int4": lambda: linears(1, GATE_UP_7B, 4096, "bfloat16", gated=True, layout=INT4),
     "7B gate, up, int4, 32 rows": lambda: linears(32, GATE_UP_7B, 4096, "bfloat16", gated=True, layout=INT4),
@@ -90,7 +91,7 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
 EVERYWHERE, FEATURES, ONCE = (
     [*KERNELS][:3],
     ("GeGLU behind a norm in float32", "wide heads, a soft cap"),
-    [*KERNELS][5:8] + [*KERNELS][-5:-1],
+    [*[*KERNELS][5:8], "7B down, 32 rows", *[*KERNELS][-5:-1]],
 )
 QUICK = [(name, c) for name in EVERYWHERE for c in SHARED_MEMORY] + [(name, 120) for name in ONCE]
 SLOW = [(name, c) for name in KERNELS if name not in FEATURES for c in SHARED_MEMORY if (name, c) not in QUICK]

@@ -43,12 +43,16 @@ def by_kernel(x, weights, a, b, mixture, layer, tiles: Tiles | None = None, **op
         jnp.zeros(1, jnp.int32) if mixture is None else (mixture.gates != 0).any(axis=1).sum(dtype=jnp.int32)[None]
     )
     group = Group(
-        tiles=tiles or tiles_for(len(x), x.shape[1], x.dtype.itemsize), out_dtype=x.dtype, counter=1, counters=2
+        tiles=tiles or tiles_for(len(x), [w.shape[1] for w in weights.values()], x.shape[1], x.dtype.itemsize),
+        out_dtype=x.dtype,
+        counter=1,
+        counters=2,
     )
     ready = jnp.zeros(2 * next(iter(weights.values()), x).shape[0], jnp.int32)
     at = jnp.asarray(layer, jnp.int32)[None]
     y, ready = pregated_linear(x, weights, a, b, mixture, num_used, at, ready, group=group, **options)
-    num_shrink = sum(len(mixture.experts) * -(-f.shape[2] // group.tiles.tile_m) for f in a.values())
+    tile_m, splits = group.tiles.of_a[0], group.tiles.shrink_splits
+    num_shrink = splits * sum(len(mixture.experts) * -(-f.shape[2] // tile_m) for f in a.values())
     np.testing.assert_array_equal(ready, np.eye(len(ready), dtype=int)[2 * layer + 1] * num_shrink)
     return y
 
@@ -73,6 +77,39 @@ def test_interpreted(case):
 def test_default_tiles(case):
     inputs, layer = CASES[case].draw(), CASES[case].layer
     assert_near(by_kernel(*inputs, layer, interpret=True), *inputs, layer)
+
+
+SPLIT = Tiles(tile_m=16, tile_k=32, shrink_m=8, splits=3, shrink_splits=3, num_warps=4, num_stages=1)
+SEVERAL = Tiles(tile_m=16, tile_k=64, shrink_m=32, num_warps=4, num_stages=1)
+
+
+@pytest.mark.parametrize(
+    ("case", "tiles"),
+    [
+        ("batch", SPLIT),  # no more steps than splits
+        ("batch shares experts", SEVERAL),  # two experts at a time, one of them beyond those in use
+        ("batch of nothing", SPLIT),
+        ("random 4", SPLIT),
+    ],
+)
+def test_programs_share_columns_and_take_experts_at_once(case, tiles):
+    inputs, layer = CASES[case].draw(), CASES[case].layer
+    assert len(inputs[0]) > 1
+    assert_near(by_kernel(*inputs, layer, tiles=tiles, interpret=True), *inputs, layer)
+
+
+def test_splits_change_neither_bias_nor_residual():
+    """Shared columns make the same y, which depends on both."""
+    case = Case(outs={"o": 40}, in_dim=160, batch=3, dtype="float32")
+    x, weights, a, b, mixture = case.draw()
+    keys = jax.random.split(jax.random.key(0))
+    more = {"biases": {"o": jax.random.normal(keys[0], (2, 40))}, "residual": jax.random.normal(keys[1], (3, 40))}
+    whole, parts = (
+        by_kernel(x, weights, a, b, mixture, 1, tiles=replace(SMALL, splits=splits), interpret=True, **more)["o"]
+        for splits in (1, 2)
+    )
+    np.testing.assert_allclose(parts, whole, rtol=1e-6, atol=1e-6)
+    assert abs(parts - by_kernel(x, weights, a, b, mixture, 1, interpret=True)["o"]).max() > 0.1
 
 
 @pytest.mark.gpu
@@ -177,16 +214,18 @@ def test_every_field_of_tiles_and_group_is_read(monkeypatch):
 
     triton_call_launch = triton_call.launch
     monkeypatch.setattr(triton_call, "launch", record)
-    x, weights, a, b, mixture = Case(outs={"q": 64}, in_dim=64).draw()
+    x, weights, a, b, mixture = Case(outs={"q": 64}, in_dim=64, batch=2).draw()
     rest = mixture, jnp.ones(1, jnp.int32), jnp.ones(1, jnp.int32), jnp.zeros(4, jnp.int32)
     group = Group(tiles=SMALL, out_dtype=x.dtype)
     names = [f.name for f in fields(SMALL) if f.name != "tile_q"]  # of quantised weights
-    changed = [replace(group, tiles=replace(SMALL, **{name: 2 * getattr(SMALL, name)})) for name in names]
+    changed = [replace(group, tiles=replace(SMALL, **{name: 2 * getattr(SMALL, name) or 8})) for name in names]
     for g in (group, group, *changed, replace(group, counter=1), replace(group, counters=2)):
         pregated_linear.__wrapped__(x, weights, a, b, *rest, group=g)
     assert launches[0] == launches[1]
     assert all(launch != launches[0] for launch in launches[2:])
+    x, weights, a, b, mixture = Case(outs={"q": 64}, in_dim=64).draw()
     quantised = {name: quantise(w, QuantLayout(4, 32), x.dtype) for name, w in weights.items()}
+    rest = mixture, *rest[1:]
     for tile_q in (32, 64):
         tiles = replace(SMALL, tile_q=tile_q)
         pregated_linear.__wrapped__(x, quantised, a, b, *rest, group=replace(group, tiles=tiles))
@@ -235,6 +274,10 @@ INVALID = {
         {"mixture": lambda m: Mixture(m.experts, m.gates[:, :2])},
         r"\(4, 2\)\) must have .* gates \[U, 3\]",
     ),
+    "splits of a row": (
+        {"x": lambda x: x[:1], "tiles": lambda tiles: replace(tiles, shrink_splits=2)},
+        "splits are for several rows, plain weights",
+    ),
     "norm of rows": ({"norm": lambda _: jnp.ones((2, 64))}, "the norm is for one row, and there are 3"),
 }
 
@@ -263,7 +306,7 @@ class TestBenchmark:
     def test_tiles_of_the_sweep(self, batch):
         """The tiles that the decode step takes are among them, and no two are equal."""
         swept = benchmark.swept_tiles(batch)
-        assert tiles_for(batch, 4096, 2) in swept
+        assert all(tiles_for(batch, outs, 4096, 2) in swept for outs in ([4096], [4096] * 3))
         assert len(set(swept)) == len(swept)
 
     def test_bytes(self):

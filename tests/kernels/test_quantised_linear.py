@@ -52,7 +52,7 @@ def test_interpreted(case: str):
 @pytest.mark.parametrize("case", ["int4, one row", "int8, rows", "int4-g64, rows"])
 def test_default_tiles(case: str):
     inputs, layer, layout = CASES[case].draw(), CASES[case].layer, CASES[case].layout
-    tiles = tiles_for(len(inputs[0]), inputs[0].shape[1], 2, layout=layout)
+    tiles = tiles_for(len(inputs[0]), [64], inputs[0].shape[1], 2, layout=layout)
     assert_near(by_kernel(*inputs, layer, tiles=replace(tiles, num_stages=2), interpret=True), *inputs, layer)
 
 
@@ -62,7 +62,7 @@ def test_default_tiles(case: str):
 def test_compiled(case: str):
     of_case = (CASES | LARGE_CASES)[case]
     inputs, layer = of_case.draw(), of_case.layer
-    tiles = tiles_for(of_case.batch, of_case.in_dim, inputs[0].dtype.itemsize, layout=of_case.layout)
+    tiles = tiles_for(of_case.batch, [64], of_case.in_dim, inputs[0].dtype.itemsize, layout=of_case.layout)
     assert_near(by_kernel(*inputs, layer, tiles=tiles), *inputs, layer)
 
 

@@ -12,7 +12,10 @@ from random_models import POSITIONS
 
 from adafuse_jax import UserError
 from adafuse_jax.models.config import LINEARS, ModelConfig
-from adafuse_jax.parallel.mesh import make_mesh
+from adafuse_jax.parallel.mesh import make_mesh, training_mesh
+from benchmarks.decode.costs import SIZES
+from benchmarks.decode.models import model_config
+from pallas_kernels.quantised import INT4
 
 PROGRAM = Path(__file__).with_name("tensor_parallel_run.py")
 
@@ -81,6 +84,18 @@ def test_uneven_shares_are_refused(monkeypatch):
     )  # fmt: skip
     with pytest.raises(UserError, match="cannot share the model's 2 key-value heads evenly"):
         make_mesh(3, config)
+
+
+@pytest.mark.parametrize(("devices", "others"), [(4, "int8 or int4-g64"), (8, "int8")])
+def test_groups_that_devices_cannot_share(monkeypatch, devices, others):
+    """Llama-2-7B's FFN of 11008 has 86 groups of 128 inputs. 70B's of 28672 has 224."""
+    monkeypatch.setattr(jax, "devices", lambda: [None] * devices)
+    small, large = (model_config(SIZES[name]) for name in ("llama2-7b", "llama2-70b"))
+    with pytest.raises(UserError, match=f"the 86 groups of 128 .* FFN evenly; .*, or quantise to {others}$"):
+        make_mesh(devices, small, INT4)
+    with pytest.raises(UserError, match=f"--mesh tensor={devices}: .* 86 groups .*-size, or quantise to {others}$"):
+        training_mesh(f"tensor={devices}", small, devices, INT4)
+    assert make_mesh(devices, large, INT4).size == devices
 
 
 @pytest.mark.slow

@@ -71,9 +71,9 @@ class Fused:
     `norms`: all norms in front of blocks and the last one, stacked; `output_norms`: those behind blocks, if there are any.
     `a`, `b`: the experts' factors, the adapter's own arrays or, if they have another dtype or the rank is no multiple of 64,
     copies padded with zeros. `table`: the gates of every token, if the router sees the token alone. `scales`: those of
-    quantised linears, transposed: a tile's stand in a row. `head`: a copy, if the vocabulary is no multiple of 64, padded
-    with zeros; of a sharded model with tied embeddings, sharded over the vocabulary. `mesh`: of a sharded model. The factors
-    of a bank are read from it."""
+    quantised linears, transposed: a tile's stand in a row. `head`: a copy, if a device's vocabulary is no multiple of 64,
+    padded with zeros on each device; of a sharded model with tied embeddings, sharded over the vocabulary. `mesh`: of a
+    sharded model. The factors of a bank are read from it."""
 
     norms: Float[Array, "2L+1 D"]
     a: dict[str, Float[Array, "L E R in"]]
@@ -96,9 +96,10 @@ class Fused:
         mesh, head = mesh_of(model), None
         if mesh is not None and model.lm_head is None:
             head = jax.device_put(model.embed_tokens[...], NamedSharding(mesh, partition_spec(TABLES["lm_head"])))
-        if missing := shape_of(model.config).head_rows - model.config.vocab_size:
+        shape = shape_of(model.config, 1 if mesh is None else mesh.size)
+        if missing := shape.head_rows - shape.vocab_size:
             assert not isinstance(model.head, QuantArray), "refused before"
-            head = _padded(model.head, 0, missing)
+            head = _padded_shards(model.head if head is None else head, missing, mesh)
         return cls(
             norms=jnp.concatenate(norms),
             output_norms=_in_turn(layers.post_self_attn_layernorm, layers.post_mlp_layernorm),
@@ -147,6 +148,12 @@ def _padded(x: Array, axis: int, more: int) -> Array:
     return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)]) if more else x
 
 
+def _padded_shards(head: Array, missing: int, mesh: Mesh | None) -> Array:
+    """The head with `missing` rows of zeros behind the rows of each device."""
+    pad, rows = partial(_padded, axis=0, more=missing), partition_spec(TABLES["lm_head"])
+    return pad(head) if mesh is None else jax.shard_map(pad, mesh=mesh, in_specs=rows, out_specs=rows)(head)
+
+
 def shape_of(config: ModelConfig, devices: int = 1) -> Shape:
     """Sizes of one device's shard."""
     shared = "hidden_dim", "num_heads", "num_kv_heads", "vocab_size"
@@ -178,8 +185,6 @@ def fused_unsupported_reason(
     if mesh is not None and (mesh.axis_names != (TENSOR,) or [*mesh.devices] != jax.local_devices()[: mesh.size]):
         return f"it runs on a mesh of one axis over the first devices of one process, and this is {mesh}"
     shape = shape_of(model.config, 1 if mesh is None else mesh.size)
-    if mesh is not None and shape.vocab_size != shape.head_rows:
-        return f"each device has {shape.vocab_size} tokens of the vocabulary, and on a mesh it takes multiples of 64"
     if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
         return f"it needs a Hopper GPU, this is {device.device_kind}"
     options: dict[str, Any] = {"num_ctas": device.core_count, "layout": quantisation_of(model)}

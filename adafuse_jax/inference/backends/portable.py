@@ -116,8 +116,10 @@ def portable_step(
         gated = ("gate_proj", "up_proj") if names == GROUPS[2] else None
         if norm is not None and not _is_folded(norm, batch):
             x, norm = normed(_of_layer(norm, layer), x), None
+        outs = [w.shape[1] for w in weights.values()]
         settings = Group(
-            tiles=tiles_for(batch, x.shape[1], x.dtype.itemsize, bool(gated), layout), out_dtype=x.dtype, gated=gated,
+            tiles=tiles_for(batch, outs, x.shape[1], x.dtype.itemsize, bool(gated), layout), out_dtype=x.dtype,
+            gated=gated,
             activation=config.activation, eps=config.norm_eps,
             counter=counters.index(names) if adapted else 0, counters=max(1, len(counters)),
         )  # fmt: skip
@@ -194,7 +196,7 @@ def _logits(model: Backbone, x: Float[Array, "B D"], interpret: bool) -> Float[A
     if not folded:
         x = model.norm(x)
     layout = head.layout if isinstance(head, QuantArray) else None
-    tiles = tiles_for(len(x), x.shape[1], x.dtype.itemsize, layout=layout)
+    tiles = tiles_for(len(x), [head.shape[1]], x.shape[1], x.dtype.itemsize, layout=layout)
     y, _ = pregated_linear(
         x, {"lm_head": head}, {}, {}, None, zero, zero, jnp.zeros(1, jnp.int32), interpret=interpret,
         group=Group(tiles=tiles, out_dtype=jnp.dtype("float32"), eps=model.config.norm_eps),

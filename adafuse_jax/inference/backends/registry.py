@@ -87,7 +87,7 @@ def _default(model: Backbone, adapter: AnyAdapter | AdapterBank | None) -> Backe
     if isinstance(adapter, AnyAdapter) and "fused" not in strategies_of(adapter.config):
         log.log(dispatch_log_level(), "decoding unmerged")
         return unfused
-    reason = default_unsupported_reason(model, adapter) or unfused.faster_reason(batch=1)
+    reason = default_unsupported_reason(model, adapter)
     if reason is not None:
         log.log(dispatch_log_level(), "decoding unmerged: fused is not used, as %s", reason)
         return unfused

@@ -56,13 +56,10 @@ class Unfused(Backend):
     def faster_reason(self, batch: int) -> str | None:
         """The reason to take the layer kernels: an H200 was faster with them (docs/kernels/megakernel.md)."""
         model, adapter = self.reads
-        layout = quantisation_of(model)
-        if portable.unsupported_reason(model, adapter, batch) is not None:
+        if portable.unsupported_reason(model, adapter, batch) is not None or quantisation_of(model) is not None:
             return None
-        if layout is None and batch > MEGAKERNEL_ROWS:
+        if batch > MEGAKERNEL_ROWS:
             return f"the layer kernels decode more than {MEGAKERNEL_ROWS} rows faster (7B, 32 rows: 6.8 ms against 7.2)"
-        if layout is not None and layout.bits == 8:
-            return f"the layer kernels read {layout.name} weights faster (7B, one row: 2.84 ms against 3.22)"
         return None
 
     @staticmethod
