@@ -78,7 +78,8 @@ def export(config: ExportConfig) -> None:
     from adafuse_jax.checkpoints.peft import merged_peft, read_mergeable, save_peft_lora
     from adafuse_jax.checkpoints.peft_files import PeftAdapter
     from adafuse_jax.data.tokenizer import load_tokenizer, tokenizer_files, write_tokenizer
-    from adafuse_jax.models.quantised import LAYOUTS, quantised
+    from adafuse_jax.models.decoder import Backbone
+    from adafuse_jax.models.quantised import quantised
 
     out = Path(config.output)
     require_free(out, "--output")
@@ -89,16 +90,20 @@ def export(config: ExportConfig) -> None:
             f"{checkpoint.directory}: the weights are {form.layout.name}, whose codes cannot hold what is merged into them; "
             "give the model that they were made of, or --format peft"
         )
-    checkpoint.quantisation(config.quantize, config.quantize_head)
+    wanted = checkpoint.quantised(config.quantize, config.quantize_head)
+
+    def as_wanted(model: Backbone) -> Backbone:
+        found = wanted.quantisation
+        return model if found is None else quantised(model, found.linears, head=found.has_head)
+
     adapter: AnyAdapter | PeftAdapter | None = None
     if config.adapter is not None and config.format == "huggingface":
         adapter = read_mergeable(config.adapter, checkpoint.config)
     if config.adapter is not None and adapter is None:
         adapter = load_adapter(
             config.adapter, checkpoint.config, backbone_identity=identity, dtype=jnp.dtype("float32"),
-            quantization=checkpoint.quantisation(None),
+            quantization=checkpoint.quantisation,
         )  # fmt: skip
-    layout = config.quantize and LAYOUTS[config.quantize]
     own = tokenizer_files(checkpoint.directory)
     tokenizer = own
     if config.adapter is not None:
@@ -107,13 +112,11 @@ def export(config: ExportConfig) -> None:
         load_tokenizer(checkpoint.directory, config.adapter)
     try:
         if adapter is None:
-            model = load_backbone(
-                checkpoint, config.dtype, quantize=config.quantize, quantize_head=config.quantize_head
-            )
+            model = load_backbone(wanted, config.dtype)
             export_backbone(model, out, source=checkpoint, tokenizer=tokenizer, base_identity=identity)
         elif isinstance(adapter, PeftAdapter):
             model = merged_peft(load_backbone(checkpoint, config.dtype), adapter)
-            model = model if layout is None else quantised(model, layout, head=config.quantize_head)
+            model = as_wanted(model)
             export_backbone(model, out, source=checkpoint, tokenizer=tokenizer)
         elif config.format == "adafuse-jax":
             trained = trained_quantization(Path(str(config.adapter)).expanduser())
@@ -127,7 +130,7 @@ def export(config: ExportConfig) -> None:
             save_peft_lora(adapter, out, checkpoint.config, backbone_name=config.model)
         else:
             model = merged(load_backbone(checkpoint, config.dtype), adapter)
-            model = model if layout is None else quantised(model, layout, head=config.quantize_head)
+            model = as_wanted(model)
             export_backbone(model, out, source=checkpoint, tokenizer=tokenizer)
         if config.format != "huggingface" and tokenizer != own:
             write_tokenizer(tokenizer, out)

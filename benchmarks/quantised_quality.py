@@ -67,7 +67,7 @@ def measure(checkpoint: HFCheckpoint, rows: np.ndarray, names: Sequence[Any], *,
             found[name] = {"refused": reason}
             print(f"{name}: {reason}", flush=True)
             continue
-        of_name = losses(load_backbone(checkpoint, "float32", quantize=name, quantize_head=head), rows)
+        of_name = losses(load_backbone(checkpoint.quantised(name, head), "float32"), rows)
         percent, error = change(of_name, plain)
         name = Quantisation(LAYOUTS[name], head).name
         found[name] = {

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from adafuse_jax.models.quantised import (
     HEAD_LAYOUT,
     LAYOUTS,
     Quantisation,
+    linears_of,
     quantised,
     require_layout,
     uneven_groups,
@@ -71,13 +72,15 @@ class HFCheckpoint:
     """A model directory, opened once and handed to all who need it: config.json and generation_config.json are parsed, and
     every tensor that the model needs is there with its shape and a type that is read; values are not checked yet.
 
-    `dtype` is the type that the weights are loaded as unless another one is asked for.
+    `dtype` is the type that the weights are loaded as unless another one is asked for, `quantisation` their form in the
+    model, that of the files unless `quantised` has changed it; None: plain.
     """
 
     directory: Path
     hf_config: HFConfig
     tensors: Tensors
     dtype: DType
+    quantisation: Quantisation | None
 
     @classmethod
     def open(cls, path_or_id: str | Path) -> HFCheckpoint:
@@ -101,45 +104,51 @@ class HFCheckpoint:
             log.info("%s", remark)
         dtype = hf_config.dtype or DTYPES[next(name for name in tensors.dtypes.values() if name in DTYPES)]
         dtype = "float32" if dtype == "float64" else dtype
-        return cls(directory=directory, hf_config=hf_config, tensors=tensors, dtype=dtype)  # type: ignore[arg-type]
+        form, has_head = hf_config.form, hf_config.head_form is not None
+        quantisation = None if form is None else Quantisation(form.layout, has_head)
+        return cls(
+            directory=directory, hf_config=hf_config, tensors=tensors, dtype=dtype, quantisation=quantisation  # type: ignore[arg-type]
+        )  # fmt: skip
 
     @property
     def config(self) -> ModelConfig:
         return self.hf_config.model
 
-    def quantisation(self, quantize: Quantize | None, quantize_head: bool = False) -> Quantisation | None:
-        """The quantisation of the backbone when it is loaded so; None for plain weights.
+    def quantised(self, quantize: Quantize | None, quantize_head: bool = False) -> HFCheckpoint:
+        """This checkpoint, whose linears are quantised as they are loaded if `quantize` is given. With `quantize_head` so is
+        the head, beside them or beside linears that the files have quantised; it is then tied no more.
 
         Raises:
           UserError: `quantize` does not fit the shapes, the weights are quantised in another way, or the head is to be
             quantised and the linears are not.
         """
-        stored, asked = self.hf_config.form, None if quantize is None else LAYOUTS[quantize]
-        if stored is not None and asked not in (None, stored.layout):
+        if quantize is not None and quantize not in LAYOUTS:
+            raise UserError(f"quantize is {quoted(quantize)}: choose from {', '.join(LAYOUTS)}")
+        if not isinstance(quantize_head, bool):
+            raise UserError(f"quantize_head is {quoted(quantize_head)}: choose from True, False")
+        stored, asked = self.quantisation, None if quantize is None else LAYOUTS[quantize]
+        if stored is not None and asked not in (None, stored.linears):
             raise UserError(
-                f"--quantize {quantize}: the weights in {self.directory} are {stored.layout.name} already; leave it out, or "
-                "give the unquantised model"
+                f"--quantize {quantize}: the weights in {self.directory} are {stored.linears.name} already; leave it out, "
+                "or give the unquantised model"
             )
-        layout = asked if stored is None else stored.layout
+        layout = asked or linears_of(stored)
         if layout is None:
             if quantize_head:
                 raise UserError("--quantize-head: the linears have plain weights; give --quantize with it")
-            return None
+            return self
         require_layout(self.config, layout)
-        return Quantisation(layout, quantize_head or self.hf_config.head_form is not None)
+        return replace(
+            self, quantisation=Quantisation(layout, quantize_head or (stored is not None and stored.has_head))
+        )
 
-    def forms(
-        self, dtype: DType, quantize: Quantize | None, quantize_head: bool = False
-    ) -> tuple[WeightForm | None, WeightForm | None]:
+    def forms(self, dtype: DType) -> tuple[WeightForm | None, WeightForm | None]:
         """The forms in which the weights of the linears and of the head are read for a model of `dtype`; None for plain ones
-        that stay so. Raises as `quantisation`."""
-        found = self.quantisation(quantize, quantize_head)
-        if found is None:
-            return None, None
-        linears, head = self.hf_config.form, self.hf_config.head_form
-        if linears is None:
+        that stay so."""
+        linears, head, found = self.hf_config.form, self.hf_config.head_form, self.quantisation
+        if found is not None and linears is None:
             linears = Dense(found.linears, found.linears.scale_dtype(dtype))
-        if head is None and found.has_head:
+        if found is not None and found.has_head and head is None:
             head = Dense(HEAD_LAYOUT, HEAD_LAYOUT.scale_dtype(dtype))
         return linears, head
 
@@ -155,14 +164,11 @@ def load_backbone(
     *,
     place: Placement | None = None,
     into: Backbone | None = None,
-    quantize: Quantize | None = None,
-    quantize_head: bool = False,
 ) -> Backbone:
     """Stream a model directory, hub id or opened `HFCheckpoint`, tensor by tensor, to where `place` puts it (default: whole
-    arrays on the default device), casting every weight to `dtype` (default: the checkpoint's). A cast that rounds, and a
-    config.json that names another type than that of the tensors, are logged. `into`: the arrays of an `empty_backbone` of
-    this type and place, which are consumed. `quantize`: the linears' weights become codes and scales, each as it is read;
-    with `quantize_head` so does the head, which is then tied no more.
+    arrays on the default device), casting every weight to `dtype` (default: the checkpoint's), or quantising it as the
+    checkpoint says. A cast that rounds, and a config.json that names another type than that of the tensors, are logged.
+    `into`: the arrays of an `empty_backbone` of this type and place, which are consumed.
 
     Raises:
       UserError: as `HFCheckpoint.open`, before the first weight is read; weights that are NaN or infinite, in the file or in
@@ -173,13 +179,13 @@ def load_backbone(
     if remark := _dtype_remark(checkpoint, dtype):
         log.info("%s", remark)
     family, place = FAMILIES[config.model_type], place or Stacked()
-    form, head_form = forms = checkpoint.forms(dtype, quantize, quantize_head)
+    form, head_form = forms = checkpoint.forms(dtype)
     for what, of_part in zip(("the linears' weights", "the head's weights"), forms, strict=True):
         if of_part is not None:
             done = "are quantised to" if isinstance(of_part, Dense) else "are"
             log.info("%s: %s %s %s", checkpoint.directory, what, done, of_part.layout.name)
     if into is None:
-        into = empty_backbone(checkpoint, dtype, place=place, quantize=quantize, quantize_head=quantize_head)
+        into = empty_backbone(checkpoint, dtype, place=place)
     model, untied_head = into, config.tie_word_embeddings and head_form is not None
     graphdef, state = nnx.split(model)
     leaves = nnx.to_flat_state(state)
@@ -228,16 +234,9 @@ def part_name(name: str, part: str) -> str:
     return name.removesuffix("weight") + part
 
 
-def empty_backbone(
-    checkpoint: HFCheckpoint,
-    dtype: DType,
-    *,
-    place: Placement | None = None,
-    quantize: Quantize | None = None,
-    quantize_head: bool = False,
-) -> Backbone:
+def empty_backbone(checkpoint: HFCheckpoint, dtype: DType, *, place: Placement | None = None) -> Backbone:
     """A backbone of zeros that `load_backbone` fills."""
-    form, head_form = checkpoint.forms(dtype, quantize, quantize_head)
+    form, head_form = checkpoint.forms(dtype)
 
     def make() -> Backbone:
         model = Backbone(checkpoint.config, dtype=dtype, rngs=nnx.Rngs(0))

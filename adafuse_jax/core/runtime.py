@@ -194,7 +194,16 @@ def exact_float32() -> None:
 
 def peak_device_gib() -> float | None:
     """The most memory this process has had in use on its first device, in GiB; None where the device does not report it."""
+    return _memory_gib("peak_bytes_in_use")
+
+
+def device_limit_gib() -> float | None:
+    """The most memory that this process may have in use on its first device, in GiB; None as above."""
+    return _memory_gib("bytes_limit")
+
+
+def _memory_gib(name: str) -> float | None:
     import jax
 
-    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return None if peak is None else round(peak / 2**30, 3)
+    found = (jax.local_devices()[0].memory_stats() or {}).get(name)
+    return None if found is None else round(found / 2**30, 3)

@@ -36,7 +36,7 @@ def run(config: EvaluationConfig) -> dict[str, Any]:
     from adafuse_jax.evaluation.loading import load
     from adafuse_jax.evaluation.multiple_choice import Questions, evaluate, mean_of
 
-    checkpoint = HFCheckpoint.open(config.model)
+    checkpoint = HFCheckpoint.open(config.model).quantised(config.quantize, config.quantize_head)
     directory, context = checkpoint.directory, checkpoint.config.context_length
     if config.max_length is not None and config.max_length > context:
         raise UserError(f"--max-length {config.max_length} exceeds the {context} positions of {config.model}; lower it")
@@ -55,8 +55,7 @@ def run(config: EvaluationConfig) -> dict[str, Any]:
         if questions.left_out:
             log.warning("%s: %d of %d questions are too long, and left out", text, questions.left_out, len(examples))
         sets.append((text, split, questions))
-    quantize: dict[str, Any] = {"quantize": config.quantize, "quantize_head": config.quantize_head}
-    loaded = load(checkpoint, config.adapter, config.dtype, tokenizer=tokenizer, **quantize)
+    loaded = load(checkpoint, config.adapter, config.dtype, tokenizer=tokenizer)
     largest = max(int(row.tokens.max()) for *_, questions in sets for rows in questions.candidates for row in rows)
     if largest >= loaded.model.config.vocab_size:
         raise UserError(

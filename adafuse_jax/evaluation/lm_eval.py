@@ -24,6 +24,7 @@ MODULE = "adafuse_jax.evaluation.lm_eval"
 if __name__ == "__main__":  # before the harness is imported: what fails or is interrupted meanwhile is one line, too
     run_cli(lambda argv: importlib.import_module(MODULE).main(argv))
 
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint
 from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.data.examples import Message
@@ -91,7 +92,7 @@ class AdaFuseLM(TemplateLM):
                 raise UserError("a loaded model has its adapter, its dtype and its quantisation; leave these out")
             self.loaded = model
         else:
-            self.loaded = load(model, adapter, dtype, quantize=quantize, quantize_head=quantize_head)
+            self.loaded = load(HFCheckpoint.open(model).quantised(quantize, quantize_head), adapter, dtype)
         self.tokenizer, self.batch_size = self.loaded.tokenizer, int(batch_size)
         self._engine = Engine(self.loaded.model, self.loaded.adapter)
         context = self._engine.context_length

@@ -12,7 +12,7 @@ from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
 from adafuse_jax.core import runtime
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.data.tokenizer import load_tokenizer
-from adafuse_jax.models.config import DType, Quantize
+from adafuse_jax.models.config import DType
 from adafuse_jax.models.decoder import Backbone
 
 
@@ -32,8 +32,6 @@ def load(
     dtype: DType | None = None,
     *,
     tokenizer: Any = None,
-    quantize: Quantize | None = None,
-    quantize_head: bool = False,
 ) -> Loaded:
     """Load from directories (a hub id or an opened checkpoint, for the model); float32 models multiply in float32.
     `tokenizer`: the model's and the adapter's, if it is loaded already.
@@ -43,10 +41,6 @@ def load(
     """
     if dtype is not None and dtype not in get_args(DType):
         raise UserError(f"dtype is {quoted(dtype)}: choose from {', '.join(get_args(DType))}")
-    if quantize is not None and quantize not in get_args(Quantize):
-        raise UserError(f"quantize is {quoted(quantize)}: choose from {', '.join(get_args(Quantize))}")
-    if not isinstance(quantize_head, bool):
-        raise UserError(f"quantize_head is {quoted(quantize_head)}: choose from True, False")
     checkpoint = model if isinstance(model, HFCheckpoint) else HFCheckpoint.open(model)
     if tokenizer is None:
         tokenizer = load_tokenizer(checkpoint.directory, adapter)
@@ -58,7 +52,7 @@ def load(
         identity = checkpoint.identity()
         adapted = load_adapter(
             adapter, checkpoint.config, backbone_identity=identity, dtype=jnp.dtype(dtype),
-            quantization=checkpoint.quantisation(quantize, quantize_head),
+            quantization=checkpoint.quantisation,
         )  # fmt: skip
-    backbone = load_backbone(checkpoint, dtype, quantize=quantize, quantize_head=quantize_head)
+    backbone = load_backbone(checkpoint, dtype)
     return Loaded(model=backbone, adapter=adapted, tokenizer=tokenizer, dtype=dtype)

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +84,7 @@ class Session:
 
     def __init__(self, config: DecodeConfig, first: Sequence[Prompt] = ()):
         start_rendering()
-        checkpoint = HFCheckpoint.open(config.model)
+        checkpoint = HFCheckpoint.open(config.model).quantised(config.quantize, config.quantize_head)
         if remark := generation_remark(checkpoint.hf_config.generation):
             log.info("%s", remark)
         self.config = config
@@ -97,9 +96,7 @@ class Session:
         dtype = config.dtype or checkpoint.dtype
         if dtype == "float32":
             runtime.exact_float32()
-        quantize: dict[str, Any] = {"quantize": config.quantize, "quantize_head": config.quantize_head}
-        quantisation = checkpoint.quantisation(**quantize)
-        layout = linears_of(quantisation)
+        layout = linears_of(checkpoint.quantisation)
         if config.strategy is not None:
             require_reads_quantised(config.strategy, layout)
         adapter = None
@@ -110,7 +107,7 @@ class Session:
                 backbone_identity=checkpoint.identity(),
                 # Merged once, a LoRA is rounded once.
                 dtype=jnp.dtype("float32" if config.strategy == "merged" else dtype),
-                quantization=quantisation,
+                quantization=checkpoint.quantisation,
             )
             if config.strategy is not None:
                 require_strategy(adapter.config, config.strategy)
@@ -127,13 +124,13 @@ class Session:
         eos_ids = sorted({*checkpoint.config.eos_token_ids, *stops})
         prepare = partial(Engine, adapter=adapter, strategy=config.strategy, eos_ids=eos_ids)
         place = Stacked(mesh)
-        empty = empty_backbone(checkpoint, dtype, place=place, **quantize)
+        empty = empty_backbone(checkpoint, dtype, place=place)
         # A strategy that merges would take the empty weights over.
         can_compile = bool(first) and mesh is None and config.strategy in (None, "unmerged", "fused")
         with _backends_not_logged():
             slots = self._waiting(prepare(empty), first) if can_compile else None
         with ThreadPoolExecutor(1, "load") as thread:
-            loading = thread.submit(load_backbone, checkpoint, dtype, place=place, into=empty, **quantize)
+            loading = thread.submit(load_backbone, checkpoint, dtype, place=place, into=empty)
             try:
                 with compiled_ahead(slots.compile if slots is not None else None):
                     self.engine = prepare(loading.result())

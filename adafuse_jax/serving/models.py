@@ -29,7 +29,7 @@ from adafuse_jax.inference.prefill import SCORED_CHUNKS, chunks_up_to, largest_c
 from adafuse_jax.inference.sampling import Sampling
 from adafuse_jax.inference.slots import Slots
 from adafuse_jax.models.config import DType
-from adafuse_jax.models.quantised import Quantisation, linears_of
+from adafuse_jax.models.quantised import linears_of
 from adafuse_jax.parallel.mesh import make_mesh, shard
 from adafuse_jax.serving.config import ServeConfig
 
@@ -163,11 +163,9 @@ class Models:
 class AdapterReader:
     """Reads adapters of one backbone from their directories."""
 
-    def __init__(
-        self, checkpoint: HFCheckpoint, dtype: DType, mesh: Mesh | None, quantisation: Quantisation | None = None
-    ):
+    def __init__(self, checkpoint: HFCheckpoint, dtype: DType, mesh: Mesh | None):
         """Raises `UserError` for what `load_tokenizer` refuses."""
-        self._checkpoint, self._dtype, self._mesh, self._quantisation = checkpoint, dtype, mesh, quantisation
+        self._checkpoint, self._dtype, self._mesh = checkpoint, dtype, mesh
         self._directory = Path(checkpoint.directory)
         self._files = tokenizer_files(self._directory)
         self.tokenizer = load_tokenizer(self._directory)
@@ -179,7 +177,7 @@ class AdapterReader:
         checkpoint, path = self._checkpoint, Path(directory).expanduser()
         weights = load_adapter(
             path, checkpoint.config, backbone_identity=checkpoint.identity(), dtype=jnp.dtype(self._dtype),
-            quantization=self._quantisation,
+            quantization=checkpoint.quantisation,
         )  # fmt: skip
         if self._mesh is not None:
             weights = shard(weights, self._mesh)
@@ -199,7 +197,7 @@ class AdapterReader:
 def load_models(config: ServeConfig, *, now: int) -> tuple[Models, AdapterReader]:
     """Load what the flags name; the backbone's large files are read last. Raises `UserError` for what opening the model, its
     tokenizer or an adapter refuses."""
-    checkpoint = HFCheckpoint.open(config.model)
+    checkpoint = HFCheckpoint.open(config.model).quantised(config.quantize, config.quantize_head)
     dtype = config.dtype or checkpoint.dtype
     if dtype == "float32":
         runtime.exact_float32()
@@ -208,20 +206,18 @@ def load_models(config: ServeConfig, *, now: int) -> tuple[Models, AdapterReader
         raise UserError(
             f"--max-model-len {config.max_model_len} exceeds the {context} positions of {config.model}; lower it"
         )
-    quantize: dict[str, Any] = {"quantize": config.quantize, "quantize_head": config.quantize_head}
-    quantisation = checkpoint.quantisation(**quantize)
-    layout = linears_of(quantisation)
+    layout = linears_of(checkpoint.quantisation)
     if config.strategy is not None:
         require_reads_quantised(config.strategy, layout)
     mesh = None if config.tensor_parallel == 1 else make_mesh(config.tensor_parallel, checkpoint.config, layout)
-    reader = AdapterReader(checkpoint, dtype, mesh, quantisation)
+    reader = AdapterReader(checkpoint, dtype, mesh)
     read = [reader.read(name, directory) for name, directory in config.adapter_directories().items()]
     given = sum(adapter.weights.config.max_experts or 1 for adapter in read)
     if given > (config.max_experts or given):
         raise UserError(
             f"--max-experts {config.max_experts}: the --adapters have {given} experts; give at least so many"
         )
-    model = load_backbone(checkpoint, dtype, place=Stacked(mesh), **quantize)
+    model = load_backbone(checkpoint, dtype, place=Stacked(mesh))
     room = config.max_experts or max(given, DEFAULT_EXPERTS if config.adapter_folders else 0)
     bank = AdapterBank(model, max_experts=room) if room else None
     name, ids = config.model_name, reader.stop_ids

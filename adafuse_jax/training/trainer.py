@@ -98,11 +98,10 @@ def _train(
 ) -> dict[str, Any]:
     """`train`, with the run's directory in `held` and its config `recorded`, if it is resumed."""
     # Everything that a run reads, the large files last
-    checkpoint = HFCheckpoint.open(config.model)
+    checkpoint = HFCheckpoint.open(config.model).quantised(config.quantize, config.quantize_head)
     directory, model_config = checkpoint.directory, checkpoint.config
     require_context(config, model_config)
-    quantize: dict[str, Any] = {"quantize": config.quantize, "quantize_head": config.quantize_head}
-    quantization = checkpoint.quantisation(**quantize)
+    quantization = checkpoint.quantisation
     if quantization is not None and adapter_config.adapter == "full":
         raise UserError(
             f"{directory}: the weights are {quantization.name}, and --adapter full trains every weight, but codes do not "
@@ -143,7 +142,7 @@ def _train(
         return tracker and held.enter_context(contextlib.closing(tracker))
 
     if adapter_config.adapter == "none":
-        model = load_backbone(checkpoint, config.dtype, place=Stacked(mesh), **quantize)
+        model = load_backbone(checkpoint, config.dtype, place=Stacked(mesh))
         held_out = _evaluate_backbone(config, model, data, layout)
         held.enter_context(new_run(output, settings))
 
@@ -171,7 +170,7 @@ def _train(
     like = jax.eval_shape(initial, abstract, lora)
     num_checkpoints = min(config.keep_checkpoints, -(-steps // config.checkpoint_every))
     check_space(output, like.adapter, like.moments, keep=num_checkpoints)
-    model = load_backbone(checkpoint, config.dtype, place=Stacked(mesh), **quantize)
+    model = load_backbone(checkpoint, config.dtype, place=Stacked(mesh))
     identity = run_identity(
         config, adapter_config, backbone=backbone, data=data.fingerprint, total_steps=steps, initial=digest(lora),
         padded_from=data.padded_from, quantization=quantization and quantization.name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -46,7 +47,8 @@ def run_job(job: Job, common: dict[str, Any], timeout: float, python: str) -> tu
         problem = None
         with log.open("w") as errors:
             try:
-                done = subprocess.run(command, stderr=errors, timeout=timeout)
+                whole = os.environ | {"JAX_TRACEBACK_FILTERING": "off"}  # or the last line is a remark about the filter
+                done = subprocess.run(command, stderr=errors, timeout=timeout, env=whole)
                 if done.returncode:
                     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
                     problem = (lines or [f"exit code {done.returncode}"])[-1][:MAX_ERROR]

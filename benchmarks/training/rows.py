@@ -165,7 +165,8 @@ def measure_row(job: dict[str, Any], add: Report) -> None:
     options["forward"] = forward_with(products)
     watch = Stopwatch()
     compiled = train_step.lower(state, model, batches[0], optimizer=optimizer, **options).compile()
-    add({"compile_seconds": watch.seconds, "planned_gib": planned_gib(compiled), "products": products})
+    memory = {"planned_gib": planned_gib(compiled), "allocator_gib": runtime.device_limit_gib()}
+    add({"compile_seconds": watch.seconds, "products": products} | memory)
     if only_compile:
         return
     model = random_backbone(backbone, quantize=quantize, place=place)

@@ -19,7 +19,7 @@ multiple of G, as over several devices.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -83,7 +83,8 @@ class QuantLayout:
         if self.bits == 8:
             return packed
         halves = packed.reshape(*packed.shape[:-1], -1, 1, (self.group_size or 0) // 2)
-        return jnp.concatenate([halves & 15, halves >> 4], axis=-2).reshape(*packed.shape[:-1], -1)
+        codes = (halves >> jnp.array([[0], [4]], jnp.uint8)) & 15  # no concatenation, which XLA writes value by value
+        return codes.reshape(*packed.shape[:-1], -1)
 
 
 INT8, INT4, INT4_G64 = QuantLayout(8), QuantLayout(4, 128), QuantLayout(4, 64)
@@ -159,11 +160,20 @@ def quantise(weight: Float[Array, "*layers out in"], layout: QuantLayout, scale_
 def quantised_product(x: Float[Array, "*batch in"], weight: QuantArray) -> Float[Array, "*batch out"]:
     """x Wᵀ with W dequantised to the type of x. For its derivative, of x alone, W is dequantised again: what a forward pass
     keeps is the codes and scales themselves, never W."""
-    return jnp.einsum("...i,oi->...o", x, weight.dequantised(x.dtype))
+    x, dense = _dequantised_after(x, weight)
+    return jnp.einsum("...i,oi->...o", x, dense)
+
+
+def _dequantised_after(x: Array, weight: QuantArray) -> tuple[Array, Array]:
+    """x, and W in its type once x is there. Of unrolled layers XLA would else dequantise all at once, and keep what the
+    forward pass has dequantised for the backward one."""
+    x, scales = jax.lax.optimization_barrier((x, weight.scales))
+    return x, replace(weight, scales=scales).dequantised(x.dtype)
 
 
 def _product_backward(weight: QuantArray, gradient: Array) -> tuple[Array, None]:
-    return jnp.einsum("...o,oi->...i", gradient, weight.dequantised(gradient.dtype)), None
+    gradient, dense = _dequantised_after(gradient, weight)
+    return jnp.einsum("...o,oi->...i", gradient, dense), None
 
 
 quantised_product.defvjp(lambda x, weight: (quantised_product(x, weight), weight), _product_backward)

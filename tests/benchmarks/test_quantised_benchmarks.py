@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import tiny
 
 from benchmarks import quantised_quality
 from benchmarks.decode import roofline
-from benchmarks.training import openbookqa
+from benchmarks.training import openbookqa, quantised
 
 BARE = {
     "method": "backbone",
@@ -84,6 +85,42 @@ def test_accuracy_of_backbones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     record = json.loads((tmp_path / "openbookqa_quantised.json").read_text())
     assert record["test_accuracy_adafuse"] == {"none": [0.4, 0.5], "int8": [0.38, 0.48]}
     assert record["mean_and_deviation"]["int8"] == pytest.approx([0.43, 0.1 / math.sqrt(2)], abs=1e-4)
+
+
+def test_training_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Each setting is a row, out of memory too; one that was measured at this commit is not measured again."""
+    jobs: list[str] = []
+
+    def run_job(job: Any, common: dict[str, Any], timeout: float, python: str) -> tuple[dict[str, Any], str | None]:
+        limit = job.settings["limit_gib"]
+        jobs.append(f"{job.name}: {os.environ[quantised.FRACTION] if limit else 'whole'}")
+        if limit == 6:
+            return {"planned_gib": 6.5, "error": "JaxRuntimeError: RESOURCE_EXHAUSTED"}, None
+        speed = 900.0 if job.settings["quantize"] else 1000.0
+        timing = {"ms": 8.0, "spread_ms": 0.1, "tokens_per_second": speed, "peak_gib": 5.0, "losses": [2.0, 1.0]}
+        return {"device": "cpu", "planned_gib": 5.0, "allocator_gib": limit} | timing, None
+
+    monkeypatch.setattr(quantised, "run_job", run_job)
+    monkeypatch.setattr(quantised, "device_gib", lambda: 140.0)
+    monkeypatch.setattr(quantised, "commit", lambda: "abc")
+    monkeypatch.setenv(quantised.FRACTION, "")
+    limits = ["--out", str(tmp_path), "--quantize", "int4", "--limit-gib", "7", "6"]
+    quantised.main(["--out", str(tmp_path), "--quantize", "none", "int8"])
+    for _ in range(2):
+        quantised.main(limits)
+    assert jobs == ["bfloat16: whole", "int8: whole", "int4, 7 GiB: 0.050000", *["int4, 6 GiB: 0.042857"] * 2]
+    rows = json.loads((tmp_path / "quantised_training.json").read_text())["rows"]
+    assert [(row["quantize"], row["limit_gib"], "ms" in row) for row in rows] == [
+        (None, None, True), ("int8", None, True), ("int4", 7, True), ("int4", 6, False),
+    ]  # fmt: skip
+    out = capsys.readouterr().out
+    assert "int8: 900 tokens/s, 0.900 of bfloat16's" in out
+    assert "int4 in 6 GiB (allocator: None): JaxRuntimeError: RESOURCE_EXHAUSTED, planned 6.5 GiB" in out
+    assert "peak 5.0 GiB, planned 5.0 GiB, loss 2.0000 to 1.0000 (measured before)" in out
+    monkeypatch.setattr(quantised, "commit", lambda: "def")
+    quantised.main(["--out", str(tmp_path), "--quantize", "int8"])
+    assert jobs[-1] == "int8: whole"
+    assert len(json.loads((tmp_path / "quantised_training.json").read_text())["rows"]) == 4
 
 
 def test_perplexity(tmp_path: Path):

@@ -18,7 +18,7 @@ from goldens import family_models
 from goldens.tiny_models import CASES, Case, write_model_dir
 from safetensors.numpy import load_file, save_file
 
-from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
+from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
 from adafuse_jax.checkpoints.hf_export import export_backbone
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.models.config import LINEARS
@@ -50,7 +50,7 @@ def assert_same(found: Any, wanted: Any) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_loading_equals_quantising_the_loaded(folder: Path, name: Quantize):
-    found = load_backbone(folder, "bfloat16", quantize=name)
+    found = load_backbone(HFCheckpoint.open(folder).quantised(name), "bfloat16")
     assert quantisation_of(found) == LAYOUTS[name]
     wanted = quantised(load_backbone(folder, "float32"), LAYOUTS[name], jnp.bfloat16)  # the file's values, not rounded
     for linear, weight in weights(found).items():
@@ -62,10 +62,10 @@ def test_loading_equals_quantising_the_loaded(folder: Path, name: Quantize):
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_export_and_import(folder: Path, tmp_path: Path, name: Quantize):
     """The same codes and scales; the words of the file, read by their documented layout, are the same weights."""
-    model = load_backbone(folder, "bfloat16", quantize=name)
+    model = load_backbone(HFCheckpoint.open(folder).quantised(name), "bfloat16")
     export_backbone(model, tmp_path / "out", source=folder)
     assert_same(load_backbone(tmp_path / "out"), model)
-    assert_same(load_backbone(tmp_path / "out", quantize=name), model)
+    assert_same(load_backbone(HFCheckpoint.open(tmp_path / "out").quantised(name)), model)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     bits = LAYOUTS[name].bits
     prefix = "model.layers.1.mlp.down_proj."
@@ -87,7 +87,7 @@ def test_export_and_import(folder: Path, tmp_path: Path, name: Quantize):
 def test_tensors_of_several_linears(tmp_path: Path):
     """q, k and v in one tensor, gate and up in another: rows of codes and scales, read and written."""
     directory = family_models.write_model_dir(family_models.CASES["phi3_1"], tmp_path / "model")
-    model = load_backbone(directory, "float32", quantize="int8")
+    model = load_backbone(HFCheckpoint.open(directory).quantised("int8"), "float32")
     wanted = quantised(load_backbone(directory, "float32"), LAYOUTS["int8"])
     assert_same(model, wanted)
     export_backbone(model, tmp_path / "out", source=directory)
@@ -179,7 +179,7 @@ def refusal(change: Callable[[Path], Any], folder: Path, tmp_path: Path) -> str:
 @pytest.fixture(scope="module")
 def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "out"
-    export_backbone(load_backbone(folder, "bfloat16", quantize="int4"), out, source=folder)
+    export_backbone(load_backbone(HFCheckpoint.open(folder).quantised("int4"), "bfloat16"), out, source=folder)
     return out
 
 
@@ -277,8 +277,10 @@ class TestRefusals:
         fault = "model.layers.1.mlp.up_proj.weight holds values beyond the range of float16; give --dtype float32"
         for quantize in (None, "int8", "int4"):
             with pytest.raises(UserError, match=fault):
-                load_backbone(tmp_path / "large", "float16", quantize=quantize)
-        export_backbone(load_backbone(tmp_path / "large", quantize="int4"), tmp_path / "int4", source=folder)
+                load_backbone(HFCheckpoint.open(tmp_path / "large").quantised(quantize), "float16")
+        export_backbone(
+            load_backbone(HFCheckpoint.open(tmp_path / "large").quantised("int4")), tmp_path / "int4", source=folder
+        )
         with pytest.raises(UserError, match=r"up_proj\.weight_scale holds values beyond the range of float16"):
             load_backbone(tmp_path / "int4", "float16")
 
@@ -293,17 +295,17 @@ class TestRefusals:
 
     def test_rows_that_are_no_words(self, tmp_path: Path):
         narrow = replace(WIDE, config=WIDE.config | {"hidden_size": 66, "head_dim": 32})
-        model = load_backbone(write_model_dir(narrow, tmp_path / "model"), quantize="int8")
+        model = load_backbone(HFCheckpoint.open(write_model_dir(narrow, tmp_path / "model")).quantised("int8"))
         with pytest.raises(UserError, match="q_proj has 66 inputs of int8, no whole words of 32 bits"):
             export_backbone(model, tmp_path / "out", source=tmp_path / "model")
         assert not (tmp_path / "out").exists()
 
     def test_another_quantisation(self, exported: Path, tmp_path: Path):
         with pytest.raises(UserError, match=r"--quantize int8: the weights in .* are int4 already"):
-            load_backbone(exported, quantize="int8")
+            load_backbone(HFCheckpoint.open(exported).quantised("int8"))
         narrow: Case = CASES["llama_mqa_sharded"]
         with pytest.raises(UserError, match="has 64 inputs, no multiple of 128; give --quantize int8"):
-            load_backbone(write_model_dir(narrow, tmp_path), quantize="int4")
+            load_backbone(HFCheckpoint.open(write_model_dir(narrow, tmp_path)).quantised("int4"))
 
     def test_weights_that_are_not_finite(self, folder: Path, tmp_path: Path):
         tensors = load_file(folder / "model.safetensors")
@@ -311,4 +313,4 @@ class TestRefusals:
         (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
         save_file(tensors, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=r"layers.1.self_attn.o_proj.weight holds NaN or infinite values"):
-            load_backbone(tmp_path, quantize="int8")
+            load_backbone(HFCheckpoint.open(tmp_path).quantised("int8"))

@@ -265,4 +265,4 @@ def test_a_form_that_no_model_has_is_refused(folder):
     with pytest.raises(UserError, match="dtype is 'int8': choose from float32, bfloat16, float16"):
         load(str(folder / "model"), dtype="int8")
     with pytest.raises(UserError, match="quantize_head is 'no': choose from True, False"):  # as the harness reads it
-        load(str(folder / "model"), quantize="int8", quantize_head="no")
+        HFCheckpoint.open(folder / "model").quantised("int8", "no")

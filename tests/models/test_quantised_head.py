@@ -19,6 +19,7 @@ from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
 from adafuse_jax.checkpoints.hf_export import export_backbone
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.inference.backends.megakernel import fused_unsupported_reason
+from adafuse_jax.models import layers
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.loss import token_losses
 from adafuse_jax.models.quantised import (
@@ -28,7 +29,7 @@ from adafuse_jax.models.quantised import (
     quantised,
     with_quantised_head,
 )
-from pallas_kernels.quantised import INT4, INT4_G64, INT8
+from pallas_kernels.quantised import INT4, INT4_G64, INT8, quantise
 from pallas_kernels.quantised.reference import dequantise_np, errors_np, scales_np
 
 TIED, UNTIED = "llama_gqa_tied", "llama_mqa_sharded"
@@ -42,7 +43,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Backbone:
-    return load_backbone(folder, "float32", quantize="int8", quantize_head=True)
+    return load_backbone(HFCheckpoint.open(folder).quantised("int8", quantize_head=True), "float32")
 
 
 def assert_same(found: Backbone, wanted: Backbone) -> None:
@@ -86,16 +87,28 @@ def test_loss_and_its_gradient(model: Backbone):
     np.testing.assert_allclose(found[1], wanted[1], atol=1e-6 * float(jnp.abs(wanted[1]).max()))
 
 
+def test_logits_by_rows(monkeypatch):
+    """Eight rows of the head at a time, and the last five, against float64."""
+    monkeypatch.setattr(layers, "VALUES_AT_A_TIME", 8 * 24)
+    head = quantise(jax.random.normal(jax.random.key(0), (37, 24)), INT8, jnp.float32)
+    hidden = jax.random.normal(jax.random.key(1), (2, 3, 24))
+    wanted = np.asarray(hidden, np.float64) @ dequantise_np(np.asarray(head.codes), np.asarray(head.scales), INT8).T
+    np.testing.assert_allclose(layers.logit_product(hidden, head), wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["int8", "int4-g64"])
 def test_files(folder: Path, tmp_path: Path, name):
     """Written, read again and quantised again on request; the words are the codes in their documented order."""
-    model = load_backbone(folder, "bfloat16", quantize=name, quantize_head=True)
+    model = load_backbone(HFCheckpoint.open(folder).quantised(name, quantize_head=True), "bfloat16")
     export_backbone(model, tmp_path / "out", source=folder)
     checkpoint = HFCheckpoint.open(tmp_path / "out")
-    assert checkpoint.quantisation(None) == Quantisation(quantisation_of(model), has_head=True)
+    assert checkpoint.quantisation == Quantisation(quantisation_of(model), has_head=True)
     assert_same(load_backbone(checkpoint), model)
-    export_backbone(load_backbone(folder, "bfloat16", quantize=name), tmp_path / "plain", source=folder)
-    later = load_backbone(tmp_path / "plain", quantize_head=True)  # of the bfloat16 one
+    plain_head = load_backbone(HFCheckpoint.open(folder).quantised(name), "bfloat16")
+    export_backbone(plain_head, tmp_path / "plain", source=folder)
+    later = load_backbone(
+        HFCheckpoint.open(tmp_path / "plain").quantised(None, quantize_head=True)
+    )  # of the bfloat16 one
     assert_same(later, with_quantised_head(load_backbone(tmp_path / "plain")))
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     words, head = tensors["lm_head.weight_packed"], model.head
@@ -117,7 +130,7 @@ def test_names():
 
 def test_refusals(folder: Path, model: Backbone, tmp_path: Path):
     with pytest.raises(UserError, match="--quantize-head: the linears have plain weights; give --quantize with it"):
-        load_backbone(folder, quantize_head=True)
+        HFCheckpoint.open(folder).quantised(None, quantize_head=True)
     assert fused_unsupported_reason(model) == "it reads a plain head, and this one is int8"
     export_backbone(model, tmp_path / "out", source=folder)
     tensors = load_file(tmp_path / "out" / "model.safetensors")

@@ -52,15 +52,15 @@ def shares(model: Any) -> dict[str, list[float]]:
 
 def loaded(folder: Path, quantize: Quantize, mesh: Any) -> tuple[Any, bool]:
     """The model over a mesh, and whether loading gives what sharding gives."""
-    checkpoint = HFCheckpoint.open(folder)
-    model = load_backbone(checkpoint, "float32", place=Stacked(mesh), quantize=quantize, quantize_head=True)
-    wanted = shard(load_backbone(checkpoint, "float32", quantize=quantize, quantize_head=True), mesh)
+    checkpoint = HFCheckpoint.open(folder).quantised(quantize, quantize_head=True)
+    model = load_backbone(checkpoint, "float32", place=Stacked(mesh))
+    wanted = shard(load_backbone(checkpoint, "float32"), mesh)
     pairs = [*zip(jax.tree.leaves(model), jax.tree.leaves(wanted), strict=True)]
     return model, all(x.sharding == y.sharding and np.array_equal(x, y) for x, y in pairs)
 
 
 def decoding(folder: Path, quantize: Quantize) -> dict[str, Any]:
-    alone = load_backbone(folder, "float32", quantize=quantize, quantize_head=True)
+    alone = load_backbone(HFCheckpoint.open(folder).quantised(quantize, quantize_head=True), "float32")
     adapter = random_adapter(alone.config)
     mesh = make_mesh(2, alone.config, LAYOUTS[quantize])
     model, same = loaded(folder, quantize, mesh)
@@ -76,12 +76,12 @@ def decoding(folder: Path, quantize: Quantize) -> dict[str, Any]:
 
 def training(folder: Path, quantize: Quantize, mesh_text: str) -> dict[str, Any]:
     """Losses of steps over the devices and alone."""
-    checkpoint, lines = HFCheckpoint.open(folder), []
+    checkpoint, lines = HFCheckpoint.open(folder).quantised(quantize, quantize_head=True), []
     optimizer = make_optimizer(config(batch_size=BATCH, learning_rate=1e-2), 2)
     for text in (mesh_text, "fsdp=1"):
         mesh = training_mesh(text, checkpoint.config, BATCH, LAYOUTS[quantize])
         layout = ONE_DEVICE if mesh is None else MeshLayout(mesh)
-        model = load_backbone(checkpoint, "float32", place=Stacked(mesh), quantize=quantize, quantize_head=True)
+        model = load_backbone(checkpoint, "float32", place=Stacked(mesh))
         settings = random_adapter(checkpoint.config, targets=("q_proj", "down_proj"), dropout=0.0).config
 
         def begin(model: Any, settings: Any = settings, layout: Any = layout) -> Any:

@@ -174,11 +174,12 @@ def anonymous_bytes(pid: int | str) -> int:
 
 IMPORT_ALONE = textwrap.dedent("""
     import sys, jax, jax.numpy as jnp
-    from adafuse_jax.checkpoints.hf_checkpoint import load_backbone
+    from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, load_backbone
     jax.block_until_ready(jnp.ones((8, 8)) @ jnp.ones((8, 8)))
     print("ready", flush=True)
     sys.stdin.readline()
-    model = load_backbone(sys.argv[1], dtype=sys.argv[2], quantize=sys.argv[3] if len(sys.argv) > 3 else None)
+    checkpoint = HFCheckpoint.open(sys.argv[1]).quantised(sys.argv[3] if len(sys.argv) > 3 else None)
+    model = load_backbone(checkpoint, dtype=sys.argv[2])
     print(sum(leaf.nbytes for leaf in jax.tree.leaves(model)), flush=True)
 """)
 
