@@ -1,8 +1,9 @@
 # make demo   train a small backbone and AdaFuse adapters on this machine's CPU, decode with both, show who used which expert
-# make test   the quick tests       make test-slow   the others
+# make test   the quick tests       make test-slow   the others       make test-all   both, in less time than one after the other
 # make check   lint, format and types        make goldens   compare with transformers and PEFT
 #
-# Each makes .venv first, with Python 3.12 or newer. EXTRAS=dev,cuda installs JAX for NVIDIA GPUs.
+# Each makes .venv first, with Python 3.12 or newer. EXTRAS=dev,cuda installs JAX for NVIDIA GPUs. Bytecode is compiled when a
+# module is first imported: that of all the packages would take half of an installation's time.
 
 EXTRAS ?= dev
 PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3 python \
@@ -10,14 +11,19 @@ PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3 python \
 	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo "$$p"; break; }; done)
 VENV := .venv/bin/python
 
-.PHONY: demo test test-slow check format goldens clean
+GOLDENS_VENV := .venv-torch/requirements.txt
+
+.PHONY: demo test test-slow test-all check format goldens clean
 
 .venv/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.12 or newer on PATH or in pyenv's versions;" \
 		"install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(VENV) -m pip install -qq --disable-pip-version-check -e '.[$(EXTRAS)]'
+	$(VENV) -m pip install -qq --no-compile --disable-pip-version-check -e '.[$(EXTRAS)]'
 	@touch $@
+
+$(GOLDENS_VENV): tests/goldens/requirements.txt
+	tests/goldens/environment.sh
 
 demo: .venv/installed
 	$(VENV) -m examples.skills
@@ -32,6 +38,9 @@ test: .venv/installed
 test-slow: .venv/installed
 	$(PYTEST) -m slow
 
+test-all: .venv/installed
+	$(PYTEST)
+
 check: .venv/installed
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
@@ -41,7 +50,7 @@ format: .venv/installed
 	$(VENV) -m ruff check --fix .
 	$(VENV) -m ruff format .
 
-goldens: .venv/installed
+goldens: .venv/installed $(GOLDENS_VENV)
 	tests/goldens/check.sh
 
 clean:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.decode.shapes --out benchmarks/results/nvidia_h200 --seconds 530
 
-writes shapes.json and shapes.md, row by row. Each model is a process. After --seconds no more is measured, and the same
-command at the same commit goes on with what is missing. Random bfloat16 weights, rows with experts of their own, 128 tokens
-in a cache of 512 slots. A step is routing, layers, head and sampling; steps are chained, and none of their tokens goes to
-the host. A model that a backend refuses has its reason in the place of the time.
+writes shapes.json and shapes.md. Each model is a process. --together of them compile side by side; while one is timed, none
+compiles or uses the device. After --seconds no more is measured, and the same command at the same commit goes on with what
+is missing. Random bfloat16 weights, rows with experts of their own, 128 tokens in a cache of 512 slots. A step is routing,
+layers, head and sampling; steps are chained, and none of their tokens goes to the host. A model that a backend refuses has
+its reason in the place of the time.
 
     megakernel    all layers and the head in one launch
     kernels       five launches a layer, as on GPUs without a megakernel
@@ -19,9 +20,12 @@ over its time.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -126,37 +130,63 @@ def logits_of_all(
     return {key: logits_of(backends[key[:2]], key[2], step.result()) for key, step in compiling.items()}
 
 
+@contextmanager
+def turn(lock: str, *, alone: bool) -> Iterator[None]:
+    """Processes share their turn, or one has it `alone`."""
+    with open(lock) as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+
+
 def measure(job: dict[str, Any], report: Report) -> None:
-    """`job`: model, cases, check, steps, repeats, and the size of the array that measures the read bandwidth."""
+    """`job`: model, cases, check, steps, repeats, the size of the array that measures the read bandwidth, and the file whose
+    lock keeps models that are compiled and timed apart."""
     runtime.set_up()
-    shapes, rows, watch = POPULAR[job["model"]], list[Case](), Stopwatch()
+    rows, watch = list[Case](), Stopwatch()
+    with turn(job["lock"], alone=False):
+        made, compiling, errors = prepare(job, rows, watch)
+    report({"rows": rows})
+    with turn(job["lock"], alone=True):
+        read = measure_ceilings(job["elements"], 64, seconds=job["seconds"], repeats=3)["best_read"]
+        for case, step in compiling:
+            row = case | errors.get(key_of(case), {})
+            try:
+                row |= _time(made, case, step, job) | {"read_tb_s": read}
+                row |= {"bytes_gb": _bytes(POPULAR[job["model"]], case, job["steps"])}
+                text = f"{row['ms']:.3f} ± {row['spread_ms']:.3f} ms"
+            except Exception as error:
+                text = row["error"] = first_line(error)
+            rows.append(row)
+            print(f"  {case['model']} {case['targets']}:{case['rows']} {case['backend']}: {text}", flush=True)
+            report({"rows": rows})
+
+
+def prepare(
+    job: dict[str, Any], rows: list[Case], watch: Stopwatch
+) -> tuple[Made, list[tuple[Case, Any]], dict[tuple[Any, ...], dict[str, Any]]]:
+    """(the model, its programs by case, errors of logits by key). Cases that cannot be timed are added to `rows`."""
+    shapes = POPULAR[job["model"]]
     made, cases = Made(shapes, shapes.config()), job["cases"]
-    print(f"  model made in {watch.seconds:.0f} s", flush=True)
+    print(f"  {job['model']}: model made in {watch.seconds:.0f} s", flush=True)
     reasons = {key_of(case): made.reason(case) for case in cases}
     rows += [case | {"refused": reason} for case in cases if (reason := reasons[key_of(case)])]
-    report({"rows": rows})
     cases = [case for case in cases if reasons[key_of(case)] is None]
     try:
         errors = check(shapes, [case for case in cases if case["rows"] in job["check"]])
     except Exception as error:  # of a kernel: the times of the others are still of use
-        print(f"  the logits cannot be compared: {first_line(error)}", flush=True)
+        print(f"  {job['model']}: the logits cannot be compared: {first_line(error)}", flush=True)
         errors = {}
-    print(f"  logits compared after {watch.seconds:.0f} s", flush=True)
+    print(f"  {job['model']}: logits compared after {watch.seconds:.0f} s", flush=True)
     with ThreadPoolExecutor(THREADS) as pool:  # compiled before any is timed: compilation delays the steps
         compiling = [(case, pool.submit(_lower(made, case).compile)) for case in cases]
-    print(f"  {len(cases)} programs compiled after {watch.seconds:.0f} s", flush=True)
-    read = measure_ceilings(job["elements"], 64, seconds=job["seconds"], repeats=3)["best_read"]
-    for case, step in compiling:
-        row = case | errors.get(key_of(case), {})
+    programs = []
+    for case, program in compiling:
         try:
-            row |= _time(made, case, step.result(), job) | {"read_tb_s": read}
-            row |= {"bytes_gb": _bytes(shapes, case, job["steps"])}
-            text = f"{row['ms']:.3f} ± {row['spread_ms']:.3f} ms"
+            programs.append((case, program.result()))
         except Exception as error:
-            text = row["error"] = first_line(error)
-        rows.append(row)
-        print(f"  {case['model']} {case['targets']}:{case['rows']} {case['backend']}: {text}", flush=True)
-        report({"rows": rows})
+            rows.append(case | {"error": first_line(error)})
+    print(f"  {job['model']}: {len(programs)} programs compiled after {watch.seconds:.0f} s", flush=True)
+    return made, programs, errors
 
 
 def _state(made: Made, case: Case) -> Any:
@@ -232,9 +262,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=40, help="of one repeat")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3600.0, help="nothing is measured after these")
+    parser.add_argument("--together", type=int, default=1, help="models in memory at a time")
     arguments = parser.parse_args(argv)
-    if min(*arguments.rows, arguments.steps, arguments.repeats) < 1:
-        parser.error("--rows, --steps and --repeats must be at least 1")
+    if min(*arguments.rows, arguments.steps, arguments.repeats, arguments.together) < 1:
+        parser.error("--rows, --steps, --repeats and --together must be at least 1")
     return arguments
 
 
@@ -247,25 +278,32 @@ def main(argv: Sequence[str] | None = None, run: Callable[..., Any] = run_job) -
         "check": arguments.check, "steps": arguments.steps, "repeats": arguments.repeats,
         "elements": 2**12 if is_tiny else 2**30, "seconds": 2e-4 if is_tiny else 0.05,
     }  # fmt: skip
-    for model in arguments.models:
+    done = {key_of(row) for row in record["rows"] if is_done(row)}
+
+    def measure_model(model: str, lock: str) -> tuple[list[Case], dict[str, Any]]:
+        """(rows of what is missing, what else the process says)."""
         places = product(arguments.rows, arguments.backends, TARGETS)
         cases = [dict(zip(KEY, (model, *place), strict=True)) for place in places]
-        done = {key_of(row) for row in record["rows"] if is_done(row)}
         cases = [case for case in cases if key_of(case) not in done]
         left = arguments.seconds - watch.seconds
         if not cases or left < LEAST_SECONDS:
-            continue
-        job = Job(name=model, module=MODULE, settings={"model": model, "cases": cases}, rows=cases)
+            return [], {}
+        job = Job(name=model, module=MODULE, settings={"model": model, "cases": cases, "lock": lock}, rows=cases)
         result, problem = run(job, common, left, sys.executable)
         rows = result.get("rows", [])
         if problem and not problem.startswith("stopped"):
             found = {key_of(row) for row in rows}
             rows += [case | {"error": problem} for case in cases if key_of(case) not in found]
-        record |= {key: result[key] for key in ("device", "jax") if key in result}
-        record["rows"] = merged([*record["rows"], *rows])
-        if "device" in record:
-            write_json(path, record)
-            (arguments.out / "shapes.md").write_text(report_of(record) + "\n", encoding="utf-8")
+        return rows, result
+
+    with tempfile.NamedTemporaryFile() as lock, ThreadPoolExecutor(arguments.together) as pool:
+        for model in as_completed([pool.submit(measure_model, model, lock.name) for model in arguments.models]):
+            rows, result = model.result()
+            record |= {key: result[key] for key in ("device", "jax") if key in result}
+            record["rows"] = merged([*record["rows"], *rows])
+            if "device" in record and rows:
+                write_json(path, record)
+                (arguments.out / "shapes.md").write_text(report_of(record) + "\n", encoding="utf-8")
     if "device" in record:
         print(report_of(record), flush=True)
 

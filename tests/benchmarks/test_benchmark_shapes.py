@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import jax
@@ -85,8 +86,42 @@ def test_another_call_measures_what_is_missing(tmp_path):
     assert len(asked) == 3, "too little time for a model"
 
 
+def test_models_together(tmp_path):
+    """Two processes run at the same time, and the rows of both are kept."""
+    both = threading.Barrier(2, timeout=30)
+
+    def run(job: Any, *_: Any) -> tuple[dict[str, Any], str | None]:
+        both.wait()
+        rows = [
+            case | {"ms": 1.0, "spread_ms": 0.0, "bytes_gb": 1.0, "read_tb_s": 1.0} for case in job.settings["cases"]
+        ]
+        return {"device": "a", "jax": "b", "rows": rows}, None
+
+    flags = ["--out", str(tmp_path), "--models", "Qwen3-4B", "Llama-2-7B", "--rows", "1", "--backends", "kernels"]
+    shapes.main([*flags, "--together", "2"], run)
+    record = json.loads((tmp_path / "shapes.json").read_text())
+    assert [r["model"] for r in record["rows"]] == ["Llama-2-7B"] * 2 + ["Qwen3-4B"] * 2
+
+
+def test_who_is_timed_is_alone(tmp_path):
+    lock, order = tmp_path / "lock", []
+    lock.touch()
+
+    def time_one() -> None:
+        with shapes.turn(str(lock), alone=True):
+            order.append("timed")
+
+    with shapes.turn(str(lock), alone=False), shapes.turn(str(lock), alone=False):
+        timed = threading.Thread(target=time_one)
+        timed.start()
+        timed.join(0.2)
+        order.append("compiled")
+    timed.join(10)
+    assert order == ["compiled", "timed"]
+
+
 @pytest.mark.slow
-def test_rows():
+def test_rows(tmp_path):
     """On a CPU the megakernel has its reason; XLA's logits are those of float32 but for bfloat16's rounding."""
     cases = [
         dict(zip(shapes.KEY, ("tiny", 2, backend, t), strict=True))
@@ -94,7 +129,11 @@ def test_rows():
         for t in shapes.TARGETS
     ]
     found: dict[str, Any] = {}
-    job = {"model": "tiny", "cases": cases, "check": [2], "steps": 2, "repeats": 2, "elements": 2**12, "seconds": 1e-4}
+    (tmp_path / "lock").touch()
+    job = {
+        "model": "tiny", "cases": cases, "check": [2], "steps": 2, "repeats": 2, "elements": 2**12, "seconds": 1e-4,
+        "lock": str(tmp_path / "lock"),
+    }  # fmt: skip
     shapes.measure(job, found.update)
     refused, measured = found["rows"][:2], found["rows"][2:]
     assert all("Hopper" in r["refused"] for r in refused)

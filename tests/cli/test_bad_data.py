@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.utils import _http
 from mistakes import PROMPTS, Case, check_refused, edit_json, parametrize, write
 
 TRAIN = [
@@ -128,6 +131,12 @@ DECODE = [
         write("p.jsonl", '{"messages": [{"role": 5, "content": "a"}]}\n'),
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempts to reach the Hub follow each other at once: its client waits 23 s between them."""
+    monkeypatch.setattr(_http, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))
 
 
 @parametrize(("train", TRAIN), ("decode", DECODE))

@@ -106,7 +106,7 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_grad_enabled(False)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     cases = [case for case in CASES.values() if not args.families or case.config["model_type"] in args.families]
     found = []
     for case in cases:

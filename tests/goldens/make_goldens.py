@@ -201,7 +201,7 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_grad_enabled(False)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
     tiny = {name: tiny_golden(case) for name, case in CASES.items()}
     real = real_goldens() if SHARED.is_dir() else None

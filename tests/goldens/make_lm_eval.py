@@ -125,7 +125,7 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # progress bars
         computed = json.loads(json.dumps({name: compute(name, Path(folder)) for name in MODELS}))

@@ -122,7 +122,7 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")  # that the backbone has no config.json at its name
     torch.set_grad_enabled(False)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     if args.exports or args.check:
         if args.exports:
             found = [line for name in EXPORTED for line in check_export(name, args.exports)]

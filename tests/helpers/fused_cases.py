@@ -77,7 +77,7 @@ def make(case: Case, seed: int = 0) -> tuple[Backbone, AdaFuse | None, KVCache, 
     rng = np.random.default_rng(seed)
 
     def draw(shape: tuple[int, ...], scale: float, center: float = 0.0) -> jax.Array:
-        return jnp.asarray(center + scale * rng.normal(size=shape), jnp.bfloat16)
+        return jnp.asarray((center + scale * rng.normal(size=shape)).astype(jnp.bfloat16))
 
     def fill(path: Any, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path)
@@ -106,7 +106,8 @@ def by_modules(model, adapter, cache, tokens, positions):
 
 
 def in_fp32(tree):
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
+    """The tree with float32 in place of bfloat16, converted by NumPy: JAX would compile a program for each shape."""
+    return jax.tree.map(lambda x: jnp.asarray(np.float32(x)) if x.dtype == jnp.bfloat16 else x, tree)
 
 
 LLAMA2_7B = Shape(

@@ -37,14 +37,14 @@ def check(case: Case, *, compiled: bool, devices: int = 1, **options: Any) -> No
     for other in others:
         np.testing.assert_array_equal(other, first)
 
-    def error(x: jax.Array, wanted: jax.Array) -> float:
+    def error(x: Any, wanted: Any) -> float:
         x, wanted = np.asarray(x, np.float64), np.asarray(wanted, np.float64)
         return float(np.linalg.norm(x - wanted) / np.linalg.norm(wanted))
 
     assert error(logits, exact) <= 1.5 * error(usual, exact)
     rows = np.arange(case.batch), positions
     for name in ("k", "v"):
-        new, wanted, other = (getattr(c, name)[:, *rows] for c in (after, exact_cache, usual_cache))
+        new, wanted, other = (np.asarray(getattr(c, name))[:, *rows] for c in (after, exact_cache, usual_cache))
         assert error(new, wanted) <= 1.5 * error(other, wanted) + 2e-3
         untouched = np.asarray(getattr(after, name)).copy()
         untouched[:, *rows] = np.asarray(getattr(cache, name))[:, *rows]
