@@ -87,6 +87,10 @@ def test_accuracy_of_backbones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert record["mean_and_deviation"]["int8"] == pytest.approx([0.43, 0.1 / math.sqrt(2)], abs=1e-4)
 
 
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "quantised_training.json").read_text())["rows"]
+
+
 def test_training_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Each setting is a row, out of memory too; one that was measured at this commit is not measured again."""
     jobs: list[str] = []
@@ -109,7 +113,7 @@ def test_training_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     for _ in range(2):
         quantised.main(limits)
     assert jobs == ["bfloat16: whole", "int8: whole", "int4, 7 GiB: 0.050000", *["int4, 6 GiB: 0.042857"] * 2]
-    rows = json.loads((tmp_path / "quantised_training.json").read_text())["rows"]
+    rows = rows_of(tmp_path)
     assert [(row["quantize"], row["limit_gib"], "ms" in row) for row in rows] == [
         (None, None, True), ("int8", None, True), ("int4", 7, True), ("int4", 6, False),
     ]  # fmt: skip
@@ -118,9 +122,14 @@ def test_training_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert "int4 in 6 GiB (allocator: None): JaxRuntimeError: RESOURCE_EXHAUSTED, planned 6.5 GiB" in out
     assert "peak 5.0 GiB, planned 5.0 GiB, loss 2.0000 to 1.0000 (measured before)" in out
     monkeypatch.setattr(quantised, "commit", lambda: "def")
+    with monkeypatch.context() as stopped:
+        stopped.setattr(quantised, "run_job", lambda *_: ({}, "stopped after 1 s"))
+        quantised.main(["--out", str(tmp_path), "--quantize", "int8"])
+    kept = [row for row in rows_of(tmp_path) if row["quantize"] == "int8"]
+    assert [(row["commit"], row.get("error")) for row in kept] == [("abc", None), ("def", "stopped after 1 s")]
     quantised.main(["--out", str(tmp_path), "--quantize", "int8"])
     assert jobs[-1] == "int8: whole"
-    assert len(json.loads((tmp_path / "quantised_training.json").read_text())["rows"]) == 4
+    assert [row["commit"] for row in rows_of(tmp_path)] == ["abc"] * 3 + ["def"]
 
 
 def test_perplexity(tmp_path: Path):
