@@ -97,8 +97,8 @@ def main(argv: Sequence[str]) -> None:
     command, now = command_line("benchmarks.training.quantised", argv), commit()
     for settings in settings_of(arguments):
         before = [row for row in rows if settings.items() <= row.items()]
-        if any(row["commit"] == now and "ms" in row for row in before):
-            print(f"{line(before[-1], rows)} (measured before)", flush=True)
+        if found := [row for row in before if row["commit"] == now and "ms" in row]:
+            print(f"{line(found[-1], rows)} (measured before)", flush=True)
             continue
         row = {"commit": now, "command": command} | settings | measured(settings, arguments)
         replaced = [old for old in before if "ms" in row or "ms" not in old]  # no error takes the place of a result
