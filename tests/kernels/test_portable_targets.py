@@ -81,6 +81,7 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "small attention, 32 rows": lambda: attention(32, (9, 3, 64), 512, "float16"),
     "largest rank, 32 rows": lambda: linears(32, GATE_UP_7B, 4096, "float16", rank=256, gated=True),
     "7B down, 32 rows": lambda: linears(32, {"down": 4096}, 11008, "bfloat16"),
+    "7B q, k, v, 32 rows": lambda: linears(32, dict.fromkeys("qkv", 4096), 4096, "bfloat16"),
     "widest heads, 32 rows": lambda: attention(32, (8, 4, 256), 512, "float32"),
     "7B gate, up, int4": lambda: linears(1, GATE_UP_7B, 4096, "bfloat16", gated=True, layout=INT4),
     "7B gate, up, int4, 32 rows": lambda: linears(32, GATE_UP_7B, 4096, "bfloat16", gated=True, layout=INT4),
@@ -90,7 +91,7 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
 }
 EVERYWHERE, FEATURES, ONCE = (
     [*KERNELS][:3],
-    ("GeGLU behind a norm in float32", "wide heads, a soft cap"),
+    ("GeGLU behind a norm in float32", "wide heads, a soft cap", "7B q, k, v, 32 rows"),
     [*[*KERNELS][5:8], "7B down, 32 rows", *[*KERNELS][-5:-1]],
 )
 QUICK = [(name, c) for name in EVERYWHERE for c in SHARED_MEMORY] + [(name, 120) for name in ONCE]
