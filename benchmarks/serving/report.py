@@ -87,9 +87,8 @@ def merge_parts(out: Path) -> str:
             rows.append([case, "alone", "", "", "", number(alone, ".2f")])
     for clients, found in parts.get("peer", {}).get("closed", {}).items():
         rate = f"{found['tokens_per_s']:.0f}" if "tokens_per_s" in found else found["error"]
-        rows.append(
-            [f"transformers, bare ({parts['peer'].get('settings', 'its own choice')})", f"closed-{clients}", rate]
-        )
+        settings = f" ({parts['peer']['settings']})" if "settings" in parts["peer"] else ""
+        rows.append([f"transformers, bare{settings}", f"closed-{clients}", rate])
     head = [
         "adapters",
         "load",
