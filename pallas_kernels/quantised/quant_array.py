@@ -83,9 +83,7 @@ class QuantLayout:
         if self.bits == 8:
             return packed
         halves = packed.reshape(*packed.shape[:-1], -1, 1, (self.group_size or 0) // 2)
-        shifts = 4 * jax.lax.broadcasted_iota(
-            jnp.uint8, (2, 1), 0
-        )  # an array would be a constant, which kernels refuse
+        shifts = 4 * jax.lax.broadcasted_iota(jnp.uint8, (2, 1), 0)  # no array, a constant that kernels refuse
         codes = (halves >> shifts) & 15  # no concatenation, which XLA writes value by value
         return codes.reshape(*packed.shape[:-1], -1)
 
