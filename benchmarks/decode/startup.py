@@ -5,7 +5,7 @@ and with the programs of an earlier start, and when its parts begin and end.
 
 A start is a process that runs the command of decode.py; the first has an empty cache of programs. The files of the model are
 read once before, so that they are in the page cache. Parts overlap: weights are loaded by threads while programs are traced
-and compiled. Written are OUT/startup.json and OUT/startup.md.
+and compiled. Written are OUT/startup-NAME.json and OUT/startup-NAME.md, with the name of the model's directory.
 """
 
 from __future__ import annotations
@@ -160,8 +160,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("give --model and --out; --tokens and --repeats must be at least 1")
     command = command_line("benchmarks.decode.startup", argv)
     record = {"command": command, **measure(arguments.model, arguments.adapter, arguments.tokens, arguments.repeats)}
-    write_json(arguments.out / "startup.json", record)
-    (arguments.out / "startup.md").write_text("\n".join(markdown(record)) + "\n", encoding="utf-8")
+    name = f"startup-{record['model']}"
+    write_json(arguments.out / f"{name}.json", record)
+    (arguments.out / f"{name}.md").write_text("\n".join(markdown(record)) + "\n", encoding="utf-8")
     print("\n".join(markdown(record)))
 
 

@@ -17,7 +17,7 @@ def test_starts_and_files(tmp_path: Path, monkeypatch, capsys):
     startup.main(
         ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--tokens", "2", "--repeats", "1"]
     )
-    record = json.loads((tmp_path / "out" / "startup.json").read_text())
+    record = json.loads((tmp_path / "out" / "startup-model.json").read_text())
     first, (again,) = record["nothing_cached"], record["cached"]
     assert first["compilations"] > 4
     assert (first["read_from_cache"], again["compilations"]) == (0, 0)
@@ -27,6 +27,6 @@ def test_starts_and_files(tmp_path: Path, monkeypatch, capsys):
     assert 0 < parts["tokenizer"]["begin"] < parts["weights"]["end"] < parts["answer"]["end"] <= again["tokens_printed"]
     assert again["tokens_printed"] < again["seconds"]
     assert parts["weights"]["bytes"] > 0
-    written = (tmp_path / "out" / "startup.md").read_text()
+    written = (tmp_path / "out" / "startup-model.md").read_text()
     assert written in capsys.readouterr().out
     assert "| programs cached, the fastest |" in written

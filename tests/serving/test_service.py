@@ -24,16 +24,22 @@ UNENDING = {"temperature": 2.0, "seed": 3}
 
 
 AUDIT = """
-import os, sys
+import atexit, gc, os, sys
 
 def hook(event, arguments):
     if event in ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.bind"):
         with open(os.environ["AUDITED"], "a") as file:
             file.write(f"{event} {arguments[1]}\\n")
 
+def at_exit():
+    with open(os.environ["FROZEN"], "w") as file:
+        file.write(str(gc.get_freeze_count()))
+
 sys.addaudithook(hook)
+atexit.register(at_exit)
 """
-"""A module that Python imports at its start: whom the process speaks to, beside those who have connected to it."""
+"""A module that Python imports at its start: whom the process speaks to, beside those who have connected to it; and how many
+objects its garbage collector passes over at its end."""
 
 
 def start(server: ServerProcess, **changes: Any) -> Any:
@@ -197,9 +203,10 @@ def test_health_and_headers(server: ServerProcess):
 def test_the_end(flags: list[Any], tmp_path: Path):
     """SIGTERM: a row that runs is answered in full, new work gets 503; the second signal cuts off what is left; exit code 0.
     Without a key, names of other hosts are refused, and without folders of adapters, their loading. From its start to its
-    end the process connects to nobody."""
+    end the process connects to nobody. What was there before the first request is not looked through for garbage."""
     (tmp_path / "sitecustomize.py").write_text(AUDIT)
-    audit = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{tiny.REPOSITORY}", "AUDITED": str(tmp_path / "audited")}
+    files = {name: str(tmp_path / name.lower()) for name in ("AUDITED", "FROZEN")}
+    audit = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{tiny.REPOSITORY}", **files}
     with ServerProcess(flags, tmp_path / "log", environment=audit) as server:
         assert_refused(httpx.get(f"{server.url}/v1/models", headers={"Host": "evil.example"}), 403)
         load = {"lora_name": "x", "lora_path": "tales"}
@@ -223,6 +230,7 @@ def test_the_end(flags: list[Any], tmp_path: Path):
         events = (tmp_path / "audited").read_text().splitlines()
         assert "socket.bind ('127.0.0.1', 0)" in events
         assert [event for event in events if not event.startswith("socket.bind")] == []
+        assert int((tmp_path / "frozen").read_text()) > 100_000
 
 
 @pytest.mark.slow
