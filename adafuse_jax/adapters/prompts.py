@@ -1,12 +1,15 @@
 """AdaFuse while it reads prompts: tokens are routed before the layers, and multiplied with their chosen experts only.
 
 A router inside a scan over layers makes a GPU wait for the host in every layer, to ask whether it is the first.
+
+Outputs of linears are passed over as seldom as can be. XLA has cuBLAS add one array to a product: of q, k and v what the
+experts give, of o and down the residual x, to which the experts' products are then added in place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -18,9 +21,10 @@ from adafuse_jax.adapters.stacked import ROUTER_INPUTS
 from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig
 from adafuse_jax.models.hooks import Hook, Routing
 from adafuse_jax.models.layers import Linear
-from pallas_kernels.grouped_experts import TILE
 from pallas_kernels.prompt_experts import (
+    TOKEN_TILE,
     Pairs,
+    expand,
     expand_gated,
     expand_into,
     pair_tokens,
@@ -31,7 +35,7 @@ from pallas_kernels.prompt_experts import (
 LEAST_TOKENS, LEAST_COLUMNS, LEAST_SPARSITY = 512, 256, 4
 """Prompt tokens, columns E·R and E / k below which the products of all experts are taken to be as fast.
 `python -m benchmarks.decode.prefill --targets all7 all7-dense` compares both."""
-GATED = ("gate_proj", "up_proj")
+GATED, LAST = ("gate_proj", "up_proj"), ("o_proj", "down_proj")
 
 
 def is_routed_by_token(adapter: AdaFuse) -> bool:
@@ -49,8 +53,8 @@ def all_experts_reason(adapter: AdaFuse, model: ModelConfig, tokens: int, dtype:
         return reason
     if any(leaf.dtype != dtype for leaf in jax.tree.leaves(adapter.experts)):
         return f"the experts are not {jnp.dtype(dtype).name}"
-    if tokens % TILE or tokens < LEAST_TOKENS:
-        return f"{tokens} tokens are few, or no multiple of {TILE}"
+    if tokens % TOKEN_TILE or tokens < LEAST_TOKENS:
+        return f"{tokens} tokens are few, or no multiple of {TOKEN_TILE}"
     if (columns := config.num_experts * config.rank) < LEAST_COLUMNS:
         return f"E·R = {columns} columns are few"
     if config.num_experts < LEAST_SPARSITY * config.top_k:
@@ -62,21 +66,25 @@ def all_experts_reason(adapter: AdaFuse, model: ModelConfig, tokens: int, dtype:
 @dataclass(slots=True)
 class PromptAdaFuse:
     """An `Adapter`: AdaFuse whose routing of the tokens is known. `pairs`: their orders, for the products of the chosen
-    experts; None: all experts are multiplied."""
+    experts; None: all experts are multiplied. `plain_residual`: outputs of o_proj and down_proj are added to x as they are."""
 
     adapter: AdaFuse
     experts: Any
     routing: Routing
     pairs: Pairs | None
+    plain_residual: bool = field(metadata={"static": True})
 
     @classmethod
-    def of(cls, adapter: AdaFuse, x: Float[Array, "B T in"], *, only_chosen: bool) -> PromptAdaFuse:
+    def of(
+        cls, adapter: AdaFuse, x: Float[Array, "B T in"], model: ModelConfig, *, only_chosen: bool
+    ) -> PromptAdaFuse:
         """Route the tokens by x^1."""
         routing, config, pairs = adapter.route(x), adapter.config, None
         if only_chosen:
             chosen, gates = (value.reshape(-1, config.top_k) for value in (routing.experts, routing.gates))
             pairs = pair_tokens(chosen, gates, config.num_experts, config.scale)
-        return cls(adapter, adapter.experts, routing, pairs)
+        plain_residual = model.norm_placement == "pre" and model.residual_multiplier == 1
+        return cls(adapter, adapter.experts, routing, pairs, plain_residual)
 
     def initial_routing(self, batch: int, length: int) -> Routing:
         return self.routing
@@ -88,8 +96,8 @@ class PromptAdaFuse:
 
 
 class PromptLayer(Hook):
-    """The hook of one layer: linears that share an input share one launch of A's products, and what the experts give to
-    gate_proj and up_proj is added where these are multiplied."""
+    """The hook of one layer: linears that share an input share one launch of A's products. What the experts give to gate_proj
+    and up_proj is added where these are multiplied; to o_proj and down_proj, where their outputs are added to x."""
 
     def __init__(self, prompts: PromptAdaFuse, layer: int | Int[Array, ""]):
         self.prompts, self.layer, self.routing = prompts, jnp.asarray(layer, jnp.int32)[None], prompts.routing
@@ -101,18 +109,25 @@ class PromptLayer(Hook):
         if name not in self.prompts.experts:
             return y
         self._shrink(name, x)
-        return y if name in GATED and self._adapts_both() else self._expanded(name, y)
+        is_later = self._adapts_both() if name in GATED else self._in_residual(name)
+        return y if is_later else y + self._expanded(name).reshape(y.shape)
 
     def gated(self, product: Callable[[Array, Array], Array], activation: str, gate: Array, up: Array) -> Array:
         if not self._adapts_both():
             return product(gate, up)
         if activation != "silu":
-            return product(self._expanded("gate_proj", gate), self._expanded("up_proj", up))
+            return product(*(y + self._expanded(name).reshape(y.shape) for name, y in zip(GATED, (gate, up), strict=True)))
         experts = self.prompts.experts
         flat_gate, flat_up = (y.reshape(-1, y.shape[-1]) for y in (gate, up))
         factors = [experts[name].B[...] for name in GATED]
         found = expand_gated(flat_gate, flat_up, self._h[GATED[0]], factors, self.layer, self._pairs, **self._options)
         return found.reshape(gate.shape)
+
+    def residual(self, name: str, x: Array, y: Array) -> Array:
+        if not self._in_residual(name):
+            return x + y
+        flat, (h, factor) = x.reshape(-1, x.shape[-1]), self._products(name)
+        return expand_into(flat, h, factor, self.layer, self._pairs, **self._options).reshape(x.shape) + y
 
     @property
     def _pairs(self) -> Pairs:
@@ -121,6 +136,9 @@ class PromptLayer(Hook):
 
     def _adapts_both(self) -> bool:
         return all(name in self.prompts.experts for name in GATED)
+
+    def _in_residual(self, name: str) -> bool:
+        return name in LAST and name in self.prompts.experts and self.prompts.plain_residual
 
     def _sharing(self, name: str) -> list[str]:
         """The adapted linears that share an input with this one, in order."""
@@ -135,8 +153,11 @@ class PromptLayer(Hook):
             factors = [self.prompts.experts[other].A[...] for other in self._sharing(name)]
             self._h[source] = shrink(x.reshape(-1, x.shape[-1]), factors, self.layer, self._pairs, **self._options)
 
-    def _expanded(self, name: str, y: Array) -> Array:
-        h, factor = self._h[ROUTER_INPUTS[name]], self.prompts.experts[name].B[...]
+    def _products(self, name: str) -> tuple[Array, Array]:
+        """(h of the linears that share this one's input, this one's B)."""
+        return self._h[ROUTER_INPUTS[name]], self.prompts.experts[name].B[...]
+
+    def _expanded(self, name: str) -> Float[Array, "T out"]:
+        """Sum of the experts of each token."""
         place = self._sharing(name).index(name)
-        flat = y.reshape(-1, y.shape[-1])
-        return expand_into(flat, h, factor, self.layer, self._pairs, linear=place, **self._options).reshape(y.shape)
+        return expand(*self._products(name), self.layer, self._pairs, linear=place, **self._options)

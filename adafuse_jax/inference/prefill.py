@@ -93,7 +93,7 @@ def adapter_of_prompts(model: Backbone, adapter: Adapter | None, tokens: Int[Arr
     if not isinstance(adapter, AdaFuse) or not is_routed_by_token(adapter):
         return adapter
     norm = jax.tree.map(lambda leaf: leaf[0], model.layers.input_layernorm)
-    return PromptAdaFuse.of(adapter, normed(norm, model.embed(tokens)), only_chosen=reason is None)
+    return PromptAdaFuse.of(adapter, normed(norm, model.embed(tokens)), model.config, only_chosen=reason is None)
 
 
 @dataclass(slots=True, kw_only=True)

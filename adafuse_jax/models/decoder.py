@@ -6,8 +6,8 @@
 A family has the norm in front of a block, behind it or both, and m = 1 but in Granite. In a parallel block both parts read
 the same h. Layers may differ in their window and their rotary embedding, `ModelConfig.rope_of`.
 
-The hook is called as `adapt(name, linear, x)` in place of every `linear(x)`, and as `adapt.ffn(block, h)` in place of the
-feed-forward block.
+The hook is called as `adapt(name, linear, x)` in place of every `linear(x)`, as `adapt.ffn(block, h)` in place of the
+feed-forward block, and as `adapt.residual(name, x, y)` in place of x + y.
 """
 
 from __future__ import annotations
@@ -102,11 +102,11 @@ class DecoderLayer(nnx.Module):
         config = self.config
         h = normed(self.input_layernorm, x)
         y = normed(self.post_self_attn_layernorm, attention(h))
-        x = kept(x + scaled(y, config.residual_multiplier), ATTENTION)
+        x = kept(adapt.residual("o_proj", x, scaled(y, config.residual_multiplier)), ATTENTION)
         if not config.parallel_block:
             h = normed(self.post_attention_layernorm, x)
         y = normed(self.post_mlp_layernorm, adapt.ffn(ffn, h))
-        return x + scaled(y, config.residual_multiplier)
+        return adapt.residual("down_proj", x, scaled(y, config.residual_multiplier))
 
 
 def normed(norm: Norm | None, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:

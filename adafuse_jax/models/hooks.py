@@ -104,6 +104,10 @@ class Hook:
         """`product(gate, up)`, which is activation(gate) · up, of what the hook has returned for gate_proj and up_proj."""
         return product(gate, up)
 
+    def residual(self, name: str, x: Float[Array, "B T D"], y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """x + y, where y is what a block adds, by its last linear, `name`: o_proj or down_proj."""
+        return x + y
+
     def ffn(
         self, block: Callable[[Float[Array, "B T D"]], Float[Array, "B T D"]], x: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:

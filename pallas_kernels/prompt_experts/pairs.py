@@ -1,6 +1,6 @@
 """Tokens in two orders: pairs of a token and an expert that it chose, by expert; and tokens, by their sets of experts.
 
-`shrink` multiplies tiles of pairs that share an expert, every pair once. `expand_into` adds up what the experts give to a
+`shrink` multiplies tiles of pairs that share an expert, every pair once. `expand` adds up what the experts give to a
 token, and so takes tiles of tokens, of neighbouring sets, with every expert that one of them chose.
 """
 
@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_experts.groups import TILE, order_of_sets
+from pallas_kernels.grouped_experts.groups import order_of_sets
 
-PAIR_TILE = 128
-"""Pairs of a tile."""
+PAIR_TILE, TOKEN_TILE = 128, 64
+"""Pairs of a tile by expert; tokens of a tile by sets of experts."""
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +42,7 @@ class Pairs:
 
 
 def pair_tokens(chosen: Int[Array, "T k"], gates: Float[Array, "T k"], num_experts: int, scale: float) -> Pairs:
-    """The orders of tokens whose experts are `chosen`, all different; T is a multiple of `TILE`."""
+    """The orders of tokens whose experts are `chosen`, all different; T is a multiple of `TOKEN_TILE`."""
     tokens, top_k = chosen.shape
     tiles = -(-tokens * top_k // PAIR_TILE) + num_experts
     is_chosen = chosen[:, :, None] == jnp.arange(num_experts)  # [T, k, E]
@@ -56,10 +56,10 @@ def pair_tokens(chosen: Int[Array, "T k"], gates: Float[Array, "T k"], num_exper
     numbers = jnp.broadcast_to(jnp.arange(tokens)[:, None], place.shape)
     gate = jnp.where(is_chosen, gates[:, :, None], 0).sum(axis=1) * scale  # [T, E]
     order = order_of_sets(jnp.sort(chosen, axis=-1))
-    of_tile = uses[order].reshape(-1, TILE, num_experts)
+    of_tile = uses[order].reshape(-1, TOKEN_TILE, num_experts)
     is_used = of_tile.any(axis=1)  # [tiles, E]
     used = jnp.argsort(~is_used, axis=1, stable=True)
-    by_tile = place[order].reshape(-1, TILE, num_experts)
+    by_tile = place[order].reshape(-1, TOKEN_TILE, num_experts)
     return Pairs(
         token=jnp.full(nowhere, tokens).at[place].set(numbers, mode="drop").astype(jnp.int32),
         gate=jnp.zeros(nowhere, jnp.float32).at[place].set(gate, mode="drop"),

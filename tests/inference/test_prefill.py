@@ -131,6 +131,22 @@ def test_by_kernels_with_the_chosen_experts(models, monkeypatch):
     np.testing.assert_allclose(found, wanted, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.parametrize("family", ["llama_gqa", *quick.first(("granite", "gemma2", "cohere2"))])
+def test_all_linears_by_kernels_with_the_chosen_experts(models, monkeypatch, tmp_path, family):
+    """Experts of the last linears of a block are added to x; not where a block's output is scaled, or has a norm. GELU; a
+    parallel block."""
+    if family == "llama_gqa":
+        model = models(family)
+    else:
+        model = load_backbone(write_model_dir(FAMILY_CASES[f"{family}_0"], tmp_path), "float32")
+    adapter = random_adapter(model.config, rank=16, targets=LINEARS)
+    chunks = [(64, np.array([64, 50], np.int32))]
+    wanted, _ = prefilled(model, adapter, chunks, 64, by_kernels=False)
+    monkeypatch.setattr(prefill_module, "all_experts_reason", lambda *_: None)
+    found, _ = prefilled(model, adapter, chunks, 64, by_kernels=True)
+    np.testing.assert_allclose(found, wanted, atol=2e-4, rtol=2e-4)
+
+
 def test_all_experts_are_multiplied_where_that_is_as_fast(models):
     model = models("llama_gqa")
     sixteen = jnp.dtype("bfloat16")
@@ -193,6 +209,9 @@ def test_neither_weights_nor_cache_are_copied():
         made_by for made_by in made if "dynamic-slice-fusion" not in made_by[2] and made_by[1] != "dynamic-slice"
     ]
     assert not [shape for shape, _, _ in outside if shape in weights]
+    assert text.count('"beta":1') == 5, "cuBLAS adds to q, k and v, and to x"
+    activations = {"512,2048", "512,4096", "1,512,2048", "1,512,4096"}
+    assert not [shape for shape, how, _ in made if how == "copy" and shape in activations]
     of_cache = [(how, calls) for shape, how, calls in outside if shape.startswith("4,1,1024,")]
     assert len(of_cache) == 2
     assert all(how == "fusion" and "scatter" in calls for how, calls in of_cache)

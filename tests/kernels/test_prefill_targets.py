@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from triton_compiler import SHARED_MEMORY, Kernel, kernel_of
 
 from pallas_kernels.prefill_attention import prefill_attention, tiles_for
-from pallas_kernels.prompt_experts import expand_gated, expand_into, pair_tokens, shrink
+from pallas_kernels.prompt_experts import expand, expand_gated, expand_into, pair_tokens, shrink
 
 LAYERS = 2
 of, ints = jax.ShapeDtypeStruct, partial(jax.ShapeDtypeStruct, dtype="int32")
@@ -53,6 +53,8 @@ def experts(name: str, tokens: int, num_experts: int, rank: int, widths: tuple[i
         y = of((tokens, out), "bfloat16")
         return kernel_of(expand_gated, y, y, h, b, ints((1,)), pairs)
     h, b = of((linears, *pairs.token.shape, rank), "bfloat16"), of((LAYERS, num_experts, out, rank), "bfloat16")
+    if name == "expand":
+        return kernel_of(expand, h, b, ints((1,)), pairs)
     return kernel_of(expand_into, of((tokens, out), "bfloat16"), h, b, ints((1,)), pairs)
 
 
@@ -61,13 +63,14 @@ KERNELS: dict[str, Callable[[int], Kernel]] = {
     "7B shrink": lambda _: experts("shrink", 2048, 8, 64, (4096, 4096), 3),
     "7B gate, up": lambda _: experts("gated", 2048, 8, 64, (4096, 11008), 2),
     "7B expand": lambda _: experts("expand", 2048, 8, 64, (4096, 4096), 3),
+    "7B expand into": lambda _: experts("expand into", 2048, 8, 64, (4096, 4096), 1),
     "wide heads, windows, soft cap": lambda c: attention(512, (16, 8, 256), "bfloat16", c, windows=True, softcap=50.0),
     "small attention": lambda c: attention(64, (9, 3, 64), "float16", c, windows=True),
     "largest rank, shrink": lambda _: experts("shrink", 512, 4, 128, (4096, 4096), 1),
     "largest rank, gated": lambda _: experts("gated", 512, 4, 128, (4096, 4096), 2),
-    "largest rank, expand": lambda _: experts("expand", 512, 4, 128, (4096, 4096), 2),
+    "largest rank, expand into": lambda _: experts("expand into", 512, 4, 128, (4096, 4096), 2),
 }
-QUICK = [("7B attention", c) for c in SHARED_MEMORY] + [(name, 120) for name in [*KERNELS][1:5]]
+QUICK = [("7B attention", c) for c in SHARED_MEMORY] + [(name, 120) for name in [*KERNELS][1:6]]
 SLOW = [(name, c) for name in KERNELS for c in SHARED_MEMORY if (name, c) not in QUICK]
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.prompt_experts import expand_gated, expand_into, pair_tokens, shrink, unsupported_reason
-from pallas_kernels.prompt_experts.pairs import PAIR_TILE
+from pallas_kernels.prompt_experts import expand, expand_gated, expand_into, pair_tokens, shrink, unsupported_reason
+from pallas_kernels.prompt_experts.pairs import PAIR_TILE, TOKEN_TILE
 
 LAYER, NUM_LAYERS, SCALE = 1, 2, 2.0
 
@@ -44,14 +44,15 @@ def check(shape: tuple, dtype: str, *, interpret: bool) -> None:
     def by_kernels(x, y, a, b, chosen, gates):
         pairs, layer = pair_tokens(chosen, gates, shape[1], SCALE), jnp.array([LAYER])
         h = shrink(x, [*a], layer, pairs, interpret=interpret)
-        both = [expand_into(y, h, b[i], layer, pairs, linear=i, interpret=interpret) for i in range(2)]
-        return *both, expand_gated(y, y, h, [*b], layer, pairs, interpret=interpret)
+        into = [expand_into(y, h, b[i], layer, pairs, linear=i, interpret=interpret) for i in range(2)]
+        alone = [y + expand(h, b[i], layer, pairs, linear=i, interpret=interpret) for i in range(2)]
+        return *into, *alone, expand_gated(y, y, h, [*b], layer, pairs, interpret=interpret)
 
     tolerance = {"float32": 1e-4, "bfloat16": 2e-2}[dtype]
     gate, up = (exact(given, linear) for linear in range(2))
-    for name, wanted, found in zip(
-        ("gate", "up", "gated"), (gate, up, gate / (1 + np.exp(-gate)) * up), by_kernels(**given), strict=True
-    ):
+    product = gate / (1 + np.exp(-gate)) * up
+    wanted_by_name = {"gate": gate, "up": up, "gate alone": gate, "up alone": up, "gated": product}
+    for (name, wanted), found in zip(wanted_by_name.items(), by_kernels(**given), strict=True):
         error = np.linalg.norm(np.asarray(found, np.float64) - wanted) / np.linalg.norm(wanted)
         assert error < tolerance, name
 
@@ -60,9 +61,11 @@ CASES = {
     "few sets": (192, 3, 2, 16, (64, 128)),
     "one expert": (64, 4, 1, 16, (128, 64)),
     "many": (128, 8, 4, 32, (64, 64)),
+    "uneven splits": (64, 3, 2, 16, (704, 64)),
 }
 LARGE = {
     "7B": (2048, 8, 2, 64, (4096, 4096)),
+    "gate, up": (2048, 8, 2, 64, (4096, 11008)),
     "down": (512, 8, 2, 64, (11008, 4096)),
     "many": (1024, 64, 2, 16, (576, 1536)),
 }
@@ -88,7 +91,7 @@ def test_every_pair_has_a_place():
     ]
     chosen = np.asarray(given["chosen"])
     assert sorted(found) == sorted((t, int(e)) for t in range(192) for e in chosen[t])
-    for tile, (order, used) in enumerate(zip(np.asarray(pairs.order).reshape(-1, 64), pairs.used, strict=True)):
+    for tile, (order, used) in enumerate(zip(np.asarray(pairs.order).reshape(-1, TOKEN_TILE), pairs.used, strict=True)):
         for i in range(int(pairs.count[tile])):
             for at, token in enumerate(order):
                 place = int(pairs.place[tile, i, at])
