@@ -66,7 +66,7 @@ def all_experts_reason(adapter: AdaFuse, model: ModelConfig, tokens: int, dtype:
 @dataclass(slots=True)
 class PromptAdaFuse:
     """An `Adapter`: AdaFuse whose routing of the tokens is known. `pairs`: their orders, for the products of the chosen
-    experts; None: all experts are multiplied. `plain_residual`: outputs of o_proj and down_proj are added to x as they are."""
+    experts; None: all experts are multiplied. `plain_residual`: o_proj's and down_proj's outputs are added to x as they are."""
 
     adapter: AdaFuse
     experts: Any
@@ -75,9 +75,7 @@ class PromptAdaFuse:
     plain_residual: bool = field(metadata={"static": True})
 
     @classmethod
-    def of(
-        cls, adapter: AdaFuse, x: Float[Array, "B T in"], model: ModelConfig, *, only_chosen: bool
-    ) -> PromptAdaFuse:
+    def of(cls, adapter: AdaFuse, x: Float[Array, "B T in"], model: ModelConfig, *, only_chosen: bool) -> PromptAdaFuse:
         """Route the tokens by x^1."""
         routing, config, pairs = adapter.route(x), adapter.config, None
         if only_chosen:
@@ -96,8 +94,8 @@ class PromptAdaFuse:
 
 
 class PromptLayer(Hook):
-    """The hook of one layer: linears that share an input share one launch of A's products. What the experts give to gate_proj
-    and up_proj is added where these are multiplied; to o_proj and down_proj, where their outputs are added to x."""
+    """The hook of one layer: linears that share an input share one launch of A's products. What the experts give to
+    gate_proj and up_proj is added where these are multiplied; to o_proj and down_proj, where they are added to x."""
 
     def __init__(self, prompts: PromptAdaFuse, layer: int | Int[Array, ""]):
         self.prompts, self.layer, self.routing = prompts, jnp.asarray(layer, jnp.int32)[None], prompts.routing
@@ -116,7 +114,8 @@ class PromptLayer(Hook):
         if not self._adapts_both():
             return product(gate, up)
         if activation != "silu":
-            return product(*(y + self._expanded(name).reshape(y.shape) for name, y in zip(GATED, (gate, up), strict=True)))
+            outputs = zip(GATED, (gate, up), strict=True)
+            return product(*(y + self._expanded(name).reshape(y.shape) for name, y in outputs))
         experts = self.prompts.experts
         flat_gate, flat_up = (y.reshape(-1, y.shape[-1]) for y in (gate, up))
         factors = [experts[name].B[...] for name in GATED]

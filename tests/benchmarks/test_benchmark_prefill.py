@@ -28,6 +28,7 @@ def test_rows(rows):
     assert [(row["targets"], row["tokens"]) for row in rows] == [("-", 12), ("-", 24), ("all7", 12), ("all7", 24)]
     assert all(row["finite"] and row["ms"] > 0 for row in rows)
     assert all(row["first_token_ms"] > 0 for row in rows[:2])
+    assert ["over_bare_ms" in row for row in rows] == [False, False, True, True]
     weights = 2 * (4 * 32 * 32 + 3 * 32 * 48)
     assert rows[1]["tflops"] == pytest.approx(2 * 24 * weights / rows[1]["ms"] / 1e9)
 
@@ -35,15 +36,37 @@ def test_rows(rows):
 def test_table(rows):
     record = {"device": "a", "jax": "b", "command": "c", "rows": [*map(dict, rows)]}
     record["rows"][3]["errors"] = {"kernels": 0.07, "xla": 0.05}
-    record["rows"][3]["ms"] = record["rows"][1]["ms"] + 1.5
+    record["rows"][3] |= {"over_bare_ms": 1.5, "over_bare_spread_ms": 0.25}
     record["rows"][0] = {key: rows[0][key] for key in prefill.KEY} | {"error": "no memory"}
     lines = prefill.report_of(record).splitlines()[-4:]
     assert "no memory" in lines[0]
     share = 100 * rows[1]["tflops"] / rows[1]["ceiling_tflops"]
     assert f"| {share:.0f}% |" in lines[1]
-    assert "| +1.50 |" in lines[3]
+    assert "| +1.50 ± 0.25 |" in lines[3]
     assert "0.070 (XLA 0.050), **too large**" in lines[3]
-    assert "+" not in lines[2], "its bare row failed"
+    assert "+" not in lines[1], "it is the bare one"
+
+
+def test_programs_are_timed_in_turn(monkeypatch):
+    """As a clock slows down, from repeat to repeat the difference stays; the first round, of 100 s, is left out."""
+    now, order = 0.0, []
+
+    def call(name, seconds):
+        def run(carry):
+            nonlocal now
+            order.append(name)
+            now += seconds + 0.01 * carry + 100 * (carry == 2)
+            return carry + 1
+
+        return run
+
+    monkeypatch.setattr("benchmarks.common.timing.time.perf_counter", lambda: now)
+    programs = {"own": call("own", 3.0), "bare": call("bare", 2.0)}
+    times, carry = prefill.time_in_turn(programs, 0, seconds=1, repeats=3)
+    assert order == ["own", "bare"] * 5
+    assert carry == 10
+    differences = [own - bare for own, bare in zip(times["own"].repeats, times["bare"].repeats, strict=True)]
+    assert differences == pytest.approx([0.99] * 3)
 
 
 def test_errors_are_those_from_float32(monkeypatch):
