@@ -66,7 +66,7 @@ def all_experts_reason(adapter: AdaFuse, model: ModelConfig, tokens: int, dtype:
 @dataclass(slots=True)
 class PromptAdaFuse:
     """An `Adapter`: AdaFuse whose routing of the tokens is known. `pairs`: their orders, for the products of the chosen
-    experts; None: all experts are multiplied. `plain_residual`: o_proj's and down_proj's outputs are added to x as they are."""
+    experts; None: all experts are multiplied. `plain_residual`: outputs of o_proj and down_proj are added to x as is."""
 
     adapter: AdaFuse
     experts: Any

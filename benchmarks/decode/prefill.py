@@ -8,9 +8,8 @@ for, `Engine.generate` up to its first token. all7-dense multiplies all experts 
 The share of the matmul ceiling, measured in the same process, counts the products of the backbone's weights alone,
 2 · tokens · weights. Peak memory is the process's, which has one method and goes from short to long prompts.
 
-Under the load of long prompts a GPU's clock drifts, and products with it: by a tenth from process to process, more than what
-an adapter adds. So the process of an adapted model times the bare one too, repeat by repeat in turn; `over bare` is the
-median of the differences.
+One matrix product has been a tenth faster in one process than in the next, which is half of what an adapter adds. So the
+process of an adapted model times the bare one too, repeat by repeat in turn; `over bare` is the median of the differences.
 
 Before it is timed, a length of --check is computed by separate XLA ops too, with masked attention and the products of all
 experts, in bfloat16 and in float32. `error` is that of the last token's logits, in norms of float32's, by the kernels and
