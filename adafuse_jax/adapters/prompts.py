@@ -1,4 +1,5 @@
-"""AdaFuse while it reads prompts: tokens are routed before the layers, and multiplied with their chosen experts only.
+"""AdaFuse, or a bank of adapters, while it reads prompts: tokens are routed before the layers, and multiplied with their
+chosen experts only.
 
 A router inside a scan over layers makes a GPU wait for the host in every layer, to ask whether it is the first.
 
@@ -9,15 +10,15 @@ experts give, of o and down the residual x, to which the experts' products are t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from adafuse_jax.adapters.adafuse import AdaFuse, AdaFuseLayer
-from adafuse_jax.adapters.stacked import ROUTER_INPUTS
+from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.adapters.stacked import ROUTER_INPUTS, StackedAdapters
 from adafuse_jax.models.config import ATTENTION_LINEARS, LINEARS, ModelConfig
 from adafuse_jax.models.hooks import Hook, Routing
 from adafuse_jax.models.layers import Linear
@@ -38,23 +39,34 @@ LEAST_TOKENS, LEAST_COLUMNS, LEAST_SPARSITY = 512, 256, 4
 GATED, LAST = ("gate_proj", "up_proj"), ("o_proj", "down_proj")
 
 
-def is_routed_by_token(adapter: AdaFuse) -> bool:
-    """Return whether x^1, the router's input, depends on the token alone."""
+def is_routed_by_token(adapter: AdaFuse | StackedAdapters) -> bool:
+    """Return whether x^1, the input of every router, depends on the token alone."""
+    if isinstance(adapter, StackedAdapters):
+        return {*adapter.routers} == {ATTENTION_LINEARS[0]}
     return adapter.first_target in ATTENTION_LINEARS[:3]
 
 
-def all_experts_reason(adapter: AdaFuse, model: ModelConfig, tokens: int, dtype: jnp.dtype) -> str | None:
-    """The reason why prompts' tokens, so many together, are multiplied with all experts, or None."""
-    config = adapter.config
-    widths = sorted({width for name in config.targets for width in model.linear_shape(name)})
+def all_experts_reason(
+    adapter: AdaFuse | StackedAdapters, model: ModelConfig, tokens: int, dtype: jnp.dtype
+) -> str | None:
+    """The reason why prompts' tokens, so many together, are multiplied with all experts of their adapter, or None."""
+    widths = sorted({width for name in adapter.experts for width in model.linear_shape(name)})
     if not is_routed_by_token(adapter):
-        return f"the router sees {adapter.first_target}'s input, which is not known before the layers"
-    if reason := unsupported_reason(config.rank, widths, dtype):
+        if isinstance(adapter, StackedAdapters) and not adapter.routers:
+            return "no adapter is loaded"
+        return "a router sees the input of a later linear than q, k and v, which is not known before the layers"
+    rank = next(iter(adapter.experts.values())).A.shape[2]
+    if reason := unsupported_reason(rank, widths, dtype):
         return reason
     if any(leaf.dtype != dtype for leaf in jax.tree.leaves(adapter.experts)):
         return f"the experts are not {jnp.dtype(dtype).name}"
-    if tokens % TOKEN_TILE or tokens < LEAST_TOKENS:
-        return f"{tokens} tokens are few, or no multiple of {TOKEN_TILE}"
+    if tokens % TOKEN_TILE:
+        return f"{tokens} tokens are no multiple of {TOKEN_TILE}"
+    if isinstance(adapter, StackedAdapters):  # the products of all experts copy those of the row's adapter
+        return None
+    config = adapter.config
+    if tokens < LEAST_TOKENS:
+        return f"{tokens} tokens are few"
     if (columns := config.num_experts * config.rank) < LEAST_COLUMNS:
         return f"E·R = {columns} columns are few"
     if config.num_experts < LEAST_SPARSITY * config.top_k:
@@ -64,24 +76,29 @@ def all_experts_reason(adapter: AdaFuse, model: ModelConfig, tokens: int, dtype:
 
 @jax.tree_util.register_dataclass
 @dataclass(slots=True)
-class PromptAdaFuse:
-    """An `Adapter`: AdaFuse whose routing of the tokens is known. `pairs`: their orders, for the products of the chosen
-    experts; None: all experts are multiplied. `plain_residual`: outputs of o_proj and down_proj are added to x as is."""
+class PromptAdapter:
+    """An `Adapter`: one whose routing of the tokens is known. `pairs`: their orders, for the products of the chosen experts;
+    None: all experts are multiplied. `plain_residual`: outputs of o_proj and down_proj are added to x as is."""
 
-    adapter: AdaFuse
+    adapter: AdaFuse | StackedAdapters
     experts: Any
     routing: Routing
     pairs: Pairs | None
     plain_residual: bool = field(metadata={"static": True})
 
     @classmethod
-    def of(cls, adapter: AdaFuse, x: Float[Array, "B T in"], model: ModelConfig, *, only_chosen: bool) -> PromptAdaFuse:
-        """Route the tokens by x^1."""
-        routing, config, pairs = adapter.route(x), adapter.config, None
-        if only_chosen:
-            chosen, gates = (value.reshape(-1, config.top_k) for value in (routing.experts, routing.gates))
-            pairs = pair_tokens(chosen, gates, config.num_experts, config.scale)
+    def of(
+        cls, adapter: AdaFuse | StackedAdapters, x: Float[Array, "B T in"], model: ModelConfig, *, only_chosen: bool
+    ) -> PromptAdapter:
+        """Route the tokens by x^1. The rows of a bank must be one where `only_chosen`."""
         plain_residual = model.norm_placement == "pre" and model.residual_multiplier == 1
+        if isinstance(adapter, StackedAdapters):
+            routing = adapter.route(ATTENTION_LINEARS[0], x, adapter.initial_routing(*x.shape[:2]))
+            pairs = _pairs_of_row(adapter, routing) if only_chosen else None
+        else:
+            routing, config = adapter.route(x), adapter.config
+            chosen, gates = (value.reshape(-1, config.top_k) for value in (routing.experts, routing.gates))
+            pairs = pair_tokens(chosen, gates, config.num_experts, config.scale) if only_chosen else None
         return cls(adapter, adapter.experts, routing, pairs, plain_residual)
 
     def initial_routing(self, batch: int, length: int) -> Routing:
@@ -89,15 +106,24 @@ class PromptAdaFuse:
 
     def hook(self, experts: Any, layer: int | Int[Array, ""], routing: Routing, key: Key[Array, ""] | None) -> Hook:
         if self.pairs is None:
-            return AdaFuseLayer(self.adapter, experts, 1, self.routing, key)  # no layer is the one that routes
+            return self.adapter.hook(experts, 1, self.routing, key)  # no layer is the one that routes
         return PromptLayer(self, layer)
+
+
+def _pairs_of_row(adapter: StackedAdapters, routing: Routing) -> Pairs:
+    """The orders of a row's tokens, by the experts of its own adapter, with these experts' places in the bank."""
+    members, numbers = adapter.own_experts(routing)
+    gates = adapter.scaled(routing.gates)[0]
+    pairs = pair_tokens(numbers[0], gates, len(members), 1.0)
+    places = jnp.append(jnp.maximum(members, 0), len(adapter.table.owner))
+    return replace(pairs, expert=places[pairs.expert], used=places[pairs.used])
 
 
 class PromptLayer(Hook):
     """The hook of one layer: linears that share an input share one launch of A's products. What the experts give to
     gate_proj and up_proj is added where these are multiplied; to o_proj and down_proj, where they are added to x."""
 
-    def __init__(self, prompts: PromptAdaFuse, layer: int | Int[Array, ""]):
+    def __init__(self, prompts: PromptAdapter, layer: int | Int[Array, ""]):
         self.prompts, self.layer, self.routing = prompts, jnp.asarray(layer, jnp.int32)[None], prompts.routing
         self._h: dict[str, Float[Array, "n P R"]] = {}
         self._options: Any = {"interpret": jax.default_backend() == "cpu"}

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.low_rank import LoRAExperts
 from adafuse_jax.models.hooks import Hook, Routing, route_in_layer_0
 from adafuse_jax.models.layers import Linear
@@ -30,6 +32,11 @@ ROUTER_INPUTS = {
 INPUT_NUMBERS = {name: number for number, name in enumerate(dict.fromkeys(ROUTER_INPUTS.values()))}
 NO_ADAPTER = 0
 """Id of rows without an adapter, and owner of experts that no adapter has."""
+
+
+def router_input(adapter: AdaFuse | LoRA) -> str:
+    """The linear whose input the adapter's router sees. The gate of a LoRA is 1 whatever it sees: the first input."""
+    return ROUTER_INPUTS[adapter.first_target] if isinstance(adapter, AdaFuse) else "q_proj"
 
 
 @jax.tree_util.register_dataclass
@@ -101,6 +108,12 @@ class StackedAdapters:
         assert self.ids is not None
         return self.table.scale[self.ids].reshape(-1, *(1,) * (gates.ndim - 1)) * gates
 
+    def own_experts(self, routing: Routing) -> tuple[Int[Array, " M"], Int[Array, "1 T k"]]:
+        """(experts of the only row's adapter, then −1; numbers among these of its tokens' experts)."""
+        assert self.ids is not None
+        members = self.table.members[self.ids[0]]
+        return members, jnp.argmax(routing.experts[..., None] == members, axis=-1)
+
     def product(self, experts: LoRAExperts, x: Float[Array, "B T in"], routing: Routing) -> Float[Array, "B T out"]:
         """Σ_j s g_j B[e_j] (A[e_j] x). A prompt of one row multiplies with its own adapter's experts only."""
         assert self.ids is not None
@@ -108,8 +121,7 @@ class StackedAdapters:
         batch, length, k = routing.experts.shape
         if batch > 1 or length * k <= len(self.table.owner):
             return experts(x, routing)
-        members = self.table.members[self.ids[0]]
-        numbers = jnp.argmax(routing.experts[..., None] == members, axis=-1)
+        members, numbers = self.own_experts(routing)
         own = jax.tree.map(lambda factor: factor[jnp.maximum(members, 0)], experts)
         everything = jnp.zeros((batch, length, len(members)))  # one for each member; there may be more than C
         return own(x, Routing(numbers, routing.gates, everything))

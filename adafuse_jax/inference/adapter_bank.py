@@ -24,7 +24,7 @@ from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.config import MAX_EXPERTS
 from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.registry import AnyAdapter
-from adafuse_jax.adapters.stacked import INPUT_NUMBERS, NO_ADAPTER, ROUTER_INPUTS, AdapterTable, StackedAdapters
+from adafuse_jax.adapters.stacked import INPUT_NUMBERS, NO_ADAPTER, AdapterTable, StackedAdapters, router_input
 from adafuse_jax.core.errors import UserError, quoted
 from adafuse_jax.inference.stacked_arrays import MOST_WEIGHT, Bucket, Expert, StackedArrays
 from adafuse_jax.models.decoder import Backbone
@@ -233,7 +233,7 @@ class AdapterBank:
         settings["top_k"][loaded.id] = loaded.top_k
         settings["renormalize"][loaded.id] = config.renormalize is not False
         settings["scale"][loaded.id] = config.scale
-        settings["router_input"][loaded.id] = INPUT_NUMBERS[ROUTER_INPUTS[config.targets[0]]]
+        settings["router_input"][loaded.id] = INPUT_NUMBERS[router_input(adapter)]
         self._set_table()
 
     def _set_table(self) -> None:

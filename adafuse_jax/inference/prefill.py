@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from adafuse_jax.adapters.adafuse import AdaFuse
-from adafuse_jax.adapters.prompts import PromptAdaFuse, all_experts_reason, is_routed_by_token
+from adafuse_jax.adapters.prompts import PromptAdapter, all_experts_reason, is_routed_by_token
+from adafuse_jax.adapters.stacked import StackedAdapters
 from adafuse_jax.inference.backends.base import dispatch_log_level
 from adafuse_jax.inference.rows import Row
 from adafuse_jax.inference.sampling import row_keys
@@ -80,20 +81,24 @@ def largest_chunk(num_rows: int, *, beside_rows: bool, by_kernels: bool) -> int:
 
 
 def adapter_of_prompts(model: Backbone, adapter: Adapter | None, tokens: Int[Array, "R T"]) -> Adapter | None:
-    """The adapter as prompts are read with it by kernels: AdaFuse is routed before the layers where the router sees the
-    token alone, and its products are those of the chosen experts where that is faster; logged when the program is made."""
+    """The adapter as prompts are read with it by kernels: AdaFuse and a bank are routed before the layers where routers see
+    the token alone, and their products are those of the chosen experts where that is faster; logged when the program is
+    made."""
     if adapter is None:
         return None
-    if isinstance(adapter, AdaFuse):
-        reason = all_experts_reason(adapter, model.config, tokens.size, model.dtype)
+    if not isinstance(adapter, AdaFuse | StackedAdapters):
+        reason: str | None = f"{type(adapter).__name__} has products of its own"
+    elif isinstance(adapter, StackedAdapters) and len(tokens) > 1:
+        reason = f"{len(tokens)} rows may have different adapters"
     else:
-        reason = f"{type(adapter).__name__} has products of its own"
+        reason = all_experts_reason(adapter, model.config, tokens.size, model.dtype)
     what = "the chosen experts" if reason is None else f"all experts ({reason})"
     log.log(dispatch_log_level(), "%d prompt tokens: products of %s", tokens.size, what)
-    if not isinstance(adapter, AdaFuse) or not is_routed_by_token(adapter):
+    if not isinstance(adapter, AdaFuse | StackedAdapters) or not is_routed_by_token(adapter):
         return adapter
     norm = jax.tree.map(lambda leaf: leaf[0], model.layers.input_layernorm)
-    return PromptAdaFuse.of(adapter, normed(norm, model.embed(tokens)), model.config, only_chosen=reason is None)
+    x = normed(norm, model.embed(tokens))
+    return PromptAdapter.of(adapter, x, model.config, only_chosen=reason is None)
 
 
 @dataclass(slots=True, kw_only=True)

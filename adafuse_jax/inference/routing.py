@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.stacked import StackedAdapters
 from adafuse_jax.models.attention import Visibility, attention
-from adafuse_jax.models.config import ATTENTION_LINEARS
 from adafuse_jax.models.decoder import Backbone, score_options
 from adafuse_jax.models.hooks import TokenExperts
 from adafuse_jax.models.kv_cache import KVCache
@@ -29,11 +28,6 @@ class GateTable:
 
     experts: Int[Array, "V k"]
     gates: Float[Array, "V k"]
-
-
-def sees_token_alone(adapter: AdaFuse) -> bool:
-    """Return whether x^1, the router's input, depends on the token alone."""
-    return adapter.first_target in ATTENTION_LINEARS[:3]
 
 
 def tabulate(model: Backbone, adapter: AdaFuse) -> GateTable:

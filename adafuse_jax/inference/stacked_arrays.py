@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.lora import LoRA
 from adafuse_jax.adapters.low_rank import LoRAExperts
-from adafuse_jax.adapters.stacked import INPUT_NUMBERS, ROUTER_INPUTS
+from adafuse_jax.adapters.stacked import INPUT_NUMBERS, router_input
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.models.config import LINEARS
 from adafuse_jax.models.decoder import Backbone
@@ -48,7 +48,7 @@ class Bucket:
         config = adapter.config
         return cls(
             rank=_power_of_two(config.rank), experts=_power_of_two(config.num_experts or 1), top_k=config.top_k or 1,
-            targets=config.targets, inputs=(ROUTER_INPUTS[config.targets[0]],),
+            targets=config.targets, inputs=(router_input(adapter),),
         )  # fmt: skip
 
     def __or__(self, other: Bucket) -> Bucket:
@@ -105,7 +105,7 @@ class StackedArrays:
     def experts_of(self, adapter: AdaFuse | LoRA, bucket: Bucket) -> tuple[Expert, ...] | None:
         """The experts of an adapter on the device, in the shapes of a bucket; None if they have numbers that are not
         finite, or larger than `MOST_WEIGHT`."""
-        factors, router = _on_host(adapter)
+        factors, router = _on_host(adapter, self._config.linear_shape(router_input(adapter))[1])
         experts = tuple(self._expert(number, factors, router, adapter, bucket) for number in range(len(router)))
         are_finite = [_is_finite(expert) for expert in experts]
         return experts if all(map(bool, are_finite)) else None
@@ -129,7 +129,7 @@ class StackedArrays:
             return self.placed(padded, linear_axes(linear, name))
 
         def row(name: str) -> jax.Array:
-            is_own = name == ROUTER_INPUTS[adapter.config.targets[0]]
+            is_own = name == router_input(adapter)
             return self.placed(router[number] if is_own else np.zeros(self._config.linear_shape(name)[1], np.float32))
 
         shapes = {name: self._config.linear_shape(name) for name in bucket.targets}
@@ -178,13 +178,11 @@ def _is_finite(expert: Expert) -> Bool[Array, ""]:
     return jnp.stack([(size <= MOST_WEIGHT).all() for size in sizes]).all()
 
 
-def _on_host(adapter: AdaFuse | LoRA) -> tuple[dict[str, dict[str, np.ndarray]], np.ndarray]:
-    """(linear → A [L, E, R, in] and B [L, E, out, R], router [E, in]; a LoRA's is zero, and its gate 1)."""
+def _on_host(adapter: AdaFuse | LoRA, into: int) -> tuple[dict[str, dict[str, np.ndarray]], np.ndarray]:
+    """(linear → A [L, E, R, in] and B [L, E, out, R], router [E, into]; a LoRA's is zero, and its gate 1)."""
     factors = {name: {"A": np.asarray(e.A[...]), "B": np.asarray(e.B[...])} for name, e in adapter.experts.items()}
-    if isinstance(adapter, LoRA):
-        into = factors[adapter.config.targets[0]]["A"].shape[-1]
-        return factors, np.zeros((1, into), np.float32)
-    return factors, np.asarray(adapter.router.weight[...], np.float32)
+    router = np.zeros((1, into)) if isinstance(adapter, LoRA) else adapter.router.weight[...]
+    return factors, np.asarray(router, np.float32)
 
 
 def _with_ranks(path: tuple[Any, ...], leaf: jax.Array, *, more: int) -> jax.Array:

@@ -82,7 +82,7 @@ def _shrink(
     tiles = next(tiles for most, tiles in SHRINK.items() if count * rank <= most)
     block = min(tiles.block, length & -length)
     steps = length // block
-    filled = max(1, items - num_experts // 2)  # the last tile of an expert is filled to a half, on average
+    filled = max(1, items - pairs.used.shape[1] // 2)  # the last tile of an expert is filled to a half, on average
     splits = max(1, min(MAX_SPLITS, steps, MAX_PROGRAMS[tiles.num_warps] // filled))
 
     def prompt_shrink(x, factors, layer, token, expert, out) -> None:  # type: ignore[no-untyped-def]

@@ -42,11 +42,13 @@ class Pairs:
 
 
 def pair_tokens(chosen: Int[Array, "T k"], gates: Float[Array, "T k"], num_experts: int, scale: float) -> Pairs:
-    """The orders of tokens whose experts are `chosen`, all different; T is a multiple of `TOKEN_TILE`."""
+    """The orders of tokens whose experts are `chosen`. Gates of equal ones are added; a gate of 0 chooses nothing. T is a
+    multiple of `TOKEN_TILE`."""
     tokens, top_k = chosen.shape
     tiles = -(-tokens * top_k // PAIR_TILE) + num_experts
     is_chosen = chosen[:, :, None] == jnp.arange(num_experts)  # [T, k, E]
-    uses = is_chosen.any(axis=1)  # [T, E]
+    gate = jnp.where(is_chosen, gates[:, :, None], 0).sum(axis=1) * scale  # [T, E]
+    uses = gate != 0
     counts = uses.sum(axis=0)
     padded = -(-counts // PAIR_TILE) * PAIR_TILE
     ends = jnp.cumsum(padded)
@@ -54,7 +56,6 @@ def pair_tokens(chosen: Int[Array, "T k"], gates: Float[Array, "T k"], num_exper
     nowhere = tiles * PAIR_TILE
     place = jnp.where(uses, ends - padded + rank, nowhere)  # [T, E]
     numbers = jnp.broadcast_to(jnp.arange(tokens)[:, None], place.shape)
-    gate = jnp.where(is_chosen, gates[:, :, None], 0).sum(axis=1) * scale  # [T, E]
     order = order_of_sets(jnp.sort(chosen, axis=-1))
     of_tile = uses[order].reshape(-1, TOKEN_TILE, num_experts)
     is_used = of_tile.any(axis=1)  # [tiles, E]

@@ -48,7 +48,7 @@ def test_table(rows):
 
 
 def test_programs_are_timed_in_turn(monkeypatch):
-    """As a clock slows down, from repeat to repeat the difference stays; the first round, of 100 s, is left out."""
+    """The difference stays as a clock slows down from repeat to repeat; the first round, of 100 s, is left out."""
     now, order = 0.0, []
 
     def call(name, seconds):

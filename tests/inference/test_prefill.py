@@ -6,6 +6,7 @@ import itertools
 import logging
 import re
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,15 +17,17 @@ import quick
 from flax import nnx
 from goldens.family_models import CASES as FAMILY_CASES
 from goldens.family_models import write_model_dir
-from random_models import POSITIONS, random_adapter
+from random_models import POSITIONS, random_adapter, random_method
 
 from adafuse_jax import load_backbone
 from adafuse_jax.adapters.adafuse import AdaFuse
 from adafuse_jax.adapters.config import AdapterConfig
 from adafuse_jax.adapters.lora import LoRA
-from adafuse_jax.adapters.prompts import all_experts_reason
+from adafuse_jax.adapters.prompts import PromptAdapter, all_experts_reason
+from adafuse_jax.adapters.stacked import NO_ADAPTER, of_rows
 from adafuse_jax.inference import prefill as prefill_module
 from adafuse_jax.inference import slots as slots_module
+from adafuse_jax.inference.adapter_bank import AdapterBank
 from adafuse_jax.inference.engine import Engine
 from adafuse_jax.inference.prefill import CHUNKS, MAX_TOKENS, Prefill, adapter_of_prompts, chunk_lengths, largest_chunk
 from adafuse_jax.inference.programs import prefill_chunk, prefill_chunk_by_kernels
@@ -147,6 +150,89 @@ def test_all_linears_by_kernels_with_the_chosen_experts(models, monkeypatch, tmp
     np.testing.assert_allclose(found, wanted, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.parametrize("only_chosen", [True, False])
+def test_a_bank_by_kernels(models, monkeypatch, only_chosen):
+    """Adapters of other sizes, a LoRA and a row without an adapter; each reads with its own experts' places in the bank, in
+    which others have been loaded before. No program asks in its layers which is the first."""
+    model = models("llama_gqa")
+    adapters = {
+        "others": random_adapter(model.config, 3, rank=16, targets=("o_proj",)),
+        "many": random_adapter(model.config, 1, num_experts=6, rank=16, top_k=3, targets=LINEARS),
+        "few": random_adapter(model.config, 2, num_experts=2, rank=3, top_k=1, targets=("v_proj", "up_proj")),
+        "lora": random_method("lora", model.config, 4, rank=5, targets=("down_proj",)),
+    }
+    bank = AdapterBank(model, max_experts=16)
+    before = bank.load("before", random_adapter(model.config, 5, num_experts=3, rank=16, targets=LINEARS))
+    loaded = {name: bank.load(name, adapter) for name, adapter in [*adapters.items()][1:]}
+    assert set(bank.stacked.routers) == {"q_proj"}
+    if only_chosen:
+        monkeypatch.setattr(prefill_module, "all_experts_reason", lambda *_: None)
+
+    def run(adapters, slot, *, by_kernels):
+        rng = np.random.default_rng(0)
+        state = DecodeState.empty(model.config, 2, 128, model.dtype, with_bank=True)
+        logits, start = jnp.zeros((1, model.config.vocab_size)), 0
+        program = prefill_chunk_by_kernels if by_kernels else prefill_chunk
+        for size, length in ((64, 64), (64, 21)):
+            tokens = rng.integers(0, model.config.vocab_size, (1, size), np.int32)
+            given = tokens, np.array([start], np.int32), np.array([length], np.int32), jnp.array([slot])
+            state, logits, _ = program(
+                model, bank.stacked, state, logits, *given, pad_id=0, adapters=np.array([adapters], np.int32)
+            )
+            start += length
+        return logits, state.cache.k[:, slot], state.cache.v[:, slot]
+
+    for number in (before.id, *(one.id for one in loaded.values()), NO_ADAPTER):
+        wanted, found = (run(number, 1, by_kernels=by) for by in (False, True))
+        for new, old in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(new, old, atol=3e-4, rtol=3e-4, err_msg=str(number))
+    tokens = jnp.zeros((1, 64), jnp.int32)
+    of_row = of_rows(bank.stacked, jnp.array([before.id]))
+    prompts = adapter_of_prompts(model, of_row, tokens)
+    assert isinstance(prompts, PromptAdapter)
+    assert (prompts.pairs is not None) == only_chosen
+    if not only_chosen:  # the kernels have conditions of their own
+        asks = ["cond[" in str(jax.make_jaxpr(partial(model.run, tokens))(adapter=one)) for one in (of_row, prompts)]
+        assert asks == [True, False]
+    bank.load("others", adapters["others"])  # whose router must wait for attention
+    assert "later linear" in str(all_experts_reason(bank.stacked, model.config, 64, jnp.dtype("bfloat16")))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
+def test_a_bank_by_compiled_kernels():
+    """Logits of rows of a bank in bfloat16 are those of separate XLA ops, as two orders of summation agree."""
+    config = ModelConfig(
+        model_type="llama", vocab_size=512, embed_dim=1024, hidden_dim=2816, num_layers=3, num_heads=8, num_kv_heads=4,
+        head_dim=128, max_position_embeddings=1024, norm_eps=1e-5,
+    )  # fmt: skip
+    model = Backbone(config, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))
+    bank = AdapterBank(model, max_experts=20)
+    adapters = [
+        random_adapter(config, 0, num_experts=8, rank=64, targets=LINEARS),
+        random_adapter(config, 1, num_experts=4, rank=16, targets=("v_proj", "down_proj")),
+        random_method("lora", config, 2, rank=32, targets=("q_proj", "up_proj")),
+    ]
+    ids = [NO_ADAPTER, *(bank.load(str(number), adapter).id for number, adapter in enumerate(adapters))]
+    assert all_experts_reason(bank.stacked, config, 256, model.dtype) is None
+
+    def logits(number, *, by_kernels):
+        state = DecodeState.empty(config, 2, 256, model.dtype, with_bank=True)
+        tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, 256), np.int32)
+        given = tokens, np.zeros(1, np.int32), np.array([201], np.int32), jnp.array([1])
+        program = prefill_chunk_by_kernels if by_kernels else prefill_chunk
+        empty = jnp.zeros((1, config.vocab_size))
+        ids = np.array([number], np.int32)
+        return np.asarray(program(model, bank.stacked, state, empty, *given, pad_id=0, adapters=ids)[1], np.float64)
+
+    found, wanted = (np.stack([logits(number, by_kernels=by) for number in ids]) for by in (True, False))
+    sizes = np.linalg.norm(wanted, axis=(1, 2))
+    assert (np.linalg.norm(found - wanted, axis=(1, 2)) < 0.02 * sizes).all()
+    assert (
+        np.linalg.norm(wanted[1:] - wanted[0], axis=(1, 2)) > 0.1 * sizes[1:]
+    ).all()  # the adapters change something
+
+
 def test_all_experts_are_multiplied_where_that_is_as_fast(models):
     model = models("llama_gqa")
     sixteen = jnp.dtype("bfloat16")
@@ -160,9 +246,10 @@ def test_all_experts_are_multiplied_where_that_is_as_fast(models):
         return all_experts_reason(adapter, config, tokens, sixteen)
 
     assert reason() is None
-    assert "16 tokens are few" in reason(16)
+    assert "64 tokens are few" in reason(64)
+    assert "16 tokens are no multiple of 64" in reason(16)
     assert "rank 3" in reason(rank=3)
-    assert "o_proj's input" in reason(targets=("o_proj",))
+    assert "later linear" in reason(targets=("o_proj",))
     assert "E·R = 128 columns are few" in reason(rank=16)
     assert "a token uses 3 of 8 experts" in reason(top_k=3)
 

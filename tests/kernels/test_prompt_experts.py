@@ -83,14 +83,15 @@ def test_compiled(case):
     check(LARGE[case], "bfloat16", interpret=False)
 
 
-def test_every_pair_has_a_place():
+def test_every_pair_with_a_gate_has_a_place():
     given = draw(192, 5, 3, 16, (64, 64), "float32")
     pairs = jax.jit(pair_tokens, static_argnums=(2, 3))(given["chosen"], given["gates"], 5, SCALE)
     found = [
         (int(token), int(pairs.expert[place // PAIR_TILE])) for place, token in enumerate(pairs.token) if token < 192
     ]
-    chosen = np.asarray(given["chosen"])
-    assert sorted(found) == sorted((t, int(e)) for t in range(192) for e in chosen[t])
+    numbers = zip(np.asarray(given["chosen"]), np.asarray(given["gates"]), strict=True)
+    chosen = [{int(e) for e, gate in zip(*token, strict=True) if gate} for token in numbers]
+    assert sorted(found) == sorted((t, e) for t in range(192) for e in chosen[t])
     for tile, (order, used) in enumerate(zip(np.asarray(pairs.order).reshape(-1, TOKEN_TILE), pairs.used, strict=True)):
         for i in range(int(pairs.count[tile])):
             for at, token in enumerate(order):

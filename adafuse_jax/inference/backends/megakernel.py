@@ -20,11 +20,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from adafuse_jax.adapters.adafuse import AdaFuse
+from adafuse_jax.adapters.prompts import is_routed_by_token
 from adafuse_jax.adapters.stacked import StackedAdapters
 from adafuse_jax.core.errors import UserError
 from adafuse_jax.inference.adapter_bank import AdapterBank, Bucket
 from adafuse_jax.inference.backends.base import Backend, StepOutput, dispatch_log_level
-from adafuse_jax.inference.routing import GateTable, mixture_of, route, sees_token_alone, tabulate
+from adafuse_jax.inference.routing import GateTable, mixture_of, route, tabulate
 from adafuse_jax.models.config import LINEARS, ModelConfig, unsupported_field
 from adafuse_jax.models.decoder import Backbone
 from adafuse_jax.models.hooks import TokenExperts
@@ -105,7 +106,7 @@ class Fused:
             output_norms=_in_turn(layers.post_self_attn_layernorm, layers.post_mlp_layernorm),
             a={name: _padded(e.A[...].astype(dtype), 2, more[name]) for name, e in experts.items()},
             b={name: _padded(e.B[...].astype(dtype), 3, more[name]) for name, e in experts.items()},
-            table=None if adapter is None or not sees_token_alone(adapter) else tabulate(model, adapter),
+            table=None if adapter is None or not is_routed_by_token(adapter) else tabulate(model, adapter),
             scales={
                 name: weight.scales.swapaxes(1, 2)
                 for name in LINEARS
