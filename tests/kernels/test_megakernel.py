@@ -72,12 +72,12 @@ INTERPRETED = {
 COMPILED = {
     "bare": Case(num_layers=3),
     "Granite, two rows": replace(GRANITE, num_layers=2, batch=2),
-    "Gemma": replace(GEMMA, heads=(8, 4, 256)),
+    "Gemma, eight heads": replace(GEMMA, heads=(8, 4, 256)),
     "Gemma, context in parts, three rows": replace(GEMMA, batch=3, slots=1024, position=900),
     "Gemma, as many keys as queries": replace(GEMMA, heads=(16, 16, 256), targets=()),
     "one piece of ranks": Case(num_layers=2, targets=LINEARS, top_k=1),
     "q, v": Case(num_layers=2, targets=("q_proj", "v_proj")),
-    "all 7, two rows": Case(num_layers=2, batch=2, targets=LINEARS),
+    "all 7, two rows of two layers": Case(num_layers=2, batch=2, targets=LINEARS),
     "k, gate, two rows": Case(num_layers=2, batch=2, targets=("k_proj", "gate_proj")),
     "norms, biases": Case(
         num_layers=2, embed_dim=192, hidden_dim=320, heads=(4, 2, 128), targets=LINEARS, rank=128, top_k=1, bias=True,
@@ -94,13 +94,16 @@ COMPILED = {
     "a wide FFN, 32 rows": Case(batch=32, hidden_dim=14336, targets=LINEARS),
     "a wide FFN, 16 rows": Case(batch=16, hidden_dim=25600),
 }  # fmt: skip
+SCHEDULED = {name: (case, options["num_ctas"]) for name, (case, options) in INTERPRETED.items()}
+SCHEDULED |= {name: (case, 132) for name, case in COMPILED.items()}
+assert len(SCHEDULED) == len(INTERPRETED) + len(COMPILED), "names of their own"
 
 
-@pytest.mark.parametrize("name", quick.first([*INTERPRETED, *COMPILED], 4))
+@pytest.mark.parametrize("name", quick.first(SCHEDULED, 4))
 def test_schedule_in_numpy(name, monkeypatch):
     monkeypatch.setattr(kernel_sm90, "run_megakernel", executor_np.run)
-    case, options = INTERPRETED.get(name) or (COMPILED[name], {"num_ctas": 132})
-    check(case, compiled=False, num_ctas=options["num_ctas"])
+    case, num_ctas = SCHEDULED[name]
+    check(case, compiled=False, num_ctas=num_ctas)
 
 
 def test_numpy_executor_finds_a_tile_that_no_cta_computes(monkeypatch):
