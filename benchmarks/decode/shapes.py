@@ -12,6 +12,8 @@ its reason in the place of the time.
     kernels       five launches a layer, as on GPUs without a megakernel
     xla           separate XLA ops
 
+Adapters have the experts of `popular.POPULAR`, or those of --experts: 16x8/4 are 16 experts of rank 8, 4 of them per token.
+
 First correct: for each number of rows of --check, the logits of the model's first layers must be about as close to those in
 float32 as XLA's are. The share of the read bandwidth, which the same process measures, is the bytes that a step must read
 over its time.
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -56,7 +59,9 @@ from benchmarks.decode.rows import running_state
 
 MODULE = "benchmarks.decode.shapes"
 BACKENDS: dict[str, type[Backend]] = {"megakernel": Megakernel, "kernels": LayerKernels, "xla": Unfused}
-TARGETS = ("-", "all7")
+BARE, ADAPTED = "-", "all7"
+EXPERTS = re.compile(r"(\d+)x(\d+)/(\d+)")
+"""Number, rank and top-k of --experts; in a case they follow its targets and a colon."""
 KEY = ("model", "rows", "backend", "targets")
 CHECKED_LAYERS = 2
 THREADS = 8
@@ -67,13 +72,25 @@ LEAST_SECONDS = 60
 Case = dict[str, Any]
 
 
-class Made:
-    """A random model with and without its adapter, and the backends over them."""
+def with_experts(shapes: ModelShapes, targets: str) -> tuple[ModelShapes, str]:
+    """(shapes with the experts that a case's targets name, the targets without them)."""
+    name, _, experts = targets.partition(":")
+    if found := EXPERTS.fullmatch(experts):
+        num_experts, rank, top_k = map(int, found.groups())
+        shapes = replace(shapes, num_experts=num_experts, rank=rank, top_k=top_k)
+    return shapes, name
 
-    def __init__(self, shapes: ModelShapes, config: ModelConfig):
+
+class Made:
+    """A random model with and without adapters, and the backends over them."""
+
+    def __init__(self, shapes: ModelShapes, config: ModelConfig, targets: Iterable[str]):
         self.config, self._backends = config, dict[tuple[str, str], Backend]()
         self.model = random_backbone(config)
-        self.adapters = {"-": None, "all7": random_adapter(adapter_config(shapes, "all7"), config)}
+        self.adapters = {
+            name: None if name == BARE else random_adapter(adapter_config(*with_experts(shapes, name)), config)
+            for name in dict.fromkeys(targets)
+        }
 
     def reason(self, case: Case) -> str | None:
         """The reason why the case's backend cannot decode so many rows, or None."""
@@ -91,11 +108,12 @@ class Made:
 
 def check(shapes: ModelShapes, cases: Sequence[Case]) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Key of each case → errors of its logits and of XLA's, in norms of the exact ones, over the first layers."""
-    made = Made(shapes, replace(shapes.config(), num_layers=min(CHECKED_LAYERS, shapes.num_layers)))
-    places = {(targets, rows): None for targets in TARGETS for rows in {case["rows"] for case in cases}}
+    config = replace(shapes.config(), num_layers=min(CHECKED_LAYERS, shapes.num_layers))
+    made = Made(shapes, config, [case["targets"] for case in cases])
+    places = {(case["targets"], case["rows"]): None for case in cases}
     backends: dict[tuple[str, str], Backend] = {}
     for name in ("float32", "xla", *{case["backend"]: None for case in cases}):
-        for targets in TARGETS:
+        for targets in made.adapters:
             adapter = made.adapters[targets]
             if name == "float32":
                 backends[name, targets] = Unfused(*in_float32((made.model, adapter)))
@@ -165,8 +183,8 @@ def prepare(
     job: dict[str, Any], rows: list[Case], watch: Stopwatch
 ) -> tuple[Made, list[tuple[Case, Any]], dict[tuple[Any, ...], dict[str, Any]]]:
     """(the model, its programs by case, errors of logits by key). Cases that cannot be timed are added to `rows`."""
-    shapes = POPULAR[job["model"]]
-    made, cases = Made(shapes, shapes.config()), job["cases"]
+    shapes, cases = POPULAR[job["model"]], job["cases"]
+    made = Made(shapes, shapes.config(), [case["targets"] for case in cases])
     print(f"  {job['model']}: model made in {watch.seconds:.0f} s", flush=True)
     reasons = {key_of(case): made.reason(case) for case in cases}
     rows += [case | {"refused": reason} for case in cases if (reason := reasons[key_of(case)])]
@@ -204,8 +222,9 @@ def _time(made: Made, case: Case, step: Any, job: dict[str, Any]) -> dict[str, A
 
 
 def _bytes(shapes: ModelShapes, case: Case, steps: int) -> float:
-    method = "backbone" if case["targets"] == "-" else "adafuse"
-    return costs(shapes, method, case["targets"], "unmerged", case["rows"], PROMPT + steps / 2).bytes_gb
+    method = "backbone" if case["targets"] == BARE else "adafuse"
+    shapes, targets = with_experts(shapes, case["targets"])
+    return costs(shapes, method, targets, "unmerged", case["rows"], PROMPT + steps / 2).bytes_gb
 
 
 def key_of(row: Case) -> tuple[Any, ...]:
@@ -225,21 +244,38 @@ def merged(rows: Iterable[Case]) -> list[Case]:
 
 
 def report_of(record: dict[str, Any]) -> str:
-    """The table: a line for a model, its rows and backend, bare and adapted side by side."""
+    """The table: a line for a model, its rows, backend and experts, bare and adapted side by side."""
     lines = [f"# The decode step by model: {record['device']}, JAX {record['jax']}", "", f"    {record['command']}", ""]
     lines += ["ms are of a step, which decodes a token of every row; % is the share of the read bandwidth.", ""]
-    head = ("model", "rows", "backend", "bare, ms", "%", "all 7, ms", "%", "over bare", "logits off, of XLA's")
+    head = (
+        "model",
+        "rows",
+        "backend",
+        "bare, ms",
+        "%",
+        "experts",
+        "all 7, ms",
+        "%",
+        "over bare",
+        "logits off, of XLA's",
+    )
     by_key, cells = {key_of(row): row for row in record["rows"]}, []
-    for model, batch, backend in dict.fromkeys(key_of(row)[:3] for row in record["rows"]):
-        bare, adapted = (by_key.get((model, batch, backend, targets), {}) for targets in TARGETS)
-        over = ""
+    for key in by_key:
+        place, targets = key[:3], key[3]
+        if targets == BARE and any(other[:3] == place and other[3] != BARE for other in by_key):
+            continue  # beside each of them
+        bare, adapted = by_key.get((*place, BARE), {}), {} if targets == BARE else by_key[key]
+        over = experts = ""
+        if adapted:
+            shapes, _ = with_experts(POPULAR[place[0]], targets)
+            experts = f"{shapes.num_experts} of rank {shapes.rank}, top {shapes.top_k}"
         if "ms" in bare and "ms" in adapted:
             over = f"{adapted['ms'] - bare['ms']:+.2f} ms, {100 * (adapted['ms'] / bare['ms'] - 1):+.1f}%"
         off = [row["logits_off"] / row["logits_off_xla"] for row in (bare, adapted) if "logits_off" in row]
         text = number(max(off, default=None), ".2f", "×")
         if any(row.get("correct") is False for row in (bare, adapted)):
             text = f"**{text}: wrong**"
-        cells.append([model, batch, backend, *_cells(bare), *_cells(adapted), over, text])
+        cells.append([*place, *_cells(bare), experts, *_cells(adapted), over, text])
     return "\n".join([*lines, *table(head, cells)])
 
 
@@ -257,6 +293,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="directory of shapes.json and shapes.md")
     parser.add_argument("--models", nargs="+", choices=POPULAR, default=usual)
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32], help="decoded together")
+    parser.add_argument("--experts", nargs="+", default=[], metavar="ExR/k", help="number, rank and top-k")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["megakernel", "kernels"])
     parser.add_argument("--check", nargs="*", type=int, default=[1, 32], help="rows whose logits are compared")
     parser.add_argument("--steps", type=int, default=40, help="of one repeat")
@@ -266,6 +303,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if min(*arguments.rows, arguments.steps, arguments.repeats, arguments.together) < 1:
         parser.error("--rows, --steps, --repeats and --together must be at least 1")
+    for text in arguments.experts:
+        found = EXPERTS.fullmatch(text)
+        if found is None or not 1 <= int(found[3]) <= int(found[1]) or int(found[2]) < 1:
+            parser.error(f"--experts {text}: give number x rank / top-k, such as 16x8/4")
     return arguments
 
 
@@ -279,10 +320,11 @@ def main(argv: Sequence[str] | None = None, run: Callable[..., Any] = run_job) -
         "elements": 2**12 if is_tiny else 2**30, "seconds": 2e-4 if is_tiny else 0.05,
     }  # fmt: skip
     done = {key_of(row) for row in record["rows"] if is_done(row)}
+    targets = BARE, *([f"{ADAPTED}:{experts}" for experts in arguments.experts] or [ADAPTED])
 
     def measure_model(model: str, lock: str) -> tuple[list[Case], dict[str, Any]]:
         """(rows of what is missing, what else the process says)."""
-        places = product(arguments.rows, arguments.backends, TARGETS)
+        places = product(arguments.rows, arguments.backends, targets)
         cases = [dict(zip(KEY, (model, *place), strict=True)) for place in places]
         cases = [case for case in cases if key_of(case) not in done]
         left = arguments.seconds - watch.seconds

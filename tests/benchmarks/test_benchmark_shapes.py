@@ -51,13 +51,23 @@ def row(backend: str, targets: str, **found: Any) -> dict[str, Any]:
 def test_table():
     rows = [
         row("megakernel", "-", ms=2.5, logits_off=0.02, logits_off_xla=0.01, correct=False), row("kernels", "-", ms=4.0),
-        row("megakernel", "all7", refused="its FFN is too wide"), row("kernels", "all7", ms=5.0),
-        row("xla", "-", error="no memory"),
+        row("megakernel", "all7", refused="its FFN"), row("kernels", "all7", ms=5.0),
+        row("xla", "-", error="no memory"), row("kernels", "all7:16x8/4", ms=4.5),
     ]  # fmt: skip
     lines = shapes.report_of({"device": "a", "jax": "b", "command": "c", "rows": shapes.merged(rows)}).splitlines()
-    assert "| tiny | 32 | megakernel | 2.500 ± 0.000 | 80 | its FFN is too wide |  |  | **2.00×: wrong** |" in lines
-    assert "| tiny | 32 | kernels | 4.000 ± 0.000 | 50 | 5.000 ± 0.000 | 40 | +1.00 ms, +25.0% |  |" in lines
-    assert "| tiny | 32 | xla | no memory |  |  |  |  |  |" in lines
+    assert lines[-4:] == [
+        "| tiny | 32 | megakernel | 2.500 ± 0.000 | 80 | 8 of rank 8, top 2 | its FFN |  |  | **2.00×: wrong** |",
+        "| tiny | 32 | kernels | 4.000 ± 0.000 | 50 | 8 of rank 8, top 2 | 5.000 ± 0.000 | 40 | +1.00 ms, +25.0% |  |",
+        "| tiny | 32 | kernels | 4.000 ± 0.000 | 50 | 16 of rank 8, top 4 | 4.500 ± 0.000 | 44 | +0.50 ms, +12.5% |  |",
+        "| tiny | 32 | xla | no memory |  |  |  |  |  |  |",
+    ]
+
+
+@pytest.mark.parametrize("experts", ["16", "4x8/5", "4x0/1", "4x8/0", "ax8/1"])
+def test_experts_that_cannot_be(experts, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        shapes.main(["--out", str(tmp_path), "--experts", experts])
+    assert f"--experts {experts}: give number x rank / top-k" in capsys.readouterr().err
 
 
 def test_another_call_measures_what_is_missing(tmp_path):
@@ -126,7 +136,7 @@ def test_rows(tmp_path):
     cases = [
         dict(zip(shapes.KEY, ("tiny", 2, backend, t), strict=True))
         for backend in ("megakernel", "xla")
-        for t in shapes.TARGETS
+        for t in ("-", "all7", "all7:6x2/3")
     ]
     found: dict[str, Any] = {}
     (tmp_path / "lock").touch()
@@ -135,9 +145,9 @@ def test_rows(tmp_path):
         "lock": str(tmp_path / "lock"),
     }  # fmt: skip
     shapes.measure(job, found.update)
-    refused, measured = found["rows"][:2], found["rows"][2:]
+    refused, measured = found["rows"][:3], found["rows"][3:]
     assert all("Hopper" in r["refused"] for r in refused)
-    assert [(r["backend"], r["targets"]) for r in measured] == [("xla", "-"), ("xla", "all7")]
+    assert [(r["backend"], r["targets"]) for r in measured] == [("xla", t) for t in ("-", "all7", "all7:6x2/3")]
     assert all(r["ms"] > 0 and r["correct"] and 1e-4 < r["logits_off"] < 0.05 for r in measured)
     assert measured[1]["bytes_gb"] > measured[0]["bytes_gb"]
 
