@@ -54,9 +54,12 @@ def targets(parts: dict[str, dict[str, Any]]) -> dict[str, float | None]:
             )
             for case in ("bare", "one")
         },
-        "p99 between tokens beside long prompts, over the median without": ratio(
-            of("bare", "disturbed", "between_ms", "p99"), of("bare", f"closed-{clients}", "between_ms", "median")
-        ),
+        **{
+            f"p99 between tokens beside long prompts, over the median without, {case}": ratio(
+                of(case, "disturbed", "between_ms", "p99"), of(case, f"closed-{clients}", "between_ms", "median")
+            )
+            for case in CASES
+        },
         "32 clients, bare, over transformers": ratio(
             rate("bare"), peer.get("closed", {}).get("32", {}).get("tokens_per_s")
         ),

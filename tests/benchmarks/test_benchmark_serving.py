@@ -58,14 +58,18 @@ def test_times_by_hand():
 def test_ratios():
     """Every ratio from numbers of which each is its own."""
 
-    def part(rate: float, offline: float, alone: float) -> dict:
-        load = {"tokens_per_s": rate, "between_ms": {"median": 2.0, "p99": 6.0}}
+    def part(rate: float, offline: float, alone: float, p99: float) -> dict:
+        load = {"tokens_per_s": rate, "between_ms": {"median": 2.0, "p99": p99}}
         loads = {"closed-1": load, "closed-8": load, "closed-32": load, "disturbed": load}
         return {"loads": loads, "offline": {"tokens_per_s": offline}, "alone": {"median": alone}}
 
-    parts = {"bare": part(90.0, 100.0, 1.6), "one": part(72.0, 80.0, 2.0), "eight": part(45.0, 50.0, 2.0)}
+    parts = {
+        "bare": part(90.0, 100.0, 1.6, 6.0),
+        "one": part(72.0, 80.0, 2.0, 8.0),
+        "eight": part(45.0, 50.0, 2.0, 9.0),
+    }
     found = targets(parts | {"peer": {"closed": {"32": {"tokens_per_s": 30.0}}}})
-    assert [*found.values()] == pytest.approx([0.9, 0.8, 0.5, 1.25, 1.0, 3.0, 3.0])
+    assert [*found.values()] == pytest.approx([0.9, 0.8, 0.5, 1.25, 1.0, 3.0, 4.0, 4.5, 3.0])
     assert set(targets({}).values()) == {None}
 
 
