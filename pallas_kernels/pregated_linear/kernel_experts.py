@@ -43,7 +43,8 @@ def shrink(launch: Launch, name: str, tile: Array) -> None:
 def shrink_part(launch: Launch, name: str, tile: Array, num_parts: int | None = None) -> None:
     """Publish partial sums of `tile_m` elements of A h; or t, of one's own and those that `num_parts` programs published."""
     (tile_m, tile_k), splits = launch.group.tiles.of_a, launch.group.tiles.shrink_splits
-    a, tiles = launch.refs["a"][name], len(launch.refs["experts"]) * pl.cdiv(launch.refs["a"][name].shape[2], tile_m)
+    a = launch.refs["a"][name]
+    tiles = len(launch.refs["experts"]) * pl.cdiv(a.shape[2], tile_m)
     split, tile = (splits - 1, tile) if num_parts is not None else (tile // tiles, tile % tiles)
     u, r, expert, layer, gate = _place(launch, name, tile)
     in_use = u < launch.refs["num_used"][0]

@@ -31,7 +31,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.pregated_linear import kernel_experts, kernel_quantised
-from pallas_kernels.pregated_linear.triton_call import dot, load, share
+from pallas_kernels.pregated_linear.triton_call import dot, load, mask_of, share
 from pallas_kernels.quantised import QuantArray
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -46,14 +46,15 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class Tiles:
     """A program has `tile_m` rows of W and takes `tile_k` columns of it at a time, of a quantised one `tile_q`.
 
-    `shrink_m`: rows of A, where it is not 0. `splits`: programs that share the columns of the same rows of W; XLA adds
-    their partial sums. `shrink_splits`: the same of A; the last of the programs adds them.
+    `shrink_m`, `shrink_k`: rows and columns of A, where they are not 0. `splits`: programs that share the columns of the
+    same rows of W; XLA adds their partial sums. `shrink_splits`: the same of A; the last of the programs adds them.
     """
 
     tile_m: int
     tile_k: int
     tile_q: int = 0
     shrink_m: int = 0
+    shrink_k: int = 0
     splits: int = 1
     shrink_splits: int = 1
     num_warps: int
@@ -62,7 +63,7 @@ class Tiles:
     @property
     def of_a(self) -> tuple[int, int]:
         """(rows, columns) of A that a program takes at a time."""
-        return self.shrink_m or self.tile_m, self.tile_k
+        return self.shrink_m or self.tile_m, self.shrink_k or self.tile_k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,21 +169,12 @@ class Launch:
         self, matrix: tuple[Any, tuple], tile: tuple[int, int], row: Any, k: Array, inside: Array | None
     ) -> Array:
         (stack, indices), (tile_m, tile_k) = matrix, tile
-        mask = None if inside is None else inside[None]
-        if stack.shape[-2] % tile_m:
-            in_rows = (row + jnp.arange(tile_m) < stack.shape[-2])[:, None]
-            mask = in_rows if mask is None else in_rows & mask
-        if mask is not None:
-            mask = jnp.broadcast_to(mask, tile)
-        return load(stack.at[*indices, pl.ds(row, tile_m), pl.ds(k, tile_k)], mask)
+        rows = row + jnp.arange(tile_m) < stack.shape[-2] if stack.shape[-2] % tile_m else None
+        return load(stack.at[*indices, pl.ds(row, tile_m), pl.ds(k, tile_k)], mask_of(tile, rows, inside))
 
     def _load_x(self, tile_k: int, k: Array, inside: Array | None) -> Array:
-        mask = None if inside is None else inside[None]
-        if self.batch != self.columns:
-            in_batch = (jnp.arange(self.columns) < self.batch)[:, None]
-            mask = in_batch if mask is None else in_batch & mask
-        if mask is not None:
-            mask = jnp.broadcast_to(mask, (self.columns, tile_k))
+        in_batch = None if self.batch == self.columns else jnp.arange(self.columns) < self.batch
+        mask = mask_of((self.columns, tile_k), in_batch, inside)
         return load(self.refs["x"].at[pl.ds(self.zero, self.columns), pl.ds(k, tile_k)], mask)
 
     def count(self, at: Array, more: Array) -> Array:
