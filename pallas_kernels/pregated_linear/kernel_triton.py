@@ -115,10 +115,12 @@ class Launch:
         row: Any,
         tile: tuple[int, int],
         share: Callable[[int], tuple[Any, Any]] = lambda steps: (0, steps),
+        beside: Sequence[Callable[[], None]] = (),
     ) -> list[Array]:
         """M h of each matrix (stack, its indices) for rows `row`…, [tile_m, columns] in fp32.
 
-        `tile`: (tile_m, tile_k). `share`: number of steps through the columns → first step, last step + 1.
+        `tile`: (tile_m, tile_k). `share`: number of steps through the columns → first step, last step + 1. `beside`: of
+        one row, what to do while its first columns of M are under way, and what while the last are.
         """
         (tile_m, tile_k), norm = tile, self.refs["norm"]
         vector = self.columns == 1
@@ -144,26 +146,41 @@ class Launch:
                 squares, h = squares + h * h, h * weight[0].astype(jnp.float32)
             return [t + m.astype(jnp.float32) * h[None] for t, m in zip(totals, tiles_of_m, strict=True)], squares
 
-        def step(i: Array, carry: tuple) -> tuple:
-            *sums, loaded = carry
-            following = load_step(i + 1) if ahead else loaded
-            return *multiply(loaded if ahead else load_step(i), *sums), following
-
         zeros = [jnp.zeros((tile_m, width), jnp.float32) for _ in matrices]
         squares = jnp.zeros(tile_k if vector and norm is not None else 1, jnp.float32)
-        steps = pl.cdiv(self.in_dim, tile_k)
+        sums, steps = (zeros, squares), pl.cdiv(self.in_dim, tile_k)
         ahead = vector and self.group.tiles.num_stages > 1  # the compiler pipelines the loads of tensor cores only
-        loaded = load_step(self.zero) if ahead else []
-        first, last = share(steps - ahead)
-        totals, squares, loaded = lax.fori_loop(first, last, step, (zeros, squares, loaded))
-        if ahead:
-            totals, squares = multiply(loaded, totals, squares)
+        if ahead or beside:
+            totals, squares = self._requested_early(load_step, multiply, sums, steps, ahead, beside)
+        else:
+            totals, squares = lax.fori_loop(*share(steps), lambda i, sums: multiply(load_step(i), *sums), sums)
         if vector:
             totals = [jnp.sum(total, axis=1, keepdims=True) for total in totals]
         if norm is None:
             return totals
         scale = lax.rsqrt(jnp.sum(squares) / self.in_dim + self.group.eps)
         return [total * scale for total in totals]
+
+    def _requested_early(
+        self, load_step: Callable, multiply: Callable, sums: Any, steps: int, ahead: bool, beside: Sequence[Callable]
+    ) -> Any:
+        """The sums of all steps; `ahead` of each product the next step's columns are requested."""
+
+        def step(i: Array, carry: tuple) -> tuple:
+            loaded, sums = carry
+            return load_step(i + 1), multiply(loaded, *sums)
+
+        early, late = beside or (lambda: None, lambda: None)
+        loaded = load_step(self.zero)
+        early()
+        if ahead:
+            loaded, sums = lax.fori_loop(0, steps - 1, step, (loaded, sums))
+        elif steps > 1:
+            sums = multiply(loaded, *sums)
+            sums = lax.fori_loop(1, steps - 1, lambda i, sums: multiply(load_step(i), *sums), sums)
+            loaded = load_step(self.zero + (steps - 1))
+        late()
+        return multiply(loaded, *sums)
 
     def _tile(
         self, matrix: tuple[Any, tuple], tile: tuple[int, int], row: Any, k: Array, inside: Array | None
@@ -211,15 +228,19 @@ def linear(launch: Launch, names: Sequence[str], tile: Array, num_shrink: int) -
     row, split = (tile, 0) if splits == 1 else (tile // splits, tile % splits)
     row = row * tile_m
     adapted = [name for name in names if name in refs["a"]]
-    early = kernel_experts.load_early(launch, adapted, row)
+    one_row = kernel_experts.OneRow(launch, adapted, row) if adapted and launch.columns == 1 else None
+    ids = kernel_experts.load_ids(launch) if adapted and one_row is None else []
+    beside = () if one_row is None else (one_row.load_factors, partial(one_row.load_t, num_shrink))
     if isinstance(weights[0], QuantArray):
-        totals = kernel_quantised.times_h(launch, weights, row)
+        totals = kernel_quantised.times_h(launch, weights, row, beside)
     else:
-        matrices = [(weight, (layer,)) for weight in weights]
-        totals = launch.times_h(matrices, row, (tile_m, group.tiles.tile_k), partial(share, split=split, splits=splits))
-    if adapted:
+        matrices, of_w = [(weight, (layer,)) for weight in weights], (tile_m, group.tiles.tile_k)
+        totals = launch.times_h(matrices, row, of_w, partial(share, split=split, splits=splits), beside)
+    if one_row is not None:
+        totals = one_row.expand(names, totals)
+    elif adapted:
         launch.wait(num_shrink)
-        totals = kernel_experts.expand(launch, names, row, totals, early, split)
+        totals = kernel_experts.expand_rows(launch, names, row, totals, ids, split)
     _store(launch, names, row, split, totals)
 
 
