@@ -7,6 +7,7 @@ long before others need it: the last of those that have the same rows adds the p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -43,7 +44,8 @@ def shrink(launch: Launch, name: str, tile: Array) -> None:
 def shrink_part(launch: Launch, name: str, tile: Array, num_parts: int | None = None) -> None:
     """Publish partial sums of `tile_m` elements of A h; or t, of one's own and those that `num_parts` programs published."""
     (tile_m, tile_k), splits = launch.group.tiles.of_a, launch.group.tiles.shrink_splits
-    a, tiles = launch.refs["a"][name], len(launch.refs["experts"]) * pl.cdiv(launch.refs["a"][name].shape[2], tile_m)
+    a = launch.refs["a"][name]
+    tiles = len(launch.refs["experts"]) * pl.cdiv(a.shape[2], tile_m)
     split, tile = (splits - 1, tile) if num_parts is not None else (tile // tiles, tile % tiles)
     u, r, expert, layer, gate = _place(launch, name, tile)
     in_use = u < launch.refs["num_used"][0]
@@ -81,56 +83,63 @@ def _store_t(launch: Launch, name: str, u: Array, r: Array, product: Array, gate
     plgpu.store(at, t.T, mask=mask)
 
 
-def load_early(launch: Launch, adapted: Sequence[str], row: Array) -> dict[str, list[Array]]:
-    """Load, before the product with W, B of one row by name, or the ids of several rows' experts if registers hold them."""
-    if launch.columns == 1:
-        return {name: _factors_of_one_row(launch, name, row) for name in adapted}
-    experts = launch.refs["experts"] if adapted else ()
-    return {"experts": [experts[u] for u in range(len(experts))] if len(experts) <= MAX_IDS else []}
+class OneRow:
+    """B of one row's experts, and their t, for which a program asks while columns of W are under way."""
+
+    def __init__(self, launch: Launch, adapted: Sequence[str], row: Array):
+        self._launch, self._adapted, self._row = launch, adapted, row
+        self._width = pl.next_power_of_2(launch.refs["b"][adapted[0]].shape[3])
+        self._b: dict[str, list[Array]] = {}
+        self._t: dict[str, list[Array]] = {}
+
+    def load_factors(self) -> None:
+        """Load B [tile_m, R] of each expert: after the first columns of W, as its place depends on the expert's id."""
+        refs, tile_m, zero = self._launch.refs, self._launch.group.tiles.tile_m, self._launch.zero
+        for name in self._adapted:
+            b = refs["b"][name]
+            out, rank = b.shape[2:]
+            inside = (self._row + jnp.arange(tile_m) < out)[:, None] & (jnp.arange(self._width) < rank)[None]
+            rows, ranks = pl.ds(self._row, tile_m), pl.ds(zero, self._width)
+            self._b[name] = [
+                load(b.at[refs["layer"][0], refs["experts"][u], rows, ranks], inside & (refs["gates"][u, 0] != 0))
+                for u in range(len(refs["experts"]))
+            ]
+
+    def load_t(self, num_shrink: int) -> None:
+        """Wait until `num_shrink` programs have published t, and load it [R], of each expert."""
+        self._launch.wait(num_shrink)
+        gates, zero = self._launch.refs["gates"], self._launch.zero
+        for name in self._adapted:
+            t = self._launch.outs["t"][name]
+            in_rank = jnp.arange(self._width) < t.shape[2]
+            self._t[name] = [
+                load(t.at[zero + u, zero, pl.ds(zero, self._width)], in_rank & (gates[u, 0] != 0))
+                for u in range(len(t))
+            ]
+
+    def expand(self, names: Sequence[str], totals: list[Array]) -> list[Array]:
+        """totals + Σ_u B[e_u] t_u of each linear, [tile_m, 1]."""
+        found = list(totals)
+        for i, name in enumerate(names):
+            if name in self._b:
+                pairs = zip(self._b[name], self._t[name], strict=True)
+                added = [b.astype(jnp.float32) * t.astype(jnp.float32)[None] for b, t in pairs]
+                found[i] += jnp.sum(reduce(jnp.add, added), axis=1, keepdims=True)
+        return found
 
 
-def expand(
-    launch: Launch, names: Sequence[str], row: Array, totals: list[Array], early: dict[str, list[Array]], split: Any
-) -> list[Array]:
-    """totals + Σ_u B[e_u] t_u of each linear, [tile_m, columns]; `early`: of `load_early`."""
-    if launch.columns > 1:
-        return _expand_rows(launch, names, row, totals, early["experts"], split)
-    return [
-        total + _expand_one_row(launch, name, early[name]) if name in early else total
-        for name, total in zip(names, totals, strict=True)
-    ]
+def load_ids(launch: Launch) -> list[Array]:
+    """The ids of several rows' experts, if registers hold them: loaded before the product with W."""
+    experts = launch.refs["experts"]
+    return [experts[u] for u in range(len(experts))] if len(experts) <= MAX_IDS else []
 
 
-def _factors_of_one_row(launch: Launch, name: str, row: Array) -> list[Array]:
-    """B [tile_m, R] of each expert, asked for first and used last."""
-    b, refs, tile_m = launch.refs["b"][name], launch.refs, launch.group.tiles.tile_m
-    out, rank = b.shape[2:]
-    width = pl.next_power_of_2(rank)
-    inside = (row + jnp.arange(tile_m) < out)[:, None] & (jnp.arange(width) < rank)[None]
-    found = []
-    for u in range(len(refs["experts"])):
-        at = b.at[refs["layer"][0], refs["experts"][u], pl.ds(row, tile_m), pl.ds(launch.zero, width)]
-        found.append(load(at, inside & (refs["gates"][u, 0] != 0)))
-    return found
-
-
-def _expand_one_row(launch: Launch, name: str, factors: list[Array]) -> Array:
-    t, gates = launch.outs["t"][name], launch.refs["gates"]
-    width, rank = factors[0].shape[1], t.shape[2]
-    added = jnp.zeros(factors[0].shape, jnp.float32)
-    for u, b in enumerate(factors):
-        t_u = load(
-            t.at[launch.zero + u, launch.zero, pl.ds(launch.zero, width)],
-            (jnp.arange(width) < rank) & (gates[u, 0] != 0),
-        )
-        added += b.astype(jnp.float32) * t_u.astype(jnp.float32)[None]
-    return jnp.sum(added, axis=1, keepdims=True)
-
-
-def _expand_rows(
+def expand_rows(
     launch: Launch, names: Sequence[str], row: Array, totals: list[Array], experts: list[Array], split: Any
 ) -> list[Array]:
-    """Several rows: over the experts in use, of their ranks as many at a time as columns of W."""
+    """totals + Σ_u B[e_u] t_u of several rows, [tile_m, columns], `experts` their ids.
+
+    Over the experts in use, of their ranks as many at a time as columns of W."""
     refs, tiles = launch.refs, launch.group.tiles
     adapted = [name for name in names if name in refs["b"]]
     out, rank = refs["b"][adapted[0]].shape[2:]

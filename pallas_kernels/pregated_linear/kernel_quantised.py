@@ -9,7 +9,7 @@ x. Codes are exact in every type of x, so tensor cores multiply them as they are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -40,8 +40,11 @@ def for_kernel(weight: QuantArray) -> QuantArray:
     return QuantArray(weight.codes.reshape(*weight.scales.shape, -1), weight.scales, weight.layout)
 
 
-def times_h(launch: Launch, weights: Sequence[QuantArray], row: Any) -> list[Array]:
-    """W h of each weight for rows `row`…, [tile_m, columns] in fp32."""
+def times_h(
+    launch: Launch, weights: Sequence[QuantArray], row: Any, beside: Sequence[Callable[[], None]] = ()
+) -> list[Array]:
+    """W h of each weight for rows `row`…, [tile_m, columns] in fp32; `beside`: of one row, what to do before and after."""
+    early, late = beside or (lambda: None, lambda: None)
     product = _Product(launch, weights, row)
     steps = pl.cdiv(product.steps_of, product.size)
     zeros = [jnp.zeros(product.total_shape, jnp.float32) for _ in weights]
@@ -54,7 +57,9 @@ def times_h(launch: Launch, weights: Sequence[QuantArray], row: Any) -> list[Arr
 
     squares = jnp.zeros(product.x_shape if product.norm is not None else 1, jnp.float32)
     loaded = product.load(launch.zero) if ahead else []
+    early()
     totals, squares, loaded = lax.fori_loop(0, steps - ahead, step, (zeros, squares, loaded))
+    late()
     if ahead:
         totals, squares = product.multiply(loaded, totals, squares)
     if product.is_vector:

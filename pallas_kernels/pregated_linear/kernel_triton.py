@@ -31,7 +31,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.pregated_linear import kernel_experts, kernel_quantised
-from pallas_kernels.pregated_linear.triton_call import dot, load, share
+from pallas_kernels.pregated_linear.triton_call import dot, load, mask_of, share
 from pallas_kernels.quantised import QuantArray
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -46,14 +46,15 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class Tiles:
     """A program has `tile_m` rows of W and takes `tile_k` columns of it at a time, of a quantised one `tile_q`.
 
-    `shrink_m`: rows of A, where it is not 0. `splits`: programs that share the columns of the same rows of W; XLA adds
-    their partial sums. `shrink_splits`: the same of A; the last of the programs adds them.
+    `shrink_m`, `shrink_k`: rows and columns of A, where they are not 0. `splits`: programs that share the columns of the
+    same rows of W; XLA adds their partial sums. `shrink_splits`: the same of A; the last of the programs adds them.
     """
 
     tile_m: int
     tile_k: int
     tile_q: int = 0
     shrink_m: int = 0
+    shrink_k: int = 0
     splits: int = 1
     shrink_splits: int = 1
     num_warps: int
@@ -62,7 +63,7 @@ class Tiles:
     @property
     def of_a(self) -> tuple[int, int]:
         """(rows, columns) of A that a program takes at a time."""
-        return self.shrink_m or self.tile_m, self.tile_k
+        return self.shrink_m or self.tile_m, self.shrink_k or self.tile_k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,10 +115,12 @@ class Launch:
         row: Any,
         tile: tuple[int, int],
         share: Callable[[int], tuple[Any, Any]] = lambda steps: (0, steps),
+        beside: Sequence[Callable[[], None]] = (),
     ) -> list[Array]:
         """M h of each matrix (stack, its indices) for rows `row`…, [tile_m, columns] in fp32.
 
-        `tile`: (tile_m, tile_k). `share`: number of steps through the columns → first step, last step + 1.
+        `tile`: (tile_m, tile_k). `share`: number of steps through the columns → first step, last step + 1. `beside`: of
+        one row, what to do while its first columns of M are under way, and what while the last are.
         """
         (tile_m, tile_k), norm = tile, self.refs["norm"]
         vector = self.columns == 1
@@ -143,20 +146,14 @@ class Launch:
                 squares, h = squares + h * h, h * weight[0].astype(jnp.float32)
             return [t + m.astype(jnp.float32) * h[None] for t, m in zip(totals, tiles_of_m, strict=True)], squares
 
-        def step(i: Array, carry: tuple) -> tuple:
-            *sums, loaded = carry
-            following = load_step(i + 1) if ahead else loaded
-            return *multiply(loaded if ahead else load_step(i), *sums), following
-
         zeros = [jnp.zeros((tile_m, width), jnp.float32) for _ in matrices]
         squares = jnp.zeros(tile_k if vector and norm is not None else 1, jnp.float32)
-        steps = pl.cdiv(self.in_dim, tile_k)
+        sums, steps = (zeros, squares), pl.cdiv(self.in_dim, tile_k)
         ahead = vector and self.group.tiles.num_stages > 1  # the compiler pipelines the loads of tensor cores only
-        loaded = load_step(self.zero) if ahead else []
-        first, last = share(steps - ahead)
-        totals, squares, loaded = lax.fori_loop(first, last, step, (zeros, squares, loaded))
-        if ahead:
-            totals, squares = multiply(loaded, totals, squares)
+        if ahead or beside:
+            totals, squares = self._requested_early(load_step, multiply, sums, steps, ahead, beside)
+        else:
+            totals, squares = lax.fori_loop(*share(steps), lambda i, sums: multiply(load_step(i), *sums), sums)
         if vector:
             totals = [jnp.sum(total, axis=1, keepdims=True) for total in totals]
         if norm is None:
@@ -164,25 +161,37 @@ class Launch:
         scale = lax.rsqrt(jnp.sum(squares) / self.in_dim + self.group.eps)
         return [total * scale for total in totals]
 
+    def _requested_early(
+        self, load_step: Callable, multiply: Callable, sums: Any, steps: int, ahead: bool, beside: Sequence[Callable]
+    ) -> Any:
+        """The sums of all steps; `ahead` of each product the next step's columns are requested."""
+
+        def step(i: Array, carry: tuple) -> tuple:
+            loaded, sums = carry
+            return load_step(i + 1), multiply(loaded, *sums)
+
+        early, late = beside or (lambda: None, lambda: None)
+        loaded = load_step(self.zero)
+        early()
+        if ahead:
+            loaded, sums = lax.fori_loop(0, steps - 1, step, (loaded, sums))
+        elif steps > 1:
+            sums = multiply(loaded, *sums)
+            sums = lax.fori_loop(1, steps - 1, lambda i, sums: multiply(load_step(i), *sums), sums)
+            loaded = load_step(self.zero + (steps - 1))
+        late()
+        return multiply(loaded, *sums)
+
     def _tile(
         self, matrix: tuple[Any, tuple], tile: tuple[int, int], row: Any, k: Array, inside: Array | None
     ) -> Array:
         (stack, indices), (tile_m, tile_k) = matrix, tile
-        mask = None if inside is None else inside[None]
-        if stack.shape[-2] % tile_m:
-            in_rows = (row + jnp.arange(tile_m) < stack.shape[-2])[:, None]
-            mask = in_rows if mask is None else in_rows & mask
-        if mask is not None:
-            mask = jnp.broadcast_to(mask, tile)
-        return load(stack.at[*indices, pl.ds(row, tile_m), pl.ds(k, tile_k)], mask)
+        rows = row + jnp.arange(tile_m) < stack.shape[-2] if stack.shape[-2] % tile_m else None
+        return load(stack.at[*indices, pl.ds(row, tile_m), pl.ds(k, tile_k)], mask_of(tile, rows, inside))
 
     def _load_x(self, tile_k: int, k: Array, inside: Array | None) -> Array:
-        mask = None if inside is None else inside[None]
-        if self.batch != self.columns:
-            in_batch = (jnp.arange(self.columns) < self.batch)[:, None]
-            mask = in_batch if mask is None else in_batch & mask
-        if mask is not None:
-            mask = jnp.broadcast_to(mask, (self.columns, tile_k))
+        in_batch = None if self.batch == self.columns else jnp.arange(self.columns) < self.batch
+        mask = mask_of((self.columns, tile_k), in_batch, inside)
         return load(self.refs["x"].at[pl.ds(self.zero, self.columns), pl.ds(k, tile_k)], mask)
 
     def count(self, at: Array, more: Array) -> Array:
@@ -219,15 +228,19 @@ def linear(launch: Launch, names: Sequence[str], tile: Array, num_shrink: int) -
     row, split = (tile, 0) if splits == 1 else (tile // splits, tile % splits)
     row = row * tile_m
     adapted = [name for name in names if name in refs["a"]]
-    early = kernel_experts.load_early(launch, adapted, row)
+    one_row = kernel_experts.OneRow(launch, adapted, row) if adapted and launch.columns == 1 else None
+    ids = kernel_experts.load_ids(launch) if adapted and one_row is None else []
+    beside = () if one_row is None else (one_row.load_factors, partial(one_row.load_t, num_shrink))
     if isinstance(weights[0], QuantArray):
-        totals = kernel_quantised.times_h(launch, weights, row)
+        totals = kernel_quantised.times_h(launch, weights, row, beside)
     else:
-        matrices = [(weight, (layer,)) for weight in weights]
-        totals = launch.times_h(matrices, row, (tile_m, group.tiles.tile_k), partial(share, split=split, splits=splits))
-    if adapted:
+        matrices, of_w = [(weight, (layer,)) for weight in weights], (tile_m, group.tiles.tile_k)
+        totals = launch.times_h(matrices, row, of_w, partial(share, split=split, splits=splits), beside)
+    if one_row is not None:
+        totals = one_row.expand(names, totals)
+    elif adapted:
         launch.wait(num_shrink)
-        totals = kernel_experts.expand(launch, names, row, totals, early, split)
+        totals = kernel_experts.expand_rows(launch, names, row, totals, ids, split)
     _store(launch, names, row, split, totals)
 
 

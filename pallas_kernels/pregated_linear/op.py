@@ -54,7 +54,11 @@ def tiles_for(
     is_large = itemsize == 2 and layout is None and in_dim >= LARGE
     if batch == 1:
         tile_k = min(1024 // itemsize, pl.next_power_of_2(in_dim))
-        tiles = Tiles(tile_m=4 if gated else 8, tile_k=tile_k, num_warps=4, num_stages=1)
+        tile_m, shrink_k = 4 if gated else 8, min(2 * tile_k, pl.next_power_of_2(in_dim))
+        tiles = Tiles(
+            tile_m=tile_m, tile_k=tile_k, shrink_m=tile_m * tile_k // shrink_k, shrink_k=shrink_k, num_warps=4,
+            num_stages=1,
+        )  # fmt: skip
     elif itemsize == 4:  # products without tensor cores, which take more registers
         tiles = Tiles(tile_m=32, tile_k=32, num_warps=4, num_stages=3)
     elif is_large and out_dim >= 2 * LARGE:
