@@ -98,6 +98,29 @@ def test_programs_share_columns_and_take_experts_at_once(case, tiles):
     assert_near(by_kernel(*inputs, layer, tiles=tiles, interpret=True), *inputs, layer)
 
 
+@pytest.mark.parametrize("in_dim", [24, 64, 200])
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_steps_of_one_row(in_dim, num_stages):
+    """One step through the columns of W, two, and more, whose first and last have B and t beside them."""
+    tiles = Tiles(tile_m=16, tile_k=32, shrink_m=4, shrink_k=64, num_warps=4, num_stages=num_stages)
+    case = Case(outs={"q": 40, "k": 24}, in_dim=in_dim)
+    inputs = case.draw()
+    assert_near(by_kernel(*inputs, case.layer, tiles=tiles, interpret=True), *inputs, case.layer)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
+@pytest.mark.parametrize("shrink", [(1, 2048), (2, 1024), (8, 512)])
+def test_t_is_complete_when_it_is_read(shrink):
+    """Of many launches in a row, whose programs ask for t before and after it is published."""
+    case = Case(outs={"q": 4096}, in_dim=4096, num_experts=8, top_k=2, rank=64, num_layers=1, layer=0)
+    inputs = case.draw()
+    tiles = replace(tiles_for(1, [4096], 4096, 2), shrink_m=shrink[0], shrink_k=shrink[1])
+    found = [by_kernel(*inputs, 0, tiles=tiles)["q"] for _ in range(200)]
+    assert_near({"q": found[0]}, *inputs, 0)
+    assert all(bool((y == found[0]).all()) for y in found)
+
+
 def test_splits_change_neither_bias_nor_residual():
     """Shared columns make the same y, which depends on both."""
     case = Case(outs={"o": 40}, in_dim=160, batch=3, dtype="float32")
