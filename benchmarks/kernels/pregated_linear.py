@@ -176,13 +176,13 @@ def swept_tiles(batch: int, layout: QuantLayout | None = None) -> list[Tiles]:
             if batch == 1 or q == (layout.group_size or q)  # of several rows a group is a step
         ]
     if batch == 1:
-        choices = product((2, 4, 8, 16), (256, 512, 1024), (0, 1024, 2048, 4096), (2, 4, 8), (1, 2))
+        of_one_row = product((2, 4, 8, 16), (256, 512, 1024), (0, 1024, 2048, 4096), (2, 4, 8), (1, 2))
         return [
             Tiles(
                 tile_m=m, tile_k=k, shrink_m=max(1, m * k // of_a) if of_a else 0, shrink_k=of_a, num_warps=warps,
                 num_stages=stages,
             )
-            for m, k, of_a, warps, stages in choices
+            for m, k, of_a, warps, stages in of_one_row
         ]  # fmt: skip
     shared = ((0, 1, 1), (32, 1, 1), (0, 1, 2), (0, 2, 4), (0, 2, 8), (0, 3, 8))
     return [
