@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,6 @@ from adafuse_jax.models.quantised import (
     HEAD_LAYOUT,
     LAYOUTS,
     Quantisation,
-    linears_of,
     quantised,
     require_layout,
     uneven_groups,
@@ -45,8 +44,12 @@ from pallas_kernels.quantised import QuantArray
 log = logging.getLogger(__name__)
 
 
-def model_directory(path_or_id: str | Path) -> Path:
-    """`path_or_id` itself if it is a directory, else the local snapshot of that hub id (downloaded if need be)."""
+ALL_FILES = ("*.json", "model*.safetensors", "*.jinja", *PATTERNS)
+
+
+def model_directory(path_or_id: str | Path, patterns: Sequence[str] = ALL_FILES, revision: str | None = None) -> Path:
+    """`path_or_id` itself if it is a directory, else the local snapshot of that hub id, of `revision` or the newest, with
+    the files of these patterns (downloaded if need be)."""
     path = Path(path_or_id).expanduser()
     if os.path.isdir(path):  # unlike Path's, no error for names that no file can have
         return path
@@ -58,8 +61,7 @@ def model_directory(path_or_id: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "model*.safetensors", "*.jinja", *PATTERNS]
-        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
+        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=[*patterns]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{path_or_id}: no such directory, and the hub has no such model or cannot be reached "
@@ -83,17 +85,23 @@ class HFCheckpoint:
     quantisation: Quantisation | None
 
     @classmethod
-    def open(cls, path_or_id: str | Path) -> HFCheckpoint:
-        """Open a directory or hub id. Keys and files that nothing uses are logged.
+    def open(
+        cls, path_or_id: str | Path, quantize: Quantize | None = None, quantize_head: bool = False
+    ) -> HFCheckpoint:
+        """Open a directory or hub id, whose linears and head are quantised as by `quantised`. Keys and files that nothing
+        uses are logged. Of a hub id no weights are downloaded before the config is known to be supported.
 
         The type is config.json's, else that of the first tensor; float64 becomes float32.
 
         Raises:
-          UserError: a config that is not supported; a tensor that is missing, has a wrong shape or type, or is no part of
-            the model; a broken file.
+          UserError: a config that is not supported; as `quantised`; a tensor that is missing, has a wrong shape or type, or
+            is no part of the model; a broken file.
         """
-        directory = model_directory(path_or_id)
+        directory = model_directory(path_or_id, ["*.json"])
         hf_config = parse_hf_config(directory)
+        quantisation = _quantisation(hf_config, directory, quantize, quantize_head)
+        if not os.path.isdir(Path(path_or_id).expanduser()):
+            directory = model_directory(path_or_id, revision=directory.name)
         tensors, model = Tensors(directory), hf_config.model
         names = stored_names(
             tensors.shapes, str(directory), is_part=hf_config.is_part, is_tied=model.tie_word_embeddings
@@ -104,8 +112,6 @@ class HFCheckpoint:
             log.info("%s", remark)
         dtype = hf_config.dtype or DTYPES[next(name for name in tensors.dtypes.values() if name in DTYPES)]
         dtype = "float32" if dtype == "float64" else dtype
-        form, has_head = hf_config.form, hf_config.head_form is not None
-        quantisation = None if form is None else Quantisation(form.layout, has_head)
         return cls(
             directory=directory, hf_config=hf_config, tensors=tensors, dtype=dtype, quantisation=quantisation  # type: ignore[arg-type]
         )  # fmt: skip
@@ -122,25 +128,7 @@ class HFCheckpoint:
           UserError: `quantize` does not fit the shapes, the weights are quantised in another way, or the head is to be
             quantised and the linears are not.
         """
-        if quantize is not None and quantize not in [*LAYOUTS]:  # a list, which the harness may give, has no hash
-            raise UserError(f"quantize is {quoted(quantize)}: choose from {', '.join(LAYOUTS)}")
-        if not isinstance(quantize_head, bool):
-            raise UserError(f"quantize_head is {quoted(quantize_head)}: choose from True, False")
-        stored, asked = self.quantisation, None if quantize is None else LAYOUTS[quantize]
-        if stored is not None and asked not in (None, stored.linears):
-            raise UserError(
-                f"--quantize {quantize}: the weights in {self.directory} are {stored.linears.name} already; leave it out, "
-                "or give the unquantised model"
-            )
-        layout = asked or linears_of(stored)
-        if layout is None:
-            if quantize_head:
-                raise UserError("--quantize-head: the linears have plain weights; give --quantize with it")
-            return self
-        require_layout(self.config, layout)
-        return replace(
-            self, quantisation=Quantisation(layout, quantize_head or (stored is not None and stored.has_head))
-        )
+        return replace(self, quantisation=_quantisation(self.hf_config, self.directory, quantize, quantize_head))
 
     def forms(self, dtype: DType) -> tuple[WeightForm | None, WeightForm | None]:
         """The forms in which the weights of the linears and of the head are read for a model of `dtype`; None for plain ones
@@ -156,6 +144,30 @@ class HFCheckpoint:
         """Identity of the weights, to distinguish an adapter's backbone from any other; of an export that is quantised, that
         of the weights it was made of."""
         return self.hf_config.base_identity or self.tensors.identity()
+
+
+def _quantisation(
+    hf_config: HFConfig, directory: Path, quantize: Quantize | None, quantize_head: bool
+) -> Quantisation | None:
+    """The form of the weights in the model: that of the files in `directory`, or what is asked for."""
+    if quantize is not None and quantize not in [*LAYOUTS]:  # a list, which the harness may give, has no hash
+        raise UserError(f"quantize is {quoted(quantize)}: choose from {', '.join(LAYOUTS)}")
+    if not isinstance(quantize_head, bool):
+        raise UserError(f"quantize_head is {quoted(quantize_head)}: choose from True, False")
+    stored = None if hf_config.form is None else hf_config.form.layout
+    has_head, asked = hf_config.head_form is not None, None if quantize is None else LAYOUTS[quantize]
+    if stored is not None and asked not in (None, stored):
+        raise UserError(
+            f"--quantize {quantize}: the weights in {directory} are {stored.name} already; leave it out, or give the "
+            "unquantised model"
+        )
+    layout = asked or stored
+    if layout is None:
+        if quantize_head:
+            raise UserError("--quantize-head: the linears have plain weights; give --quantize with it")
+        return None
+    require_layout(hf_config.model, layout)
+    return Quantisation(layout, quantize_head or has_head)
 
 
 def load_backbone(

@@ -36,7 +36,7 @@ def run(config: EvaluationConfig) -> dict[str, Any]:
     from adafuse_jax.evaluation.loading import load
     from adafuse_jax.evaluation.multiple_choice import Questions, evaluate, mean_of
 
-    checkpoint = HFCheckpoint.open(config.model).quantised(config.quantize, config.quantize_head)
+    checkpoint = HFCheckpoint.open(config.model, config.quantize, config.quantize_head)
     directory, context = checkpoint.directory, checkpoint.config.context_length
     if config.max_length is not None and config.max_length > context:
         raise UserError(f"--max-length {config.max_length} exceeds the {context} positions of {config.model}; lower it")

@@ -92,7 +92,7 @@ class AdaFuseLM(TemplateLM):
                 raise UserError("a loaded model has its adapter, its dtype and its quantisation; leave these out")
             self.loaded = model
         else:
-            self.loaded = load(HFCheckpoint.open(model).quantised(quantize, quantize_head), adapter, dtype)
+            self.loaded = load(HFCheckpoint.open(model, quantize, quantize_head), adapter, dtype)
         self.tokenizer, self.batch_size = self.loaded.tokenizer, int(batch_size)
         self._engine = Engine(self.loaded.model, self.loaded.adapter)
         context = self._engine.context_length

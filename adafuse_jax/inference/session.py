@@ -84,7 +84,7 @@ class Session:
 
     def __init__(self, config: DecodeConfig, first: Sequence[Prompt] = ()):
         start_rendering()
-        checkpoint = HFCheckpoint.open(config.model).quantised(config.quantize, config.quantize_head)
+        checkpoint = HFCheckpoint.open(config.model, config.quantize, config.quantize_head)
         if remark := generation_remark(checkpoint.hf_config.generation):
             log.info("%s", remark)
         self.config = config

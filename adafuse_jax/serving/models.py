@@ -197,7 +197,7 @@ class AdapterReader:
 def load_models(config: ServeConfig, *, now: int) -> tuple[Models, AdapterReader]:
     """Load what the flags name; the backbone's large files are read last. Raises `UserError` for what opening the model, its
     tokenizer or an adapter refuses."""
-    checkpoint = HFCheckpoint.open(config.model).quantised(config.quantize, config.quantize_head)
+    checkpoint = HFCheckpoint.open(config.model, config.quantize, config.quantize_head)
     dtype = config.dtype or checkpoint.dtype
     if dtype == "float32":
         runtime.exact_float32()

@@ -98,7 +98,7 @@ def _train(
 ) -> dict[str, Any]:
     """`train`, with the run's directory in `held` and its config `recorded`, if it is resumed."""
     # Everything that a run reads, the large files last
-    checkpoint = HFCheckpoint.open(config.model).quantised(config.quantize, config.quantize_head)
+    checkpoint = HFCheckpoint.open(config.model, config.quantize, config.quantize_head)
     directory, model_config = checkpoint.directory, checkpoint.config
     require_context(config, model_config)
     quantization = checkpoint.quantisation

@@ -14,8 +14,7 @@ import tiny
 
 import decode as script
 import train as train_script
-from adafuse_jax import UserError, load_backbone
-from adafuse_jax.checkpoints import hf_checkpoint
+from adafuse_jax import UserError
 from adafuse_jax.inference.prompts import read_prompts
 
 SPECIAL = {256: "<s>", 258: "<|im_start|>"}
@@ -338,22 +337,6 @@ class TestStrategies:
         assert ", golden, " in run(stats=True, adapter=adapter, strategy="golden")[1]
         assert ", unmerged, " in run(stats=True, adapter=adapter)[1]
         assert "merged" not in run(stats=True)[1]
-
-
-class TestHub:
-    def test_a_hub_id_is_loaded_from_its_snapshot(self, folder, monkeypatch):
-        asked = []
-
-        def snapshot(repo: str, allow_patterns: list[str]) -> str:
-            asked.append((repo, tuple(allow_patterns)))
-            return str(folder / "model")
-
-        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-        model = load_backbone("some-org/some-model")
-        assert asked[0][0] == "some-org/some-model"
-        assert model.config == load_backbone(folder / "model").config
-        assert "model*.safetensors" in asked[0][1]
-        assert hf_checkpoint.model_directory("some-org/some-model") == folder / "model"
 
 
 class TestHelp:

@@ -265,6 +265,6 @@ def test_a_form_that_no_model_has_is_refused(folder):
     with pytest.raises(UserError, match="dtype is 'int8': choose from float32, bfloat16, float16"):
         load(str(folder / "model"), dtype="int8")
     with pytest.raises(UserError, match="quantize_head is 'no': choose from True, False"):  # as the harness reads it
-        HFCheckpoint.open(folder / "model").quantised("int8", "no")
+        HFCheckpoint.open(folder / "model", "int8", "no")
     with pytest.raises(UserError, match=r"quantize is .*int8.*: choose from int8, int4, int4-g64"):
-        HFCheckpoint.open(folder / "model").quantised(["int8"])
+        HFCheckpoint.open(folder / "model", ["int8"])
