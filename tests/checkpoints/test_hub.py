@@ -12,7 +12,7 @@ from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, model_directory
 
 
 def hub(directory: Path, monkeypatch) -> list[tuple[str, list[str], str | None]]:
-    """What is asked of a hub whose only model is in `directory`."""
+    """List what is asked of a hub whose only model is in `directory`, as it comes."""
     asked = []
 
     def snapshot(repo: str, revision: str | None, allow_patterns: list[str]) -> str:

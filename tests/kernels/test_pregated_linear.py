@@ -112,7 +112,7 @@ def test_steps_of_one_row(in_dim, num_stages):
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
 @pytest.mark.parametrize("shrink", [(1, 2048), (2, 1024), (8, 512)])
 def test_t_is_complete_when_it_is_read(shrink):
-    """Of many launches in a row, whose programs ask for t before and after it is published."""
+    """The same y of many launches in a row, whose programs ask for t before and after it is published."""
     case = Case(outs={"q": 4096}, in_dim=4096, num_experts=8, top_k=2, rank=64, num_layers=1, layer=0)
     inputs = case.draw()
     tiles = replace(tiles_for(1, [4096], 4096, 2), shrink_m=shrink[0], shrink_k=shrink[1])
