@@ -83,14 +83,14 @@ def export(config: ExportConfig) -> None:
 
     out = Path(config.output)
     require_free(out, "--output")
-    checkpoint = HFCheckpoint.open(config.model)
+    wanted = HFCheckpoint.open(config.model, config.quantize, config.quantize_head)
+    checkpoint = wanted.quantised(None)  # as it is stored: adapters merge before the weights are quantised
     identity, merges = checkpoint.identity(), config.adapter is not None and config.format == "huggingface"
     if merges and (form := checkpoint.hf_config.form) is not None:
         raise UserError(
             f"{checkpoint.directory}: the weights are {form.layout.name}, whose codes cannot hold what is merged into them; "
             "give the model that they were made of, or --format peft"
         )
-    wanted = checkpoint.quantised(config.quantize, config.quantize_head)
 
     def as_wanted(model: Backbone) -> Backbone:
         found = wanted.quantisation

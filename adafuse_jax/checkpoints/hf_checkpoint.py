@@ -43,8 +43,8 @@ from pallas_kernels.quantised import QuantArray
 
 log = logging.getLogger(__name__)
 
-
 ALL_FILES = ("*.json", "model*.safetensors", "*.jinja", *PATTERNS)
+"""Patterns of a model's files: its config, weights and tokenizer."""
 
 
 def model_directory(path_or_id: str | Path, patterns: Sequence[str] = ALL_FILES, revision: str | None = None) -> Path:
@@ -100,8 +100,9 @@ class HFCheckpoint:
         directory = model_directory(path_or_id, ["*.json"])
         hf_config = parse_hf_config(directory)
         quantisation = _quantisation(hf_config, directory, quantize, quantize_head)
-        if not os.path.isdir(Path(path_or_id).expanduser()):
-            directory = model_directory(path_or_id, revision=directory.name)
+        directory = model_directory(
+            path_or_id, revision=directory.name
+        )  # of a hub id, the snapshot that the config is from
         tensors, model = Tensors(directory), hf_config.model
         names = stored_names(
             tensors.shapes, str(directory), is_part=hf_config.is_part, is_tied=model.tie_word_embeddings
@@ -149,7 +150,8 @@ class HFCheckpoint:
 def _quantisation(
     hf_config: HFConfig, directory: Path, quantize: Quantize | None, quantize_head: bool
 ) -> Quantisation | None:
-    """The form of the weights in the model: that of the files in `directory`, or what is asked for."""
+    """The form of the weights in the model: that of the files in `directory`, or what is asked for. Raises `UserError` as
+    `HFCheckpoint.quantised`."""
     if quantize is not None and quantize not in [*LAYOUTS]:  # a list, which the harness may give, has no hash
         raise UserError(f"quantize is {quoted(quantize)}: choose from {', '.join(LAYOUTS)}")
     if not isinstance(quantize_head, bool):

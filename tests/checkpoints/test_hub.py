@@ -9,6 +9,7 @@ import pytest
 
 from adafuse_jax import UserError, load_backbone
 from adafuse_jax.checkpoints.hf_checkpoint import HFCheckpoint, model_directory
+from adafuse_jax.export import ExportConfig, export
 
 
 def hub(directory: Path, monkeypatch) -> list[tuple[str, list[str], str | None]]:
@@ -50,4 +51,11 @@ def test_what_cannot_be_read_is_not_downloaded(folder, tmp_path, monkeypatch, ch
     asked = hub(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=message):
         HFCheckpoint.open("some-org/some-model", quantize)
+    assert [patterns for _, patterns, _ in asked] == [["*.json"]]
+
+
+def test_an_export_that_is_not_possible_downloads_nothing(folder, tmp_path, monkeypatch):
+    asked = hub(folder / "model", monkeypatch)
+    with pytest.raises(UserError, match="--quantize int4: "):
+        export(ExportConfig(model="some-org/some-model", quantize="int4", output=str(tmp_path / "out")))
     assert [patterns for _, patterns, _ in asked] == [["*.json"]]
