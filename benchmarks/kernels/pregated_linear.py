@@ -179,10 +179,10 @@ def swept_tiles(batch: int, layout: QuantLayout | None = None) -> list[Tiles]:
         of_one_row = product((2, 4, 8, 16), (256, 512, 1024), (0, 1024, 2048, 4096), (2, 4, 8), (1, 2))
         return [
             Tiles(
-                tile_m=m, tile_k=k, shrink_m=max(1, m * k // of_a) if of_a else 0, shrink_k=of_a, num_warps=warps,
-                num_stages=stages,
+                tile_m=m, tile_k=k, shrink_m=max(1, m * k // shrink_k) if shrink_k else 0, shrink_k=shrink_k,
+                num_warps=warps, num_stages=stages,
             )
-            for m, k, of_a, warps, stages in of_one_row
+            for m, k, shrink_k, warps, stages in of_one_row
         ]  # fmt: skip
     shared = ((0, 1, 1), (32, 1, 1), (0, 1, 2), (0, 2, 4), (0, 2, 8), (0, 3, 8))
     return [

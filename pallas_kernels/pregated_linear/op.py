@@ -45,8 +45,8 @@ def tiles_for(
 
     A program reads as much of x as if it had `batch` more rows of W. So programs of several rows have more rows of large
     linears, and share columns where they would be too few; XLA adds the sums of one linear beside the norm that follows.
-    Of one row, those that shrink are done early if they have few rows of A and many of its columns; beside a long product
-    with W they have time, and fewer of them are faster.
+    With one row, the programs that compute t are done earlier if they have few rows of A and many of its columns. Inputs
+    wider than 2 · LARGE leave them the time, and there fewer of them were faster.
 
     Args:
       outs: rows of W of each linear. `gated`: they are a gated pair.
@@ -56,10 +56,9 @@ def tiles_for(
     is_large = itemsize == 2 and layout is None and in_dim >= LARGE
     if batch == 1:
         tile_k = min(1024 // itemsize, pl.next_power_of_2(in_dim))
-        tile_m, of_a = 4 if gated else 8, min(2 * tile_k if in_dim <= 2 * LARGE else tile_k, pl.next_power_of_2(in_dim))
-        tiles = Tiles(
-            tile_m=tile_m, tile_k=tile_k, shrink_m=tile_m * tile_k // of_a, shrink_k=of_a, num_warps=4, num_stages=1
-        )
+        tiles = Tiles(tile_m=4 if gated else 8, tile_k=tile_k, num_warps=4, num_stages=1)
+        if tile_k < in_dim <= 2 * LARGE:
+            tiles = replace(tiles, shrink_m=tiles.tile_m // 2, shrink_k=2 * tile_k)
     elif itemsize == 4:  # products without tensor cores, which take more registers
         tiles = Tiles(tile_m=32, tile_k=32, num_warps=4, num_stages=3)
     elif is_large and out_dim >= 2 * LARGE:
